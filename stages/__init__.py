@@ -1,0 +1,1 @@
+"""One file per stage: each reads finished folders and writes one."""

@@ -1,0 +1,90 @@
+"""What a stage is: a frozen configuration plus `run(context) -> metrics`."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _SpeedOnly:
+    """Marker: the field changes how fast a stage runs, never what it writes."""
+
+    def __repr__(self) -> str:
+        return "SPEED_ONLY"
+
+
+SPEED_ONLY = _SpeedOnly()
+"""Put in `Annotated[...]`: the field is left out of the fingerprint."""
+
+
+class Progress(Protocol):
+    """A progress bar under way."""
+
+    def advance(self, amount: int = 1) -> None:
+        """Count `amount` more units as done."""
+
+
+class Map(Protocol):
+    """How an engine runs a function over shards: results in the order of `tasks`, which is read lazily.
+
+    `function` and the tasks must pickle when `workers > 1`.
+    """
+
+    def __call__[T, R](
+        self, function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 1
+    ) -> Iterator[R]: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the runner hands to a stage."""
+
+    inputs: Mapping[str, Path]
+    """Finished folders by name (`tokens`, `scores`, ...). Read-only."""
+    out: Path
+    """The folder under construction. Shards already in it are whole: an interrupted run left them."""
+    seed: int
+    fingerprint: str
+    """Of this stage with these settings and inputs, for provenance."""
+    map: Map
+    progress: Callable[[str, int | None], AbstractContextManager[Progress]]
+    """`progress(unit, total)` opens a progress bar; `total` None: not known beforehand."""
+
+
+class Stage(BaseModel):
+    """Base of every stage. Fields are its configuration: the YAML section and the CLI options of its verb."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    name: ClassVar[str]
+    """The stage's file, YAML section and CLI verb."""
+    folder: ClassVar[str]
+    """The folder it writes in a run."""
+
+    def check(self) -> None:
+        """Refuse, before any work, what can be seen to be wrong without reading the data.
+
+        Raises:
+            UsageError: one line; the value received, what is legal, what to do.
+        """
+
+    def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        """Content identities of what is read from outside the run, for the fingerprint.
+
+        `digest(file)` is the file's sha256, cached while its size and time stand.
+        """
+        return {}
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do the work; return the metrics that the manifest keeps. `context.out` is the only place written."""
+        raise NotImplementedError
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """The fields that decide what is written, JSON-ready."""
+        speed = {name for name, field in type(self).model_fields.items() if SPEED_ONLY in field.metadata}
+        return self.model_dump(mode="json", exclude=speed)

@@ -1,0 +1,92 @@
+"""The Parquet files that stages exchange: their schemas, and how they are written and found.
+
+Every per-token column is a list as long as `input_ids`. Measured values (loss, attention, rel, score) are
+null where there is none: off the response, and where the method needed no such signal.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sstoken.errors import SstokenError
+
+_ids = pa.list_(pa.int32())
+_mask = pa.list_(pa.bool_())
+_values = pa.list_(pa.float32())
+
+TOKENS = pa.schema([("example_id", pa.string()), ("input_ids", _ids), ("response_mask", _mask)])
+SCORES = pa.schema([("example_id", pa.string()), ("loss", _values)])
+SCORES_WITH_ATTENTION = SCORES.append(pa.field("attention", _values))
+MASKED_LEAN = pa.schema(
+    [("example_id", pa.string()), ("input_ids", _ids), ("labels", _ids), ("keep_mask", _mask)]
+)
+MASKED = pa.schema(
+    [
+        *MASKED_LEAN,
+        ("response_mask", _mask),
+        ("rel", _values),
+        ("attention", _values),
+        ("score", _values),
+    ]
+)
+
+METADATA_KEY = b"sstoken"
+IGNORED_LABEL = -100
+
+
+def part_name(index: int) -> str:
+    """File name of shard `index`; names sort in the order of the shards."""
+    return f"part-{index:05d}.parquet"
+
+
+def parts(folder: Path) -> list[Path]:
+    """The shards of a folder, in order."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """Write one shard so that it is either whole or not there; `metadata` goes into the file as JSON.
+
+    Only our own key is written: no library's feature metadata, so that every reader takes the file.
+    """
+    schema = table.schema.with_metadata({METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)})
+    floats = [f"{name}.list.element" for name in _float_columns(schema)]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        pq.write_table(
+            table.cast(schema),
+            file,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=[f.name if f.name == "example_id" else f"{f.name}.list.element" for f in schema
+                            if f.name in ("input_ids", "labels")],
+            use_byte_stream_split=floats,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _float_columns(schema: pa.Schema) -> list[str]:
+    return [f.name for f in schema if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON that `write_part` put into the file.
+
+    Raises:
+        SstokenError: the file is not one of ours, or is damaged.
+    """
+    try:
+        raw = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SstokenError(f"{path}: not a readable Parquet file ({error}); make its folder again") from error
+    if raw is None:
+        raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
+    metadata: dict[str, Any] = json.loads(raw)
+    return metadata
