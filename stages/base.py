@@ -4,9 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class _SpeedOnly:
@@ -33,7 +37,7 @@ class Map(Protocol):
     `function` and the tasks must pickle when `workers > 1`.
     """
 
-    def __call__[T, R](
+    def __call__(
         self, function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 1
     ) -> Iterator[R]: ...
 

@@ -1,0 +1,1 @@
+"""Inference backends: token sequences in, signals out."""
