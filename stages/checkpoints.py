@@ -1,0 +1,205 @@
+"""Checkpoints: what a reference names, whether it is whole, its identity, and loading it.
+
+A reference is a folder in the Hugging Face format, a LoRA adapter's folder, or a Hub id (`user/name`, with
+`@revision` if wanted). Weights load from safetensors only.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sstoken.errors import SstokenError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def local_folder(ref: str) -> Path | None:
+    """The folder that `ref` names, or None where it is a Hub id.
+
+    Raises:
+        UsageError: it looks like a path and there is no such folder.
+    """
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"checkpoint {ref!r} is a file; name the folder that holds config.json and weights")
+    if ref.startswith((".", "/", "~")) or ref.count("/") != 1 or not all(ref.split("/")):
+        raise UsageError(f"checkpoint {ref!r}: no such folder (a Hub id has the form user/name)")
+    return None
+
+
+def split_revision(ref: str) -> tuple[str, str | None]:
+    """`user/name@revision` as its two parts."""
+    name, _, revision = ref.partition("@")
+    return name, revision or None
+
+
+def adapter_base(ref: str) -> str | None:
+    """The base model of a LoRA adapter's folder, or None where `ref` is no adapter."""
+    folder = local_folder(ref)
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise SstokenError(f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; say which model it adapts")
+    return str(base)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model or adapter folder, sorted.
+
+    Raises:
+        SstokenError: pickled weights, no weights, or a shard that the index names is missing.
+    """
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = sorted(set(_read_json(index)["weight_map"].values()))
+        missing = [s for s in shards if not (folder / s).is_file()]
+        if missing:
+            raise SstokenError(
+                f"{folder}: {len(missing)} of {len(shards)} weight files missing (first: {missing[0]}); copy or "
+                "download the checkpoint again"
+            )
+        return [folder / s for s in shards]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise SstokenError(
+            f"{folder}: weights are pickled ({pickles[0]}), which can run code when loaded; convert them with "
+            "model.save_pretrained(folder), which writes safetensors"
+        )
+    raise SstokenError(f"{folder}: no *.safetensors file; not a checkpoint, or an incomplete one")
+
+
+def check_whole(ref: str) -> None:
+    """Refuse a local checkpoint that cannot load, without loading it. Hub ids pass."""
+    folder = local_folder(ref)
+    if folder is None:
+        return
+    base = adapter_base(ref)
+    if base is not None:
+        check_whole(base)
+    elif not (folder / "config.json").is_file():
+        raise SstokenError(f"{folder}: no config.json; name the folder of a Hugging Face checkpoint")
+    weight_files(folder)
+
+
+def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """What decides a checkpoint's content: the hashes of its weights and settings, or its Hub commit."""
+    folder = local_folder(ref)
+    if folder is None:
+        return {"hub": split_revision(ref)[0], "commit": _hub_commit(ref)}
+    base = adapter_base(ref)
+    files = [*weight_files(folder), *(folder / n for n in ("config.json", ADAPTER_CONFIG))]
+    facts: dict[str, Any] = {"files": {f.name: digest(f) for f in files if f.is_file()}}
+    if base is not None:
+        facts["base"] = identity(base, digest)
+    return facts
+
+
+def tokenizer_identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """What decides how `ref` tokenizes: the hashes of its tokenizer files, or its Hub commit."""
+    folder = local_folder(ref)
+    if folder is None:
+        return {"hub": split_revision(ref)[0], "commit": _hub_commit(ref)}
+    return {n: digest(folder / n) for n in _TOKENIZER_FILES if (folder / n).is_file()}
+
+
+def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        SstokenError: there is none, it cannot load, it has no EOS token, or it is not a fast one (character
+            offsets are what response masks are made from).
+    """
+    from transformers import AutoTokenizer
+
+    local_folder(ref)
+    name, revision = split_revision(ref) if not Path(ref).is_dir() else (ref, None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
+        raise SstokenError(f"{ref}: its tokenizer does not load ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise SstokenError(f"{ref}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise SstokenError(f"{ref}: its tokenizer has no fast version (tokenizer.json); convert it first")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A hash of the vocabulary: equal for tokenizers that give every id the same meaning."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def load_model(
+    ref: str,
+    *,
+    dtype: "torch.dtype | str" = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """The causal language model of a full checkpoint (for an adapter: load its base, then the adapter).
+
+    Args:
+        ref: a folder or Hub id.
+        dtype: a torch dtype, or "auto" for the checkpoint's own.
+        attention: the name of an attention function of transformers' attention interface.
+        trust_remote_code: run the checkpoint's own Python code.
+
+    Raises:
+        SstokenError: it does not load; the reason in one line.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_whole(ref)
+    name, revision = split_revision(ref) if not Path(ref).is_dir() else (ref, None)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise SstokenError(f"{ref}: the model does not load ({_first_line(error)})") from error
+
+
+def _hub_commit(ref: str) -> str:
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HFValidationError
+
+    name, revision = split_revision(ref)
+    try:
+        return str(model_info(name, revision=revision).sha)
+    except HFValidationError as error:
+        raise UsageError(f"checkpoint {ref!r}: neither a folder nor a Hub id ({_first_line(error)})") from error
+    except Exception as error:  # offline, missing, private: all mean the same to the user
+        raise SstokenError(f"{ref}: no such folder, and the Hub does not answer for it ({_first_line(error)})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SstokenError(f"{path}: not readable as JSON ({_first_line(error)})") from error
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
