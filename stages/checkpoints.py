@@ -49,7 +49,9 @@ def adapter_base(ref: str) -> str | None:
         return None
     base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
-        raise SstokenError(f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; say which model it adapts")
+        raise SstokenError(
+            f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; say which model it adapts"
+        )
     return str(base)
 
 
@@ -144,6 +146,15 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
+def own_tokenizer_fingerprint(ref: str, *, trust_remote_code: bool = False) -> str | None:
+    """The fingerprint of the tokenizer that comes with a checkpoint (an adapter's: its base's), if any does."""
+    folder = local_folder(ref)
+    if folder is not None and not (folder / "tokenizer_config.json").is_file():
+        base = adapter_base(ref)
+        return None if base is None else own_tokenizer_fingerprint(base, trust_remote_code=trust_remote_code)
+    return tokenizer_fingerprint(load_tokenizer(ref, trust_remote_code=trust_remote_code))
+
+
 def load_model(
     ref: str,
     *,
@@ -187,9 +198,13 @@ def _hub_commit(ref: str) -> str:
     try:
         return str(model_info(name, revision=revision).sha)
     except HFValidationError as error:
-        raise UsageError(f"checkpoint {ref!r}: neither a folder nor a Hub id ({_first_line(error)})") from error
+        raise UsageError(
+            f"checkpoint {ref!r}: neither a folder nor a Hub id ({_first_line(error)})"
+        ) from error
     except Exception as error:  # offline, missing, private: all mean the same to the user
-        raise SstokenError(f"{ref}: no such folder, and the Hub does not answer for it ({_first_line(error)})") from error
+        raise SstokenError(
+            f"{ref}: no such folder, and the Hub does not answer for it ({_first_line(error)})"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,34 +4,37 @@ Every per-token column is a list as long as `input_ids`. Measured values (loss, 
 null where there is none: off the response, and where the method needed no such signal.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
 
-_ids = pa.list_(pa.int32())
-_mask = pa.list_(pa.bool_())
-_values = pa.list_(pa.float32())
+IDS = pa.list_(pa.int32())
+MASK = pa.list_(pa.bool_())
+VALUES = pa.list_(pa.float32())
 
-TOKENS = pa.schema([("example_id", pa.string()), ("input_ids", _ids), ("response_mask", _mask)])
-SCORES = pa.schema([("example_id", pa.string()), ("loss", _values)])
-SCORES_WITH_ATTENTION = SCORES.append(pa.field("attention", _values))
+TOKENS = pa.schema([("example_id", pa.string()), ("input_ids", IDS), ("response_mask", MASK)])
+SCORES = pa.schema([("example_id", pa.string()), ("loss", VALUES)])
+SCORES_WITH_ATTENTION = SCORES.append(pa.field("attention", VALUES))
 MASKED_LEAN = pa.schema(
-    [("example_id", pa.string()), ("input_ids", _ids), ("labels", _ids), ("keep_mask", _mask)]
+    [("example_id", pa.string()), ("input_ids", IDS), ("labels", IDS), ("keep_mask", MASK)]
 )
 MASKED = pa.schema(
     [
         *MASKED_LEAN,
-        ("response_mask", _mask),
-        ("rel", _values),
-        ("attention", _values),
-        ("score", _values),
+        ("response_mask", MASK),
+        ("rel", VALUES),
+        ("attention", VALUES),
+        ("score", VALUES),
     ]
 )
 
@@ -63,8 +66,11 @@ def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None
             file,
             compression="zstd",
             compression_level=3,
-            use_dictionary=[f.name if f.name == "example_id" else f"{f.name}.list.element" for f in schema
-                            if f.name in ("input_ids", "labels")],
+            use_dictionary=[
+                f.name if f.name == "example_id" else f"{f.name}.list.element"
+                for f in schema
+                if f.name in ("input_ids", "labels")
+            ],
             use_byte_stream_split=floats,
         )
         file.flush()
@@ -90,3 +96,23 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
     metadata: dict[str, Any] = json.loads(raw)
     return metadata
+
+
+def flatten(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """A list column as flat values [M] (null as NaN) and the rows' offsets [E + 1], without Python objects."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # no chunk at all
+        array = pa.array([], column.type)
+    return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
+
+
+def rows(column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    """The lists of a column, one numpy array a row."""
+    values, offsets = flatten(column)
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]
+
+
+def lists(values: NDArray[Any], offsets: NDArray[np.integer[Any]], kind: pa.ListType) -> pa.ListArray:
+    """A list column of type `kind` from flat values [M] and offsets [E + 1]; NaN becomes null."""
+    flat = pa.array(values, kind.value_type, from_pandas=True)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)

@@ -1,0 +1,23 @@
+"""Batch planning: which sequences go through the model together."""
+
+from collections.abc import Sequence
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group sequences of like length so that each padded batch holds at most `batch_tokens` positions.
+
+    A sequence longer than that is a batch of its own. The plan depends on the arguments alone.
+
+    Args:
+        lengths: tokens of each sequence.
+        batch_tokens: number of sequences times the longest one's length, at most.
+
+    Returns:
+        Indices into `lengths`, longest sequences first, so that a batch too large shows at once.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

@@ -1,0 +1,136 @@
+"""Selection: from scores to a keep mask. Pure functions over numpy arrays.
+
+The response tokens of several examples stand one after the other in flat arrays: N tokens, E examples;
+`offsets` [E + 1] says where each example starts (`offsets[e]:offsets[e + 1]`). Scores are float64. Ties always
+go to the earlier token, so that every engine agrees.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.errors import UsageError
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+MINMAX_EPSILON = 1e-8
+"""Added to the range of min-max, as the authors' code does: a constant signal gives 0 everywhere."""
+
+
+def check_ratio(rho: float) -> None:
+    """Refuse a selection ratio outside (0, 1].
+
+    Raises:
+        UsageError: with the value and the legal range.
+    """
+    if not (isinstance(rho, int | float) and 0 < rho <= 1):
+        raise UsageError(f"rho is {rho}; legal is 0 < rho <= 1 (the share of response tokens to keep)")
+
+
+def num_kept(num_tokens: int, rho: float) -> int:
+    """`ceil(rho * n)`, with rho read as the decimal it is written as (0.55 of 100 tokens is 55, not 56)."""
+    check_ratio(rho)
+    return math.ceil(Fraction(str(rho)) * num_tokens)
+
+
+def minmax(values: FloatArray, offsets: IntArray) -> FloatArray:
+    """Each example's values scaled to [0, 1) by their own minimum and range (paper, equation 6).
+
+    Args:
+        values: [N].
+        offsets: [E + 1].
+
+    Returns:
+        [N]; 0 throughout an example whose values are all equal.
+    """
+    counts = np.diff(offsets)
+    starts = offsets[:-1][counts > 0]  # reduceat cannot express an empty segment
+    if starts.size == 0:
+        return np.zeros(0)
+    low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+    counts = counts[counts > 0]
+    low_N, range_N = np.repeat(low, counts), np.repeat(high - low, counts)
+    return (values - low_N) / (range_N + MINMAX_EPSILON)
+
+
+def keep_per_example(scores: FloatArray, offsets: IntArray, rho: float) -> BoolArray:
+    """Keep the `ceil(rho * n)` highest scores of each example.
+
+    Args:
+        scores: [N], finite.
+        offsets: [E + 1].
+        rho: in (0, 1].
+
+    Returns:
+        [N] bool.
+    """
+    counts = np.diff(offsets)
+    quota = np.array([num_kept(int(n), rho) for n in counts], dtype=np.int64)
+    example_N = np.repeat(np.arange(counts.size), counts)
+    # lexsort is stable: equal scores stay in the order of the tokens.
+    order = np.lexsort((-scores, example_N))
+    rank_N = np.empty(scores.size, dtype=np.int64)
+    rank_N[order] = np.arange(scores.size) - np.repeat(offsets[:-1], counts)
+    return rank_N < quota[example_N]
+
+
+class Cut(NamedTuple):
+    """Where a global selection cuts: keep every key above `key`, and the first `num_ties` equal to it."""
+
+    key: int
+    num_ties: int
+
+
+def global_cut(chunks: Callable[[], Iterable[FloatArray]], k: int) -> Cut:
+    """The cut that keeps the k highest of all scores, in memory that does not depend on how many there are.
+
+    A radix selection: four passes over the scores, each settling 16 of the key's 64 bits.
+
+    Args:
+        chunks: called once a pass; yields all scores, [n] float64 each, in the order of the dataset.
+        k: how many to keep, at least 1 and at most the number of scores.
+    """
+    prefix, remaining = np.uint64(0), k
+    for shift in (48, 32, 16, 0):
+        histogram = np.zeros(1 << 16, dtype=np.int64)
+        for scores in chunks():
+            keys = sortable_keys(scores)
+            if shift < 48:
+                keys = keys[(keys >> np.uint64(shift + 16)) == prefix]
+            digits = (keys >> np.uint64(shift)) & np.uint64(0xFFFF)
+            histogram += np.bincount(digits.astype(np.int64), minlength=1 << 16)
+        at_least = np.cumsum(histogram[::-1])[::-1]  # number of scores whose digit is >= d
+        digit = int(np.flatnonzero(at_least >= remaining)[-1])
+        remaining -= int(at_least[digit] - histogram[digit])
+        prefix = (prefix << np.uint64(16)) | np.uint64(digit)
+    return Cut(int(prefix), remaining)
+
+
+def keep_above(scores: FloatArray, cut: Cut, ties_before: int) -> tuple[BoolArray, int]:
+    """Apply a global cut to the next chunk.
+
+    Args:
+        scores: [n], the chunk.
+        cut: from `global_cut`.
+        ties_before: how many scores equal to the cut's stood in the chunks before.
+
+    Returns:
+        [n] bool, and the number of such ties after this chunk.
+    """
+    keys = sortable_keys(scores)
+    tied = keys == np.uint64(cut.key)
+    tie_rank = np.cumsum(tied) + ties_before
+    return (keys > np.uint64(cut.key)) | (tied & (tie_rank <= cut.num_ties)), ties_before + int(tied.sum())
+
+
+def sortable_keys(scores: FloatArray) -> NDArray[np.uint64]:
+    """Unsigned integers in the same order as the scores."""
+    bits = (scores + 0.0).view(np.uint64)  # + 0.0 makes -0.0 and 0.0 the same
+    sign = np.uint64(1 << 63)
+    return np.where(bits & sign != 0, ~bits, bits | sign)

@@ -1,0 +1,40 @@
+"""The README.md of a masked dataset: what it is, and the front matter by which `datasets` finds its shards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Write `folder/README.md`.
+
+    The folder holds JSON files beside the shards; without the front matter `load_dataset(folder)` would take
+    those for the data.
+    """
+    checkpoints = "\n".join(
+        f"| {role} | {facts['name']} |" for role, facts in sorted(provenance["checkpoints"].items())
+    )
+    front_matter = json.dumps([{"config_name": "default", "data_files": "part-*.parquet"}])
+    (folder / "README.md").write_text(
+        f"""---
+configs: {front_matter}
+tags: [token-masked, sstoken]
+---
+# Token-masked dataset
+
+{summary["examples"]:,} examples; {summary["kept"]:,} of {summary["response_tokens"]:,} response tokens kept
+({summary["kept_share"]:.1%}). `labels` is -100 where a token is not to be learned; any SFT trainer takes
+`input_ids` and `labels` as they are.
+
+| setting | value |
+|---|---|
+| method | {provenance["method"]} |
+| rho | {provenance["rho"]} |
+| gamma | {provenance["gamma"]} |
+| scope | {provenance["scope"]} |
+{checkpoints}
+| tokenizer fingerprint | {provenance["tokenizer"]["fingerprint"]} |
+| sstoken | {provenance["version"]} |
+| run fingerprint | {provenance["fingerprint"]} |
+"""
+    )

@@ -1,0 +1,186 @@
+"""`score`: the loss of every response token under one checkpoint, and its attention importance if asked."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import Field
+
+from sstoken.errors import SstokenError
+from stages import checkpoints, tables
+from stages.backends import Backend, BackendOptions, TokenSignals, make_backend
+from stages.base import SPEED_ONLY, Context, Stage
+
+
+class ScoreOptions(Stage):
+    """How checkpoints are scored, whichever they are."""
+
+    layer: int = -1
+    """Decoder layer whose attention is measured; negative counts from the last."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of the weights; softmax and loss are fp32 whatever it is. auto: as the checkpoint stores them."""
+    backend: Literal["auto", "hf"] = "auto"
+    """Inference backend; auto: transformers."""
+    batch_tokens: Annotated[int, Field(ge=1), SPEED_ONLY] = 2048
+    """Positions in a batch, at most (padding counted); a longer sequence runs alone."""
+    device: Annotated[str, SPEED_ONLY] = "auto"
+    """cpu, cuda, mps, ...; auto: the best that is there."""
+    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
+    """Processes, each with the model in memory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+
+
+class Score(ScoreOptions):
+    """Score one checkpoint. Reads `tokens`; writes row-aligned shards of the same names."""
+
+    name: ClassVar[str] = "score"
+    folder: ClassVar[str] = "scores"
+
+    checkpoint: str
+    """A folder, a LoRA adapter's folder, or a Hub id."""
+    attention: bool = False
+    """Measure attention importance in the same forward pass."""
+
+    def check(self) -> None:
+        """Refuse a checkpoint that is not whole."""
+        checkpoints.check_whole(self.checkpoint)
+
+    def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        """The checkpoint's content; its place and name do not matter."""
+        return {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """Without the checkpoint's path: `sources` has its content."""
+        fields = super().fingerprinted()
+        del fields["checkpoint"]
+        return fields
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Score the shards that are not there yet."""
+        token_parts = tables.parts(context.inputs["tokens"])
+        self._check_tokenizer(token_parts[0])
+        total = sum(pq.read_metadata(p).num_rows for p in token_parts)
+        todo = [p for p in token_parts if not (context.out / p.name).exists()]
+        score_shard = _ScoreShard(self, context.out)
+        with context.progress("examples", total) as progress:
+            progress.advance(total - sum(pq.read_metadata(p).num_rows for p in todo))
+            for rows in context.map(score_shard, todo, workers=self.workers):
+                progress.advance(rows)
+        return self._summary(context.out)
+
+    def _check_tokenizer(self, token_part: Path) -> None:
+        """Refuse a checkpoint whose own tokenizer gives the ids other meanings."""
+        expected = tables.read_metadata(token_part)["tokenizer"]
+        found = checkpoints.own_tokenizer_fingerprint(
+            self.checkpoint, trust_remote_code=self.trust_remote_code
+        )
+        if found is not None and found != expected["fingerprint"]:
+            raise SstokenError(
+                f"{self.checkpoint}: its tokenizer is not the one that made the tokens ({expected['name']}); "
+                "encode with this checkpoint's tokenizer, or score one that shares the vocabulary"
+            )
+
+    def _summary(self, out: Path) -> dict[str, Any]:
+        stats = [tables.read_metadata(p)["stats"] for p in tables.parts(out)]
+        num_tokens = sum(s["response_tokens"] for s in stats)
+        summary: dict[str, Any] = {
+            "checkpoint": self.checkpoint,
+            "examples": sum(s["examples"] for s in stats),
+            "response_tokens": num_tokens,
+            "mean_loss": sum(s["loss_sum"] for s in stats) / max(1, num_tokens),
+        }
+        if self.attention:
+            summary["mean_attention"] = sum(s["attention_sum"] for s in stats) / max(1, num_tokens)
+        return summary
+
+
+@lru_cache(maxsize=1)
+def _backend(name: str, options: BackendOptions) -> Backend:
+    """One backend per process: shards of a checkpoint share it."""
+    return make_backend(name, options)
+
+
+class _ScoreShard:
+    """Scores one shard of tokens; pickles into worker processes."""
+
+    def __init__(self, stage: Score, out: Path) -> None:
+        self._stage, self._out = stage, out
+
+    def __call__(self, tokens: Path) -> int:
+        """Write the scores of the shard; return its number of rows."""
+        stage = self._stage
+        options = BackendOptions(
+            checkpoint=stage.checkpoint,
+            attention=stage.attention,
+            layer=stage.layer,
+            dtype=stage.dtype,
+            device=stage.device,
+            batch_tokens=stage.batch_tokens,
+            trust_remote_code=stage.trust_remote_code,
+        )
+        backend = _backend(stage.backend, options)
+        table = pq.read_table(tokens)
+        sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
+        example_ids = table["example_id"].to_pylist()
+        _check_lengths(stage, tokens, backend, example_ids, sequences)
+        signals: list[TokenSignals | None] = [None] * len(sequences)
+        for index, signal in backend.measure(sequences, masks):
+            if not np.isfinite(signal.loss[masks[index]]).all():
+                raise SstokenError(
+                    f"{stage.checkpoint}: NaN or infinite loss in {tokens.name}, example "
+                    f"{example_ids[index]!r}; the checkpoint or its dtype ({stage.dtype}) is broken"
+                )
+            signals[index] = signal
+        _write(self._out / tokens.name, example_ids, signals, stage)
+        return len(sequences)
+
+
+def _check_lengths(
+    stage: Score, tokens: Path, backend: Backend, example_ids: list[str], sequences: list[NDArray[np.int32]]
+) -> None:
+    for example_id, ids in zip(example_ids, sequences, strict=True):
+        if int(ids.max()) >= backend.vocab_size:
+            raise SstokenError(
+                f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has token id {int(ids.max())}, beyond "
+                f"the model's vocabulary of {backend.vocab_size}; encode with this model's tokenizer"
+            )
+        if backend.max_length is not None and ids.size > backend.max_length:
+            raise SstokenError(
+                f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has {ids.size} tokens, the model "
+                f"takes {backend.max_length}; encode with --max-length {backend.max_length}"
+            )
+
+
+def _write(path: Path, example_ids: list[str], signals: list[TokenSignals | None], stage: Score) -> None:
+    losses = [s.loss for s in signals if s is not None]
+    columns = [pa.array(example_ids, pa.string()), _lists(losses)]
+    stats: dict[str, Any] = {
+        "examples": len(losses),
+        "response_tokens": int(sum(np.isfinite(x).sum() for x in losses)),
+        "loss_sum": float(sum(np.nansum(x, dtype=np.float64) for x in losses)),
+    }
+    schema = tables.SCORES
+    if stage.attention:
+        schema = tables.SCORES_WITH_ATTENTION
+        attention = [s.attention for s in signals if s is not None and s.attention is not None]
+        columns.append(_lists(attention))
+        stats["attention_sum"] = float(sum(np.nansum(x, dtype=np.float64) for x in attention))
+    metadata = {
+        "kind": "scores",
+        "checkpoint": stage.checkpoint,
+        "layer": stage.layer if stage.attention else None,
+        "dtype": stage.dtype,
+        "stats": stats,
+    }
+    tables.write_part(path, pa.Table.from_arrays(columns, schema=schema), metadata)
+
+
+def _lists(rows: list[NDArray[np.float32]]) -> pa.ListArray:
+    offsets = np.cumsum([0, *(r.size for r in rows)])
+    return tables.lists(np.concatenate([*rows, np.zeros(0, np.float32)]), offsets, tables.VALUES)

@@ -1,0 +1,269 @@
+"""`select`: from scores to the masked dataset. No model, no GPU: a sweep over rho takes seconds."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import Field
+
+from sstoken.errors import SstokenError
+from sstoken.methods import Signals, get_method
+from sstoken.selection import (
+    BoolArray,
+    Cut,
+    FloatArray,
+    check_ratio,
+    global_cut,
+    keep_above,
+    keep_per_example,
+    num_kept,
+)
+from sstoken.version import __version__
+from stages import tables
+from stages.base import SPEED_ONLY, Context, Stage
+from stages.masked_card import write_card
+
+NUM_DECILES = 10
+
+
+class Select(Stage):
+    """Reads `tokens` and, as its method needs them, the scores `history`, `current` and `attention`."""
+
+    name: ClassVar[str] = "select"
+    folder: ClassVar[str] = "masked"
+
+    method: str = "sstoken"
+    """Selection method; `sstoken-curate methods` lists them."""
+    rho: float = 0.6
+    """Selection ratio: the share of response tokens kept, in (0, 1]."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Balance: the weight of REL against attention, in [0, 1]."""
+    scope: Literal["sample", "global"] = "sample"
+    """Keep the best share of each example, or of the whole dataset."""
+    lean: bool = False
+    """Write only example_id, input_ids, labels and keep_mask."""
+    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
+    """Processes."""
+
+    def check(self) -> None:
+        """Refuse an unknown method and a ratio out of range."""
+        get_method(self.method)
+        check_ratio(self.rho)
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Select shard by shard; shards that are there already are kept."""
+        token_parts = tables.parts(context.inputs["tokens"])
+        scores = {k: v for k, v in context.inputs.items() if k in ("history", "current", "attention")}
+        cut = None
+        if self.scope == "global" and get_method(self.method).selective:
+            cut = self._global_cut(token_parts, scores, context.seed)
+        provenance = self._provenance(context, scores, token_parts[0])
+        shards = [Shard(index, path, scores, context.seed) for index, path in enumerate(token_parts)]
+        with context.progress("shards", len(shards)) as progress:
+            for _ in context.map(
+                _SelectShard(self, context.out, provenance), self._tasks(shards, cut), workers=self.workers
+            ):
+                progress.advance()
+        shutil.copytree(context.inputs["tokens"] / "tokenizer", context.out / "tokenizer", dirs_exist_ok=True)
+        summary = merge_stats([tables.read_metadata(p)["stats"] for p in tables.parts(context.out)])
+        if not summary["examples"]:
+            raise SstokenError(
+                f"{context.inputs['tokens']}: no example has a response token; nothing to select"
+            )
+        write_card(context.out, provenance, summary)
+        return summary
+
+    def scores(self, shard: "Shard") -> FloatArray:
+        """What the method ranks the shard's response tokens by, [N]."""
+        return get_method(self.method).score(shard.signals, self.gamma)
+
+    def _global_cut(self, token_parts: list[Path], scores: dict[str, Path], seed: int) -> Cut | None:
+        def chunks() -> Iterator[FloatArray]:
+            for index, path in enumerate(token_parts):
+                yield self.scores(Shard(index, path, scores, seed))
+
+        total = sum(chunk.size for chunk in chunks())
+        return global_cut(chunks, num_kept(total, self.rho)) if total else None
+
+    def _tasks(self, shards: list["Shard"], cut: Cut | None) -> Iterator[tuple["Shard", BoolArray | None]]:
+        """The shards, each with its keep mask where the cut is global (whose ties depend on the order)."""
+        ties = 0
+        for shard in shards:
+            kept = None
+            if cut is not None:
+                kept, ties = keep_above(self.scores(shard), cut, ties)
+            yield Shard(shard.index, shard.tokens, shard.scores, shard.seed), kept
+
+    def _provenance(self, context: Context, scores: dict[str, Path], token_part: Path) -> dict[str, Any]:
+        tokens = tables.read_metadata(token_part)
+        del tokens["stats"], tokens["kind"]
+        used = {role: tables.read_metadata(tables.parts(folder)[0]) for role, folder in scores.items()}
+        return {
+            "kind": "masked",
+            "method": self.method,
+            "rho": self.rho,
+            "gamma": self.gamma,
+            "scope": self.scope,
+            "seed": context.seed,
+            "checkpoints": {
+                role: {"name": scores[role].name, "checkpoint": facts["checkpoint"], "dtype": facts["dtype"]}
+                for role, facts in used.items()
+            },
+            "layer": used["attention"]["layer"] if "attention" in used else None,
+            **tokens,
+            "version": __version__,
+            "fingerprint": context.fingerprint,
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of tokens with the row-aligned shards of scores; read when first looked at."""
+
+    index: int
+    tokens: Path
+    scores: dict[str, Path]
+    """Folder by role: history, current, attention."""
+    seed: int
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The tokens."""
+        return pq.read_table(self.tokens)
+
+    @cached_property
+    def response(self) -> BoolArray:
+        """[M] over all tokens of the shard."""
+        return tables.flatten(self.table["response_mask"])[0].astype(bool)
+
+    @cached_property
+    def row_offsets(self) -> NDArray[np.int32]:
+        """[E + 1] into the shard's tokens."""
+        return tables.flatten(self.table["response_mask"])[1]
+
+    @cached_property
+    def signals(self) -> Signals:
+        """Of the response tokens."""
+        counts = np.concatenate([[0], np.cumsum(self.response)])
+        return Signals(
+            offsets=counts[self.row_offsets].astype(np.int64),
+            history_loss=self._measured("history", "loss"),
+            current_loss=self._measured("current", "loss"),
+            attention=self._measured("attention", "attention"),
+            seed=(self.seed, self.index),
+        )
+
+    def _measured(self, role: str, column: str) -> FloatArray | None:
+        if role not in self.scores:
+            return None
+        path = self.scores[role] / self.tokens.name
+        if not path.is_file():
+            raise SstokenError(f"{path}: missing; these are the scores of other tokens, score them again")
+        table = pq.read_table(path, columns=["example_id", column])
+        values, offsets = tables.flatten(table[column])
+        aligned = table["example_id"].equals(self.table["example_id"])
+        if not aligned or not np.array_equal(offsets, self.row_offsets):
+            raise SstokenError(f"{path}: not row-aligned with {self.tokens}; score these tokens again")
+        measured = values[self.response].astype(np.float64)
+        if not np.isfinite(measured).all():
+            raise SstokenError(f"{path}: column {column!r} has no value for a response token; score again")
+        return measured
+
+
+class _SelectShard:
+    """Writes one masked shard; pickles into worker processes."""
+
+    def __init__(self, stage: Select, out: Path, provenance: dict[str, Any]) -> None:
+        self._stage, self._out, self._provenance = stage, out, provenance
+
+    def __call__(self, task: tuple[Shard, BoolArray | None]) -> None:
+        shard, kept = task
+        path = self._out / shard.tokens.name
+        if path.exists():
+            return
+        stage, signals = self._stage, shard.signals
+        scores = stage.scores(shard)
+        if not get_method(stage.method).selective:
+            kept = np.ones(scores.size, dtype=bool)
+        elif kept is None:
+            kept = keep_per_example(scores, signals.offsets, stage.rho)
+        table = _masked_table(shard, kept, scores, tables.MASKED_LEAN if stage.lean else tables.MASKED)
+        has_response = np.diff(signals.offsets) > 0
+        stats = shard_stats(signals, kept, stage.rho)
+        tables.write_part(path, table.filter(pa.array(has_response)), {**self._provenance, "stats": stats})
+
+
+def _masked_table(shard: Shard, kept: BoolArray, scores: FloatArray, schema: pa.Schema) -> pa.Table:
+    offsets, response, signals = shard.row_offsets, shard.response, shard.signals
+    keep = np.zeros(response.size, dtype=bool)
+    keep[response] = kept
+    ids = tables.flatten(shard.table["input_ids"])[0]
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        "example_id": shard.table["example_id"],
+        "input_ids": shard.table["input_ids"],
+        "labels": tables.lists(np.where(keep, ids, tables.IGNORED_LABEL), offsets, tables.IDS),
+        "keep_mask": tables.lists(keep, offsets, tables.MASK),
+        "response_mask": shard.table["response_mask"],
+    }
+    for name, values in (("rel", signals.rel), ("attention", signals.attention), ("score", scores)):
+        if values is None:
+            columns[name] = pa.nulls(len(shard.table), tables.VALUES)
+            continue
+        column = np.full(response.size, np.nan, dtype=np.float32)
+        column[response] = values
+        columns[name] = tables.lists(column, offsets, tables.VALUES)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def shard_stats(signals: Signals, kept: BoolArray, rho: float) -> dict[str, Any]:
+    """Counts of one shard that add up over shards."""
+    counts = np.diff(signals.offsets)
+    position = np.arange(kept.size) - np.repeat(signals.offsets[:-1], counts)
+    decile = position * NUM_DECILES // np.maximum(1, np.repeat(counts, counts))
+    stats: dict[str, Any] = {
+        "examples": int((counts > 0).sum()),
+        "left_out": int((counts == 0).sum()),
+        "response_tokens": int(kept.size),
+        "kept": int(kept.sum()),
+        "decile_tokens": np.bincount(decile, minlength=NUM_DECILES).tolist(),
+        "decile_kept": np.bincount(decile[kept], minlength=NUM_DECILES).tolist(),
+    }
+    if signals.rel is not None and signals.attention is not None:
+        by_rel = keep_per_example(signals.rel, signals.offsets, rho)
+        by_attention = keep_per_example(signals.attention, signals.offsets, rho)
+        stats["by_either_signal"] = int(by_rel.sum())
+        stats["by_both_signals"] = int((by_rel & by_attention).sum())
+    return stats
+
+
+def merge_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of all shards.
+
+    Returns:
+        examples, left_out (no response token), response_tokens, kept, dropped, kept_share,
+        kept_share_by_decile (of the position in the response; None where no token falls) and, where both
+        signals were measured, signal_overlap: the share of the tokens chosen by REL alone that attention alone
+        chooses too.
+    """
+
+    def total(key: str) -> int:
+        return sum(s[key] for s in stats)
+
+    tokens_D = np.sum([s["decile_tokens"] for s in stats], axis=0)
+    kept_D = np.sum([s["decile_kept"] for s in stats], axis=0)
+    summary: dict[str, Any] = {key: total(key) for key in ("examples", "left_out", "response_tokens", "kept")}
+    summary["dropped"] = summary["response_tokens"] - summary["kept"]
+    summary["kept_share"] = summary["kept"] / max(1, summary["response_tokens"])
+    summary["kept_share_by_decile"] = [
+        round(float(k / n), 4) if n else None for k, n in zip(kept_D, tokens_D, strict=True)
+    ]
+    if all("by_both_signals" in s for s in stats):
+        summary["signal_overlap"] = total("by_both_signals") / max(1, total("by_either_signal"))
+    return summary
