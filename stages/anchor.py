@@ -1,0 +1,300 @@
+"""The anchor run: the supervised fine-tuning that supplies the history and the current checkpoint."""
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from sstoken.errors import SstokenError, UsageError
+from stages import checkpoints
+from stages.base import SPEED_ONLY, Context, Stage
+from stages.history_index import read_index, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from stages.token_dataset import Extent
+
+_LOG = "log.jsonl"
+_TRAINER = "trainer"
+"""The folder of an unfinished run: what it needs to go on. Its end removes it."""
+
+
+class Anchor(Stage):
+    """Fine-tune `model` on the response tokens; keep snapshots.
+
+    Under `torchrun` or `accelerate launch`, every process calls `run` with the same context (data parallelism).
+    """
+
+    name: ClassVar[str] = "anchor"
+    folder: ClassVar[str] = "history"
+
+    model: str
+    """The base model: a folder or a Hub id. Its tokenizer must be the one that made the tokens."""
+    snapshots: Annotated[int, Field(ge=1)] | None = None
+    """Number of snapshots, at even distances, the last at the last step. None: 4, or see `snapshot_every`."""
+    snapshot_every: Annotated[int, Field(ge=1)] | None = None
+    """Instead: optimizer steps between snapshots."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step, in (0, 1), of a moving average of the weights kept beside each snapshot. None: no average."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps, whatever `epochs` says."""
+    learning_rate: float = Field(2e-5, gt=0)
+    """Peak of AdamW's learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps, in [0, 1), over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay."""
+    batch_size: int = Field(8, ge=1)
+    """Examples per device and forward pass."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Forward passes per optimizer step."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Norm at which gradients are clipped. 0: they are not."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, and needs less memory."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward pass; full weights are always trained in float32. auto: bfloat16 on a GPU that has it."""
+    lora_rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank of LoRA adapters on every linear layer. None: train all weights."""
+    lora_alpha: float = Field(32, gt=0)
+    """LoRA's scale is alpha / rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share, in [0, 1), of the adapters' inputs dropped in training."""
+    trust_remote_code: bool = False
+    """Run the model's own Python code."""
+    data_workers: Annotated[int, Field(ge=0), SPEED_ONLY] = 0
+    """Processes that prepare batches. 0: the training process does."""
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        if self.snapshots is not None and self.snapshot_every is not None:
+            raise UsageError(
+                f"snapshots is {self.snapshots} and snapshot_every is {self.snapshot_every}; they exclude each "
+                "other, give one"
+            )
+        if self.lora_rank is not None and importlib.util.find_spec("peft") is None:
+            raise UsageError("lora_rank needs PEFT; pip install 'sstoken[lora]'")
+        if checkpoints.adapter_base(self.model) is not None:
+            raise UsageError(f"model {self.model!r} is a LoRA adapter; merge it into its base model first")
+        checkpoints.check_whole(self.model)
+
+    def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        """See `Stage.sources`."""
+        return {"model": checkpoints.identity(self.model, digest)}
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Train, or go on training; write the snapshots, `history.json`, `log.jsonl`, `learning_curve.png`.
+
+        An interrupted run goes on at its last snapshot and ends with the same bytes.
+
+        Raises:
+            SstokenError: the model does not fit the tokens, the loss is not a number, or resuming is impossible.
+        """
+        began = time.monotonic()
+        log = context.out / _LOG
+        if not log.exists():
+            with _quiet(), ExitStack() as stack:
+                self._train(context, stack)
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        entries = read_index(context.out)
+        if int(os.environ.get("RANK", "0")) == 0:
+            from stages.learning_curve import draw
+
+            draw(lines, entries, context.out / "learning_curve.png")
+            shutil.rmtree(context.out / _TRAINER, ignore_errors=True)
+        return {
+            "steps": lines[-1]["step"],
+            "tokens_seen": lines[-1]["tokens_seen"],
+            "loss": lines[-1]["loss"],
+            "snapshots": [entry.name for entry in entries],
+            "seconds": round(time.monotonic() - began, 3),
+        }
+
+    def _train(self, context: Context, stack: ExitStack) -> None:
+        from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, set_seed
+
+        from stages import resumable, token_dataset
+        from stages.history import HistorySnapshots
+
+        folder = context.out / _TRAINER
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = self._arguments(folder, context.seed)  # joins the other processes
+        data = folder / "tokens.arrow"
+        with arguments.main_process_first(local=False):
+            if arguments.process_index == 0:
+                resumable.clean(folder)
+                if not data.exists():
+                    token_dataset.build(context.inputs["tokens"], data)
+        tokenizer = self._tokenizer(context.inputs["tokens"])
+        set_seed(context.seed)
+        model = self._model(token_dataset.read_extent(data), context.inputs["tokens"], arguments.bf16)
+        snapshots = HistorySnapshots(
+            context.out,
+            self.snapshots,
+            self.snapshot_every,
+            ema_decay=self.ema_decay,
+            base=self.model,
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            data_collator=DataCollatorForSeq2Seq(_padding(tokenizer)),
+            train_dataset=token_dataset.TokenDataset(data),
+            processing_class=tokenizer,
+            callbacks=[
+                resumable.Watch(stack, context.progress, self.learning_rate),
+                snapshots,
+                resumable.Resumable(folder, snapshots),
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = resumable.last_whole(folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if arguments.process_index == 0:
+            write_atomically(context.out / _LOG, _log_lines(trainer.state.log_history))
+        trainer.accelerator.wait_for_everyone()
+
+    def _arguments(self, folder: Path, seed: int) -> "TrainingArguments":
+        import torch
+        from transformers import TrainingArguments
+        from transformers.utils import is_torch_bf16_gpu_available
+
+        on_cpu = not torch.accelerator.is_available()
+        bfloat16 = self.precision == "bfloat16" or (
+            self.precision == "auto" and not on_cpu and is_torch_bf16_gpu_available()
+        )
+        checkpointing = "activation_checkpointing"
+        if checkpointing not in TrainingArguments.__dataclass_fields__:  # renamed within transformers 5
+            checkpointing = "gradient_checkpointing"
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps or -1,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=self.schedule if self.schedule != "constant" else "constant_with_warmup",
+            warmup_steps=self.warmup_ratio,
+            weight_decay=self.weight_decay,
+            per_device_train_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation,
+            max_grad_norm=self.max_grad_norm,
+            bf16=bfloat16,
+            use_cpu=on_cpu,
+            seed=seed,
+            data_seed=seed,
+            dataloader_num_workers=self.data_workers,
+            dataloader_pin_memory=not on_cpu,
+            remove_unused_columns=False,
+            include_num_input_tokens_seen="non_padding",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **({checkpointing: True} if self.gradient_checkpointing else {}),
+        )
+        # One process, one device: several visible GPUs would multiply the batch size and change the result.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
+
+    def _tokenizer(self, tokens: Path) -> "PreTrainedTokenizerBase":
+        """The one that made the tokens, which must give ids the meaning that the model's own gives them."""
+        tokenizer = checkpoints.load_tokenizer(str(tokens / "tokenizer"))
+        try:
+            own = checkpoints.load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
+        except SstokenError:
+            return tokenizer  # the model brings none; its vocabulary's size is checked
+        if checkpoints.tokenizer_fingerprint(own) != checkpoints.tokenizer_fingerprint(tokenizer):
+            raise SstokenError(
+                f"{self.model}: its tokenizer is not the one that made {tokens} ({len(own)} and {len(tokenizer)} "
+                f"entries); encode the data with --model {self.model}, or train the model that it was encoded for"
+            )
+        return tokenizer
+
+    def _model(self, extent: "Extent", tokens: Path, bfloat16: bool) -> "PreTrainedModel":
+        import torch
+
+        # Full weights need float32 for updates far smaller than they are; frozen ones need not.
+        dtype = "auto" if self.lora_rank is not None and bfloat16 else torch.float32
+        model = checkpoints.load_model(self.model, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        if extent.largest_id >= vocabulary:
+            raise SstokenError(
+                f"{self.model}: its vocabulary has {vocabulary} entries, but {tokens} holds token id "
+                f"{extent.largest_id}; encode the data with --model {self.model}"
+            )
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions and extent.longest > positions:
+            raise SstokenError(
+                f"{self.model}: takes {positions} tokens, but {tokens} holds an example of {extent.longest}; encode "
+                f"the data with --max-length {positions}"
+            )
+        if self.lora_rank is None:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        adapter: PreTrainedModel = get_peft_model(
+            model,
+            LoraConfig(
+                r=self.lora_rank,
+                lora_alpha=self.lora_alpha,
+                lora_dropout=self.lora_dropout,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+                revision=checkpoints.split_revision(self.model)[1],
+            ),
+        )
+        return adapter
+
+
+def _padding(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """A copy that pads on the right, with EOS where there is no padding token: what is padded is masked anyway."""
+    import copy
+
+    padding = copy.deepcopy(tokenizer)
+    padding.padding_side = "right"
+    if padding.pad_token_id is None:
+        padding.pad_token = padding.eos_token
+    return padding
+
+
+def _log_lines(history: list[dict[str, Any]]) -> str:
+    """One JSON line per step."""
+    lines = [
+        {
+            "step": entry["step"],
+            "loss": entry["loss"],
+            "learning_rate": entry["learning_rate"],
+            "tokens_seen": entry["num_input_tokens_seen"],
+        }
+        for entry in history
+        if "loss" in entry
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own log lines and bars off the screen: our progress bar is there."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

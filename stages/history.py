@@ -1,0 +1,254 @@
+"""`HistorySnapshots`: a callback that keeps a training run's own history, in any transformers or TRL trainer.
+
+trainer = SFTTrainer(..., callbacks=[HistorySnapshots("history", num_snapshots=4)])
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sstoken.errors import SstokenError, UsageError
+from stages.history_index import INDEX, Entry, Kind, flush_to_disk, read_index, write_index
+
+
+class HistorySnapshots(TrainerCallback):
+    """Saves the model at even points of training, each as a folder that `from_pretrained` loads.
+
+    Writes `out/step-<K>/` (safetensors; for a PEFT model the adapter alone; the tokenizer beside it) and
+    `out/history.json`, whose first entry, `step-0`, refers to the base model without copying it. The last step
+    is always among the snapshots. A step's loss is logged where a snapshot is due, whatever `logging_steps`.
+
+    Weights are saved in the dtype they are trained in. In a distributed run the main process writes.
+
+    Args:
+        out: the history's folder.
+        num_snapshots: so many, at even distances, the last at the last step (4 unless `every_steps` is given).
+        every_steps: instead: every so many optimizer steps, and at the last.
+        ema_decay: in (0, 1): keep also an exponential moving average of the trained weights, in float32,
+            `average = ema_decay * average + (1 - ema_decay) * weights` after each step, starting from the weights
+            before the first; saved as `step-<K>-ema`. To resume, resume at a snapshot's step.
+        base: what `step-0` refers to. By default, where the model was loaded from.
+
+    Raises:
+        UsageError: a value out of its range.
+        SstokenError: during training: the weights are sharded, or the average cannot be resumed.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        num_snapshots: int | None = None,
+        every_steps: int | None = None,
+        *,
+        ema_decay: float | None = None,
+        base: str | None = None,
+    ) -> None:
+        if num_snapshots is not None and every_steps is not None:
+            raise UsageError("num_snapshots and every_steps exclude each other; give one")
+        if every_steps is None and num_snapshots is None:
+            num_snapshots = 4
+        for name, value in (("num_snapshots", num_snapshots), ("every_steps", every_steps)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise UsageError(f"ema_decay is {ema_decay}; it must lie between 0 and 1, for example 0.99")
+        self.steps: frozenset[int] = frozenset()
+        """Where snapshots are due; known once training has begun."""
+        self._out = Path(out)
+        self._num_snapshots = num_snapshots
+        self._every_steps = every_steps
+        self._ema_decay = ema_decay
+        self._base = base
+        self._entries: list[Entry] = []
+        self._average: _Average | None = None
+        self._last_step = 0
+        self._last_loss: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Plan the snapshots; forget the entries that training will make again."""
+        self.steps = snapshot_steps(state.max_steps, self._num_snapshots, self._every_steps)
+        self._last_step = state.global_step
+        self._last_loss = None
+        model = _unwrap(kwargs["model"])
+        _refuse_sharded(model)
+        if not state.is_world_process_zero:
+            return
+        self._out.mkdir(parents=True, exist_ok=True)
+        for leftover in self._out.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+        earlier = read_index(self._out) if (self._out / INDEX).exists() else []
+        self._entries = [e for e in earlier if 0 < e.step <= state.global_step]
+        base = self._base or _loaded_from(model)
+        if base:
+            self._entries.insert(0, Entry("step-0", base, 0, 0, None, "reference"))
+        write_index(self._out, self._entries)
+        if self._ema_decay is not None:
+            self._average = _Average(model, self._ema_decay)
+            if state.global_step > 0:
+                self._resume_average(model, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Follow the average; ask for the loss where a snapshot is due."""
+        if self._average is not None:
+            self._average.update(_unwrap(kwargs["model"]))
+        if state.global_step in self.steps:
+            control.should_log = True  # on every process: the loss is gathered from all
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the snapshot that is due. The trainer logs before it saves, so no checkpoint comes first."""
+        self._last_loss = (logs or {}).get("loss", self._last_loss)
+        if state.global_step in self.steps:
+            self._take(state, kwargs)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Training that stops early ends here, before a best model might be loaded instead of the last."""
+        if control.should_training_stop:
+            self._take(state, kwargs)
+
+    def _take(self, state: TrainerState, kwargs: dict[str, Any]) -> None:
+        if state.global_step <= self._last_step:
+            return
+        self._last_step = state.global_step
+        if not state.is_world_process_zero:
+            return
+        model = _unwrap(kwargs["model"])
+        tokenizer = kwargs.get("processing_class")
+        name = f"step-{state.global_step}"
+        self._save(name, "lora" if _is_adapted(model) else "full", model, tokenizer, state)
+        if self._average is not None:
+            with self._average.installed_in(model):
+                self._save(f"{name}-ema", "ema", model, tokenizer, state)
+        write_index(self._out, self._entries)
+
+    def _save(self, name: str, kind: Kind, model: Any, tokenizer: Any, state: TrainerState) -> None:
+        partial, final = self._out / f".{name}.partial", self._out / name
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        flush_to_disk(partial)
+        if final.exists():  # from an interrupted run that came further than its resumable state
+            shutil.rmtree(final)
+        partial.rename(final)
+        tokens_seen = state.num_input_tokens_seen or None
+        self._entries.append(Entry(name, name, state.global_step, tokens_seen, self._last_loss, kind))
+
+    def _resume_average(self, model: Any, step: int) -> None:
+        name = f"step-{step}-ema"
+        if self._average is None or not any(e.name == name for e in self._entries):
+            raise SstokenError(
+                f"{self._out}: no {name}, so the average cannot go on from step {step}; resume at a snapshot's step "
+                "or leave ema_decay out"
+            )
+        self._average.load(model, self._out / name)
+
+
+def snapshot_steps(max_steps: int, num_snapshots: int | None, every_steps: int | None) -> frozenset[int]:
+    """The steps at which snapshots are taken: at even points or at every so many steps, and the last."""
+    if every_steps is not None:
+        return frozenset([*range(every_steps, max_steps, every_steps), max_steps])
+    count = num_snapshots or 1
+    return frozenset(max(1, round(k * max_steps / count)) for k in range(1, count + 1))
+
+
+class _Average:
+    """An exponential moving average of the trained parameters, in float32."""
+
+    def __init__(self, model: Any, decay: float) -> None:
+        weights = _float_weights(model)
+        self._shadow = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._shadow.update_parameters(
+            weights
+        )  # the first update copies: the average starts from these weights
+
+    def update(self, model: Any) -> None:
+        self._shadow.update_parameters(_float_weights(model))
+
+    @contextmanager
+    def installed_in(self, model: Any) -> Iterator[None]:
+        """The model has the averaged weights, and its own again afterwards, to the bit."""
+        parameters = list(_trained(model).values())
+        own = [p.data for p in parameters]
+        try:
+            for parameter, averaged in zip(parameters, self._shadow.module.parameters(), strict=True):
+                parameter.data = averaged.data
+            yield
+        finally:
+            for parameter, data in zip(parameters, own, strict=True):
+                parameter.data = data
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Go on from an average that was saved."""
+        if isinstance(model, PreTrainedModel):
+            saved = type(model).from_pretrained(folder, dtype=torch.float32).to(model.device)
+            weights = dict(saved.named_parameters())
+            with torch.no_grad():
+                for name, averaged in zip(_trained(model), self._shadow.module.parameters(), strict=True):
+                    averaged.copy_(weights[name])
+        else:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            with self.installed_in(model):
+                set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _float_weights(model: Any) -> torch.nn.ParameterList:
+    """The trained parameters in float32, without a copy where they are so already."""
+    weights = (p.detach().float() for p in _trained(model).values())
+    return torch.nn.ParameterList(torch.nn.Parameter(w, requires_grad=False) for w in weights)
+
+
+def _unwrap(model: Any) -> Any:
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model)
+
+
+def _is_adapted(model: Any) -> bool:
+    return not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config")
+
+
+def _loaded_from(model: Any) -> str | None:
+    """Where the base weights came from; None for a model made from nothing."""
+    if _is_adapted(model):
+        model = model.get_base_model()
+    return getattr(model, "name_or_path", None) or None
+
+
+def _refuse_sharded(model: Any) -> None:
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        if (
+            isinstance(parameter, DTensor)
+            or hasattr(parameter, "ds_id")
+            or type(model).__name__.startswith("FSDP")
+        ):
+            raise SstokenError(
+                f"parameter {name} is sharded over processes (FSDP or DeepSpeed ZeRO-3), which snapshots do not "
+                "support; train with plain data parallelism, or with LoRA to need less memory"
+            )

@@ -1,0 +1,107 @@
+"""`history.json`: which checkpoints a training run left behind, in the order of training."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from sstoken.errors import SstokenError, UsageError
+
+INDEX = "history.json"
+
+Kind = Literal["reference", "full", "lora", "ema"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint of a history."""
+
+    name: str
+    """`step-<K>`, or `step-<K>-ema`."""
+    path: str
+    """Where it is: in the file relative to the history's folder; for a reference, as the user gave it."""
+    step: int
+    """Optimizer steps taken when it was saved. 0: the base model."""
+    tokens_seen: int | None
+    """Tokens of the batches until then, padding left out. None: the trainer did not count them."""
+    loss: float | None
+    """Training loss in nats, mean over the steps since the log line before. None for the base model."""
+    kind: Kind
+    """`reference`: the base model, not copied. `full`: all weights. `lora`: an adapter. `ema`: averaged weights."""
+
+
+def read_history(folder: Path) -> list[Entry]:
+    """The checkpoints of a history, with paths that can be loaded.
+
+    Raises:
+        UsageError: there is no history in `folder`.
+        SstokenError: its index is damaged, or a checkpoint that it names is gone.
+    """
+    entries = []
+    for entry in read_index(folder):
+        if entry.kind != "reference":
+            place = Path(folder) / entry.path
+            if not place.is_dir():
+                raise SstokenError(
+                    f"{Path(folder) / INDEX}: names {entry.path}, which is not there; run anchor again"
+                )
+            entry = replace(entry, path=str(place))
+        entries.append(entry)
+    return entries
+
+
+def find_checkpoint(folder: Path, name: str) -> Entry:
+    """The checkpoint called `name`.
+
+    Raises:
+        UsageError: there is none of that name.
+        SstokenError: see `read_history`.
+    """
+    entries = read_history(folder)
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    names = ", ".join(entry.name for entry in entries)
+    raise UsageError(f"checkpoint {name!r} is not in the history {folder}; choose one of: {names}")
+
+
+def read_index(folder: Path) -> list[Entry]:
+    """The entries as they stand in the file.
+
+    Raises:
+        UsageError: there is no history in `folder`.
+        SstokenError: the file is damaged.
+    """
+    path = Path(folder) / INDEX
+    try:
+        return [Entry(**fields) for fields in json.loads(path.read_text())]
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: no {INDEX}; name the folder that `anchor` wrote") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise SstokenError(f"{path}: damaged ({type(error).__name__}); run anchor again") from error
+
+
+def write_index(folder: Path, entries: Iterable[Entry]) -> None:
+    """Replace the file in one move: a reader sees the old one or the new one."""
+    lines = ",\n".join(" " + json.dumps(asdict(entry)) for entry in entries)
+    write_atomically(Path(folder) / INDEX, f"[\n{lines}\n]\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or not there, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Make the files directly in `folder` survive a power cut."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

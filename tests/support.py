@@ -1,0 +1,43 @@
+"""What tests of several stages share."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from stages.base import Context, Progress
+
+
+def sequential_map(
+    function: Callable[[Any], Any], tasks: Iterable[Any], *, workers: int = 1
+) -> Iterator[Any]:
+    """The plainest engine: one task after the other, in this process."""
+    return map(function, tasks)
+
+
+class NullProgress:
+    def advance(self, amount: int = 1) -> None:
+        pass
+
+
+@contextmanager
+def null_progress(unit: str, total: int | None) -> Iterator[Progress]:
+    yield NullProgress()
+
+
+def make_context(
+    out: Path,
+    inputs: Mapping[str, Path] | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int | None], AbstractContextManager[Progress]] = null_progress,
+) -> Context:
+    """A context as the runner would make it; `out` is created."""
+    out.mkdir(parents=True, exist_ok=True)
+    return Context(
+        inputs=dict(inputs or {}),
+        out=out,
+        seed=seed,
+        fingerprint="0" * 16,
+        map=sequential_map,
+        progress=progress,
+    )
