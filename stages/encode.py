@@ -1,0 +1,336 @@
+"""Stage `encode`: conversations in any common layout become token ids with a response mask.
+
+The parent reads rows and cuts them into shards of `shard_rows` input rows; each shard is encoded by itself, so
+the result is the same whatever the number of workers, and shards that an interrupted run finished are kept.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from sstoken.errors import SstokenError, UsageError
+from stages import checkpoints, sources
+from stages.base import SPEED_ONLY, Context, Stage
+from stages.conversations import (
+    MAX_CHARS,
+    BadRow,
+    Format,
+    Layout,
+    check_columns,
+    detect_layout,
+    to_messages,
+    to_tools,
+)
+from stages.sources import Row
+from stages.tables import TOKENS, part_name, read_metadata, write_part
+
+if TYPE_CHECKING:
+    from stages.chat import ChatEncoder
+
+BAD_ROWS = "bad_rows"
+"""Folder, in the output, of what was wrong with the rows passed over (never their text)."""
+TOKENIZER = "tokenizer"
+"""Folder, in the output, of the tokenizer that was used."""
+
+Task = tuple[int, list[Row] | None]
+"""A shard's index and its rows; None: the shard is already written."""
+Stats = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a worker process needs to know."""
+
+    model: str
+    chat_template: str | None
+    max_length: int | None
+    trust_remote_code: bool
+    layout: Layout
+    max_chars: int
+    skip: bool
+    out: Path
+
+
+class Encode(Stage):
+    """Turn a dataset of conversations into token ids and response masks."""
+
+    name: ClassVar[str] = "encode"
+    folder: ClassVar[str] = "tokens"
+
+    data: str
+    """JSONL, JSON, Parquet or CSV (a file, a pattern, an s3:// or gs:// address), a folder written by
+    save_to_disk, or a Hub dataset `user/name[:config][@revision]`."""
+    model: str
+    """Checkpoint whose tokenizer and chat template are used: a folder, or a Hub id `user/name[@revision]`."""
+    split: str | None = None
+    """Split of a Hub dataset (default `train`) or of a saved DatasetDict."""
+    format: Format = "auto"
+    """How rows hold conversations; `auto` looks at the first row's columns."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names that differ from the format's: `{question: prompt_text}`."""
+    max_length: Annotated[int | None, Field(ge=2)] = None
+    """Longest example in tokens, at least 2; longer ones keep their start. Default: what the tokenizer
+    declares, or 4096 where it declares no real limit."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the tokenizer's chat template."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What a row that cannot be used does: `stop` the run, or `skip` it, count it and list it in bad_rows/."""
+    max_chars: Annotated[int, Field(ge=1)] = MAX_CHARS
+    """Longest conversation taken, in characters; a longer one is a bad row."""
+    limit: Annotated[int | None, Field(ge=1)] = None
+    """Read only the first rows, this many."""
+    shard_rows: Annotated[int, Field(ge=1)] = 1000
+    """Input rows per output shard: the unit of parallel work, and of what a crash costs."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint's tokenizer."""
+    workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
+    """Processes. Default: the number of cores; a single shard is encoded without any."""
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        sources.check_source(self.data, self.split)
+        check_columns(self.format, self.columns)
+        checkpoints.local_folder(self.model)
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            raise UsageError(f"chat_template {self.chat_template!r}: no such file; name a Jinja file")
+
+    def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        """See `Stage.sources`."""
+        return {
+            "data": sources.data_identity(self.data, self.split, digest),
+            "tokenizer": checkpoints.tokenizer_identity(self.model, digest),
+            "chat_template": digest(Path(self.chat_template)) if self.chat_template else None,
+        }
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Write `part-*.parquet` (schema `TOKENS`), the tokenizer, and the bad rows passed over.
+
+        Raises:
+            SstokenError: a bad row under `on_bad_row="stop"`; a source or tokenizer that fails; nothing left.
+        """
+        self.check()
+        template = Path(self.chat_template).read_text(encoding="utf-8") if self.chat_template else None
+        settings = _Settings(
+            model=self.model,
+            chat_template=template,
+            max_length=self.max_length,
+            trust_remote_code=self.trust_remote_code,
+            layout=self._layout(),
+            max_chars=self.max_chars,
+            skip=self.on_bad_row == "skip",
+            out=context.out,
+        )
+        _save_tokenizer(settings)
+        tasks = self._tasks(context.out)
+        first = list(islice(tasks, 2))
+        workers = self.workers or len(os.sched_getaffinity(0)) if len(first) > 1 else 1
+        total = _no_stats()
+        with context.progress("rows", self.limit) as bar:
+            for stats in context.map(partial(encode_shard, settings), chain(first, tasks), workers=workers):
+                total = merge(total, stats)
+                bar.advance(stats["rows"])
+        if not total["examples"]:
+            raise SstokenError(
+                f"{sources.shown(self.data)}: no example left of {total['rows']} rows ({_why(total)})"
+            )
+        return metrics(total)
+
+    def _rows(self) -> Iterator[Row]:
+        return islice(sources.open_rows(self.data, self.split), self.limit)
+
+    def _layout(self) -> Layout:
+        """The dataset's layout, from its first row that parses."""
+        bad: Counter[str] = Counter()
+        for row in self._rows():
+            if row.problem is None and isinstance(row.value, Mapping):
+                try:
+                    return detect_layout(row.value, self.format, self.columns)
+                except SstokenError as error:
+                    raise SstokenError(f"{row.where}: {error}") from error
+            problem = BadRow(*(row.problem or ("not an object", f"a {type(row.value).__name__}")))
+            if self.on_bad_row == "stop":
+                raise _stop(row, problem)
+            bad[problem.reason] += 1
+        raise SstokenError(f"{sources.shown(self.data)}: no row can be used ({_why({'bad_rows': bad})})")
+
+    def _tasks(self, out: Path) -> Iterator[Task]:
+        rows = self._rows()
+        index = 0
+        while shard := list(islice(rows, self.shard_rows)):
+            yield index, None if (out / part_name(index)).exists() else shard
+            index += 1
+
+
+def encode_shard(settings: _Settings, task: Task) -> Stats:
+    """Encode one shard and write it; only its statistics come back.
+
+    The list of bad rows is written first: a shard that is there is whole.
+    """
+    index, rows = task
+    path = settings.out / part_name(index)
+    if rows is None:
+        stats: Stats = read_metadata(path)["stats"]
+        return stats
+    encoder = _encoder(
+        settings.model, settings.chat_template, settings.max_length, settings.trust_remote_code
+    )
+    columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
+    stats = _no_stats() | {"rows": len(rows)}
+    bad: list[dict[str, Any]] = []
+    for row in rows:
+        try:
+            encoded = encode_row(row, settings.layout, encoder, settings.max_chars)
+        except BadRow as error:
+            if not settings.skip:
+                raise _stop(row, error) from error
+            bad.append({"file": row.file, "row": row.index, "reason": error.reason, "detail": error.detail})
+            continue
+        if not encoded.input_ids:
+            stats["dropped"] += 1
+            continue
+        columns["example_id"].append(_example_id(row))
+        columns["input_ids"].append(encoded.input_ids)
+        columns["response_mask"].append(encoded.response_mask)
+        stats["truncated"] += encoded.truncated
+        stats["response_tokens"] += sum(encoded.response_mask)
+    lengths = Counter(map(len, columns["input_ids"]))
+    stats |= {"examples": lengths.total(), "tokens": sum(n * k for n, k in lengths.items())}
+    stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}
+    stats["bad_rows"] = dict(Counter(b["reason"] for b in bad))
+    if bad:
+        _write_lines(settings.out / BAD_ROWS / path.with_suffix(".jsonl").name, bad)
+    write_part(path, pa.table(columns, schema=TOKENS), _metadata(settings, encoder) | {"stats": stats})
+    return stats
+
+
+def encode_row(row: Row, layout: Layout, encoder: "ChatEncoder", max_chars: int = MAX_CHARS) -> Any:
+    """One raw row as an `Encoded` example.
+
+    Raises:
+        BadRow: it cannot be used.
+    """
+    if row.problem is not None:
+        raise BadRow(*row.problem)
+    messages = to_messages(row.value, layout, max_chars)
+    return encoder.encode(messages, to_tools(row.value, layout))
+
+
+def merge(left: Stats, right: Stats) -> Stats:
+    """The statistics of two sets of rows taken together."""
+    both = {name: left[name] + right[name] for name in left if not isinstance(left[name], dict)}
+    for name in ("lengths", "bad_rows"):
+        both[name] = dict(Counter(left[name]) + Counter(right[name]))
+    return both
+
+
+def metrics(stats: Stats) -> dict[str, Any]:
+    """What the manifest keeps. Lengths are in tokens; the response share is of all tokens."""
+    lengths = sorted((int(n), k) for n, k in stats["lengths"].items())
+    return {
+        "rows": stats["rows"],
+        "examples": stats["examples"],
+        "tokens": stats["tokens"],
+        "response_tokens": stats["response_tokens"],
+        "response_share": round(stats["response_tokens"] / max(stats["tokens"], 1), 4),
+        "length": {f"p{q}": _percentile(lengths, q) for q in (50, 90, 99)}
+        | {"max": _percentile(lengths, 100)},
+        "truncated": stats["truncated"],
+        "dropped_no_response": stats["dropped"],
+        "bad_rows": dict(sorted(stats["bad_rows"].items())),
+    }
+
+
+def _no_stats() -> Stats:
+    counts = ("rows", "examples", "tokens", "response_tokens", "truncated", "dropped")
+    return dict.fromkeys(counts, 0) | {"lengths": {}, "bad_rows": {}}
+
+
+def _percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:
+    """Nearest rank: the smallest length that q percent of the examples do not exceed."""
+    pairs = list(lengths)
+    rank = -(-q * sum(k for _, k in pairs) // 100)
+    for length, k in pairs:
+        rank -= k
+        if rank <= 0:
+            return length
+    return 0
+
+
+def _stop(row: Row, error: BadRow) -> SstokenError:
+    return SstokenError(
+        f"{row.where}: {error}; repair the row, or pass over such rows with --on-bad-row skip"
+    )
+
+
+def _why(stats: Stats) -> str:
+    counts = {"no response token within max_length": stats.get("dropped", 0)} | dict(stats["bad_rows"])
+    return ", ".join(f"{reason}: {n}" for reason, n in counts.items() if n) or "none were read"
+
+
+def _example_id(row: Row) -> str:
+    own = row.value.get("example_id")
+    return f"{row.file}-{row.index}" if own is None else str(own)
+
+
+@lru_cache(maxsize=1)
+def _encoder(
+    model: str, chat_template: str | None, max_length: int | None, trust_remote_code: bool
+) -> "ChatEncoder":
+    """One per process: a tokenizer takes longer to load than a shard to encode."""
+    from stages.chat import ChatEncoder
+
+    tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return ChatEncoder(tokenizer, max_length, chat_template)
+
+
+def _metadata(settings: _Settings, encoder: "ChatEncoder") -> dict[str, Any]:
+    return {
+        "kind": "tokens",
+        "tokenizer": {
+            "fingerprint": checkpoints.tokenizer_fingerprint(encoder.tokenizer),
+            "vocab_size": len(encoder.tokenizer),
+            "name": settings.model,
+        },
+        "chat_template": hashlib.sha256(encoder.template().encode()).hexdigest()[:16],
+        "max_length": encoder.max_length,
+    }
+
+
+def _save_tokenizer(settings: _Settings) -> None:
+    """Later stages decode and train with the tokenizer, and the chat template, that was used here."""
+    folder = settings.out / TOKENIZER
+    if folder.exists():
+        return
+    encoder = _encoder(
+        settings.model, settings.chat_template, settings.max_length, settings.trust_remote_code
+    )
+    temporary = folder.with_name(folder.name + ".tmp")
+    tokenizer = encoder.tokenizer
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = own if own and settings.chat_template is None else encoder.template()
+        tokenizer.save_pretrained(temporary)
+    finally:
+        tokenizer.chat_template = own
+    os.replace(temporary, folder)
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """JSON lines, whole or not there."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,151 @@
+"""Values out of one open file: JSON lines, a JSON array, Parquet, CSV. Streaming, whatever the size."""
+
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from sstoken.errors import SstokenError
+
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+MAX_LINE_BYTES = 256 << 20
+"""A longer line of JSON is a bad row rather than a machine out of memory."""
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What decompressors raise on a file cut short or not compressed at all."""
+
+Problem = tuple[str, str]
+Parsed = tuple[str, Any, Problem | None]
+"""Where in the file, the value, and instead of a value what is wrong with that row."""
+
+
+def kind(path: str) -> str | None:
+    """The format by the extension, a compression's set aside; None: not one we read."""
+    match = re.search(r"\.(jsonl|ndjson|json|parquet|csv)(\.(gz|bz2|xz|zst|zip))?$", path.lower())
+    if match is None:
+        return None
+    return "jsonl" if match[1] == "ndjson" else match[1]
+
+
+def is_visible(path: str) -> bool:
+    """False for what a pattern should pass over: hidden files, and markers such as `_SUCCESS`."""
+    return not PurePosixPath(path).name.startswith((".", "_"))
+
+
+def read(stream: Any, name: str) -> Iterator[Parsed]:
+    """The rows of an open, buffered binary file.
+
+    Args:
+        stream: an `io.BufferedReader`.
+        name: the file for people; its extension decides the format.
+
+    Raises:
+        SstokenError: the file is damaged as a whole.
+    """
+    readers = {"jsonl": _json_lines, "json": _json, "parquet": _parquet, "csv": _csv}
+    format = kind(name)
+    assert format is not None, name
+    try:
+        yield from readers[format](stream, name)
+    except DAMAGE as error:
+        raise SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again") from error
+
+
+def _json_lines(stream: Any, name: str) -> Iterator[Parsed]:
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES):
+        number += 1
+        too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
+        while too_long and line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES)
+        if too_long:
+            yield f"line {number}", None, ("too long", f"the line is over {MAX_LINE_BYTES >> 20} MiB")
+            continue
+        line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
+        if line:
+            yield (f"line {number}", *_json_value(line))
+
+
+def _json_value(text: bytes) -> tuple[Any, Problem | None]:
+    import json
+
+    import orjson
+
+    try:
+        return orjson.loads(text), None
+    except orjson.JSONDecodeError as error:
+        # orjson also refuses NaN and lone surrogates; the standard parser tells those from broken JSON.
+        try:
+            return json.loads(text), None
+        except (ValueError, RecursionError):
+            return None, ("broken JSON", str(error))
+
+
+def _json(stream: Any, name: str) -> Iterator[Parsed]:
+    start = stream.peek(1)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start == b"[":
+        yield from _json_array(stream, name)
+        return
+    # Many a .json file holds JSON lines; a pretty-printed object is the other thing one meets here.
+    for where, value, problem in _json_lines(stream, name):
+        if where == "line 1" and problem is not None:
+            raise SstokenError(
+                f"{name}: neither a JSON list of rows nor one JSON object a line ({problem[1]}); make it "
+                "[{...}, {...}] or JSON lines"
+            )
+        yield where, value, problem
+
+
+def _json_array(stream: Any, name: str) -> Iterator[Parsed]:
+    import ijson
+
+    if stream.peek(3).startswith(b"\xef\xbb\xbf"):
+        stream.read(3)
+    index = 0
+    try:
+        for value in ijson.items(stream, "item", use_float=True):
+            yield f"row {index}", value, None
+            index += 1
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        raise SstokenError(f"{name}: broken JSON after row {index - 1} ({first_line(error)})") from error
+
+
+def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = 0
+    try:
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=64):
+            for value in batch.to_pylist():
+                yield f"row {index}", value, None
+                index += 1
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise SstokenError(
+            f"{name}: not a readable Parquet file ({first_line(error)}); fetch it again"
+        ) from error
+
+
+def _csv(stream: Any, name: str) -> Iterator[Parsed]:
+    import csv
+    import io
+
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for value in reader:
+            # DictReader files surplus fields under None, and fills missing ones with None.
+            uneven = None in value or None in value.values()
+            problem = ("broken CSV", f"{len(reader.fieldnames or ())} columns expected") if uneven else None
+            yield f"line {reader.line_num}", None if uneven else value, problem
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise SstokenError(f"{name}: broken CSV near line {reader.line_num} ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The kind and first line of an error, for a one-line message; a signed address loses its query."""
+    lines = str(error).strip().splitlines()
+    line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", lines[0])[:200] if lines else ""
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -1,0 +1,290 @@
+"""Raw rows out of files, folders and the Hub, one at a time, so that memory stays flat for any size.
+
+What `data` may name: a JSONL, JSON, Parquet or CSV file (local or under any fsspec address such as `s3://`,
+compressed or not), a pattern of such files, a folder written by `datasets.save_to_disk`, or a dataset of the
+Hub as `user/name`, `user/name@revision` or `user/name:config@revision`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from sstoken.errors import SstokenError, UsageError
+from stages import rowfiles
+from stages.rowfiles import first_line
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source. Exactly one of `value` and `problem` is meant: a row that parses, or why not."""
+
+    file: str
+    """The file's label: its name without extension, longer only where two files share that name."""
+    index: int
+    """Position among the file's rows, from 0."""
+    where: str
+    """For people: `data.jsonl line 12`."""
+    value: Any = None
+    problem: tuple[str, str] | None = None
+    """A short stable reason and the detail, for a row that cannot be parsed."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files of one filesystem. `shown[i]` is `paths[i]` for people, without the secrets of a signed address."""
+
+    filesystem: Any
+    paths: tuple[str, ...]
+    shown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A folder written by `datasets.save_to_disk` (a DatasetDict's split already chosen)."""
+
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Hub:
+    name: str
+    config: str | None
+    revision: str | None
+
+
+def check_source(data: str, split: str | None = None) -> None:
+    """Refuse, without reading any row or asking the network, a `data` that cannot be read.
+
+    Raises:
+        UsageError: nothing there, a plain folder, a pattern without match, an unknown extension, or a split
+            where there is none or a wrong one.
+    """
+    _locate(data, split)
+
+
+def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
+    """The rows of `data` in order, read as they are asked for.
+
+    Args:
+        data: see the head of this file.
+        split: of a Hub dataset (default `train`) or of a saved DatasetDict.
+
+    Raises:
+        UsageError: as `check_source`.
+        SstokenError: an empty source, a damaged file, a Hub that does not answer. A single JSONL line that
+            does not parse is no error here: it comes as a row with a `problem`.
+    """
+    source = _locate(data, split)
+    rows = _file_rows(source) if isinstance(source, _Files) else _dataset_rows(source, split)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise SstokenError(f"{shown(data)}: no rows in it; there is nothing to encode")
+
+
+def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """What decides the rows' content: hashes of local files, checksums of remote ones, or the Hub's commit."""
+    source = _locate(data, split)
+    if isinstance(source, _Saved):
+        files = sorted(p for p in source.folder.rglob("*") if p.is_file())
+        return {"files": {p.relative_to(source.folder).as_posix(): digest(p) for p in files}}
+    if isinstance(source, _Hub):
+        return {"hub": source.name, "config": source.config, "commit": _hub_commit(source)}
+    if _is_local(source.filesystem):
+        keys = [digest(Path(path)) for path in source.paths]
+    else:
+        keys = [str(_remote(source.filesystem.checksum, path, name)) for path, name in _pairs(source)]
+    return {"files": dict(zip(file_labels(list(source.shown)), keys, strict=True))}
+
+
+def shown(data: str) -> str:
+    """`data` for messages: an address loses its query and its user part, which may hold keys."""
+    if "://" not in data:
+        return data
+    scheme, rest = data.split("://", 1)
+    host, slash, path = rest.partition("/")
+    path = path.partition("?")[0] if scheme in ("http", "https") else path
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def file_labels(paths: list[str]) -> list[str]:
+    """A short name for each file, unique in the list: its stem, or the path below the common folder."""
+    stems = [PurePosixPath(_without_compression(path)).stem for path in paths]
+    count = Counter(stems)
+    folders = [PurePosixPath(path).parent.parts for path in paths]
+    common = 0
+    while all(len(f) > common for f in folders) and len({f[common] for f in folders}) == 1:
+        common += 1
+    return [
+        stem if count[stem] == 1 else "/".join((*folder[common:], _bare(path)))
+        for stem, folder, path in zip(stems, folders, paths, strict=True)
+    ]
+
+
+def _locate(data: str, split: str | None) -> _Files | _Saved | _Hub:
+    """Decide what `data` names; touches directory listings, never the network of a Hub dataset."""
+    if "://" in data:
+        return _no_split(_locate_files(data), split)
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return _locate_saved(path, split)
+    if path.exists() or any(c in data for c in "*?["):
+        return _no_split(_locate_files(str(path)), split)
+    hub = _HUB_ID.fullmatch(data)
+    if hub is None or data.startswith(".") or rowfiles.kind(data) is not None:
+        raise UsageError(
+            f"data {data!r}: no such file; name a file, a pattern such as 'dir/*.jsonl', a folder written by "
+            "save_to_disk, or a Hub dataset user/name"
+        )
+    return _Hub(hub["name"], hub["config"], hub["revision"])
+
+
+def _no_split(files: _Files, split: str | None) -> _Files:
+    if split is not None:
+        raise UsageError(
+            f"split {split!r}: plain files have no splits; name the split's file, or leave split out"
+        )
+    return files
+
+
+def _locate_saved(folder: Path, split: str | None) -> _Saved:
+    import json
+
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads((folder / "dataset_dict.json").read_text()).get("splits", [])
+        if split not in names:
+            raise UsageError(
+                f"data {str(folder)!r}: split {split!r} is not one of {', '.join(names)}; set --split"
+            )
+        return _Saved(folder / str(split))
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        if split is not None:
+            raise UsageError(f"split {split!r}: {folder} holds one dataset without splits; leave split out")
+        return _Saved(folder)
+    raise UsageError(
+        f"data {str(folder)!r}: a folder; name a file in it or a pattern such as '{folder.name}/*.jsonl'"
+    )
+
+
+def _locate_files(data: str) -> _Files:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(data)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"data {shown(data)!r}: cannot be opened ({first_line(error)})") from error
+    literal = _is_local(filesystem) and Path(path).is_file()
+    if any(c in path for c in "*?[") and not literal:
+        paths = sorted(p for p in _remote(filesystem.glob, path, shown(data)) if rowfiles.is_visible(p))
+        if not paths:
+            raise UsageError(f"data {shown(data)!r}: no file matches the pattern")
+    elif literal or _remote(filesystem.isfile, path, shown(data)):
+        paths = [path]
+    else:
+        raise UsageError(f"data {shown(data)!r}: no such file")
+    for each in paths:
+        if rowfiles.kind(shown(each)) is None:
+            suffix = PurePosixPath(_without_compression(shown(each))).suffix or "none"
+            raise UsageError(
+                f"data {shown(each)!r}: extension {suffix} is not one of {', '.join(rowfiles.EXTENSIONS)} "
+                f"(each also with {', '.join(_COMPRESSED)})"
+            )
+    remote = "" if _is_local(filesystem) else data.partition("://")[0] + "://"
+    names = [shown(p) if "://" in p else remote + p for p in paths]
+    return _Files(filesystem, tuple(paths), tuple(names))
+
+
+def _file_rows(files: _Files) -> Iterator[Row]:
+    for (path, name), label in zip(_pairs(files), file_labels(list(files.shown)), strict=True):
+        with _open(files.filesystem, path, name) as stream:
+            if not stream.peek(1):
+                raise SstokenError(f"{name}: the file is empty; there is nothing to encode")
+            for index, (where, value, problem) in enumerate(rowfiles.read(stream, name)):
+                yield Row(label, index, f"{name} {where}", value, problem)
+
+
+def _open(filesystem: Any, path: str, name: str) -> Any:
+    """A buffered binary reader of the file's decompressed bytes."""
+    import io
+
+    import fsspec
+
+    compression = fsspec.utils.infer_compression(_bare(path))
+
+    def opened() -> IO[bytes]:
+        raw = filesystem.open(path, "rb")
+        codec = fsspec.compression.compr[compression] if compression else None
+        return codec(raw, mode="r") if codec else raw
+
+    try:
+        return io.BufferedReader(_remote(lambda _: opened(), path, name), buffer_size=1 << 20)
+    except rowfiles.DAMAGE as error:
+        raise SstokenError(f"{name}: cannot be decompressed ({first_line(error)})") from error
+
+
+def _dataset_rows(source: _Saved | _Hub, split: str | None) -> Iterator[Row]:
+    import datasets
+
+    if isinstance(source, _Saved):
+        name, label = str(source.folder), source.folder.name
+    else:
+        name, label = source.name, source.name.rpartition("/")[2]
+    try:
+        if isinstance(source, _Saved):
+            rows = datasets.load_from_disk(str(source.folder))
+        else:
+            rows = datasets.load_dataset(
+                source.name, source.config, split=split or "train", revision=source.revision, streaming=True
+            )
+        for index, value in enumerate(rows):
+            yield Row(label, index, f"{name} row {index}", value)
+    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow raise many kinds
+        what = "no such file, and the Hub gives no such dataset"
+        what = "damaged dataset folder" if isinstance(source, _Saved) else what
+        raise SstokenError(f"{name}: {what} ({first_line(error)})") from error
+
+
+def _hub_commit(source: _Hub) -> str:
+    from huggingface_hub import dataset_info
+
+    try:
+        return str(dataset_info(source.name, revision=source.revision).sha)
+    except Exception as error:  # offline, missing, private: all mean the same to the user
+        raise SstokenError(
+            f"data {source.name!r}: no such file, and the Hub does not answer for it ({first_line(error)})"
+        ) from error
+
+
+def _remote(ask: Callable[[str], Any], path: str, name: str) -> Any:
+    """Ask a filesystem; every way in which it can fail becomes one line."""
+    try:
+        return ask(path)
+    except FileNotFoundError as error:
+        raise UsageError(f"data {name!r}: no such file") from error
+    except Exception as error:  # each filesystem raises its own kinds
+        raise SstokenError(f"{name}: cannot be read ({first_line(error)})") from error
+
+
+def _pairs(files: _Files) -> Iterator[tuple[str, str]]:
+    return zip(files.paths, files.shown, strict=True)
+
+
+def _is_local(filesystem: Any) -> bool:
+    protocol = filesystem.protocol
+    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def _bare(path: str) -> str:
+    return PurePosixPath(shown(path)).name
+
+
+def _without_compression(path: str) -> str:
+    return path[: -len(PurePosixPath(path).suffix)] if PurePosixPath(path).suffix in _COMPRESSED else path
