@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -37,9 +36,8 @@ class Map(Protocol):
     `function` and the tasks must pickle when `workers > 1`.
     """
 
-    def __call__(
-        self, function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 1
-    ) -> Iterator[R]: ...
+    def __call__(self, function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 1) -> Iterator[R]:
+        """Yield `function(task)` for each task."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,9 @@ class Stage(BaseModel):
     """The stage's file, YAML section and CLI verb."""
     folder: ClassVar[str]
     """The folder it writes in a run."""
+
+    seeded: ClassVar[bool] = False
+    """Whether what it writes depends on the seed."""
 
     def check(self) -> None:
         """Refuse, before any work, what can be seen to be wrong without reading the data.

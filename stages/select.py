@@ -1,7 +1,7 @@
 """`select`: from scores to the masked dataset. No model, no GPU: a sweep over rho takes seconds."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ class Select(Stage):
 
     name: ClassVar[str] = "select"
     folder: ClassVar[str] = "masked"
+    seeded: ClassVar[bool] = True
 
     method: str = "sstoken"
     """Selection method; `sstoken-curate methods` lists them."""
@@ -61,15 +62,18 @@ class Select(Stage):
         """Select shard by shard; shards that are there already are kept."""
         token_parts = tables.parts(context.inputs["tokens"])
         scores = {k: v for k, v in context.inputs.items() if k in ("history", "current", "attention")}
+
+        def shards() -> Iterator[Shard]:
+            for index, path in enumerate(token_parts):
+                yield Shard(index, path, scores, context.seed)
+
         cut = None
         if self.scope == "global" and get_method(self.method).selective:
-            cut = self._global_cut(token_parts, scores, context.seed)
+            cut = self._global_cut(shards)
         provenance = self._provenance(context, scores, token_parts[0])
-        shards = [Shard(index, path, scores, context.seed) for index, path in enumerate(token_parts)]
-        with context.progress("shards", len(shards)) as progress:
-            for _ in context.map(
-                _SelectShard(self, context.out, provenance), self._tasks(shards, cut), workers=self.workers
-            ):
+        select_shard = _SelectShard(self, context.out, provenance)
+        with context.progress("shards", len(token_parts)) as progress:
+            for _ in context.map(select_shard, self._tasks(shards, cut), workers=self.workers):
                 progress.advance()
         shutil.copytree(context.inputs["tokens"] / "tokenizer", context.out / "tokenizer", dirs_exist_ok=True)
         summary = merge_stats([tables.read_metadata(p)["stats"] for p in tables.parts(context.out)])
@@ -84,22 +88,23 @@ class Select(Stage):
         """What the method ranks the shard's response tokens by, [N]."""
         return get_method(self.method).score(shard.signals, self.gamma)
 
-    def _global_cut(self, token_parts: list[Path], scores: dict[str, Path], seed: int) -> Cut | None:
+    def _global_cut(self, shards: Callable[[], Iterator["Shard"]]) -> Cut | None:
         def chunks() -> Iterator[FloatArray]:
-            for index, path in enumerate(token_parts):
-                yield self.scores(Shard(index, path, scores, seed))
+            return (self.scores(shard) for shard in shards())
 
-        total = sum(chunk.size for chunk in chunks())
+        total = sum(shard.signals.num_tokens for shard in shards())
         return global_cut(chunks, num_kept(total, self.rho)) if total else None
 
-    def _tasks(self, shards: list["Shard"], cut: Cut | None) -> Iterator[tuple["Shard", BoolArray | None]]:
+    def _tasks(
+        self, shards: Callable[[], Iterator["Shard"]], cut: Cut | None
+    ) -> Iterator[tuple["Shard", BoolArray | None]]:
         """The shards, each with its keep mask where the cut is global (whose ties depend on the order)."""
         ties = 0
-        for shard in shards:
+        for shard, unread in zip(shards(), shards(), strict=True):
             kept = None
             if cut is not None:
                 kept, ties = keep_above(self.scores(shard), cut, ties)
-            yield Shard(shard.index, shard.tokens, shard.scores, shard.seed), kept
+            yield unread, kept  # unread, so that no table is sent to a worker process
 
     def _provenance(self, context: Context, scores: dict[str, Path], token_part: Path) -> dict[str, Any]:
         tokens = tables.read_metadata(token_part)

@@ -49,7 +49,7 @@ def part_name(index: int) -> str:
 
 def parts(folder: Path) -> list[Path]:
     """The shards of a folder, in order."""
-    return sorted(folder.glob("part-*.parquet"))
+    return sorted(folder.glob("part-*.parquet"), key=lambda path: (len(path.name), path.name))
 
 
 def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:

@@ -1,0 +1,5 @@
+"""`python -m pipeline`: the command line, for launchers such as torchrun."""
+
+from pipeline.cli import main
+
+main()

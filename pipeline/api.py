@@ -1,0 +1,238 @@
+"""Every verb as a function. What the command line does beyond these is to print.
+
+All raise `UsageError` for a wrong request and `SstokenError` where the work fails, with one line to show.
+A call that finds its output finished returns at once (`result.skipped`).
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline import manifest as manifests
+from pipeline.config import RunConfig, load_config, validated
+from pipeline.manifest import MANIFEST, Digests
+from pipeline.runner import Job, Result, State, execute, state
+from pipeline.steps import (
+    NO_ATTENTION,
+    Step,
+    named_checkpoints,
+    run_steps,
+    score_job,
+    select_inputs,
+)
+from sstoken.errors import SstokenError, UsageError
+from stages.anchor import Anchor
+from stages.base import Stage
+from stages.encode import Encode
+from stages.score import ScoreOptions
+from stages.select import Select
+
+_DIGESTS = "digests.json"
+_RUN_FILE = "run.json"
+S = TypeVar("S", bound=Stage)
+Listener = Callable[[Step, Result], None]
+
+
+def encode(*, data: str, model: str, out: str | Path, force: bool = False, **fields: Any) -> Result:
+    """Turn a dataset into tokens. `fields`: those of `stages.encode.Encode`."""
+    stage = _stage(Encode, data=str(data), model=str(model), **fields)
+    return execute(Job(stage, {}, Path(out), seed=0), Digests(), force=force)
+
+
+def anchor(
+    *,
+    tokens: str | Path,
+    model: str,
+    out: str | Path,
+    seed: int = 0,
+    force: bool = False,
+    **fields: Any,
+) -> Result:
+    """Fine-tune, and keep snapshots of the way. `fields`: those of `stages.anchor.Anchor`."""
+    stage = _stage(Anchor, model=str(model), **fields)
+    return execute(Job(stage, {"tokens": Path(tokens)}, Path(out), seed), Digests(), force=force)
+
+
+def score(
+    *,
+    tokens: str | Path,
+    checkpoints: Sequence[str],
+    out: str | Path,
+    attention_from: str | None = None,
+    force: bool = False,
+    listener: Callable[[str, Result], None] | None = None,
+    **fields: Any,
+) -> Result:
+    """Measure the loss of every response token under each checkpoint, and attention importance under one.
+
+    Args:
+        tokens: a finished tokens folder.
+        checkpoints: folders, Hub ids or LoRA adapters; `NAME=PATH` names one.
+        out: gets a folder for each checkpoint.
+        attention_from: the one whose attention is measured (name or path); None: the last; `none`: no attention.
+        force: score again what is finished.
+        listener: called with `(name, result)` after each checkpoint.
+        fields: those of `stages.score.ScoreOptions`.
+
+    Returns:
+        `metrics` holds each checkpoint's, by name.
+    """
+    named = named_checkpoints(checkpoints)
+    attended: str | None = attention_from or list(named)[-1]
+    if attended == NO_ATTENTION:
+        attended = None
+    elif attended not in named:
+        same = [name for name, ref in named.items() if ref == attended]
+        extra = {} if same else named_checkpoints([attended])
+        attended = (same or list(extra))[0]
+        named |= extra
+    options = _stage(ScoreOptions, **fields).model_dump()
+    digests = Digests()
+    jobs = {
+        name: score_job(ref, name == attended, options, Path(tokens), Path(out) / name)
+        for name, ref in named.items()
+    }
+    for job in jobs.values():  # refuse before the first forward pass
+        job.stage.check()
+    results = {}
+    for name, job in jobs.items():
+        results[name] = execute(job, digests, force=force)
+        if listener is not None:
+            listener(name, results[name])
+    metrics = {name: result.metrics for name, result in results.items()}
+    return Result(Path(out), metrics, all(result.skipped for result in results.values()))
+
+
+def select(
+    *,
+    tokens: str | Path,
+    scores: str | Path,
+    out: str | Path,
+    history: str | None = None,
+    current: str | None = None,
+    seed: int = 0,
+    force: bool = False,
+    **fields: Any,
+) -> Result:
+    """Write the masked dataset. `fields`: those of `stages.select.Select` (method, rho, gamma, ...)."""
+    stage = _stage(Select, **fields)
+    stage.check()
+    inputs = select_inputs(stage.method, Path(scores), history, current)
+    return execute(Job(stage, {"tokens": Path(tokens), **inputs}, Path(out), seed), Digests(), force=force)
+
+
+def run(
+    config: str | Path | RunConfig,
+    *,
+    overrides: Iterable[str] = (),
+    until: str | None = None,
+    force: Iterable[str] = (),
+    listener: Listener | None = None,
+) -> dict[str, Result]:
+    """Run what is not finished of a configuration, in order.
+
+    Args:
+        config: a YAML file or a configuration.
+        overrides: `section.field=value`.
+        until: the last stage to run.
+        force: stages to run again though they are finished.
+        listener: called after each step.
+
+    Returns:
+        The result of each step, by name.
+    """
+    config = config if isinstance(config, RunConfig) else load_config(config, overrides)
+    stages = ["encode", *(["anchor"] if config.anchor else []), "score", "select"]
+    forced = set(force)
+    for name in [*forced, *([until] if until else [])]:
+        if name not in stages:
+            raise UsageError(f"stage {name!r} is not in this run; legal: {', '.join(stages)}")
+    folder = Path(config.out)
+    for section in (config.encode, config.anchor, config.select):
+        if section is not None:
+            section.check()
+    _claim(folder, config, forced)
+    digests = Digests(folder / _DIGESTS)
+    results: dict[str, Result] = {}
+    for step in run_steps(config):
+        if until is not None and stages.index(step.stage) > stages.index(until):
+            break
+        assert step.job is not None, "a finished anchor run leaves a history"
+        results[step.name] = execute(step.job, digests, replace=True, force=step.stage in forced)
+        if listener is not None:
+            listener(step, results[step.name])
+    return results
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `run` would do with a step."""
+
+    step: str
+    folder: Path | None
+    state: str
+    """`finished`, or why it runs."""
+
+
+def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> list[Planned]:
+    """What `run` would do, and why, without doing it."""
+    config = config if isinstance(config, RunConfig) else load_config(config, overrides)
+    digests = Digests(Path(config.out) / _DIGESTS)
+    planned: list[Planned] = []
+    waiting: dict[Path, str] = {}
+    for step in run_steps(config):
+        awaited = [
+            waiting[folder] for folder in (step.job.inputs.values() if step.job else ()) if folder in waiting
+        ]
+        if step.stage in ("score", "select") and "anchor" in waiting.values():
+            awaited = ["anchor"]  # it decides which checkpoints there are
+        why = f"waits for {awaited[0]}" if awaited else ""
+        if step.job is not None:
+            why = why or state(step.job, digests).value
+            if why != State.FINISHED.value:
+                waiting[step.job.out] = step.name
+        planned.append(Planned(step.name, step.job.out if step.job else None, why))
+    return planned
+
+
+def verify(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Re-check every manifest and checksum below a folder.
+
+    Returns:
+        The finished folders that were checked, and a line for each thing that is wrong.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{folder}: no such folder; name a run or a stage's output")
+    checked = sorted(path.parent for path in root.rglob(MANIFEST))
+    if not checked:
+        raise SstokenError(f"{folder}: no finished work below it (no {MANIFEST})")
+    wrong: list[str] = []
+    for finished in checked:
+        wrong += manifests.problems(finished, manifests.finished(finished, "output"))
+    return checked, wrong
+
+
+def _stage(stage: type[S], **fields: Any) -> S:
+    return validated(stage, fields, getattr(stage, "name", "score"))
+
+
+def _claim(folder: Path, config: RunConfig, forced: set[str]) -> None:
+    """Refuse a folder that holds the run of other data or another model; mark it as this run's."""
+    identity = {"data": config.encode.data, "model": config.encode.model}
+    path = folder / _RUN_FILE
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; `out` has to be a folder")
+    if path.is_file():
+        held = json.loads(path.read_text())
+        if held != identity and "encode" not in forced:
+            raise UsageError(
+                f"{folder}: holds the run of data {held.get('data')!r} and model {held.get('model')!r}; set another "
+                "`out`, or --force encode to run it all again here"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
+    folder.mkdir(parents=True, exist_ok=True)
+    manifests.write_atomically(path, json.dumps(identity).encode())

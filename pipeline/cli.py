@@ -1,0 +1,89 @@
+"""`sstoken-curate`: the command line. Verbs are loaded when used, so that `--help` answers at once."""
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from sstoken.errors import SstokenError
+from sstoken.version import __version__
+
+VERBS = {
+    "demo": "The whole pipeline on an embedded example, on a laptop CPU.",
+    "run": "Run what is not finished of a configuration.",
+    "plan": "What `run` would do, and why, without doing it.",
+    "encode": "Turn a dataset into tokens with response masks.",
+    "anchor": "Fine-tune, and keep snapshots of the way.",
+    "score": "Loss and attention importance of every response token.",
+    "select": "Write the token-masked dataset.",
+    "methods": "Every selection method: signals, formula, cost, source.",
+    "show": "Tokens in the terminal: kept and dropped, coloured by score.",
+    "verify": "Re-check every manifest and checksum.",
+    "doctor": "What this machine can do: devices, backends, versions.",
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        command: click.Command = getattr(import_module("pipeline.verbs"), name)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="sstoken-curate")
+def cli() -> None:
+    """Turn an instruction-tuning dataset into a token-masked one.
+
+    \b
+    Example:
+      sstoken-curate demo
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit code 0: done, 1: failed, 2: wrong usage, 130: interrupted."""
+    _quiet_libraries()
+    try:
+        status = cli.main(arguments, prog_name="sstoken-curate", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        status = 2
+    except click.ClickException as error:
+        verb = (
+            error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "sstoken-curate"
+        )
+        status = _fail(f"{error.format_message()} (see {verb} --help)", error.exit_code)
+    except SstokenError as error:
+        status = _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        status = _fail("interrupted; what is finished is kept, the same command goes on from there", 130)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        status = _fail(f"{place}{error.strerror or error}; what is finished is kept", 1)
+    except Exception as error:
+        if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        status = _fail("out of memory; make the batch smaller (--batch-tokens, --batch-size)", 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> int:
+    click.echo("error: " + " ".join(message.split()), err=True)
+    return status
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' notices and bars out of the user's sight, unless they were asked for."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,100 @@
+"""The local engine: a function mapped over shards in this process or several, with a progress bar."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from stages.base import Progress
+
+if TYPE_CHECKING:
+    import rich.progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def local_map(function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 1) -> Iterator[R]:
+    """Results in the order of the tasks, which are read lazily. See `stages.base.Map`."""
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    tasks = iter(tasks)
+    first, second = next(tasks, None), next(tasks, None)
+    if first is None or second is None:  # no use for a second process
+        yield from map(function, [] if first is None else [first])
+        return
+    import joblib
+
+    def chained() -> Iterator[T]:
+        yield from (first, second)
+        yield from tasks
+
+    parallel = joblib.Parallel(n_jobs=workers, return_as="generator", pre_dispatch="2*n_jobs", batch_size=1)
+    yield from parallel(joblib.delayed(function)(task) for task in chained())
+
+
+@contextmanager
+def progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
+    """A progress bar with rate and remaining time on a terminal, a line every few seconds elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        plain = _PlainProgress(unit, total)
+        yield plain
+        plain.finish()
+        return
+    from rich import progress as rich_progress
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[rate]}"),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(unit, total=total, rate="")
+        yield _RichProgress(bar, task)
+
+
+class _RichProgress:
+    def __init__(self, bar: "rich.progress.Progress", task: "rich.progress.TaskID") -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, amount: int = 1) -> None:
+        self._bar.advance(self._task, amount)
+        speed = self._bar.tasks[0].speed
+        if speed:
+            self._bar.update(self._task, rate=f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s")
+
+
+class _PlainProgress:
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, unit: str, total: int | None) -> None:
+        self._unit, self._total, self._done = unit, total, 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: int = 1) -> None:
+        self._done += amount
+        if time.monotonic() - self._last >= self.SECONDS_BETWEEN_LINES:
+            self._print()
+
+    def finish(self) -> None:
+        if self._last != self._start:  # short work needs no line
+            self._print()
+
+    def _print(self) -> None:
+        self._last = time.monotonic()
+        rate = self._done / (self._last - self._start)
+        line = f"{self._done:,} {self._unit}"
+        if self._total is not None:
+            line = f"{self._done:,}/{self._total:,} {self._unit}"
+        if rate > 0:
+            line += f", {rate:,.1f}/s"
+            if self._total is not None and self._done:
+                line += f", {(self._total - self._done) / rate:,.0f} s left"
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,136 @@
+"""Manifests: the last file written into a folder says that it is whole, what made it and what is in it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sstoken.errors import SstokenError
+
+MANIFEST = "manifest.json"
+
+
+class FileEntry(BaseModel):
+    """One file of a finished folder."""
+
+    path: str
+    """Relative to the folder."""
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a finished folder says of itself."""
+
+    stage: str
+    fingerprint: str
+    settings: dict[str, Any]
+    """The stage's fields."""
+    seed: int
+    inputs: dict[str, str]
+    """Fingerprint of each input folder."""
+    sources: dict[str, Any]
+    """Content identities of what was read from outside the run."""
+    version: str
+    seconds: float
+    metrics: dict[str, Any]
+    files: list[FileEntry]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, or None where there is none.
+
+    Raises:
+        SstokenError: it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise SstokenError(f"{path}: damaged manifest; remove {folder} and make it again") from error
+
+
+def finished(folder: Path, what: str) -> Manifest:
+    """The manifest of an input folder.
+
+    Raises:
+        SstokenError: there is no such folder, or it is unfinished work.
+    """
+    if not folder.is_dir():
+        raise SstokenError(f"{folder}: no such folder; it should hold the {what}")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise SstokenError(f"{folder}: unfinished (no {MANIFEST}), or not a folder of {what}; make it again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it whole or not at all."""
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+
+
+def list_files(folder: Path) -> list[FileEntry]:
+    """Every file below the folder but its manifest, with its checksum."""
+    return [
+        FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    ]
+
+
+def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What differs between a folder and its manifest, a line each."""
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif path.stat().st_size != entry.bytes:
+            yield f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+        elif sha256(path) != entry.sha256:
+            yield f"{path}: content changed (checksum differs)"
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Digests:
+    """sha256 of files, remembered while a file's size and time stand, so that a finished run starts fast."""
+
+    def __init__(self, cache: Path | None = None) -> None:
+        """`cache`: a JSON file to remember them in; None: for this object's life alone."""
+        self._cache = cache
+        self._known: dict[str, str] = {}
+        if cache is not None and cache.is_file():
+            try:
+                self._known = json.loads(cache.read_text())
+            except ValueError:
+                self._known = {}  # only a cache
+
+    def __call__(self, path: Path) -> str:
+        """The digest of a file."""
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        if key not in self._known:
+            self._known[key] = sha256(path)
+            if self._cache is not None and self._cache.parent.is_dir():
+                write_atomically(self._cache, json.dumps(self._known).encode())
+        return self._known[key]

@@ -1,0 +1,64 @@
+"""Command-line options made from the fields of a stage: one place documents both."""
+
+import types
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def stage_options(stage: type[BaseModel], *, skip: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Add an option for each field of `stage`. The command gets the values given, and only those."""
+
+    def decorate(command: F) -> F:
+        for name, field in reversed(stage.model_fields.items()):
+            if name not in skip:
+                command = _option(name, field)(command)
+        return command
+
+    return decorate
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given: the others keep the stage's defaults."""
+    return {name: value for name, value in values.items() if value is not None and value != ()}
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
+    kind = _plain_type(field.annotation)
+    flag = "--" + name.replace("_", "-")
+    about = " ".join((field.description or "").split())
+    if field.default not in (None, PydanticUndefined, False) and not isinstance(field.default, dict):
+        about += f"  [default: {field.default}]"
+    settings: dict[str, Any] = {"required": field.is_required(), "default": None, "help": about}
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
+    if get_origin(kind) is Literal:
+        return click.option(flag, name, type=click.Choice(list(get_args(kind))), **settings)
+    if get_origin(kind) is dict:
+        settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": _pairs}
+        singular = flag.removesuffix("s")
+        return click.option(singular, name, **settings)
+    return click.option(flag, name, type=kind, **settings)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type without `| None`."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    pairs = {}
+    for value in values:
+        name, separator, content = value.partition("=")
+        if not separator:
+            raise click.BadParameter(f"{value!r}: legal is NAME=VALUE")
+        pairs[name] = content
+    return pairs or None

@@ -1,0 +1,263 @@
+"""The runner: one stage, from finished input folders to one finished output folder, or to none at all.
+
+A stage works in `<out>.partial`; its manifest is the last file written, then the folder is renamed. A killed
+run leaves the partial folder, whose whole shards the next run with the same fingerprint goes on from.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline import manifest as manifests
+from pipeline.engine import local_map, progress_bar
+from pipeline.manifest import MANIFEST, Digests, Manifest
+from sstoken.errors import SstokenError, UsageError
+from sstoken.version import __version__
+from stages.base import Context, Stage
+
+_FINGERPRINT_FILE = ".fingerprint"
+_WHOLE_WORK = ("part-*.parquet", "*.safetensors")
+"""What is worth keeping of a stage that failed."""
+
+
+class State(Enum):
+    """How far a step is."""
+
+    FINISHED = "finished"
+    RESUMABLE = "interrupted: goes on where it stopped"
+    STALE = "settings or inputs changed: runs again"
+    MISSING = "not run yet"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step gave."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    skipped: bool
+    """It was finished already; nothing was done."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage bound to its folders."""
+
+    stage: Stage
+    inputs: Mapping[str, Path]
+    """Finished folders by name."""
+    out: Path
+    seed: int
+
+    @property
+    def partial(self) -> Path:
+        """Where it works."""
+        return self.out.with_name(self.out.name + ".partial")
+
+
+@dataclass(frozen=True)
+class _Identity:
+    fingerprint: str
+    inputs: dict[str, str]
+    sources: dict[str, Any]
+
+
+def state(job: Job, digests: Digests) -> State:
+    """How far the job is, without doing anything.
+
+    Raises:
+        SstokenError: an input is not finished, or cannot be read.
+    """
+    return _state(job, _identify(job, digests))
+
+
+def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = False) -> Result:
+    """Run the job unless it is finished.
+
+    Args:
+        job: the stage and its folders.
+        digests: of the files read from outside.
+        replace: where `job.out` is the finished output of other settings, make it anew rather than refuse.
+        force: run again even where it is finished.
+
+    Raises:
+        UsageError: wrong settings, or an output folder that is not this job's.
+        SstokenError: the work failed; a partial folder may remain and the same call goes on from it.
+    """
+    job.stage.check()
+    identity = _identify(job, digests)
+    if not _is_main_process():
+        return Result(job.out, _run(job, identity), skipped=False)
+    _check_out(job.out)
+    with _lock(job.out):
+        _finish_rename(job, identity)
+        current = _state(job, identity)
+        if current is State.FINISHED and not force:
+            finished = manifests.finished(job.out, job.stage.folder)
+            return Result(job.out, finished.metrics, skipped=True)
+        if manifests.read_manifest(job.out) is not None and not (replace or force):
+            raise UsageError(
+                f"{job.out}: holds finished work of other settings or inputs; choose another output folder, or "
+                "--force to make it again"
+            )
+        _prepare(job, identity, fresh=force)
+        start = time.monotonic()
+        try:
+            metrics = _run(job, identity)
+        except SstokenError:
+            if not any(next(job.partial.rglob(pattern), None) for pattern in _WHOLE_WORK):
+                shutil.rmtree(job.partial)
+            raise
+        _finish(job, identity, metrics, time.monotonic() - start)
+        return Result(job.out, metrics, skipped=False)
+
+
+def _identify(job: Job, digests: Digests) -> _Identity:
+    inputs = {name: manifests.finished(folder, name).fingerprint for name, folder in job.inputs.items()}
+    sources = job.stage.sources(digests)
+    facts = {
+        "stage": job.stage.name,
+        "settings": job.stage.fingerprinted(),
+        "seed": job.seed if job.stage.seeded else None,
+        "inputs": inputs,
+        "sources": sources,
+        "version": __version__,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return _Identity(digest[:16], inputs, sources)
+
+
+def _state(job: Job, identity: _Identity) -> State:
+    finished = manifests.read_manifest(job.out)
+    if finished is not None and finished.fingerprint == identity.fingerprint:
+        return State.FINISHED
+    if _partial_fingerprint(job.partial) == identity.fingerprint:
+        return State.RESUMABLE
+    return State.MISSING if finished is None else State.STALE
+
+
+def _partial_fingerprint(partial: Path) -> str | None:
+    path = partial / _FINGERPRINT_FILE
+    return path.read_text() if path.is_file() else None
+
+
+def _check_out(out: Path) -> None:
+    """Refuse an output folder that cannot be written or is somebody else's."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; the output has to be a folder")
+    if out.is_dir() and not (out / MANIFEST).is_file() and any(out.iterdir()):
+        raise UsageError(f"{out}: exists and was not written by sstoken; choose another output folder")
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    parent = existing if existing != out.absolute() else existing.parent
+    if not parent.is_dir() or not _writable(parent):
+        raise SstokenError(f"{parent}: cannot be written to; choose another output folder or mend its rights")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a file can be made there: tried, as rights alone do not tell for root or a read-only disk."""
+    probe = folder / f".sstoken-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One run at a time on an output folder; released when the process ends, however it ends."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SstokenError(
+            f"{out}: another run is writing it; wait for that, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()  # its file stays: unlinking it would let two runs lock two files of that name
+
+
+def _finish_rename(job: Job, identity: _Identity) -> None:
+    """Finish what a run killed between its manifest and its rename had left."""
+    written = manifests.read_manifest(job.partial)
+    if written is not None and written.fingerprint == identity.fingerprint:
+        _promote(job)
+    elif written is not None:
+        shutil.rmtree(job.partial)
+    replaced = _replaced(job.out)
+    if replaced.exists():
+        if job.out.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(job.out)
+
+
+def _prepare(job: Job, identity: _Identity, *, fresh: bool) -> None:
+    if fresh or _partial_fingerprint(job.partial) != identity.fingerprint:
+        shutil.rmtree(job.partial, ignore_errors=True)
+    job.partial.mkdir(parents=True, exist_ok=True)
+    for leftover in job.partial.rglob("*.tmp"):
+        leftover.unlink()
+    manifests.write_atomically(job.partial / _FINGERPRINT_FILE, identity.fingerprint.encode())
+
+
+def _run(job: Job, identity: _Identity) -> dict[str, Any]:
+    context = Context(
+        inputs=job.inputs,
+        out=job.partial,
+        seed=job.seed,
+        fingerprint=identity.fingerprint,
+        map=local_map,
+        progress=progress_bar,
+    )
+    return job.stage.run(context)
+
+
+def _finish(job: Job, identity: _Identity, metrics: dict[str, Any], seconds: float) -> None:
+    manifests.write_manifest(
+        job.partial,
+        Manifest(
+            stage=job.stage.name,
+            fingerprint=identity.fingerprint,
+            settings=job.stage.model_dump(mode="json"),
+            seed=job.seed,
+            inputs=identity.inputs,
+            sources=identity.sources,
+            version=__version__,
+            seconds=round(seconds, 3),
+            metrics=metrics,
+            files=[f for f in manifests.list_files(job.partial) if f.path != _FINGERPRINT_FILE],
+        ),
+    )
+    _promote(job)
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(out.name + ".replaced")
+
+
+def _promote(job: Job) -> None:
+    (job.partial / _FINGERPRINT_FILE).unlink(missing_ok=True)
+    if job.out.exists():
+        job.out.rename(_replaced(job.out))
+    job.partial.rename(job.out)
+    shutil.rmtree(_replaced(job.out), ignore_errors=True)
+
+
+def _is_main_process() -> bool:
+    """False in all but one of the processes that torchrun or accelerate started."""
+    return int(os.environ.get("RANK", "0")) == 0

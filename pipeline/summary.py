@@ -1,0 +1,84 @@
+"""What the verbs print about a finished step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.runner import Result
+
+
+def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A plain table; text is shown as it is, never read as markup."""
+    table = Table(show_header=any(names), box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def print_result(name: str, result: Result) -> None:
+    """A step's summary, or that it was finished already."""
+    if result.skipped:
+        print(f"{name}: finished already, in {result.folder}")
+        return
+    print(f"{name}: done, in {result.folder}")
+    stage = name.partition("/")[0]
+    for line in _SUMMARIES.get(stage, _plain)(result.metrics):
+        print(f"  {line}")
+
+
+def _plain(metrics: dict[str, Any]) -> list[str]:
+    return [f"{key}: {value}" for key, value in metrics.items()]
+
+
+def _encode(m: dict[str, Any]) -> list[str]:
+    lengths = m["length"]
+    lines = [
+        f"{m['examples']:,} examples, {m['tokens']:,} tokens, {m['response_share']:.1%} of them in responses",
+        f"length: median {lengths['p50']}, 90 % within {lengths['p90']}, 99 % within {lengths['p99']}, longest {lengths['max']}",
+        f"truncated {m['truncated']:,}, dropped for having no response left {m['dropped']:,}",
+    ]
+    bad = m["bad_rows"]
+    if bad:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(bad.items()))
+        lines.append(f"bad rows {sum(bad.values()):,}: {reasons}; listed in bad_rows/")
+    return lines
+
+
+def _anchor(m: dict[str, Any]) -> list[str]:
+    return _plain(m)
+
+
+def _score(m: dict[str, Any]) -> list[str]:
+    line = f"{m['response_tokens']:,} response tokens of {m['examples']:,} examples, mean loss {m['mean_loss']:.4f} nats"
+    if "mean_attention" in m:
+        line += f", mean attention on the prompt {m['mean_attention']:.4f}"
+    return [line]
+
+
+def _select(m: dict[str, Any]) -> list[str]:
+    lines = [
+        f"kept {m['kept']:,} of {m['response_tokens']:,} response tokens ({m['kept_share']:.1%}), dropped "
+        f"{m['dropped']:,}, in {m['examples']:,} examples"
+    ]
+    if m["left_out"]:
+        lines.append(f"left out {m['left_out']:,} examples without a response token")
+    if "signal_overlap" in m:
+        lines.append(
+            f"of the tokens that REL alone would keep, attention alone keeps {m['signal_overlap']:.1%}"
+        )
+    deciles = " ".join("  -" if s is None else f"{s:4.0%}" for s in m["kept_share_by_decile"])
+    lines.append(f"kept by position in the response, first tenth to last: {deciles}")
+    return lines
+
+
+_SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "encode": _encode,
+    "anchor": _anchor,
+    "score": _score,
+    "select": _select,
+}

@@ -1,0 +1,256 @@
+"""The verbs: each takes its options, calls the function of the same name in `pipeline.api`, and prints."""
+
+import json
+from typing import Any
+
+import click
+
+from pipeline import api
+from pipeline.options import given, stage_options
+from pipeline.runner import Result
+from pipeline.steps import Step
+from pipeline.summary import print_result, print_table
+from stages.anchor import Anchor
+from stages.encode import Encode
+from stages.score import ScoreOptions
+from stages.select import Select
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON on standard output.")
+_force = click.option("--force", is_flag=True, help="Run again though it is finished.")
+_seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+_out = click.option("--out", required=True, help="Output folder; unfinished work stands in OUT.partial.")
+
+
+def _print(as_json: bool, name: str, result: Result) -> None:
+    if as_json:
+        click.echo(json.dumps({"folder": str(result.folder), "skipped": result.skipped, **result.metrics}))
+    else:
+        print_result(name, result)
+
+
+@click.command()
+@stage_options(Encode)
+@_out
+@_force
+@_json
+def encode(out: str, force: bool, as_json: bool, **fields: Any) -> None:
+    """Turn a dataset into tokens with response masks.
+
+    \b
+    Example:
+      sstoken-curate encode --data runs/demo/data.jsonl --model runs/demo/base --out runs/tokens
+    """
+    _print(as_json, "encode", api.encode(out=out, force=force, **given(fields)))
+
+
+@click.command()
+@click.option("--tokens", required=True, help="A finished tokens folder.")
+@stage_options(Anchor)
+@_out
+@_seed
+@_force
+@_json
+def anchor(tokens: str, out: str, seed: int, force: bool, as_json: bool, **fields: Any) -> None:
+    """Fine-tune, and keep snapshots of the way.
+
+    Works under torchrun and accelerate launch (`torchrun -m pipeline anchor ...`).
+
+    \b
+    Example:
+      sstoken-curate anchor --tokens runs/tokens --model runs/demo/base --out runs/history --max-steps 20
+    """
+    result = api.anchor(tokens=tokens, out=out, seed=seed, force=force, **given(fields))
+    _print(as_json, "anchor", result)
+
+
+@click.command()
+@click.option("--tokens", required=True, help="A finished tokens folder.")
+@click.option(
+    "--ckpt",
+    "checkpoints",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]M",
+    help="A checkpoint: folder, LoRA adapter or Hub id. Give it once for each.",
+)
+@click.option(
+    "--attention-from",
+    metavar="M",
+    help="The checkpoint whose attention is measured; `none`: no attention.  [default: the last --ckpt]",
+)
+@stage_options(ScoreOptions)
+@_out
+@_force
+@_json
+def score(
+    tokens: str,
+    checkpoints: tuple[str, ...],
+    attention_from: str | None,
+    out: str,
+    force: bool,
+    as_json: bool,
+    **fields: Any,
+) -> None:
+    """Loss and attention importance of every response token, into OUT/<checkpoint>.
+
+    \b
+    Example:
+      sstoken-curate score --tokens runs/tokens --ckpt runs/demo/base --ckpt runs/history/step-20 --out runs/scores
+    """
+    result = api.score(
+        tokens=tokens,
+        checkpoints=checkpoints,
+        attention_from=attention_from,
+        out=out,
+        force=force,
+        listener=None if as_json else lambda name, result: print_result(f"score/{name}", result),
+        **given(fields),
+    )
+    if as_json:
+        _print(as_json, "score", result)
+
+
+@click.command()
+@click.option("--tokens", required=True, help="A finished tokens folder.")
+@click.option("--scores", required=True, help="The folder that holds the checkpoints' scores.")
+@stage_options(Select)
+@click.option("--history", help="Name of the history checkpoint in SCORES.  [default: base, or step-0]")
+@click.option("--current", help="Name of the current checkpoint in SCORES.  [default: the other one]")
+@_out
+@_seed
+@_force
+@_json
+def select(tokens: str, scores: str, out: str, seed: int, force: bool, as_json: bool, **fields: Any) -> None:
+    """Write the token-masked dataset.
+
+    \b
+    Example:
+      sstoken-curate select --tokens runs/tokens --scores runs/scores --out runs/masked --rho 0.5
+    """
+    result = api.select(tokens=tokens, scores=scores, out=out, seed=seed, force=force, **given(fields))
+    _print(as_json, "select", result)
+
+
+_overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=V", help="Set a field, such as select.rho=0.4."
+)
+
+
+@click.command()
+@click.argument("config")
+@_overrides
+@click.option("--until", metavar="STAGE", help="The last stage to run.")
+@click.option("--force", multiple=True, metavar="STAGE", help="Run this stage again though it is finished.")
+@_json
+def run(
+    config: str, overrides: tuple[str, ...], until: str | None, force: tuple[str, ...], as_json: bool
+) -> None:
+    """Run what is not finished of a configuration.
+
+    \b
+    Example:
+      sstoken-curate run configs/demo.yaml --set select.rho=0.4
+    """
+
+    def report(step: Step, result: Result) -> None:
+        if not as_json:
+            print_result(step.name, result)
+
+    results = api.run(config, overrides=overrides, until=until, force=force, listener=report)
+    if as_json:
+        facts = {
+            name: {"folder": str(result.folder), "skipped": result.skipped, "metrics": result.metrics}
+            for name, result in results.items()
+        }
+        click.echo(json.dumps(facts))
+
+
+@click.command()
+@click.argument("config")
+@_overrides
+@_json
+def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """What `run` would do, and why, without doing it.
+
+    \b
+    Example:
+      sstoken-curate plan configs/demo.yaml
+    """
+    planned = api.plan(config, overrides=overrides)
+    rows = [(p.step, str(p.folder or ""), p.state) for p in planned]
+    if as_json:
+        click.echo(json.dumps([dict(zip(("step", "folder", "state"), row, strict=True)) for row in rows]))
+    else:
+        print_table(("step", "folder", "state"), rows)
+
+
+@click.command()
+@_json
+def methods(as_json: bool) -> None:
+    """Every selection method: its signals, formula, cost and source.
+
+    \b
+    Example:
+      sstoken-curate methods
+    """
+    from sstoken.methods import METHODS
+
+    rows = [(m.name, ", ".join(m.signals) or "none", m.formula, m.cost, m.source) for m in METHODS.values()]
+    names = ("method", "signals", "formula", "cost", "source")
+    if as_json:
+        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+    else:
+        print_table(names, rows)
+
+
+@click.command()
+@click.argument("folder", metavar="RUN")
+@_json
+def verify(folder: str, as_json: bool) -> None:
+    """Re-check every manifest and checksum below RUN.
+
+    \b
+    Example:
+      sstoken-curate verify runs/demo
+    """
+    checked, wrong = api.verify(folder)
+    if as_json:
+        click.echo(json.dumps({"checked": [str(path) for path in checked], "wrong": wrong}))
+    else:
+        for line in wrong:
+            click.echo(line)
+        click.echo(f"{len(checked)} finished folders checked, {len(wrong)} problems")
+    if wrong:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@_json
+def doctor(as_json: bool) -> None:
+    """What this machine can do: devices, backends, versions.
+
+    \b
+    Example:
+      sstoken-curate doctor
+    """
+    from pipeline.doctor import examine, missing
+
+    facts = examine()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    devices = "; ".join(", ".join(f"{k} {v}" for k, v in device.items()) for device in facts["devices"])
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
+    rows = [
+        ("sstoken", f"{facts['sstoken']} on Python {facts['python']}, {facts['platform']}"),
+        (
+            "machine",
+            f"{facts['cores']} cores, {facts['memory_available_gib']} of {facts['memory_gib']} GiB free",
+        ),
+        ("devices", devices),
+        ("used", facts["default_device"]),
+        ("backends", ", ".join(facts["backends"])),
+        ("packages", packages),
+        *(("not installed", f"{name} ({purpose})") for name, purpose in missing(facts).items()),
+    ]
+    print_table(("", ""), rows)
