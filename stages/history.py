@@ -69,6 +69,7 @@ class HistorySnapshots(TrainerCallback):
         self._average: _Average | None = None
         self._last_step = 0
         self._last_loss: float | None = None
+        self._tokens_seen: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,7 +77,7 @@ class HistorySnapshots(TrainerCallback):
         """Plan the snapshots; forget the entries that training will make again."""
         self.steps = snapshot_steps(state.max_steps, self._num_snapshots, self._every_steps)
         self._last_step = state.global_step
-        self._last_loss = None
+        self._last_loss = self._tokens_seen = None
         model = _unwrap(kwargs["model"])
         _refuse_sharded(model)
         if not state.is_world_process_zero:
@@ -114,7 +115,11 @@ class HistorySnapshots(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the snapshot that is due. The trainer logs before it saves, so no checkpoint comes first."""
-        self._last_loss = (logs or {}).get("loss", self._last_loss)
+        logs = logs or {}
+        self._last_loss = logs.get("loss", self._last_loss)
+        self._tokens_seen = (
+            state.num_input_tokens_seen or logs.get("num_tokens") or self._tokens_seen
+        )  # TRL's own count
         if state.global_step in self.steps:
             self._take(state, kwargs)
 
@@ -150,7 +155,7 @@ class HistorySnapshots(TrainerCallback):
         if final.exists():  # from an interrupted run that came further than its resumable state
             shutil.rmtree(final)
         partial.rename(final)
-        tokens_seen = state.num_input_tokens_seen or None
+        tokens_seen = None if self._tokens_seen is None else int(self._tokens_seen)
         self._entries.append(Entry(name, name, state.global_step, tokens_seen, self._last_loss, kind))
 
     def _resume_average(self, model: Any, step: int) -> None:
