@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
-from stages.conversations import BadRow, Message
+from stages.messages import BadRow, Message
 from stages.spans import Span, close_spans, end_of_turn, find_spans
 
 if TYPE_CHECKING:

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sstoken.errors import SstokenError, UsageError
+from stages.messages import MAX_CHARS, REASONING, BadRow, Message, check_messages, check_text
 
 Format = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "qa"]
-Message = dict[str, Any]
-
-MAX_CHARS = 5_000_000
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -37,26 +35,7 @@ _SHAREGPT_ROLES = _ROLES | {
     "function": "tool",
     "observation": "tool",
 }
-_MAY_FOLLOW: dict[str, set[str | None]] = {
-    "system": {None},
-    "user": {None, "system", "user", "assistant", "tool"},
-    "assistant": {"user", "tool"},
-    "tool": {"assistant", "tool"},
-}
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_PASSED_ON = ("name", "tool_call_id", *_REASONING)
-
-
-class BadRow(SstokenError):  # noqa: N818 (a row is bad; the error is what is raised about it)
-    """A row that cannot be used. `reason` is short and stable, for counting; `detail` speaks of this row."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
-        return type(self), (self.reason, self.detail)
+_PASSED_ON = ("name", "tool_call_id", *REASONING)
 
 
 @dataclass(frozen=True)
@@ -131,10 +110,7 @@ def to_messages(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> list[Me
                 f"column {dict(layout.columns)[role]!r} is missing or null",
             )
     messages = _PARSERS[layout.format](row, layout)
-    _check_length(messages, max_chars)
-    _check_text(messages)
-    _check_order(messages)
-    _check_answers(messages)
+    check_messages(messages, max_chars)
     return messages
 
 
@@ -150,13 +126,8 @@ def to_tools(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]] | N
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("bad tools", "the tools column is not a list of JSON schemas")
     tools = _without_nulls(tools)
-    _check_text(tools)
+    check_text(tools)
     return tools
-
-
-def has_more_than_content(message: Message) -> bool:
-    """Whether an assistant turn says anything outside `content`: tool calls, reasoning."""
-    return any(message.get(key) for key in ("tool_calls", *_REASONING))
 
 
 def _column(row: Mapping[str, Any], role: str, given: Mapping[str, str]) -> str:
@@ -268,46 +239,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def _check_length(messages: list[Message], max_chars: int) -> None:
-    length = sum(
-        len(value) if isinstance(value, str) else len(str(value)) for m in messages for value in m.values()
-    )
-    if length > max_chars:
-        raise BadRow(
-            "too long", f"{length:,} characters, more than {max_chars:,}; raise --max-chars to take it"
-        )
-
-
-def _check_text(value: Any) -> None:
-    """UTF-8 has no code for half of a surrogate pair, and no tokenizer takes one."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            "lone surrogate", f"character U+{ord(error.object[error.start]):04X} stands alone"
-        ) from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow("bad message", f"not plain JSON values ({type(error).__name__})") from error
-
-
-def _check_order(messages: list[Message]) -> None:
-    previous = None
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
-        if previous not in _MAY_FOLLOW[role]:
-            where = f"after {previous}" if previous else "at the start"
-            raise BadRow("role order", f"message {number} is {role} {where}")
-        previous = role
-
-
-def _check_answers(messages: list[Message]) -> None:
-    answers = [m for m in messages if m["role"] == "assistant"]
-    if not answers:
-        raise BadRow("no answer", "no assistant message")
-    if not all(m.get("content", "").strip() or m.get("tool_calls") for m in answers):
-        raise BadRow("no answer", "an assistant message is empty")
 
 
 assert set(_REQUIRED) == set(get_args(Format)) - {"auto"}

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -22,8 +22,6 @@ from sstoken.errors import SstokenError, UsageError
 from stages import checkpoints, sources
 from stages.base import SPEED_ONLY, Context, Stage
 from stages.conversations import (
-    MAX_CHARS,
-    BadRow,
     Format,
     Layout,
     check_columns,
@@ -31,8 +29,10 @@ from stages.conversations import (
     to_messages,
     to_tools,
 )
+from stages.messages import MAX_CHARS, BadRow
 from stages.sources import Row
 from stages.tables import TOKENS, part_name, read_metadata, write_part
+from stages.token_stats import Stats, merge, metrics, no_stats
 
 if TYPE_CHECKING:
     from stages.chat import ChatEncoder
@@ -44,7 +44,6 @@ TOKENIZER = "tokenizer"
 
 Task = tuple[int, list[Row] | None]
 """A shard's index and its rows; None: the shard is already written."""
-Stats = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Encode(Stage):
         tasks = self._tasks(context.out)
         first = list(islice(tasks, 2))
         workers = self.workers or len(os.sched_getaffinity(0)) if len(first) > 1 else 1
-        total = _no_stats()
+        total = no_stats()
         with context.progress("rows", self.limit) as bar:
             for stats in context.map(partial(encode_shard, settings), chain(first, tasks), workers=workers):
                 total = merge(total, stats)
@@ -185,7 +184,7 @@ def encode_shard(settings: _Settings, task: Task) -> Stats:
         settings.model, settings.chat_template, settings.max_length, settings.trust_remote_code
     )
     columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
-    stats = _no_stats() | {"rows": len(rows)}
+    stats = no_stats() | {"rows": len(rows)}
     bad: list[dict[str, Any]] = []
     for row in rows:
         try:
@@ -223,47 +222,6 @@ def encode_row(row: Row, layout: Layout, encoder: "ChatEncoder", max_chars: int 
         raise BadRow(*row.problem)
     messages = to_messages(row.value, layout, max_chars)
     return encoder.encode(messages, to_tools(row.value, layout))
-
-
-def merge(left: Stats, right: Stats) -> Stats:
-    """The statistics of two sets of rows taken together."""
-    both = {name: left[name] + right[name] for name in left if not isinstance(left[name], dict)}
-    for name in ("lengths", "bad_rows"):
-        both[name] = dict(Counter(left[name]) + Counter(right[name]))
-    return both
-
-
-def metrics(stats: Stats) -> dict[str, Any]:
-    """What the manifest keeps. Lengths are in tokens; the response share is of all tokens."""
-    lengths = sorted((int(n), k) for n, k in stats["lengths"].items())
-    return {
-        "rows": stats["rows"],
-        "examples": stats["examples"],
-        "tokens": stats["tokens"],
-        "response_tokens": stats["response_tokens"],
-        "response_share": round(stats["response_tokens"] / max(stats["tokens"], 1), 4),
-        "length": {f"p{q}": _percentile(lengths, q) for q in (50, 90, 99)}
-        | {"max": _percentile(lengths, 100)},
-        "truncated": stats["truncated"],
-        "dropped_no_response": stats["dropped"],
-        "bad_rows": dict(sorted(stats["bad_rows"].items())),
-    }
-
-
-def _no_stats() -> Stats:
-    counts = ("rows", "examples", "tokens", "response_tokens", "truncated", "dropped")
-    return dict.fromkeys(counts, 0) | {"lengths": {}, "bad_rows": {}}
-
-
-def _percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:
-    """Nearest rank: the smallest length that q percent of the examples do not exceed."""
-    pairs = list(lengths)
-    rank = -(-q * sum(k for _, k in pairs) // 100)
-    for length, k in pairs:
-        rank -= k
-        if rank <= 0:
-            return length
-    return 0
 
 
 def _stop(row: Row, error: BadRow) -> SstokenError:

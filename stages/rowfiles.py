@@ -41,12 +41,14 @@ def read(stream: Any, name: str) -> Iterator[Parsed]:
         name: the file for people; its extension decides the format.
 
     Raises:
-        SstokenError: the file is damaged as a whole.
+        SstokenError: the file is empty, or damaged as a whole.
     """
     readers = {"jsonl": _json_lines, "json": _json, "parquet": _parquet, "csv": _csv}
     format = kind(name)
     assert format is not None, name
     try:
+        if not stream.peek(1):
+            raise SstokenError(f"{name}: the file is empty; there is nothing to encode")
         yield from readers[format](stream, name)
     except DAMAGE as error:
         raise SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again") from error

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
 from stages import rowfiles
@@ -205,8 +205,6 @@ def _locate_files(data: str) -> _Files:
 def _file_rows(files: _Files) -> Iterator[Row]:
     for (path, name), label in zip(_pairs(files), file_labels(list(files.shown)), strict=True):
         with _open(files.filesystem, path, name) as stream:
-            if not stream.peek(1):
-                raise SstokenError(f"{name}: the file is empty; there is nothing to encode")
             for index, (where, value, problem) in enumerate(rowfiles.read(stream, name)):
                 yield Row(label, index, f"{name} {where}", value, problem)
 
@@ -218,16 +216,10 @@ def _open(filesystem: Any, path: str, name: str) -> Any:
     import fsspec
 
     compression = fsspec.utils.infer_compression(_bare(path))
-
-    def opened() -> IO[bytes]:
-        raw = filesystem.open(path, "rb")
-        codec = fsspec.compression.compr[compression] if compression else None
-        return codec(raw, mode="r") if codec else raw
-
-    try:
-        return io.BufferedReader(_remote(lambda _: opened(), path, name), buffer_size=1 << 20)
-    except rowfiles.DAMAGE as error:
-        raise SstokenError(f"{name}: cannot be decompressed ({first_line(error)})") from error
+    raw = _remote(lambda p: filesystem.open(p, "rb"), path, name)
+    if compression:
+        raw = _remote(lambda _: fsspec.compression.compr[compression](raw, mode="r"), path, name)
+    return io.BufferedReader(raw, buffer_size=1 << 20)
 
 
 def _dataset_rows(source: _Saved | _Hub, split: str | None) -> Iterator[Row]:

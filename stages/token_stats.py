@@ -1,0 +1,51 @@
+"""Counts and lengths of encoded examples, shard by shard, in memory that does not grow with the dataset."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+Stats = dict[str, Any]
+"""Counts; `lengths`, how many examples have each length (in tokens, the keys strings as in JSON); `bad_rows`,
+how many rows were passed over for each reason."""
+
+
+def merge(left: Stats, right: Stats) -> Stats:
+    """The statistics of two sets of rows taken together."""
+    both = {name: left[name] + right[name] for name in left if not isinstance(left[name], dict)}
+    for name in ("lengths", "bad_rows"):
+        both[name] = dict(Counter(left[name]) + Counter(right[name]))
+    return both
+
+
+def metrics(stats: Stats) -> dict[str, Any]:
+    """What the manifest keeps. Lengths are in tokens; the response share is of all tokens."""
+    lengths = sorted((int(n), k) for n, k in stats["lengths"].items())
+    return {
+        "rows": stats["rows"],
+        "examples": stats["examples"],
+        "tokens": stats["tokens"],
+        "response_tokens": stats["response_tokens"],
+        "response_share": round(stats["response_tokens"] / max(stats["tokens"], 1), 4),
+        "length": {f"p{q}": _percentile(lengths, q) for q in (50, 90, 99)}
+        | {"max": _percentile(lengths, 100)},
+        "truncated": stats["truncated"],
+        "dropped_no_response": stats["dropped"],
+        "bad_rows": dict(sorted(stats["bad_rows"].items())),
+    }
+
+
+def no_stats() -> Stats:
+    """Of no rows at all."""
+    counts = ("rows", "examples", "tokens", "response_tokens", "truncated", "dropped")
+    return dict.fromkeys(counts, 0) | {"lengths": {}, "bad_rows": {}}
+
+
+def _percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:
+    """Nearest rank: the smallest length that q percent of the examples do not exceed."""
+    pairs = list(lengths)
+    rank = -(-q * sum(k for _, k in pairs) // 100)
+    for length, k in pairs:
+        rank -= k
+        if rank <= 0:
+            return length
+    return 0
