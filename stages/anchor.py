@@ -1,5 +1,6 @@
 """The anchor run: the supervised fine-tuning that supplies the history and the current checkpoint."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -141,11 +142,7 @@ class Anchor(Stage):
         set_seed(context.seed)
         model = self._model(token_dataset.read_extent(data), context.inputs["tokens"], arguments.bf16)
         snapshots = HistorySnapshots(
-            context.out,
-            self.snapshots,
-            self.snapshot_every,
-            ema_decay=self.ema_decay,
-            base=self.model,
+            context.out, self.snapshots, self.snapshot_every, ema_decay=self.ema_decay, base=self.model
         )
         trainer = Trainer(
             model,
@@ -260,8 +257,6 @@ class Anchor(Stage):
 
 def _padding(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """A copy that pads on the right, with EOS where there is no padding token: what is padded is masked anyway."""
-    import copy
-
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
     if padding.pad_token_id is None:

@@ -21,6 +21,7 @@ def draw(log: Sequence[dict[str, Any]], entries: Sequence[Entry], path: Path) ->
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
 
     steps = np.array([line["step"] for line in log])
@@ -33,14 +34,20 @@ def draw(log: Sequence[dict[str, Any]], entries: Sequence[Entry], path: Path) ->
     taken = [e for e in entries if e.kind in ("full", "lora")]
     at = [e.step for e in taken]
     heights = np.interp(at, steps, curve)
-    axes.vlines(at, 0, heights, color=_ACCENT, linewidth=0.8, linestyle=":", transform=axes.transData)
+    axes.vlines(at, 0, heights, color=_ACCENT, linewidth=0.8, linestyle=":")
     axes.plot(at, heights, "o", color=_ACCENT, markersize=6, label="snapshot", zorder=3)
     if len(taken) <= 12:
         for entry, height in zip(taken, heights, strict=True):
             axes.annotate(
-                entry.name, (entry.step, height), (0, 9), textcoords="offset points", ha="center", fontsize=8,
+                entry.name,
+                (entry.step, height),
+                (0, 9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
                 color=_ACCENT,
-            )  # fmt: skip
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
     axes.set_xlim(0, steps[-1] * 1.04)
     low, high = min(losses.min(), curve.min()), losses.max()
     margin = 0.12 * (high - low) or 0.1
