@@ -117,6 +117,8 @@ class Encode(Stage):
         Raises:
             SstokenError: a bad row under `on_bad_row="stop"`; a source or tokenizer that fails; nothing left.
         """
+        from joblib import cpu_count  # knows the limits of a container
+
         self.check()
         template = Path(self.chat_template).read_text(encoding="utf-8") if self.chat_template else None
         settings = _Settings(
@@ -132,7 +134,7 @@ class Encode(Stage):
         _save_tokenizer(settings)
         tasks = self._tasks(context.out)
         first = list(islice(tasks, 2))
-        workers = self.workers or len(os.sched_getaffinity(0)) if len(first) > 1 else 1
+        workers = (self.workers or cpu_count()) if len(first) > 1 else 1
         total = no_stats()
         with context.progress("rows", self.limit) as bar:
             for stats in context.map(partial(encode_shard, settings), chain(first, tasks), workers=workers):

@@ -119,7 +119,9 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
 
     index = 0
     try:
-        for batch in pq.ParquetFile(stream).iter_batches(batch_size=64):
+        # Read-ahead and threads each cost memory in proportion to the row group, which may be the whole file.
+        file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+        for batch in file.iter_batches(batch_size=64, use_threads=False):
             for value in batch.to_pylist():
                 yield f"row {index}", value, None
                 index += 1
