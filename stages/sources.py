@@ -170,7 +170,7 @@ def _locate_saved(folder: Path, split: str | None) -> _Saved:
             raise UsageError(f"split {split!r}: {folder} holds one dataset without splits; leave split out")
         return _Saved(folder)
     raise UsageError(
-        f"data {str(folder)!r}: a folder; name a file in it or a pattern such as '{folder.name}/*.jsonl'"
+        f"data {str(folder)!r}: a folder; name a file in it or a pattern such as '{folder}/*.jsonl'"
     )
 
 
