@@ -203,8 +203,8 @@ def test_killed_process_goes_on_to_the_same_bytes(model, tokens, tmp_path):
     assert not (torn / "whole.json").exists()
     assert child(model, tokens, tmp_path / "killed", 5).returncode == -signal.SIGKILL
     assert (torn / "whole.json").exists()
-    assert child(model, tokens, tmp_path / "killed", 100).returncode == 0
     stage = Anchor(model=str(model), epochs=2, snapshots=3, learning_rate=1e-2, ema_decay=0.9)
+    run(stage, tmp_path / "killed", tokens)
     run(stage, tmp_path / "whole", tokens)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
