@@ -75,7 +75,8 @@ class _PlainProgress:
     SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, unit: str, total: int | None) -> None:
-        self._unit, self._total, self._done = unit, total, 0
+        self._unit, self._total = unit, total
+        self._done = self._printed = 0
         self._start = self._last = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
@@ -84,11 +85,11 @@ class _PlainProgress:
             self._print()
 
     def finish(self) -> None:
-        if self._last != self._start:  # short work needs no line
+        if self._last != self._start and self._printed != self._done:  # short work needs no line
             self._print()
 
     def _print(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._printed = time.monotonic(), self._done
         rate = self._done / (self._last - self._start)
         line = f"{self._done:,} {self._unit}"
         if self._total is not None:

@@ -40,7 +40,7 @@ def _encode(m: dict[str, Any]) -> list[str]:
     lines = [
         f"{m['examples']:,} examples, {m['tokens']:,} tokens, {m['response_share']:.1%} of them in responses",
         f"length: median {lengths['p50']}, 90 % within {lengths['p90']}, 99 % within {lengths['p99']}, longest {lengths['max']}",
-        f"truncated {m['truncated']:,}, dropped for having no response left {m['dropped']:,}",
+        f"truncated {m['truncated']:,}, dropped for having no response left {m['dropped_no_response']:,}",
     ]
     bad = m["bad_rows"]
     if bad:
