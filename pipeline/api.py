@@ -80,10 +80,8 @@ def score(
         `metrics` holds each checkpoint's, by name.
     """
     named = named_checkpoints(checkpoints)
-    attended: str | None = attention_from or list(named)[-1]
-    if attended == NO_ATTENTION:
-        attended = None
-    elif attended not in named:
+    attended = attention_from or list(named)[-1]
+    if attended not in named and attended != NO_ATTENTION:
         same = [name for name, ref in named.items() if ref == attended]
         extra = {} if same else named_checkpoints([attended])
         attended = (same or list(extra))[0]

@@ -63,11 +63,11 @@ def run_steps(config: RunConfig) -> Iterator[Step]:
 
 def score_job(ref: str, attention: bool, options: Mapping[str, object], tokens: Path, out: Path) -> Job:
     """The job that scores one checkpoint; scores that hold attention too are as good as those without."""
-    job = Job(Score(checkpoint=ref, attention=attention, **options), {"tokens": tokens}, out, seed=0)  # type: ignore[arg-type]
+    job = Job(Score(checkpoint=ref, attention=attention, **options), {"tokens": tokens}, out, seed=0)
     finished = read_manifest(out)
     if attention or finished is None or not finished.settings.get("attention"):
         return job
-    with_attention = replace(job, stage=Score(checkpoint=ref, attention=True, **options))  # type: ignore[arg-type]
+    with_attention = replace(job, stage=Score(checkpoint=ref, attention=True, **options))
     return with_attention if state(with_attention, Digests()) is State.FINISHED else job
 
 

@@ -39,7 +39,8 @@ def _encode(m: dict[str, Any]) -> list[str]:
     lengths = m["length"]
     lines = [
         f"{m['examples']:,} examples, {m['tokens']:,} tokens, {m['response_share']:.1%} of them in responses",
-        f"length: median {lengths['p50']}, 90 % within {lengths['p90']}, 99 % within {lengths['p99']}, longest {lengths['max']}",
+        f"length: median {lengths['p50']}, 90 % within {lengths['p90']}, 99 % within {lengths['p99']}, "
+        f"longest {lengths['max']}",
         f"truncated {m['truncated']:,}, dropped for having no response left {m['dropped_no_response']:,}",
     ]
     bad = m["bad_rows"]
@@ -54,7 +55,8 @@ def _anchor(m: dict[str, Any]) -> list[str]:
 
 
 def _score(m: dict[str, Any]) -> list[str]:
-    line = f"{m['response_tokens']:,} response tokens of {m['examples']:,} examples, mean loss {m['mean_loss']:.4f} nats"
+    line = f"{m['response_tokens']:,} response tokens of {m['examples']:,} examples"
+    line += f", mean loss {m['mean_loss']:.4f} nats"
     if "mean_attention" in m:
         line += f", mean attention on the prompt {m['mean_attention']:.4f}"
     return [line]

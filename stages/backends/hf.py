@@ -129,7 +129,7 @@ class HFBackend(Backend):
 
 
 def _pad(rows: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
-    padded = np.zeros((len(rows), max(len(r) for r in rows)), dtype=dtype)
+    padded: NDArray[Any] = np.zeros((len(rows), max(len(r) for r in rows)), dtype=dtype)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded
