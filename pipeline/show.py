@@ -62,6 +62,7 @@ def show(masked: Path, row: int | None = None, num_examples: int = 1, console: C
     tokenizer = load_tokenizer(str(masked / "tokenizer"))
     for example in examples:
         print_example(example, tokenizer, console)
+        _print(console, Text())
     print_legend(console, lean=examples[0].response_mask is None)
 
 
@@ -108,8 +109,8 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
     )
     if text.plain.endswith("\n"):
         text.right_crop(1)
-    for line in (header, text, Text()):
-        _print(console, line)
+    _print(console, header)
+    _print(console, text)
 
 
 def print_legend(console: Console, *, lean: bool = False) -> None:
