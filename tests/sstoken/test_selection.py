@@ -1,0 +1,97 @@
+"""Selection against a slow, obvious reference."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sstoken.errors import UsageError
+from sstoken.selection import (
+    MINMAX_EPSILON,
+    global_cut,
+    keep_above,
+    keep_per_example,
+    minmax,
+    num_kept,
+    sortable_keys,
+)
+
+# Few distinct values, so that ties are common.
+scores = st.lists(st.sampled_from([-3.5, -0.0, 0.0, 1e-300, 0.25, 0.5, 7.0, 1e300]), max_size=30)
+examples = st.lists(scores, max_size=6)
+ratios = st.sampled_from([0.01, 0.1, 0.3, 0.55, 0.6, 0.999, 1.0])
+
+
+def flat(rows):
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    return np.array([x for row in rows for x in row], dtype=np.float64), offsets
+
+
+def reference_keep(row, k):
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    return [i in order[:k] for i in range(len(row))]
+
+
+@given(examples, ratios)
+def test_keep_per_example_equals_sorting_each_example(rows, rho):
+    values, offsets = flat(rows)
+    expected = [x for row in rows for x in reference_keep(row, math.ceil(Fraction(str(rho)) * len(row)))]
+    assert keep_per_example(values, offsets, rho).tolist() == expected
+
+
+@given(examples, ratios)
+def test_minmax_equals_the_formula(rows, rho):
+    values, offsets = flat([[x / 1e299 for x in row] for row in rows])
+    expected = []
+    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+        row = values[a:b]
+        expected += [(x - row.min()) / (row.max() - row.min() + MINMAX_EPSILON) for x in row]
+    np.testing.assert_array_equal(minmax(values, offsets), expected)
+
+
+@given(examples, ratios)
+def test_global_cut_equals_sorting_everything(rows, rho):
+    values, _ = flat(rows)
+    if values.size == 0:
+        return
+    k = num_kept(values.size, rho)
+    chunks = [np.array(row, dtype=np.float64) for row in rows]
+    cut = global_cut(lambda: chunks, k)
+    kept, ties = [], 0
+    for chunk in chunks:
+        mask, ties = keep_above(chunk, cut, ties)
+        kept += mask.tolist()
+    assert kept == reference_keep(values.tolist(), k)
+
+
+@given(st.floats(allow_nan=False), st.floats(allow_nan=False))
+def test_sortable_keys_keep_the_order(a, b):
+    keys = sortable_keys(np.array([a, b]))
+    assert (keys[0] < keys[1]) == (a < b)
+    assert (keys[0] == keys[1]) == (a == b)
+
+
+def test_rho_is_read_as_the_decimal_it_is_written_as():
+    assert 0.55 * 100 > 55  # what binary floating point makes of it
+    assert num_kept(100, 0.55) == 55
+    assert num_kept(0, 0.6) == 0
+    assert num_kept(1, 0.01) == 1
+    assert num_kept(7, 1) == 7
+
+
+def test_equal_scores_keep_the_earlier_tokens():
+    kept = keep_per_example(np.zeros(5), np.array([0, 5]), 0.6)
+    assert kept.tolist() == [True, True, True, False, False]
+
+
+def test_a_constant_signal_normalises_to_zero():
+    assert minmax(np.full(3, 2.5), np.array([0, 3])).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rho", [0, -0.1, 1.5, math.nan, math.inf])
+def test_a_ratio_out_of_range_is_refused(rho):
+    with pytest.raises(UsageError, match="legal is 0 < rho <= 1"):
+        num_kept(10, rho)
