@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def run_demo(
     examples = list(generate(num_base + num_pipeline, seed))
     examples, base_examples = examples[num_base:], examples[:num_base]
     say(f"base: a tiny model, from random weights, on {num_base:,} generated examples")
-    base = _base_model(out / "base", base_examples, seed)
+    base = _base_model(out / "base", out / "pretraining", base_examples, seed)
     selected = _pipeline(out, base, examples, seed, say)
     say("done")
     found = count_kept({method: result.folder for method, result in selected.items()}, examples)
@@ -106,7 +107,7 @@ def _pipeline(
     say(f"score: their tokens under the base and under {current.name}")
     scores = api.score(
         tokens=tokens,
-        checkpoints=[f"base={base}", str(current)],
+        checkpoints=[str(base), str(current)],
         out=out / "scores",
         attention_from=current.name,
     ).folder
@@ -182,22 +183,36 @@ def token_classes(
     return [of_token(a, b) if r else None for (a, b), r in zip(offsets, response_mask, strict=True)]
 
 
-def _base_model(folder: Path, examples: Sequence[DemoExample], seed: int) -> Path:
-    """A checkpoint trained from random weights on `examples`, by the pipeline's own stages."""
-    random_model = folder / "random"
+def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed: int) -> Path:
+    """Make the checkpoint `folder`: random weights, trained on `examples` by the pipeline's own stages in `work`."""
+    random_model = work / "random"
     if not random_model.is_dir():
-        partial = folder / "random.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        build_model(partial, examples, seed)
-        os.replace(partial, random_model)
-    write_jsonl(folder / "data.jsonl", examples)
-    tokens = api.encode(data=str(folder / "data.jsonl"), model=str(random_model), out=folder / "tokens")
+        with _whole(random_model) as partial:
+            partial.mkdir(parents=True)
+            build_model(partial, examples, seed)
+    write_jsonl(work / "data.jsonl", examples)
+    tokens = api.encode(data=str(work / "data.jsonl"), model=str(random_model), out=work / "tokens")
     trained = api.anchor(
-        tokens=tokens.folder, model=str(random_model), out=folder / "history",
-        snapshots=1, seed=seed, **TRAINING,
-    )  # fmt: skip
-    return trained.folder / str(trained.metrics["snapshots"][-1])
+        tokens=tokens.folder,
+        model=str(random_model),
+        out=work / "history",
+        snapshots=1,
+        seed=seed,
+        **TRAINING,
+    )
+    if not folder.is_dir():
+        with _whole(folder) as partial:
+            shutil.copytree(trained.folder / trained.metrics["snapshots"][-1], partial)
+    return folder
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A place to write `folder`, which then appears at once or, where the writing fails, not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    os.replace(partial, folder)
 
 
 def _claim(out: Path, seed: int) -> None:
