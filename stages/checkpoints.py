@@ -47,12 +47,13 @@ def adapter_base(ref: str) -> str | None:
     folder = local_folder(ref)
     if folder is None or not (folder / ADAPTER_CONFIG).is_file():
         return None
-    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    config = _read_json(folder / ADAPTER_CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
         raise SstokenError(
             f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; say which model it adapts"
         )
-    return str(base)
+    return f"{base}@{revision}" if revision else str(base)
 
 
 def weight_files(folder: Path) -> list[Path]:
