@@ -254,3 +254,56 @@ def doctor(as_json: bool) -> None:
         *(("not installed", f"{name} ({purpose})") for name, purpose in missing(facts).items()),
     ]
     print_table(("", ""), rows)
+
+
+@click.command()
+@click.option(
+    "--out", default="runs/demo", show_default=True, help="Where it works; finished steps are kept."
+)
+@_seed
+@_json
+def demo(out: str, seed: int, as_json: bool) -> None:
+    """The whole pipeline on an embedded example, in minutes on a laptop's CPU.
+
+    Makes a small instruction set with planted noise, a tiny base model and its history; then counts what each
+    method kept of the noise and of everything else.
+
+    \b
+    Example:
+      sstoken-curate demo
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from pipeline.demo import run_demo
+
+    found = run_demo(Path(out), seed, Console(stderr=True) if as_json else None)
+    if as_json:
+        click.echo(json.dumps(found))
+
+
+@click.command()
+@click.argument("masked")
+@click.option("--row", type=int, help="Number of the row, from 0.  [default: the first]")
+@click.option(
+    "--rows", "num_examples", type=click.IntRange(min=1), default=1, show_default=True, help="How many."
+)
+@click.option("--svg", help="Write the picture to this file instead.")
+def show(masked: str, row: int | None, num_examples: int, svg: str | None) -> None:
+    """Tokens in the terminal: kept and dropped, coloured by score.
+
+    \b
+    Example:
+      sstoken-curate show runs/demo/masked-sstoken --row 2
+    """
+    from pathlib import Path
+
+    from pipeline.show import save_svg
+    from pipeline.show import show as show_examples
+
+    if svg is not None:
+        save_svg(Path(masked), Path(svg), row, num_examples)
+        click.echo(f"written: {svg}")
+    else:
+        show_examples(Path(masked), row, num_examples)

@@ -140,7 +140,7 @@ def read_head(model: nn.Module) -> OutputHead:
     held: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, args: held.append(args[0]))
     try:
-        num_ids = min(8, int(weight.shape[0]))  # type: ignore[index, arg-type, operator]
+        num_ids = min(8, int(weight.shape[0]))  # type: ignore[index]
         ids = torch.arange(num_ids, device=weight.device)[None]  # type: ignore[arg-type]
         expected = model(input_ids=ids, use_cache=False).logits[0]
     finally:
