@@ -78,7 +78,9 @@ def test_heavy_libraries_are_imported_where_they_are_used():
             assert path.name in allowed or not names & HEAVY, path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["encode", "--help"], ["select", "--help"], ["plan", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["encode", "--help"], ["select", "--help"], ["plan", "--help"]]
+)
 def test_help_loads_neither_torch_nor_transformers(arguments):
     code = f"""
 import sys

@@ -29,7 +29,9 @@ def test_the_ends_of_gamma_rank_like_one_signal(gamma, alone):
     both = METHODS["sstoken"].score(SIGNALS, gamma)
     single = METHODS[alone].score(SIGNALS, gamma)
     for a, b in ((0, 3), (3, 5)):
-        np.testing.assert_array_equal(np.argsort(-both[a:b], kind="stable"), np.argsort(-single[a:b], kind="stable"))
+        np.testing.assert_array_equal(
+            np.argsort(-both[a:b], kind="stable"), np.argsort(-single[a:b], kind="stable")
+        )
 
 
 def test_random_is_seeded():

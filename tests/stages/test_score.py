@@ -1,0 +1,181 @@
+"""The score stage: adapters share their base, shards are independent, refusals are clear."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sstoken.errors import SstokenError, UsageError
+from stages import tables
+from stages.backends import BackendOptions, hf, make_backend
+from stages.score import Score
+from tests.stages.tiny import VOCABULARY, save_model, save_tokenizer
+from tests.support import make_context
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """Three shards, as encode writes them."""
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    from stages.checkpoints import tokenizer_fingerprint
+
+    facts = {"fingerprint": tokenizer_fingerprint(save_tokenizer(folder / "tokenizer")), "name": "tiny"}
+    for part in range(3):
+        lengths = random.integers(2, 30, 7)
+        table = pa.Table.from_pylist(
+            [
+                {
+                    "example_id": f"{part}-{i}",
+                    "input_ids": random.integers(1, VOCABULARY, n).tolist(),
+                    "response_mask": [j >= max(1, n // 3) for j in range(n)],
+                }
+                for i, n in enumerate(lengths)
+            ],
+            schema=tables.TOKENS,
+        )
+        tables.write_part(folder / tables.part_name(part), table, {"tokenizer": facts})
+    return folder
+
+
+def score(tokens, out, checkpoint, **fields):
+    stage = Score(checkpoint=str(checkpoint), attention=True, device="cpu", **fields)
+    metrics = stage.run(make_context(out, {"tokens": tokens}))
+    return pa.concat_tables([pq.read_table(p) for p in tables.parts(out)]), metrics
+
+
+def direct_losses(model, ids):
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [None, *(-log_p[i - 1, ids[i]].item() for i in range(1, len(ids)))]
+
+
+def add_lora(base, folder, seed, **settings):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, **settings
+    )
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+def test_rows_are_aligned_and_off_response_is_null(tokens, model, tmp_path):
+    table, metrics = score(tokens, tmp_path / "scores", model)
+    rows = pa.concat_tables([pq.read_table(p) for p in tables.parts(tokens)])
+    assert table["example_id"].to_pylist() == rows["example_id"].to_pylist()
+    reference = AutoModelForCausalLM.from_pretrained(model)
+    for row, scored in zip(rows.to_pylist(), table.to_pylist(), strict=True):
+        expected = direct_losses(reference, row["input_ids"])
+        for loss, attention, is_response, value in zip(
+            scored["loss"], scored["attention"], row["response_mask"], expected, strict=True
+        ):
+            assert (loss is None) == (attention is None) == (not is_response)
+            if is_response:
+                assert loss == pytest.approx(value, abs=1e-5)
+                assert 0 <= attention <= 1
+    assert metrics["examples"] == 21
+    losses = [x for row in table["loss"].to_pylist() for x in row if x is not None]
+    assert metrics["mean_loss"] == pytest.approx(np.mean(losses))
+    assert metrics["response_tokens"] == len(losses)
+
+
+def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
+    """Base, adapter, other adapter, base again: each gives its own losses, and the base is loaded once."""
+    hf._shared_base.cache_clear()
+    references = {"base": AutoModelForCausalLM.from_pretrained(model)}
+    for seed, name in enumerate(("first", "second")):
+        references[name] = add_lora(model, tmp_path / name, seed)
+    row = pq.read_table(tables.parts(tokens)[0]).to_pylist()[0]
+    ids, mask = np.array(row["input_ids"], dtype=np.int32), np.array(row["response_mask"])
+    seen = []
+    for name in ("base", "first", "second", "base"):
+        path = model if name == "base" else tmp_path / name
+        options = BackendOptions(str(path), True, -1, "float32", "cpu", 512, False)
+        [(_, signals)] = list(make_backend("hf", options).measure([ids], [mask]))
+        expected = direct_losses(references[name], row["input_ids"])
+        np.testing.assert_allclose(signals.loss[mask], np.array(expected, dtype=float)[mask], atol=1e-5)
+        seen.append(signals.loss[mask])
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+    assert np.abs(seen[1] - seen[2]).max() > 1e-3
+    np.testing.assert_array_equal(seen[0], seen[3])
+    assert hf._shared_base.cache_info().misses == 1
+
+
+def test_shards_that_are_there_are_not_scored_again(tokens, model, tmp_path):
+    whole, _ = score(tokens, tmp_path / "whole", model)
+    out = tmp_path / "resumed"
+    out.mkdir()
+    done = out / tables.part_name(1)
+    done.write_bytes((tmp_path / "whole" / tables.part_name(1)).read_bytes())
+    stamp = done.stat().st_mtime_ns
+    resumed, _ = score(tokens, out, model)
+    assert done.stat().st_mtime_ns == stamp
+    for part in range(3):
+        name = tables.part_name(part)
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_several_processes_write_the_same_bytes(tokens, model, tmp_path):
+    from pipeline.engine import local_map
+
+    score(tokens, tmp_path / "one", model)
+    context = make_context(tmp_path / "two", {"tokens": tokens})
+    object.__setattr__(context, "map", local_map)
+    Score(checkpoint=str(model), attention=True, device="cpu", workers=2).run(context)
+    for part in tables.parts(tmp_path / "one"):
+        assert part.read_bytes() == (tmp_path / "two" / part.name).read_bytes()
+
+
+def test_another_tokenizer_is_refused(tokens, tmp_path):
+    other = save_model(tmp_path / "other")
+    save_tokenizer(other, first="x")
+    with pytest.raises(
+        SstokenError, match=r"other: its tokenizer is not the one that made the tokens \(tiny\)"
+    ):
+        score(tokens, tmp_path / "scores", other)
+
+
+def test_a_smaller_vocabulary_is_refused(tokens, tmp_path):
+    small = save_model(tmp_path / "small", vocabulary=64)
+    with pytest.raises(SstokenError, match=r"has token id \d+, beyond the model's vocabulary of 64"):
+        score(tokens, tmp_path / "scores", small)
+
+
+def test_an_example_longer_than_the_model_is_refused(tokens, tmp_path):
+    short = save_model(tmp_path / "short", positions=8)
+    with pytest.raises(SstokenError, match=r"has \d+ tokens, the model takes 8; encode with --max-length 8"):
+        score(tokens, tmp_path / "scores", short)
+
+
+def test_a_broken_checkpoint_names_shard_and_example(tokens, tmp_path):
+    broken = save_model(tmp_path / "broken")
+    loaded = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        loaded.model.norm.weight.fill_(float("nan"))
+    loaded.save_pretrained(broken)
+    with pytest.raises(
+        SstokenError, match=r"broken: NaN or infinite loss in part-00000.parquet, example '0-\d'"
+    ):
+        score(tokens, tmp_path / "scores", broken)
+
+
+def test_a_layer_out_of_range_is_refused(tokens, model, tmp_path):
+    with pytest.raises(UsageError, match=r"layer 2: the model has 2 layers"):
+        score(tokens, tmp_path / "scores", model, layer=2)
+
+
+def test_an_unknown_backend_is_refused(model):
+    with pytest.raises(UsageError, match="backend 'tgi' is not known; legal: auto, hf"):
+        make_backend("tgi", BackendOptions(str(model), True, -1, "float32", "cpu", 512, False))

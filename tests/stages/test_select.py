@@ -1,0 +1,200 @@
+"""The select stage against the definition, example by example."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.methods import METHODS
+from sstoken.selection import num_kept
+from stages import tables
+from stages.select import Select
+from tests.stages.tiny import save_tokenizer
+from tests.support import make_context
+
+PARTS, ROWS = 3, 9
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Tokens and scores with many ties; one example of each shard has no response token."""
+    root = tmp_path_factory.mktemp("inputs")
+    random = np.random.default_rng(0)
+    folders = {name: root / name for name in ("tokens", "history", "current", "attention")}
+    for folder in folders.values():
+        folder.mkdir()
+    save_tokenizer(folders["tokens"] / "tokenizer")
+    for part in range(PARTS):
+        rows = []
+        for i in range(ROWS):
+            n = int(random.integers(2, 25))
+            start = n if i == 4 else int(random.integers(1, n))
+            rows.append((f"{part}-{i}", random.integers(1, 99, n).tolist(), [j >= start for j in range(n)]))
+        name = tables.part_name(part)
+        ids, tokens, masks = zip(*rows, strict=True)
+        table = pa.table([ids, tokens, masks], schema=tables.TOKENS)
+        facts = {"kind": "tokens", "tokenizer": {"fingerprint": "f", "name": "t"}, "stats": {}}
+        tables.write_part(folders["tokens"] / name, table, facts)
+
+        def values(levels, masks=masks):
+            return [[float(random.integers(levels)) / levels if r else None for r in mask] for mask in masks]
+
+        provenance = {"checkpoint": "c", "dtype": "float32", "layer": -1}
+        for role in ("history", "current"):
+            loss = pa.table([ids, values(8)], schema=tables.SCORES)
+            tables.write_part(folders[role] / name, loss, provenance)
+        both = pa.table([ids, values(8), values(4)], schema=tables.SCORES_WITH_ATTENTION)
+        tables.write_part(folders["attention"] / name, both, provenance)
+    return folders
+
+
+def select(inputs, out, seed=0, **fields):
+    metrics = Select(**fields).run(make_context(out, inputs, seed=seed))
+    return pa.concat_tables([pq.read_table(p) for p in tables.parts(out)]).to_pylist(), metrics
+
+
+def raw(inputs, role, column):
+    rows = pa.concat_tables([pq.read_table(p) for p in tables.parts(inputs[role])]).to_pylist()
+    return {row["example_id"]: row[column] for row in rows}
+
+
+def reference_scores(inputs, gamma):
+    """Score of each response token by (example, position), from the formula."""
+    history, current = raw(inputs, "history", "loss"), raw(inputs, "current", "loss")
+    attention, masks = raw(inputs, "attention", "attention"), raw(inputs, "tokens", "response_mask")
+    scores = {}
+    for example, mask in masks.items():
+        rel = {i: history[example][i] - current[example][i] for i, r in enumerate(mask) if r}
+        for i, value in rel.items():
+            low, high = min(rel.values()), max(rel.values())
+            scores[example, i] = (
+                gamma * (value - low) / (high - low + 1e-8) + (1 - gamma) * attention[example][i]
+            )
+    return scores
+
+
+@pytest.mark.parametrize(("gamma", "rho"), [(0.5, 0.6), (0.3, 0.4), (1, 0.5), (0, 0.8)])
+@pytest.mark.parametrize("scope", ["sample", "global"])
+def test_masks_follow_the_definition(inputs, tmp_path, gamma, rho, scope):
+    rows, metrics = select(inputs, tmp_path, gamma=gamma, rho=rho, scope=scope)
+    scores = reference_scores(inputs, gamma)
+    order = sorted(scores, key=lambda at: -scores[at])  # stable: dataset order among equals
+    if scope == "global":
+        expected = set(order[: num_kept(len(scores), rho)])
+    else:
+        expected = set()
+        for row in rows:
+            own = [at for at in order if at[0] == row["example_id"]]
+            expected |= set(own[: num_kept(len(own), rho)])
+    kept = {(row["example_id"], i) for row in rows for i, keep in enumerate(row["keep_mask"]) if keep}
+    assert kept == expected
+    assert metrics["kept"] == len(expected)
+    assert metrics["kept"] + metrics["dropped"] == metrics["response_tokens"] == len(scores)
+
+
+def test_the_columns_of_the_masked_dataset(inputs, tmp_path):
+    rows, metrics = select(inputs, tmp_path, method="sstoken")
+    assert metrics["examples"] == PARTS * (ROWS - 1)
+    assert metrics["left_out"] == PARTS
+    history, current = raw(inputs, "history", "loss"), raw(inputs, "current", "loss")
+    for row in rows:
+        example = row["example_id"]
+        assert len({len(row[c]) for c in row if c != "example_id"}) == 1
+        for i, (token, label, keep, response) in enumerate(
+            zip(row["input_ids"], row["labels"], row["keep_mask"], row["response_mask"], strict=True)
+        ):
+            assert label == (token if keep else -100)
+            assert response or not keep
+            assert (row["score"][i] is None) == (not response)
+            if response:
+                assert row["rel"][i] == pytest.approx(history[example][i] - current[example][i])
+
+
+def test_the_files_are_bare_parquet_with_provenance(inputs, tmp_path):
+    select(inputs, tmp_path, rho=0.4)
+    for part in tables.parts(tmp_path):
+        schema = pq.read_schema(part)
+        assert set(schema.metadata) == {b"sstoken"}
+        assert schema.field("input_ids").type.value_type == pa.int32()
+        assert schema.field("labels").type.value_type == pa.int32()
+        facts = json.loads(schema.metadata[b"sstoken"])
+        assert (facts["method"], facts["rho"], facts["gamma"]) == ("sstoken", 0.4, 0.5)
+        assert facts["checkpoints"]["history"]["name"] == "history"
+        assert facts["tokenizer"]["fingerprint"] == "f"
+        assert facts["version"]
+        assert facts["fingerprint"]
+
+
+def test_lean_drops_the_last_four_columns(inputs, tmp_path):
+    select(inputs, tmp_path, lean=True)
+    names = pq.read_schema(tables.parts(tmp_path)[0]).names
+    assert names == ["example_id", "input_ids", "labels", "keep_mask"]
+
+
+def test_methods_without_signals_need_no_scores(inputs, tmp_path):
+    only_tokens = {"tokens": inputs["tokens"]}
+    rows, metrics = select(only_tokens, tmp_path / "full", method="full", rho=0.1)
+    assert metrics["kept_share"] == 1
+    assert all(row["keep_mask"] == row["response_mask"] for row in rows)
+    assert all(row["rel"] is None and row["attention"] is None for row in rows)
+    rows, metrics = select(only_tokens, tmp_path / "random", method="random", rho=0.5)
+    again, _ = select(only_tokens, tmp_path / "again", method="random", rho=0.5)
+    other, _ = select(only_tokens, tmp_path / "other", method="random", rho=0.5, seed=1)
+    assert rows == again
+    assert rows != other
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_method_runs_in_any_number_of_processes(inputs, tmp_path, method, workers):
+    from pipeline.engine import local_map
+
+    context = make_context(tmp_path / "out", inputs)
+    object.__setattr__(context, "map", local_map)
+    metrics = Select(method=method, scope="global", workers=workers).run(context)
+    select(inputs, tmp_path / "plain", method=method, scope="global")
+    for part in tables.parts(tmp_path / "plain"):
+        assert part.read_bytes() == (tmp_path / "out" / part.name).read_bytes()
+    expected = (
+        1 if method == "full" else num_kept(metrics["response_tokens"], 0.6) / metrics["response_tokens"]
+    )
+    assert metrics["kept_share"] == pytest.approx(expected)
+
+
+def test_the_summary_by_hand(inputs, tmp_path):
+    rows, metrics = select(inputs, tmp_path, method="rel", rho=0.5)
+    masks = [[k for k, r in zip(row["keep_mask"], row["response_mask"], strict=True) if r] for row in rows]
+    deciles = [[] for _ in range(10)]
+    for mask in masks:
+        for i, keep in enumerate(mask):
+            deciles[10 * i // len(mask)].append(keep)
+    assert metrics["kept_share_by_decile"] == [pytest.approx(np.mean(d), abs=1e-4) for d in deciles]
+    attention, _ = select(inputs, tmp_path / "attention", method="attention", rho=0.5)
+    both = sum(
+        a and b
+        for x, y in zip(rows, attention, strict=True)
+        for a, b in zip(x["keep_mask"], y["keep_mask"], strict=True)
+    )
+    assert metrics["signal_overlap"] == pytest.approx(both / metrics["kept"])
+
+
+def test_scores_of_other_tokens_are_refused(inputs, tmp_path):
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    for part in tables.parts(inputs["history"]):
+        table = pq.read_table(part).slice(1)
+        tables.write_part(strange / part.name, table, {"checkpoint": "c", "dtype": "float32", "layer": -1})
+    with pytest.raises(SstokenError, match="not row-aligned"):
+        select(inputs | {"history": strange}, tmp_path / "out")
+    (strange / tables.part_name(0)).unlink()
+    with pytest.raises(SstokenError, match=r"part-00000.parquet: missing"):
+        select(inputs | {"history": strange}, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("fields", [{"rho": 0}, {"rho": 1.5}, {"method": "best"}])
+def test_what_is_out_of_range_is_refused_before_any_work(fields):
+    with pytest.raises(UsageError, match="legal"):
+        Select(**fields).check()
