@@ -230,7 +230,7 @@ def _claim(folder: Path, config: RunConfig, forced: set[str]) -> None:
                 f"{folder}: holds the run of data {held.get('data')!r} and model {held.get('model')!r}; set another "
                 "`out`, or --force encode to run it all again here"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(entry.name != f"{_RUN_FILE}.tmp" for entry in folder.iterdir()):
         raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
     folder.mkdir(parents=True, exist_ok=True)
     manifests.write_atomically(path, json.dumps(identity).encode())

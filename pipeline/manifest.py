@@ -132,5 +132,5 @@ class Digests:
         if key not in self._known:
             self._known[key] = sha256(path)
             if self._cache is not None and self._cache.parent.is_dir():
-                write_atomically(self._cache, json.dumps(self._known).encode())
+                self._cache.write_text(json.dumps(self._known))  # half of it is no JSON, and is forgotten
         return self._known[key]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -165,13 +166,11 @@ def _check_out(out: Path) -> None:
 
 def _writable(folder: Path) -> bool:
     """Whether a file can be made there: tried, as rights alone do not tell for root or a read-only disk."""
-    probe = folder / f".sstoken-{os.getpid()}"
     try:
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # without a name where the system can: a kill leaves nothing
+            return True
     except OSError:
         return False
-    return True
 
 
 @contextmanager
@@ -197,7 +196,7 @@ def _finish_rename(job: Job, identity: _Identity) -> None:
     if written is not None and written.fingerprint == identity.fingerprint:
         _promote(job)
     elif written is not None:
-        shutil.rmtree(job.partial)
+        _discard(job.partial)
     replaced = _replaced(job.out)
     if replaced.exists():
         if job.out.exists():
@@ -208,11 +207,22 @@ def _finish_rename(job: Job, identity: _Identity) -> None:
 
 def _prepare(job: Job, identity: _Identity, *, fresh: bool) -> None:
     if fresh or _partial_fingerprint(job.partial) != identity.fingerprint:
-        shutil.rmtree(job.partial, ignore_errors=True)
+        _discard(job.partial)
     job.partial.mkdir(parents=True, exist_ok=True)
-    for leftover in job.partial.rglob("*.tmp"):
-        leftover.unlink()
+    for leftover in list(job.partial.rglob("*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     manifests.write_atomically(job.partial / _FINGERPRINT_FILE, identity.fingerprint.encode())
+
+
+def _discard(partial: Path) -> None:
+    """Remove unfinished work; what says that it can be used goes first, so that half of it never is."""
+    for mark in (_FINGERPRINT_FILE, MANIFEST):
+        (partial / mark).unlink(missing_ok=True)
+    if partial.exists():
+        shutil.rmtree(partial)
 
 
 def _run(job: Job, identity: _Identity) -> dict[str, Any]:

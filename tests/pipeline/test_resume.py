@@ -1,0 +1,283 @@
+"""A run that was killed, anywhere, goes on where it stopped and ends with the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import api, runner
+from pipeline.config import load_config
+from tests.pipeline.small_run import (
+    PIPELINE,
+    environment,
+    leftovers,
+    save_config,
+    save_conversations,
+    written,
+)
+from tests.stages.tiny import save_tokenizer
+
+STAGES = ("encode", "anchor", "score", "select")
+DEADLINE = 120.0
+
+
+def finish(config: Path) -> Path:
+    """Run to the end in the configuration's folder; the run's folder."""
+    done = subprocess.run(
+        [*PIPELINE, "run", config.name],
+        cwd=config.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done.stderr
+    return config.parent / "run"
+
+
+def at_work(run: Path, stage: str) -> list[Path]:
+    """What the stage has finished and would lose by starting over, once that is enough to kill it."""
+    if stage == "anchor":
+        whole = [
+            int(p.parent.name.rpartition("-")[2]) for p in run.glob("history.partial/trainer/*/whole.json")
+        ]
+        weights = run.glob("history.partial/step-*/model.safetensors")
+        return [p for p in weights if int(p.parent.name.split("-")[1]) <= max(whole, default=0)]
+    pattern = {"encode": "tokens.partial", "score": "scores/*.partial", "select": "masked.partial"}[stage]
+    shards = sorted(run.glob(f"{pattern}/part-*.parquet"))
+    return shards if len(shards) >= 2 else []
+
+
+def kill_in(config: Path, stage: str) -> dict[Path, int]:
+    """Run until the stage is in the middle of its work, then SIGKILL; the inodes of what it had finished."""
+    run = config.parent / "run"
+    process = subprocess.Popen(
+        [*PIPELINE, "run", config.name],
+        cwd=config.parent,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + DEADLINE
+    while not (found := at_work(run, stage)):
+        assert process.poll() is None, f"ended before it was seen to {stage}"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert leftovers(run), f"{stage} was over when it was killed"
+    return {path: path.stat().st_ino for path in found}
+
+
+def final_place(path: Path) -> Path:
+    """Where a file of an unfinished stage stands in the end."""
+    return Path(*(part.removesuffix(".partial") for part in path.parts))
+
+
+def check_same(killed: Path, whole: Path) -> None:
+    expected, got = written(whole), written(killed)
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if got[name] != expected[name]] == []
+    assert leftovers(killed) == []
+    checked, wrong = api.verify(killed)
+    assert wrong == []
+    assert {path.relative_to(killed).parts[0] for path in checked} == {
+        "tokens",
+        "history",
+        "scores",
+        "masked",
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("resume")
+    return finish(save_config(folder / "whole", folder, examples=90, shard_rows=3, steps=8))
+
+
+def killed_config(whole: Path, name: str) -> Path:
+    inputs = whole.parents[1]
+    return save_config(inputs / name, inputs, examples=90, shard_rows=3, steps=8)
+
+
+def test_killed_in_every_stage(whole: Path) -> None:
+    config = killed_config(whole, "each")
+    finished: dict[Path, int] = {}
+    for stage in STAGES:
+        finished |= kill_in(config, stage)
+    run = finish(config)
+    check_same(run, whole)
+    assert {path: final_place(path).stat().st_ino for path in finished} == finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_again_and_again_in_one_stage(whole: Path, stage: str) -> None:
+    config = killed_config(whole, stage)
+    finished: dict[Path, int] = {}
+    for _ in range(3):
+        finished |= kill_in(config, stage)
+    run = finish(config)
+    check_same(run, whole)
+    assert {path: final_place(path).stat().st_ino for path in finished} == finished
+
+
+def crash(folder: Path, seed: int | str, *overrides: str) -> int:
+    """Run with kills at random changes until it ends by itself; the number of kills."""
+    script = Path(__file__).with_name("crashing.py")
+    done = subprocess.run(
+        [sys.executable, script, "run.yaml", "run", str(seed), *overrides],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["each", 0, 1])
+def test_killed_anywhere(tmp_path: Path, seed: int | str) -> None:
+    """Also while the results of other settings are replaced."""
+    for name in ("whole", "killed"):
+        save_config(tmp_path / name, tmp_path, examples=9, shard_rows=4, steps=4)
+    other = ("encode.max_length=24", "select.rho=0.3", "anchor.snapshots=2")
+    kills = 0
+    for overrides in ((), other):
+        assert crash(tmp_path / "whole", "never", *overrides) == 0
+        kills += crash(tmp_path / "killed", seed, *overrides)
+        check_same(tmp_path / "killed/run", tmp_path / "whole/run")
+    assert kills >= 4
+
+
+class Encoder:
+    """`encode` with so many rows a shard, into a folder whose states between renames are made by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "run"
+        self.out, self.partial, self.replaced = (
+            self.folder / f"tokens{suffix}" for suffix in ("", ".partial", ".replaced")
+        )
+        self._data = save_conversations(folder / "data.jsonl", 12)
+        with open(self._data, "a") as file:
+            file.write("{broken\n")
+        save_tokenizer(folder / "base")
+        self._model = str(folder / "base")
+
+    def __call__(self, shard_rows: int, out: Path | None = None) -> runner.Result:
+        return api.encode(
+            data=str(self._data),
+            model=self._model,
+            out=out or self.out,
+            shard_rows=shard_rows,
+            on_bad_row="skip",
+            workers=1,
+        )
+
+    def unfinish(self) -> None:
+        """As if killed before the manifest."""
+        fingerprint = json.loads((self.out / "manifest.json").read_text())["fingerprint"]
+        self.out.rename(self.partial)
+        (self.partial / "manifest.json").unlink()
+        (self.partial / ".fingerprint").write_text(fingerprint)
+
+
+def inodes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in folder.glob("part-*")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def encode(tmp_path: Path) -> Encoder:
+    return Encoder(tmp_path)
+
+
+@pytest.mark.parametrize("fingerprint_left", [False, True])
+def test_manifest_written_but_not_renamed(encode: Encoder, fingerprint_left: bool) -> None:
+    encode(4)
+    before = inodes(encode.out)
+    encode.out.rename(encode.partial)
+    if fingerprint_left:
+        fingerprint = json.loads((encode.partial / "manifest.json").read_text())["fingerprint"]
+        (encode.partial / ".fingerprint").write_text(fingerprint)
+    assert encode(4).skipped
+    assert inodes(encode.out) == before
+    assert leftovers(encode.folder) == []
+    assert api.verify(encode.out)[1] == []
+
+
+@pytest.mark.parametrize("old_one_moved", [False, True])
+def test_new_result_whole_and_old_one_still_there(encode: Encoder, old_one_moved: bool) -> None:
+    encode(4, encode.folder / "elsewhere")
+    encode(8, encode.replaced if old_one_moved else encode.out)
+    (encode.folder / "elsewhere").rename(encode.partial)
+    new = inodes(encode.partial)
+    assert encode(4).skipped
+    assert inodes(encode.out) == new
+    assert leftovers(encode.folder) == []
+
+
+def test_new_result_in_place_and_old_one_half_removed(encode: Encoder) -> None:
+    encode(8, encode.replaced)
+    (encode.replaced / "manifest.json").unlink()
+    encode(4, encode.folder / "elsewhere").folder.rename(encode.out)
+    assert encode(4).skipped
+    assert leftovers(encode.folder) == []
+
+
+def test_settings_changed_back_when_only_the_renames_were_missing(encode: Encoder) -> None:
+    encode(4, encode.replaced)
+    old = inodes(encode.replaced)
+    encode(8, encode.partial)
+    assert encode(4).skipped
+    assert inodes(encode.out) == old
+    assert leftovers(encode.folder) == []
+
+
+def test_killed_while_the_run_was_claimed(tmp_path: Path) -> None:
+    config = load_config(save_config(tmp_path, tmp_path, examples=4, shard_rows=4, steps=1))
+    config = config.model_copy(update={"out": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json.tmp").write_text('{"data"')
+    assert not api.run(config, until="encode")["encode"].skipped
+    assert leftovers(tmp_path) == []
+
+
+def test_killed_while_the_tokenizer_was_saved(encode: Encoder) -> None:
+    encode(4)
+    whole = contents(encode.out)
+    encode.unfinish()
+    (encode.partial / "tokenizer").rename(encode.partial / "tokenizer.tmp")
+    assert not encode(4).skipped
+    assert contents(encode.out) == whole
+
+
+def test_work_half_removed_is_not_gone_on_from(encode: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(4)
+    whole = contents(encode.out)
+    encode.unfinish()
+
+    def killed(folder: Path, **_: object) -> None:
+        next((folder / "bad_rows").iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode(8)  # other settings: what they find there is of no use to them
+    encode(4)
+    assert contents(encode.out) == whole
+    assert leftovers(encode.folder) == []
