@@ -26,7 +26,7 @@ from pipeline import api
 from pipeline.demo_data import KINDS, DemoExample, Noise, generate, write_jsonl, write_noise
 from pipeline.demo_model import build_model
 from pipeline.runner import Result
-from pipeline.show import print_example, print_legend, read_examples
+from pipeline.show import default_console, print_example, print_legend, read_examples
 from sstoken.errors import UsageError
 from stages import tables
 from stages.checkpoints import load_tokenizer
@@ -69,7 +69,7 @@ def run_demo(
     Raises:
         UsageError: `out` holds something else, or the demo of another seed.
     """
-    console = console or Console()
+    console = console or default_console()
     began = time.monotonic()
 
     def say(what: str) -> None:

@@ -5,6 +5,7 @@ Text from a dataset is data: control characters, terminal escape sequences and r
 
 import io
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -57,7 +58,7 @@ def show(masked: Path, row: int | None = None, num_examples: int = 1, console: C
     Raises:
         SstokenError: not a finished masked folder, or `row` out of range.
     """
-    console = console or Console()
+    console = console or default_console()
     examples = read_examples(masked, 0 if row is None else row, num_examples)
     tokenizer = load_tokenizer(str(masked / "tokenizer"))
     for example in examples:
@@ -244,6 +245,13 @@ def _marked(texts: Sequence[str], kinds: Sequence[str]) -> str:
             inner += "".join(text for text, _ in run).join(DROPPED_MARKS if dropped else ("", ""))
         marked += inner if prompt else inner.join(RESPONSE_MARKS)
     return marked
+
+
+def default_console() -> Console:
+    """Standard output, where a character that its encoding lacks is spelled out rather than an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console()
 
 
 def is_plain(console: Console) -> bool:

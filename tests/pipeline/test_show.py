@@ -157,6 +157,14 @@ def test_text_never_drives_the_terminal(tmp_path: Path, terminal: bool) -> None:
     assert re.search(r"\[red\]x\[/red\]", text.replace("\n", ""))
 
 
+def test_an_encoding_that_lacks_characters_is_no_error(masked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    show(masked, 0)
+    stdout.flush()
+    assert rb"\xaban[-swer0-]\xbb" in stdout.buffer.getvalue()  # type: ignore[attr-defined]
+
+
 def test_newlines_are_seen() -> None:
     assert visible("a\nb") == "a⏎\nb"
     assert visible("a\nb", newline="\\n") == "a\\nb"
