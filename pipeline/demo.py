@@ -28,6 +28,7 @@ from pipeline.demo_model import build_model
 from pipeline.runner import Result
 from pipeline.show import default_console, print_example, print_legend, read_examples
 from sstoken.errors import UsageError
+from sstoken.version import __version__
 from stages import tables
 from stages.checkpoints import load_tokenizer
 
@@ -218,15 +219,17 @@ def _whole(folder: Path) -> Iterator[Path]:
 def _claim(out: Path, seed: int) -> None:
     """Refuse a folder that is not this demo's; mark it."""
     marker = out / "demo.json"
+    facts = {"seed": seed, "version": __version__}
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
         raise UsageError(f"{out}: not empty, and not a demo; name another folder")
-    if marker.is_file() and (made_with := json.loads(marker.read_text())["seed"]) != seed:
+    if marker.is_file() and (held := json.loads(marker.read_text())) != facts:
         raise UsageError(
-            f"{out}: holds the demo of seed {made_with}; name another folder, or seed {made_with}"
+            f"{out}: holds the demo of seed {held['seed']}, by sstoken {held['version']}; name another folder, or "
+            "delete this one"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"seed": seed}) + "\n")
+        marker.write_text(json.dumps(facts) + "\n")
     except OSError as error:
         raise UsageError(f"{out}: cannot be written ({error.strerror}); name another folder") from error
 
