@@ -224,7 +224,7 @@ def _claim(out: Path, seed: int) -> None:
         raise UsageError(f"{out}: not empty, and not a demo; name another folder")
     if marker.is_file() and (held := json.loads(marker.read_text())) != facts:
         raise UsageError(
-            f"{out}: holds the demo of seed {held['seed']}, by sstoken {held['version']}; name another folder, or "
+            f"{out}: holds the demo of seed {held.get('seed')}, by sstoken {held.get('version')}; name another folder, or "
             "delete this one"
         )
     try:
