@@ -224,8 +224,8 @@ def _claim(out: Path, seed: int) -> None:
         raise UsageError(f"{out}: not empty, and not a demo; name another folder")
     if marker.is_file() and (held := json.loads(marker.read_text())) != facts:
         raise UsageError(
-            f"{out}: holds the demo of seed {held.get('seed')}, by sstoken {held.get('version')}; name another folder, or "
-            "delete this one"
+            f"{out}: holds the demo of seed {held.get('seed')}, by sstoken {held.get('version')}; name another "
+            "folder, or delete this one"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
