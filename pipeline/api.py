@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 from pipeline import manifest as manifests
 from pipeline.config import RunConfig, load_config, validated
 from pipeline.manifest import MANIFEST, Digests
-from pipeline.runner import Job, Result, State, execute, state
+from pipeline.runner import Job, Result, State, check_writable, execute, state
 from pipeline.steps import (
     NO_ATTENTION,
     Step,
+    check_run,
     named_checkpoints,
     run_steps,
     score_job,
@@ -147,10 +148,8 @@ def run(
     for name in [*forced, *([until] if until else [])]:
         if name not in stages:
             raise UsageError(f"stage {name!r} is not in this run; legal: {', '.join(stages)}")
+    check_run(config)
     folder = Path(config.out)
-    for section in (config.encode, config.anchor, config.select):
-        if section is not None:
-            section.check()
     _claim(folder, config, forced)
     digests = Digests(folder / _DIGESTS)
     results: dict[str, Result] = {}
@@ -177,6 +176,7 @@ class Planned:
 def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> list[Planned]:
     """What `run` would do, and why, without doing it."""
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
+    check_run(config)
     digests = Digests(Path(config.out) / _DIGESTS)
     planned: list[Planned] = []
     waiting: dict[Path, str] = {}
@@ -209,7 +209,13 @@ def verify(folder: str | Path) -> tuple[list[Path], list[str]]:
         raise SstokenError(f"{folder}: no finished work below it (no {MANIFEST})")
     wrong: list[str] = []
     for finished in checked:
-        wrong += manifests.problems(finished, manifests.finished(finished, "output"))
+        try:
+            manifest = manifests.read_manifest(finished)
+        except SstokenError as error:
+            wrong.append(str(error))
+        else:
+            assert manifest is not None
+            wrong += manifests.problems(finished, manifest)
     return checked, wrong
 
 
@@ -217,14 +223,25 @@ def _stage(stage: type[S], **fields: Any) -> S:
     return validated(stage, fields, getattr(stage, "name", "score"))
 
 
+def _read_run_file(path: Path) -> dict[str, str]:
+    try:
+        held = json.loads(path.read_text())
+    except ValueError:
+        held = None
+    if not isinstance(held, dict):
+        raise SstokenError(f"{path}: damaged; remove this file to go on with the run")
+    return held
+
+
 def _claim(folder: Path, config: RunConfig, forced: set[str]) -> None:
     """Refuse a folder that holds the run of other data or another model; mark it as this run's."""
     identity = {"data": config.encode.data, "model": config.encode.model}
     path = folder / _RUN_FILE
+    held = None
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; `out` has to be a folder")
     if path.is_file():
-        held = json.loads(path.read_text())
+        held = _read_run_file(path)
         if held != identity and "encode" not in forced:
             raise UsageError(
                 f"{folder}: holds the run of data {held.get('data')!r} and model {held.get('model')!r}; set another "
@@ -232,5 +249,7 @@ def _claim(folder: Path, config: RunConfig, forced: set[str]) -> None:
             )
     elif folder.is_dir() and any(entry.name != f"{_RUN_FILE}.tmp" for entry in folder.iterdir()):
         raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
-    folder.mkdir(parents=True, exist_ok=True)
-    manifests.write_atomically(path, json.dumps(identity).encode())
+    check_writable(path)
+    if held != identity:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifests.write_atomically(path, json.dumps(identity).encode())

@@ -1,7 +1,9 @@
 """`sstoken-curate`: the command line. Verbs are loaded when used, so that `--help` answers at once."""
 
+import difflib
 import os
 import sys
+import warnings
 from importlib import import_module
 
 import click
@@ -22,6 +24,7 @@ VERBS = {
     "verify": "Re-check every manifest and checksum.",
     "doctor": "What this machine can do: devices, backends, versions.",
 }
+_GOES_ON = "what is finished is kept, the same command goes on from there"
 
 
 class _Verbs(click.Group):
@@ -33,6 +36,16 @@ class _Verbs(click.Group):
             return None
         command: click.Command = getattr(import_module("pipeline.verbs"), name)
         return command
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0]
+        if name not in VERBS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, VERBS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(VERBS)}"
+            raise click.UsageError(f"no verb {name!r}; {hint}", context)
+        return super().resolve_command(context, arguments)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
@@ -66,14 +79,19 @@ def main(arguments: list[str] | None = None) -> None:
     except SstokenError as error:
         status = _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        status = _fail("interrupted; what is finished is kept, the same command goes on from there", 130)
+        status = _fail(f"interrupted; {_GOES_ON}", 130)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        status = _fail(f"{place}{error.strerror or error}; what is finished is kept", 1)
-    except Exception as error:
-        if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        status = _fail(f"{place}{error.strerror or error}; {_GOES_ON}", 1)
+    except (
+        Exception
+    ) as error:  # libraries in Rust and C++ have kinds of their own for what the system refuses
+        if "(os error " in str(error):
+            status = _fail(f"{error}; {_GOES_ON}", 1)
+        elif "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+            status = _fail("out of memory; make the batch smaller (--batch-tokens, --batch-size)", 1)
+        else:
             raise
-        status = _fail("out of memory; make the batch smaller (--batch-tokens, --batch-size)", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -83,7 +101,11 @@ def _fail(message: str, status: int) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' notices and bars out of the user's sight, unless they were asked for."""
+    """Keep other libraries' notices, warnings and bars out of the user's sight, unless they were asked for."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP's threads spin while they wait; on a machine that does anything else, that is ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

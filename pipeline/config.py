@@ -65,23 +65,46 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"{path}: {'is a folder' if file.is_dir() else 'no such file'}; name a YAML file")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    values = _read_yaml(file)
     if not isinstance(values, dict):
         raise UsageError(f"{path}: empty, or not a mapping; sections are {', '.join(RunConfig.model_fields)}")
     for override in overrides:
         _override(values, override)
-    encode, anchor = values.get("encode"), values.get("anchor", _ABSENT)
-    if anchor is None:  # `anchor:` with nothing under it asks for the defaults
-        anchor = values["anchor"] = {}
+    for section in ("encode", "anchor", "score", "select"):
+        if section in values and values[section] is None:  # nothing under it asks for the defaults
+            values[section] = {}
+    encode, anchor = values.get("encode"), values.get("anchor")
     if isinstance(encode, dict) and isinstance(anchor, dict) and "model" in encode:
         anchor.setdefault("model", encode["model"])
     return validated(RunConfig, values, str(path))
 
 
-_ABSENT = object()
+def _read_yaml(file: Path) -> Any:
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _OnceLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        what = error.problem or error.context
+        hint = "; indent with spaces" if "'\\t'" in str(what) else ""
+        raise UsageError(f"{file}: not valid YAML ({where}{what}){hint}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: not a YAML text in UTF-8 ({' '.join(str(error).split())})") from error
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
@@ -98,7 +121,8 @@ def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
 
 
 def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
+    # pydantic names the branch of a union in the location, such as `dict[str,str]`
+    location = [str(part) for part in error["loc"] if "[" not in str(part)]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         legal = list(_owner(model, location[:-1]).model_fields)
@@ -107,6 +131,9 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
         return f"unknown key {name!r}; {hint}"
     if error["type"] == "missing":
         return f"{name!r} is missing; set it"
+    if error["type"] == "model_type":
+        legal = list(_owner(model, location).model_fields)
+        return f"{name} is {error['input']!r}; it has to be a section with the fields {', '.join(legal)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{name} is {error['input']!r}; {message[:1].lower()}{message[1:]}"
 
@@ -115,7 +142,7 @@ def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
     """The configuration class at that place."""
     for part in location:
         if part not in model.model_fields:
-            continue  # pydantic names the branch of a union in the location
+            continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next(
@@ -127,7 +154,7 @@ def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise UsageError(f"--set {override!r}: legal is section.field=value, such as select.rho=0.4")
     *sections, field = key.split(".")
     target = values

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, UsageError
 
 MANIFEST = "manifest.json"
 
@@ -57,16 +57,19 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def finished(folder: Path, what: str) -> Manifest:
-    """The manifest of an input folder.
+    """The manifest of a finished folder, whose files are all there.
 
     Raises:
-        SstokenError: there is no such folder, or it is unfinished work.
+        UsageError: there is no such folder.
+        SstokenError: it is unfinished work, or a file was lost or cut since.
     """
     if not folder.is_dir():
-        raise SstokenError(f"{folder}: no such folder; it should hold the {what}")
+        raise UsageError(f"{folder}: no such folder; it should hold the {what}")
     manifest = read_manifest(folder)
     if manifest is None:
         raise SstokenError(f"{folder}: unfinished (no {MANIFEST}), or not a folder of {what}; make it again")
+    for problem in problems(folder, manifest, checksums=False):
+        raise SstokenError(f"{problem}; put the file back, or make {folder} again (--force)")
     return manifest
 
 
@@ -84,15 +87,15 @@ def list_files(folder: Path) -> list[FileEntry]:
     ]
 
 
-def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """What differs between a folder and its manifest, a line each."""
+def problems(folder: Path, manifest: Manifest, *, checksums: bool = True) -> Iterator[str]:
+    """What differs between a folder and its manifest, a line each; without `checksums`, at a glance."""
     for entry in manifest.files:
         path = folder / entry.path
         if not path.is_file():
             yield f"{path}: missing"
         elif path.stat().st_size != entry.bytes:
             yield f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
-        elif sha256(path) != entry.sha256:
+        elif checksums and sha256(path) != entry.sha256:
             yield f"{path}: content changed (checksum differs)"
 
 

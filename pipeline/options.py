@@ -35,7 +35,9 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     about = " ".join((field.description or "").split())
     if field.default not in (None, PydanticUndefined, False) and not isinstance(field.default, dict):
         about += f"  [default: {field.default}]"
-    settings: dict[str, Any] = {"required": field.is_required(), "default": None, "help": about}
+    settings: dict[str, Any] = {"help": about} | (
+        {"required": True} if field.is_required() else {"default": None}
+    )
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
     if get_origin(kind) is Literal:

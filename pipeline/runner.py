@@ -29,6 +29,8 @@ from stages.base import Context, Stage
 _FINGERPRINT_FILE = ".fingerprint"
 _WHOLE_WORK = ("part-*.parquet", "*.safetensors")
 """What is worth keeping of a stage that failed."""
+_MADE_BY = {"tokens": "encode", "history": "score", "current": "score", "attention": "score"}
+"""Which stage an input has to come from."""
 
 
 class State(Enum):
@@ -77,9 +79,12 @@ def state(job: Job, digests: Digests) -> State:
     """How far the job is, without doing anything.
 
     Raises:
-        SstokenError: an input is not finished, or cannot be read.
+        SstokenError: an input is not finished or cannot be read, or a finished output has lost a file.
     """
-    return _state(job, _identify(job, digests))
+    found = _state(job, _identify(job, digests))
+    if found is State.FINISHED:
+        manifests.finished(job.out, job.stage.folder)
+    return found
 
 
 def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = False) -> Result:
@@ -99,7 +104,7 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
     identity = _identify(job, digests)
     if not _is_main_process():
         return Result(job.out, _run(job, identity), skipped=False)
-    _check_out(job.out)
+    _check_out(job)
     with _lock(job.out):
         _finish_rename(job, identity)
         current = _state(job, identity)
@@ -115,16 +120,16 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
         start = time.monotonic()
         try:
             metrics = _run(job, identity)
-        except SstokenError:
+        except Exception:
             if not any(next(job.partial.rglob(pattern), None) for pattern in _WHOLE_WORK):
-                shutil.rmtree(job.partial)
+                _discard(job.partial)
             raise
         _finish(job, identity, metrics, time.monotonic() - start)
         return Result(job.out, metrics, skipped=False)
 
 
 def _identify(job: Job, digests: Digests) -> _Identity:
-    inputs = {name: manifests.finished(folder, name).fingerprint for name, folder in job.inputs.items()}
+    inputs = {name: _input(name, folder).fingerprint for name, folder in job.inputs.items()}
     sources = job.stage.sources(digests)
     facts = {
         "stage": job.stage.name,
@@ -136,6 +141,14 @@ def _identify(job: Job, digests: Digests) -> _Identity:
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     return _Identity(digest[:16], inputs, sources)
+
+
+def _input(name: str, folder: Path) -> Manifest:
+    manifest = manifests.finished(folder, name)
+    expected = _MADE_BY.get(name, manifest.stage)
+    if manifest.stage != expected:
+        raise UsageError(f"{folder}: written by {manifest.stage!r}; {name} has to be what {expected!r} wrote")
+    return manifest
 
 
 def _state(job: Job, identity: _Identity) -> State:
@@ -152,14 +165,30 @@ def _partial_fingerprint(partial: Path) -> str | None:
     return path.read_text() if path.is_file() else None
 
 
-def _check_out(out: Path) -> None:
+def _check_out(job: Job) -> None:
     """Refuse an output folder that cannot be written or is somebody else's."""
+    out = job.out
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: name the output folder itself, such as {out / job.stage.folder}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; the output has to be a folder")
-    if out.is_dir() and not (out / MANIFEST).is_file() and any(out.iterdir()):
-        raise UsageError(f"{out}: exists and was not written by sstoken; choose another output folder")
-    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    parent = existing if existing != out.absolute() else existing.parent
+    if out.is_dir():
+        made = manifests.read_manifest(out)
+        if made is None and set(out.iterdir()) - set(out.glob(".*.lock")):
+            raise UsageError(f"{out}: exists and was not written by sstoken; choose another output folder")
+        if made is not None and made.stage != job.stage.name:
+            raise UsageError(f"{out}: holds what {made.stage!r} wrote; choose another output folder")
+    check_writable(out)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made, or made anew.
+
+    Raises:
+        SstokenError: its parent, or what there is of it, takes no files.
+    """
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    parent = existing if existing != folder.absolute() else existing.parent
     if not parent.is_dir() or not _writable(parent):
         raise SstokenError(f"{parent}: cannot be written to; choose another output folder or mend its rights")
 

@@ -3,15 +3,17 @@
 What is scored can depend on what the anchor run left behind, so the jobs are made one after the other.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import RunConfig, ScoreSection, SelectSection
-from pipeline.manifest import Digests, read_manifest
+from pipeline.manifest import MANIFEST, Digests, read_manifest
 from pipeline.runner import Job, State, state
 from sstoken.errors import UsageError
 from sstoken.methods import get_method
+from stages import checkpoints
 from stages.anchor import Anchor
 from stages.encode import Encode
 from stages.history_index import INDEX, read_history
@@ -20,6 +22,7 @@ from stages.select import Select
 
 LAST = "last"
 NO_ATTENTION = "none"
+_SNAPSHOT = re.compile(r"step-\d+(-ema)?")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,27 @@ class Step:
     def stage(self) -> str:
         """The stage's name."""
         return self.name.partition("/")[0]
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse, before any work, what can be seen to be wrong without doing it.
+
+    Raises:
+        UsageError: a section's field, or a checkpoint's name.
+        SstokenError: a checkpoint that is not whole.
+    """
+    for section in (config.encode, config.anchor, config.select):
+        if section is not None:
+            section.check()
+    promised: dict[str, str] = {}
+    if config.anchor is not None:
+        listed = config.score.checkpoints or ()
+        named = (*(listed.values() if isinstance(listed, dict) else listed), config.score.attention_from)
+        named += (config.select.history, config.select.current)
+        snapshots = ("step-0", *(name for name in named if name and _SNAPSHOT.fullmatch(name)), LAST)
+        promised = dict.fromkeys(snapshots, config.anchor.model)
+    for ref in _roles(config.score, config.select, promised)[1].values():
+        checkpoints.check_whole(ref)
 
 
 def run_steps(config: RunConfig) -> Iterator[Step]:
@@ -82,14 +106,18 @@ def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
         name, separator, ref = given.partition("=")
         if not separator:
             ref, name = given, Path(given.partition("@")[0]).name or Path(given).resolve().name
-        if not name or "/" in name or name.startswith("."):
-            raise UsageError(f"checkpoint {given!r}: {name!r} cannot be a folder's name; write NAME={ref}")
+        _check_name(name, given, ref)
         if named.get(name, ref) != ref:
             raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
         named[name] = ref
     if not named:
         raise UsageError("no checkpoint given; name at least one")
     return named
+
+
+def _check_name(name: str, given: str, ref: str) -> None:
+    if not name or "/" in name or name.startswith("."):
+        raise UsageError(f"checkpoint {given!r}: {name!r} cannot be a folder's name; write NAME={ref}")
 
 
 def select_inputs(method: str, scores: Path, history: str | None, current: str | None) -> dict[str, Path]:
@@ -104,14 +132,20 @@ def select_inputs(method: str, scores: Path, history: str | None, current: str |
     Raises:
         UsageError: a name that is not there, or several that could be meant.
     """
-    there = (
-        sorted(p.name for p in scores.iterdir() if (p / "manifest.json").is_file()) if scores.is_dir() else []
-    )
+    if not scores.is_dir():
+        raise UsageError(f"{scores}: no such folder; name the one that holds the checkpoints' scores")
+    if (scores / MANIFEST).is_file():
+        raise UsageError(
+            f"{scores}: the scores of one checkpoint, or other work; name the folder above scores"
+        )
+    folders = sorted(p for p in scores.iterdir() if p.is_dir())
+    there = [p.name for p in folders if (p / MANIFEST).is_file()]
+    listed = f"there are: {', '.join(there) or 'none'}"
+    if len(there) < len(folders):
+        listed += f" (unfinished: {', '.join(p.name for p in folders if p.name not in there)})"
     for name in (history, current):
         if name is not None and name not in there:
-            raise UsageError(
-                f"{scores}: no finished scores of {name!r}; there are: {', '.join(there) or 'none'}"
-            )
+            raise UsageError(f"{scores}: no finished scores of {name!r}; {listed}")
     with_attention = [name for name in there if _has_attention(scores / name)]
     needed = set(get_method(method).signals)
     if history is None:
@@ -131,10 +165,18 @@ def select_inputs(method: str, scores: Path, history: str | None, current: str |
     ):
         if signal in needed and found[role] is None:
             raise UsageError(
-                f"{scores}: method {method!r} needs {signal}, and which scores give it is not clear; there are: "
-                f"{', '.join(there) or 'none'}; say --history and --current, or score with --attention-from"
+                f"{scores}: method {method!r} needs {signal}, and which scores give it is not clear; {listed}; "
+                "say --history and --current, or score with --attention-from"
             )
+    _check_compared(method, history, current)
     return {role: scores / name for role, name in found.items() if name is not None}
+
+
+def _check_compared(method: str, history: str | None, current: str | None) -> None:
+    if history == current and {"history_loss", "current_loss"} <= set(get_method(method).signals):
+        raise UsageError(
+            f"history and current are both {current!r}; method {method!r} compares two checkpoints, name another"
+        )
 
 
 def _only_or_last(names: list[str]) -> str | None:
@@ -163,13 +205,23 @@ def _roles(
         name = steps[-1] if given == LAST and steps else given
         if name in known:
             return name, known[name]
-        return next(iter(named_checkpoints([given]).items()))
+        name, ref = next(iter(named_checkpoints([given]).items()))
+        if "/" not in ref and not Path(ref).exists():
+            there = ", ".join({**known, **refs}) or "none"
+            raise UsageError(f"checkpoint {given!r}: no such folder, and not one of this run's ({there})")
+        return name, ref
 
+    refs: dict[str, str] = {}
     listed = score.checkpoints
     if isinstance(listed, dict):
-        refs = {name: known.get(ref, ref) for name, ref in listed.items()}
+        for name, given in listed.items():
+            _check_name(name, f"{name}: {given}", given)
+            refs[name] = resolve(given)[1]
     else:
-        refs = dict(resolve(given) for given in listed or ())
+        for given in listed or ():
+            name, ref = resolve(given)
+            if refs.setdefault(name, ref) != ref:
+                raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
     if not refs and not known:
         raise UsageError("score.checkpoints is empty and there is no anchor run; name two checkpoints")
 
@@ -183,6 +235,7 @@ def _roles(
 
     history = role(select.history, "step-0" if known else next(iter(refs)))
     current = role(select.current, LAST if known else list(refs)[-1])
+    _check_compared(select.method, history, current)
     roles = {"history": history, "current": current}
     if score.attention_from != NO_ATTENTION:
         roles["attention"] = role(score.attention_from, current)

@@ -151,7 +151,8 @@ def read_head(model: nn.Module) -> OutputHead:
         head = OutputHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # type: ignore[arg-type]
         logits = head.logits(hidden)
         tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
-        if torch.allclose(logits, expected.to(logits.dtype), rtol=tolerance, atol=tolerance):
+        # Weights that are NaN give NaN either way: the losses tell, with the example that has them.
+        if torch.allclose(logits, expected.to(logits.dtype), rtol=tolerance, atol=tolerance, equal_nan=True):
             return head
     raise SstokenError(
         f"{type(model).__name__}: its logits are not a scaled or soft-capped product with the output embedding; "

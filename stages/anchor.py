@@ -36,6 +36,7 @@ class Anchor(Stage):
 
     name: ClassVar[str] = "anchor"
     folder: ClassVar[str] = "history"
+    seeded: ClassVar[bool] = True
 
     model: str
     """The base model: a folder or a Hub id. Its tokenizer must be the one that made the tokens."""

@@ -60,7 +60,11 @@ class Stage(BaseModel):
     """Base of every stage. Fields are its configuration: the YAML section and the CLI options of its verb."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     name: ClassVar[str]

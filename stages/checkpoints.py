@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -26,6 +27,8 @@ def local_folder(ref: str) -> Path | None:
     Raises:
         UsageError: it looks like a path and there is no such folder.
     """
+    if not ref:
+        raise UsageError("the name of a checkpoint is empty; name a folder or a Hub id")
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
@@ -60,11 +63,13 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model or adapter folder, sorted.
 
     Raises:
-        SstokenError: pickled weights, no weights, or a shard that the index names is missing.
+        SstokenError: pickled weights, no weights, or a shard that the index names is missing or empty.
     """
     for index in folder.glob("*.safetensors.index.json"):
-        shards = sorted(set(_read_json(index)["weight_map"].values()))
-        missing = [s for s in shards if not (folder / s).is_file()]
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        if not shards:
+            raise SstokenError(f"{index}: names no weight file; copy or download the checkpoint again")
+        missing = [s for s in shards if not (folder / s).is_file() or not (folder / s).stat().st_size]
         if missing:
             raise SstokenError(
                 f"{folder}: {len(missing)} of {len(shards)} weight files missing (first: {missing[0]}); copy or "
@@ -91,6 +96,9 @@ def check_whole(ref: str) -> None:
     base = adapter_base(ref)
     if base is not None:
         check_whole(base)
+        weight_files(folder)
+        if not (folder / _ADAPTER_WEIGHTS).is_file():  # without it, a pickle would be looked for
+            raise SstokenError(f"{folder}: no {_ADAPTER_WEIGHTS}; copy or download the adapter again")
     elif not (folder / "config.json").is_file():
         raise SstokenError(f"{folder}: no config.json; name the folder of a Hugging Face checkpoint")
     weight_files(folder)
@@ -126,14 +134,18 @@ def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    local_folder(ref)
-    name, revision = split_revision(ref) if not Path(ref).is_dir() else (ref, None)
+    name, revision = _place(ref)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
-        raise SstokenError(f"{ref}: its tokenizer does not load ({_first_line(error)})") from error
+        reason = first_line(error)
+        if local_folder(ref) is not None and not (Path(name) / "tokenizer.json").is_file():
+            reason = "no tokenizer.json there"
+        raise SstokenError(
+            f"{ref}: its tokenizer does not load ({reason}); name a folder that tokenizer.save_pretrained(folder) wrote"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise SstokenError(f"{ref}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     if not tokenizer.is_fast:
@@ -177,18 +189,47 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     check_whole(ref)
-    name, revision = split_revision(ref) if not Path(ref).is_dir() else (ref, None)
+    name, revision = _place(ref)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers and safetensors raise many kinds
-        raise SstokenError(f"{ref}: the model does not load ({_first_line(error)})") from error
+        raise SstokenError(f"{ref}: the model does not load ({first_line(error)})") from error
+    if report["missing_keys"]:  # transformers would go on with random numbers
+        raise SstokenError(
+            f"{ref}: {len(report['missing_keys'])} weights are missing (first: {min(report['missing_keys'])}); copy or "
+            "download the checkpoint again"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def stamp(ref: str) -> tuple[Any, ...]:
+    """Changes when a local checkpoint's files do: what a cache of loaded checkpoints has to go by."""
+    folder = local_folder(ref)
+    if folder is None:
+        return ()
+    files = [
+        (p.name, p.stat())
+        for p in sorted(folder.iterdir())
+        if p.suffix in (".safetensors", ".json", ".jinja")
+    ]
+    return tuple(
+        (str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files
+    )
+
+
+def _place(ref: str) -> tuple[str, str | None]:
+    """What `from_pretrained` takes: a folder, or a Hub id and its revision."""
+    folder = local_folder(ref)
+    return split_revision(ref) if folder is None else (str(folder), None)
 
 
 def _hub_commit(ref: str) -> str:
@@ -200,11 +241,11 @@ def _hub_commit(ref: str) -> str:
         return str(model_info(name, revision=revision).sha)
     except HFValidationError as error:
         raise UsageError(
-            f"checkpoint {ref!r}: neither a folder nor a Hub id ({_first_line(error)})"
+            f"checkpoint {ref!r}: neither a folder nor a Hub id ({first_line(error)})"
         ) from error
     except Exception as error:  # offline, missing, private: all mean the same to the user
         raise SstokenError(
-            f"{ref}: no such folder, and the Hub does not answer for it ({_first_line(error)})"
+            f"{ref}: no such folder, and the Hub does not answer for it ({first_line(error)})"
         ) from error
 
 
@@ -212,10 +253,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise SstokenError(f"{path}: not readable as JSON ({_first_line(error)})") from error
+        raise SstokenError(f"{path}: not readable as JSON ({first_line(error)})") from error
     return value
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The kind and first line of an error, for a one-line message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -59,6 +59,11 @@ class _Settings:
     skip: bool
     out: Path
 
+    def encoder(self) -> "ChatEncoder":
+        """What turns conversations into tokens."""
+        stamp = checkpoints.stamp(self.model)
+        return _encoder(self.model, self.chat_template, self.max_length, self.trust_remote_code, stamp)
+
 
 class Encode(Stage):
     """Turn a dataset of conversations into token ids and response masks."""
@@ -100,8 +105,7 @@ class Encode(Stage):
         sources.check_source(self.data, self.split)
         check_columns(self.format, self.columns)
         checkpoints.local_folder(self.model)
-        if self.chat_template is not None and not Path(self.chat_template).is_file():
-            raise UsageError(f"chat_template {self.chat_template!r}: no such file; name a Jinja file")
+        self._template()
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
         """See `Stage.sources`."""
@@ -120,10 +124,9 @@ class Encode(Stage):
         from joblib import cpu_count  # knows the limits of a container
 
         self.check()
-        template = Path(self.chat_template).read_text(encoding="utf-8") if self.chat_template else None
         settings = _Settings(
             model=self.model,
-            chat_template=template,
+            chat_template=self._template(),
             max_length=self.max_length,
             trust_remote_code=self.trust_remote_code,
             layout=self._layout(),
@@ -142,9 +145,22 @@ class Encode(Stage):
                 bar.advance(stats["rows"])
         if not total["examples"]:
             raise SstokenError(
-                f"{sources.shown(self.data)}: no example left of {total['rows']} rows ({_why(total)})"
+                f"{sources.shown(self.data)}: no example left of {total['rows']} rows ({_why(total)}); raise "
+                "--max-length or repair the data"
             )
         return metrics(total)
+
+    def _template(self) -> str | None:
+        if self.chat_template is None:
+            return None
+        path = Path(self.chat_template)
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "no such file"
+            raise UsageError(f"chat_template {self.chat_template!r}: {problem}; name a Jinja file")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"chat_template {self.chat_template!r}: not UTF-8; name a Jinja file") from error
 
     def _rows(self) -> Iterator[Row]:
         return islice(sources.open_rows(self.data, self.split), self.limit)
@@ -182,9 +198,7 @@ def encode_shard(settings: _Settings, task: Task) -> Stats:
     if rows is None:
         stats: Stats = read_metadata(path)["stats"]
         return stats
-    encoder = _encoder(
-        settings.model, settings.chat_template, settings.max_length, settings.trust_remote_code
-    )
+    encoder = settings.encoder()
     columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
     stats = no_stats() | {"rows": len(rows)}
     bad: list[dict[str, Any]] = []
@@ -233,8 +247,10 @@ def _stop(row: Row, error: BadRow) -> SstokenError:
 
 
 def _why(stats: Stats) -> str:
-    counts = {"no response token within max_length": stats.get("dropped", 0)} | dict(stats["bad_rows"])
-    return ", ".join(f"{reason}: {n}" for reason, n in counts.items() if n) or "none were read"
+    counts = {"no response token within the maximal length": stats.get("dropped", 0)} | dict(
+        stats["bad_rows"]
+    )
+    return ", ".join(f"{n} x {reason}" for reason, n in counts.items() if n) or "none were read"
 
 
 def _example_id(row: Row) -> str:
@@ -244,9 +260,13 @@ def _example_id(row: Row) -> str:
 
 @lru_cache(maxsize=1)
 def _encoder(
-    model: str, chat_template: str | None, max_length: int | None, trust_remote_code: bool
+    model: str,
+    chat_template: str | None,
+    max_length: int | None,
+    trust_remote_code: bool,
+    stamp: tuple[Any, ...],
 ) -> "ChatEncoder":
-    """One per process: a tokenizer takes longer to load than a shard to encode."""
+    """One per process: a tokenizer takes longer to load than a shard to encode. `stamp` tells when it changed."""
     from stages.chat import ChatEncoder
 
     tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -271,9 +291,7 @@ def _save_tokenizer(settings: _Settings) -> None:
     folder = settings.out / TOKENIZER
     if folder.exists():
         return
-    encoder = _encoder(
-        settings.model, settings.chat_template, settings.max_length, settings.trust_remote_code
-    )
+    encoder = settings.encoder()
     temporary = folder.with_name(folder.name + ".tmp")
     tokenizer = encoder.tokenizer
     own = tokenizer.chat_template

@@ -56,9 +56,7 @@ def _check_length(messages: list[Message], max_chars: int) -> None:
         len(value) if isinstance(value, str) else len(str(value)) for m in messages for value in m.values()
     )
     if length > max_chars:
-        raise BadRow(
-            "too long", f"{length:,} characters, more than {max_chars:,}; raise --max-chars to take it"
-        )
+        raise BadRow("too long", f"{length:,} characters, more than --max-chars {max_chars:,}")
 
 
 def check_text(value: Any) -> None:

@@ -79,9 +79,12 @@ def _json_value(text: bytes) -> tuple[Any, Problem | None]:
     except orjson.JSONDecodeError as error:
         # orjson also refuses NaN and lone surrogates; the standard parser tells those from broken JSON.
         try:
-            return json.loads(text), None
+            return json.loads(text.decode("utf-8", "surrogatepass")), None
+        except UnicodeDecodeError as wrong:
+            where = f"byte 0x{text[wrong.start]:02X} at {wrong.start}"
+            return None, ("not UTF-8", f"{where}; convert the file, for example with iconv")
         except (ValueError, RecursionError):
-            return None, ("broken JSON", str(error))
+            return None, ("broken JSON", f"{error.msg} at column {error.colno}")
 
 
 def _json(stream: Any, name: str) -> Iterator[Parsed]:

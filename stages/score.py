@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -56,20 +55,22 @@ class Score(ScoreOptions):
         return {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
 
     def fingerprinted(self) -> dict[str, Any]:
-        """Without the checkpoint's path: `sources` has its content."""
+        """Without the checkpoint's path (`sources` has its content), nor the layer where none is looked at."""
         fields = super().fingerprinted()
         del fields["checkpoint"]
+        if not self.attention:
+            del fields["layer"]
         return fields
 
     def run(self, context: Context) -> dict[str, Any]:
         """Score the shards that are not there yet."""
         token_parts = tables.parts(context.inputs["tokens"])
         self._check_tokenizer(token_parts[0])
-        total = sum(pq.read_metadata(p).num_rows for p in token_parts)
+        total = sum(tables.num_rows(p) for p in token_parts)
         todo = [p for p in token_parts if not (context.out / p.name).exists()]
         score_shard = _ScoreShard(self, context.out)
         with context.progress("examples", total) as progress:
-            progress.advance(total - sum(pq.read_metadata(p).num_rows for p in todo))
+            progress.advance(total - sum(tables.num_rows(p) for p in todo))
             for rows in context.map(score_shard, todo, workers=self.workers):
                 progress.advance(rows)
         return self._summary(context.out)
@@ -101,8 +102,8 @@ class Score(ScoreOptions):
 
 
 @lru_cache(maxsize=1)
-def _backend(name: str, options: BackendOptions) -> Backend:
-    """One backend per process: shards of a checkpoint share it."""
+def _backend(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Backend:
+    """One backend per process: shards of a checkpoint share it; `stamp` tells when its files have changed."""
     return make_backend(name, options)
 
 
@@ -124,8 +125,8 @@ class _ScoreShard:
             batch_tokens=stage.batch_tokens,
             trust_remote_code=stage.trust_remote_code,
         )
-        backend = _backend(stage.backend, options)
-        table = pq.read_table(tokens)
+        backend = _backend(stage.backend, options, checkpoints.stamp(stage.checkpoint))
+        table = tables.read_table(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()
         _check_lengths(stage, tokens, backend, example_ids, sequences)

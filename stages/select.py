@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -141,7 +140,7 @@ class Shard:
     @cached_property
     def table(self) -> pa.Table:
         """The tokens."""
-        return pq.read_table(self.tokens)
+        return tables.read_table(self.tokens)
 
     @cached_property
     def response(self) -> BoolArray:
@@ -171,7 +170,7 @@ class Shard:
         path = self.scores[role] / self.tokens.name
         if not path.is_file():
             raise SstokenError(f"{path}: missing; these are the scores of other tokens, score them again")
-        table = pq.read_table(path, columns=["example_id", column])
+        table = tables.read_table(path, ["example_id", column])
         values, offsets = tables.flatten(table[column])
         aligned = table["example_id"].equals(self.table["example_id"])
         if not aligned or not np.array_equal(offsets, self.row_offsets):

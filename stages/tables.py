@@ -7,7 +7,8 @@ null where there is none: off the response, and where the method needed no such 
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,43 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         SstokenError: the file is not one of ours, or is damaged.
     """
-    try:
+    with _readable(path):
         raw = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SstokenError(f"{path}: not a readable Parquet file ({error}); make its folder again") from error
     if raw is None:
         raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
     metadata: dict[str, Any] = json.loads(raw)
     return metadata
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A shard, or some of its columns.
+
+    Raises:
+        SstokenError: it is damaged.
+    """
+    with _readable(path):
+        return pq.read_table(path, columns=columns)
+
+
+def num_rows(path: Path) -> int:
+    """Of a shard, without reading them.
+
+    Raises:
+        SstokenError: it is damaged.
+    """
+    with _readable(path):
+        return int(pq.read_metadata(path).num_rows)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise SstokenError(
+            f"{path}: not a readable Parquet file ({reason}); make its folder again"
+        ) from error
 
 
 def flatten(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int32]]:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from sstoken.attention import IMPLEMENTATION, AttentionCapture
 from sstoken.batching import plan_batches
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, UsageError
 from sstoken.losses import intercept_head, read_head, token_losses
 from stages.backends import Backend, BackendOptions, TokenSignals
-from stages.checkpoints import adapter_base, load_model
+from stages.checkpoints import adapter_base, first_line, load_model, local_folder, stamp
 
 _ADAPTER = "current"
 
@@ -42,21 +42,48 @@ class SharedBase:
             raise SstokenError(f"{adapter}: LoRA adapters need peft; pip install 'sstoken[lora]'") from error
         if self._adapter is not None:
             self.model.delete_adapter(_ADAPTER)
+        self._adapter = None
         if adapter is not None:
-            self.model.load_adapter(adapter, adapter_name=_ADAPTER)
-            self.model.set_adapter(_ADAPTER)
+            _load_adapter(self.model, adapter)
             self.model.eval()
         self._adapter = adapter
 
 
+def _load_adapter(model: Any, adapter: str) -> None:
+    try:
+        report = model.load_adapter(str(local_folder(adapter) or adapter), adapter_name=_ADAPTER)
+        model.set_adapter(_ADAPTER)
+    except Exception as error:  # peft, transformers and safetensors raise many kinds
+        raise SstokenError(f"{adapter}: the adapter does not load ({first_line(error)})") from error
+    missing = getattr(report, "missing_keys", ())
+    if missing:  # transformers would go on with an adapter that does nothing
+        raise SstokenError(
+            f"{adapter}: {len(missing)} of the adapter's weights are missing (first: {min(missing)}); it belongs to "
+            "another base model, or has to be copied again"
+        )
+
+
 @lru_cache(maxsize=1)
-def _shared_base(ref: str, dtype: str, device: str, trust_remote_code: bool) -> SharedBase:
+def _shared_base(
+    ref: str, dtype: str, device: str, trust_remote_code: bool, stamp: tuple[Any, ...]
+) -> SharedBase:
+    """One base model per process; `stamp` tells when its files have changed."""
     return SharedBase(ref, dtype, device, trust_remote_code)
 
 
 def pick_device(device: str) -> str:
-    """`auto` as the best device that is there."""
+    """`auto` as the best device that is there.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UsageError(
+                f"device {device!r} cannot be used here ({first_line(error)}); legal: cpu, cuda, cuda:1, mps, auto"
+            ) from error
         return device
     if torch.cuda.is_available():
         return "cuda"
@@ -70,7 +97,8 @@ class HFBackend(Backend):
         """Load the checkpoint; an adapter goes onto its base, which stays in memory for the next one."""
         device = pick_device(options.device)
         base = adapter_base(options.checkpoint)
-        shared = _shared_base(base or options.checkpoint, options.dtype, device, options.trust_remote_code)
+        full = base or options.checkpoint
+        shared = _shared_base(full, options.dtype, device, options.trust_remote_code, stamp(full))
         shared.use(options.checkpoint if base else None)
         self._model, self._device = shared.model, device
         self._batch_tokens = options.batch_tokens

@@ -139,7 +139,7 @@ def test_rows_of_another_shape_are_bad() -> None:
 
 
 def test_too_long_names_numbers_and_remedy() -> None:
-    with pytest.raises(BadRow, match=r"3,0\d\d characters, more than 2,000; raise --max-chars"):
+    with pytest.raises(BadRow, match=r"3,0\d\d characters, more than --max-chars 2,000"):
         convert({"question": "Q" * 3000, "answer": "A"}, max_chars=2000)
 
 

@@ -161,11 +161,12 @@ def test_a_lone_surrogate_stops_by_its_name(model, tmp_path) -> None:
 
 def test_nothing_left_is_an_error(model, data, tmp_path) -> None:
     with pytest.raises(
-        SstokenError, match=r"no example left of 23 rows .*no response token within max_length: 23"
+        SstokenError,
+        match=r"no example left of 23 rows .23 x no response token within the maximal length.; raise",
     ):
         Encode(data=data, model=model, max_length=4).run(make_context(tmp_path / "a"))
     data = write(tmp_path / "bad.jsonl", ["{", "["])
-    with pytest.raises(SstokenError, match="broken JSON: 2"):
+    with pytest.raises(SstokenError, match="2 x broken JSON"):
         Encode(data=data, model=model, on_bad_row="skip").run(make_context(tmp_path / "b"))
 
 

@@ -87,7 +87,7 @@ def test_broken_lines_are_rows_with_a_problem(tmp_path) -> None:
         None,
         "broken JSON",
         None,
-        "broken JSON",
+        "not UTF-8",
         None,
     ]
     assert rows[1].where == f"{path} line 3"

@@ -1,0 +1,298 @@
+"""The command line: help, options made from the stages' fields, output for people and for programs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from pydantic import BaseModel
+
+from pipeline import verbs
+from pipeline.cli import VERBS
+from pipeline.options import stage_options
+from sstoken.version import __version__
+from stages.anchor import Anchor
+from stages.encode import Encode
+from stages.score import ScoreOptions
+from stages.select import Select
+from tests.pipeline.small_run import PIPELINE, environment
+from tests.pipeline.worlds import CommandLine, World, make_world
+
+STAGES: dict[str, type[BaseModel]] = {
+    "encode": Encode,
+    "anchor": Anchor,
+    "score": ScoreOptions,
+    "select": Select,
+}
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capfd)
+
+
+def command(verb: str) -> click.Command:
+    found: click.Command = getattr(verbs, verb)
+    return found
+
+
+def option_names(parameter: click.Parameter) -> list[str]:
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
+# Help
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom pipeline.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'pyarrow', 'numpy', 'rich', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nassert not [m for m in sys.modules if m.startswith('stages')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_help_of_verbs_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\nfrom pipeline.cli import VERBS, main\n"
+        "for verb in VERBS:\n    try: main([verb, '--help'])\n    except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'polars', 'matplotlib', 'fsspec'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help_with_an_example(verb: str, flag: str, cli: CommandLine) -> None:
+    printed = cli.works(verb, flag)
+    example = printed.partition("Example:\n")[2].strip()
+    assert example.startswith(f"sstoken-curate {verb}")
+
+
+def test_the_examples_use_options_that_are() -> None:
+    for verb in VERBS:
+        text = (command(verb).help or "").partition("Example:\n")[2]
+        known = {name for parameter in command(verb).params for name in option_names(parameter)}
+        assert {word for word in text.split() if word.startswith("--")} <= known, verb
+
+
+def test_short_help_says_what_the_verb_does() -> None:
+    for verb, about in VERBS.items():
+        assert (command(verb).help or "").startswith(about.rstrip(".")[:20]), verb
+
+
+def test_without_a_verb(cli: CommandLine) -> None:
+    outcome = cli()
+    assert outcome.code == 2
+    assert "Verbs:" in outcome.out
+    assert cli.works("--version").strip().endswith(__version__)
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("scor", "did you mean 'score'?"),
+        ("encoder", "did you mean 'encode'?"),
+        ("frobnicate", "legal: demo, run"),
+    ],
+)
+def test_unknown_verbs(word: str, hint: str, cli: CommandLine) -> None:
+    line = cli.fails(2, word)
+    assert repr(word) in line
+    assert hint in line
+
+
+# Options
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_every_field_is_a_documented_option(verb: str) -> None:
+    options = {p.name: p for p in command(verb).params if isinstance(p, click.Option)}
+    for name, field in STAGES[verb].model_fields.items():
+        assert name in options
+        assert options[name].required == field.is_required()
+        assert " ".join((field.description or "?").split()) in (options[name].help or "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_option_shadows_another(verb: str) -> None:
+    names = [name for parameter in command(verb).params for name in option_names(parameter)]
+    assert len(names) == len(set(names))
+    destinations = [parameter.name for parameter in command(verb).params]
+    assert len(destinations) == len(set(destinations))
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_defaults_are_the_stages_own(verb: str) -> None:
+    """Only what was given reaches the stage."""
+    required = {
+        p.name: "x"
+        for p in command(verb).params
+        if isinstance(p, click.Option) and p.required and not p.multiple
+    }
+    arguments = [word for name, value in required.items() for word in (f"--{name}", value)]
+    if verb == "score":
+        arguments += ["--ckpt", "x"]
+    context = command(verb).make_context(verb, arguments)
+    fields = STAGES[verb].model_fields
+    assert {n: v for n, v in context.params.items() if n in fields and v is not None} == {
+        n: v for n, v in required.items() if n in fields
+    }
+
+
+@pytest.mark.parametrize(
+    ("verb", "missing"),
+    [
+        ("encode", "--data"),
+        ("encode", "--model"),
+        ("anchor", "--model"),
+        ("anchor", "--tokens"),
+        ("score", "--ckpt"),
+        ("select", "--scores"),
+        ("select", "--out"),
+    ],
+)
+def test_required_options(verb: str, missing: str, cli: CommandLine) -> None:
+    names = {o for p in command(verb).params if isinstance(p, click.Option) and p.required for o in p.opts}
+    given = [word for name in sorted(names - {missing}) for word in (name, "x")]
+    line = cli.fails(2, verb, *given)
+    assert f"'{missing}'" in line
+    assert f"{verb} --help" in line
+
+
+def test_kinds_of_options() -> None:
+    class Sample(BaseModel):
+        many: dict[str, str] = {}
+        flag: bool = True
+        number: int | None = None
+
+    seen: dict[str, Any] = {}
+
+    @click.command()
+    @stage_options(Sample)
+    def sample(**values: Any) -> None:
+        seen.update(values)
+
+    sample(["--no-flag", "--many", "a=b=c", "--many", "d=e", "--number", "3"], standalone_mode=False)
+    assert seen == {"many": {"a": "b=c", "d": "e"}, "flag": False, "number": 3}
+    sample([], standalone_mode=False)
+    assert seen == {"many": None, "flag": None, "number": None}
+
+
+# Output
+
+
+def test_json_is_one_object_and_nothing_else(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"out: {tmp_path / 'run'}\nencode: {{data: {world.data}, model: {world.base}}}\n"
+        f"score: {{checkpoints: {{a: {world.base}, b: {world.later}}}}}\n"
+    )
+    commands: list[tuple[object, ...]] = [
+        ("encode", "--data", world.data, "--model", world.base, "--out", tmp_path / "tokens"),
+        (
+            "anchor",
+            "--tokens",
+            world.tokens,
+            "--model",
+            world.base,
+            "--out",
+            tmp_path / "h",
+            "--max-steps",
+            1,
+        ),
+        ("score", "--tokens", world.tokens, "--ckpt", world.base, "--out", tmp_path / "scores"),
+        ("select", "--tokens", world.tokens, "--scores", world.scores, "--out", tmp_path / "masked"),
+    ]
+    for arguments in commands:
+        for skipped in (False, True):
+            facts = json.loads(cli.works(*arguments, "--json"))
+            assert facts["skipped"] is skipped
+            assert Path(facts["folder"]).is_dir()
+    plan = json.loads(cli.works("plan", config, "--json"))
+    assert [step["step"] for step in plan] == ["encode", "score/a", "score/b", "select"]
+    found = json.loads(cli.works("run", config, "--json"))
+    assert list(found) == ["encode", "score/a", "score/b", "select"]
+    assert found["select"]["metrics"]["examples"] == 24
+    assert {step["state"] for step in json.loads(cli.works("plan", config, "--json"))} == {"finished"}
+    assert json.loads(cli.works("verify", tmp_path / "run", "--json"))["wrong"] == []
+    assert json.loads(cli.works("methods", "--json"))[0]["method"] == "sstoken"
+    assert json.loads(cli.works("doctor", "--json"))["sstoken"] == __version__
+
+
+def test_json_of_a_failure_leaves_standard_output_empty(
+    world: World, cli: CommandLine, tmp_path: Path
+) -> None:
+    outcome = cli(
+        "encode", "--data", "nowhere.jsonl", "--model", world.base, "--out", tmp_path / "t", "--json"
+    )
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+
+
+def test_what_people_read(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    masked = tmp_path / "masked"
+    select = ("select", "--tokens", world.tokens, "--scores", world.scores, "--out", masked)
+    printed = cli.works(*select)
+    assert printed.startswith(f"select: done, in {masked}\n")
+    assert "kept 72 of 96 response tokens (75.0%)" in printed
+    assert cli.works(*select) == f"select: finished already, in {masked}\n"
+    assert "sstoken" in cli.works("methods")
+    assert "w1" in cli.works("show", masked)
+
+
+def test_verify_says_every_problem(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    masked = tmp_path / "masked"
+    cli.works("select", "--tokens", world.tokens, "--scores", world.scores, "--out", masked)
+    assert cli.works("verify", tmp_path).endswith("1 finished folders checked, 0 problems\n")
+    (masked / "part-00000.parquet").unlink()
+    part = masked / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    outcome = cli("verify", tmp_path)
+    assert outcome.code == 1
+    assert outcome.err == ""
+    assert "part-00000.parquet: missing" in outcome.out
+    assert "part-00001.parquet: content changed" in outcome.out
+    assert outcome.out.endswith("2 problems\n")
+    (masked / "manifest.json").write_text("{")
+    outcome = cli("verify", tmp_path)
+    assert outcome.code == 1
+    assert "damaged manifest" in outcome.out
+    assert "no finished work" in cli.fails(1, "verify", world.base)
+    assert "no such folder" in cli.fails(2, "verify", "nowhere")
+
+
+def test_as_a_module_and_from_any_folder(world: World, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *PIPELINE,
+            "select",
+            "--tokens",
+            world.tokens,
+            "--scores",
+            world.scores,
+            "--out",
+            "masked",
+            "--json",
+        ],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["folder"] == "masked"
