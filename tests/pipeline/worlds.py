@@ -1,5 +1,6 @@
 """A small world with everything that a verb reads, made once, and the command line called in this process."""
 
+import atexit
 import json
 import shutil
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Outcome:
 def make_world() -> World:
     """The same one for every test of this process."""
     folder = Path(mkdtemp(prefix="sstoken-world-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     base = tiny.save_model(folder / "base")
     later = copy_model(
         base, folder / "later", lambda w: [v.add_(0.1 * torch.randn_like(v)) for v in w.values()]
