@@ -27,6 +27,7 @@ from sstoken.errors import SstokenError, UsageError
 from stages.anchor import Anchor
 from stages.base import Stage
 from stages.encode import Encode
+from stages.files import UNFINISHED, write_whole
 from stages.score import ScoreOptions
 from stages.select import Select
 
@@ -247,9 +248,9 @@ def _claim(folder: Path, config: RunConfig, forced: set[str]) -> None:
                 f"{folder}: holds the run of data {held.get('data')!r} and model {held.get('model')!r}; set another "
                 "`out`, or --force encode to run it all again here"
             )
-    elif folder.is_dir() and any(entry.name != f"{_RUN_FILE}.tmp" for entry in folder.iterdir()):
+    elif folder.is_dir() and any(entry.name != _RUN_FILE + UNFINISHED for entry in folder.iterdir()):
         raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
     check_writable(path)
     if held != identity:
         folder.mkdir(parents=True, exist_ok=True)
-        manifests.write_atomically(path, json.dumps(identity).encode())
+        write_whole(path, json.dumps(identity))

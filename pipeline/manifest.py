@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sstoken.errors import SstokenError, UsageError
+from stages.files import write_whole
 
 MANIFEST = "manifest.json"
 
@@ -75,7 +75,7 @@ def finished(folder: Path, what: str) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it whole or not at all."""
-    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1))
 
 
 def list_files(folder: Path) -> list[FileEntry]:
@@ -103,16 +103,6 @@ def sha256(path: Path) -> str:
     """Of a file's content, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Digests:

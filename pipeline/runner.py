@@ -25,6 +25,7 @@ from pipeline.manifest import MANIFEST, Digests, Manifest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.version import __version__
 from stages.base import Context, Stage
+from stages.files import UNFINISHED, write_whole
 
 _FINGERPRINT_FILE = ".fingerprint"
 _WHOLE_WORK = ("part-*.parquet", "*.safetensors")
@@ -238,12 +239,12 @@ def _prepare(job: Job, identity: _Identity, *, fresh: bool) -> None:
     if fresh or _partial_fingerprint(job.partial) != identity.fingerprint:
         _discard(job.partial)
     job.partial.mkdir(parents=True, exist_ok=True)
-    for leftover in list(job.partial.rglob("*.tmp")):
+    for leftover in list(job.partial.rglob("*" + UNFINISHED)):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
-    manifests.write_atomically(job.partial / _FINGERPRINT_FILE, identity.fingerprint.encode())
+    write_whole(job.partial / _FINGERPRINT_FILE, identity.fingerprint)
 
 
 def _discard(partial: Path) -> None:

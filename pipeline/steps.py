@@ -16,9 +16,9 @@ from sstoken.methods import get_method
 from stages import checkpoints
 from stages.anchor import Anchor
 from stages.encode import Encode
-from stages.history_index import INDEX, read_history
 from stages.score import Score, ScoreOptions
 from stages.select import Select
+from stages.training.history_index import INDEX, read_history
 
 LAST = "last"
 NO_ATTENTION = "none"

@@ -15,13 +15,14 @@ from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
 from stages import checkpoints
-from stages.base import SPEED_ONLY, Context, Stage
-from stages.history_index import read_index, write_atomically
+from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
+from stages.files import write_whole
+from stages.training.history_index import read_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from stages.token_dataset import Extent
+    from stages.training.token_dataset import Extent
 
 _LOG = "log.jsonl"
 _TRAINER = "trainer"
@@ -38,7 +39,7 @@ class Anchor(Stage):
     folder: ClassVar[str] = "history"
     seeded: ClassVar[bool] = True
 
-    model: str
+    model: Annotated[str, BY_CONTENT]
     """The base model: a folder or a Hub id. Its tokenizer must be the one that made the tokens."""
     snapshots: Annotated[int, Field(ge=1)] | None = None
     """Number of snapshots, at even distances, the last at the last step. None: 4, or see `snapshot_every`."""
@@ -112,7 +113,7 @@ class Anchor(Stage):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         entries = read_index(context.out)
         if int(os.environ.get("RANK", "0")) == 0:
-            from stages.learning_curve import draw
+            from stages.training.learning_curve import draw
 
             draw(lines, entries, context.out / "learning_curve.png")
             shutil.rmtree(context.out / _TRAINER, ignore_errors=True)
@@ -127,8 +128,8 @@ class Anchor(Stage):
     def _train(self, context: Context, stack: ExitStack) -> None:
         from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, set_seed
 
-        from stages import resumable, token_dataset
-        from stages.history import HistorySnapshots
+        from stages.training import resumable, token_dataset
+        from stages.training.history import HistorySnapshots
 
         folder = context.out / _TRAINER
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,7 @@ class Anchor(Stage):
         checkpoint = resumable.last_whole(folder)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if arguments.process_index == 0:
-            write_atomically(context.out / _LOG, _log_lines(trainer.state.log_history))
+            write_whole(context.out / _LOG, _log_lines(trainer.state.log_history))
         trainer.accelerator.wait_for_everyone()
 
     def _arguments(self, folder: Path, seed: int) -> "TrainingArguments":

@@ -12,15 +12,20 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class _SpeedOnly:
-    """Marker: the field changes how fast a stage runs, never what it writes."""
+class _Marker:
+    """Says something of a field; stands in its `Annotated[...]`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __repr__(self) -> str:
-        return "SPEED_ONLY"
+        return self._name
 
 
-SPEED_ONLY = _SpeedOnly()
-"""Put in `Annotated[...]`: the field is left out of the fingerprint."""
+SPEED_ONLY = _Marker("SPEED_ONLY")
+"""The field changes how fast a stage runs, never what it writes: it is left out of the fingerprint."""
+BY_CONTENT = _Marker("BY_CONTENT")
+"""The field names a place whose content `Stage.sources` identifies: the name is left out of the fingerprint."""
 
 
 class Progress(Protocol):
@@ -95,5 +100,8 @@ class Stage(BaseModel):
 
     def fingerprinted(self) -> dict[str, Any]:
         """The fields that decide what is written, JSON-ready."""
-        speed = {name for name, field in type(self).model_fields.items() if SPEED_ONLY in field.metadata}
-        return self.model_dump(mode="json", exclude=speed)
+        fields = type(self).model_fields.items()
+        left_out = {
+            name for name, field in fields if any(m in (SPEED_ONLY, BY_CONTENT) for m in field.metadata)
+        }
+        return self.model_dump(mode="json", exclude=left_out)

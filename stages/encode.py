@@ -19,9 +19,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
-from stages import checkpoints, sources
-from stages.base import SPEED_ONLY, Context, Stage
-from stages.conversations import (
+from stages import checkpoints
+from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
+from stages.encoding import sources
+from stages.encoding.conversations import (
     Format,
     Layout,
     check_columns,
@@ -29,13 +30,14 @@ from stages.conversations import (
     to_messages,
     to_tools,
 )
-from stages.messages import MAX_CHARS, BadRow
-from stages.sources import Row
+from stages.encoding.messages import MAX_CHARS, BadRow
+from stages.encoding.sources import Row
+from stages.encoding.token_stats import Stats, merge, metrics, no_stats
+from stages.files import UNFINISHED, write_whole
 from stages.tables import TOKENS, part_name, read_metadata, write_part
-from stages.token_stats import Stats, merge, metrics, no_stats
 
 if TYPE_CHECKING:
-    from stages.chat import ChatEncoder
+    from stages.encoding.chat import ChatEncoder
 
 BAD_ROWS = "bad_rows"
 """Folder, in the output, of what was wrong with the rows passed over (never their text)."""
@@ -50,7 +52,7 @@ Task = tuple[int, list[Row] | None]
 class _Settings:
     """What a worker process needs to know."""
 
-    model: str
+    model: Annotated[str, BY_CONTENT]
     chat_template: str | None
     max_length: int | None
     trust_remote_code: bool
@@ -71,7 +73,7 @@ class Encode(Stage):
     name: ClassVar[str] = "encode"
     folder: ClassVar[str] = "tokens"
 
-    data: str
+    data: Annotated[str, BY_CONTENT]
     """JSONL, JSON, Parquet or CSV (a file, a pattern, an s3:// or gs:// address), a folder written by
     save_to_disk, or a Hub dataset `user/name[:config][@revision]`."""
     model: str
@@ -85,7 +87,7 @@ class Encode(Stage):
     max_length: Annotated[int | None, Field(ge=2)] = None
     """Longest example in tokens, at least 2; longer ones keep their start. Default: what the tokenizer
     declares, or 4096 where it declares no real limit."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, BY_CONTENT] = None
     """A Jinja file to use instead of the tokenizer's chat template."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What a row that cannot be used does: `stop` the run, or `skip` it, count it and list it in bad_rows/."""
@@ -223,7 +225,9 @@ def encode_shard(settings: _Settings, task: Task) -> Stats:
     stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}
     stats["bad_rows"] = dict(Counter(b["reason"] for b in bad))
     if bad:
-        _write_lines(settings.out / BAD_ROWS / path.with_suffix(".jsonl").name, bad)
+        lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
+        lines.parent.mkdir(exist_ok=True)
+        write_whole(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
     write_part(path, pa.table(columns, schema=TOKENS), _metadata(settings, encoder) | {"stats": stats})
     return stats
 
@@ -267,7 +271,7 @@ def _encoder(
     stamp: tuple[Any, ...],
 ) -> "ChatEncoder":
     """One per process: a tokenizer takes longer to load than a shard to encode. `stamp` tells when it changed."""
-    from stages.chat import ChatEncoder
+    from stages.encoding.chat import ChatEncoder
 
     tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
     return ChatEncoder(tokenizer, max_length, chat_template)
@@ -292,7 +296,7 @@ def _save_tokenizer(settings: _Settings) -> None:
     if folder.exists():
         return
     encoder = settings.encoder()
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = folder.with_name(folder.name + UNFINISHED)
     tokenizer = encoder.tokenizer
     own = tokenizer.chat_template
     try:
@@ -301,14 +305,3 @@ def _save_tokenizer(settings: _Settings) -> None:
     finally:
         tokenizer.chat_template = own
     os.replace(temporary, folder)
-
-
-def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """JSON lines, whole or not there."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

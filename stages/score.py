@@ -13,7 +13,7 @@ from pydantic import Field
 from sstoken.errors import SstokenError
 from stages import checkpoints, tables
 from stages.backends import Backend, BackendOptions, TokenSignals, make_backend
-from stages.base import SPEED_ONLY, Context, Stage
+from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 
 
 class ScoreOptions(Stage):
@@ -41,7 +41,7 @@ class Score(ScoreOptions):
     name: ClassVar[str] = "score"
     folder: ClassVar[str] = "scores"
 
-    checkpoint: str
+    checkpoint: Annotated[str, BY_CONTENT]
     """A folder, a LoRA adapter's folder, or a Hub id."""
     attention: bool = False
     """Measure attention importance in the same forward pass."""
@@ -55,9 +55,8 @@ class Score(ScoreOptions):
         return {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
 
     def fingerprinted(self) -> dict[str, Any]:
-        """Without the checkpoint's path (`sources` has its content), nor the layer where none is looked at."""
+        """Without the layer where none is looked at."""
         fields = super().fingerprinted()
-        del fields["checkpoint"]
         if not self.attention:
             del fields["layer"]
         return fields

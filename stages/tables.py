@@ -6,7 +6,6 @@ null where there is none: off the response, and where the method needed no such 
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
+from stages.files import whole_file
 
 IDS = pa.list_(pa.int32())
 MASK = pa.list_(pa.bool_())
@@ -60,8 +60,7 @@ def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None
     """
     schema = table.schema.with_metadata({METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)})
     floats = [f"{name}.list.element" for name in _float_columns(schema)]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with whole_file(path) as file:
         pq.write_table(
             table.cast(schema),
             file,
@@ -74,9 +73,6 @@ def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None
             ],
             use_byte_stream_split=floats,
         )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _float_columns(schema: pa.Schema) -> list[str]:

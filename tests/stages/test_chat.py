@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from sstoken.errors import SstokenError
-from stages.chat import DEFAULT_MAX_LENGTH, PLAIN_CHAT_TEMPLATE, ChatEncoder
-from stages.conversations import BadRow
-from stages.spans import close_spans
+from stages.encoding.chat import DEFAULT_MAX_LENGTH, PLAIN_CHAT_TEMPLATE, ChatEncoder
+from stages.encoding.conversations import BadRow
+from stages.encoding.spans import close_spans
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 SPECIAL = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sstoken.errors import SstokenError, UsageError
-from stages.conversations import BadRow, check_columns, detect_layout, to_messages, to_tools
+from stages.encoding.conversations import BadRow, check_columns, detect_layout, to_messages, to_tools
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 PAIR = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]

@@ -242,7 +242,7 @@ def test_importing_the_stage_loads_nothing_heavy() -> None:
 
 
 def test_shard_function_pickles(model, tmp_path) -> None:
-    from stages.conversations import detect_layout
+    from stages.encoding.conversations import detect_layout
 
     settings = module._Settings(model, None, None, False, detect_layout(ROWS[0]), 10, True, tmp_path)
     assert pickle.loads(pickle.dumps(partial(module.encode_shard, settings))).args == (settings,)

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from sstoken.errors import SstokenError, UsageError
-from stages.history import HistorySnapshots, snapshot_steps
-from stages.history_index import Entry, find_checkpoint, read_history, read_index, write_index
+from stages.training.history import HistorySnapshots, snapshot_steps
+from stages.training.history_index import Entry, find_checkpoint, read_history, read_index, write_index
 from tests.stages import tiny
 
 
@@ -257,7 +257,6 @@ def test_index_errors_are_one_line(tmp_path):
 
 
 def test_reading_an_index_needs_no_heavy_library():
-    code = (
-        "import sys, stages.history_index, stages.anchor; print({'torch', 'transformers'} & set(sys.modules))"
-    )
+    modules = "stages.training.history_index, stages.anchor"
+    code = f"import sys, {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sstoken.errors import SstokenError, UsageError
-from stages import rowfiles
-from stages.sources import check_source, data_identity, file_labels, open_rows, shown
+from stages.encoding import rowfiles
+from stages.encoding.sources import check_source, data_identity, file_labels, open_rows, shown
 
 ROWS = [{"question": f"q{i} \u00e9\u2028\n", "answer": f"a{i}"} for i in range(5)]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.history_index import Entry
+from stages.files import whole_file
+from stages.training.history_index import Entry
 
 _INK, _FAINT, _ACCENT = "#1f2933", "#b8c4d0", "#c2410c"
 
@@ -58,9 +59,8 @@ def draw(log: Sequence[dict[str, Any]], entries: Sequence[Entry], path: Path) ->
     axes.grid(axis="y", color=_FAINT, alpha=0.4, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

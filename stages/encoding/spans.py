@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import count
 
-from stages.messages import BadRow, Message, has_more_than_content
+from stages.encoding.messages import BadRow, Message, has_more_than_content
 
 Span = tuple[int, int]
 """Start and end of a response in characters; the end is excluded."""

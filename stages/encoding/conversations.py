@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sstoken.errors import SstokenError, UsageError
-from stages.messages import MAX_CHARS, REASONING, BadRow, Message, check_messages, check_text
+from stages.encoding.messages import MAX_CHARS, REASONING, BadRow, Message, check_messages, check_text
 
 Format = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "qa"]
 

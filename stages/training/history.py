@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError, UsageError
-from stages.history_index import INDEX, Entry, Kind, flush_to_disk, read_index, write_index
+from stages.files import flush_to_disk
+from stages.training.history_index import INDEX, Entry, Kind, read_index, write_index
 
 
 class HistorySnapshots(TrainerCallback):

@@ -1,13 +1,13 @@
 """`history.json`: which checkpoints a training run left behind, in the order of training."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from sstoken.errors import SstokenError, UsageError
+from stages.files import write_whole
 
 INDEX = "history.json"
 
@@ -86,22 +86,4 @@ def read_index(folder: Path) -> list[Entry]:
 def write_index(folder: Path, entries: Iterable[Entry]) -> None:
     """Replace the file in one move: a reader sees the old one or the new one."""
     lines = ",\n".join(" " + json.dumps(asdict(entry)) for entry in entries)
-    write_atomically(Path(folder) / INDEX, f"[\n{lines}\n]\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or not there, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def flush_to_disk(folder: Path) -> None:
-    """Make the files directly in `folder` survive a power cut."""
-    for path in folder.iterdir():
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    write_whole(Path(folder) / INDEX, f"[\n{lines}\n]\n")

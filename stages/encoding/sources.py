@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
-from stages import rowfiles
-from stages.rowfiles import first_line
+from stages.encoding import rowfiles
+from stages.encoding.rowfiles import first_line
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")

@@ -14,8 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sstoken.errors import SstokenError
 from stages.base import Progress
-from stages.history import HistorySnapshots
-from stages.history_index import flush_to_disk, write_atomically
+from stages.files import flush_to_disk, write_whole
+from stages.training.history import HistorySnapshots
 
 _WHOLE = "whole.json"
 
@@ -74,7 +74,7 @@ class Resumable(TrainerCallback):
             return
         saved = self._folder / f"checkpoint-{state.global_step}"
         flush_to_disk(saved)
-        write_atomically(saved / _WHOLE, json.dumps({"processes": _processes()}))
+        write_whole(saved / _WHOLE, json.dumps({"processes": _processes()}))
         for earlier in self._folder.glob("checkpoint-*"):
             if earlier != saved:
                 (earlier / _WHOLE).unlink(missing_ok=True)  # first, so that a half-removed one is not whole

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from sstoken.errors import SstokenError
 from stages import tables
+from stages.files import UNFINISHED
 
 _ROWS_AT_ONCE = 1024
 
@@ -42,7 +43,7 @@ def build(tokens: Path, file: Path) -> None:
         raise SstokenError(f"{tokens}: no part-*.parquet; name the folder that `encode` wrote")
     schema = pa.schema([tables.TOKENS.field("input_ids"), tables.TOKENS.field("response_mask")])
     examples = skipped = largest_id = longest = 0
-    temporary = file.with_name(file.name + ".tmp")
+    temporary = file.with_name(file.name + UNFINISHED)
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for part in parts:
             tables.read_metadata(part)

@@ -2,7 +2,7 @@
 
 The chat template renders the conversation to text once, the text is tokenized once with character offsets,
 and the stretches of text that the assistant said become the response mask. Where those stretches stand is
-either marked by the template (`{% generation %}`) or proven (see `stages.spans`); it is never guessed.
+either marked by the template (`{% generation %}`) or proven (see `stages.encoding.spans`); it is never guessed.
 """
 
 import re
@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
-from stages.messages import BadRow, Message
-from stages.spans import Span, close_spans, end_of_turn, find_spans
+from stages.encoding.messages import BadRow, Message
+from stages.encoding.spans import Span, close_spans, end_of_turn, find_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

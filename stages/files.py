@@ -1,0 +1,35 @@
+"""Files that are either whole or not there, also after a kill or a power cut."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+UNFINISHED = ".tmp"
+"""Suffix of a file being written; the runner removes those that a killed run left."""
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which takes its name when the context ends well."""
+    temporary = path.with_name(path.name + UNFINISHED)
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write or replace a text file (UTF-8) in one step."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Make the files directly in `folder` survive a power cut."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,81 @@
+"""The README's commands and every verb's example run as they are printed."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from pipeline.cli import VERBS, cli
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+NOT_HERE = ("make ", "pip install ")
+"""They set up what these tests run in; CI runs the make targets themselves."""
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def example(verb):
+    command = cli.get_command(click.Context(cli), verb)
+    found = re.search(r"Example:\n\s+(sstoken-curate .*)", command.help)
+    assert found, f"{verb} has no example"
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder with what a clone has, and the demo run in it."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shell("sstoken-curate demo", folder)
+    return folder
+
+
+def shell(command, folder):
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-euc", command], cwd=folder, capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_the_readme_runs_as_written(clone):
+    for block in blocks("bash"):
+        for line in block.strip().splitlines():
+            if not line.startswith(NOT_HERE):
+                shell(line, clone)
+    programs = blocks("python")
+    assert programs
+    for program in programs:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=clone, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
+
+
+def test_the_example_of_each_verb_runs_as_printed(clone):
+    for verb in VERBS:  # in the order in which each finds what it reads
+        shell(example(verb), clone)
+
+
+def test_the_readme_names_every_verb():
+    for verb in VERBS:
+        assert f"`{verb}`" in README, verb
+
+
+def test_the_readme_points_at_what_is_there():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
