@@ -37,7 +37,7 @@ def local_map(function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 
 
 @contextmanager
 def progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
-    """A progress bar with rate and remaining time on a terminal, a line every few seconds elsewhere."""
+    """A progress bar with rate and remaining time on a terminal, a line now and then elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -72,16 +72,16 @@ class _RichProgress:
 
 
 class _PlainProgress:
-    SECONDS_BETWEEN_LINES = 5.0
-
     def __init__(self, unit: str, total: int | None) -> None:
         self._unit, self._total = unit, total
+        self._seconds_to_next_line = 5.0
         self._done = self._printed = 0
         self._start = self._last = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
         self._done += amount
-        if time.monotonic() - self._last >= self.SECONDS_BETWEEN_LINES:
+        if time.monotonic() - self._last >= self._seconds_to_next_line:
+            self._seconds_to_next_line = min(60.0, 1.5 * self._seconds_to_next_line)  # a log stays short
             self._print()
 
     def finish(self) -> None:

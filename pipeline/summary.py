@@ -51,7 +51,11 @@ def _encode(m: dict[str, Any]) -> list[str]:
 
 
 def _anchor(m: dict[str, Any]) -> list[str]:
-    return _plain(m)
+    loss = "" if m["loss"] is None else f", loss {m['loss']:.4f} nats at the end"
+    return [
+        f"{m['steps']:,} steps, {m['tokens_seen']:,} tokens seen{loss}",
+        f"checkpoints: {', '.join(m['snapshots'])}; the loss is drawn in learning_curve.png",
+    ]
 
 
 def _score(m: dict[str, Any]) -> list[str]:
