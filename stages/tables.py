@@ -73,6 +73,7 @@ def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None
             ],
             use_byte_stream_split=floats,
         )
+    pa.default_memory_pool().release_unused()  # what encoding took, before the next shard asks for more
 
 
 def _float_columns(schema: pa.Schema) -> list[str]:
@@ -99,8 +100,9 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     Raises:
         SstokenError: it is damaged.
     """
-    with _readable(path):
-        return pq.read_table(path, columns=columns)
+    # Each thread that reads ahead keeps memory of its own: their peak would differ from run to run.
+    with _readable(path), pq.ParquetFile(path, pre_buffer=False) as file:
+        return file.read(columns, use_threads=False)
 
 
 def num_rows(path: Path) -> int:
