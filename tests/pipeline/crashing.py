@@ -1,8 +1,8 @@
 """Runs a configuration over and over, each time killed (SIGKILL) at some change it makes to its folder.
 
 Called as `crashing.py CONFIG RUN SEED [OVERRIDE]...`; ends when a run ends by itself, and prints the number of
-kills on a last line of its own. SEED `never`: no kills; `each`: the first run dies at its first change, the second
-at its second, and so on.
+kills on a last line of its own. SEED `never`: no kills; `rising`: the first run dies at its first change, the
+next at its fourth, its seventh, and so on.
 
 Whatever alters a file or folder below RUN through Python is an instant at which to die: just before something is
 opened, renamed, removed or made. Which of them is drawn from SEED, so that a failure can be repeated. Each run
@@ -28,7 +28,7 @@ def main(config: str, run: str, seed: str, overrides: list[str]) -> int:
     random_ = random.Random(seed)
     kills = 0
     while True:
-        survive = {"never": NEVER, "each": kills + 1}.get(seed) or random_.randrange(1, MOST_CHANGES)
+        survive = {"never": NEVER, "rising": 3 * kills + 1}.get(seed) or random_.randrange(1, MOST_CHANGES)
         child = os.fork()
         if child == 0:
             _die_after(survive, os.path.abspath(run))
