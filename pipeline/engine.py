@@ -60,6 +60,17 @@ def progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
         yield _RichProgress(bar, task)
 
 
+@contextmanager
+def no_progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
+    """For all but one of several processes that do the same work."""
+    yield _NoProgress()
+
+
+class _NoProgress:
+    def advance(self, amount: int = 1) -> None:
+        pass
+
+
 class _RichProgress:
     def __init__(self, bar: "rich.progress.Progress", task: "rich.progress.TaskID") -> None:
         self._bar, self._task = bar, task

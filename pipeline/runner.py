@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline import manifest as manifests
-from pipeline.engine import local_map, progress_bar
+from pipeline.engine import local_map, no_progress_bar, progress_bar
 from pipeline.manifest import MANIFEST, Digests, Manifest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.version import __version__
@@ -103,7 +103,14 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
     """
     job.stage.check()
     identity = _identify(job, digests)
-    if not _is_main_process():
+    if _num_processes() > 1 and not job.stage.distributed:
+        raise UsageError(
+            f"{job.stage.name} cannot be run by several processes (WORLD_SIZE is {_num_processes()}); run it without "
+            "torchrun, and only anchor with it"
+        )
+    if not is_main_process():
+        if _state(job, identity) is State.FINISHED and not force:
+            return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
         return Result(job.out, _run(job, identity), skipped=False)
     _check_out(job)
     with _lock(job.out):
@@ -262,7 +269,7 @@ def _run(job: Job, identity: _Identity) -> dict[str, Any]:
         seed=job.seed,
         fingerprint=identity.fingerprint,
         map=local_map,
-        progress=progress_bar,
+        progress=progress_bar if is_main_process() else no_progress_bar,
     )
     return job.stage.run(context)
 
@@ -298,6 +305,10 @@ def _promote(job: Job) -> None:
     shutil.rmtree(_replaced(job.out), ignore_errors=True)
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
     """False in all but one of the processes that torchrun or accelerate started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

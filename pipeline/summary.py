@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.runner import Result
+from pipeline.runner import Result, is_main_process
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -21,7 +21,9 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_result(name: str, result: Result) -> None:
-    """A step's summary, or that it was finished already."""
+    """A step's summary, or that it was finished already; once, if several processes did it together."""
+    if not is_main_process():
+        return
     if result.skipped:
         print(f"{name}: finished already, in {result.folder}")
         return

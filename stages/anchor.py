@@ -37,6 +37,7 @@ class Anchor(Stage):
 
     name: ClassVar[str] = "anchor"
     folder: ClassVar[str] = "history"
+    distributed: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
 
     model: Annotated[str, BY_CONTENT]

@@ -77,6 +77,8 @@ class Stage(BaseModel):
     folder: ClassVar[str]
     """The folder it writes in a run."""
 
+    distributed: ClassVar[bool] = False
+    """Whether the processes that torchrun starts can run it together."""
     seeded: ClassVar[bool] = False
     """Whether what it writes depends on the seed."""
 

@@ -1,7 +1,6 @@
 """`score`: the loss of every response token under one checkpoint, and its attention importance if asked."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,7 +11,7 @@ from pydantic import Field
 
 from sstoken.errors import SstokenError
 from stages import checkpoints, tables
-from stages.backends import Backend, BackendOptions, TokenSignals, make_backend
+from stages.backends import Backend, BackendOptions, Latest, TokenSignals, make_backend
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 
 
@@ -100,7 +99,7 @@ class Score(ScoreOptions):
         return summary
 
 
-@lru_cache(maxsize=1)
+@Latest
 def _backend(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Backend:
     """One backend per process: shards of a checkpoint share it; `stamp` tells when its files have changed."""
     return make_backend(name, options)

@@ -4,15 +4,18 @@ To add one: subclass `Backend` in a file here and enter it in `BACKENDS`. Nothin
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sstoken.errors import UsageError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 FloatArray = NDArray[np.float32]
 
 
@@ -73,6 +76,22 @@ class Backend(ABC):
             sequences: token ids, [T] each.
             response_masks: [T] each; token 0 is never a response token, as nothing predicts it.
         """
+
+
+class Latest(Generic[P, R]):
+    """A cache of one: what a function last gave, forgotten before the next is made, so that two need not fit."""
+
+    def __init__(self, function: Callable[P, R]) -> None:
+        self._function = function
+        self.held: dict[Any, R] = {}
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The function's value; its arguments must be hashable."""
+        key = (args, tuple(sorted(kwargs.items())))
+        if key not in self.held:
+            self.held.clear()
+            self.held[key] = self._function(*args, **kwargs)
+        return self.held[key]
 
 
 BACKENDS = {"hf": "stages.backends.hf:HFBackend"}

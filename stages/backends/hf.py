@@ -4,7 +4,6 @@ Shapes: B sequences, T positions, N response tokens of the batch.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from sstoken.attention import IMPLEMENTATION, AttentionCapture
 from sstoken.batching import plan_batches
 from sstoken.errors import SstokenError, UsageError
 from sstoken.losses import intercept_head, read_head, token_losses
-from stages.backends import Backend, BackendOptions, TokenSignals
+from stages.backends import Backend, BackendOptions, Latest, TokenSignals
 from stages.checkpoints import adapter_base, first_line, load_model, local_folder, stamp
 
 _ADAPTER = "current"
@@ -63,7 +62,7 @@ def _load_adapter(model: Any, adapter: str) -> None:
         )
 
 
-@lru_cache(maxsize=1)
+@Latest
 def _shared_base(
     ref: str, dtype: str, device: str, trust_remote_code: bool, stamp: tuple[Any, ...]
 ) -> SharedBase:

@@ -1,5 +1,8 @@
 """The score stage: adapters share their base, shards are independent, refusals are clear."""
 
+import gc
+import weakref
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -93,13 +96,13 @@ def test_rows_are_aligned_and_off_response_is_null(tokens, model, tmp_path):
 
 def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
     """Base, adapter, other adapter, base again: each gives its own losses, and the base is loaded once."""
-    hf._shared_base.cache_clear()
+    hf._shared_base.held.clear()
     references = {"base": AutoModelForCausalLM.from_pretrained(model)}
     for seed, name in enumerate(("first", "second")):
         references[name] = add_lora(model, tmp_path / name, seed)
     row = pq.read_table(tables.parts(tokens)[0]).to_pylist()[0]
     ids, mask = np.array(row["input_ids"], dtype=np.int32), np.array(row["response_mask"])
-    seen = []
+    seen, bases = [], set()
     for name in ("base", "first", "second", "base"):
         path = model if name == "base" else tmp_path / name
         options = BackendOptions(str(path), True, -1, "float32", "cpu", 512, False)
@@ -107,10 +110,28 @@ def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
         expected = direct_losses(references[name], row["input_ids"])
         np.testing.assert_allclose(signals.loss[mask], np.array(expected, dtype=float)[mask], atol=1e-5)
         seen.append(signals.loss[mask])
+        bases.update(map(id, hf._shared_base.held.values()))
     assert np.abs(seen[0] - seen[1]).max() > 1e-3
     assert np.abs(seen[1] - seen[2]).max() > 1e-3
     np.testing.assert_array_equal(seen[0], seen[3])
-    assert hf._shared_base.cache_info().misses == 1
+    assert len(bases) == 1
+
+
+def test_the_last_checkpoint_is_let_go_before_the_next_is_loaded(tokens, model, tmp_path, monkeypatch):
+    """Two large models need not fit into memory."""
+    other = save_model(tmp_path / "other")
+    score(tokens, tmp_path / "first", model)
+    loaded = weakref.ref(next(iter(hf._shared_base.held.values())).model)
+    load_model, gone = hf.load_model, []
+
+    def load(*args, **kwargs):
+        gc.collect()
+        gone.append(loaded() is None)
+        return load_model(*args, **kwargs)
+
+    monkeypatch.setattr(hf, "load_model", load)
+    score(tokens, tmp_path / "second", other)
+    assert gone == [True]
 
 
 def test_shards_that_are_there_are_not_scored_again(tokens, model, tmp_path):
