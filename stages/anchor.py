@@ -200,6 +200,7 @@ class Anchor(Stage):
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="no",
+            ddp_find_unused_parameters=False,
             report_to="none",
             disable_tqdm=True,
             **({checkpointing: True} if self.gradient_checkpointing else {}),
