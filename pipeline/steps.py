@@ -96,7 +96,7 @@ def score_job(ref: str, attention: bool, options: Mapping[str, object], tokens: 
 
 
 def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
-    """Checkpoints by name from `PATH` (named after its folder) or `NAME=PATH`.
+    """Checkpoints by name from `PATH` (named after its folder) or `NAME=PATH`; a name holds no slash.
 
     Raises:
         UsageError: two of one name, or a name that cannot be a folder's.
@@ -104,12 +104,10 @@ def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for given in refs:
         name, separator, ref = given.partition("=")
-        if not separator:
+        if not separator or "/" in name:  # a path may hold `=` itself: runs/lr=1e-5/step-100
             ref, name = given, Path(given.partition("@")[0]).name or Path(given).resolve().name
         _check_name(name, given, ref)
-        if named.get(name, ref) != ref:
-            raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
-        named[name] = ref
+        _enter(named, name, ref)
     if not named:
         raise UsageError("no checkpoint given; name at least one")
     return named
@@ -118,6 +116,12 @@ def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
 def _check_name(name: str, given: str, ref: str) -> None:
     if not name or "/" in name or name.startswith("."):
         raise UsageError(f"checkpoint {given!r}: {name!r} cannot be a folder's name; write NAME={ref}")
+
+
+def _enter(named: dict[str, str], name: str, ref: str) -> None:
+    """Add a checkpoint, unless another one has that name."""
+    if named.setdefault(name, ref) != ref:
+        raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
 
 
 def select_inputs(method: str, scores: Path, history: str | None, current: str | None) -> dict[str, Path]:
@@ -219,9 +223,7 @@ def _roles(
             refs[name] = resolve(given)[1]
     else:
         for given in listed or ():
-            name, ref = resolve(given)
-            if refs.setdefault(name, ref) != ref:
-                raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
+            _enter(refs, *resolve(given))
     if not refs and not known:
         raise UsageError("score.checkpoints is empty and there is no anchor run; name two checkpoints")
 
@@ -230,7 +232,7 @@ def _roles(
         if name in refs:
             return name
         name, ref = resolve(name)
-        refs.setdefault(name, ref)
+        _enter(refs, name, ref)
         return name
 
     history = role(select.history, "step-0" if known else next(iter(refs)))
@@ -239,6 +241,11 @@ def _roles(
     roles = {"history": history, "current": current}
     if score.attention_from != NO_ATTENTION:
         roles["attention"] = role(score.attention_from, current)
+    elif "attention" in get_method(select.method).signals:
+        raise UsageError(
+            f"score.attention_from is {NO_ATTENTION!r}, and method {select.method!r} needs attention; name a "
+            "checkpoint, or choose a method without it"
+        )
     return roles, refs
 
 

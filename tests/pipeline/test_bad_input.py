@@ -700,6 +700,14 @@ def write_config(folder: Path, world: World, out: Path, more: str = "") -> Path:
         ("score: {checkpoints: {a: BASE, b: LATER}, attention_from: c}", ("'c'", "(a, b)")),
         ("score: {checkpoints: {a: BASE, b: LATER}}\nselect: {history: c}", ("'c'", "(a, b)")),
         ("score: {checkpoints: {a: BASE, b: LATER}}\nselect: {current: c}", ("'c'", "(a, b)")),
+        (
+            "score: {checkpoints: [BASE, LATER]}\nselect: {current: OTHER/base}",
+            ("two checkpoints are called 'base'", "NAME="),
+        ),
+        (
+            "score: {checkpoints: [BASE, LATER], attention_from: none}",
+            ("attention_from is 'none'", "'sstoken' needs attention"),
+        ),
         ("anchor: {max_steps: 2}\nselect: {current: lst}", ("'lst'", "last")),
         ("anchor: {max_steps: 2}\nselect: {current: step-0}", ("both 'step-0'",)),
         ("anchor: {max_steps: 2, model: nowhere}", ("'nowhere'", "no such folder")),

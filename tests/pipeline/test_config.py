@@ -158,9 +158,10 @@ def test_broken_overrides(override: str, words: str, tmp_path: Path) -> None:
 
 
 def test_names_of_checkpoints() -> None:
-    assert named_checkpoints(["a/base", "x=a/base", "user/name@v1"]) == {
+    assert named_checkpoints(["a/base", "x=a/base", "a/lr=1/step-2", "user/name@v1"]) == {
         "base": "a/base",
         "x": "a/base",
+        "step-2": "a/lr=1/step-2",
         "name": "user/name@v1",
     }
 
