@@ -29,11 +29,13 @@ class SharedBase:
             ref, dtype=torch_dtype, attention=IMPLEMENTATION, trust_remote_code=trust_remote_code
         )
         self.model.to(device).eval().requires_grad_(False)
-        self._adapter: str | None = None
+        self._adapter: tuple[Any, ...] | None = None
+        """The stamp of the adapter that is on: another one may stand in the same folder by now."""
 
     def use(self, adapter: str | None) -> None:
         """Put the adapter of that folder on the base in place of the last one; None: the bare base."""
-        if adapter == self._adapter:
+        wanted = stamp(adapter) if adapter is not None else None
+        if wanted == self._adapter:
             return
         try:
             import peft  # noqa: F401
@@ -45,7 +47,7 @@ class SharedBase:
         if adapter is not None:
             _load_adapter(self.model, adapter)
             self.model.eval()
-        self._adapter = adapter
+        self._adapter = wanted
 
 
 def _load_adapter(model: Any, adapter: str) -> None:

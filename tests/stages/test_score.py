@@ -117,6 +117,14 @@ def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
     assert len(bases) == 1
 
 
+def test_an_adapter_that_was_trained_again_is_loaded_again(tokens, model, tmp_path):
+    losses = []
+    for seed in range(2):
+        add_lora(model, tmp_path / "adapter", seed)
+        losses.append(score(tokens, tmp_path / f"scores-{seed}", tmp_path / "adapter")[1]["mean_loss"])
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
 def test_the_last_checkpoint_is_let_go_before_the_next_is_loaded(tokens, model, tmp_path, monkeypatch):
     """Two large models need not fit into memory."""
     other = save_model(tmp_path / "other")
