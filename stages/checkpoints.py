@@ -18,7 +18,22 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    # what a tokenizer.json is made from where there is none
+    "*.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_CODE = "*.py"
+"""Runs under `trust_remote_code`, and decides what is computed."""
 
 
 def local_folder(ref: str) -> Path | None:
@@ -110,8 +125,8 @@ def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
     if folder is None:
         return {"hub": split_revision(ref)[0], "commit": _hub_commit(ref)}
     base = adapter_base(ref)
-    files = [*weight_files(folder), *(folder / n for n in ("config.json", ADAPTER_CONFIG))]
-    facts: dict[str, Any] = {"files": {f.name: digest(f) for f in files if f.is_file()}}
+    settings = _matching(folder, ("config.json", ADAPTER_CONFIG, _CODE))
+    facts: dict[str, Any] = {"files": {f.name: digest(f) for f in (*weight_files(folder), *settings)}}
     if base is not None:
         facts["base"] = identity(base, digest)
     return facts
@@ -122,7 +137,12 @@ def tokenizer_identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any
     folder = local_folder(ref)
     if folder is None:
         return {"hub": split_revision(ref)[0], "commit": _hub_commit(ref)}
-    return {n: digest(folder / n) for n in _TOKENIZER_FILES if (folder / n).is_file()}
+    files = _matching(folder, (*_TOKENIZER_FILES, _CODE))
+    return {f.relative_to(folder).as_posix(): digest(f) for f in files}
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [f for pattern in patterns for f in sorted(folder.glob(pattern)) if f.is_file()]
 
 
 def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

@@ -95,7 +95,10 @@ def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -
     source = _locate(data, split)
     if isinstance(source, _Saved):
         files = sorted(p for p in source.folder.rglob("*") if p.is_file())
-        return {"files": {p.relative_to(source.folder).as_posix(): digest(p) for p in files}}
+        return {
+            "folder": source.folder.name,  # stands in the examples' ids
+            "files": {p.relative_to(source.folder).as_posix(): digest(p) for p in files},
+        }
     if isinstance(source, _Hub):
         return {"hub": source.name, "config": source.config, "commit": _hub_commit(source)}
     if _is_local(source.filesystem):
@@ -159,7 +162,12 @@ def _locate_saved(folder: Path, split: str | None) -> _Saved:
     import json
 
     if (folder / "dataset_dict.json").is_file():
-        names = json.loads((folder / "dataset_dict.json").read_text()).get("splits", [])
+        try:
+            names = list(json.loads((folder / "dataset_dict.json").read_text())["splits"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SstokenError(
+                f"{folder / 'dataset_dict.json'}: damaged ({type(error).__name__}); save the dataset again"
+            ) from error
         if split not in names:
             raise UsageError(
                 f"data {str(folder)!r}: split {split!r} is not one of {', '.join(names)}; set --split"

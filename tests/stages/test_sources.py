@@ -122,7 +122,13 @@ def test_saved_datasets(tmp_path) -> None:
         check_source(str(tmp_path / "both"), "dev")
     with pytest.raises(UsageError, match="leave split out"):
         check_source(str(tmp_path / "one"), "train")
-    assert "state.json" in data_identity(str(tmp_path / "one"), None, digest)["files"]
+    identity = data_identity(str(tmp_path / "one"), None, digest)
+    assert "state.json" in identity["files"]
+    (tmp_path / "one").rename(tmp_path / "two")  # the examples' ids change with the name
+    assert data_identity(str(tmp_path / "two"), None, digest) != identity
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ')
+    with pytest.raises(SstokenError, match=r"dataset_dict\.json: damaged"):
+        check_source(str(tmp_path / "both"), "test")
 
 
 def test_remote_addresses(tmp_path) -> None:
