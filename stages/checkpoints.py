@@ -253,10 +253,14 @@ def _place(ref: str) -> tuple[str, str | None]:
 
 
 def _hub_commit(ref: str) -> str:
-    from huggingface_hub import model_info
+    from huggingface_hub import constants, model_info, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     name, revision = split_revision(ref)
+    if constants.HF_HUB_OFFLINE:  # what loads then is what the cache holds
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent.name
     try:
         return str(model_info(name, revision=revision).sha)
     except HFValidationError as error:

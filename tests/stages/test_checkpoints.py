@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.manifest import sha256
+from sstoken.errors import SstokenError
 from stages.checkpoints import identity, tokenizer_identity
 from tests.stages.tiny import save_model
 
@@ -38,3 +39,17 @@ def test_what_decides_the_tokens_is_part_of_the_tokenizers_identity(name, tmp_pa
     assert after != before
     (folder / "notes.md").write_text("of no consequence")
     assert tokenizer_identity(str(folder), sha256) == after
+
+
+def test_without_a_network_a_hub_model_is_the_cached_one(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    cached = tmp_path / "models--user--name"
+    for place, text in {"refs/main": "abc123", "snapshots/abc123/config.json": "{}"}.items():
+        (cached / place).parent.mkdir(parents=True)
+        (cached / place).write_text(text)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert identity("user/name", sha256) == {"hub": "user/name", "commit": "abc123"}
+    with pytest.raises(SstokenError, match="the Hub does not answer"):
+        identity("user/other", sha256)
