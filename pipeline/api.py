@@ -40,7 +40,7 @@ Listener = Callable[[Step, Result], None]
 def encode(*, data: str, model: str, out: str | Path, force: bool = False, **fields: Any) -> Result:
     """Turn a dataset into tokens. `fields`: those of `stages.encode.Encode`."""
     stage = _stage(Encode, data=str(data), model=str(model), **fields)
-    return execute(Job(stage, {}, Path(out), seed=0), Digests(), force=force)
+    return execute(Job(stage, {}, _place(out), seed=0), Digests(), force=force)
 
 
 def anchor(
@@ -54,7 +54,7 @@ def anchor(
 ) -> Result:
     """Fine-tune, and keep snapshots of the way. `fields`: those of `stages.anchor.Anchor`."""
     stage = _stage(Anchor, model=str(model), **fields)
-    return execute(Job(stage, {"tokens": Path(tokens)}, Path(out), seed), Digests(), force=force)
+    return execute(Job(stage, {"tokens": _place(tokens)}, _place(out), seed), Digests(), force=force)
 
 
 def score(
@@ -91,7 +91,7 @@ def score(
     options = _stage(ScoreOptions, **fields).model_dump()
     digests = Digests()
     jobs = {
-        name: score_job(ref, name == attended, options, Path(tokens), Path(out) / name)
+        name: score_job(ref, name == attended, options, _place(tokens), _place(out) / name)
         for name, ref in named.items()
     }
     for job in jobs.values():  # refuse before the first forward pass
@@ -102,7 +102,7 @@ def score(
         if listener is not None:
             listener(name, results[name])
     metrics = {name: result.metrics for name, result in results.items()}
-    return Result(Path(out), metrics, all(result.skipped for result in results.values()))
+    return Result(_place(out), metrics, all(result.skipped for result in results.values()))
 
 
 def select(
@@ -119,8 +119,10 @@ def select(
     """Write the masked dataset. `fields`: those of `stages.select.Select` (method, rho, gamma, ...)."""
     stage = _stage(Select, **fields)
     stage.check()
-    inputs = select_inputs(stage.method, Path(scores), history, current)
-    return execute(Job(stage, {"tokens": Path(tokens), **inputs}, Path(out), seed), Digests(), force=force)
+    inputs = select_inputs(stage.method, _place(scores), history, current)
+    return execute(
+        Job(stage, {"tokens": _place(tokens), **inputs}, _place(out), seed), Digests(), force=force
+    )
 
 
 def run(
@@ -150,9 +152,8 @@ def run(
         if name not in stages:
             raise UsageError(f"stage {name!r} is not in this run; legal: {', '.join(stages)}")
     check_run(config)
-    folder = Path(config.out)
-    _claim(folder, config, forced)
-    digests = Digests(folder / _DIGESTS)
+    _claim(config, forced)
+    digests = Digests(config.folder / _DIGESTS)
     results: dict[str, Result] = {}
     for step in run_steps(config):
         if until is not None and stages.index(step.stage) > stages.index(until):
@@ -178,7 +179,7 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
     """What `run` would do, and why, without doing it."""
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
     check_run(config)
-    digests = Digests(Path(config.out) / _DIGESTS)
+    digests = Digests(config.folder / _DIGESTS)
     planned: list[Planned] = []
     waiting: dict[Path, str] = {}
     for step in run_steps(config):
@@ -202,7 +203,7 @@ def verify(folder: str | Path) -> tuple[list[Path], list[str]]:
     Returns:
         The finished folders that were checked, and a line for each thing that is wrong.
     """
-    root = Path(folder)
+    root = _place(folder)
     if not root.is_dir():
         raise UsageError(f"{folder}: no such folder; name a run or a stage's output")
     checked = sorted(path.parent for path in root.rglob(MANIFEST))
@@ -220,6 +221,10 @@ def verify(folder: str | Path) -> tuple[list[Path], list[str]]:
     return checked, wrong
 
 
+def _place(path: str | Path) -> Path:
+    return Path(path).expanduser()
+
+
 def _stage(stage: type[S], **fields: Any) -> S:
     return validated(stage, fields, getattr(stage, "name", "score"))
 
@@ -234,9 +239,10 @@ def _read_run_file(path: Path) -> dict[str, str]:
     return held
 
 
-def _claim(folder: Path, config: RunConfig, forced: set[str]) -> None:
+def _claim(config: RunConfig, forced: set[str]) -> None:
     """Refuse a folder that holds the run of other data or another model; mark it as this run's."""
     identity = {"data": config.encode.data, "model": config.encode.model}
+    folder = config.folder
     path = folder / _RUN_FILE
     held = None
     if folder.exists() and not folder.is_dir():

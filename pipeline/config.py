@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sstoken.errors import UsageError
 from stages.anchor import Anchor
@@ -14,6 +14,8 @@ from stages.encode import Encode
 from stages.score import ScoreOptions
 from stages.select import Select
 
+LARGEST_SEED = 2**32 - 1
+"""The largest that numpy takes."""
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -43,13 +45,18 @@ class RunConfig(BaseModel):
 
     out: str
     """The run's folder."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Of the anchor run, and of the method `random`."""
     encode: Encode
     anchor: Anchor | None = None
     """None: no anchor run; `score.checkpoints` names checkpoints that are there already."""
     score: ScoreSection = ScoreSection()
     select: SelectSection = SelectSection()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run stands."""
+        return Path(self.out).expanduser()
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -62,7 +69,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UsageError: not there, not YAML, an unknown key (the nearest legal one is suggested), a value out of range.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise UsageError(f"{path}: {'is a folder' if file.is_dir() else 'no such file'}; name a YAML file")
     values = _read_yaml(file)

@@ -63,7 +63,7 @@ def check_run(config: RunConfig) -> None:
 
 def run_steps(config: RunConfig) -> Iterator[Step]:
     """The steps of a run; ask for the next one when the last is finished."""
-    run = Path(config.out)
+    run = config.folder
     tokens, history = run / Encode.folder, run / Anchor.folder
     scores, masked = run / Score.folder, run / Select.folder
     yield Step("encode", Job(config.encode, {}, tokens, config.seed))

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from pipeline import api
+from pipeline.config import LARGEST_SEED
 from pipeline.options import given, stage_options
 from pipeline.runner import Result
 from pipeline.steps import Step
@@ -17,7 +18,13 @@ from stages.select import Select
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON on standard output.")
 _force = click.option("--force", is_flag=True, help="Run again though it is finished.")
-_seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+_seed = click.option(
+    "--seed",
+    type=click.IntRange(0, LARGEST_SEED),
+    default=0,
+    show_default=True,
+    help="Seed of everything random.",
+)
 _out = click.option("--out", required=True, help="Output folder; unfinished work stands in OUT.partial.")
 
 
@@ -278,7 +285,7 @@ def demo(out: str, seed: int, as_json: bool) -> None:
 
     from pipeline.demo import run_demo
 
-    found = run_demo(Path(out), seed, Console(stderr=True) if as_json else None)
+    found = run_demo(Path(out).expanduser(), seed, Console(stderr=True) if as_json else None)
     if as_json:
         click.echo(json.dumps(found))
 
@@ -302,8 +309,9 @@ def show(masked: str, row: int | None, num_examples: int, svg: str | None) -> No
     from pipeline.show import save_svg
     from pipeline.show import show as show_examples
 
+    folder = Path(masked).expanduser()
     if svg is not None:
-        save_svg(Path(masked), Path(svg), row, num_examples)
+        save_svg(folder, Path(svg).expanduser(), row, num_examples)
         click.echo(f"written: {svg}")
     else:
-        show_examples(Path(masked), row, num_examples)
+        show_examples(folder, row, num_examples)

@@ -114,7 +114,7 @@ class Encode(Stage):
         return {
             "data": sources.data_identity(self.data, self.split, digest),
             "tokenizer": checkpoints.tokenizer_identity(self.model, digest),
-            "chat_template": digest(Path(self.chat_template)) if self.chat_template else None,
+            "chat_template": digest(Path(self.chat_template).expanduser()) if self.chat_template else None,
         }
 
     def run(self, context: Context) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Encode(Stage):
     def _template(self) -> str | None:
         if self.chat_template is None:
             return None
-        path = Path(self.chat_template)
+        path = Path(self.chat_template).expanduser()
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "no such file"
             raise UsageError(f"chat_template {self.chat_template!r}: {problem}; name a Jinja file")

@@ -1,6 +1,7 @@
 """The command line: help, options made from the stages' fields, output for people and for programs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -274,6 +275,29 @@ def test_verify_says_every_problem(world: World, cli: CommandLine, tmp_path: Pat
     assert "damaged manifest" in outcome.out
     assert "no finished work" in cli.fails(1, "verify", world.base)
     assert "no such folder" in cli.fails(2, "verify", "nowhere")
+
+
+def test_a_tilde_is_the_home_folder(
+    world: World, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave `--out=~/x` as it is, and a configuration has no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world.tokens, tmp_path / "tokens")
+    shutil.copytree(world.scores, tmp_path / "scores")
+    shutil.copytree(world.base, tmp_path / "base")
+    shutil.copyfile(world.data, tmp_path / "data.jsonl")
+    cli.works("select", "--tokens=~/tokens", "--scores=~/scores", "--out=~/masked", "--method", "random")
+    cli.works("show", "~/masked", "--svg=~/masked.svg")
+    cli.works("verify", "~/masked")
+    (tmp_path / "run.yaml").write_text(
+        "out: ~/run\nencode: {data: ~/data.jsonl, model: ~/base}\nanchor: {max_steps: 1}\n"
+    )
+    cli.works("run", "~/run.yaml", "--until", "encode")
+    cli.works("plan", "~/run.yaml")
+    assert (tmp_path / "masked.svg").is_file()
+    assert (tmp_path / "run" / "tokens" / "manifest.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_as_a_module_and_from_any_folder(world: World, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ BROKEN = {
     MINIMAL + "anchor: {learning_rate: .inf}": ("anchor.learning_rate is inf", "finite"),
     MINIMAL + "score: {checkpoints: 5}": ("score.checkpoints is 5",),
     MINIMAL + "seed: x": ("seed is 'x'", "valid integer"),
+    MINIMAL + "seed: -1": ("seed is -1", "greater than or equal to 0"),
 }
 
 
