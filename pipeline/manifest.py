@@ -87,6 +87,14 @@ def list_files(folder: Path) -> list[FileEntry]:
     ]
 
 
+def unlisted(folder: Path, manifest: Manifest) -> list[Path]:
+    """Files below a finished folder that its manifest does not know; hidden ones do not count."""
+    listed = {MANIFEST, *(entry.path for entry in manifest.files)}
+    found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    hidden = {path for path in found if any(part.startswith(".") for part in path.parts)}
+    return sorted(folder / path for path in found - hidden if path.as_posix() not in listed)
+
+
 def problems(folder: Path, manifest: Manifest, *, checksums: bool = True) -> Iterator[str]:
     """What differs between a folder and its manifest, a line each; without `checksums`, at a glance."""
     for entry in manifest.files:

@@ -119,10 +119,16 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
         if current is State.FINISHED and not force:
             finished = manifests.finished(job.out, job.stage.folder)
             return Result(job.out, finished.metrics, skipped=True)
-        if manifests.read_manifest(job.out) is not None and not (replace or force):
+        there = manifests.read_manifest(job.out)
+        if there is not None and not (replace or force):
             raise UsageError(
                 f"{job.out}: holds finished work of other settings or inputs; choose another output folder, or "
                 "--force to make it again"
+            )
+        if there is not None and (own := manifests.unlisted(job.out, there)):
+            raise UsageError(
+                f"{job.out}: would be made anew, and {own[0]} in it is not of its making ({len(own)} such files); "
+                "move them elsewhere first"
             )
         _prepare(job, identity, fresh=force)
         start = time.monotonic()

@@ -535,6 +535,21 @@ def select(world: World) -> tuple[object, ...]:
     return "select", "--tokens", world.tokens, "--scores", world.scores, "--out"
 
 
+def test_what_others_put_into_an_output_folder_is_never_removed(
+    select: tuple[object, ...], cli: CommandLine, tmp_path: Path
+) -> None:
+    out = tmp_path / "masked"
+    cli.works(*select, out)
+    (out / "trained").mkdir()
+    (out / "trained" / "weights").write_text("mine")
+    (out / ".DS_Store").write_text("")
+    cli.works(*select, out)
+    again = (*select, out, "--rho", 0.3, "--force")
+    says(cli.fails(USAGE, *again), str(out / "trained" / "weights"), "1 such file", "move them")
+    shutil.move(out / "trained", tmp_path / "trained")
+    cli.works(*again)
+
+
 def test_output_of_other_settings(select: tuple[object, ...], cli: CommandLine, tmp_path: Path) -> None:
     out = tmp_path / "masked"
     cli.works(*select, out)
