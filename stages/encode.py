@@ -30,7 +30,7 @@ from stages.encoding.conversations import (
     to_messages,
     to_tools,
 )
-from stages.encoding.messages import MAX_CHARS, BadRow
+from stages.encoding.messages import MAX_CHARS, BadRow, check_text
 from stages.encoding.sources import Row
 from stages.encoding.token_stats import Stats, merge, metrics, no_stats
 from stages.files import UNFINISHED, write_whole
@@ -207,6 +207,7 @@ def encode_shard(settings: _Settings, task: Task) -> Stats:
     for row in rows:
         try:
             encoded = encode_row(row, settings.layout, encoder, settings.max_chars)
+            example_id = _example_id(row)
         except BadRow as error:
             if not settings.skip:
                 raise _stop(row, error) from error
@@ -215,7 +216,7 @@ def encode_shard(settings: _Settings, task: Task) -> Stats:
         if not encoded.input_ids:
             stats["dropped"] += 1
             continue
-        columns["example_id"].append(_example_id(row))
+        columns["example_id"].append(example_id)
         columns["input_ids"].append(encoded.input_ids)
         columns["response_mask"].append(encoded.response_mask)
         stats["truncated"] += encoded.truncated
@@ -259,7 +260,10 @@ def _why(stats: Stats) -> str:
 
 def _example_id(row: Row) -> str:
     own = row.value.get("example_id")
-    return f"{row.file}-{row.index}" if own is None else str(own)
+    if own is None:
+        return f"{row.file}-{row.index}"
+    check_text(str(own))
+    return str(own)
 
 
 @lru_cache(maxsize=1)

@@ -98,6 +98,10 @@ DATA: dict[str, Case] = {
         "d.jsonl", GOOD_ROW + '{"question": "\\ud800", "answer": "w1"}\n', FAILED,
         ("line 2: lone surrogate: character U+D800", STOP),
     ),
+    "lone surrogate in the id": (
+        "d.jsonl", '{"example_id": "\\ud800", "question": "w1", "answer": "w1"}\n', FAILED,
+        ("line 1: lone surrogate: character U+D800", STOP),
+    ),
     "not UTF-8": (
         "d.jsonl", GOOD_ROW.encode() + b'{"question": "\xe9", "answer": "w1"}\n', FAILED,
         ("line 2: not UTF-8: byte 0xE9 at 14", "convert"),
