@@ -83,7 +83,7 @@ def list_files(folder: Path) -> list[FileEntry]:
     return [
         FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     ]
 
 

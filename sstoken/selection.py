@@ -71,7 +71,8 @@ def keep_per_example(scores: FloatArray, offsets: IntArray, rho: float) -> BoolA
         [N] bool.
     """
     counts = np.diff(offsets)
-    quota = np.array([num_kept(int(n), rho) for n in counts], dtype=np.int64)
+    lengths, inverse = np.unique(counts, return_inverse=True)  # exact arithmetic, once a length
+    quota = np.array([num_kept(int(n), rho) for n in lengths], dtype=np.int64)[inverse]
     example_N = np.repeat(np.arange(counts.size), counts)
     # lexsort is stable: equal scores stay in the order of the tokens.
     order = np.lexsort((-scores, example_N))

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from sstoken.errors import SstokenError
 from stages import checkpoints, tables
-from stages.backends import Backend, BackendOptions, Latest, TokenSignals, make_backend
+from stages.backends import Backend, BackendOptions, Latest, TokenSignals, make_backend, resolve_backend
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 
 
@@ -54,8 +54,8 @@ class Score(ScoreOptions):
         return {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
 
     def fingerprinted(self) -> dict[str, Any]:
-        """Without the layer where none is looked at."""
-        fields = super().fingerprinted()
+        """Without the layer where none is looked at; the backend is the one that runs."""
+        fields = super().fingerprinted() | {"backend": resolve_backend(self.backend)}
         if not self.attention:
             del fields["layer"]
         return fields

@@ -98,15 +98,25 @@ BACKENDS = {"hf": "stages.backends.hf:HFBackend"}
 """Name to `module:class`; the module is imported only when the backend is used."""
 
 
-def make_backend(name: str, options: BackendOptions) -> Backend:
-    """Build the backend of that name; `auto` is transformers.
+def resolve_backend(name: str) -> str:
+    """`auto` as the backend that it stands for: transformers.
 
     Raises:
-        UsageError: there is none; lists those there are.
+        UsageError: there is none of that name; lists those there are.
     """
     name = "hf" if name == "auto" else name
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known; legal: auto, {', '.join(BACKENDS)}")
-    module, _, attribute = BACKENDS[name].partition(":")
+    return name
+
+
+def make_backend(name: str, options: BackendOptions) -> Backend:
+    """Build the backend of that name.
+
+    Raises:
+        UsageError: see `resolve_backend`.
+        SstokenError: see `Backend.__init__`.
+    """
+    module, _, attribute = BACKENDS[resolve_backend(name)].partition(":")
     backend: type[Backend] = getattr(import_module(module), attribute)
     return backend(options)
