@@ -104,13 +104,18 @@ def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for given in refs:
         name, separator, ref = given.partition("=")
-        if not separator or "/" in name:  # a path may hold `=` itself: runs/lr=1e-5/step-100
+        if not separator or ("/" in name and not _names_a_folder(given, ref)):
             ref, name = given, Path(given.partition("@")[0]).name or Path(given).resolve().name
         _check_name(name, given, ref)
         _enter(named, name, ref)
     if not named:
         raise UsageError("no checkpoint given; name at least one")
     return named
+
+
+def _names_a_folder(given: str, ref: str) -> bool:
+    """Whether `NAME=PATH` was meant though NAME holds a slash; a path may hold `=` itself: runs/lr=1e-5/step-100."""
+    return not Path(given).expanduser().is_dir() and Path(ref).expanduser().is_dir()
 
 
 def _check_name(name: str, given: str, ref: str) -> None:

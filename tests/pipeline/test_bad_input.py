@@ -399,7 +399,7 @@ def test_adapter(
         (("--ckpt", "nowhere"), ("'nowhere'", "no such folder")),
         (("--ckpt", __file__), ("is a file", "name the folder")),
         (("--ckpt", ""), ("empty",)),
-        (("--ckpt", "a/b=BASE"), ("'base'", "NAME=")),  # a name holds no slash: this is a path
+        (("--ckpt", "a/b=BASE"), ("'a/b'", "NAME=")),
         (("--ckpt", "..=BASE"), ("'..'", "NAME=")),
         (("--ckpt", "base=LATER"), ("two checkpoints are called 'base'", "NAME=")),
         (("--layer", 2), ("layer 2", "-2 to 1")),
