@@ -1,12 +1,14 @@
 """Attention importance, captured inside the model's own forward pass.
 
-An attention function is registered with transformers' attention interface. In every layer it computes the
-output as usual; in the chosen one it also sums, for each response token, the attention that it pays to the
-prompt. No layer's weights are ever held as a whole.
+A model's attention functions are reached through transformers' attention interface. The function that a model
+uses is registered there again with an observer around it: in the chosen layer it also sums, for each response
+token, the attention that it pays to the prompt. No layer's weights are ever held as a whole.
 
-Shapes: B batch, H heads, T positions, D head size, R rows of a block.
+Shapes: B batch, H heads, K key-value heads, T positions, D head size, R rows and C columns of a block.
 """
 
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sstoken.errors import SstokenError, UsageError
 
@@ -21,14 +24,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMPLEMENTATION = "sstoken"
-"""The name to load a model with: `attn_implementation=IMPLEMENTATION`."""
+"""sdpa that also knows soft-capping and sinks: `attn_implementation=IMPLEMENTATION`."""
 _SLOT = "_sstoken_capture"
 BLOCK_ELEMENTS = 1 << 20
 """Attention weights alive at once, at most (4 MB in fp32), unless a single row has more."""
 
+Segment = tuple[int, int, int]
+"""Row of the batch, first position, one past the last: one sequence of a padded or packed batch."""
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class ForwardStopped(Exception):  # noqa: N818
+    """Raised inside a forward pass that was wanted for the attention of one layer alone."""
+
 
 class AttentionCapture:
     """Captures the attention importance of one decoder layer.
+
+    Works with sdpa, flash attention, and whatever else is registered with transformers' attention interface.
 
     Example:
         >>> capture = AttentionCapture(model, layer=-1)
@@ -38,37 +51,49 @@ class AttentionCapture:
     """
 
     def __init__(self, model: "PreTrainedModel", layer: int = -1) -> None:
-        """Attach to a model loaded with `attn_implementation=IMPLEMENTATION`.
+        """Attach to a model.
 
         Args:
             model: a decoder model that uses transformers' attention interface.
             layer: index of the decoder layer, negative from the end.
 
         Raises:
-            UsageError: there is no such layer.
+            UsageError: there is no such layer, or the model's attention implementation cannot be observed.
         """
-        num_layers = model.config.get_text_config().num_hidden_layers
+        config: Any = model.config.get_text_config()
+        num_layers = config.num_hidden_layers
         if not -num_layers <= layer < num_layers:
             raise UsageError(
                 f"layer {layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
             )
+        _observe(config._attn_implementation)
         self.layer = layer % num_layers
         self._modules = [m for m in model.modules() if getattr(m, "layer_idx", None) == self.layer]
         for module in self._modules:
             setattr(module, _SLOT, self)
         self._response_mask: Tensor | None = None
+        self._segments: Sequence[Segment] | None = None
+        self._stop = False
         self._importance: Tensor | None = None
 
-    def expect(self, response_mask: Tensor) -> None:
+    def expect(
+        self, response_mask: Tensor, segments: Sequence[Segment] | None = None, *, stop: bool = False
+    ) -> None:
         """Say which positions the next forward pass has to measure.
 
         Args:
-            response_mask: [B, T] bool. Padding, if any, stands on the right.
+            response_mask: [B, T] bool.
+            segments: the sequences of the batch, wherever they stand in it; None: each row is one that starts at
+                position 0 (padding, if any, on the right).
+            stop: raise `ForwardStopped` as soon as the layer is measured: what comes after is not wanted.
         """
-        self._response_mask, self._importance = response_mask, None
+        self._response_mask, self._segments, self._stop = response_mask, segments, stop
+        self._importance = None
 
     def take(self) -> Tensor:
         """The importance measured by the last forward pass, [B, T] fp32, 0 off the response.
+
+        Nothing is measured after this before the next `expect`: the second forward of gradient checkpointing is free.
 
         Raises:
             SstokenError: the layer did not go through the attention interface.
@@ -87,9 +112,20 @@ class AttentionCapture:
             delattr(module, _SLOT)
 
     def measure(self, query: Tensor, key: Tensor, mask: Tensor | None, **how: Any) -> None:
-        """Called by the attention function of the chosen layer."""
-        if self._response_mask is not None:
-            self._importance = prompt_attention(query, key, self._response_mask, mask, **how)
+        """Called by the attention function of the chosen layer.
+
+        Raises:
+            ForwardStopped: `expect` asked for it.
+        """
+        assert self._response_mask is not None
+        self._importance = prompt_attention(query, key, self._response_mask, mask, self._segments, **how)
+        if self._stop:
+            raise ForwardStopped
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a measurement is due."""
+        return self._response_mask is not None and self._importance is None
 
 
 @torch.no_grad()
@@ -98,70 +134,96 @@ def prompt_attention(
     key: Tensor,
     response_mask: Tensor,
     mask: Tensor | None = None,
+    segments: Sequence[Segment] | None = None,
     *,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    window: int | None = None,
+    log_sum_exp: Tensor | None = None,
 ) -> Tensor:
     """The attention mass of each response token on the prompt before it, mean over heads (paper, equation 5).
 
-    The prompt of token i: the positions before i that are not response tokens.
+    The prompt of token i: the positions of its sequence before i that are not response tokens.
 
     Args:
         query: [B, H, T, D], after rotary embedding.
-        key: [B, H or fewer, T, D].
+        key: [B, K, T, D]; K divides H.
         response_mask: [B, T] bool.
-        mask: [B or 1, 1 or H, T, T], True (or 0 if additive) where attended; None: causal.
+        mask: [B or 1, 1 or H, T, T], True (or 0 if additive) where attended; None: causal, within `window`.
+        segments: the sequences of the batch; None: each row is one.
         scaling: factor of the scores.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: [H], logits that take part in the softmax and attend to nothing.
+        window: how many positions a token sees, itself included; None: all before it.
+        log_sum_exp: [B, H, T], of each row's scores, if known: then only the prompt's columns are looked at.
 
     Returns:
         [B, T] in [0, 1], 0 off the response; fp32 (float64 where the model is).
     """
-    num_heads, length = query.shape[1], query.shape[2]
+    num_heads = query.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     importance = torch.zeros(response_mask.shape, dtype=dtype, device=query.device)
-    block = max(1, BLOCK_ELEMENTS // (num_heads * length))
-    for b in range(query.shape[0]):
-        rows = response_mask[b].nonzero()[:, 0]
+    for b, start, stop in segments or [(b, 0, query.shape[2]) for b in range(query.shape[0])]:
+        response = response_mask[b, start:stop]
+        rows = response.nonzero()[:, 0]
         if rows.numel() == 0:
             continue
-        end = int(rows[-1]) + 1  # nothing after the last response token is attended to
-        keys_HDT = repeat_kv(key[b : b + 1, :, :end].to(dtype), num_heads // key.shape[1])[0].transpose(1, 2)
-        prompt_T = (~response_mask[b, :end]).to(dtype)
-        for rows_R in rows.split(block):
-            scores_HRT = query[b, :, rows_R].to(dtype) @ keys_HDT
-            weights_HRT = _weights(
-                scores_HRT, rows_R, None if mask is None else mask[b % mask.shape[0]], scaling, softcap, sinks
+        response = response[: int(rows[-1]) + 1]  # nothing after the last response token is attended to
+        columns = (
+            torch.arange(response.numel(), device=query.device)
+            if log_sum_exp is None
+            else (~response).nonzero()[:, 0]
+        )
+        prompt_C = (~response[columns]).to(dtype)
+        rows, columns = rows + start, columns + start
+        keys_KDC = key[b][:, columns].to(dtype).transpose(1, 2)
+        seen = None if mask is None or mask.ndim != 4 else mask[b % mask.shape[0]][..., columns]
+        for rows_R in rows.split(max(1, BLOCK_ELEMENTS // max(1, num_heads * columns.numel()))):
+            scores_KGRC = query[b][:, rows_R].to(dtype).unflatten(0, (key.shape[1], -1)) @ keys_KDC[:, None]
+            scores_HRC = _masked(
+                scores_KGRC.flatten(0, 1),
+                rows_R,
+                columns,
+                None if seen is None else seen[..., rows_R, :],
+                scaling,
+                softcap,
+                window,
             )
-            importance[b, rows_R] = (weights_HRT @ prompt_T).mean(0)
+            total_HR = (
+                _log_sum_exp(scores_HRC, sinks)
+                if log_sum_exp is None
+                else log_sum_exp[b][:, rows_R].to(dtype)
+            )
+            importance[b, rows_R] = ((scores_HRC - total_HR[..., None]).exp_() @ prompt_C).mean(0)
     return importance
 
 
-def _weights(
+def _masked(
     scores: Tensor,
     rows: Tensor,
-    mask: Tensor | None,
+    columns: Tensor,
+    seen: Tensor | None,
     scaling: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    window: int | None,
 ) -> Tensor:
-    """Attention weights [..., H, R, T] of the query rows [R], from raw products of the same shape."""
-    length = scores.shape[-1]
+    """Raw products [..., H, R, C] of the query positions `rows` and key positions `columns` as attention scores."""
     scores = scores * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        columns = torch.arange(length, device=scores.device)
-        scores = scores.masked_fill(columns > rows[:, None], float("-inf"))
-    else:
-        seen = mask[..., rows, :length]
-        scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
-    if sinks is None:
-        return scores.softmax(-1)
-    sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    if seen is not None:
+        return scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
+    behind = rows[:, None] - columns
+    if window is not None:
+        return scores.masked_fill((behind < 0) | (behind >= window), float("-inf"))
+    return scores.masked_fill(behind < 0, float("-inf"))
+
+
+def _log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Of each row [..., H, R] of scores [..., H, R, C], sinks included."""
+    total = scores.logsumexp(-1)
+    return total if sinks is None else torch.logaddexp(total, sinks.to(scores.dtype)[:, None])
 
 
 def _attend_by_blocks(
@@ -176,14 +238,22 @@ def _attend_by_blocks(
     """Attention output [B, T, H, D] where sdpa has no such option (soft-capping, sinks), block by block."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    rows = torch.arange(query.shape[2], device=query.device)
+    positions = torch.arange(query.shape[2], device=query.device)
     block = max(1, BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[2]))
     outputs = []
-    for rows_R in rows.split(block):
-        scores = (query[:, :, rows_R] @ key.transpose(2, 3)).to(
-            torch.promote_types(query.dtype, torch.float32)
+    for rows_R in positions.split(block):
+        products = query[:, :, rows_R] @ key.transpose(2, 3)
+        scores = _masked(
+            products.to(torch.promote_types(query.dtype, torch.float32)),
+            rows_R,
+            positions,
+            None if mask is None else mask[..., rows_R, : key.shape[2]],
+            scaling,
+            softcap,
+            None,
         )
-        outputs.append(_weights(scores, rows_R, mask, scaling, softcap, sinks).to(value.dtype) @ value)
+        weights = (scores - _log_sum_exp(scores, sinks)[..., None]).exp()
+        outputs.append(weights.to(value.dtype) @ value)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
@@ -196,19 +266,100 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function: sdpa's output, and the capture where one is attached."""
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered as `IMPLEMENTATION`."""
     softcap, sinks = kwargs.pop("softcap", None), kwargs.get("s_aux")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    capture: AttentionCapture | None = getattr(module, _SLOT, None)
-    if capture is not None:
-        capture.measure(query, key, attention_mask, scaling=scale, softcap=softcap, sinks=sinks)
     if softcap is not None or sinks is not None:
+        scale = _scale(query, scaling)
         return _attend_by_blocks(query, key, value, attention_mask, scale, softcap, sinks), None
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
     return output, None
+
+
+def _scale(query: Tensor, scaling: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def _observed(forward: AttentionFunction) -> AttentionFunction:
+    """The attention function with the capture around it, where one is attached and waiting."""
+
+    @wraps(forward)
+    def observed(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        capture: AttentionCapture | None = getattr(module, _SLOT, None)
+        if capture is None:
+            return forward(module, query, key, value, attention_mask, *args, **kwargs)
+        how: dict[str, Any] = {
+            "scaling": _scale(query, kwargs.get("scaling")),
+            "softcap": kwargs.get("softcap"),
+            "sinks": kwargs.get("s_aux"),
+            "window": kwargs.get("sliding_window"),
+        }
+        if forward in (attention_forward, sdpa_attention_forward) and _kernel_fits(query, key, value, kwargs):
+            # Measured or not: the second forward of gradient checkpointing has to save the same tensors.
+            output, how["log_sum_exp"] = _cpu_kernel(query, key, value, attention_mask, how["scaling"])
+            if capture.waiting:
+                capture.measure(query, key, attention_mask, **how)
+            return output, None
+        if capture.waiting:
+            capture.measure(query, key, attention_mask, **how)
+        return forward(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return observed
+
+
+def _kernel_fits(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether sdpa's CPU kernel can be called by name: it gives the log-sum-exp of the scores, which sdpa drops."""
+    return (
+        query.device.type == "cpu"
+        and query.shape[2] == key.shape[2]
+        and query.shape[3] == value.shape[3]
+        and not kwargs.get("dropout")
+        and kwargs.get("softcap") is None
+        and kwargs.get("s_aux") is None
+        and kwargs.get("is_causal") is not False
+    )
+
+
+def _cpu_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention output [B, T, H, D] and the log-sum-exp of the scores, [B, H, T]."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, mask is None, attn_mask=mask, scale=scaling
+    )
+    return output.transpose(1, 2).contiguous(), log_sum_exp
+
+
+_OBSERVED: set[str] = set()
+
+
+def _observe(implementation: str) -> None:
+    """Put the observer around a registered attention function, once.
+
+    Raises:
+        UsageError: it is not one that is called through the interface.
+    """
+    if implementation in _OBSERVED:
+        return
+    if implementation not in ALL_ATTENTION_FUNCTIONS:
+        raise UsageError(
+            f"attn_implementation={implementation!r}: its attention cannot be captured; load the model with "
+            f"attn_implementation={IMPLEMENTATION!r}, 'sdpa' or 'flash_attention_2'"
+        )
+    AttentionInterface.register(implementation, _observed(ALL_ATTENTION_FUNCTIONS[implementation]))
+    _OBSERVED.add(implementation)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sstoken.attention import IMPLEMENTATION, AttentionCapture
+from sstoken.attention import IMPLEMENTATION, AttentionCapture, ForwardStopped
 from sstoken.errors import SstokenError, UsageError
 from sstoken.losses import OutputHead, read_head, token_losses
 from stages.backends import BackendOptions, hf
@@ -120,10 +120,94 @@ def test_a_layer_out_of_range_is_refused():
 
 def test_attention_that_cannot_be_captured_is_refused():
     model = make_model("llama")
+    model.set_attn_implementation("eager")
+    with pytest.raises(UsageError, match=r"attn_implementation='eager'.* cannot be captured; load .*'sdpa'"):
+        AttentionCapture(model)
     model.set_attn_implementation("sdpa")
-    sequences, masks = random_examples(0, [10])
+    capture = AttentionCapture(model)
+    model.set_attn_implementation("eager")  # its layers no longer go through the interface
+    capture.expect(torch.ones(1, 4, dtype=torch.bool))
+    model(input_ids=torch.arange(4)[None])
     with pytest.raises(SstokenError, match="cannot be captured"):
-        list(backend_for(model, -1, 256).measure(sequences, masks))
+        capture.take()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", IMPLEMENTATION])
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@pytest.mark.parametrize("layout", ["left", "packed"])
+def test_sequences_are_found_wherever_they_stand(name, implementation, layout):
+    model = make_model(name)
+    model.set_attn_implementation(implementation)
+    lengths = [31, 9, 24]
+    sequences, masks = random_examples(3, lengths)
+    if layout == "packed":
+        stops = np.cumsum(lengths)
+        segments = [(0, int(stop - n), int(stop)) for n, stop in zip(lengths, stops, strict=True)]
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        inputs = {"position_ids": positions}
+        shape = (1, sum(lengths))
+    else:
+        shape = (3, max(lengths))
+        segments = [(row, shape[1] - n, shape[1]) for row, n in enumerate(lengths)]
+        inputs = {"attention_mask": torch.zeros(shape, dtype=torch.long)}
+        for row, start, stop in segments:
+            inputs["attention_mask"][row, start:stop] = 1
+    ids, response = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for (row, start, stop), sequence, mask in zip(segments, sequences, masks, strict=True):
+        ids[row, start:stop] = torch.tensor(sequence)
+        response[row, start:stop] = torch.tensor(mask)
+    capture = AttentionCapture(model)
+    capture.expect(response, segments)
+    model(input_ids=ids, use_cache=False, **inputs)
+    found = capture.take()
+    for (row, start, stop), sequence, mask in zip(segments, sequences, masks, strict=True):
+        _, attention = eager_signals(name, sequence.tolist(), mask, -1)
+        np.testing.assert_allclose(
+            found[row, start:stop].detach(), np.nan_to_num(attention), atol=1e-5, rtol=0
+        )
+
+
+def test_a_forward_for_attention_alone_stops_at_its_layer():
+    model = make_model("llama")
+    model.set_attn_implementation(IMPLEMENTATION)
+    capture = AttentionCapture(model, layer=1)
+    ids, response = torch.arange(20)[None], torch.arange(20)[None] > 8
+    capture.expect(response)
+    model(input_ids=ids)
+    expected = capture.take()
+    capture.expect(response, stop=True)
+    reached: list[int] = []
+    model.model.layers[2].register_forward_pre_hook(lambda *_: reached.append(2))
+    with pytest.raises(ForwardStopped):
+        model(input_ids=ids)
+    assert not reached
+    torch.testing.assert_close(capture.take(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_capture_under_gradient_checkpointing_happens_once(use_reentrant):
+    ids, response = torch.arange(30)[None], torch.arange(30)[None] > 11
+    gradients, captured = [], []
+    for checkpointing in (False, True):
+        model = make_model("llama").train()
+        model.set_attn_implementation("sdpa")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        capture = AttentionCapture(model)
+        measured: list[int] = []
+        measure = capture.measure
+        capture.measure = lambda *a, m=measure, n=measured, **k: (n.append(1), m(*a, **k))
+        capture.expect(response)
+        padded = torch.ones_like(ids)
+        padded[0, :3] = 0  # so that there is a mask
+        loss = model(input_ids=ids, attention_mask=padded, labels=ids, use_cache=False).loss
+        captured.append(capture.take())
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert measured == [1]
+    torch.testing.assert_close(captured[0], captured[1])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
 def test_detach_leaves_the_model_as_it_was():
