@@ -13,7 +13,6 @@ from pipeline.manifest import MANIFEST, Digests, read_manifest
 from pipeline.runner import Job, State, state
 from sstoken.errors import UsageError
 from sstoken.methods import get_method
-from stages import checkpoints
 from stages.anchor import Anchor
 from stages.encode import Encode
 from stages.score import Score, ScoreOptions
@@ -57,8 +56,10 @@ def check_run(config: RunConfig) -> None:
         named += (config.select.history, config.select.current)
         snapshots = ("step-0", *(name for name in named if name and _SNAPSHOT.fullmatch(name)), LAST)
         promised = dict.fromkeys(snapshots, config.anchor.model)
-    for ref in _roles(config.score, config.select, promised)[1].values():
-        checkpoints.check_whole(ref)
+    roles, refs = _roles(config.score, config.select, promised)
+    options = _fields(ScoreOptions, config.score)
+    for name, ref in refs.items():
+        Score(checkpoint=ref, attention=name == roles.get("attention"), **options).check()
 
 
 def run_steps(config: RunConfig) -> Iterator[Step]:

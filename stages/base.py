@@ -61,8 +61,8 @@ class Context:
     """`progress(unit, total)` opens a progress bar; `total` None: not known beforehand."""
 
 
-class Stage(BaseModel):
-    """Base of every stage. Fields are its configuration: the YAML section and the CLI options of its verb."""
+class Settings(BaseModel):
+    """Base of every configuration: its fields are all there are, and do not change."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -71,6 +71,18 @@ class Stage(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """The fields that decide what is written, JSON-ready."""
+        fields = type(self).model_fields.items()
+        left_out = {
+            name for name, field in fields if any(m in (SPEED_ONLY, BY_CONTENT) for m in field.metadata)
+        }
+        return self.model_dump(mode="json", exclude=left_out)
+
+
+class Stage(Settings):
+    """Base of every stage. Fields are its configuration: the YAML section and the CLI options of its verb."""
 
     name: ClassVar[str]
     """The stage's file, YAML section and CLI verb."""
@@ -99,11 +111,3 @@ class Stage(BaseModel):
     def run(self, context: Context) -> dict[str, Any]:
         """Do the work; return the metrics that the manifest keeps. `context.out` is the only place written."""
         raise NotImplementedError
-
-    def fingerprinted(self) -> dict[str, Any]:
-        """The fields that decide what is written, JSON-ready."""
-        fields = type(self).model_fields.items()
-        left_out = {
-            name for name, field in fields if any(m in (SPEED_ONLY, BY_CONTENT) for m in field.metadata)
-        }
-        return self.model_dump(mode="json", exclude=left_out)

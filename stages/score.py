@@ -11,7 +11,17 @@ from pydantic import Field
 
 from sstoken.errors import SstokenError
 from stages import checkpoints, tables
-from stages.backends import Backend, BackendOptions, Latest, TokenSignals, make_backend, resolve_backend
+from stages.backends import (
+    Backend,
+    BackendOptions,
+    Latest,
+    Setting,
+    TokenSignals,
+    check_backend,
+    deciding_settings,
+    make_backend,
+    resolve_backend,
+)
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 
 
@@ -22,8 +32,11 @@ class ScoreOptions(Stage):
     """Decoder layer whose attention is measured; negative counts from the last."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of the weights; softmax and loss are fp32 whatever it is. auto: as the checkpoint stores them."""
-    backend: Literal["auto", "hf"] = "auto"
-    """Inference backend; auto: transformers."""
+    backend: str = "auto"
+    """Inference backend: hf (transformers), vllm, or another package's. auto: vllm on a GPU where it is installed and
+    takes the checkpoint, else hf."""
+    backend_options: dict[str, Setting] = Field(default_factory=dict)
+    """The backend's own settings, such as vllm's `tensor_parallel_size`."""
     batch_tokens: Annotated[int, Field(ge=1), SPEED_ONLY] = 2048
     """Positions in a batch, at most (padding counted); a longer sequence runs alone."""
     device: Annotated[str, SPEED_ONLY] = "auto"
@@ -46,8 +59,9 @@ class Score(ScoreOptions):
     """Measure attention importance in the same forward pass."""
 
     def check(self) -> None:
-        """Refuse a checkpoint that is not whole."""
+        """Refuse a checkpoint that is not whole, or that the backend does not take."""
         checkpoints.check_whole(self.checkpoint)
+        check_backend(self.backend, self.for_backend(), self.workers)
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
         """The checkpoint's content; its place and name do not matter."""
@@ -55,10 +69,29 @@ class Score(ScoreOptions):
 
     def fingerprinted(self) -> dict[str, Any]:
         """Without the layer where none is looked at; the backend is the one that runs."""
-        fields = super().fingerprinted() | {"backend": resolve_backend(self.backend)}
+        options = self.for_backend()
+        backend = resolve_backend(self.backend, options)
+        fields = super().fingerprinted() | {"backend": backend}
+        del fields["backend_options"]
+        if deciding := deciding_settings(backend, options):
+            fields["backend_options"] = deciding
         if not self.attention:
             del fields["layer"]
         return fields
+
+    def for_backend(self, log_folder: Path | None = None) -> BackendOptions:
+        """What the backend gets to know."""
+        return BackendOptions(
+            checkpoint=self.checkpoint,
+            attention=self.attention,
+            layer=self.layer,
+            dtype=self.dtype,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            trust_remote_code=self.trust_remote_code,
+            settings=tuple(sorted(self.backend_options.items())),
+            log_folder=log_folder,
+        )
 
     def run(self, context: Context) -> dict[str, Any]:
         """Score the shards that are not there yet."""
@@ -114,15 +147,7 @@ class _ScoreShard:
     def __call__(self, tokens: Path) -> int:
         """Write the scores of the shard; return its number of rows."""
         stage = self._stage
-        options = BackendOptions(
-            checkpoint=stage.checkpoint,
-            attention=stage.attention,
-            layer=stage.layer,
-            dtype=stage.dtype,
-            device=stage.device,
-            batch_tokens=stage.batch_tokens,
-            trust_remote_code=stage.trust_remote_code,
-        )
+        options = stage.for_backend(log_folder=self._out.parent)
         backend = _backend(stage.backend, options, checkpoints.stamp(stage.checkpoint))
         table = tables.read_table(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])

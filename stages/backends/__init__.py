@@ -1,22 +1,28 @@
 """Inference backends: token sequences in, signals out.
 
-To add one: subclass `Backend` in a file here and enter it in `BACKENDS`. Nothing else changes.
+To add one: subclass `Backend` in a file here and enter it in `BACKENDS`, or declare it in a package of your own as an
+entry point of the group `sstoken.backends` (`name = "module:class"`). Nothing else changes.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Generic, ParamSpec, TypeVar
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from sstoken.errors import UsageError
+from stages.base import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
 FloatArray = NDArray[np.float32]
+Setting = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class BackendOptions:
     """`cpu`, `cuda`, ..., or `auto`."""
     batch_tokens: int
     trust_remote_code: bool
+    settings: tuple[tuple[str, Setting], ...] = ()
+    """The backend's own settings that were given, by name; `read_settings` checks them."""
+    log_folder: Path | None = None
+    """Where an engine that talks leaves its log, `<backend>.log`; None: it leaves none."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,20 @@ class TokenSignals:
 
 
 class Backend(ABC):
-    """One checkpoint, ready to measure."""
+    """One checkpoint, ready to measure. It is let go by dropping it: what it holds ends with it."""
+
+    settings: ClassVar[type[Settings]] = Settings
+    """Its own settings (`backend_options`); those marked SPEED_ONLY stay out of the fingerprint."""
+    several_workers: ClassVar[bool] = True
+    """Whether several processes may hold one each; not where it spreads over the devices itself."""
+
+    @classmethod
+    def refusal(cls, options: BackendOptions) -> str | None:
+        """Why it cannot measure that checkpoint, and what can, in one line; None: nothing seen speaks against it.
+
+        Looks at what is installed and at the checkpoint's configuration; loads no weights.
+        """
+        return None
 
     @abstractmethod
     def __init__(self, options: BackendOptions) -> None:
@@ -96,27 +119,100 @@ class Latest(Generic[P, R]):
 
 BACKENDS = {"hf": "stages.backends.hf:HFBackend"}
 """Name to `module:class`; the module is imported only when the backend is used."""
+DEFAULT = "hf"
+ENTRY_POINTS = "sstoken.backends"
+"""The group in which other packages declare theirs."""
 
 
-def resolve_backend(name: str) -> str:
-    """`auto` as the backend that it stands for: transformers.
+def known_backends() -> dict[str, str]:
+    """`BACKENDS` and those of other packages; a name of ours stays ours."""
+    return {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)} | BACKENDS
+
+
+def resolve_backend(name: str, options: BackendOptions) -> str:
+    """`auto` as the backend that it stands for: vLLM on a GPU where it is installed and takes the checkpoint.
 
     Raises:
         UsageError: there is none of that name; lists those there are.
     """
-    name = "hf" if name == "auto" else name
-    if name not in BACKENDS:
-        raise UsageError(f"backend {name!r} is not known; legal: auto, {', '.join(BACKENDS)}")
+    if name == "auto":
+        return "vllm" if _vllm_is_better(options) else DEFAULT
+    known = known_backends()
+    if name not in known:
+        raise UsageError(f"backend {name!r} is not known; legal: auto, {', '.join(known)}")
     return name
+
+
+def _vllm_is_better(options: BackendOptions) -> bool:
+    if "vllm" not in BACKENDS or find_spec("vllm") is None:  # asked first: the rest loads libraries
+        return False
+    import torch
+
+    on_gpu = options.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
+    return on_gpu and backend_class("vllm").refusal(options) is None
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The class of a known backend; imports its module."""
+    module, _, attribute = known_backends()[name].partition(":")
+    backend: type[Backend] = getattr(import_module(module), attribute)
+    return backend
+
+
+def read_settings(name: str, options: BackendOptions) -> Settings:
+    """The settings of the backend of that name, of its own class.
+
+    Raises:
+        UsageError: a setting that it does not have, or a value out of range.
+    """
+    kind = backend_class(name).settings
+    try:
+        return kind.model_validate(dict(options.settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = first["loc"][0]
+        if first["type"] == "extra_forbidden":
+            legal = ", ".join(kind.model_fields) or "none"
+            raise UsageError(f"backend_options: {name} has no option {key!r}; legal: {legal}") from None
+        message = str(first["msg"])
+        raise UsageError(
+            f"backend_options: {key} is {first['input']!r}; {message[:1].lower()}{message[1:]}"
+        ) from None
+
+
+def check_backend(name: str, options: BackendOptions, workers: int = 1) -> None:
+    """Refuse, before any work, what the backend cannot do.
+
+    Raises:
+        UsageError: an unknown backend or setting, or a checkpoint that it does not take.
+    """
+    name = resolve_backend(name, options)
+    if name == DEFAULT and not options.settings:
+        return  # it refuses nothing unseen, and its module loads torch
+    read_settings(name, options)
+    backend = backend_class(name)
+    if workers > 1 and not backend.several_workers:
+        raise UsageError(f"workers is {workers}; {name} spreads over the devices itself, legal is 1")
+    reason = backend.refusal(options)
+    if reason is not None:
+        raise UsageError(f"{options.checkpoint}: {reason}")
+
+
+def deciding_settings(name: str, options: BackendOptions) -> dict[str, Any]:
+    """The backend's own settings that decide what is measured, where they are not the defaults."""
+    if not options.settings:
+        return {}
+    settings = read_settings(name, options)
+    chosen = settings.model_dump(exclude_defaults=True)
+    return {key: value for key, value in settings.fingerprinted().items() if key in chosen}
 
 
 def make_backend(name: str, options: BackendOptions) -> Backend:
     """Build the backend of that name.
 
     Raises:
-        UsageError: see `resolve_backend`.
+        UsageError: see `check_backend`.
         SstokenError: see `Backend.__init__`.
     """
-    module, _, attribute = BACKENDS[resolve_backend(name)].partition(":")
-    backend: type[Backend] = getattr(import_module(module), attribute)
-    return backend(options)
+    check_backend(name, options)
+    return backend_class(resolve_backend(name, options))(options)
