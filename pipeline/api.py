@@ -6,12 +6,14 @@ A call that finds its output finished returns at once (`result.skipped`).
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import manifest as manifests
 from pipeline.config import RunConfig, load_config, validated
+from pipeline.hub.api import publish as publish
+from pipeline.hub.api import pull as pull
 from pipeline.manifest import MANIFEST, Digests
 from pipeline.runner import Job, Result, State, check_writable, execute, state
 from pipeline.steps import (
@@ -27,6 +29,9 @@ from sstoken.errors import SstokenError, UsageError
 from stages.anchor import Anchor
 from stages.base import Stage
 from stages.encode import Encode
+from stages.export import Export
+from stages.exporting import get_target
+from stages.exporting.check import check_export
 from stages.files import UNFINISHED, write_whole
 from stages.score import ScoreOptions
 from stages.select import Select
@@ -123,6 +128,41 @@ def select(
     return execute(
         Job(stage, {"tokens": _place(tokens), **inputs}, _place(out), seed), Digests(), force=force
     )
+
+
+def export(
+    *,
+    masked: str | Path,
+    to: str,
+    out: str | Path,
+    check: bool = False,
+    force: bool = False,
+    **fields: Any,
+) -> Result:
+    """Write the masked dataset as a trainer takes it.
+
+    Args:
+        masked: a finished masked folder.
+        to: the trainer; `stages.exporting.TARGETS` lists them.
+        out: a fresh folder.
+        check: read it back as the trainer would, also where it was finished already, and compare every token.
+        force: export again what is finished.
+        fields: those of `stages.export.Export` (weights, max_length, ...).
+
+    Returns:
+        With `check`, `metrics["checked"]` counts what was compared.
+    """
+    stage = _stage(Export, to=to, **fields)
+    job = Job(stage, {"masked": _place(masked)}, _place(out), seed=0)
+    result = execute(job, Digests(), force=force)
+    if not check:
+        return result
+    for problem in manifests.problems(result.folder, manifests.finished(result.folder, "export")):
+        raise SstokenError(f"{problem}; export it again (--force)")
+    checked = check_export(
+        _place(masked), result.folder, get_target(to), stage.max_length, weighted=stage.weights
+    )
+    return replace(result, metrics={**result.metrics, "checked": checked})
 
 
 def run(

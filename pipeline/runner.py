@@ -30,8 +30,14 @@ from stages.files import UNFINISHED, write_whole
 _FINGERPRINT_FILE = ".fingerprint"
 _WHOLE_WORK = ("part-*.parquet", "*.safetensors")
 """What is worth keeping of a stage that failed."""
-_MADE_BY = {"tokens": "encode", "history": "score", "current": "score", "attention": "score"}
-"""Which stage an input has to come from."""
+_MADE_BY = {
+    "tokens": ("encode",),
+    "history": ("score",),
+    "current": ("score",),
+    "attention": ("score",),
+    "masked": ("select", "pull"),
+}
+"""Which stages an input can come from."""
 
 
 class State(Enum):
@@ -159,9 +165,11 @@ def _identify(job: Job, digests: Digests) -> _Identity:
 
 def _input(name: str, folder: Path) -> Manifest:
     manifest = manifests.finished(folder, name)
-    expected = _MADE_BY.get(name, manifest.stage)
-    if manifest.stage != expected:
-        raise UsageError(f"{folder}: written by {manifest.stage!r}; {name} has to be what {expected!r} wrote")
+    expected = _MADE_BY.get(name, (manifest.stage,))
+    if manifest.stage not in expected:
+        raise UsageError(
+            f"{folder}: written by {manifest.stage!r}; {name} has to be what {expected[0]!r} wrote"
+        )
     return manifest
 
 

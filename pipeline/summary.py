@@ -84,9 +84,25 @@ def _select(m: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _export(m: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{m['examples']:,} examples for {m['to']}, {m['kept']:,} of {m['tokens']:,} tokens to be learned; the longest "
+        f"has {m['longest']:,}"
+    ]
+    if m["dropped"] or m["truncated"]:
+        lines.append(f"truncated {m['truncated']:,}, dropped {m['dropped']:,} with nothing left to learn")
+    if m["kept_lost"]:
+        lines.append(
+            f"{m['kept_lost']:,} kept tokens are not trained: cut off, or the first of their example"
+        )
+    lines.append("how to train on it is said in README.md")
+    return lines
+
+
 _SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "encode": _encode,
     "anchor": _anchor,
     "score": _score,
     "select": _select,
+    "export": _export,
 }

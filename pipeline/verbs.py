@@ -7,17 +7,21 @@ import click
 
 from pipeline import api
 from pipeline.config import LARGEST_SEED
+from pipeline.hub.verbs import publish as publish
+from pipeline.hub.verbs import pull as pull
+from pipeline.options import force_option as _force
 from pipeline.options import given, stage_options
+from pipeline.options import json_option as _json
+from pipeline.options import out_option as _out
 from pipeline.runner import Result
 from pipeline.steps import Step
 from pipeline.summary import print_result, print_table
 from stages.anchor import Anchor
 from stages.encode import Encode
+from stages.export import Export
 from stages.score import ScoreOptions
 from stages.select import Select
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON on standard output.")
-_force = click.option("--force", is_flag=True, help="Run again though it is finished.")
 _seed = click.option(
     "--seed",
     type=click.IntRange(0, LARGEST_SEED),
@@ -25,7 +29,6 @@ _seed = click.option(
     show_default=True,
     help="Seed of everything random.",
 )
-_out = click.option("--out", required=True, help="Output folder; unfinished work stands in OUT.partial.")
 
 
 def _print(as_json: bool, name: str, result: Result) -> None:
@@ -136,6 +139,31 @@ def select(tokens: str, scores: str, out: str, seed: int, force: bool, as_json: 
     """
     result = api.select(tokens=tokens, scores=scores, out=out, seed=seed, force=force, **given(fields))
     _print(as_json, "select", result)
+
+
+@click.command()
+@click.argument("masked")
+@stage_options(Export)
+@click.option("--check", is_flag=True, help="Read it back as the trainer would, and compare every token.")
+@_out
+@_force
+@_json
+def export(masked: str, check: bool, out: str, force: bool, as_json: bool, **fields: Any) -> None:
+    """Write the masked dataset as a trainer takes it.
+
+    OUT/README.md has the command that trains on it.
+
+    \b
+    Example:
+      sstoken-curate export runs/masked --to trl --out runs/export-trl --check
+    """
+    result = api.export(masked=masked, out=out, check=check, force=force, **given(fields))
+    _print(as_json, "export", result)
+    if check and not as_json:
+        c = result.metrics["checked"]
+        click.echo(
+            f"check: {c['examples']:,} examples read back; all {c['tokens']:,} tokens and {c['kept']:,} labels agree"
+        )
 
 
 _overrides = click.option(

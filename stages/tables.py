@@ -53,12 +53,14 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"), key=lambda path: (len(path.name), path.name))
 
 
-def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any] | None) -> None:
     """Write one shard so that it is either whole or not there; `metadata` goes into the file as JSON.
 
-    Only our own key is written: no library's feature metadata, so that every reader takes the file.
+    Only our own key is written, and without `metadata` none: no library's feature metadata, so that every reader
+    takes the file.
     """
-    schema = table.schema.with_metadata({METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)})
+    ours = None if metadata is None else {METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
+    schema = table.schema.with_metadata(ours)
     floats = [f"{name}.list.element" for name in _float_columns(schema)]
     with whole_file(path) as file:
         pq.write_table(

@@ -1,0 +1,87 @@
+"""`export`: the masked dataset as a trainer takes it."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from sstoken.errors import SstokenError, UsageError
+from stages import tables
+from stages.base import SPEED_ONLY, Context, Stage
+from stages.exporting import TARGETS, get_target
+from stages.exporting.base import DATA, SCORES, Facts
+from stages.exporting.card import card
+from stages.exporting.rows import merge_counts, prepare
+from stages.files import write_whole
+
+
+class Export(Stage):
+    """Reads `masked`; writes `data/` for the trainer, `scores/` beside it, and a README with the command to run."""
+
+    name: ClassVar[str] = "export"
+    folder: ClassVar[str] = "export"
+
+    to: str
+    """trl, transformers, unsloth, axolotl, llamafactory, nemo, swift, torchtune, verl, litgpt or jsonl."""
+    weights: bool = False
+    """Give each kept token a weight in (0, 1] by its score, where the trainer takes one: swift, verl, jsonl."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Cut examples to this many tokens.  [default: not at all]"""
+    scores: bool = True
+    """Write the sidecar: ids, masks, signals and scores, row by row beside what the trainer reads."""
+    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
+    """Processes."""
+
+    def check(self) -> None:
+        """Refuse an unknown trainer, and weights where it has no use for them."""
+        target = get_target(self.to)
+        if self.weights and not target.weights:
+            able = ", ".join(name for name, other in TARGETS.items() if other.weights)
+            raise UsageError(
+                f"{self.to} takes no weight for a token; leave --weights out, or export to {able}"
+            )
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Export shard by shard; shards that are there already are kept."""
+        masked, out = context.inputs["masked"], context.out
+        parts = tables.parts(masked)
+        for folder in (DATA, SCORES) if self.scores else (DATA,):
+            (out / folder).mkdir(exist_ok=True)
+        found = []
+        with context.progress("shards", len(parts)) as progress:
+            tasks = ((i, len(parts), path) for i, path in enumerate(parts))
+            for counts in context.map(_ExportShard(self, out), tasks, workers=self.workers):
+                found.append(counts)
+                progress.advance()
+        counts = merge_counts(found)
+        if not counts["examples"]:
+            cut = f" within {self.max_length} tokens" if self.max_length else ""
+            raise SstokenError(f"{masked}: no example has a token to learn{cut}; nothing to export")
+        target = get_target(self.to)
+        shards = [target.shard_name(i, len(parts)) for i, c in enumerate(found) if c["examples"]]
+        facts = Facts(counts["examples"], counts["longest"], context.fingerprint, self.weights, shards)
+        for name, content in target.files(facts).items():
+            write_whole(out / name, content)
+        write_whole(out / "README.md", card(target, facts, counts, self.model_dump()))
+        shutil.copytree(masked / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+        return {"to": self.to, **counts}
+
+
+class _ExportShard:
+    """Writes one shard; pickles into worker processes."""
+
+    def __init__(self, stage: Export, out: Path) -> None:
+        self._stage, self._out = stage, out
+
+    def __call__(self, task: tuple[int, int, Path]) -> dict[str, int]:
+        index, shards, path = task
+        stage, target = self._stage, get_target(self._stage.to)
+        ready = prepare(tables.read_table(path), stage.max_length, stage.weights)
+        data = self._out / DATA / target.shard_name(index, shards)
+        if ready.counts["examples"]:  # not every loader takes a file without a row
+            if stage.scores and not (sidecar := self._out / SCORES / path.name).exists():
+                tables.write_part(sidecar, ready.sidecar, None)
+            if not data.exists():
+                target.write(data, ready.rows)
+        return ready.counts

@@ -1,0 +1,47 @@
+"""One small file for each trainer that `export` writes for. To add one: a class here, and a line in `TARGETS`."""
+
+import difflib
+
+from sstoken.errors import UsageError
+from stages.exporting.axolotl import Axolotl
+from stages.exporting.base import Target
+from stages.exporting.jsonl import JsonLines
+from stages.exporting.litgpt import LitGPT
+from stages.exporting.llamafactory import LlamaFactory
+from stages.exporting.nemo import NeMo
+from stages.exporting.swift import Swift
+from stages.exporting.torchtune import Torchtune
+from stages.exporting.transformers import Transformers
+from stages.exporting.trl import TRL
+from stages.exporting.unsloth import Unsloth
+from stages.exporting.verl import Verl
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        TRL(),
+        Transformers(),
+        Unsloth(),
+        Axolotl(),
+        LlamaFactory(),
+        NeMo(),
+        Swift(),
+        Torchtune(),
+        Verl(),
+        LitGPT(),
+        JsonLines(),
+    )
+}
+
+
+def get_target(name: str) -> Target:
+    """The target that `--to` calls `name`.
+
+    Raises:
+        UsageError: there is none; names the nearest and all.
+    """
+    if name not in TARGETS:
+        near = difflib.get_close_matches(name.lower(), TARGETS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"no export for {name!r}; {hint}legal: {', '.join(TARGETS)}")
+    return TARGETS[name]

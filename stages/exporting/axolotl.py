@@ -1,0 +1,58 @@
+"""Axolotl."""
+
+import pyarrow as pa
+
+from stages.exporting.base import DATA, Facts, ParquetTarget, ones
+from stages.exporting.rows import Rows
+
+CONFIG = """# axolotl train axolotl.yaml --base-model MODEL
+base_model: MODEL
+tokenizer_config: tokenizer
+datasets:
+  - path: {data}
+    ds_type: parquet
+    type:
+dataset_prepared_path: ../prepared/{fingerprint}
+output_dir: ../trained
+sequence_len: {longest}
+sample_packing: false
+micro_batch_size: 4
+gradient_accumulation_steps: 1
+num_epochs: 1
+optimizer: adamw_torch
+learning_rate: 0.00001
+lr_scheduler: cosine
+"""
+
+
+class Axolotl(ParquetTarget):
+    """Exactly `input_ids, attention_mask, labels`: by these it knows tokenized data, and packing takes no others."""
+
+    name = "axolotl"
+
+    def columns(self, rows: Rows) -> dict[str, pa.Array]:
+        """With an attention mask of ones."""
+        columns = super().columns(rows)
+        labels = columns.pop("labels")
+        return columns | {"attention_mask": ones(rows), "labels": labels}
+
+    def files(self, facts: Facts) -> dict[str, str]:
+        """A whole configuration, whose paths are relative to the export."""
+        return {
+            "axolotl.yaml": CONFIG.format(data=DATA, fingerprint=facts.fingerprint, longest=facts.longest)
+        }
+
+    def usage(self, facts: Facts) -> str:
+        """`axolotl.yaml` is a whole configuration."""
+        return f"""```bash
+axolotl train axolotl.yaml --base-model MODEL
+axolotl train axolotl.yaml --base-model MODEL --sample-packing --sequence-len 4096
+```
+
+In a configuration of your own:
+
+- `type:` stays empty. With a type, Axolotl would look for text to tokenize.
+- `sequence_len` has to be at least {facts.longest}, the longest row: longer ones are dropped.
+- `dataset_prepared_path` has to be a fresh folder for each export. Axolotl's cache goes by the path and the settings,
+  not by the content: another export at the same path would train on the old one.
+"""

@@ -1,0 +1,61 @@
+"""The README.md of an export."""
+
+from typing import Any
+
+from stages.exporting.base import DATA, SCORES, Facts, Target
+
+
+def card(target: Target, facts: Facts, counts: dict[str, int], settings: dict[str, Any]) -> str:
+    """What it is, how to train on it, what is where."""
+    max_length = settings["max_length"]
+    matter = target.front_matter()
+    head = f"---\n{matter}\ntags: [token-masked, sstoken]\n---\n" if matter else ""
+    notes = [
+        f"{counts['examples']:,} examples, {counts['tokens']:,} tokens, {counts['kept']:,} of them to be learned; the "
+        f"longest has {counts['longest']:,} tokens."
+    ]
+    if max_length:
+        notes.append(f"Cut at {max_length:,} tokens: {counts['truncated']:,} examples were longer.")
+    if counts["dropped"]:
+        notes.append(f"Left out {counts['dropped']:,} examples in which no token is to be learned.")
+    if counts["kept_lost"]:
+        notes.append(
+            f"{counts['kept_lost']:,} kept tokens are not trained: cut off, or the first of their example, which "
+            "nothing predicts."
+        )
+    if facts.weights:
+        notes.append(
+            "Weights: a kept token's is (score - lowest + 1e-8) / (highest - lowest + 1e-8) over the response tokens "
+            "of its example; the others' is 0."
+        )
+    sidecar = (
+        f"| `{SCORES}/` | for you, not for the trainer: example_id, masks, signals and score, row by row beside "
+        f"`{DATA}/` |\n"
+        if settings["scores"]
+        else ""
+    )
+    files = "".join(
+        f"| `{name}` | for the commands above |\n" for name in target.files(facts) if "/" not in name
+    )
+    text = "\n".join(notes)
+    return f"""{head}# Token-masked dataset for {target.name}
+
+{text}
+
+## Train
+
+Run this in this folder: paths are relative to it. MODEL stands for the model to train, whose tokenizer is the one in
+`tokenizer/`.
+
+{target.usage(facts)}
+## What is here
+
+| | |
+|---|---|
+| `{DATA}/` | what the trainer reads |
+{files}{sidecar}| `tokenizer/` | the tokenizer that made the tokens |
+| `manifest.json` | settings, counts, checksums |
+
+`sstoken-curate export MASKED --to {target.name} --out THIS-FOLDER --check` compares every token with the masked dataset
+again.
+"""

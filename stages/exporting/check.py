@@ -1,0 +1,96 @@
+"""`export --check`: the export read back as its trainer would, against the masked dataset, token by token."""
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sstoken.errors import SstokenError
+from stages import tables
+from stages.exporting.base import Target
+from stages.exporting.rows import IGNORED, SMALLEST_RANGE
+
+Expected = tuple[str, list[int], list[int], list[float]]
+"""Example id, ids, labels, weights."""
+
+
+def check_export(
+    masked: Path, folder: Path, target: Target, max_length: int | None, weighted: bool
+) -> dict[str, int]:
+    """Compare every token of an export with the masked dataset.
+
+    What is expected is worked out from the keep mask, a row at a time, by none of the code that wrote the export.
+
+    Returns:
+        examples, tokens, kept: how many were compared.
+
+    Raises:
+        SstokenError: names the first row that differs, or cannot be read.
+    """
+    counts = {"examples": 0, "tokens": 0, "kept": 0}
+    for row, (expected, seen) in enumerate(
+        zip_longest(_expected(masked, max_length, weighted), _seen(folder, target))
+    ):
+        if expected is None or seen is None:
+            what = "more" if expected is None else "fewer"
+            raise SstokenError(f"{folder}: {what} rows than the {row} of {masked}; export it again (--force)")
+        name, ids, labels, weights = expected
+        wanted = (ids, labels, weights if weighted else [float(label != IGNORED) for label in labels])
+        for what, ours, theirs in zip(("input_ids", "labels", "weights"), wanted, seen, strict=True):
+            _compare(folder, row, name, what, ours, theirs)
+        counts["examples"] += 1
+        counts["tokens"] += len(ids)
+        counts["kept"] += sum(label != IGNORED for label in labels)
+    return counts
+
+
+def _expected(masked: Path, max_length: int | None, weighted: bool) -> Iterator[Expected]:
+    columns = ["example_id", "input_ids", "keep_mask", *(["response_mask", "score"] if weighted else [])]
+    for path in tables.parts(masked):
+        for batch in tables.read_table(path, columns).to_batches(1000):
+            for row in batch.to_pylist():
+                ids, keep = row["input_ids"][:max_length], row["keep_mask"][:max_length]
+                labels = [i if kept else IGNORED for i, kept in zip(ids, keep, strict=True)]
+                labels[:1] = [IGNORED] * len(labels[:1])
+                if all(label == IGNORED for label in labels):
+                    continue
+                weights = _weights(row, labels) if weighted else []
+                yield row["example_id"], ids, labels, weights
+
+
+def _weights(row: dict[str, Any], labels: list[int]) -> list[float]:
+    scores = [s for s, r in zip(row["score"], row["response_mask"], strict=True) if r]
+    lowest, highest = min(scores), max(scores)
+    return [
+        0.0 if label == IGNORED else (score - lowest + SMALLEST_RANGE) / (highest - lowest + SMALLEST_RANGE)
+        for label, score in zip(labels, row["score"], strict=False)
+    ]
+
+
+def _seen(folder: Path, target: Target) -> Iterator[tuple[list[int], list[int], list[float] | None]]:
+    try:
+        for table in target.read(folder):
+            for row in table.to_pylist():
+                yield target.seen(row)
+    except (
+        Exception
+    ) as error:  # each loader has errors of its own, and all say that it does not take the export
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise SstokenError(
+            f"{folder}: {target.name} cannot read it ({reason}); export it again (--force)"
+        ) from error
+
+
+def _compare(folder: Path, row: int, name: str, what: str, ours: list[Any], theirs: list[Any] | None) -> None:
+    if theirs is None:  # a trainer that takes no weights
+        return
+    if len(ours) != len(theirs):
+        where = f"{what} has {len(theirs)} tokens, the masked dataset has {len(ours)}"
+    elif not np.allclose(ours, theirs, rtol=1e-6, atol=0):
+        i = int(np.argmin(np.isclose(ours, theirs, rtol=1e-6, atol=0)))
+        where = f"{what} of token {i} is {theirs[i]}, by the masked dataset {ours[i]}"
+    else:
+        return
+    raise SstokenError(f"{folder}: row {row} (example {name!r}): {where}; export it again (--force)")

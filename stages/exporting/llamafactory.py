@@ -1,0 +1,101 @@
+"""LLaMA-Factory."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stages.exporting.base import DATA, Facts, Target, ones
+from stages.exporting.rows import Rows
+from stages.files import whole_file
+from stages.tables import IDS, lists
+
+ROWS_PER_BATCH = 1000
+TYPES = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
+
+CONFIG = """# llamafactory-cli train llamafactory.yaml model_name_or_path=MODEL
+model_name_or_path: MODEL
+stage: sft
+do_train: true
+finetuning_type: full
+tokenized_path: {data}
+template: empty
+cutoff_len: {longest}
+remove_unused_columns: false
+output_dir: ../trained
+per_device_train_batch_size: 4
+num_train_epochs: 1.0
+learning_rate: 1.0e-5
+lr_scheduler_type: cosine
+logging_steps: 1
+report_to: none
+"""
+
+
+class LlamaFactory(Target):
+    """A folder for `datasets.load_from_disk`, as `tokenized_path`.
+
+    LLaMA-Factory pins datasets to 4.0 at most, which cannot read the feature type `List` that newer versions write. So
+    the files are written here, not by `datasets`: Arrow IPC streams without metadata, and features of the old
+    type `Sequence`, which every version reads.
+    """
+
+    name = "llamafactory"
+
+    def shard_name(self, index: int, shards: int) -> str:
+        """As `save_to_disk` names them."""
+        return f"data-{index:05d}-of-{shards:05d}.arrow"
+
+    def write(self, path: Path, rows: Rows) -> None:
+        """An Arrow IPC stream."""
+        columns = {
+            "input_ids": lists(rows.ids, rows.offsets, IDS),
+            "attention_mask": ones(rows),
+            "labels": lists(rows.labels, rows.offsets, IDS),
+        }
+        table = pa.table(columns)
+        with whole_file(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
+
+    def read(self, folder: Path) -> Iterator[pa.Table]:
+        """As LLaMA-Factory does."""
+        from datasets import load_from_disk
+
+        rows = load_from_disk(str(folder / DATA)).with_format("arrow")
+        yield from rows.iter(batch_size=ROWS_PER_BATCH)
+
+    def files(self, facts: Facts) -> dict[str, str]:
+        """What `load_from_disk` looks for, and a whole configuration."""
+        features = {
+            name: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "Sequence"}
+            for name, dtype in TYPES.items()
+        }
+        state: dict[str, Any] = {
+            "_data_files": [{"filename": name} for name in facts.shards],
+            "_fingerprint": facts.fingerprint,
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": "train",
+        }
+        return {
+            f"{DATA}/dataset_info.json": json.dumps({"features": features}, indent=1),
+            f"{DATA}/state.json": json.dumps(state, indent=1),
+            "llamafactory.yaml": CONFIG.format(data=DATA, longest=facts.longest),
+        }
+
+    def usage(self, facts: Facts) -> str:
+        """`llamafactory.yaml` is a whole configuration."""
+        return f"""```bash
+llamafactory-cli train llamafactory.yaml model_name_or_path=MODEL
+```
+
+In a configuration of your own:
+
+- `tokenized_path` names `data`; `dataset`, `template` and `cutoff_len` do nothing to these rows. In particular nothing
+  is cut: the longest row has {facts.longest} tokens, and `export --max-length N` is the way to shorten.
+- `packing` and `neat_packing` work while LLaMA-Factory tokenizes, so they do nothing here either.
+"""

@@ -1,0 +1,51 @@
+"""NVIDIA NeMo Automodel."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stages import tables
+from stages.exporting.base import DATA, Facts, ParquetTarget, ones
+from stages.exporting.rows import IGNORED, Rows
+
+
+class NeMo(ParquetTarget):
+    """`input_ids, labels, attention_mask`, the labels moved one to the left.
+
+    Position i of the labels holds what position i predicts: its datasets do that themselves, its loss does not.
+    Labels as everybody else takes them would train the model to copy its input, without an error.
+    """
+
+    name = "nemo"
+
+    def columns(self, rows: Rows) -> dict[str, pa.Array]:
+        """Labels shifted within each row; its last is -100."""
+        shifted = np.append(rows.labels[1:], IGNORED).astype(np.int32)
+        shifted[rows.offsets[1:] - 1] = IGNORED
+        labels = tables.lists(shifted, rows.offsets, tables.IDS)
+        return super().columns(rows) | {"labels": labels, "attention_mask": ones(rows)}
+
+    def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], None]:
+        """The labels moved back."""
+        return row["input_ids"], [IGNORED, *row["labels"][:-1]], None
+
+    def usage(self, facts: Facts) -> str:
+        """The section `dataset` of a recipe."""
+        return f"""In a recipe (such as `llama3_2_1b_squad.yaml` of its examples), replace `dataset`, and take out
+`validation_dataset` or give it an export of its own:
+
+```yaml
+dataset:
+  _target_: datasets.load_dataset
+  path: parquet
+  data_files: {DATA}/*.parquet
+  split: train
+packed_sequence:
+  packed_sequence_size: 0    # or at least {facts.longest}, the longest row: longer ones are dropped
+```
+
+The labels are moved one to the left already (`labels[i]` is what position i predicts), as NeMo Automodel's own
+datasets do; its loss does not move them. So this export is for it alone: for any other trainer, the labels are off by
+one. There are no float columns: its collator would turn them into integers.
+"""

@@ -1,0 +1,139 @@
+"""Rows on their way into a trainer: cut to length, without those that teach nothing, their weights.
+
+E rows of M tokens in all; every array of tokens is flat, `offsets` [E + 1] says where rows begin.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sstoken.errors import UsageError
+from stages import tables
+
+IGNORED = tables.IGNORED_LABEL
+SMALLEST_RANGE = 1e-8
+"""Added to the range of an example's scores: a kept token's weight is never 0, and 1 where all scores are equal."""
+TRAINED_COLUMNS = ("input_ids", "labels")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a trainer is given of one shard."""
+
+    example_id: pa.Array
+    """[E]"""
+    ids: NDArray[np.int32]
+    """[M]"""
+    labels: NDArray[np.int32]
+    """[M]: the token's own id where it is kept, else -100; the first of each row is -100."""
+    offsets: NDArray[np.int32]
+    """[E + 1]"""
+    weights: NDArray[np.float32] | None
+    """[M] in [0, 1]: positive where kept, 0 elsewhere. None: not asked for."""
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """[M]"""
+        return self.labels != IGNORED
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A masked shard made ready."""
+
+    rows: Rows
+    sidecar: pa.Table
+    """What no trainer reads (example_id, masks, signals, score), row by row beside `rows`."""
+    counts: dict[str, int]
+    """Add up over shards, but `longest`."""
+
+
+def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared:
+    """Make a shard of the masked dataset ready for a trainer.
+
+    Args:
+        table: as `select` wrote it.
+        max_length: tokens beyond it are cut; None: none are.
+        weighted: compute weights.
+
+    Raises:
+        UsageError: weights are asked for and the dataset has no scores.
+    """
+    ids, offsets = tables.flatten(table["input_ids"])
+    keep = tables.flatten(table["keep_mask"])[0].astype(bool)
+    lengths = np.diff(offsets)
+    position = np.arange(ids.size) - np.repeat(offsets[:-1], lengths)
+    weights = token_weights(table, keep) if weighted else None
+
+    trained = keep & (position > 0)  # nothing predicts the first token; in a pack, another document would
+    inside = np.ones(ids.size, bool) if max_length is None else position < max_length
+    per_row = _sums(trained & inside, offsets)
+    taken_E = per_row > 0
+    taken_M = inside & np.repeat(taken_E, lengths)
+    cut_lengths = np.minimum(lengths, max_length or lengths.max(initial=0))[taken_E]
+    new_offsets = np.concatenate([[0], np.cumsum(cut_lengths)]).astype(np.int32)
+    all_taken = bool(taken_M.all()) and bool(taken_E.all())
+
+    def cut(column: pa.ChunkedArray) -> pa.Array:
+        if not pa.types.is_list(column.type):
+            return column.filter(pa.array(taken_E)).combine_chunks()
+        values = column.combine_chunks().flatten().filter(pa.array(taken_M))
+        return pa.ListArray.from_arrays(pa.array(new_offsets), values, type=column.type)
+
+    rest = table.drop_columns([c for c in TRAINED_COLUMNS if c in table.column_names])
+    sidecar = rest if all_taken else pa.table({name: cut(rest[name]) for name in rest.column_names})
+    labels = np.where(trained, ids, IGNORED)[taken_M].astype(np.int32)
+    rows = Rows(
+        example_id=sidecar["example_id"].combine_chunks(),
+        ids=ids[taken_M].astype(np.int32),
+        labels=labels,
+        offsets=new_offsets,
+        weights=None if weights is None else np.where(trained, weights, 0)[taken_M].astype(np.float32),
+    )
+    counts = {
+        "examples": int(taken_E.sum()),
+        "dropped": int((~taken_E).sum()),
+        "truncated": int((cut_lengths < lengths[taken_E]).sum()),
+        "tokens": rows.ids.size,
+        "kept": int(rows.kept.sum()),
+        "kept_lost": int(keep.sum()) - int(rows.kept.sum()),
+        "longest": int(cut_lengths.max(initial=0)),
+    }
+    return Prepared(rows, sidecar, counts)
+
+
+def token_weights(table: pa.Table, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The weight of each token, [M]: of kept ones their score, min-max over the example's response; others 0.
+
+    w = (score - lowest + 1e-8) / (highest - lowest + 1e-8), lowest and highest over the response tokens of the whole
+    example, also where it is cut: the best token weighs 1, and a kept one more than 0.
+    """
+    if "score" not in table.column_names:
+        raise UsageError("--weights needs scores, and this masked dataset is lean; select it without --lean")
+    score, offsets = tables.flatten(table["score"])
+    score = score.astype(np.float64)
+    weights = np.zeros(score.size)
+    full = np.diff(offsets) > 0
+    starts, lengths = offsets[:-1][full], np.diff(offsets)[full]
+    if not starts.size:
+        return weights
+    if np.isnan(score[keep]).any():
+        raise UsageError("--weights needs the score of every kept token, and this masked dataset has none")
+    lowest = np.repeat(np.fmin.reduceat(score, starts), lengths)
+    highest = np.repeat(np.fmax.reduceat(score, starts), lengths)
+    np.divide(score - lowest + SMALLEST_RANGE, highest - lowest + SMALLEST_RANGE, out=weights, where=keep)
+    return weights
+
+
+def _sums(values: NDArray[np.bool_], offsets: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Of each row, [E]."""
+    totals = np.concatenate([[0], np.cumsum(values)])
+    return totals[offsets[1:]] - totals[offsets[:-1]]
+
+
+def merge_counts(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Of all shards."""
+    merged = {key: sum(c[key] for c in counts) for key in counts[0]}
+    return merged | {"longest": max(c["longest"] for c in counts)}

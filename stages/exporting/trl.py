@@ -1,0 +1,71 @@
+"""TRL's SFTTrainer, any version."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stages import tables
+from stages.exporting.base import INT8, Facts, ParquetTarget
+from stages.exporting.rows import Rows
+
+SCRIPT = '''"""python train.py MODEL [any setting of SFTConfig, such as --packing True --max_length 2048]"""
+
+import sys
+from pathlib import Path
+
+from datasets import load_dataset
+from transformers import AutoTokenizer, HfArgumentParser
+from trl import SFTConfig, SFTTrainer
+
+folder = Path(__file__).resolve().parent
+model, *settings = sys.argv[1:]
+settings = ["--output_dir", "trained", "--max_length", "{longest}", *settings]
+(args,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(settings)
+trainer = SFTTrainer(
+    model=model,
+    args=args,
+    train_dataset=load_dataset("parquet", data_files=f"{{folder}}/data/*.parquet", split="train"),
+    processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+)
+trainer.train()
+trainer.save_model()
+'''
+
+
+class TRL(ParquetTarget):
+    """`input_ids, labels`, and the mask once more in `assistant_masks`.
+
+    From TRL 1.7 on, labels are packed with the ids. Up to 1.6, packing keeps only ids and masks: without
+    `assistant_masks` it would train on every token and say nothing.
+    """
+
+    name = "trl"
+
+    def columns(self, rows: Rows) -> dict[str, pa.Array]:
+        """And the keep mask as int8."""
+        mask = tables.lists(rows.kept.astype(np.int8), rows.offsets, INT8)
+        return super().columns(rows) | {"assistant_masks": mask}
+
+    def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[float]]:
+        """The second mask in the weights' place, so that both are compared."""
+        return row["input_ids"], row["labels"], row["assistant_masks"]
+
+    def files(self, facts: Facts) -> dict[str, str]:
+        """`max_length` is the longest row: TRL would cut at 1,024."""
+        return {"train.py": SCRIPT.format(longest=facts.longest)}
+
+    def usage(self, facts: Facts) -> str:
+        """`train.py` is a whole script."""
+        return f"""```bash
+python train.py MODEL --output_dir ../trained
+python train.py MODEL --output_dir ../trained --packing True --max_length 4096
+```
+
+On a CPU add `--bf16 False --use_cpu True`. In a script of your own:
+
+- `max_length` has to be None or at least {facts.longest}, the longest row: the default cuts at 1,024.
+- Leave the data collator to TRL. The one called `DataCollatorForLanguageModeling` in transformers (not TRL's) writes
+  labels of its own over these.
+- Up to TRL 1.6, packing drops `labels`; the column `assistant_masks` is what carries the mask there. Keep it.
+"""

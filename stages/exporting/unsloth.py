@@ -1,0 +1,53 @@
+"""Unsloth, which trains through TRL's SFTTrainer."""
+
+from stages.exporting.base import Facts
+from stages.exporting.trl import TRL
+
+SCRIPT = '''"""python train.py MODEL [any setting of SFTConfig, such as --num_train_epochs 1]"""
+
+import sys
+from pathlib import Path
+
+from unsloth import FastLanguageModel  # first: it changes the libraries below
+
+from datasets import load_dataset
+from transformers import HfArgumentParser
+from trl import SFTConfig, SFTTrainer
+
+folder = Path(__file__).resolve().parent
+name, *settings = sys.argv[1:]
+settings = ["--output_dir", "trained", "--max_length", "{longest}", *settings]
+(args,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(settings)
+model, tokenizer = FastLanguageModel.from_pretrained(name, max_seq_length={longest})
+trainer = SFTTrainer(
+    model=FastLanguageModel.get_peft_model(model),
+    args=args,
+    train_dataset=load_dataset("parquet", data_files=f"{{folder}}/data/*.parquet", split="train"),
+    processing_class=tokenizer,
+)
+trainer.train()
+trainer.save_model()
+'''
+
+
+class Unsloth(TRL):
+    """The columns of `trl`: Unsloth patches its trainer, and takes TRL versions on both sides of 1.7."""
+
+    name = "unsloth"
+
+    def files(self, facts: Facts) -> dict[str, str]:
+        """A whole script."""
+        return {"train.py": SCRIPT.format(longest=facts.longest)}
+
+    def usage(self, facts: Facts) -> str:
+        """`train.py` is a whole script."""
+        return f"""```bash
+python train.py MODEL --output_dir ../trained
+```
+
+It needs a GPU. In a script of your own:
+
+- `max_length` and `max_seq_length` have to be at least {facts.longest}, the longest row.
+- No `train_on_responses_only`, and no `DataCollatorForLanguageModeling`: both write labels of their own.
+- Keep the column `assistant_masks`: with TRL up to 1.6, packing drops `labels` and this carries the mask.
+"""

@@ -1,0 +1,83 @@
+"""verl."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stages import tables
+from stages.exporting.base import DATA, Facts, ParquetTarget
+from stages.exporting.rows import IGNORED, Rows
+
+MODULE = '''"""The rows of `data/` as a verl dataset."""
+
+import torch
+from datasets import load_dataset
+from torch.utils.data import Dataset
+
+
+class MaskedDataset(Dataset):
+    """Gives what `pad_mode: no_padding` batches. The loss moves `loss_mask` itself."""
+
+    def __init__(self, parquet_files, tokenizer, config, processor=None, max_samples=-1):
+        files = [parquet_files] if isinstance(parquet_files, str) else list(parquet_files)
+        if config.get("pad_mode", "no_padding") != "no_padding":
+            raise ValueError(f"data.pad_mode is {config.pad_mode!r}; these rows need no_padding")
+        self.rows = load_dataset("parquet", data_files=files, split="train").with_format("torch")
+        if max_samples > 0:
+            self.rows = self.rows.select(range(min(max_samples, len(self.rows))))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {
+            "input_ids": row["input_ids"].long(),
+            "position_ids": torch.arange(len(row["input_ids"])),
+            "loss_mask": row["loss_mask"],
+        }
+'''
+
+
+class Verl(ParquetTarget):
+    """`input_ids, loss_mask`, and a dataset class.
+
+    The loss lays a batch's masks end to end and rolls them by one. A mask of 1 at a row's first token would fall upon
+    the last token of the row before it; ours is 0 there.
+    """
+
+    name = "verl"
+    weights = True
+
+    def columns(self, rows: Rows) -> dict[str, pa.Array]:
+        """Float32 with weights, else int8."""
+        mask = rows.kept.astype(np.int8) if rows.weights is None else rows.weights
+        kind = pa.list_(pa.from_numpy_dtype(mask.dtype))
+        return {
+            "input_ids": super().columns(rows)["input_ids"],
+            "loss_mask": tables.lists(mask, rows.offsets, kind),
+        }
+
+    def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[float]]:
+        """A token is a label where its mask is positive."""
+        ids, mask = row["input_ids"], row["loss_mask"]
+        return ids, [i if m > 0 else IGNORED for i, m in zip(ids, mask, strict=True)], mask
+
+    def files(self, facts: Facts) -> dict[str, str]:
+        """The dataset class."""
+        return {"masked_dataset.py": MODULE}
+
+    def usage(self, facts: Facts) -> str:
+        """One command."""
+        return f"""```bash
+torchrun --nproc_per_node 1 -m verl.trainer.sft_trainer model.path=MODEL \\
+    'data.train_files={DATA}/*.parquet' \\
+    data.custom_cls.path=masked_dataset.py data.custom_cls.name=MaskedDataset \\
+    data.pad_mode=no_padding data.max_token_len_per_gpu=8192
+```
+
+- `data.max_token_len_per_gpu` has to be at least {facts.longest}, the longest row.
+- `loss_mask` is 0 at the first token of each row and has to stay so: verl lays the rows of a batch end to end and
+  moves the masks by one, so a 1 there would train the last token of the row before.
+"""
