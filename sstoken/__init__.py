@@ -1,6 +1,49 @@
-"""Token-level data selection for LLM fine-tuning: the method itself. No input or output happens here."""
+"""Token-level data selection for LLM fine-tuning: the method itself. No input or output happens here.
+
+What trains in the loop (`SelfModulatedTrainer`, ...) is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.version import __version__
 
-__all__ = ["SstokenError", "UsageError", "__version__"]
+if TYPE_CHECKING:
+    from sstoken.attention import AttentionCapture
+    from sstoken.in_loop.core import self_modulated_loss, token_loss
+    from sstoken.in_loop.settings import Schedule, SelfModulation
+    from sstoken.in_loop.sft import SelfModulatedSFTTrainer
+    from sstoken.in_loop.trainer import SelfModulatedMixin, SelfModulatedTrainer
+
+__all__ = [
+    "AttentionCapture",
+    "Schedule",
+    "SelfModulatedMixin",
+    "SelfModulatedSFTTrainer",
+    "SelfModulatedTrainer",
+    "SelfModulation",
+    "SstokenError",
+    "UsageError",
+    "__version__",
+    "self_modulated_loss",
+    "token_loss",
+]
+
+_LAZY = {
+    "AttentionCapture": "sstoken.attention",
+    "CarryHistory": "sstoken.in_loop.column",
+    "Schedule": "sstoken.in_loop.settings",
+    "SelfModulatedMixin": "sstoken.in_loop.trainer",
+    "SelfModulatedSFTTrainer": "sstoken.in_loop.sft",
+    "SelfModulatedTrainer": "sstoken.in_loop.trainer",
+    "SelfModulation": "sstoken.in_loop.settings",
+    "self_modulated_loss": "sstoken.in_loop.core",
+    "token_loss": "sstoken.in_loop.core",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sstoken' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

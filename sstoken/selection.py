@@ -1,4 +1,4 @@
-"""Selection: from scores to a keep mask. Pure functions over numpy arrays.
+"""Selection: from scores to a keep mask. Pure functions over numpy arrays and, for training loops, torch tensors.
 
 The response tokens of several examples stand one after the other in flat arrays: N tokens, E examples;
 `offsets` [E + 1] says where each example starts (`offsets[e]:offsets[e + 1]`). Scores are float64. Ties always
@@ -6,14 +6,17 @@ go to the earlier token, so that every engine agrees.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sstoken.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # selecting offline loads no torch
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -59,6 +62,22 @@ def minmax(values: FloatArray, offsets: IntArray) -> FloatArray:
     return (values - low_N) / (range_N + MINMAX_EPSILON)
 
 
+def minmax_tensor(values: "Tensor", example: "Tensor", num_examples: int) -> "Tensor":
+    """`minmax` over a tensor, on its device and equal to the last bit.
+
+    Args:
+        values: [N] float64.
+        example: [N] index of each token's example.
+        num_examples: E.
+
+    Returns:
+        [N].
+    """
+    low = values.new_full((num_examples,), math.inf).scatter_reduce(0, example, values, "amin")
+    high = values.new_full((num_examples,), -math.inf).scatter_reduce(0, example, values, "amax")
+    return (values - low[example]) / ((high - low)[example] + MINMAX_EPSILON)
+
+
 def keep_per_example(scores: FloatArray, offsets: IntArray, rho: float) -> BoolArray:
     """Keep the `ceil(rho * n)` highest scores of each example.
 
@@ -79,6 +98,26 @@ def keep_per_example(scores: FloatArray, offsets: IntArray, rho: float) -> BoolA
     rank_N = np.empty(scores.size, dtype=np.int64)
     rank_N[order] = np.arange(scores.size) - np.repeat(offsets[:-1], counts)
     return rank_N < quota[example_N]
+
+
+def keep_per_example_tensor(scores: "Tensor", example: "Tensor", quotas: Sequence[int]) -> "Tensor":
+    """`keep_per_example` over a tensor, on its device.
+
+    Args:
+        scores: [N] float64, finite; the examples' tokens one after the other.
+        example: [N] index of each token's example, ascending.
+        quotas: [E], how many to keep of each (`num_kept`).
+
+    Returns:
+        [N] bool.
+    """
+    order = (scores + 0.0).argsort(descending=True, stable=True)  # + 0.0 makes -0.0 and 0.0 the same
+    order = order[example[order].argsort(stable=True)]
+    ones = example.new_ones(example.shape)
+    counts = example.new_zeros(len(quotas)).scatter_add(0, example, ones)
+    place = ones.cumsum(0) - 1 - (counts.cumsum(0) - counts)[example]
+    rank = place.new_empty(place.shape).index_copy(0, order, place)
+    return rank < example.new_tensor(quotas)[example]
 
 
 class Cut(NamedTuple):

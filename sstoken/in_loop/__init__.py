@@ -1,0 +1,1 @@
+"""Selection against the live model, inside the training step."""

@@ -1,0 +1,175 @@
+"""What users see of the selection, gathered without waiting for the device; and what observers are shown."""
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sstoken.in_loop.layout import Layout
+
+PREFIX = "selection/"
+REMEMBERED_EXAMPLES = 50_000
+"""Examples whose last mask is remembered, at most: memory does not grow with the dataset."""
+_SUMS = ("kept", "dropped", "rel_kept", "rel_dropped", "attention_kept", "attention_dropped")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One example as a training step saw it; n tokens."""
+
+    step: int
+    """Optimizer steps finished before."""
+    input_ids: NDArray[np.int64]
+    """[n]."""
+    response_mask: NDArray[np.bool_]
+    """[n]; never the first token."""
+    keep_mask: NDArray[np.bool_]
+    """[n]."""
+    loss: NDArray[np.float32]
+    """[n] nats of the model in training; NaN off the response."""
+    attention: NDArray[np.float32] | None
+    """[n] in [0, 1], NaN off the response; None where gamma gives it no weight."""
+
+    @property
+    def key(self) -> bytes:
+        """Of its tokens and response mask: the same wherever and however the example is batched."""
+        return example_key(self.input_ids, self.response_mask)
+
+
+Observer = Callable[[Observation], None]
+
+
+def example_key(input_ids: NDArray[Any], response_mask: NDArray[np.bool_]) -> bytes:
+    """16 bytes that stand for an example; whether its first token is a response token does not count."""
+    digest = hashlib.blake2b(input_ids.astype(np.int64).tobytes(), digest_size=16)
+    digest.update(response_mask[1:].tobytes())
+    return digest.digest()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass left behind, on its device; N response tokens."""
+
+    step: int
+    layout: Layout
+    input_ids: Tensor
+    """[B, T]."""
+    keep: Tensor
+    """[N]."""
+    loss: Tensor
+    """[N]."""
+    attention: Tensor | None
+    """[N]."""
+
+    def observations(self) -> Iterator[Observation]:
+        """Its examples that have response tokens."""
+        ids = self.input_ids.cpu().numpy()
+        response = self.layout.response_mask.cpu().numpy()
+        keep = self.layout.scatter(self.keep).cpu().numpy()
+        loss = self.layout.scatter(self.loss.float()).cpu().numpy()
+        attention = None
+        if self.attention is not None:
+            attention = self.layout.scatter(self.attention.float()).cpu().numpy()
+        for index, (row, start, stop) in enumerate(self.layout.segments):
+            if self.layout.offsets[index] == self.layout.offsets[index + 1]:
+                continue
+            place = (row, slice(start, stop))
+            mask = response[place]
+            yield Observation(
+                self.step,
+                ids[place],
+                mask,
+                keep[place],
+                np.where(mask, loss[place], np.float32("nan")),
+                None if attention is None else np.where(mask, attention[place], np.float32("nan")),
+            )
+
+
+@dataclass
+class SelectionMetrics:
+    """Sums since they were last read."""
+
+    _sums: Tensor | None = None
+    _seconds: float = 0.0
+    _events: list[tuple[Any, Any]] = field(default_factory=list)
+    _overlap: list[int] = field(default_factory=lambda: [0, 0])
+    _masks: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Count the time that passes within, on the device where it has its own clock."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
+    @torch.no_grad()
+    def count(self, keep: Tensor, rel: Tensor | None, attention: Tensor | None) -> None:
+        """Add one forward pass; all [N]."""
+        share = torch.stack([keep, ~keep]).to(_precise(keep.device))
+        zero = share.new_zeros(2)
+        parts = [share.sum(1)]
+        parts += [zero if values is None else share @ values.to(share) for values in (rel, attention)]
+        sums = torch.cat(parts)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def remember(self, observation: Observation) -> None:
+        """Compare an example's mask with the one it had when it was last seen."""
+        key, mask = observation.key, observation.keep_mask
+        before = self._masks.get(key)
+        if before is not None:
+            was_kept = np.unpackbits(np.frombuffer(before, np.uint8), count=mask.size).astype(bool)
+            self._overlap[0] += int((was_kept & mask).sum())
+            self._overlap[1] += int(mask.sum())
+        if before is not None or len(self._masks) < REMEMBERED_EXAMPLES:
+            self._masks[key] = np.packbits(mask).tobytes()
+
+    def read(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """The metrics since the last time, of all processes, and start anew.
+
+        Args:
+            gather: from a tensor [1, n] to that of every process, one below the other.
+            device: where to gather.
+
+        Returns:
+            kept_share, and means over tokens of rel and attention of those kept and those dropped; mask_overlap, the
+            share of kept tokens that were kept when their example was last seen; seconds of this process spent on
+            the selection. What was not measured is left out.
+        """
+        self._seconds += sum(begin.elapsed_time(end) / 1000 for begin, end in self._events)
+        sums = torch.zeros(len(_SUMS), device=device) if self._sums is None else self._sums
+        local = torch.cat([sums.to(device, _precise(device)), sums.new_tensor(self._overlap).to(device)])
+        total = gather(local[None]).sum(0).tolist()
+        kept, dropped, rel_kept, rel_dropped, attention_kept, attention_dropped, same, compared = total
+        found = {"kept_share": (kept, kept + dropped)}
+        if rel_kept or rel_dropped:
+            found |= {"rel_kept": (rel_kept, kept), "rel_dropped": (rel_dropped, dropped)}
+        if attention_kept or attention_dropped:
+            found |= {
+                "attention_kept": (attention_kept, kept),
+                "attention_dropped": (attention_dropped, dropped),
+            }
+        found["mask_overlap"] = (same, compared)
+        metrics = {PREFIX + name: top / bottom for name, (top, bottom) in found.items() if bottom}
+        if kept + dropped:
+            metrics[PREFIX + "seconds"] = self._seconds
+        self._sums, self._seconds, self._events, self._overlap = None, 0.0, [], [0, 0]
+        return metrics
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

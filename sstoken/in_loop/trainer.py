@@ -1,0 +1,283 @@
+"""`SelfModulatedMixin`: in-loop selection for `transformers.Trainer` and whatever is derived from it.
+
+class MyTrainer(SelfModulatedMixin, SFTTrainer): ...
+trainer = MyTrainer(..., selection=SelfModulation(rho=0.6))
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from sstoken.attention import AttentionCapture
+from sstoken.errors import SstokenError, UsageError
+from sstoken.in_loop.column import HISTORY, CarryHistory, check_column, join_history, split_history
+from sstoken.in_loop.core import keep_tokens
+from sstoken.in_loop.forward import SelectingModel, token_losses_of
+from sstoken.in_loop.layout import Layout, layout_of_batch
+from sstoken.in_loop.metrics import Observer, SelectionMetrics, Step
+from sstoken.in_loop.settings import SelfModulation
+from sstoken.in_loop.weights import History, as_history, make_history
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+_PLAN = "selection_plan"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of a forward pass before it runs; travels with its batch."""
+
+    layout: Layout
+    rho: float
+    gamma: float
+    step: int
+
+
+class SelfModulatedMixin(_Base):
+    """Trains on the tokens that ssToken selects against the model as it is now.
+
+    The loss of an optimisation step is the mean over the kept tokens of all its batches and processes. Evaluation and
+    prediction are the trainer's own. Metrics are logged under `selection/`.
+    """
+
+    data_collator: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        selection: SelfModulation | None = None,
+        observers: Sequence[Observer] = (),
+        **kwargs: Any,
+    ) -> None:
+        """Make the trainer.
+
+        Args:
+            args: of the trainer.
+            selection: the settings; None: the defaults.
+            observers: called with every example that was trained on, one step later (`metrics.Observation`).
+            kwargs: of the trainer.
+
+        Raises:
+            UsageError: the data or the model cannot be used so, or the trainer's own settings contradict.
+        """
+        self._selection = selection or SelfModulation()
+        self._observers = tuple(observers)
+        self._selection_metrics = SelectionMetrics()
+        self._unseen: list[Step] = []
+        self._history: History | None = None
+        self._history_made = False
+        super().__init__(*args, **kwargs)
+        _check_trainer(self)
+        if self._carries_history and self.train_dataset is not None:
+            check_column(self.train_dataset)
+        if self._selection.history == "base":
+            make_history(self.model, self._selection, 0)
+        self._capture: AttentionCapture | None = None
+        if self._selection.needs_attention:
+            self._capture = AttentionCapture(self.model, self._selection.layer)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            _try_out(self.model, self._capture, self.accelerator)
+
+    @property
+    def _carries_history(self) -> bool:
+        return self._selection.history == "scores" and self._selection.needs_history
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL truncates and packs; the history losses go along."""
+        prepare = super()._prepare_dataset
+        given = inspect.signature(prepare).bind(dataset, *args, **kwargs).arguments
+        if not self._carries_history or given.get("dataset_name", "train") != "train":
+            return prepare(dataset, *args, **kwargs)
+        check_column(dataset)
+        joined = dataset.map(join_history, batched=True, remove_columns=["labels", HISTORY])
+        prepared = prepare(joined.rename_column("joined", "labels"), *args, **kwargs)
+        prepared = prepared.rename_column("labels", "joined")
+        return prepared.map(split_history, batched=True, remove_columns=["joined"])
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own, with the history losses beside the labels."""
+        if not self._carries_history:
+            return super().get_train_dataloader()
+        self._set_signature_columns_if_needed()
+        collator, columns = self.data_collator, self._signature_columns
+        self.data_collator, self._signature_columns = CarryHistory(collator), [*columns, HISTORY]
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator, self._signature_columns = collator, columns
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The batches of an optimisation step, and how many tokens they will keep on all processes together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._look_back()
+        settings, step = self._selection, self.state.global_step
+        if not self._history_made:
+            self._history, self._history_made = make_history(self.model, settings, step), True
+        if self._history is not None:
+            self._history.follow(step)
+        rho, gamma = settings.at(step, self.state.max_steps)
+        planned, kept = [], 0
+        for batch in batches:
+            layout = layout_of_batch(batch, device)
+            kept += sum(layout.quotas(rho, settings.scope))
+            planned.append({**batch, _PLAN: _Plan(layout, rho, gamma, step)})
+        count = torch.tensor(kept, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return planned, count
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss of the kept tokens; outside of training steps, its loss as ever."""
+        plan = inputs.pop(_PLAN, None)
+        if plan is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        selector = _StepSelector(self, plan, inputs.pop(HISTORY, None), inputs["input_ids"])
+        share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        standin = SelectingModel(
+            model, plan.layout, selector, self.current_gradient_accumulation_steps * share
+        )
+        loss = super().compute_loss(standin, inputs, *args, **kwargs)
+        if standin.calls != 1:
+            raise SstokenError(
+                f"compute_loss of {type(self).__name__} calls the model {standin.calls} times in a step; in-loop "
+                "selection works on trainers that call it once"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the selection's metrics beside the training loss."""
+        if self.model.training and "loss" in logs:
+            logs.update(self._selection_metrics.read(self.accelerator.gather, self.args.device))
+        super().log(logs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; observers have seen every step when this returns."""
+        self._history_made = False
+        result = super().train(*args, **kwargs)
+        self._look_back()
+        return result
+
+    def _look_back(self) -> None:
+        """Show what has been trained on, now that nothing waits for the device."""
+        for step in self._unseen:
+            for observation in step.observations():
+                self._selection_metrics.remember(observation)
+                for observer in self._observers:
+                    observer(observation)
+        self._unseen.clear()
+
+
+class SelfModulatedTrainer(SelfModulatedMixin, Trainer):
+    """`transformers.Trainer` with in-loop selection."""
+
+
+class _StepSelector:
+    """Selects in one forward pass of a trainer."""
+
+    def __init__(self, trainer: Any, plan: _Plan, column: Tensor | None, input_ids: Tensor) -> None:
+        self._trainer, self._plan, self._input_ids = trainer, plan, input_ids
+        self._metrics: SelectionMetrics = trainer._selection_metrics
+        self._history_loss = None if column is None else plan.layout.gather(column)
+        self._capture: AttentionCapture | None = None
+        if (plan.gamma < 1 and plan.rho < 1) or trainer._observers:
+            self._capture = trainer._capture
+
+    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Ask the history for its losses; say what attention is to be measured."""
+        plan, history = self._plan, self._trainer._history
+        if history is not None and plan.gamma > 0 and plan.rho < 1:
+            with self._metrics.timed(self._input_ids.device), as_history(self._trainer.model, history):
+                self._history_loss = token_losses_of(model, inputs, plan.layout)[1]
+        if self._capture is not None:
+            self._capture.expect(plan.layout.response_mask, plan.layout.segments)
+
+    def select(self, losses: Tensor) -> Tensor:
+        """See `Selector.select`."""
+        plan, history = self._plan, self._history_loss
+        attention = None if self._capture is None else plan.layout.gather(self._capture.take())
+        with self._metrics.timed(losses.device):
+            keep = keep_tokens(
+                losses,
+                history,
+                attention,
+                plan.layout,
+                rho=plan.rho,
+                gamma=plan.gamma,
+                scope=self._trainer._selection.scope,
+            )
+            self._metrics.count(keep, None if history is None else history - losses, attention)
+        self._trainer._unseen.append(Step(plan.step, plan.layout, self._input_ids, keep, losses, attention))
+        return keep
+
+
+def _check_trainer(trainer: Any) -> None:
+    """Refuse settings of the trainer under which the selection would not be what it says.
+
+    Raises:
+        UsageError: names the setting.
+    """
+    args = trainer.args
+    name = type(trainer.model).__name__
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = [getattr(parallelism, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp")]
+    for wrong, text in (
+        (
+            trainer.compute_loss_func is not None,
+            "compute_loss_func is set; it would replace the loss that selects",
+        ),
+        (
+            args.label_smoothing_factor,
+            "label_smoothing_factor is set; it would replace the loss that selects",
+        ),
+        (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process; start one process a GPU (torchrun)"),
+        (
+            max(sizes) > 1,
+            "tensor, context and sequence parallelism split examples; use data parallelism or FSDP",
+        ),
+        (
+            not trainer.model_accepts_loss_kwargs,
+            f"{name}.forward takes no **kwargs, so its loss cannot be averaged",
+        ),
+        (
+            trainer.is_fsdp_enabled and trainer._selection.history in ("ema", "snapshot"),
+            "histories 'ema' and 'snapshot' keep weights, which FSDP shards; take 'scores', or 'base' with LoRA",
+        ),
+    ):
+        if wrong:
+            raise UsageError(f"in-loop selection: {text}")
+
+
+@torch.no_grad()
+def _try_out(model: Any, capture: AttentionCapture | None, accelerator: Any) -> None:
+    """Run three tokens through the model, so that one that cannot be used is refused before any step.
+
+    Raises:
+        SstokenError: its attention cannot be captured, or its logits are not made position by position.
+    """
+    weight = model.get_input_embeddings().weight
+    if weight.device.type == "meta":
+        return
+    ids = torch.arange(3, device=weight.device)[None] % weight.shape[0]
+    layout = Layout.of(torch.ones_like(ids, dtype=torch.bool))
+    training = model.training
+    model.eval()
+    try:
+        if capture is not None:
+            capture.expect(layout.response_mask)
+        with accelerator.autocast():
+            token_losses_of(model, {"input_ids": ids, "labels": ids, "use_cache": False}, layout)
+        if capture is not None:
+            capture.take()
+    finally:
+        model.train(training)

@@ -1,0 +1,124 @@
+"""Histories that need a forward pass of their own: the base under an adapter, an average, an earlier snapshot."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.in_loop.settings import SelfModulation
+
+
+class BaseHistory:
+    """The model with its LoRA adapter off: no memory of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take a PEFT model.
+
+        Raises:
+            UsageError: it has no adapter to turn off.
+        """
+        if not hasattr(model, "disable_adapter"):
+            raise UsageError(
+                "history 'base' is the model without its adapter, and this model has none; train LoRA (peft), or take "
+                "history 'scores', 'ema' or 'snapshot'"
+            )
+        self._model: Any = model
+
+    def follow(self, step: int) -> None:
+        """The base does not move."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The model is the base model."""
+        with self._model.disable_adapter():
+            yield
+
+
+class WeightHistory:
+    """Earlier weights of this run: a moving average of those trained, or a snapshot of them."""
+
+    def __init__(self, model: nn.Module, settings: SelfModulation) -> None:
+        """Start from the model's present weights.
+
+        Raises:
+            UsageError: they are sharded over processes.
+        """
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        for name, parameter in model.named_parameters():
+            if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+                raise UsageError(
+                    f"history {settings.history!r}: parameter {name} is sharded over processes, which an average or a "
+                    "snapshot does not support; take history 'scores', or 'base' with LoRA"
+                )
+        self._decay, self._every = settings.decay, settings.every
+        self._offload = settings.offload_history
+        self._kept = [self._copy(p) for p in self._parameters]
+
+    def follow(self, step: int) -> None:
+        """Take in the weights that stand after `step` optimizer steps; called after each."""
+        if step == 0 or step % self._every:
+            return
+        with torch.no_grad():
+            for kept, parameter in zip(self._kept, self._parameters, strict=True):
+                kept.lerp_(parameter.detach().to(kept), 1 - self._decay)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The model has the kept weights, and its own again afterwards, to the bit."""
+        own = [p.data for p in self._parameters]
+        try:
+            for parameter, kept in zip(self._parameters, self._kept, strict=True):
+                parameter.data = kept.to(device=parameter.device, dtype=parameter.dtype)
+            yield
+        finally:
+            for parameter, data in zip(self._parameters, own, strict=True):
+                parameter.data = data
+
+    def _copy(self, parameter: Tensor) -> Tensor:
+        dtype = torch.promote_types(parameter.dtype, torch.float32) if self._decay else parameter.dtype
+        device = "cpu" if self._offload else parameter.device
+        return parameter.detach().to(device=device, dtype=dtype, copy=True)
+
+
+History = BaseHistory | WeightHistory
+
+
+def make_history(model: nn.Module, settings: SelfModulation, step: int) -> History | None:
+    """What the settings ask for; None where losses come with the batch, or are not needed.
+
+    Args:
+        model: not wrapped.
+        settings: of the selection.
+        step: optimizer steps finished: not 0 in a run that was resumed.
+
+    Raises:
+        UsageError: the model cannot give it.
+        SstokenError: it would have to be resumed.
+    """
+    if settings.history == "scores" or not settings.needs_history:
+        return None
+    if settings.history == "base":
+        return BaseHistory(model)
+    if step:
+        raise SstokenError(
+            f"history {settings.history!r} cannot go on from step {step}: its weights are not part of a checkpoint; "
+            "start over, or take history 'scores' or 'base'"
+        )
+    return WeightHistory(model, settings)
+
+
+@contextmanager
+def as_history(model: nn.Module, history: History) -> Iterator[None]:
+    """The model is what its history was, without dropout and without gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), history.installed():
+            torch.clear_autocast_cache()
+            yield
+    finally:
+        torch.clear_autocast_cache()  # casts made here have other weights, and no gradients
+        model.train(training)
