@@ -20,7 +20,7 @@ VERBS = {
     "score": "Loss and attention importance of every response token.",
     "select": "Write the token-masked dataset.",
     "methods": "Every selection method: signals, formula, cost, source.",
-    "export": "The masked dataset as a trainer takes it.",
+    "export": "Write the masked dataset as a trainer takes it.",
     "publish": "A masked dataset onto the Hugging Face Hub, with its card.",
     "pull": "A published masked dataset back into a folder, checked.",
     "show": "Tokens in the terminal: kept and dropped, coloured by score.",

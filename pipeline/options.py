@@ -11,6 +11,12 @@ from pydantic_core import PydanticUndefined
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON on standard output.")
+force_option = click.option("--force", is_flag=True, help="Run again though it is finished.")
+out_option = click.option(
+    "--out", required=True, help="Output folder; unfinished work stands in OUT.partial."
+)
+
 
 def stage_options(stage: type[BaseModel], *, skip: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Add an option for each field of `stage`. The command gets the values given, and only those."""

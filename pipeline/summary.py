@@ -104,5 +104,6 @@ _SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "anchor": _anchor,
     "score": _score,
     "select": _select,
+    "pull": _select,
     "export": _export,
 }

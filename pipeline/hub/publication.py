@@ -1,0 +1,132 @@
+"""A masked dataset as it is published: shards without what only its maker needs, a card, pictures, the provenance.
+
+The same masked folder and settings give the same bytes, so that what a killed upload brought over is known again.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from pipeline import manifest as manifests
+from pipeline.hub.card import Shards, card
+from pipeline.hub.provenance import PROVENANCE, Provenance, as_json, hub_names, public
+from pipeline.hub.remote import check_repo
+from sstoken.errors import SstokenError, UsageError
+from stages import tables
+from stages.base import SPEED_ONLY, Context, Stage
+from stages.files import write_whole
+from stages.select import merge_stats
+
+CARD, SCORES_PICTURE, EXAMPLE_PICTURE = "README.md", "scores.svg", "example.svg"
+SHARDS, TOKENIZER = "data", "tokenizer"
+SIGNALS = ("rel", "attention", "score")
+"""Columns that are published only where asked for: large, and no trainer needs them."""
+UNSCORED = pa.schema([field for field in tables.MASKED if field.name not in SIGNALS])
+_LOCAL_SETTINGS = ("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "cache_dir")
+"""Keys under which some versions of transformers write places on this machine into tokenizer_config.json."""
+_BEST_LENGTH = 120
+"""Tokens of an example that is drawn: enough to see something, and still one picture."""
+
+
+class Publication(Stage):
+    """Reads `masked`; writes the folder that is uploaded."""
+
+    name: ClassVar[str] = "publish"
+    folder: ClassVar[str] = "publish"
+
+    repo: str
+    """The dataset's name on the Hub: user/name."""
+    include_scores: bool = False
+    """Publish the columns rel, attention and score too (several times the size)."""
+    license: str | None = None
+    """The Hub's name of a licence, such as cc-by-4.0. Default: the source dataset's, where it is on the Hub."""
+    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
+    """Processes."""
+    origin: dict[str, Any] = Field(default_factory=dict)
+    """Found by `publish`: see `find_origin`."""
+
+    def check(self) -> None:
+        """Refuse what cannot be a dataset's name."""
+        check_repo(self.repo)
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Write shard by shard; shards that are there already are kept."""
+        masked, out = context.inputs["masked"], context.out
+        sources = tables.parts(masked)
+        names = pq.read_schema(sources[0]).names
+        if self.include_scores and "score" not in names:
+            raise UsageError(f"{masked}: a lean dataset, it holds no scores; leave --include-scores out")
+        hub = hub_names(self.origin)
+        columns = [name for name in names if self.include_scores or name not in SIGNALS]
+        (out / SHARDS).mkdir(exist_ok=True)
+        publish_shard = partial(_publish_shard, out / SHARDS, columns, hub)
+        with context.progress("shards", len(sources)) as progress:
+            for _ in context.map(publish_shard, sources, workers=self.workers):
+                progress.advance()
+        metadata = [tables.read_metadata(path) for path in tables.parts(out / SHARDS)]
+        metrics = merge_stats([m["stats"] for m in metadata])
+        facts = {key: value for key, value in metadata[0].items() if key != "stats"}
+        _copy_tokenizer(masked / TOKENIZER, out / TOKENIZER)
+        self._draw(masked, metrics, out)
+        license = self.license or self.origin.get("license")
+        text = card(self.repo, facts, metrics, self.origin, license, _measured(tables.parts(out / SHARDS)))
+        write_whole(out / CARD, text)
+        (out / PROVENANCE).unlink(missing_ok=True)
+        files = [f for f in manifests.list_files(out) if not f.path.startswith(".")]
+        provenance = Provenance(masked=facts, metrics=metrics, origin=self.origin, files=files)
+        write_whole(out / PROVENANCE, as_json(provenance))
+        return metrics
+
+    def _draw(self, masked: Path, metrics: dict[str, Any], out: Path) -> None:
+        from pipeline.hub.pictures import draw_scores
+        from pipeline.show import save_svg
+
+        draw_scores(masked, metrics, out / SCORES_PICTURE)
+        save_svg(masked, out / EXAMPLE_PICTURE, row=_typical_row(tables.parts(masked)))
+
+
+def _publish_shard(out: Path, columns: list[str], hub: set[str], source: Path) -> None:
+    path = out / source.name
+    if path.exists():
+        return
+    metadata, table = public(tables.read_metadata(source), hub), tables.read_table(source, columns)
+    num_tokens = len(tables.flatten(table["input_ids"])[0])
+    metadata["stats"] |= {"tokens": num_tokens, "arrow_bytes": table.nbytes}  # for the card
+    tables.write_part(path, table, metadata)
+
+
+def _measured(parts: list[Path]) -> Shards:
+    stats = [tables.read_metadata(path)["stats"] for path in parts]
+    return Shards(
+        schema=pq.read_schema(parts[0]).remove_metadata(),
+        examples=sum(s["examples"] for s in stats),
+        tokens=sum(s["tokens"] for s in stats),
+        arrow_bytes=sum(s["arrow_bytes"] for s in stats),
+        file_bytes=sum(path.stat().st_size for path in parts),
+    )
+
+
+def _typical_row(parts: Iterable[Path]) -> int:
+    """Of the first shard that has rows: the row whose length is nearest to `_BEST_LENGTH`."""
+    for path in parts:
+        lengths = [len(ids) for ids in tables.rows(tables.read_table(path, ["input_ids"])["input_ids"])]
+        if lengths:
+            return min(range(len(lengths)), key=lambda row: (abs(lengths[row] - _BEST_LENGTH), row))
+    raise SstokenError("a masked dataset without a row cannot be published; select again")
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    path = out / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if any(key in settings for key in _LOCAL_SETTINGS):
+            kept = {key: value for key, value in settings.items() if key not in _LOCAL_SETTINGS}
+            write_whole(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
