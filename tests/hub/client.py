@@ -1,0 +1,117 @@
+"""The command line against a Hub on localhost: other processes, with unmodified clients that HF_ENDPOINT points there.
+
+Run as a program, it calls the command line for each line of standard input, so that a test does not wait for imports.
+"""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.hub.store import Hub
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Client:
+    """Runs commands under one account after the other."""
+
+    def __init__(self, hub: Hub, url: str, home: Path, token: str) -> None:
+        self.hub, self.token = hub, token
+        unset = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER", "HUGGING_FACE_HUB_TOKEN")
+        self._environment = {key: value for key, value in os.environ.items() if key not in unset} | {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        self._process = self._start("-m", "tests.hub.client", stdin=subprocess.PIPE)
+
+    def __call__(self, *arguments: object, token: str | None = None) -> Outcome:
+        """Run a verb to its end, with that token ('': none) or the usual one."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        token = self.token if token is None else token
+        request = {"arguments": [str(a) for a in arguments], "token": token}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the process has ended"
+        outcome = Outcome(**json.loads(answer))
+        assert not token or token not in outcome.out + outcome.err
+        assert "Traceback" not in outcome.out + outcome.err, outcome.err
+        return outcome
+
+    def works(self, *arguments: object) -> dict:
+        """Run a verb that has to succeed, with --json; the facts."""
+        outcome = self(*arguments, "--json")
+        assert outcome.code == 0, outcome.err
+        return json.loads(outcome.out)
+
+    def fails(self, code: int, *arguments: object, token: str | None = None) -> str:
+        """Run a verb that has to fail with one line; that line."""
+        outcome = self(*arguments, token=token)
+        lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+        assert (outcome.code, len(lines)) == (code, 1), outcome
+        assert outcome.err.splitlines()[-1] == lines[0]
+        return lines[0]
+
+    def start(self, *arguments: object) -> subprocess.Popen:
+        """A verb in a process of its own, to be killed."""
+        return self._start("-m", "pipeline", *map(str, arguments), HF_TOKEN=self.token)
+
+    def python(self, program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        """A program of somebody who has the client libraries alone."""
+        return subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            env=self._environment | {"HF_TOKEN": self.token} | environment,
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+    def _start(self, *arguments: str, stdin: int | None = None, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *arguments], env=self._environment | environment, cwd=ROOT, text=True,
+            stdin=stdin, stdout=subprocess.PIPE, stderr=None if stdin else subprocess.DEVNULL,
+        )  # fmt: skip
+
+
+def serve_commands() -> None:
+    """Answer each line of standard input."""
+    from pipeline import cli
+
+    answers = sys.stdout
+    for line in sys.stdin:
+        request = json.loads(line)
+        os.environ["HF_TOKEN"] = request["token"]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main(request["arguments"])
+            except SystemExit as ended:
+                code = ended.code
+            except BaseException as error:
+                code = f"{type(error).__name__}: {error}"
+        print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve_commands()
