@@ -71,7 +71,15 @@ def test_transformers_is_imported_where_its_attention_interface_is_used():
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():
-    allowed = {"attention.py", "losses.py", "hf.py", "history.py", "resumable.py", "token_dataset.py"}
+    allowed = {
+        "attention.py",
+        "losses.py",
+        "hf.py",
+        "vllm_attention.py",
+        "history.py",
+        "resumable.py",
+        "token_dataset.py",
+    }
     for package in ("stages", "pipeline"):
         for path in files(package):
             names = {name.partition(".")[0] for name in imported(path, at_start_only=True)}

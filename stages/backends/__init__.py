@@ -117,7 +117,7 @@ class Latest(Generic[P, R]):
         return self.held[key]
 
 
-BACKENDS = {"hf": "stages.backends.hf:HFBackend"}
+BACKENDS = {"hf": "stages.backends.hf:HFBackend", "vllm": "stages.backends.vllm:VllmBackend"}
 """Name to `module:class`; the module is imported only when the backend is used."""
 DEFAULT = "hf"
 ENTRY_POINTS = "sstoken.backends"
@@ -136,20 +136,13 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
         UsageError: there is none of that name; lists those there are.
     """
     if name == "auto":
-        return "vllm" if _vllm_is_better(options) else DEFAULT
+        if find_spec("vllm") is None:  # asked first: what follows loads libraries
+            return DEFAULT
+        return "vllm" if import_module("stages.backends.vllm").preferred(options) else DEFAULT
     known = known_backends()
     if name not in known:
         raise UsageError(f"backend {name!r} is not known; legal: auto, {', '.join(known)}")
     return name
-
-
-def _vllm_is_better(options: BackendOptions) -> bool:
-    if "vllm" not in BACKENDS or find_spec("vllm") is None:  # asked first: the rest loads libraries
-        return False
-    import torch
-
-    on_gpu = options.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
-    return on_gpu and backend_class("vllm").refusal(options) is None
 
 
 def backend_class(name: str) -> type[Backend]:

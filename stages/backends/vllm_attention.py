@@ -1,0 +1,218 @@
+"""Attention importance inside vLLM's workers.
+
+`AttentionExtension` is mixed into vLLM's worker class. In the chosen layer it stands around the attention backend,
+which gets queries and keys after rotary embedding, the tokens of all sequences of a step one after the other. A
+sequence is known by its token ids: request ids and batch order are vLLM's own affair. On the first sequence of a batch
+the layer's output is computed anew and compared with vLLM's: a scale, mask, window, soft-cap or layout that is not as
+it seems shows.
+
+Shapes: N tokens of a step, H heads, K key-value heads, D head size, T tokens of a sequence, R rows looked at.
+"""
+
+import hashlib
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sstoken.attention import prompt_attention
+
+CHECKED_ROWS = 64
+_NEEDED = {"query", "key", "value", "attn_metadata", "output"}
+
+
+class CaptureError(Exception):
+    """The layer's attention cannot be captured; one line."""
+
+
+def digest(ids: NDArray[Any]) -> bytes:
+    """What a sequence of token ids is known by."""
+    return hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=16).digest()
+
+
+class AttentionExtension:
+    """What vLLM's worker learns; called through `LLM.collective_rpc`. Errors come back as values, in one line."""
+
+    def sstoken_attach(self, layer: int) -> dict[str, Any]:
+        """Start to observe a decoder layer, negative from the end; returns `problem` or `heads`."""
+        try:
+            self._sstoken = LayerCapture(self, layer)
+        except Exception as error:  # what is missing in an unknown version raises anything
+            return {"problem": _line(error)}
+        return {"heads": self._sstoken.num_heads}
+
+    def sstoken_expect(self, wanted: dict[bytes, list[NDArray[np.bool_]]]) -> None:
+        """Measure these sequences in the steps to come: response masks [T], by the digest of the token ids."""
+        self._sstoken.expect(wanted)
+
+    def sstoken_take(self) -> dict[str, Any]:
+        """What was measured since, `problem` or `importance` by digest and mask, and `deviation` of the self-check."""
+        return self._sstoken.take()
+
+
+class LayerCapture:
+    """Observes one attention layer of a worker."""
+
+    def __init__(self, worker: Any, layer: int) -> None:
+        """Attach to the worker's model, which is loaded.
+
+        Raises:
+            CaptureError: the layer has no attention of which the weights are a softmax over its own keys.
+        """
+        attention = _find_attention(worker, layer)
+        backend = attention.impl
+        self.num_heads: int = attention.num_heads
+        self._num_kv_heads: int = attention.num_kv_heads
+        self._how: dict[str, Any] = {
+            "scaling": float(backend.scale),
+            "window": attention.sliding_window,
+            "softcap": getattr(backend, "logits_soft_cap", None) or None,
+            "sinks": getattr(backend, "sinks", None),
+        }
+        self._forward = backend.forward
+        self._signature = inspect.signature(self._forward)
+        if missing := _NEEDED - set(self._signature.parameters):
+            raise CaptureError(
+                f"{type(backend).__name__}.forward has no {', '.join(sorted(missing))} in this vLLM"
+            )
+        self._step: tuple[Any, Any] = (None, None)
+        self.expect({})
+        worker.get_model().register_forward_pre_hook(self._before_model, with_kwargs=True)
+        backend.forward = self._observed
+
+    def expect(self, wanted: dict[bytes, list[NDArray[np.bool_]]]) -> None:
+        """See `AttentionExtension.sstoken_expect`."""
+        self._wanted = wanted
+        self._importance: dict[bytes, list[NDArray[np.float32]]] = {}
+        self._problem: str | None = None
+        self._deviation: float | None = None
+
+    def take(self) -> dict[str, Any]:
+        """See `AttentionExtension.sstoken_take`."""
+        taken = {
+            "problem": self._problem,
+            "importance": self._importance,
+            "deviation": self._deviation,
+        }
+        self.expect({})
+        return taken
+
+    def _before_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("input_ids", "positions"), args, strict=False)) | kwargs
+        self._step = (given.get("input_ids"), given.get("positions"))
+
+    def _observed(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._forward(*args, **kwargs)
+        if self._wanted and self._problem is None:
+            try:
+                call = self._signature.bind(*args, **kwargs).arguments
+                if call["attn_metadata"] is not None:
+                    self._measure(call)
+            except Exception as error:  # an exception here would end the worker, its text lost in the log
+                self._problem = _line(error)
+        return result
+
+    def _measure(self, call: dict[str, Any]) -> None:
+        query, key = call["query"], call["key"]
+        if key is None or query.element_size() < 2:
+            raise CaptureError("the layer hands its backend no plain queries and keys")
+        ids, bounds = self._sequences(call["attn_metadata"])
+        num_tokens = bounds[-1]
+        queries_HND = query[:num_tokens].view(num_tokens, self.num_heads, -1).transpose(0, 1)
+        keys_KND = key[:num_tokens].view(num_tokens, self._num_kv_heads, -1).transpose(0, 1)
+        pieces = [
+            (digest(ids[start:stop]), start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)
+        ]
+        if unknown := [stop - start for name, start, stop in pieces if name not in self._wanted]:
+            raise CaptureError(
+                f"a piece of {unknown[0]} tokens came that is none of the sequences as a whole"
+            )
+        for variant in range(max(len(self._wanted[name]) for name, _, _ in pieces)):
+            asked = [piece for piece in pieces if variant < len(self._wanted[piece[0]])]
+            response_N = np.zeros(num_tokens, dtype=np.bool_)
+            for name, start, stop in asked:
+                response_N[start:stop] = self._wanted[name][variant]
+            importance_N = prompt_attention(
+                queries_HND[None],
+                keys_KND[None],
+                torch.from_numpy(response_N)[None].to(query.device),
+                segments=[(0, start, stop) for _, start, stop in asked],
+                **self._how,
+            )[0]
+            values_N = importance_N.float().cpu().numpy()
+            for name, start, stop in asked:
+                of_response = values_N[start:stop][self._wanted[name][variant]]
+                self._importance.setdefault(name, [])[variant:] = [of_response]
+        if self._deviation is None:
+            _, start, stop = pieces[0]
+            values = call["value"][start:stop].view(stop - start, self._num_kv_heads, -1).transpose(0, 1)
+            expected_RX = self._output(queries_HND[:, start:stop], keys_KND[:, start:stop], values)
+            got_RX = call["output"][start:stop].reshape(stop - start, -1)[-CHECKED_ROWS:].float()
+            self._deviation = float((expected_RX - got_RX).norm() / expected_RX.norm().clamp_min(1e-12))
+
+    def _sequences(self, metadata: Any) -> tuple[NDArray[np.int64], list[int]]:
+        """The step's token ids [N], and where its sequences start, N at the end."""
+        ids, positions = self._step
+        if ids is None or positions is None:
+            raise CaptureError("the model was called without token ids and positions (a multimodal model?)")
+        if positions.ndim == 2:  # multimodal rotary embedding: text has the same position in each row
+            positions = positions[0]
+        num_tokens = int(metadata.num_actual_tokens)
+        ids_N, positions_N = (
+            torch.stack([ids[:num_tokens].long(), positions[:num_tokens].long()]).cpu().numpy()
+        )
+        starts = [0, *(np.flatnonzero(np.diff(positions_N) != 1) + 1).tolist()]
+        if any(positions_N[start] != 0 for start in starts):
+            raise CaptureError("a sequence came in pieces (chunked prefill, a prefix cache, or preemption)")
+        return ids_N, [*starts, num_tokens]
+
+    def _output(self, queries_HTD: Tensor, keys_KTD: Tensor, values_KTD: Tensor) -> Tensor:
+        """The layer's output [R, H * D] for the last rows, computed the plain way."""
+        rows_R = torch.arange(queries_HTD.shape[1], device=queries_HTD.device)[-CHECKED_ROWS:]
+        groups = queries_HTD.shape[0] // keys_KTD.shape[0]
+        keys, values = (x.float().repeat_interleave(groups, 0) for x in (keys_KTD, values_KTD))
+        scores_HRT = queries_HTD[:, rows_R].float() @ keys.transpose(1, 2) * self._how["scaling"]
+        if (softcap := self._how["softcap"]) is not None:
+            scores_HRT = softcap * torch.tanh(scores_HRT / softcap)
+        behind_RT = rows_R[:, None] - torch.arange(keys.shape[1], device=rows_R.device)
+        window = self._how["window"] or keys.shape[1]
+        scores_HRT = scores_HRT.masked_fill((behind_RT < 0) | (behind_RT >= window), float("-inf"))
+        if (sinks := self._how["sinks"]) is not None:
+            sink_HR1 = sinks.float()[:, None, None].expand(*scores_HRT.shape[:2], 1)
+            weights = torch.cat([scores_HRT, sink_HR1], -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores_HRT.softmax(-1)
+        return (weights @ values).transpose(0, 1).flatten(1)
+
+
+def _find_attention(worker: Any, layer: int) -> Any:
+    """The attention module of a decoder layer."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    by_number: dict[int, Any] = {}
+    for name, module in get_layers_from_vllm_config(worker.vllm_config, Attention).items():
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if len(numbers) != 1:
+            raise CaptureError(f"cannot tell the layer of {name!r}")
+        by_number[numbers[0]] = module
+    wanted = layer if layer >= 0 else layer + worker.model_config.hf_text_config.num_hidden_layers
+    if wanted not in by_number:
+        there = ", ".join(map(str, sorted(by_number))) or "none"
+        raise CaptureError(f"layer {wanted} has no softmax attention in vLLM; layers that have: {there}")
+    attention = by_number[wanted]
+    if getattr(attention, "kv_sharing_target_layer_name", None):
+        raise CaptureError(f"layer {wanted} uses the keys of another layer")
+    if getattr(attention.impl, "alibi_slopes", None) is not None:
+        raise CaptureError(f"layer {wanted} has ALiBi biases")
+    if getattr(attention, "query_quant", None) is not None:
+        raise CaptureError(f"layer {wanted} quantises its queries")
+    return attention
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text}"

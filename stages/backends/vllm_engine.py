@@ -1,0 +1,261 @@
+"""The process that holds vLLM: `python -m stages.backends.vllm_engine FD`, started by `vllm_process.Engine`.
+
+It has a process of its own so that what vLLM prints, sets and leaves behind stays there. It reads an `EngineSpec`, then
+requests, from the connection of that file descriptor, and answers each; it ends when its standard input does, which is
+when the process that started it is gone.
+"""
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
+"""Of the layer's output computed anew from vLLM's, relative; in 16 bits the values and the output are rounded."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What decides an engine."""
+
+    model: str
+    revision: str | None
+    layer: int | None
+    """Whose attention is captured; None: none."""
+    dtype: str
+    longest: int
+    """Longest sequence in tokens."""
+    batch_tokens: int
+    lora_rank: int | None
+    """None: no adapters."""
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    quantization: str | None
+    trust_remote_code: bool
+    cpu_cache_bytes: int
+    """For keys and values, on a CPU; on a GPU they get what is left of its share."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Sequences to score."""
+
+    sequences: list[NDArray[np.int32]]
+    response_masks: list[NDArray[np.bool_]]
+    """[T] each, with at least one response token; token 0 is none."""
+    adapter: tuple[int, str] | None
+    """A number of its own for each adapter, and its folder."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a spec or a request."""
+
+    problem: str | None = None
+    """What went wrong, in one line."""
+    losses: list[NDArray[np.float32]] | None = None
+    """Of each sequence's response tokens."""
+    importance: list[NDArray[np.float32]] | None = None
+
+
+class EngineError(Exception):
+    """What is told in one line."""
+
+
+class Scorer:
+    """vLLM with one model."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Load the model."""
+        from vllm import LLM
+
+        self._spec = spec
+        settings: dict[str, Any] = {
+            "max_model_len": spec.longest + 1,  # a request has to leave room for one new token
+            "max_num_batched_tokens": max(spec.batch_tokens, spec.longest + 1),
+            "enable_chunked_prefill": False,  # attention is captured of whole sequences
+            "enable_prefix_caching": False,
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logprobs_mode": "raw_logprobs",
+            "disable_log_stats": True,
+            "load_format": "safetensors",
+            "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
+        }
+        if spec.layer is not None:
+            settings["worker_extension_cls"] = "stages.backends.vllm_attention.AttentionExtension"
+        if spec.lora_rank is not None:
+            settings |= {"enable_lora": True, "max_lora_rank": spec.lora_rank, "max_loras": 1}
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():  # else a share of all memory
+            settings["kv_cache_memory_bytes"] = spec.cpu_cache_bytes
+        self._llm = LLM(
+            spec.model,
+            revision=spec.revision,
+            dtype=spec.dtype,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            gpu_memory_utilization=spec.gpu_memory_utilization,
+            quantization=spec.quantization,
+            trust_remote_code=spec.trust_remote_code,
+            **settings,
+        )
+        self._config = self._llm.llm_engine.vllm_config
+        if spec.layer is not None:
+            self._attach(spec.layer)
+
+    def _attach(self, layer: int) -> None:
+        if (
+            self._config.scheduler_config.enable_chunked_prefill
+            or self._config.cache_config.enable_prefix_caching
+        ):
+            raise EngineError("vLLM keeps chunked prefill or prefix caching on for this model")
+        attached = self._llm.collective_rpc("sstoken_attach", args=(layer,))
+        for worker in attached:
+            if "problem" in worker:
+                raise EngineError(worker["problem"])
+        heads = [worker["heads"] for worker in attached]
+        total = self._config.model_config.hf_text_config.num_attention_heads
+        if sum(heads) != total or len(set(heads)) != 1:
+            raise EngineError(
+                f"the {total} heads are spread as {heads} over the workers; legal is an equal share each"
+            )
+
+    def score(self, request: Request) -> Reply:
+        """Losses, and importance if a layer is captured."""
+        from vllm import TokensPrompt
+        from vllm.lora.request import LoRARequest
+
+        lora = None
+        if request.adapter is not None:
+            number, folder = request.adapter
+            lora = LoRARequest(f"adapter-{number}", number, folder)
+        names = self._expect(request) if self._spec.layer is not None else []
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in request.sequences],
+            [
+                self._sampling(ids, mask)
+                for ids, mask in zip(request.sequences, request.response_masks, strict=True)
+            ],
+            use_tqdm=False,
+            lora_request=lora,
+        )
+        losses = [
+            self._loss(output, ids, mask)
+            for output, ids, mask in zip(outputs, request.sequences, request.response_masks, strict=True)
+        ]
+        return Reply(losses=losses, importance=self._take(names) if self._spec.layer is not None else None)
+
+    def _sampling(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Any:
+        from vllm import SamplingParams
+
+        if self._config.use_v2_model_runner:  # it can leave out the logits of the prompt
+            first = int(mask.argmax())
+            wanted = {
+                "prompt_logprob_token_ids": ids[first:, None].astype(np.int64),
+                "prompt_logprob_start": first - 1,
+            }
+        else:
+            wanted = {"prompt_logprobs": 0, "flat_logprobs": True}
+        return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **wanted)
+
+    def _loss(self, output: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Of the response tokens, in nats."""
+        if self._config.use_v2_model_runner:
+            scored = output.prompt_token_id_logprobs
+            first = int(mask.argmax())
+            if scored is None or scored.shape != (ids.size - first, 1):
+                raise EngineError(
+                    f"vLLM scored {None if scored is None else scored.shape} of {ids.size - first} tokens"
+                )
+            return -scored[:, 0][mask[first:]].astype(np.float32)
+        flat = output.prompt_logprobs
+        if flat is None or len(flat) != ids.size:
+            raise EngineError(f"vLLM scored {None if flat is None else len(flat)} of {ids.size} tokens")
+        entries = np.asarray(flat.start_indices)[mask]  # the first entry of a position is the prompt's token
+        if not np.array_equal(np.asarray(flat.token_ids[: entries[-1] + 1])[entries], ids[mask]):
+            raise EngineError("vLLM's log-probabilities are of other tokens than the sequence's")
+        return -np.asarray(flat.logprobs[: entries[-1] + 1], dtype=np.float32)[entries]
+
+    def _expect(self, request: Request) -> list[tuple[bytes, int]]:
+        """Announce the sequences to the workers; returns what each is known by: digest, number of its mask."""
+        from stages.backends.vllm_attention import digest
+
+        wanted: dict[bytes, list[NDArray[np.bool_]]] = {}
+        names = []
+        for ids, mask in zip(request.sequences, request.response_masks, strict=True):
+            name = digest(ids)
+            masks = wanted.setdefault(name, [])
+            known = [i for i, other in enumerate(masks) if np.array_equal(other, mask)]
+            names.append((name, known[0] if known else len(masks)))
+            if not known:
+                masks.append(mask)
+        self._llm.collective_rpc("sstoken_expect", args=(wanted,))
+        return names
+
+    def _take(self, names: list[tuple[bytes, int]]) -> list[NDArray[np.float32]]:
+        """Mean over the workers, which have equal numbers of heads."""
+        taken = self._llm.collective_rpc("sstoken_take")
+        for worker in taken:
+            if worker["problem"] is not None:
+                raise EngineError(worker["problem"])
+            limit = MAX_DEVIATION[str(self._config.model_config.dtype).removeprefix("torch.")]
+            if worker["deviation"] is None or worker["deviation"] > limit:  # NaN: the loss will tell
+                raise EngineError(
+                    "attention computed from vLLM's queries and keys is not what vLLM computed: the layer's output is "
+                    f"off by {worker['deviation']}, relative"
+                )
+        shares = [[worker["importance"][name][variant] for name, variant in names] for worker in taken]
+        return [np.mean(of_one, axis=0, dtype=np.float32) for of_one in zip(*shares, strict=True)]
+
+
+def _line(error: BaseException) -> str:
+    errors = getattr(error, "errors", None)
+    if callable(errors):  # pydantic's first line says only how many there are
+        return " ".join(str(errors()[0]["msg"]).split())[:400]
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, EngineError) else f"{type(error).__name__}: {text}"
+
+
+def _answer(connection: Connection) -> None:
+    scorer: Scorer | None = None
+    while True:
+        asked = connection.recv()
+        try:
+            if scorer is None:
+                scorer = Scorer(asked)
+                reply = Reply()
+            else:
+                reply = scorer.score(asked)
+        except Exception as error:  # vLLM raises anything
+            import traceback
+
+            traceback.print_exc()
+            reply = Reply(problem=_line(error))
+        connection.send(reply)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _answer(Connection(int(sys.argv[1])))
+    except (EOFError, ConnectionError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    from stages.backends import vllm_engine  # replies are pickled as this module's, not as __main__'s
+
+    vllm_engine.main()

