@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
@@ -47,6 +48,8 @@ class Publication(Stage):
     """Publish the columns rel, attention and score too (several times the size)."""
     license: str | None = None
     """The Hub's name of a licence, such as cc-by-4.0. Default: the source dataset's, where it is on the Hub."""
+    shard_tokens: Annotated[int, Field(ge=1)] = 8_000_000
+    """Shards are joined until a published file holds as many tokens (then about 16 MB, without scores)."""
     workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
     """Processes."""
     origin: dict[str, Any] = Field(default_factory=dict)
@@ -67,8 +70,9 @@ class Publication(Stage):
         columns = [name for name in names if self.include_scores or name not in SIGNALS]
         (out / SHARDS).mkdir(exist_ok=True)
         publish_shard = partial(_publish_shard, out / SHARDS, columns, hub)
-        with context.progress("shards", len(sources)) as progress:
-            for _ in context.map(publish_shard, sources, workers=self.workers):
+        groups = _groups(sources, self.shard_tokens)
+        with context.progress("files", len(groups)) as progress:
+            for _ in context.map(publish_shard, enumerate(groups), workers=self.workers):
                 progress.advance()
         metadata = [tables.read_metadata(path) for path in tables.parts(out / SHARDS)]
         metrics = merge_stats([m["stats"] for m in metadata])
@@ -92,14 +96,40 @@ class Publication(Stage):
         save_svg(masked, out / EXAMPLE_PICTURE, row=_typical_row(tables.parts(masked)))
 
 
-def _publish_shard(out: Path, columns: list[str], hub: set[str], source: Path) -> None:
-    path = out / source.name
+def _groups(sources: Iterable[Path], shard_tokens: int) -> list[list[Path]]:
+    """Neighbours that become one published file; none is without rows if any shard has one."""
+    groups: list[list[Path]] = []
+    sizes: list[int] = []
+    for path in sources:
+        if not groups or sizes[-1] >= shard_tokens:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(path)
+        sizes[-1] += _num_tokens(path)
+    if len(groups) > 1 and not sizes[-1]:
+        groups[-2] += groups.pop()
+    return groups
+
+
+def _num_tokens(path: Path) -> int:
+    footer = pq.read_metadata(path)
+    names = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    index = next(i for i, name in enumerate(names) if name.startswith("input_ids."))
+    return sum(footer.row_group(group).column(index).num_values for group in range(footer.num_row_groups))
+
+
+def _publish_shard(out: Path, columns: list[str], hub: set[str], task: tuple[int, list[Path]]) -> None:
+    index, sources = task
+    path = out / tables.part_name(index)
     if path.exists():
         return
-    metadata, table = public(tables.read_metadata(source), hub), tables.read_table(source, columns)
-    num_tokens = len(tables.flatten(table["input_ids"])[0])
-    metadata["stats"] |= {"tokens": num_tokens, "arrow_bytes": table.nbytes}  # for the card
-    tables.write_part(path, table, metadata)
+    metadata = [tables.read_metadata(source) for source in sources]
+    table = pa.concat_tables(tables.read_table(source, columns) for source in sources).combine_chunks()
+    stats = {
+        key: np.sum([m["stats"][key] for m in metadata], axis=0).tolist() for key in metadata[0]["stats"]
+    }
+    stats |= {"tokens": sum(map(_num_tokens, sources)), "arrow_bytes": table.nbytes}  # for the card
+    tables.write_part(path, table, public(metadata[0], hub) | {"stats": stats})
 
 
 def _measured(parts: list[Path]) -> Shards:

@@ -1,6 +1,7 @@
 """The command line against a Hub on localhost: other processes, with unmodified clients that HF_ENDPOINT points there.
 
-Run as a program, it calls the command line for each line of standard input, so that a test does not wait for imports.
+Run as a program, it calls the command line, or a program of the test's, for each line of standard input, so that a
+test does not wait for imports.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +44,25 @@ class Client:
 
     def __call__(self, *arguments: object, token: str | None = None) -> Outcome:
         """Run a verb to its end, with that token ('': none) or the usual one."""
+        token = self.token if token is None else token
+        outcome = self._ask(None, arguments, token)
+        assert not token or token not in outcome.out + outcome.err
+        assert "Traceback" not in outcome.out + outcome.err, outcome.err
+        return outcome
+
+    def python(self, program: str, *arguments: object) -> Outcome:
+        """Run a program of somebody who has the client libraries alone."""
+        return self._ask(program, arguments, self.token)
+
+    def _ask(self, program: str | None, arguments: tuple[object, ...], token: str) -> Outcome:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        token = self.token if token is None else token
-        request = {"arguments": [str(a) for a in arguments], "token": token}
+        request = {"program": program, "arguments": [str(a) for a in arguments], "token": token}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, "the process has ended"
-        outcome = Outcome(**json.loads(answer))
-        assert not token or token not in outcome.out + outcome.err
-        assert "Traceback" not in outcome.out + outcome.err, outcome.err
-        return outcome
+        return Outcome(**json.loads(answer))
 
     def works(self, *arguments: object) -> dict:
         """Run a verb that has to succeed, with --json; the facts."""
@@ -73,10 +82,10 @@ class Client:
         """A verb in a process of its own, to be killed."""
         return self._start("-m", "pipeline", *map(str, arguments), HF_TOKEN=self.token)
 
-    def python(self, program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-        """A program of somebody who has the client libraries alone."""
+    def separately(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        """A verb in a process of its own, whose environment differs."""
         return subprocess.run(
-            [sys.executable, "-c", program, *map(str, arguments)],
+            [sys.executable, "-m", "pipeline", *map(str, arguments)],
             env=self._environment | {"HF_TOKEN": self.token} | environment,
             cwd=ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
@@ -94,7 +103,7 @@ class Client:
         )  # fmt: skip
 
 
-def serve_commands() -> None:
+def serve_requests() -> None:
     """Answer each line of standard input."""
     from pipeline import cli
 
@@ -104,14 +113,20 @@ def serve_commands() -> None:
         os.environ["HF_TOKEN"] = request["token"]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = 0
             try:
-                cli.main(request["arguments"])
+                if request["program"] is None:
+                    cli.main(request["arguments"])
+                sys.argv = ["-c", *request["arguments"]]
+                exec(request["program"], {"__name__": "__main__"})
             except SystemExit as ended:
                 code = ended.code
-            except BaseException as error:
-                code = f"{type(error).__name__}: {error}"
-        print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), file=answers, flush=True)
+            except BaseException:
+                code = traceback.format_exc()
+        print(
+            json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), file=answers, flush=True
+        )
 
 
 if __name__ == "__main__":
-    serve_commands()
+    serve_requests()

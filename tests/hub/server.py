@@ -221,6 +221,9 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, name, revision):
         repo = self.repo(name, write=True)
         lines = [json.loads(line) for line in self.body.splitlines()]
+        if self.hub.before_commit is not None:
+            meanwhile, self.hub.before_commit = self.hub.before_commit, None
+            meanwhile()
         with self.hub.lock:
             if self.hub.fail_commits:
                 self.hub.fail_commits -= 1

@@ -26,7 +26,7 @@ class Hub:
         self.repos, self.log, self.puts = {}, [], []
         self.lock = threading.Lock()
         self.hold_puts_after, self.held, self.release = None, threading.Event(), threading.Event()
-        self.fail_commits = 0
+        self.fail_commits, self.before_commit = 0, None
 
     def store(self, content):
         """Keep a regular file; its git object id."""
