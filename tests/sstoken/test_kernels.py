@@ -150,6 +150,7 @@ def test_losses_fall_back_to_plain_torch(monkeypatch):
     assert choice.reason == "triton: No module named 'triton'"
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
