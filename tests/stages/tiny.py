@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stages import tables
+from stages import checkpoints, tables
 
 VOCABULARY = 128
 
@@ -48,6 +48,8 @@ def save_model(folder: Path, vocabulary: int = VOCABULARY, positions: int = 64) 
 def save_tokens(folder: Path, examples: int = 40, parts: int = 2, longest: int = 24) -> Path:
     """Random examples over `parts` shards; the last has no response token."""
     folder.mkdir(parents=True)
+    fingerprint = checkpoints.tokenizer_fingerprint(save_tokenizer(folder / "tokenizer"))
+    facts = {"fingerprint": fingerprint, "name": "tiny"}
     random = np.random.default_rng(0)
     rows = []
     for i in range(examples):
@@ -59,6 +61,5 @@ def save_tokens(folder: Path, examples: int = 40, parts: int = 2, longest: int =
         )
     for part, chunk in enumerate(np.array_split(np.arange(examples), parts)):
         table = pa.Table.from_pylist([rows[i] for i in chunk], schema=tables.TOKENS)
-        tables.write_part(folder / tables.part_name(part), table, {"stage": "encode"})
-    save_tokenizer(folder / "tokenizer")
+        tables.write_part(folder / tables.part_name(part), table, {"tokenizer": facts})
     return folder
