@@ -18,7 +18,7 @@ from sstoken.in_loop.layout import Layout
 PREFIX = "selection/"
 REMEMBERED_EXAMPLES = 50_000
 """Examples whose last mask is remembered, at most: memory does not grow with the dataset."""
-_SUMS = ("kept", "dropped", "rel_kept", "rel_dropped", "attention_kept", "attention_dropped")
+_NUM_SUMS = 10
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,10 @@ class SelectionMetrics:
     def count(self, keep: Tensor, rel: Tensor | None, attention: Tensor | None) -> None:
         """Add one forward pass; all [N]."""
         share = torch.stack([keep, ~keep]).to(_precise(keep.device))
-        zero = share.new_zeros(2)
-        parts = [share.sum(1)]
-        parts += [zero if values is None else share @ values.to(share) for values in (rel, attention)]
+        tokens = share.sum(1)
+        parts = [tokens]
+        for values in (rel, attention):
+            parts += [torch.zeros_like(tokens)] * 2 if values is None else [share @ values.to(share), tokens]
         sums = torch.cat(parts)
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -150,22 +151,19 @@ class SelectionMetrics:
             share of kept tokens that were kept when their example was last seen; seconds of this process spent on
             the selection. What was not measured is left out.
         """
-        self._seconds += sum(begin.elapsed_time(end) / 1000 for begin, end in self._events)
-        sums = torch.zeros(len(_SUMS), device=device) if self._sums is None else self._sums
+        sums = torch.zeros(_NUM_SUMS, device=device) if self._sums is None else self._sums
         local = torch.cat([sums.to(device, _precise(device)), sums.new_tensor(self._overlap).to(device)])
-        total = gather(local[None]).sum(0).tolist()
-        kept, dropped, rel_kept, rel_dropped, attention_kept, attention_dropped, same, compared = total
-        found = {"kept_share": (kept, kept + dropped)}
-        if rel_kept or rel_dropped:
-            found |= {"rel_kept": (rel_kept, kept), "rel_dropped": (rel_dropped, dropped)}
-        if attention_kept or attention_dropped:
+        pairs = gather(local[None]).sum(0).view(-1, 2).tolist()
+        tokens, rel, num_rel, attention, num_attention, overlap = pairs
+        self._seconds += sum(begin.elapsed_time(end) / 1000 for begin, end in self._events)  # all over by now
+        found = {"kept_share": (tokens[0], sum(tokens)), "mask_overlap": overlap}
+        for name, totals, counts in (("rel", rel, num_rel), ("attention", attention, num_attention)):
             found |= {
-                "attention_kept": (attention_kept, kept),
-                "attention_dropped": (attention_dropped, dropped),
+                f"{name}_{kept}": pair
+                for kept, *pair in zip(("kept", "dropped"), totals, counts, strict=True)
             }
-        found["mask_overlap"] = (same, compared)
         metrics = {PREFIX + name: top / bottom for name, (top, bottom) in found.items() if bottom}
-        if kept + dropped:
+        if tokens[0]:
             metrics[PREFIX + "seconds"] = self._seconds
         self._sums, self._seconds, self._events, self._overlap = None, 0.0, [], [0, 0]
         return metrics
