@@ -6,7 +6,7 @@ null where there is none: off the response, and where the method needed no such 
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,22 +59,34 @@ def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any] | None) 
     Only our own key is written, and without `metadata` none: no library's feature metadata, so that every reader
     takes the file.
     """
+    write_row_groups(path, [table], table.schema, metadata)
+
+
+def write_row_groups(
+    path: Path, groups: Iterable[pa.Table], schema: pa.Schema, metadata: Mapping[str, Any] | None
+) -> None:
+    """As `write_part`, from tables of one schema that become a row group each and are never held together."""
     ours = None if metadata is None else {METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
-    schema = table.schema.with_metadata(ours)
+    schema = schema.with_metadata(ours)
     floats = [f"{name}.list.element" for name in _float_columns(schema)]
-    with whole_file(path) as file:
-        pq.write_table(
-            table.cast(schema),
+    ids = [
+        f.name if f.name == "example_id" else f"{f.name}.list.element"
+        for f in schema
+        if f.name in ("input_ids", "labels")
+    ]
+    with (
+        whole_file(path) as file,
+        pq.ParquetWriter(
             file,
+            schema,
             compression="zstd",
             compression_level=3,
-            use_dictionary=[
-                f.name if f.name == "example_id" else f"{f.name}.list.element"
-                for f in schema
-                if f.name in ("input_ids", "labels")
-            ],
+            use_dictionary=ids,
             use_byte_stream_split=floats,
-        )
+        ) as writer,
+    ):
+        for table in groups:
+            writer.write_table(table.cast(schema))
     pa.default_memory_pool().release_unused()  # what encoding took, before the next shard asks for more
 
 

@@ -35,7 +35,7 @@ class Shards:
     examples: int
     tokens: int
     arrow_bytes: int
-    """Of the rows in memory."""
+    """Of the rows in memory, about."""
     file_bytes: int
 
 
@@ -60,7 +60,7 @@ def card(
     source, title, fields = _source(origin), _title(origin, repo), shards.schema
     front = front_matter(title, origin, license, shards)
     return _CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000),
+        front=yaml.safe_dump(front, sort_keys=False, width=1000),
         title=_escaped(title),
         source=f", made from {_link(source, origin)}" if source else "",
         examples=f"{shards.examples:,}",

@@ -5,6 +5,7 @@ The same masked folder and settings give the same bytes, so that what a killed u
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ SIGNALS = ("rel", "attention", "score")
 UNSCORED = pa.schema([field for field in tables.MASKED if field.name not in SIGNALS])
 _LOCAL_SETTINGS = ("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "cache_dir")
 """Keys under which some versions of transformers write places on this machine into tokenizer_config.json."""
+_ID_BYTES = 16
+"""An example's id, about: what the Hub shows as the size in memory is an estimate."""
 _BEST_LENGTH = 120
 """Tokens of an example that is drawn: enough to see something, and still one picture."""
 
@@ -112,10 +115,17 @@ def _groups(sources: Iterable[Path], shard_tokens: int) -> list[list[Path]]:
 
 
 def _num_tokens(path: Path) -> int:
-    footer = pq.read_metadata(path)
-    names = [footer.schema.column(i).path for i in range(footer.num_columns)]
-    index = next(i for i, name in enumerate(names) if name.startswith("input_ids."))
-    return sum(footer.row_group(group).column(index).num_values for group in range(footer.num_row_groups))
+    return _num_values(pq.read_metadata(path))["input_ids"]
+
+
+def _num_values(footer: pq.FileMetaData) -> dict[str, int]:
+    """How many values each column holds, lists or not."""
+    names = [footer.schema.column(i).path.partition(".")[0] for i in range(footer.num_columns)]
+    groups = range(footer.num_row_groups)
+    return {
+        name: sum(footer.row_group(group).column(i).num_values for group in groups)
+        for i, name in enumerate(names)
+    }
 
 
 def _publish_shard(out: Path, columns: list[str], hub: set[str], task: tuple[int, list[Path]]) -> None:
@@ -124,21 +134,27 @@ def _publish_shard(out: Path, columns: list[str], hub: set[str], task: tuple[int
     if path.exists():
         return
     metadata = [tables.read_metadata(source) for source in sources]
-    table = pa.concat_tables(tables.read_table(source, columns) for source in sources).combine_chunks()
     stats = {
         key: np.sum([m["stats"][key] for m in metadata], axis=0).tolist() for key in metadata[0]["stats"]
     }
-    stats |= {"tokens": sum(map(_num_tokens, sources)), "arrow_bytes": table.nbytes}  # for the card
-    tables.write_part(path, table, public(metadata[0], hub) | {"stats": stats})
+    schema = pa.schema([field for field in pq.read_schema(sources[0]) if field.name in columns])
+    groups = (tables.read_table(source, columns) for source in sources)
+    tables.write_row_groups(path, groups, schema, public(metadata[0], hub) | {"stats": stats})
 
 
 def _measured(parts: list[Path]) -> Shards:
-    stats = [tables.read_metadata(path)["stats"] for path in parts]
+    schema = pq.read_schema(parts[0]).remove_metadata()
+    examples, values = 0, Counter[str]()
+    for footer in map(pq.read_metadata, parts):
+        examples += footer.num_rows
+        values.update(_num_values(footer))
+    lists = [field for field in schema if pa.types.is_list(field.type)]
+    bits = sum(values[field.name] * field.type.value_type.bit_width for field in lists)
     return Shards(
-        schema=pq.read_schema(parts[0]).remove_metadata(),
-        examples=sum(s["examples"] for s in stats),
-        tokens=sum(s["tokens"] for s in stats),
-        arrow_bytes=sum(s["arrow_bytes"] for s in stats),
+        schema=schema,
+        examples=examples,
+        tokens=values["input_ids"],
+        arrow_bytes=bits // 8 + 4 * examples * len(schema) + _ID_BYTES * examples,
         file_bytes=sum(path.stat().st_size for path in parts),
     )
 

@@ -168,3 +168,15 @@ def test_reading_the_masked_dataset(
         else:
             needed[times] = peak("read", data_files=str(masked / "part-*.parquet"))
     check_same(f"masked, {how}", needed[1], needed[TIMES])
+
+
+def test_publish(
+    folder: Path, many: dict[int, Path], scored: tuple[dict[int, Path], dict[int, float]]
+) -> None:
+    needed = {}
+    for times, tokens in many.items():
+        masked = folder / f"masked-sample-{times}"
+        if not masked.exists():
+            peak("select", tokens=tokens, scores=scored[0][times], out=masked)
+        needed[times] = peak("publish", masked=masked, repo="user/name", dry_run=True, include_scores=True)
+    check_same("publish", needed[1], needed[TIMES])
