@@ -48,17 +48,18 @@ def prompt_mass(
     triton, kernel = _compiled()
     num_tokens, num_heads, head_size = query.shape
     per_head_HN = torch.zeros(num_heads, num_tokens, dtype=torch.float32, device=query.device)
-    block = (
-        64 if head_size * query.element_size() <= 256 else 32
-    )  # a block's keys fit any GPU's shared memory
+    # A block of keys has to fit the shared memory of any GPU.
+    block = 64 if head_size * query.element_size() <= 256 else 32
     grid = (triton.cdiv(max_length, block), cu_seqlens.numel() - 1, num_heads)
-    kernel[grid](
-        query, key, response_mask, cu_seqlens, per_head_HN if sinks is None else sinks, per_head_HN,
-        num_tokens, num_heads // key.shape[1], head_size, scaling, softcap or 1.0, window or 0,
-        *query.stride(), *key.stride(), response_mask.stride(0),
-        HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
-        BLOCK_M=block, BLOCK_N=block, BLOCK_D=max(16, triton.next_power_of_2(head_size)),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        kernel[grid](
+            query, key, response_mask, cu_seqlens, per_head_HN if sinks is None else sinks, per_head_HN,
+            num_tokens, num_heads // key.shape[1], head_size,
+            float(scaling), float(softcap or 1.0), window or 0,
+            *query.stride(), *key.stride(), response_mask.stride(0),
+            HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
+            BLOCK_M=block, BLOCK_N=block, BLOCK_D=max(16, triton.next_power_of_2(head_size)),
+        )  # fmt: skip
     return per_head_HN.mean(0)
 
 

@@ -62,13 +62,14 @@ def fused_token_losses(
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             logits_RC = buffer[: shape[0] * shape[1]].view(shape)
             _product(hidden[rows], weight[columns], logits_RC)
-            kernel[(shape[0],)](
-                logits_RC, logits_RC if bias is None else bias[columns], targets[rows],
-                highest_N[rows], total_N[rows], target_logit_N[rows],
-                shape[1], column, scale, softcap or 1.0,
-                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-                BLOCK=min(_BLOCK, triton.next_power_of_2(shape[1])),
-            )  # fmt: skip
+            with torch.cuda.device_of(hidden):
+                kernel[(shape[0],)](
+                    logits_RC, logits_RC if bias is None else bias[columns], targets[rows],
+                    highest_N[rows], total_N[rows], target_logit_N[rows],
+                    shape[1], column, float(scale), float(softcap or 1.0),
+                    HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+                    BLOCK=min(_BLOCK, triton.next_power_of_2(shape[1])),
+                )  # fmt: skip
     return highest_N + total_N.log() - target_logit_N
 
 
