@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -23,6 +22,7 @@ from stages.backends import (
     resolve_backend,
 )
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
+from stages.scores_file import summarize_scores, write_scores
 
 
 class ScoreOptions(Stage):
@@ -30,15 +30,16 @@ class ScoreOptions(Stage):
 
     layer: int = -1
     """Decoder layer whose attention is measured; negative counts from the last."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Of the weights; softmax and loss are fp32 whatever it is. auto: as the checkpoint stores them."""
     backend: str = "auto"
     """Inference backend: hf (transformers), vllm, or another package's. auto: vllm on a GPU where it is installed and
     takes the checkpoint, else hf."""
     backend_options: dict[str, Setting] = Field(default_factory=dict)
     """The backend's own settings, such as vllm's `tensor_parallel_size`."""
-    batch_tokens: Annotated[int, Field(ge=1), SPEED_ONLY] = 2048
-    """Positions in a batch, at most (padding counted); a longer sequence runs alone."""
+    batch_tokens: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
+    """Positions in a batch, at most (padding counted); a longer sequence runs alone. None: from the free memory. Halved
+    when a batch does not fit."""
     device: Annotated[str, SPEED_ONLY] = "auto"
     """cpu, cuda, mps, ...; auto: the best that is there."""
     workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
@@ -104,7 +105,7 @@ class Score(ScoreOptions):
             progress.advance(total - sum(tables.num_rows(p) for p in todo))
             for rows in context.map(score_shard, todo, workers=self.workers):
                 progress.advance(rows)
-        return self._summary(context.out)
+        return summarize_scores(context.out, self.checkpoint)
 
     def _check_tokenizer(self, token_part: Path) -> None:
         """Refuse a checkpoint whose own tokenizer gives the ids other meanings."""
@@ -117,19 +118,6 @@ class Score(ScoreOptions):
                 f"{self.checkpoint}: its tokenizer is not the one that made the tokens ({expected['name']}); "
                 "encode with this checkpoint's tokenizer, or score one that shares the vocabulary"
             )
-
-    def _summary(self, out: Path) -> dict[str, Any]:
-        stats = [tables.read_metadata(p)["stats"] for p in tables.parts(out)]
-        num_tokens = sum(s["response_tokens"] for s in stats)
-        summary: dict[str, Any] = {
-            "checkpoint": self.checkpoint,
-            "examples": sum(s["examples"] for s in stats),
-            "response_tokens": num_tokens,
-            "mean_loss": sum(s["loss_sum"] for s in stats) / max(1, num_tokens),
-        }
-        if self.attention:
-            summary["mean_attention"] = sum(s["attention_sum"] for s in stats) / max(1, num_tokens)
-        return summary
 
 
 @Latest
@@ -183,28 +171,10 @@ def _check_lengths(
 
 def _write(path: Path, example_ids: list[str], signals: list[TokenSignals | None], stage: Score) -> None:
     losses = [s.loss for s in signals if s is not None]
-    columns = [pa.array(example_ids, pa.string()), _lists(losses)]
-    stats: dict[str, Any] = {
-        "examples": len(losses),
-        "response_tokens": int(sum(np.isfinite(x).sum() for x in losses)),
-        "loss_sum": float(sum(np.nansum(x, dtype=np.float64) for x in losses)),
-    }
-    schema = tables.SCORES
-    if stage.attention:
-        schema = tables.SCORES_WITH_ATTENTION
-        attention = [s.attention for s in signals if s is not None and s.attention is not None]
-        columns.append(_lists(attention))
-        stats["attention_sum"] = float(sum(np.nansum(x, dtype=np.float64) for x in attention))
-    metadata = {
-        "kind": "scores",
+    attention = [s.attention for s in signals if s is not None and s.attention is not None]
+    provenance = {
         "checkpoint": stage.checkpoint,
         "layer": stage.layer if stage.attention else None,
         "dtype": stage.dtype,
-        "stats": stats,
     }
-    tables.write_part(path, pa.Table.from_arrays(columns, schema=schema), metadata)
-
-
-def _lists(rows: list[NDArray[np.float32]]) -> pa.ListArray:
-    offsets = np.cumsum([0, *(r.size for r in rows)])
-    return tables.lists(np.concatenate([*rows, np.zeros(0, np.float32)]), offsets, tables.VALUES)
+    write_scores(path, example_ids, losses, attention if stage.attention else None, provenance)

@@ -1,0 +1,68 @@
+"""One shard of `scores/<checkpoint>/`, row-aligned with the shard of tokens of the same name."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from stages import tables
+
+Rows = Sequence[NDArray[np.float32]]
+
+
+def write_scores(
+    path: Path,
+    example_ids: Sequence[str],
+    losses: Rows,
+    attention: Rows | None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write it, with the sums that a summary needs.
+
+    Args:
+        path: of the shard.
+        example_ids: of each row.
+        losses: of each row, a value for each token; NaN where there is none.
+        attention: likewise; None: not measured.
+        provenance: `checkpoint`, `layer` and `dtype`, for the file's metadata.
+    """
+    columns = [pa.array(example_ids, pa.string()), _lists(losses)]
+    stats: dict[str, Any] = {
+        "examples": len(losses),
+        "response_tokens": int(sum(np.isfinite(x).sum() for x in losses)),
+        "loss_sum": _sum(losses),
+    }
+    schema = tables.SCORES
+    if attention is not None:
+        schema = tables.SCORES_WITH_ATTENTION
+        columns.append(_lists(attention))
+        stats["attention_sum"] = _sum(attention)
+    metadata = {"kind": "scores", **provenance, "stats": stats}
+    tables.write_part(path, pa.Table.from_arrays(columns, schema=schema), metadata)
+
+
+def summarize_scores(folder: Path, checkpoint: str) -> dict[str, Any]:
+    """The metrics of a finished folder of scores, from its shards' sums."""
+    stats = [tables.read_metadata(p)["stats"] for p in tables.parts(folder)]
+    num_tokens = sum(s["response_tokens"] for s in stats)
+    summary: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "examples": sum(s["examples"] for s in stats),
+        "response_tokens": num_tokens,
+        "mean_loss": sum(s["loss_sum"] for s in stats) / max(1, num_tokens),
+    }
+    if all("attention_sum" in s for s in stats):
+        summary["mean_attention"] = sum(s["attention_sum"] for s in stats) / max(1, num_tokens)
+    return summary
+
+
+def _sum(rows: Rows) -> float:
+    return float(sum(np.nansum(x, dtype=np.float64) for x in rows))
+
+
+def _lists(rows: Rows) -> pa.ListArray:
+    offsets = np.cumsum([0, *(r.size for r in rows)])
+    return tables.lists(np.concatenate([*rows, np.zeros(0, np.float32)]), offsets, tables.VALUES)
