@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_padded(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group sequences of like length so that each padded batch holds at most `batch_tokens` positions.
 
     A sequence longer than that is a batch of its own. The plan depends on the arguments alone.
@@ -20,4 +20,27 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
             batches.append([])
         batches[-1].append(index)
+    return batches
+
+
+def plan_packed(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group sequences in their order so that each packed batch holds at most `batch_tokens` tokens.
+
+    A sequence longer than that is a batch of its own.
+
+    Args:
+        lengths: tokens of each sequence.
+        batch_tokens: sum of the lengths, at most.
+
+    Returns:
+        Indices into `lengths`.
+    """
+    batches: list[list[int]] = []
+    tokens = 0
+    for index, length in enumerate(lengths):
+        if not batches or tokens + length > batch_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += length
     return batches

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from sstoken.errors import SstokenError
 
 ROWS_PER_TILE = 1024
-VOCABULARY_PER_TILE = 1024
-"""A tile of fp32 logits takes 4 MB, which stays in cache."""
+"""About so many rows at a time: a product of fewer than 128 is slow."""
+TILE_ELEMENTS = {"cpu": 1 << 20}
+"""Logits alive at once: 4 MB in fp32 on a CPU, which stays in its cache."""
+_TILE_ELEMENTS_ON_DEVICE = 1 << 24
+"""64 MB elsewhere, so that a kernel has enough to do."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +31,52 @@ class OutputHead:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    def logits(
+        self, hidden: Tensor, start: int = 0, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Logits of the vocabulary entries `start:stop`, at least fp32.
 
         Args:
             hidden: [N, D], what the model feeds to its output embedding.
             start: first entry.
             stop: one past the last; None: V.
+            out: [N, stop - start], where to put them.
 
         Returns:
             [N, stop - start].
         """
-        bias = None if self.bias is None else self.bias[start:stop]
-        product = nn.functional.linear(hidden, self.weight[start:stop], bias)
-        logits = product.to(torch.promote_types(product.dtype, torch.float32))
+        product = _product(hidden, self.weight[start:stop], out)
+        if self.bias is not None:
+            product += self.bias[start:stop]
+        return self._shape(product)
+
+    def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The logit of one vocabulary entry for each row: hidden [N, D], targets [N], gives [N]."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        product = (hidden.to(dtype) * self.weight[targets].to(dtype)).sum(1)
+        if self.bias is not None:
+            product += self.bias[targets]
+        return self._shape(product)
+
+    def _shape(self, product: Tensor) -> Tensor:
         if self.scale != 1.0:
-            logits = logits * self.scale
+            product *= self.scale
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+            product.div_(self.softcap).tanh_().mul_(self.softcap)
+        return product
 
 
+def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """`hidden @ weight.T`, accumulated and given in fp32 at least, whatever the dtype of the weights."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.is_cuda and hidden.dtype != dtype:
+        return torch.mm(hidden, weight.T, out_dtype=dtype, out=out)
+    return torch.mm(hidden.to(dtype), weight.T.to(dtype), out=out)
+
+
+@torch.no_grad()
 def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """`-log p(target)` of each row, in nats, by tiles of rows and vocabulary with a running log-sum-exp.
+    """`-log p(target)` of each row, in nats, by tiles of rows and vocabulary with a running sum.
 
     Args:
         hidden: [N, D]; row i is the state that predicts `targets[i]`.
@@ -62,28 +88,49 @@ def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
     """
     if hidden.shape[0] == 0:
         return hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    return torch.cat(
-        [
-            _tile_losses(rows, ids, head)
-            for rows, ids in zip(hidden.split(ROWS_PER_TILE), targets.split(ROWS_PER_TILE), strict=True)
-        ]
-    )
+    # In equal parts: a small remainder would cost as much as a whole tile.
+    parts = max(1, round(hidden.shape[0] / ROWS_PER_TILE))
+    tiles = zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
+    return torch.cat([_log_sum_exp(rows, head) - head.target_logits(rows, ids) for rows, ids in tiles])
 
 
-def _tile_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
+def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
+    """Of the logits of each row [N, D], [N]: exponentials relative to the first tile's largest, summed in place."""
+    total: Tensor | None = None
+    for logits in _tiles(hidden, head):
+        if total is None:
+            shift = logits.amax(1)
+            total = torch.zeros_like(shift)
+        total += logits.sub_(shift[:, None]).exp_().sum(1)
+    assert total is not None
+    log_sum = shift + total.log()
+    # A later tile may lie so far above the first that its exponentials overflow.
+    overflowed = ~log_sum.isfinite()
+    if overflowed.any():
+        log_sum[overflowed] = _safe_log_sum_exp(hidden[overflowed], head)
+    return log_sum
+
+
+def _safe_log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
     log_sum: Tensor | None = None
-    target_logit: Tensor | None = None
-    for start in range(0, head.weight.shape[0], VOCABULARY_PER_TILE):
-        logits = head.logits(hidden, start, start + VOCABULARY_PER_TILE)
-        inside = (targets >= start) & (targets < start + logits.shape[1])
-        column = (targets - start).clamp(0, logits.shape[1] - 1)
-        found = torch.where(inside, logits.gather(1, column[:, None])[:, 0], 0.0)
-        target_logit = found if target_logit is None else target_logit + found
+    for logits in _tiles(hidden, head):
         tile_sum = logits.logsumexp(1)
         log_sum = tile_sum if log_sum is None else torch.logaddexp(log_sum, tile_sum)
     assert log_sum is not None
-    assert target_logit is not None
-    return log_sum - target_logit
+    return log_sum
+
+
+def _tiles(hidden: Tensor, head: OutputHead) -> Iterator[Tensor]:
+    """Logits [N, entries] of all the vocabulary, a tile at a time, each in the same memory."""
+    vocabulary, rows = head.weight.shape[0], hidden.shape[0]
+    elements = TILE_ELEMENTS.get(hidden.device.type, _TILE_ELEMENTS_ON_DEVICE)
+    width = min(vocabulary, max(256, elements // rows // 256 * 256))
+    buffer = torch.empty(
+        rows * width, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+    )
+    for start in range(0, vocabulary, width):
+        stop = min(start + width, vocabulary)
+        yield head.logits(hidden, start, stop, out=buffer[: rows * (stop - start)].view(rows, -1))
 
 
 class HeadInput:

@@ -75,6 +75,7 @@ def test_heavy_libraries_are_imported_where_they_are_used():
         "attention.py",
         "losses.py",
         "hf.py",
+        "base_models.py",
         "vllm_attention.py",
         "history.py",
         "resumable.py",

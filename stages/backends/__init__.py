@@ -37,12 +37,15 @@ class BackendOptions:
     """`float32`, `bfloat16`, or `auto` for the checkpoint's own."""
     device: str
     """`cpu`, `cuda`, ..., or `auto`."""
-    batch_tokens: int
+    batch_tokens: int | None
+    """None: as many as make the backend fast and find memory."""
     trust_remote_code: bool
     settings: tuple[tuple[str, Setting], ...] = ()
     """The backend's own settings that were given, by name; `read_settings` checks them."""
     log_folder: Path | None = None
     """Where an engine that talks leaves its log, `<backend>.log`; None: it leaves none."""
+    loss: bool = True
+    """Measure the loss; without it, nothing beyond `layer` is computed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class TokenSignals:
     """The signals of one sequence of T tokens."""
 
     loss: FloatArray
-    """[T], nats; NaN off the response."""
+    """[T], nats; NaN off the response, and all over where it was not asked for."""
     attention: FloatArray | None
     """[T], in [0, 1]; NaN off the response. None where not asked for."""
 

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from sstoken.attention import IMPLEMENTATION, AttentionCapture, ForwardStopped
 from sstoken.errors import SstokenError, UsageError
+from sstoken.last_layer import last_mlp
 from sstoken.losses import OutputHead, read_head, token_losses
-from stages.backends import BackendOptions, hf
+from sstoken.scoring import Scorer
+from stages.backends import BackendOptions
 from tests.sstoken.models import ARCHITECTURES, VOCABULARY, make_model
 
 
@@ -31,15 +33,6 @@ def eager_signals(model, ids, mask, layer):
     return loss, attention
 
 
-def backend_for(model, layer, batch_tokens):
-    """The real backend on a model in memory."""
-    backend = object.__new__(hf.HFBackend)
-    backend._model, backend._device, backend._batch_tokens = model, "cpu", batch_tokens
-    backend._head = read_head(model)
-    backend._capture = AttentionCapture(model, layer)
-    return backend
-
-
 def random_examples(seed, lengths):
     """Token ids and response masks of several turns; token 0 is never a response."""
     random = np.random.default_rng(seed)
@@ -50,43 +43,98 @@ def random_examples(seed, lengths):
     return sequences, masks
 
 
+def check(model, name, layer, sequences, masks, **how):
+    """What the scorer measures is what eager attention and full logits give."""
+    seen = set()
+    for index, (loss, attention) in Scorer(model, layer=layer, **how).measure(sequences, masks):
+        seen.add(index)
+        expected_loss, expected_attention = eager_signals(
+            name, sequences[index].tolist(), masks[index], layer
+        )
+        np.testing.assert_allclose(loss, expected_loss, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(attention, expected_attention, atol=1e-5, rtol=0)
+    assert seen == set(range(len(sequences)))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("layer", [-1, 1])
 def test_every_architecture_agrees_with_eager(name, layer):
-    model = make_model(name)
-    model.set_attn_implementation(IMPLEMENTATION)
     sequences, masks = random_examples(1, [40, 7, 40, 2, 61, 23, 1])
-    backend = backend_for(model, layer, batch_tokens=128)
-    seen = set()
-    for index, signals in backend.measure(sequences, masks):
-        seen.add(index)
-        loss, attention = eager_signals(name, sequences[index].tolist(), masks[index], layer)
-        np.testing.assert_allclose(signals.loss, loss, atol=1e-5, rtol=0)
-        np.testing.assert_allclose(signals.attention, attention, atol=1e-5, rtol=0)
-    assert seen == set(range(7))
+    check(make_model(name), name, layer, sequences, masks, batch_tokens=128)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2-softcap"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "mistral-window"])
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(1, 300), st.integers(0, 99))
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_batch_composition_gives_the_same(name, lengths, batch_tokens, seed):
-    model = make_model(name)
-    model.set_attn_implementation(IMPLEMENTATION)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_batch_composition_gives_the_same(name, layout, lengths, batch_tokens, seed):
     sequences, masks = random_examples(seed, lengths)
-    for index, signals in backend_for(model, -1, batch_tokens).measure(sequences, masks):
-        loss, attention = eager_signals(name, sequences[index].tolist(), masks[index], -1)
-        np.testing.assert_allclose(signals.loss, loss, atol=1e-5, rtol=0)
-        np.testing.assert_allclose(signals.attention, attention, atol=1e-5, rtol=0)
+    check(make_model(name), name, -1, sequences, masks, batch_tokens=batch_tokens, layout=layout)
+
+
+def test_what_cannot_be_packed_is_refused_or_padded():
+    model = make_model("gpt2")
+    model._supports_flash_attn = False
+    with pytest.raises(SstokenError, match=r"GPT2LMHeadModel: cannot take packed batches \("):
+        Scorer(model, layout="packed")
+    assert Scorer(model).layout == "padded"
+
+
+def test_attention_alone_equals_attention_beside_the_loss():
+    sequences, masks = random_examples(5, [40, 7, 33])
+    both = dict(Scorer(make_model("llama"), layer=1).measure(sequences, masks))
+    alone = dict(Scorer(make_model("llama"), layer=1, loss=False).measure(sequences, masks))
+    for index, (loss, attention) in alone.items():
+        assert loss is None
+        np.testing.assert_array_equal(attention, both[index][1])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_last_mlp_is_found_in_every_architecture(name):
+    assert last_mlp(make_model(name)) is not None
+
+
+def test_a_last_mlp_that_mixes_positions_is_left_alone():
+    model = make_model("llama")
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: output.cumsum(1))
+    assert last_mlp(model) is None
+    sequences, masks = random_examples(6, [20, 11])
+    list(Scorer(model).measure(sequences, masks))
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_a_sequence_that_does_not_is_an_error(monkeypatch):
+    sequences, masks = random_examples(7, [40, 30, 20, 10, 40])
+    expected = dict(Scorer(make_model("llama"), layer=-1).measure(sequences, masks))
+    model, most = make_model("llama"), 50
+    forward = model.forward
+
+    def small_memory(input_ids=None, **how):
+        if input_ids.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **how)
+
+    monkeypatch.setattr(model, "forward", small_memory)
+    scorer = Scorer(model, layer=-1, batch_tokens=256)
+    found = dict(scorer.measure(sequences, masks))
+    assert scorer.batch_tokens <= most
+    assert found.keys() == expected.keys()
+    for index, signals in found.items():
+        np.testing.assert_allclose(signals, expected[index], atol=1e-5, rtol=0)
+    most = 30
+    with pytest.raises(SstokenError, match="a sequence of 40 tokens does not fit in memory"):
+        list(scorer.measure(sequences, masks))
 
 
 def test_bfloat16_stays_close():
-    model = make_model("llama").bfloat16()
-    model.set_attn_implementation(IMPLEMENTATION)
     sequences, masks = random_examples(2, [50, 31])
-    for index, signals in backend_for(model, -1, 256).measure(sequences, masks):
-        loss, attention = eager_signals("llama", sequences[index].tolist(), masks[index], -1)
-        assert np.nanmean(np.abs(signals.loss - loss)) < 0.3
-        assert np.nanmax(np.abs(signals.attention - attention)) < 0.2
+    for index, (loss, attention) in Scorer(make_model("llama").bfloat16(), layer=-1).measure(
+        sequences, masks
+    ):
+        expected_loss, expected_attention = eager_signals(
+            "llama", sequences[index].tolist(), masks[index], -1
+        )
+        assert np.nanmean(np.abs(loss - expected_loss)) < 0.3
+        assert np.nanmax(np.abs(attention - expected_attention)) < 0.2
 
 
 def test_losses_by_tiles_equal_one_softmax():
@@ -97,6 +145,17 @@ def test_losses_by_tiles_equal_one_softmax():
     expected = torch.nn.functional.cross_entropy(head.logits(hidden), targets, reduction="none")
     torch.testing.assert_close(token_losses(hidden, targets, head), expected)
     assert token_losses(hidden[:0], targets[:0], head).shape == (0,)
+
+
+def test_logits_far_above_those_of_the_first_tile_do_not_overflow():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8), torch.randn(3000, 8)
+    weight[2500] = 400 * hidden[1]
+    head, targets = OutputHead(weight), torch.tensor([2500, 2500, 7, 2999, 0])
+    logits = hidden.double() @ weight.double().T
+    assert logits.max() > logits[:, :1024].max() + 1000
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(token_losses(hidden, targets, head).double(), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_an_unknown_output_head_is_refused():

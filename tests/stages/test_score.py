@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError, UsageError
 from stages import tables
-from stages.backends import BackendOptions, hf, make_backend
+from stages.backends import BackendOptions, base_models, make_backend
 from stages.score import Score
 from tests.stages.tiny import VOCABULARY, save_model, save_tokenizer
 from tests.support import make_context
@@ -96,7 +96,7 @@ def test_rows_are_aligned_and_off_response_is_null(tokens, model, tmp_path):
 
 def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
     """Base, adapter, other adapter, base again: each gives its own losses, and the base is loaded once."""
-    hf._shared_base.held.clear()
+    base_models.shared_base.held.clear()
     references = {"base": AutoModelForCausalLM.from_pretrained(model)}
     for seed, name in enumerate(("first", "second")):
         references[name] = add_lora(model, tmp_path / name, seed)
@@ -110,7 +110,7 @@ def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
         expected = direct_losses(references[name], row["input_ids"])
         np.testing.assert_allclose(signals.loss[mask], np.array(expected, dtype=float)[mask], atol=1e-5)
         seen.append(signals.loss[mask])
-        bases.update(map(id, hf._shared_base.held.values()))
+        bases.update(map(id, base_models.shared_base.held.values()))
     assert np.abs(seen[0] - seen[1]).max() > 1e-3
     assert np.abs(seen[1] - seen[2]).max() > 1e-3
     np.testing.assert_array_equal(seen[0], seen[3])
@@ -129,15 +129,15 @@ def test_the_last_checkpoint_is_let_go_before_the_next_is_loaded(tokens, model, 
     """Two large models need not fit into memory."""
     other = save_model(tmp_path / "other")
     score(tokens, tmp_path / "first", model)
-    loaded = weakref.ref(next(iter(hf._shared_base.held.values())).model)
-    load_model, gone = hf.load_model, []
+    loaded = weakref.ref(next(iter(base_models.shared_base.held.values())).model)
+    load_model, gone = base_models.load_model, []
 
     def load(*args, **kwargs):
         gc.collect()
         gone.append(loaded() is None)
         return load_model(*args, **kwargs)
 
-    monkeypatch.setattr(hf, "load_model", load)
+    monkeypatch.setattr(base_models, "load_model", load)
     score(tokens, tmp_path / "second", other)
     assert gone == [True]
 
