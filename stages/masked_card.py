@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stages.token_text import markdown
+
 
 def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]) -> None:
     """Write `folder/README.md`.
@@ -12,7 +14,8 @@ def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]
     those for the data.
     """
     checkpoints = "\n".join(
-        f"| {role} | {facts['name']} |" for role, facts in sorted(provenance["checkpoints"].items())
+        f"| {markdown(role)} | {markdown(facts['name'])} |"
+        for role, facts in sorted(provenance["checkpoints"].items())
     )
     front_matter = json.dumps([{"config_name": "default", "data_files": "part-*.parquet"}])
     (folder / "README.md").write_text(
@@ -28,13 +31,13 @@ tags: [token-masked, sstoken]
 
 | setting | value |
 |---|---|
-| method | {provenance["method"]} |
+| method | {markdown(provenance["method"])} |
 | rho | {provenance["rho"]} |
 | gamma | {provenance["gamma"]} |
-| scope | {provenance["scope"]} |
+| scope | {markdown(provenance["scope"])} |
 {checkpoints}
-| tokenizer fingerprint | {provenance["tokenizer"]["fingerprint"]} |
-| sstoken | {provenance["version"]} |
-| run fingerprint | {provenance["fingerprint"]} |
+| tokenizer fingerprint | {markdown(provenance["tokenizer"]["fingerprint"])} |
+| sstoken | {markdown(provenance["version"])} |
+| run fingerprint | {markdown(provenance["fingerprint"])} |
 """
     )

@@ -1,5 +1,6 @@
 """The text of single tokens, and how text from a dataset is made safe to look at."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|&~$])")
 _JOINERS = "\u200c\u200d"  # shape letters and emoji, and cannot reorder or hide text
 
 
@@ -25,6 +27,11 @@ def visible(text: str, newline: str = "⏎\n") -> str:
         return c.encode("unicode_escape").decode() if unseen else c
 
     return "".join(map(shown, text))
+
+
+def markdown(value: object) -> str:
+    """Text for a line or a table cell of Markdown, where nothing of it is markup, HTML or a formula."""
+    return _MARKDOWN.sub(r"\\\1", visible(str(value), newline=" "))
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:

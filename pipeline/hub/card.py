@@ -1,6 +1,5 @@
 """The dataset card: README.md of a published masked dataset, with the front matter that the Hub's viewer reads."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import pyarrow as pa
 import yaml
 
 from sstoken.methods import METHODS
-from stages.token_text import visible
+from stages.token_text import markdown
 
 TAGS = ("token-masked", "sstoken")
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
@@ -24,7 +23,6 @@ COLUMNS = {
     "score": "what tokens were ranked by; higher is kept first",
 }
 """What each column holds; the last three are null off the response."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|&~$])")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def card(
     front = front_matter(title, origin, license, shards)
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False, width=1000),
-        title=_escaped(title),
+        title=markdown(title),
         source=f", made from {_link(source, origin)}" if source else "",
         examples=f"{shards.examples:,}",
         tokens=f"{shards.tokens:,}",
@@ -69,7 +67,7 @@ def card(
         response=f"{metrics['response_tokens']:,}",
         share=f"{metrics['kept_share']:.1%}",
         columns="\n".join(f"| `{f.name}` | {_type(f)} | {COLUMNS[f.name]} |" for f in fields),
-        settings="\n".join(f"| {_escaped(k)} | {_escaped(v)} |" for k, v in settings(facts, origin)),
+        settings="\n".join(f"| {markdown(k)} | {markdown(v)} |" for k, v in settings(facts, origin)),
         repo=repo,
         model=next(iter(base_models(origin)), "your/model"),
         longest=facts.get("max_length") or 4096,
@@ -139,7 +137,7 @@ def _source(origin: Mapping[str, Any]) -> str | None:
 
 def _link(source: str, origin: Mapping[str, Any]) -> str:
     hub = _data(origin).get("hub")
-    return f"[{_escaped(source)}](https://huggingface.co/datasets/{hub})" if hub else _escaped(source)
+    return f"[{markdown(source)}](https://huggingface.co/datasets/{hub})" if hub else markdown(source)
 
 
 def _title(origin: Mapping[str, Any], repo: str) -> str:
@@ -150,13 +148,8 @@ def _title(origin: Mapping[str, Any], repo: str) -> str:
 def _licence(license: str | list[str] | None) -> str:
     if license:
         names = license if isinstance(license, str) else ", ".join(license)
-        return f"Published under {_escaped(names)}; the terms of what it was made from apply."
+        return f"Published under {markdown(names)}; the terms of what it was made from apply."
     return "No licence was recorded: the terms of what it was made from apply."
-
-
-def _escaped(value: object) -> str:
-    """Text for a line or a table cell of Markdown, where nothing of it is markup or HTML."""
-    return _MARKDOWN.sub(r"\\\1", visible(str(value), newline=" "))
 
 
 def _feature(field: pa.Field) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Asking the Hub: every way in which it can refuse or fail becomes one line, never with a token in it."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,9 +106,12 @@ def explain(error: BaseException) -> str:
         return f"the Hub failed ({status}); what was uploaded is kept, do it again"
     if status is not None:
         return f"the Hub refused ({status}): {said}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"what answers at {constants.ENDPOINT} is no Hub (no JSON); see HF_ENDPOINT and the proxy's settings"
     if isinstance(error, ValueError):
         return " ".join(str(error).split())[:300]
-    return f"the Hub does not answer at {constants.ENDPOINT} ({first_line(error)}); what was uploaded is kept"
+    reason = first_line(error)
+    return f"the Hub does not answer at {constants.ENDPOINT} ({reason}); do it again, what was transferred is kept"
 
 
 def _message(error: Any) -> str:

@@ -57,9 +57,11 @@ def upload(
         SstokenError: the Hub refused or failed.
     """
     with asking(repo):
-        head = _head(api, repo, branch, private)
+        head, exists = _head(api, repo, branch, private)
         there = _tree(api, repo, head)
         removed = _leftovers(api, repo, head, there, files)
+        if not exists:
+            api.create_branch(repo, branch=branch, revision=head, repo_type="dataset", exist_ok=True)
         changed = [file for file in files if not _same(there.get(file.path), folder, file)]
         url = f"{api.endpoint}/datasets/{repo}"
         if not changed and not removed:
@@ -68,8 +70,8 @@ def upload(
     return Upload(url, commit, [file.path for file in changed], removed)
 
 
-def _head(api: "HfApi", repo: str, branch: str, private: bool) -> str:
-    """The commit at the branch's head."""
+def _head(api: "HfApi", repo: str, branch: str, private: bool) -> tuple[str, bool]:
+    """The commit at the branch's head, or where it would start, and whether the branch exists."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -81,13 +83,13 @@ def _head(api: "HfApi", repo: str, branch: str, private: bool) -> str:
         raise UsageError(
             f"{repo}: exists and is public; make it private in its settings, or leave --private out"
         )
-    if branch != MAIN:
-        known = {b.name for b in api.list_repo_refs(repo, repo_type="dataset").branches}
-        if branch not in known:
-            api.create_branch(repo, branch=branch, revision=MAIN, repo_type="dataset", exist_ok=True)
-        info = api.dataset_info(repo, revision=branch)
+    exists = branch == MAIN
+    if not exists:
+        exists = branch in {b.name for b in api.list_repo_refs(repo, repo_type="dataset").branches}
+        if exists:
+            info = api.dataset_info(repo, revision=branch)
     assert info.sha is not None
-    return info.sha
+    return info.sha, exists
 
 
 def _tree(api: "HfApi", repo: str, commit: str) -> dict[str, "RepoFile"]:
@@ -113,7 +115,7 @@ def _leftovers(
     if others and not ours:
         raise UsageError(
             f"{repo}: holds {others[0]} ({len(others)} such files), which `publish` did not write; choose another "
-            "repository or --branch"
+            "repository, or remove them from it"
         )
     if others and (mixed := [path for path in others if path.split("/")[0] in _folders(files)]):
         raise UsageError(

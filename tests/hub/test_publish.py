@@ -281,6 +281,8 @@ def test_files_of_others_are_left_alone(hub, client, copy):
     hub.create("me/theirs")
     hub.write("me/theirs", "data/train.csv", b"a,b\n")
     assert "data/train.csv" in client.fails(2, "publish", copy, "--repo", "me/theirs")
+    client.fails(2, "publish", copy, "--repo", "me/theirs", "--branch", "new")
+    assert list(hub.repos["me/theirs"]["branches"]) == ["main"]
     client.works("publish", copy, "--repo", "me/ours")
     hub.write("me/ours", "data/part-99999.parquet", b"PAR1")
     assert "data/part-99999.parquet" in client.fails(2, "publish", copy, "--repo", "me/ours")
