@@ -33,6 +33,7 @@ from stages.export import Export
 from stages.exporting import get_target
 from stages.exporting.check import check_export
 from stages.files import UNFINISHED, write_whole
+from stages.observed import Observed
 from stages.score import ScoreOptions
 from stages.select import Select
 
@@ -108,6 +109,17 @@ def score(
             listener(name, results[name])
     metrics = {name: result.metrics for name, result in results.items()}
     return Result(_place(out), metrics, all(result.skipped for result in results.values()))
+
+
+def observed(
+    *, recorded: str | Path, tokens: str | Path, out: str | Path, force: bool = False, **fields: Any
+) -> Result:
+    """Make scores of the losses that in-loop training saw, such as `scores/epoch-1`.
+
+    `recorded`: the folder given to `ObservedLosses`. `fields`: those of `stages.observed.Observed`.
+    """
+    stage = _stage(Observed, recorded=str(recorded), **fields)
+    return execute(Job(stage, {"tokens": _place(tokens)}, _place(out), seed=0), Digests(), force=force)
 
 
 def select(

@@ -32,9 +32,9 @@ _WHOLE_WORK = ("part-*.parquet", "*.safetensors")
 """What is worth keeping of a stage that failed."""
 _MADE_BY = {
     "tokens": ("encode",),
-    "history": ("score",),
-    "current": ("score",),
-    "attention": ("score",),
+    "history": ("score", "observed"),
+    "current": ("score", "observed"),
+    "attention": ("score", "observed"),
     "masked": ("select", "pull"),
 }
 """Which stages an input can come from."""

@@ -19,7 +19,8 @@ from sstoken.in_loop.column import HISTORY, CarryHistory, check_column, join_his
 from sstoken.in_loop.core import keep_tokens
 from sstoken.in_loop.forward import SelectingModel, token_losses_of
 from sstoken.in_loop.layout import Layout, layout_of_batch
-from sstoken.in_loop.metrics import Observer, SelectionMetrics, Step
+from sstoken.in_loop.metrics import SelectionMetrics, Step
+from sstoken.in_loop.observation import Observer
 from sstoken.in_loop.settings import SelfModulation
 from sstoken.in_loop.weights import History, as_history, make_history
 
@@ -63,7 +64,7 @@ class SelfModulatedMixin(_Base):
         Args:
             args: of the trainer.
             selection: the settings; None: the defaults.
-            observers: called with every example that was trained on, one step later (`metrics.Observation`).
+            observers: called with every example that was trained on, one step later (`observation.Observation`).
             kwargs: of the trainer.
 
         Raises:

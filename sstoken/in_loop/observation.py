@@ -1,0 +1,42 @@
+"""What observers of in-loop training are shown. Loads no torch."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One example as a training step saw it; n tokens."""
+
+    step: int
+    """Optimizer steps finished before."""
+    input_ids: NDArray[np.int64]
+    """[n]."""
+    response_mask: NDArray[np.bool_]
+    """[n]; never the first token."""
+    keep_mask: NDArray[np.bool_]
+    """[n]."""
+    loss: NDArray[np.float32]
+    """[n] nats of the model in training; NaN off the response."""
+    attention: NDArray[np.float32] | None
+    """[n] in [0, 1], NaN off the response; None where gamma gives it no weight."""
+
+    @property
+    def key(self) -> bytes:
+        """Of its tokens and response mask: the same wherever and however the example is batched."""
+        return example_key(self.input_ids, self.response_mask)
+
+
+Observer = Callable[[Observation], None]
+
+
+def example_key(input_ids: NDArray[Any], response_mask: NDArray[np.bool_]) -> bytes:
+    """16 bytes that stand for an example; whether its first token is a response token does not count."""
+    digest = hashlib.blake2b(input_ids.astype(np.int64).tobytes(), digest_size=16)
+    digest.update(response_mask[1:].tobytes())
+    return digest.digest()

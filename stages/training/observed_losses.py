@@ -1,0 +1,123 @@
+"""`ObservedLosses`: keeps what training sees of each token's loss, so that one epoch in the loop scores the data.
+
+trainer = SelfModulatedTrainer(..., observers=[ObservedLosses("runs/observed")])
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.in_loop.observation import Observation
+
+PATTERN = "observed-*.sqlite"
+
+
+class Seen(NamedTuple):
+    """An example's signals as training saw them last; n tokens."""
+
+    step: int
+    loss: NDArray[np.float32]
+    """[n] nats; NaN off the response."""
+    attention: NDArray[np.float32] | None
+    """[n]; None: not measured."""
+
+
+class ObservedLosses:
+    """An observer of in-loop training that keeps each example's last losses in a file of its process.
+
+    Examples are known by their tokens, however they are batched; one that training cuts short counts as another.
+
+    Args:
+        folder: for the files; made if it is not there.
+        resume: go on with what is there, where training is resumed.
+
+    Raises:
+        UsageError: it holds what an earlier training saw.
+    """
+
+    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
+        self._folder = Path(folder)
+        if not resume and _process() == 0 and any(self._folder.glob(PATTERN)):
+            raise UsageError(
+                f"{self._folder}: holds what an earlier training saw; choose another folder, or resume=True to go on"
+            )
+
+    def __call__(self, observation: Observation) -> None:
+        """Keep it."""
+        attention = None if observation.attention is None else observation.attention.tobytes()
+        self._database.execute(
+            "INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?)",
+            (observation.key, observation.step, observation.loss.tobytes(), attention),
+        )
+
+    @cached_property
+    def _database(self) -> sqlite3.Connection:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return _open(self._folder / PATTERN.replace("*", str(_process())))
+
+
+class SeenExamples:
+    """What all processes of a training kept. A context."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it.
+
+        Raises:
+            UsageError: nothing was kept there.
+        """
+        paths = sorted(folder.glob(PATTERN))
+        if not paths:
+            raise UsageError(f"{folder}: no {PATTERN}; name the folder given to ObservedLosses")
+        self._databases = [_open(path) for path in paths]
+
+    def __enter__(self) -> "SeenExamples":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for database in self._databases:
+            database.close()
+
+    def last(self, key: bytes) -> Seen | None:
+        """What was seen last of an example; None: it was never seen."""
+        return max(self._found(key), key=lambda seen: seen.step, default=None)
+
+    def _found(self, key: bytes) -> Iterator[Seen]:
+        for database in self._databases:
+            try:
+                row = database.execute(
+                    "SELECT step, loss, attention FROM seen WHERE key = ?", (key,)
+                ).fetchone()
+            except sqlite3.DatabaseError as error:
+                raise SstokenError(f"a file of observed losses is damaged ({error}); train again") from error
+            if row is not None:
+                step, loss, attention = row
+                yield Seen(step, _floats(loss), None if attention is None else _floats(attention))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Each statement is committed at once: a killed process loses nothing."""
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    database.execute("PRAGMA journal_mode = TRUNCATE")
+    database.execute("PRAGMA synchronous = OFF")
+    database.execute(
+        "CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, step INT, loss BLOB, attention BLOB)"
+    )
+    return database
+
+
+def _floats(raw: bytes) -> NDArray[np.float32]:
+    return np.frombuffer(raw, np.float32)
+
+
+def _process() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,70 @@
+"""Tokens with the history losses of a `scores/` folder beside them: what in-loop training takes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sstoken.errors import SstokenError, UsageError
+from stages import tables
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def with_history(tokens: str | Path, scores: str | Path) -> "Dataset":
+    """A dataset for `SelfModulatedTrainer`: example_id, input_ids, labels and history_loss.
+
+    Examples without a response token are left out. Memory does not grow with the data: rows stay in the files of
+    `datasets`' cache.
+
+    Args:
+        tokens: the folder that `encode` wrote.
+        scores: that of one checkpoint, such as `scores/base`: the history.
+
+    Raises:
+        UsageError: no shards, or the scores are those of other tokens.
+        SstokenError: a shard is damaged or not ours.
+    """
+    pairs = _paired_shards(Path(tokens), Path(scores))
+    from datasets import concatenate_datasets, load_dataset
+
+    sides = [
+        load_dataset("parquet", data_files=[str(pair[i]) for pair in pairs], split="train") for i in (0, 1)
+    ]
+    measured = sides[1].select_columns(["loss"]).rename_column("loss", "history_loss")
+    joined = concatenate_datasets([sides[0], measured], axis=1)
+    joined = joined.filter(_responds, batched=True, input_columns="response_mask")
+    return joined.map(_labelled, batched=True, remove_columns="response_mask")
+
+
+def _paired_shards(tokens: Path, scores: Path) -> list[tuple[Path, Path]]:
+    """Shards of tokens and of their scores, row by row of the same examples."""
+    parts = tables.parts(tokens)
+    if not parts:
+        raise UsageError(f"{tokens}: no part-*.parquet; name the folder that `encode` wrote")
+    if not tables.parts(scores):
+        raise UsageError(
+            f"{scores}: no part-*.parquet; name the scores of one checkpoint, such as scores/base"
+        )
+    pairs = [(part, scores / part.name) for part in parts]
+    for part, scored in pairs:
+        if not scored.is_file():
+            raise UsageError(f"{scored}: missing; these are the scores of other tokens, score them again")
+        for path, kind in ((part, "tokens"), (scored, "scores")):
+            if tables.read_metadata(path).get("kind", kind) != kind:
+                raise SstokenError(f"{path}: not {kind}; name the folder of {kind}")
+        ids = [tables.read_table(path, ["example_id"])["example_id"] for path in (part, scored)]
+        if not ids[0].equals(ids[1]):
+            raise UsageError(f"{scored}: not row-aligned with {part}; score these tokens again")
+    return pairs
+
+
+def _responds(response_masks: list[list[bool]]) -> list[bool]:
+    return [any(mask) for mask in response_masks]
+
+
+def _labelled(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    pairs = zip(rows["input_ids"], rows["response_mask"], strict=True)
+    return {"labels": [np.where(mask, ids, tables.IGNORED_LABEL) for ids, mask in pairs]}
