@@ -14,6 +14,7 @@ from pipeline.hub.card import Shards, card
 from pipeline.hub.pictures import draw_scores, score_histogram
 from pipeline.hub.provenance import hub_names, public
 from stages import tables
+from tests.pipeline.worlds import make_world
 
 HOSTILE = "a|b<script>alert(1)</script>`x`[y](javascript:z)\n\n# *h*\x1b[31m\u202e{repo}"
 METRICS = {"kept": 6, "response_tokens": 10, "kept_share": 0.6}
@@ -157,3 +158,24 @@ def test_odd_scores(tmp_path, scores, shown):
     draw_scores(folder, {"kept_share_by_decile": [0.5, None] * 5}, tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.slow
+def test_the_programs_of_the_card_run(hub, client, masked, tmp_path):
+    client.works("publish", masked, "--repo", "me/trained", "--out", tmp_path / "prepared")
+    programs = re.findall(
+        r"```python\n(.*?)```", hub.files("me/trained")["README.md"].decode(), flags=re.DOTALL
+    )
+    assert len(programs) == 2
+    here = {
+        'model="your/model"': f'model="{make_world().base}"',
+        'SFTConfig("trained", ': f'SFTConfig("{tmp_path}", bf16=False, report_to="none", max_steps=2, ',
+        "max_length=4096": "max_length=64",
+    }
+    for program in programs:
+        for given, wanted in here.items():
+            assert given in program or program is programs[0]
+            program = program.replace(given, wanted)
+        done = client.python(program)
+        assert done.code == 0, done.code
+    assert (tmp_path / "checkpoint-2").is_dir()
