@@ -74,7 +74,7 @@ class VllmBackend(Backend):
         if options.attention and not captured:
             from stages.backends.hf import HFBackend
 
-            self._other = HFBackend(replace(options, settings=()))
+            self._other = HFBackend(replace(options, settings=(), loss=False))
 
     @property
     def vocab_size(self) -> int:
@@ -109,11 +109,14 @@ class VllmBackend(Backend):
         room = self._room(max((ids.size for ids in sequences), default=0))
         for indices in self._calls(sequences, response_masks):
             masks = [response_masks[i] for i in indices]
-            reply = self._engine.score(Request([sequences[i] for i in indices], masks, self._adapter), room)
-            assert reply.losses is not None
+            request = Request([sequences[i] for i in indices], masks, self._adapter, self._options.loss)
+            reply = self._engine.score(request, room)
             for row, (i, mask) in enumerate(zip(indices, masks, strict=True)):
+                loss = np.full(mask.size, np.nan, np.float32)
+                if reply.losses is not None:
+                    loss = _scatter(reply.losses[row], mask)
                 attention = None if reply.importance is None else _scatter(reply.importance[row], mask)
-                yield i, TokenSignals(_scatter(reply.losses[row], mask), attention)
+                yield i, TokenSignals(loss, attention)
 
     def _calls(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]

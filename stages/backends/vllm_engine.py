@@ -50,6 +50,7 @@ class Request:
     """[T] each, with at least one response token; token 0 is none."""
     adapter: tuple[int, str] | None
     """A number of its own for each adapter, and its folder."""
+    loss: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Reply:
     problem: str | None = None
     """What went wrong, in one line."""
     losses: list[NDArray[np.float32]] | None = None
-    """Of each sequence's response tokens."""
+    """Of each sequence's response tokens; None where not asked for."""
     importance: list[NDArray[np.float32]] | None = None
+    """Likewise."""
 
 
 class EngineError(Exception):
@@ -137,31 +139,31 @@ class Scorer:
             number, folder = request.adapter
             lora = LoRARequest(f"adapter-{number}", number, folder)
         names = self._expect(request) if self._spec.layer is not None else []
+        pairs = list(zip(request.sequences, request.response_masks, strict=True))
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in request.sequences],
-            [
-                self._sampling(ids, mask)
-                for ids, mask in zip(request.sequences, request.response_masks, strict=True)
-            ],
+            [self._sampling(ids, mask, request.loss) for ids, mask in pairs],
             use_tqdm=False,
             lora_request=lora,
         )
-        losses = [
-            self._loss(output, ids, mask)
-            for output, ids, mask in zip(outputs, request.sequences, request.response_masks, strict=True)
-        ]
+        losses = None
+        if request.loss:
+            losses = [
+                self._loss(output, ids, mask) for output, (ids, mask) in zip(outputs, pairs, strict=True)
+            ]
         return Reply(losses=losses, importance=self._take(names) if self._spec.layer is not None else None)
 
-    def _sampling(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Any:
+    def _sampling(self, ids: NDArray[np.int32], mask: NDArray[np.bool_], loss: bool) -> Any:
         from vllm import SamplingParams
 
-        if self._config.use_v2_model_runner:  # it can leave out the logits of the prompt
+        wanted: dict[str, Any] = {}
+        if loss and self._config.use_v2_model_runner:  # it can leave out the logits of the prompt
             first = int(mask.argmax())
             wanted = {
                 "prompt_logprob_token_ids": ids[first:, None].astype(np.int64),
                 "prompt_logprob_start": first - 1,
             }
-        else:
+        elif loss:
             wanted = {"prompt_logprobs": 0, "flat_logprobs": True}
         return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **wanted)
 

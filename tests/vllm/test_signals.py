@@ -1,5 +1,6 @@
 """Losses, attention and keep masks from vLLM against transformers' eager attention, architecture by architecture."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,17 @@ def test_it_agrees_on_two_devices(architecture, tmp_path):
 
 def test_attention_can_come_from_transformers(tmp_path):
     agree(save_model(tmp_path / "model", "llama"), attention="hf")
+
+
+def test_attention_alone(tmp_path):
+    model = save_model(tmp_path / "model", "llama")
+    sequences, masks = examples()
+    expected = eager(model, sequences, masks, 0)
+    for i, signals in make_backend("vllm", replace(options(model, layer=0), loss=False)).measure(
+        sequences, masks
+    ):
+        assert np.isnan(signals.loss).all()
+        np.testing.assert_allclose(signals.attention, expected[i][1], atol=1e-6, rtol=0)
 
 
 def test_it_makes_room_for_longer_sequences_when_they_come(tmp_path):
