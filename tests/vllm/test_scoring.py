@@ -62,20 +62,31 @@ def world(tmp_path_factory):
     return work
 
 
-def test_select_gives_the_same_masks_and_the_terminal_stays_quiet(world, tmp_path):
+@pytest.fixture(scope="module")
+def scored(world):
+    """What the command wrote and printed."""
+    command = ["score", "--tokens", world / "tokens", "--ckpt", world / "base", "--ckpt", world / "later"]
+    out, err = run(*command, "--backend", "vllm", "--out", world / "vllm")
+    return world / "vllm", out, err
+
+
+def test_select_gives_the_same_masks(world, scored):
+    checkpoints = [str(world / name) for name in ("base", "later")]
+    api.score(tokens=world / "tokens", checkpoints=checkpoints, out=world / "hf", backend="hf")
     for backend in ("hf", "vllm"):
-        command = ["score", "--tokens", world / "tokens", "--ckpt", world / "base", "--ckpt", world / "later"]
-        out, err = run(*command, "--backend", backend, "--out", tmp_path / backend)
-        assert [line for line in err.splitlines() if "examples" not in line] == []  # the bar's lines alone
-        assert [line for line in out.splitlines() if not line.startswith(("score/", "  "))] == []
-        api.select(tokens=world / "tokens", scores=tmp_path / backend, out=tmp_path / f"masked-{backend}")
-    assert read(tmp_path / "masked-hf")["keep_mask"] == read(tmp_path / "masked-vllm")["keep_mask"]
-    log = tmp_path / "vllm" / "vllm.log"
-    assert "LLM" in log.read_text()
-    for name in ("base", "later"):  # the log is nobody's result
-        files = json.loads((tmp_path / "vllm" / name / "manifest.json").read_text())["files"]
+        api.select(tokens=world / "tokens", scores=world / backend, out=world / f"masked-{backend}")
+    assert read(world / "masked-hf")["keep_mask"] == read(world / "masked-vllm")["keep_mask"]
+
+
+def test_the_terminal_stays_quiet_and_the_log_is_nobodys_result(scored):
+    folder, out, err = scored
+    assert [line for line in err.splitlines() if "examples" not in line] == []  # the bar's lines alone
+    assert [line for line in out.splitlines() if not line.startswith(("score/", "  "))] == []
+    assert "LLM" in (folder / "vllm.log").read_text()
+    for name in ("base", "later"):
+        files = json.loads((folder / name / "manifest.json").read_text())["files"]
         assert not [f for f in files if "log" in f["path"]]
-    assert api.verify(tmp_path / "vllm")[1] == []
+    assert api.verify(folder)[1] == []
 
 
 def engine_of(process):
@@ -86,12 +97,11 @@ def engine_of(process):
     return None
 
 
-def test_a_killed_engine_is_one_line_and_the_next_run_goes_on(world, tmp_path):
-    command = ["score", "--tokens", world / "tokens", "--ckpt", world / "base", "--backend", "vllm"]
-    run(*command, "--out", tmp_path / "whole")
-    process = command_line(*command, "--out", tmp_path / "killed")
-    partial = tmp_path / "killed" / "base.partial"
-    deadline = time.monotonic() + 120
+def test_a_killed_engine_is_one_line_and_the_next_run_goes_on(world, scored, tmp_path):
+    command = ["score", "--tokens", world / "tokens", "--ckpt", world / "later", "--backend", "vllm"]
+    process = command_line(*command, "--out", tmp_path)
+    partial = tmp_path / "later.partial"
+    deadline = time.monotonic() + 240
     while not list(partial.glob("part-*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.001)
     engine = engine_of(process)
@@ -106,9 +116,9 @@ def test_a_killed_engine_is_one_line_and_the_next_run_goes_on(world, tmp_path):
     assert "Traceback" not in err
     done = {part: part.stat().st_mtime_ns for part in partial.glob("part-*.parquet")}
     assert done
-    run(*command, "--out", tmp_path / "killed")
-    for part in tables.parts(tmp_path / "whole" / "base"):
-        again = tmp_path / "killed" / "base" / part.name
+    run(*command, "--out", tmp_path)
+    for part in tables.parts(scored[0] / "later"):
+        again = tmp_path / "later" / part.name
         assert done.get(partial / part.name, again.stat().st_mtime_ns) == again.stat().st_mtime_ns
         assert pq.read_table(part).equals(pq.read_table(again))
 
@@ -116,7 +126,7 @@ def test_a_killed_engine_is_one_line_and_the_next_run_goes_on(world, tmp_path):
 def test_the_engine_ends_with_the_process_that_started_it(world, tmp_path):
     command = ["score", "--tokens", world / "tokens", "--ckpt", world / "base", "--backend", "vllm"]
     process = command_line(*command, "--out", tmp_path / "scores")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while (engine := engine_of(process)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()
