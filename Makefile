@@ -38,7 +38,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_READY)
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm --numprocesses 2
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

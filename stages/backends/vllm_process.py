@@ -116,9 +116,10 @@ class Engine:
         return reply
 
     def _how_it_ended(self) -> str:
-        assert self._process is not None
-        status = self._process.wait(_SECONDS_TO_END)
+        process = self._process
+        assert process is not None
         self.close()
+        status = process.wait()
         cause = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         where = f"see {self._log}, and " if self._log is not None else ""
         return (
