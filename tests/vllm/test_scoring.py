@@ -58,7 +58,9 @@ def world(tmp_path_factory):
     words = [[f"w{i * j % 120 + 1}" for j in range(1, 9 + i % 20)] for i in range(600)]
     rows = [{"prompt": " ".join(row[:3]), "completion": " ".join(row[3:])} for row in words]
     (work / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    api.encode(data=str(work / "data.jsonl"), model=str(work / "base"), out=work / "tokens", shard_rows=60, workers=1)
+    api.encode(
+        data=str(work / "data.jsonl"), model=str(work / "base"), out=work / "tokens", shard_rows=60, workers=1
+    )
     return work
 
 
