@@ -11,6 +11,7 @@ from sstoken.version import __version__
 
 if TYPE_CHECKING:
     from sstoken.attention import AttentionCapture
+    from sstoken.in_loop.column import CarryHistory
     from sstoken.in_loop.core import self_modulated_loss, token_loss
     from sstoken.in_loop.settings import Schedule, SelfModulation
     from sstoken.in_loop.sft import SelfModulatedSFTTrainer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionCapture",
+    "CarryHistory",
     "Schedule",
     "SelfModulatedMixin",
     "SelfModulatedSFTTrainer",

@@ -1,5 +1,7 @@
 """In the loop and offline are one: history from `scores/`, masks as `score` and `select` give them, and back again."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,12 @@ from pipeline import api
 from sstoken import SelfModulatedTrainer, SelfModulation, SstokenError, UsageError
 from stages.training.observed_losses import ObservedLosses
 from stages.training.score_column import with_history
-from tests.pipeline.small_run import save_conversations
+from tests.pipeline.small_run import environment, save_conversations
 from tests.sstoken.in_loop.small import Watcher, arguments, dumping
 from tests.stages.tiny import save_model
 
 EXAMPLES, BATCH, STEPS = 30, 5, 6
+SHARED = Path(__file__).parents[3] / "shared"
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +105,6 @@ def test_losses_seen_in_training_are_scores(world, tmp_path):
 
 
 def test_an_epoch_that_did_not_see_everything_gives_no_scores(world, tmp_path):
-    train(
-        world,
-        tmp_path,
-        [ObservedLosses(tmp_path / "observed")],
-        gradient_accumulation_steps=1,
-        num_train_epochs=1,
-    )
     few = tmp_path / "few"
     trainer = train(world, tmp_path, [ObservedLosses(few)], gamma=1.0)
     assert trainer.state.global_step == STEPS
@@ -159,3 +155,17 @@ def test_scores_of_other_tokens_are_refused(world, tmp_path):
         pq.write_table(table.take(list(range(len(table)))[::-1]), other / part.name)
     with pytest.raises(UsageError, match="not row-aligned"):
         with_history(world / "tokens", other)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_the_example_runs(tmp_path):
+    root = Path(__file__).parents[2]
+    lines = (SHARED / "data" / "gsm8k" / "train.jsonl").read_text().splitlines()[:24]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n")
+    program = root / "configs" / "in_loop_gsm8k.py"
+    assert len(program.read_text().splitlines()) < 60
+    command = [sys.executable, program, "--data", tmp_path / "few.jsonl", "--out", tmp_path / "run"]
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'examples': 24" in done.stdout
+    assert (tmp_path / "run" / "trained" / "model.safetensors").is_file()

@@ -1,0 +1,257 @@
+"""What in-loop selection costs: training steps per second, step by step in turns in one run.
+
+    plain       transformers' Trainer on all response tokens
+    scores      in the loop, history losses from a column
+    plain lora  Trainer with a LoRA adapter
+    base        in the loop with that adapter; history is the model without it
+    script      what research scripts do: ask the model for all attention weights, losses in a loop over examples
+
+A model of 34M parameters with random weights (0.5B on a GPU, bf16); the second half of each example is the response.
+All sides see the same batches, each in its own `train()`. A ratio is that of a step's time to the step that plain
+(for `base`: plain lora) took in the same round; given are the median of the rounds, and the lowest and highest.
+
+Plain computes logits of all tokens, in the loop they are computed for response tokens alone. With `--all-response`
+every token but the first is one, so that both compute the same, and selecting is all that is added.
+
+    python benchmarks/in_loop_overhead.py --quick
+    python benchmarks/in_loop_overhead.py --lengths 1024 --sides plain,scores --all-response --rounds 20
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from sstoken import SelfModulatedTrainer, SelfModulation
+from sstoken.methods import METHODS, Signals
+from sstoken.selection import keep_per_example
+
+RHO, GAMMA = 0.6, 0.5
+TOKENS_A_STEP = {"cpu": 1024, "cuda": 8192}
+SIDES = ("plain", "scores", "plain lora", "base", "script")
+CPU = {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1536}
+GPU = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+
+def main() -> None:
+    """Parse the options and compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="under a minute: length 256, one round")
+    parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
+    parser.add_argument(
+        "--lengths", default="", help="comma-separated (default 256,1024; on a GPU 2048,8192)"
+    )
+    parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated, plain first")
+    parser.add_argument("--rounds", type=int, default=0, help="default 7; with --quick 1")
+    parser.add_argument("--all-response", action="store_true", help="every token but the first is response")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = options.lengths or ("256" if options.quick else "2048,8192" if device == "cuda" else "256,1024")
+    rounds = options.rounds or (1 if options.quick else 7)
+    figures = {}
+    for length in map(int, lengths.split(",")):
+        batch = max(1, TOKENS_A_STEP[device] // length)
+        rows = make_rows(length, batch * (rounds + 1), options.all_response)
+        figures[str(length)] = compare(options.sides.split(","), rows, batch, rounds, device)
+    if options.json:
+        print(json.dumps(figures))
+
+
+def compare(
+    names: list[str], rows: list[dict[str, list[Any]]], batch: int, rounds: int, device: str
+) -> dict[str, Any]:
+    """Time the sides, in turns after every step; the first step of each is not counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {name: Side(make_trainer(name, folder, rows, batch, rounds + 1, device)) for name in names}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for counted in [False] + [True] * rounds:
+            for name, side in sides.items():
+                seconds = side.step()
+                if counted:
+                    times[name].append(seconds)
+        for side in sides.values():
+            side.join()
+    return report(len(rows[0]["input_ids"]), times)
+
+
+class Side(TrainerCallback):
+    """A training run in a thread of its own that waits after each step until it is asked for the next."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        trainer.add_callback(self)
+        self._thread = threading.Thread(target=self._train, args=(trainer,), daemon=True)
+        self._thread.start()
+
+    def _train(self, trainer: Trainer) -> None:
+        self._go.acquire()
+        trainer.train()
+
+    def step(self) -> float:
+        """Take a step; its seconds, from the end of the last to its own."""
+        start = time.perf_counter()
+        self._go.release()
+        if not self._done.acquire(timeout=600):
+            sys.exit("a training run failed, or took more than ten minutes for a step")
+        return time.perf_counter() - start
+
+    def join(self) -> None:
+        """Let it end."""
+        self._go.release()
+        self._thread.join()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hand over."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._done.release()
+        self._go.acquire()
+
+
+def report(length: int, times: dict[str, list[float]]) -> dict[str, Any]:
+    """Print and return each side's steps per second and its time relative to plain in the same round."""
+    figures: dict[str, Any] = {}
+    for name, seconds in times.items():
+        plain = times["plain lora" if name == "base" else "plain"]
+        ratios = sorted(a / b for a, b in zip(seconds, plain, strict=True))
+        figures[name] = {
+            "steps_per_second": round(1 / statistics.median(seconds), 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "lowest": round(ratios[0], 3),
+            "highest": round(ratios[-1], 3),
+        }
+        print(
+            f"{length:5}  {name:10}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures[name].items()),
+            flush=True,
+        )
+    return figures
+
+
+def make_rows(length: int, number: int, all_response: bool) -> list[dict[str, list[Any]]]:
+    """Random examples of one length; the second half, or all but the first token, is the response."""
+    random = np.random.default_rng(0)
+    response = np.arange(length) >= (1 if all_response else length // 2)
+    rows = []
+    for _ in range(number):
+        ids = random.integers(1, 32_000, length)
+        history = np.where(response, random.gamma(9.0, 1.0, length), np.nan).astype(np.float32)
+        labels = np.where(response, ids, -100)
+        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist(), "history_loss": history.tolist()})
+    return rows
+
+
+def make_model(device: str, implementation: str, lora: bool) -> Any:
+    """Random weights; the CPU's has 34M parameters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000,
+        max_position_embeddings=16_384,
+        tie_word_embeddings=True,
+        attn_implementation=implementation,
+        **(GPU if device == "cuda" else CPU),
+    )
+    model = LlamaForCausalLM(config)
+    if not lora:
+        return model
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=16, target_modules=targets))
+
+
+def make_trainer(
+    name: str, folder: str, rows: list[dict[str, list[Any]]], batch: int, steps: int, device: str
+) -> Trainer:
+    """A side's trainer."""
+    kind: type[Trainer] = Trainer
+    more: dict[str, Any] = {}
+    if name in ("scores", "base"):
+        kind = SelfModulatedTrainer
+        more["selection"] = SelfModulation(rho=RHO, gamma=GAMMA, history=name)  # type: ignore[arg-type]
+    elif name == "script":
+        kind = ScriptTrainer
+    trainer = kind(
+        make_model(device, "eager" if name == "script" else "sdpa", lora=name in ("plain lora", "base")),
+        TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=1e-5,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=device == "cpu",
+            bf16=device == "cuda",
+            remove_unused_columns=False,
+        ),
+        train_dataset=rows,
+        data_collator=collate,
+        **more,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def collate(rows: list[dict[str, list[Any]]]) -> dict[str, torch.Tensor]:
+    """All examples are of one length."""
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+class ScriptTrainer(Trainer):
+    """All attention weights of all layers, full logits, a loop over examples, numpy."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.history = {tuple(row["input_ids"]): np.array(row["history_loss"]) for row in self.train_dataset}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The mean loss of each example's kept tokens, averaged over examples."""
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, output_attentions=True)
+        losses = []
+        for row, ids in enumerate(inputs["input_ids"]):
+            response = labels[row] != -100
+            log_probs = torch.log_softmax(outputs.logits[row, :-1].float(), -1)
+            loss = torch.zeros(ids.numel(), device=ids.device)
+            loss[1:] = -log_probs.gather(1, ids[1:, None])[:, 0]
+            weights = outputs.attentions[-1][row].float().mean(0)
+            attention = (weights * ~response).sum(1)
+            mask = response.cpu().numpy()
+            signals = Signals(
+                offsets=np.array([0, mask.sum()]),
+                history_loss=self.history[tuple(ids.tolist())][mask],
+                current_loss=loss.detach().cpu().numpy()[mask].astype(np.float64),
+                attention=attention.detach().cpu().numpy()[mask].astype(np.float64),
+            )
+            keep = keep_per_example(METHODS["sstoken"].score(signals, GAMMA), signals.offsets, RHO)
+            losses.append(loss[response][torch.from_numpy(keep).to(ids.device)].mean())
+        return torch.stack(losses).mean()
+
+
+if __name__ == "__main__":
+    main()
