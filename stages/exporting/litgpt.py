@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from datasets import load_dataset
 from litgpt.data import DataModule, get_sft_collate_fn
-from litgpt.prompts import PromptStyle
+from litgpt.prompts import Default
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -40,7 +40,7 @@ class MaskedData(DataModule):
 
     def __post_init__(self):
         super().__init__()
-        self.prompt_style = PromptStyle.from_name("default")
+        self.prompt_style = Default()
 
     def connect(self, tokenizer=None, batch_size=1, max_seq_length=None, **kwargs):
         self.tokenizer, self.batch_size = tokenizer, batch_size

@@ -21,6 +21,7 @@ stage: sft
 do_train: true
 finetuning_type: full
 tokenized_path: {data}
+dataset: masked    # has to be there, is not read
 template: empty
 cutoff_len: {longest}
 remove_unused_columns: false
@@ -95,7 +96,8 @@ llamafactory-cli train llamafactory.yaml model_name_or_path=MODEL
 
 In a configuration of your own:
 
-- `tokenized_path` names `data`; `dataset`, `template` and `cutoff_len` do nothing to these rows. In particular nothing
+- `tokenized_path` names `data`; `dataset` (which has to be there), `template` and `cutoff_len` do nothing to
+  these rows. In particular nothing
   is cut: the longest row has {facts.longest} tokens, and `export --max-length N` is the way to shorten.
 - `packing` and `neat_packing` work while LLaMA-Factory tokenizes, so they do nothing here either.
 """
