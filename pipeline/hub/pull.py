@@ -5,6 +5,7 @@ alone: name a commit as the revision where that matters.
 """
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -59,7 +60,7 @@ class Pull(Stage):
         self._check_shards(out, provenance)
         self._check_tokenizer(out, provenance)
         (out / _DOWNLOADS / PROVENANCE).replace(out / PROVENANCE)
-        _remove(out / _DOWNLOADS)
+        shutil.rmtree(out / _DOWNLOADS)
         write_card(out, provenance.masked, provenance.metrics)
         return provenance.metrics
 
@@ -70,6 +71,8 @@ class Pull(Stage):
             raise SstokenError(f"{self.repo}: not a dataset that `publish` wrote (no {PROVENANCE} in it)")
         provenance = read_provenance(self._download(PROVENANCE, downloads))
         listed = {file.path: file for file in provenance.files}
+        if len(listed) < len(provenance.files):
+            raise self._tampered(PROVENANCE, "names a file twice")
         if not any(_SHARD.fullmatch(path) for path in listed):
             raise self._tampered(PROVENANCE, "names no shard")
         for path in listed:
@@ -126,12 +129,8 @@ class Pull(Stage):
 
     def _check_shards(self, out: Path, provenance: Provenance) -> None:
         """Refuse shards of another run, masks that contradict each other, and counts that do not add up."""
-        shards = tables.parts(out)
-        listed = [PurePosixPath(f.path).name for f in provenance.files if _SHARD.fullmatch(f.path)]
-        for extra in {path.name for path in shards} - set(listed):
-            (out / extra).unlink()  # of an interrupted pull
         stats = []
-        for path in shards:
+        for path in tables.parts(out):
             try:
                 metadata = tables.read_metadata(path)
                 stats.append(metadata.pop("stats"))
@@ -190,9 +189,3 @@ def _contradiction(path: Path, stats: Mapping[str, Any]) -> str | None:
     if stats["kept"] != int(keep.sum()) or stats["examples"] != len(table):
         return "does not hold as many examples and kept tokens as it says"
     return None
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

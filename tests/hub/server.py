@@ -145,16 +145,6 @@ class Handler(BaseHTTPRequestHandler):
             200, [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in folders] + entries
         )
 
-    def paths_info(self, name, revision):
-        files = self.at(name, revision)["files"]
-        asked = (
-            json.loads(self.body)["paths"] if self.body[:1] == b"{" else parse_qs(self.body.decode())["paths"]
-        )
-        folder = {"type": "directory", "oid": "0" * 40, "size": 0}
-        found = [entry(p, files[p]) for p in asked if p in files]
-        found += [folder | {"path": p} for p in asked if any(f.startswith(p + "/") for f in files)]
-        self.send(200, found)
-
     def refs(self, name):
         branches = self.repo(name)["branches"].items()
         listed = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": oid} for b, oid in branches]
@@ -253,6 +243,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.content(file["oid"], headers)
 
     def content(self, oid, headers=None):
+        if not (self.hub.folder / oid).is_file():
+            raise RefusedError(404, "The storage has lost this object")
         data = (self.hub.folder / oid).read_bytes()
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and int(asked[1]) >= len(data):
@@ -262,6 +254,11 @@ class Handler(BaseHTTPRequestHandler):
             headers = (headers or {}) | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
             data = data[first : last + 1]
         self.send(206 if asked else 200, data, headers)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # of 5, connections made at once are lost, and tried again after up to a minute
 
 
 def entry(path, file):
@@ -279,7 +276,6 @@ ROUTES = [
     ("GET", rf"{_REPO}", Handler.info),
     ("GET", rf"{_REPO}/revision/(?P<revision>[^/]+)", Handler.info),
     ("GET", rf"{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", Handler.tree),
-    ("POST", rf"{_REPO}/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
     ("GET", rf"{_REPO}/refs", Handler.refs),
     ("POST", rf"{_REPO}/branch/(?P<revision>[^/]+)", Handler.branch),
     ("POST", rf"{_REPO}/preupload/(?P<revision>[^/]+)", Handler.preupload),
@@ -294,8 +290,7 @@ ROUTES = [
 
 def serve(hub):
     """A server in threads of this process; its address is `server.url`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     return server

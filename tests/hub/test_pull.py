@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from stages import tables
-from tests.hub.test_publish import SPLIT, identical, masked_table
+from tests.hub.rows import identical, masked_table
+from tests.hub.test_publish import SPLIT
 from tests.stages import tiny
 
 SHARD = "data/part-00001.parquet"
@@ -228,6 +229,13 @@ def test_a_provenance_that_is_none(hub, client, repo, tmp_path, change):
         changed.encode() if isinstance(changed, str) else json.dumps(changed).encode(),
     )
     assert "not the provenance" in client.fails(1, "pull", repo, "--out", tmp_path / "out")
+
+
+def test_a_file_named_twice(hub, client, repo, tmp_path):
+    provenance = json.loads(hub.files(repo)["provenance.json"])
+    provenance["files"].append(provenance["files"][0])
+    hub.write(repo, "provenance.json", json.dumps(provenance).encode())
+    assert "names a file twice" in client.fails(1, "pull", repo, "--out", tmp_path / "out")
 
 
 def test_counts_that_do_not_add_up(hub, client, repo, tmp_path):
