@@ -2,19 +2,20 @@
 
     plain       transformers' Trainer on all response tokens
     scores      in the loop, history losses from a column
+    rho 1       in the loop with everything kept: nothing is measured or selected
     plain lora  Trainer with a LoRA adapter
     base        in the loop with that adapter; history is the model without it
     script      what research scripts do: ask the model for all attention weights, losses in a loop over examples
 
 A model of 34M parameters with random weights (0.5B on a GPU, bf16); the second half of each example is the response.
-All sides see the same batches, each in its own `train()`. A ratio is that of a step's time to the step that plain
-(for `base`: plain lora) took in the same round; given are the median of the rounds, and the lowest and highest.
+All sides see the same batches, each in its own `train()`. A ratio is that of the times of two sides' steps in the same
+round; given are the median of the rounds, and the lowest and highest.
 
-Plain computes logits of all tokens, in the loop they are computed for response tokens alone. With `--all-response`
-every token but the first is one, so that both compute the same, and selecting is all that is added.
+Plain computes logits of all tokens, in the loop they are computed for response tokens alone, which saves more than
+selecting costs. `scores / rho 1` leaves that out of the comparison: both compute the same, one of them selects.
 
     python benchmarks/in_loop_overhead.py --quick
-    python benchmarks/in_loop_overhead.py --lengths 1024 --sides plain,scores --all-response --rounds 20
+    python benchmarks/in_loop_overhead.py --lengths 1024 --rounds 10 --json
 """
 
 import argparse
@@ -51,7 +52,8 @@ from sstoken.selection import keep_per_example
 
 RHO, GAMMA = 0.6, 0.5
 TOKENS_A_STEP = {"cpu": 1024, "cuda": 8192}
-SIDES = ("plain", "scores", "plain lora", "base", "script")
+SIDES = ("plain", "scores", "rho 1", "plain lora", "base", "script")
+RATIOS = (("scores", "plain"), ("scores", "rho 1"), ("base", "plain lora"), ("script", "plain"))
 CPU = {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1536}
 GPU = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 
@@ -68,7 +70,6 @@ def main() -> None:
     )
     parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated, plain first")
     parser.add_argument("--rounds", type=int, default=0, help="default 7; with --quick 1")
-    parser.add_argument("--all-response", action="store_true", help="every token but the first is response")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = options.lengths or ("256" if options.quick else "2048,8192" if device == "cuda" else "256,1024")
@@ -76,7 +77,7 @@ def main() -> None:
     figures = {}
     for length in map(int, lengths.split(",")):
         batch = max(1, TOKENS_A_STEP[device] // length)
-        rows = make_rows(length, batch * (rounds + 1), options.all_response)
+        rows = make_rows(length, batch * (rounds + 1))
         figures[str(length)] = compare(options.sides.split(","), rows, batch, rounds, device)
     if options.json:
         print(json.dumps(figures))
@@ -134,28 +135,28 @@ class Side(TrainerCallback):
 
 
 def report(length: int, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Print and return each side's steps per second and its time relative to plain in the same round."""
-    figures: dict[str, Any] = {}
-    for name, seconds in times.items():
-        plain = times["plain lora" if name == "base" else "plain"]
-        ratios = sorted(a / b for a, b in zip(seconds, plain, strict=True))
-        figures[name] = {
-            "steps_per_second": round(1 / statistics.median(seconds), 3),
-            "ratio": round(statistics.median(ratios), 3),
-            "lowest": round(ratios[0], 3),
-            "highest": round(ratios[-1], 3),
-        }
-        print(
-            f"{length:5}  {name:10}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures[name].items()),
-            flush=True,
-        )
+    """Print and return each side's steps per second, and how sides compare within each round."""
+    figures: dict[str, Any] = {
+        name: {"steps_per_second": round(1 / statistics.median(seconds), 3)}
+        for name, seconds in times.items()
+    }
+    for above, below in RATIOS:
+        if above in times and below in times:
+            ratios = sorted(a / b for a, b in zip(times[above], times[below], strict=True))
+            figures[f"{above} / {below}"] = {
+                "time": round(statistics.median(ratios), 3),
+                "lowest": round(ratios[0], 3),
+                "highest": round(ratios[-1], 3),
+            }
+    for name, values in figures.items():
+        print(f"{length:5}  {name:17}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True)
     return figures
 
 
-def make_rows(length: int, number: int, all_response: bool) -> list[dict[str, list[Any]]]:
-    """Random examples of one length; the second half, or all but the first token, is the response."""
+def make_rows(length: int, number: int) -> list[dict[str, list[Any]]]:
+    """Random examples of one length; the second half is the response."""
     random = np.random.default_rng(0)
-    response = np.arange(length) >= (1 if all_response else length // 2)
+    response = np.arange(length) >= length // 2
     rows = []
     for _ in range(number):
         ids = random.integers(1, 32_000, length)
@@ -188,9 +189,11 @@ def make_trainer(
     """A side's trainer."""
     kind: type[Trainer] = Trainer
     more: dict[str, Any] = {}
-    if name in ("scores", "base"):
+    if name in ("scores", "rho 1", "base"):
         kind = SelfModulatedTrainer
-        more["selection"] = SelfModulation(rho=RHO, gamma=GAMMA, history=name)  # type: ignore[arg-type]
+        history: Any = "base" if name == "base" else "scores"
+        rho = 1.0 if name == "rho 1" else RHO
+        more["selection"] = SelfModulation(rho=rho, gamma=GAMMA, history=history)
     elif name == "script":
         kind = ScriptTrainer
     trainer = kind(
