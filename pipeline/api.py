@@ -7,6 +7,7 @@ A call that finds its output finished returns at once (`result.skipped`).
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,8 +104,10 @@ def score(
     for job in jobs.values():  # refuse before the first forward pass
         job.stage.check()
     results = {}
+    following = dict(pairwise(named))
     for name, job in jobs.items():
-        results[name] = execute(job, digests, force=force)
+        ahead = named.get(following.get(name, ""))
+        results[name] = execute(job, digests, force=force, next_checkpoint=ahead)
         if listener is not None:
             listener(name, results[name])
     metrics = {name: result.metrics for name, result in results.items()}
@@ -211,7 +214,13 @@ def run(
         if until is not None and stages.index(step.stage) > stages.index(until):
             break
         assert step.job is not None, "a finished anchor run leaves a history"
-        results[step.name] = execute(step.job, digests, replace=True, force=step.stage in forced)
+        results[step.name] = execute(
+            step.job,
+            digests,
+            replace=True,
+            force=step.stage in forced,
+            next_checkpoint=step.next_checkpoint,
+        )
         if listener is not None:
             listener(step, results[step.name])
     return results

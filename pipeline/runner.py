@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -25,6 +26,7 @@ from pipeline.manifest import MANIFEST, Digests, Manifest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.version import __version__
 from stages.base import Context, Stage
+from stages.checkpoints import read_ahead
 from stages.files import UNFINISHED, write_whole
 
 _FINGERPRINT_FILE = ".fingerprint"
@@ -94,7 +96,14 @@ def state(job: Job, digests: Digests) -> State:
     return found
 
 
-def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = False) -> Result:
+def execute(
+    job: Job,
+    digests: Digests,
+    *,
+    replace: bool = False,
+    force: bool = False,
+    next_checkpoint: str | None = None,
+) -> Result:
     """Run the job unless it is finished.
 
     Args:
@@ -102,6 +111,7 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
         digests: of the files read from outside.
         replace: where `job.out` is the finished output of other settings, make it anew rather than refuse.
         force: run again even where it is finished.
+        next_checkpoint: what the next job loads: read from disk beside this one, if this one has to run.
 
     Raises:
         UsageError: wrong settings, or an output folder that is not this job's.
@@ -138,6 +148,8 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
             )
         _prepare(job, identity, fresh=force)
         start = time.monotonic()
+        if next_checkpoint is not None:
+            Thread(target=read_ahead, args=[next_checkpoint], daemon=True).start()
         try:
             metrics = _run(job, identity)
         except Exception:

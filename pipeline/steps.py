@@ -6,6 +6,7 @@ What is scored can depend on what the anchor run left behind, so the jobs are ma
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.config import RunConfig, ScoreSection, SelectSection
@@ -32,6 +33,8 @@ class Step:
     """`encode`, `anchor`, `score/<checkpoint>`, `select`."""
     job: Job | None
     """None: not known before an earlier step has run."""
+    next_checkpoint: str | None = None
+    """What the step after it loads."""
 
     @property
     def stage(self) -> str:
@@ -77,10 +80,10 @@ def run_steps(config: RunConfig) -> Iterator[Step]:
     known = {e.name: e.path for e in read_history(history)} if config.anchor is not None else {}
     roles, refs = _roles(config.score, config.select, known)
     options = _fields(ScoreOptions, config.score)
+    following = dict(pairwise(refs))
     for name, ref in refs.items():
-        yield Step(
-            f"score/{name}", score_job(ref, name == roles.get("attention"), options, tokens, scores / name)
-        )
+        job = score_job(ref, name == roles.get("attention"), options, tokens, scores / name)
+        yield Step(f"score/{name}", job, refs.get(following.get(name, "")))
     inputs = {role: scores / name for role, name in roles.items()}
     select = Select(**_fields(Select, config.select))
     yield Step("select", Job(select, {"tokens": tokens, **inputs}, masked, config.seed))

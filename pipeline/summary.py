@@ -65,7 +65,7 @@ def _score(m: dict[str, Any]) -> list[str]:
     line += f", mean loss {m['mean_loss']:.4f} nats"
     if "mean_attention" in m:
         line += f", mean attention on the prompt {m['mean_attention']:.4f}"
-    return [line]
+    return [line, m["computed_with"]] if "computed_with" in m else [line]
 
 
 def _select(m: dict[str, Any]) -> list[str]:

@@ -118,7 +118,8 @@ class AttentionCapture:
             ForwardStopped: `expect` asked for it.
         """
         assert self._response_mask is not None
-        self._importance = prompt_attention(query, key, self._response_mask, mask, self._segments, **how)
+        measure = _by_kernel(query, key, **how) if query.is_cuda and mask is None else prompt_attention
+        self._importance = measure(query, key, self._response_mask, mask, self._segments, **how)
         if self._stop:
             raise ForwardStopped
 
@@ -126,6 +127,18 @@ class AttentionCapture:
     def waiting(self) -> bool:
         """Whether a measurement is due."""
         return self._response_mask is not None and self._importance is None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, *, softcap: float | None, sinks: Tensor | None, window: int | None, **_: Any
+) -> Callable[..., Tensor]:
+    """A kernel that reads queries and keys once, where it runs and gives right numbers; else `prompt_attention`."""
+    from sstoken.kernels.choices import choose_importance
+
+    return choose_importance(
+        query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3],
+        window=window is not None, softcap=softcap, sinks=sinks is not None,
+    ).call  # fmt: skip
 
 
 @torch.no_grad()

@@ -32,37 +32,35 @@ def wanted_rows(mlp: nn.Module | None) -> Iterator[WantedRows]:
         yield wanted
         return
 
+    shape = torch.Size()
+
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        nonlocal shape
         if wanted.index is None:
             return None
+        shape = args[0].shape
         return (args[0].flatten(0, 1).index_select(0, wanted.index)[None], *args[1:])
 
     def spread(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         if wanted.index is None:
             return None
         rows = output[0] if isinstance(output, tuple) else output
-        batch, length = shape
-        full = rows.new_zeros(batch * length, rows.shape[-1])
-        full.index_copy_(0, wanted.index, rows.reshape(-1, rows.shape[-1]))
-        full = full.view(batch, length, -1)
+        full = rows.new_zeros(shape[0] * shape[1], rows.shape[-1])
+        full = full.index_copy_(0, wanted.index, rows.flatten(0, -2)).view(*shape[:2], -1)
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
-    shape = (0, 0)
-
-    def note_shape(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal shape
-        shape = (args[0].shape[0], args[0].shape[1])
-
-    handles = [
-        mlp.register_forward_pre_hook(note_shape),
-        mlp.register_forward_pre_hook(select),
-        mlp.register_forward_hook(spread),
-    ]
+    handles = [mlp.register_forward_pre_hook(select), mlp.register_forward_hook(spread)]
     try:
         yield wanted
     finally:
         for handle in handles:
             handle.remove()
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers of a transformers model, in order; none where it is laid out otherwise."""
+    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
+    return list(lists[0]) if lists else []
 
 
 @torch.no_grad()
@@ -71,8 +69,8 @@ def last_mlp(model: Any) -> nn.Module | None:
 
     Tried on a short sequence; an architecture that is laid out otherwise gives None.
     """
-    layers = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
-    found = [getattr(layers[0][-1], name, None) for name in _NAMES] if layers and len(layers[0]) else []
+    layers = decoder_layers(model)
+    found = [getattr(layers[-1], name, None) for name in _NAMES] if layers else []
     mlp = next((m for m in found if isinstance(m, nn.Module)), None)
     if mlp is None:
         return None

@@ -20,7 +20,7 @@ from torch import Tensor
 from sstoken.attention import IMPLEMENTATION, AttentionCapture, ForwardStopped, Segment
 from sstoken.batching import plan_packed, plan_padded
 from sstoken.errors import SstokenError
-from sstoken.last_layer import last_mlp, wanted_rows
+from sstoken.last_layer import decoder_layers, last_mlp, wanted_rows
 from sstoken.losses import ROWS_PER_TILE, OutputHead, intercept_head, read_head, token_losses
 from sstoken.packed import IMPLEMENTATION_PACKED, check_packed, describe_packed, packed_inputs, segments_of
 
@@ -51,6 +51,7 @@ class Scorer:
         loss: bool = True,
         batch_tokens: int = 2048,
         layout: Literal["padded", "packed"] | None = None,
+        compiled: bool = False,
     ) -> None:
         """Prepare a causal language model of transformers; its attention implementation is changed.
 
@@ -60,6 +61,7 @@ class Scorer:
             loss: measure the loss; without it, the forward pass ends at `layer`.
             batch_tokens: positions in a batch, at most; halved whenever a batch does not fit in memory.
             layout: how sequences share a batch; None: packed on CUDA where the model can, else padded.
+            compiled: compile the decoder layers, but those that are looked into.
 
         Raises:
             UsageError: there is no such layer.
@@ -72,6 +74,10 @@ class Scorer:
         self._head = read_head(model) if loss else None
         self._mlp = last_mlp(model) if loss else None
         self._capture = None if layer is None else AttentionCapture(model, layer)
+        if compiled:
+            for index, block in enumerate(decoder_layers(model)[:-1]):  # the last one's MLP has hooks
+                if self._capture is None or index != self._capture.layer:
+                    block.compile(dynamic=True)
 
     def _choose_layout(self, layout: str | None) -> tuple[str, str]:
         """The layout, and a remark on it for the user."""

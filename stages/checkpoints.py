@@ -4,6 +4,7 @@ A reference is a folder in the Hugging Face format, a LoRA adapter's folder, or 
 `@revision` if wanted). Weights load from safetensors only.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -32,6 +33,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+_READ_AHEAD = 1 << 24
 _CODE = "*.py"
 """Runs under `trust_remote_code`, and decides what is computed."""
 
@@ -285,3 +287,13 @@ def first_line(error: BaseException) -> str:
     """The kind and first line of an error, for a one-line message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def read_ahead(ref: str) -> None:
+    """Have the operating system read a local checkpoint's weights into its cache; what is wrong shows when it loads."""
+    with contextlib.suppress(SstokenError, OSError):
+        folder = local_folder(ref)
+        for path in [] if folder is None else weight_files(folder):
+            with path.open("rb") as file:
+                while file.read(_READ_AHEAD):
+                    pass

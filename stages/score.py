@@ -1,10 +1,13 @@
 """`score`: the loss of every response token under one checkpoint, and its attention importance if asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -100,8 +103,8 @@ class Score(ScoreOptions):
         self._check_tokenizer(token_parts[0])
         total = sum(tables.num_rows(p) for p in token_parts)
         todo = [p for p in token_parts if not (context.out / p.name).exists()]
-        score_shard = _ScoreShard(self, context.out)
-        with context.progress("examples", total) as progress:
+        score_shard = _ScoreShard(self, context.out, todo if self.workers == 1 else [])
+        with score_shard, context.progress("examples", total) as progress:
             progress.advance(total - sum(tables.num_rows(p) for p in todo))
             for rows in context.map(score_shard, todo, workers=self.workers):
                 progress.advance(rows)
@@ -127,17 +130,35 @@ def _backend(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Back
 
 
 class _ScoreShard:
-    """Scores one shard of tokens; pickles into worker processes."""
+    """Scores one shard of tokens; pickles into worker processes.
 
-    def __init__(self, stage: Score, out: Path) -> None:
+    In one process, the next shard is read and the last one written while this one is computed.
+    """
+
+    def __init__(self, stage: Score, out: Path, in_order: Sequence[Path]) -> None:
         self._stage, self._out = stage, out
+        self._following = dict(pairwise(in_order))
+        self._files: ThreadPoolExecutor | None = None
+        self._reading: dict[Path, Future[pa.Table]] = {}
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> None:
+        if self._following:
+            self._files = ThreadPoolExecutor(2)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._files is not None:
+            self._files.shutdown()
+            self._files = None
+        if self._writing is not None and kind is None:
+            self._writing.result()
 
     def __call__(self, tokens: Path) -> int:
-        """Write the scores of the shard; return its number of rows."""
+        """Write the scores of the shard, or begin to; return its number of rows."""
         stage = self._stage
         options = stage.for_backend(log_folder=self._out.parent)
         backend = _backend(stage.backend, options, checkpoints.stamp(stage.checkpoint))
-        table = tables.read_table(tokens)
+        table = self._read(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()
         _check_lengths(stage, tokens, backend, example_ids, sequences)
@@ -149,8 +170,24 @@ class _ScoreShard:
                     f"{example_ids[index]!r}; the checkpoint or its dtype ({stage.dtype}) is broken"
                 )
             signals[index] = signal
-        _write(self._out / tokens.name, example_ids, signals, stage)
+        self._write(self._out / tokens.name, example_ids, signals, backend.remark)
         return len(sequences)
+
+    def _read(self, tokens: Path) -> pa.Table:
+        ahead = self._reading.pop(tokens, None)
+        table = tables.read_table(tokens) if ahead is None else ahead.result()
+        following = self._following.get(tokens)
+        if following is not None and self._files is not None:
+            self._reading[following] = self._files.submit(tables.read_table, following)
+        return table
+
+    def _write(self, *what: Any) -> None:
+        if self._files is None:
+            _write(self._stage, *what)
+            return
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._files.submit(_write, self._stage, *what)
 
 
 def _check_lengths(
@@ -169,12 +206,15 @@ def _check_lengths(
             )
 
 
-def _write(path: Path, example_ids: list[str], signals: list[TokenSignals | None], stage: Score) -> None:
+def _write(
+    stage: Score, path: Path, example_ids: list[str], signals: list[TokenSignals | None], remark: str
+) -> None:
     losses = [s.loss for s in signals if s is not None]
     attention = [s.attention for s in signals if s is not None and s.attention is not None]
     provenance = {
         "checkpoint": stage.checkpoint,
         "layer": stage.layer if stage.attention else None,
         "dtype": stage.dtype,
+        "computed_with": remark,
     }
     write_scores(path, example_ids, losses, attention if stage.attention else None, provenance)

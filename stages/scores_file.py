@@ -27,7 +27,7 @@ def write_scores(
         example_ids: of each row.
         losses: of each row, a value for each token; NaN where there is none.
         attention: likewise; None: not measured.
-        provenance: `checkpoint`, `layer` and `dtype`, for the file's metadata.
+        provenance: `checkpoint`, `layer`, `dtype` and, if known, `computed_with`, for the file's metadata.
     """
     columns = [pa.array(example_ids, pa.string()), _lists(losses)]
     stats: dict[str, Any] = {
@@ -46,7 +46,8 @@ def write_scores(
 
 def summarize_scores(folder: Path, checkpoint: str) -> dict[str, Any]:
     """The metrics of a finished folder of scores, from its shards' sums."""
-    stats = [tables.read_metadata(p)["stats"] for p in tables.parts(folder)]
+    metadata = [tables.read_metadata(p) for p in tables.parts(folder)]
+    stats = [m["stats"] for m in metadata]
     num_tokens = sum(s["response_tokens"] for s in stats)
     summary: dict[str, Any] = {
         "checkpoint": checkpoint,
@@ -56,6 +57,8 @@ def summarize_scores(folder: Path, checkpoint: str) -> dict[str, Any]:
     }
     if all("attention_sum" in s for s in stats):
         summary["mean_attention"] = sum(s["attention_sum"] for s in stats) / max(1, num_tokens)
+    if remarks := sorted({m["computed_with"] for m in metadata if m.get("computed_with")}):
+        summary["computed_with"] = "; ".join(remarks)
     return summary
 
 

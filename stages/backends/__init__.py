@@ -92,6 +92,11 @@ class Backend(ABC):
     def max_length(self) -> int | None:
         """Longest sequence in tokens; None: no limit known."""
 
+    @property
+    def remark(self) -> str:
+        """How it computes here, for the user, as chosen at start; empty: nothing was chosen."""
+        return ""
+
     @abstractmethod
     def measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]

@@ -1,7 +1,7 @@
 """The transformers backend: a checkpoint or an adapter, measured by `sstoken.scoring`."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
@@ -11,14 +11,24 @@ from numpy.typing import NDArray
 from sstoken.scoring import Scorer
 from stages.backends import Backend, BackendOptions, TokenSignals
 from stages.backends.base_models import pick_device, shared_base
+from stages.base import SPEED_ONLY, Settings
 from stages.checkpoints import adapter_base, stamp
 
 _ON_CUDA = 16384
-_ELSEWHERE = 2048
+_ELSEWHERE = 1024
+
+
+class HFSettings(Settings):
+    """Backend options of `hf`."""
+
+    compile: Annotated[bool, SPEED_ONLY] = False
+    """Compile the decoder layers with torch.compile: may pay for a small model on a GPU, takes a minute to start."""
 
 
 class HFBackend(Backend):
     """Signals from a transformers causal language model."""
+
+    settings = HFSettings
 
     def __init__(self, options: BackendOptions) -> None:
         """Load the checkpoint; an adapter goes onto its base, which stays in memory for the next one."""
@@ -33,6 +43,7 @@ class HFBackend(Backend):
             layer=options.layer if options.attention else None,
             loss=options.loss,
             batch_tokens=options.batch_tokens or _budget(shared.model, device),
+            compiled=HFSettings.model_validate(dict(options.settings)).compile,
         )
 
     @property
@@ -45,6 +56,11 @@ class HFBackend(Backend):
         """Positions that the model was made for."""
         config: Any = self._model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def remark(self) -> str:
+        """How sequences share a batch, and what attends to them."""
+        return self._scorer.remark
 
     def measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]

@@ -1,5 +1,9 @@
 """Losses and attention importance against eager attention and full logits, architecture by architecture."""
 
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +127,21 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_sequence_that_does_not_is_an_
     most = 30
     with pytest.raises(SstokenError, match="a sequence of 40 tokens does not fit in memory"):
         list(scorer.measure(sequences, masks))
+
+
+def test_too_little_memory_on_the_cpu_is_found_out(tmp_path):
+    """A process that may not map more memory than a small batch needs: real refusals of the allocator."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sstoken.little_memory"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8192
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_compiled_layers_give_the_same():
+    sequences, masks = random_examples(8, [33, 12, 33, 50])
+    check(make_model("llama"), "llama", 1, sequences, masks, batch_tokens=100, compiled=True)
 
 
 def test_bfloat16_stays_close():
