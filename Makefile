@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-vllm lint format bench clean
+.PHONY: setup demo test test-slow test-trainers test-vllm lint format bench clean
 
 setup: $(READY)
 
@@ -40,6 +40,12 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_READY)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm --numprocesses 2 --dist loadfile
 
+# Real trainers, in environments of their own; make test-trainers TRAINERS="trl-1.6 axolotl" for some of them.
+TRAINERS ?= trl trl-1.6 transformers axolotl llamafactory torchtune swift nemo verl litgpt
+test-trainers: $(READY)
+	$(BIN)/python tests/trainers/install.py $(TRAINERS)
+	TRAINERS="$(TRAINERS)" $(BIN)/python -m pytest -m trainers tests/trainers
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +59,4 @@ bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trainers $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
