@@ -9,7 +9,7 @@
 
 A model of 34M parameters with random weights (0.5B on a GPU, bf16); the second half of each example is the response.
 All sides see the same batches, each in its own `train()`. A ratio is that of the times of two sides' steps in the same
-round; given are the median of the rounds, and the lowest and highest.
+round, whose order rotates; given are the median of the rounds, and the lowest and highest.
 
 Plain computes logits of all tokens, in the loop they are computed for response tokens alone, which saves more than
 selecting costs. `scores / rho 1` leaves that out of the comparison: both compute the same, one of them selects.
@@ -90,10 +90,11 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         sides = {name: Side(make_trainer(name, folder, rows, batch, rounds + 1, device)) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
-        for counted in [False] + [True] * rounds:
-            for name, side in sides.items():
-                seconds = side.step()
-                if counted:
+        for round_ in range(rounds + 1):
+            first = round_ % len(names)  # each follows another: what one leaves in caches burdens all
+            for name in (*names[first:], *names[:first]):
+                seconds = sides[name].step()
+                if round_:
                     times[name].append(seconds)
         for side in sides.values():
             side.join()
