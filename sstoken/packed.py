@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sstoken.attention import IMPLEMENTATION, Segment
+from sstoken.attention import IMPLEMENTATION
 from sstoken.choice import Choice
 from sstoken.errors import SstokenError
+from sstoken.importance import Segment
 from sstoken.varlen import choose_varlen, varlen_attention
 
 if TYPE_CHECKING:

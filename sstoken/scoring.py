@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sstoken.attention import IMPLEMENTATION, AttentionCapture, ForwardStopped, Segment
+from sstoken.attention import IMPLEMENTATION, AttentionCapture, ForwardStopped
 from sstoken.batching import plan_packed, plan_padded
 from sstoken.errors import SstokenError
+from sstoken.importance import Segment
 from sstoken.last_layer import decoder_layers, last_mlp, wanted_rows
 from sstoken.losses import ROWS_PER_TILE, OutputHead, intercept_head, read_head, token_losses
 from sstoken.packed import IMPLEMENTATION_PACKED, check_packed, describe_packed, packed_inputs, segments_of

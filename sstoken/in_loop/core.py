@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sstoken.attention import Segment
 from sstoken.errors import UsageError
+from sstoken.importance import Segment
 from sstoken.in_loop.layout import IGNORED, Layout
 from sstoken.selection import keep_per_example_tensor, minmax_tensor
 

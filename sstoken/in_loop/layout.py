@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sstoken.attention import Segment
 from sstoken.errors import SstokenError
+from sstoken.importance import Segment
 from sstoken.selection import num_kept
 
 IGNORED = -100

@@ -10,8 +10,8 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from sstoken.attention import Segment, prompt_attention
 from sstoken.choice import Choice, Trial, first_that_agrees
+from sstoken.importance import Segment, prompt_attention
 from sstoken.kernels.prompt_mass import prompt_mass
 from sstoken.kernels.token_loss import fused_token_losses
 from sstoken.losses import OutputHead, token_losses

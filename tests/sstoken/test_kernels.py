@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sstoken.attention import prompt_attention
+from sstoken.importance import prompt_attention
 from sstoken.kernels.choices import (
     choose_importance,
     choose_token_losses,
