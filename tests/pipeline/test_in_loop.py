@@ -157,6 +157,7 @@ def test_scores_of_other_tokens_are_refused(world, tmp_path):
         with_history(world / "tokens", other)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 def test_the_example_runs(tmp_path):
     root = Path(__file__).parents[2]
