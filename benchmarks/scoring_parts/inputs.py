@@ -1,0 +1,98 @@
+"""What both sides read: random Llamas, and finished tokens folders whose lengths are those of real data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SHARED = Path(__file__).parents[3] / "shared"
+VOCABULARY = 32_000
+MODELS = {"6x256": (6, 256, 8), "8x512": (8, 512, 8), "tiny": (2, 64, 4)}
+"""Layers, hidden size, heads."""
+SHARD_ROWS = 1000
+"""As `encode` cuts them."""
+
+
+def make_inputs(work: Path, model: str, rows: int, lengths: str, copies: int = 1) -> None:
+    """A checkpoint `work/model` and its tokens `work/tokens`: `rows` real lengths, `copies` times over."""
+    make_model(work / "model", model)
+    write_tokens(work / "tokens", list(real_examples(rows, lengths)) * copies)
+
+
+def make_model(folder: Path, model: str, vocabulary: int = VOCABULARY, seed: int = 0) -> None:
+    """A random Llama in fp32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, hidden, heads = MODELS[model]
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 16 * 16,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=4096, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def real_examples(rows: int, lengths: str) -> list[tuple[int, int]]:
+    """Prompt and response lengths: of GSM8K where it is at hand, else like them; `long` joins them to 2k-4k."""
+    random = np.random.default_rng(0)
+    count = rows * (1 if lengths == "short" else 16)
+    data = SHARED / "data" / "gsm8k" / "train.jsonl"
+    if data.is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "base")
+        lines = [json.loads(line) for line in data.read_text().splitlines()[:count]]
+        pairs = [
+            (len(tokenizer(row["question"])["input_ids"]) + 8, len(tokenizer(row["answer"])["input_ids"]) + 1)
+            for row in lines
+        ]
+    else:
+        pairs = [(int(p), int(r)) for p, r in random.gamma(4, [[20, 30]], (count, 2)).clip(8, 400)]
+    if lengths == "short":
+        return pairs
+    joined, at = [], 0
+    for _ in range(rows):
+        target, prompt, response = int(random.integers(2000, 4000)), 0, 0
+        while prompt + response < target:
+            prompt, response = prompt + pairs[at % len(pairs)][0], response + pairs[at % len(pairs)][1]
+            at += 1
+        joined.append((min(prompt, 2000), min(response, 2000)))
+    return joined
+
+
+def write_tokens(folder: Path, examples: list[tuple[int, int]], vocabulary: int = VOCABULARY) -> None:
+    """A folder as `encode` leaves it: random ids, a prompt and a response of the given lengths each."""
+    from pipeline.manifest import Manifest, list_files, write_manifest
+    from stages import tables
+
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for part, first in enumerate(range(0, len(examples), SHARD_ROWS)):
+        shard = examples[first : first + SHARD_ROWS]
+        table = pa.table(
+            [
+                [f"{first + i}" for i in range(len(shard))],
+                [random.integers(0, vocabulary, p + r) for p, r in shard],
+                [np.arange(p + r) >= p for p, r in shard],
+            ],
+            schema=tables.TOKENS,
+        )
+        facts = {"kind": "tokens", "tokenizer": {"fingerprint": "none", "name": "none"}, "stats": {}}
+        tables.write_part(folder / tables.part_name(part), table, facts)
+    manifest = Manifest(
+        stage="encode", fingerprint="benchmark", settings={}, seed=0, inputs={}, sources={}, version="0",
+        seconds=0, metrics={}, files=list_files(folder),
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+
+
+def read_rows(tokens: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """All rows of a tokens folder, as Python lists."""
+    import pyarrow.parquet as pq
+
+    parts = sorted(tokens.glob("*.parquet"))
+    return pa.concat_tables([pq.read_table(part, columns=columns) for part in parts]).to_pylist()

@@ -1,0 +1,88 @@
+"""Both sides in turns in one process: tokens per second, ratios, share of the machine's limit."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.scoring_parts.inputs import make_inputs, read_rows, write_tokens
+from benchmarks.scoring_parts.sides import plain_model, plain_script, score_stage
+
+PLAIN = ("eager", "one-layer")
+
+
+def compare_speed(work: Path, model: str, lengths: str, rows: int, rounds: int) -> dict[str, float]:
+    """Every side once a round, each after a warm-up on two rows that loads its model; medians over the rounds."""
+    make_inputs(work, model, rows, lengths)
+    write_tokens(work / "warm-up", [(8, 8), (12, 20)])
+    folder = work / "model"
+    models = {attention: plain_model(folder, attention) for attention in PLAIN}
+    sides: dict[str, Callable[[Path], Any]] = {
+        "sstoken": lambda tokens: score_stage(tokens, folder, work),
+        "eager": lambda tokens: plain_script(tokens, models["eager"], "eager"),
+        "one-layer": lambda tokens: plain_script(tokens, models["one-layer"], "one-layer"),
+    }
+    for run in sides.values():
+        run(work / "warm-up")
+    num_tokens, flops = work_of(work / "tokens", folder)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    shares: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, run in sides.items():
+            took, rate = timed(lambda run=run: run(work / "tokens"))
+            seconds[side].append(took)
+            shares[side].append(flops / rate / took)
+    median = {side: statistics.median(times) for side, times in seconds.items()}
+    ratios = {f"ratio_to_{side}": median[side] / median["sstoken"] for side in PLAIN}
+    at_limit = {f"limit_to_{side}": 1 / statistics.median(shares[side]) for side in PLAIN}
+    facts = {
+        "tokens_per_second": num_tokens / median["sstoken"],
+        "share_of_limit": statistics.median(shares["sstoken"]),
+        **ratios,
+        **at_limit,
+    }
+    return {name: round(value, 3) for name, value in facts.items()}
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of a call, and the machine's rate in FLOP/s around it."""
+    rates = matmul_rates()
+    start = time.perf_counter()
+    run()
+    took = time.perf_counter() - start
+    return took, statistics.median(rates + matmul_rates())
+
+
+def matmul_rates(samples: int = 8) -> list[float]:
+    """FLOP/s of a large fp32 product on this machine now."""
+    import torch
+
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    a @ b
+    rates = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        a @ b
+        rates.append(2 * 1024**3 / (time.perf_counter() - start))
+    return rates
+
+
+def work_of(tokens: Path, folder: Path) -> tuple[int, float]:
+    """Tokens of a folder, and the arithmetic that they need."""
+    masks = [row["response_mask"] for row in read_rows(tokens, ["response_mask"])]
+    lengths = np.array([len(mask) for mask in masks])
+    return int(lengths.sum()), needed_flops(folder, lengths, sum(sum(mask) for mask in masks))
+
+
+def needed_flops(folder: Path, lengths: "np.ndarray[Any, Any]", responses: int) -> float:
+    """Multiplications and additions that no way of computing both signals does without."""
+    config = json.loads((folder / "config.json").read_text())
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    attention = layers * 2 * hidden * float((lengths.astype(float) ** 2).sum())  # half of 4 T^2 D: causal
+    return 2.0 * weights * float(lengths.sum()) + attention + 2.0 * hidden * config["vocab_size"] * responses

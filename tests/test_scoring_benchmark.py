@@ -1,0 +1,116 @@
+"""The scoring benchmarks: both sides compute the same numbers, and what is printed keeps its form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import dtype
+from benchmarks.scoring_parts import inputs, sides, steps
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+EXAMPLES = [(5, 9), (30, 2), (1, 1), (12, 40), (3, 17), (8, 8), (2, 25), (60, 11), (4, 4)]
+"""More than the plain script's batch, of lengths that make it pad."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model and tokens."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    inputs.make_model(folder / "model", "tiny", vocabulary=3000)
+    inputs.write_tokens(folder / "tokens", EXAMPLES, vocabulary=3000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    """Loss and importance of all response tokens, [2, N], by the stage."""
+    rows = inputs.read_rows(sides.score_stage(folder / "tokens", folder / "model", folder))
+    values = steps.on_responses(rows, response_masks(folder))
+    assert values.shape == (2, sum(response for _, response in EXAMPLES))
+    assert np.isfinite(values).all()
+    return values
+
+
+def response_masks(folder):
+    return [np.array(row["response_mask"]) for row in inputs.read_rows(folder / "tokens")]
+
+
+@pytest.mark.parametrize("attention", ["eager", "one-layer"])
+def test_the_plain_script_gives_the_numbers_of_the_stage(folder, measured, attention):
+    kept = sides.plain_script(folder / "tokens", sides.plain_model(folder / "model", attention), attention)
+    np.testing.assert_allclose(steps.on_responses(kept, response_masks(folder)), measured, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("step", steps.STEPS)
+def test_every_step_gives_the_numbers_of_the_stage(folder, measured, step):
+    kept = steps.stepwise(folder / "tokens", sides.plain_model(folder / "model", "sdpa"), steps.STEPS[step])
+    np.testing.assert_allclose(steps.on_responses(kept, response_masks(folder)), measured, atol=1e-4, rtol=0)
+
+
+def test_a_dtype_differs_from_float32_by_its_rounding(folder, tmp_path):
+    inputs.make_model(tmp_path / "other", "tiny", vocabulary=3000, seed=1)
+    found = dtype.compare(
+        str(tmp_path / "other"), str(folder / "model"), folder / "tokens", rows=len(EXAMPLES), rounds=1
+    )
+    assert list(found) == ["float32, small batches", "bfloat16", "float16"]
+    again, coarse, fine = found.values()
+    assert again["rel_max"] < 1e-4
+    assert again["attention_max"] < 1e-5
+    assert again["mask_rel"] == 0
+    assert 1e-4 < fine["loss_max"] < coarse["loss_max"] < 0.5
+
+
+def test_the_share_of_masks_that_differ_is_counted():
+    expected = {
+        "history_loss": np.array([5.0, 4.0, 3.0, 2.0, 1.0]),
+        "current_loss": np.zeros(5),
+        "attention": np.full(5, 0.25),
+    }
+    found = expected | {"history_loss": np.array([5.0, 4.0, 2.0, 2.5, 1.0])}
+    facts = dtype.differences(expected, found, np.array([0, 5]))
+    assert facts["mask_rel"] == facts["mask_sstoken"] == 0.4  # of five tokens, one came and one went
+    assert facts["rel_max"] == 1.0
+    assert facts["rel_mean"] == pytest.approx(0.3)
+    assert facts["loss_max"] == facts["attention_max"] == 0
+
+
+def run(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / name, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", ["scoring.py", "dtype.py"])
+def test_help_says_how_to_run_it(name):
+    text = "\n".join(run(name, "--help"))
+    assert f"python benchmarks/{name} --quick" in text
+    assert "--json" in text
+
+
+def test_the_last_line_of_the_scoring_benchmark_is_its_figures():
+    lines = run(
+        "scoring.py", "--models", "tiny", "--rows", "4", "--rounds", "1", "--lengths", "short",
+        "--parts", "speed", "memory", "--quick", "--json",
+    )  # fmt: skip
+    figures = json.loads(lines[-1])
+    speed = figures["tiny short"]
+    assert 0 < speed["share_of_limit"] < 1
+    assert speed["tokens_per_second"] > 0
+    assert speed["ratio_to_eager"] > 0
+    small, large = figures["memory_mb"]["sstoken"].values()
+    assert small["peak"] > small["before"] > 0
+    assert large["above"] > 0
+
+
+def test_dtypes_need_all_of_their_inputs():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "dtype.py", "--history", "a"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "together" in done.stderr
