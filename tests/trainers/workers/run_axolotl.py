@@ -29,10 +29,8 @@ def train(export, model, out, name, **settings):
     path = out / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     with Recording().of_transformers() as recording:
-        cfg = load_cfg(str(path))
-        loaded = load_datasets(cfg=cfg)
-        do_train(cfg, None)
-    return recording, loaded.train_dataset
+        do_train(load_cfg(str(path)), None)
+    return recording, load_datasets(cfg=load_cfg(str(path))).train_dataset
 
 
 if __name__ == "__main__":  # it spawns processes, which import this file
