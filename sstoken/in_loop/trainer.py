@@ -76,9 +76,10 @@ class SelfModulatedMixin(_Base):
         self._unseen: list[Step] = []
         self._history: History | None = None
         self._history_made = False
+        self._column_checked = False
         super().__init__(*args, **kwargs)
         _check_trainer(self)
-        if self._carries_history and self.train_dataset is not None:
+        if self._carries_history and not self._column_checked and self.train_dataset is not None:
             check_column(self.train_dataset)
         if self._selection.history == "base":
             make_history(self.model, self._selection, 0)
@@ -99,10 +100,15 @@ class SelfModulatedMixin(_Base):
         if not self._carries_history or given.get("dataset_name", "train") != "train":
             return prepare(dataset, *args, **kwargs)
         check_column(dataset)
-        joined = dataset.map(join_history, batched=True, remove_columns=["labels", HISTORY])
+        self._column_checked = True
+        from accelerate import PartialState
+
+        with PartialState().main_process_first():  # the others read its cache
+            joined = dataset.map(join_history, batched=True, remove_columns=["labels", HISTORY])
         prepared = prepare(joined.rename_column("joined", "labels"), *args, **kwargs)
         prepared = prepared.rename_column("labels", "joined")
-        return prepared.map(split_history, batched=True, remove_columns=["joined"])
+        with PartialState().main_process_first():
+            return prepared.map(split_history, batched=True, remove_columns=["joined"])
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own, with the history losses beside the labels."""
