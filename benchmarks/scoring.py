@@ -1,9 +1,9 @@
 """Scoring speed and memory: the `score` stage, disk to disk, against a plain script.
 
 Both sides give both signals (loss of every response token, attention importance of the last layer), in turns in
-one process, on one thread. The plain script does what one writes first: batches of 8 in the order of the data, padded,
-all logits, everything kept in memory; its attention comes from eager attention of all layers (`eager`), or from
-sdpa and a recomputation of the last layer's weights (`one-layer`).
+one process, on one thread. The plain script does what one writes first: batches of 8 in the order of the data, padded
+(single rows at the long lengths), all logits, everything kept in memory; its attention comes from eager attention of
+all layers (`eager`), or from sdpa and a recomputation of the last layer's weights (`one-layer`).
 
 The limit is the time that the arithmetic needed takes at the rate of this machine's matrix product: every real token
 through the layers once, causal attention, the output embedding for response tokens. The rate is measured right before
@@ -28,7 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROWS = {"short": 160, "long": 20}
+ROWS = {"6x256": 64, "8x512": 32, "tiny": 16}
+"""Examples of the short set, by model: what three rounds of a slow side have time for."""
+LENGTHS = ("short", "long")
 PARTS = ("speed", "memory", "steps")
 
 
@@ -37,13 +39,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    models = ("6x256", "8x512", "tiny")
     parser.add_argument("--quick", action="store_true", help="under a minute: one model, few examples")
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; quick: speed memory")
-    parser.add_argument("--models", nargs="+", choices=models, help="default: 6x256 8x512; quick: 6x256")
-    parser.add_argument("--lengths", nargs="+", choices=tuple(ROWS), help="default: both; quick: short")
-    parser.add_argument("--rows", type=int, help="examples of the short set; the long set has an eighth")
+    parser.add_argument("--models", nargs="+", choices=tuple(ROWS), help="default: 6x256 8x512; quick: 6x256")
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, help="default: both; quick: short")
+    parser.add_argument("--rows", type=int, help="examples of the short set; the long set has a sixteenth")
     parser.add_argument("--rounds", type=int, help="times that each side runs (3; quick: 1)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -55,7 +56,7 @@ def main() -> None:
         print(json.dumps(measure_side(options.side, options.work, *options.inputs)))
         return
     options.models = options.models or (["6x256"] if options.quick else ["6x256", "8x512"])
-    options.lengths = options.lengths or (["short"] if options.quick else list(ROWS))
+    options.lengths = options.lengths or (["short"] if options.quick else LENGTHS)
     options.rounds = options.rounds or (1 if options.quick else 3)
     parts = options.parts or (["speed", "memory"] if options.quick else PARTS)
     run = {"speed": run_speed, "memory": run_memory, "steps": run_steps}
@@ -71,11 +72,11 @@ def run_speed(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every model with every set of lengths."""
     from benchmarks.scoring_parts.speed import compare_speed
 
-    short = options.rows or (24 if options.quick else ROWS["short"])
     figures = {}
     for model in options.models:
+        short = options.rows or (24 if options.quick else ROWS[model])
         for lengths in options.lengths:
-            rows = short if lengths == "short" else max(2, short // 8)
+            rows = short if lengths == "short" else max(2, short // 16)
             facts = compare_speed(work / f"{model}-{lengths}", model, lengths, rows, options.rounds)
             figures[f"{model} {lengths}"] = facts
             print(f"{model} {lengths:5}  " + "  ".join(f"{k} {v:,.2f}" for k, v in facts.items()), flush=True)
@@ -86,7 +87,7 @@ def run_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The first model, at the short lengths."""
     from benchmarks.scoring_parts.memory import compare_memory
 
-    rows = options.rows or (16 if options.quick else 100)
+    rows = options.rows or (16 if options.quick else 32)
     figures = compare_memory(
         work, options.models[0], rows,
         copies=(1, 4) if options.quick else (1, 4, 16),
@@ -100,15 +101,13 @@ def run_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_steps(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every model, at the short lengths."""
+    """The first model, at the short lengths."""
     from benchmarks.scoring_parts.steps import compare_steps
 
-    figures = {}
-    for model in options.models:
-        rows = options.rows or (16 if options.quick else 40)
-        figures[model] = compare_steps(work / model, model, rows, options.rounds)
-        for name, facts in figures[model].items():
-            print(f"{model} {name:42}" + "  ".join(f"{k} {v:8.3g}" for k, v in facts.items()), flush=True)
+    rows = options.rows or (16 if options.quick else 32)
+    figures = compare_steps(work, options.models[0], rows, options.rounds)
+    for name, facts in figures.items():
+        print(f"step {name:42}" + "  ".join(f"{k} {v:8.3g}" for k, v in facts.items()), flush=True)
     return {"steps": figures}
 
 

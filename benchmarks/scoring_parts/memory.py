@@ -1,7 +1,6 @@
 """Peak memory of both sides, each measurement in a process of its own."""
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ def compare_memory(
     """Peaks as the data grows, at a budget of 2,048 tokens; and ours with the large vocabulary, if asked.
 
     Returns:
-        MB of 2**20 bytes by side, then by size of the data (`1x`) or `128k`: `peak` of the process, `before` the first
-        shard is read (libraries and model are in memory), `above` that at the most, of which `library_code` is code
-        that was read from disk when first called, and `beyond_weights`: the peak less the weights.
+        MB of 2**20 bytes by side, then by size of the data (`1x`) or `128k`: `before` the first shard is read
+        (libraries and model are in memory), the `peak` from there on, `above`: the difference, of which `library_code`
+        is code that is read from disk when it is first called, and `beyond_weights`: the peak less the weights.
     """
     vocabulary = {"model": VOCABULARY} | ({"model-128k": LARGE_VOCABULARY} if vocabularies else {})
     for name, size in vocabulary.items():
@@ -57,9 +56,11 @@ def _in_process(work: Path, side: str, label: str, model: str, tokens: str) -> d
 
 def measure_side(side: str, work: Path, model: str, tokens: str) -> dict[str, float]:
     """Run one side in this process; gives the figures of `compare_memory`."""
+    import pyarrow as pa
     import torch
 
     torch.set_num_threads(1)
+    pa.array([0])  # loads pandas, at the first conversion: a library, too
     if side == "sstoken":
         from pipeline import api  # noqa: F401 - a library of the stage, to be in memory before
         from stages.backends import BackendOptions, hf
@@ -77,13 +78,12 @@ def measure_side(side: str, work: Path, model: str, tokens: str) -> dict[str, fl
         plain_script(work / tokens, loaded, side)
     after = _status()
     weights = (work / model / "model.safetensors").stat().st_size / 2**20
-    peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, after["VmHWM"])
     facts = {
-        "peak": peak,
+        "peak": after["VmHWM"],
         "before": before["VmRSS"],
         "above": after["VmHWM"] - before["VmRSS"],
         "library_code": after["RssFile"] - before["RssFile"],
-        "beyond_weights": peak - weights,
+        "beyond_weights": after["VmHWM"] - weights,
     }
     return {name: round(value, 1) for name, value in facts.items()}
 

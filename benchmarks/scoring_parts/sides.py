@@ -6,7 +6,8 @@ from typing import Any
 
 from benchmarks.scoring_parts.inputs import read_rows
 
-PLAIN_BATCH = 8
+PLAIN_BATCH = {"short": 8, "long": 1}
+"""At 4,000 tokens, eager attention of all layers would take 24 GB for 8 rows."""
 Kept = list[tuple[list[float], list[float]]]
 """Of each row: losses [T - 1] of the tokens from the second on, and attention importance [T]."""
 
@@ -31,8 +32,8 @@ def plain_model(folder: Path, attention: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation).eval()
 
 
-def plain_script(tokens: Path, model: Any, attention: str) -> Kept:
-    """Batches of 8 in the order of the data, padded, all logits, everything kept.
+def plain_script(tokens: Path, model: Any, attention: str, batch_size: int = PLAIN_BATCH["short"]) -> Kept:
+    """Batches in the order of the data, padded, all logits, everything kept.
 
     `attention`: `eager` takes the last layer's weights from eager attention of all layers, `one-layer` computes them
     again beside sdpa.
@@ -42,8 +43,8 @@ def plain_script(tokens: Path, model: Any, attention: str) -> Kept:
     rows = read_rows(tokens)
     kept: Kept = []
     with torch.no_grad():
-        for first in range(0, len(rows), PLAIN_BATCH):
-            batch = rows[first : first + PLAIN_BATCH]
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
             longest = max(len(row["input_ids"]) for row in batch)
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros(len(batch), longest, dtype=torch.long)

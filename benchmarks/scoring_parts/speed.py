@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scoring_parts.inputs import make_inputs, read_rows, write_tokens
-from benchmarks.scoring_parts.sides import plain_model, plain_script, score_stage
+from benchmarks.scoring_parts.sides import PLAIN_BATCH, plain_model, plain_script, score_stage
 
 PLAIN = ("eager", "one-layer")
 
@@ -23,8 +23,10 @@ def compare_speed(work: Path, model: str, lengths: str, rows: int, rounds: int) 
     models = {attention: plain_model(folder, attention) for attention in PLAIN}
     sides: dict[str, Callable[[Path], Any]] = {
         "sstoken": lambda tokens: score_stage(tokens, folder, work),
-        "eager": lambda tokens: plain_script(tokens, models["eager"], "eager"),
-        "one-layer": lambda tokens: plain_script(tokens, models["one-layer"], "one-layer"),
+        **{
+            side: lambda tokens, side=side: plain_script(tokens, models[side], side, PLAIN_BATCH[lengths])
+            for side in PLAIN
+        },
     }
     for run in sides.values():
         run(work / "warm-up")
