@@ -408,7 +408,7 @@ def test_adapter(
         (("--device", "gpu"), ("'gpu'", "cpu")),
         (("--dtype", "int8"), ("'int8'", "'float32'")),
         (("--backend", "tensorrt"), ("'tensorrt'", "legal: auto, hf")),
-        (("--backend-option", "speed=9"), ("hf has no option 'speed'", "legal: none")),
+        (("--backend-option", "speed=9"), ("hf has no option 'speed'", "legal: compile")),
         (("--batch-tokens", 0), ("batch_tokens is 0",)),
         (("--tokens", "nowhere"), ("nowhere", "no such folder")),
         (("--tokens", __file__), ("no such folder",)),
