@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
 from stages import tables
 from stages.base import SPEED_ONLY, Context, Stage
 from stages.exporting import TARGETS, get_target
-from stages.exporting.base import DATA, SCORES, Facts
+from stages.exporting.base import DATA, FAST, SCORES, Facts
 from stages.exporting.card import card
 from stages.exporting.rows import merge_counts, prepare
 from stages.files import write_whole
@@ -77,11 +78,14 @@ class _ExportShard:
     def __call__(self, task: tuple[int, int, Path]) -> dict[str, int]:
         index, shards, path = task
         stage, target = self._stage, get_target(self._stage.to)
-        ready = prepare(tables.read_table(path), stage.max_length, stage.weights)
+        needed = None if stage.scores else ["example_id", "input_ids", "keep_mask"]
+        if needed and stage.weights:
+            needed += [c for c in ("response_mask", "score") if c in pq.read_schema(path).names]
+        ready = prepare(tables.read_table(path, needed), stage.max_length, stage.weights)
         data = self._out / DATA / target.shard_name(index, shards)
         if ready.counts["examples"]:  # not every loader takes a file without a row
             if stage.scores and not (sidecar := self._out / SCORES / path.name).exists():
-                tables.write_part(sidecar, ready.sidecar, None)
+                tables.write_part(sidecar, ready.sidecar, None, compression_level=FAST)
             if not data.exists():
                 target.write(data, ready.rows)
         return ready.counts

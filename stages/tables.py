@@ -53,17 +53,24 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"), key=lambda path: (len(path.name), path.name))
 
 
-def write_part(path: Path, table: pa.Table, metadata: Mapping[str, Any] | None) -> None:
+def write_part(
+    path: Path, table: pa.Table, metadata: Mapping[str, Any] | None, *, compression_level: int = 3
+) -> None:
     """Write one shard so that it is either whole or not there; `metadata` goes into the file as JSON.
 
     Only our own key is written, and without `metadata` none: no library's feature metadata, so that every reader
     takes the file.
     """
-    write_row_groups(path, [table], table.schema, metadata)
+    write_row_groups(path, [table], table.schema, metadata, compression_level=compression_level)
 
 
 def write_row_groups(
-    path: Path, groups: Iterable[pa.Table], schema: pa.Schema, metadata: Mapping[str, Any] | None
+    path: Path,
+    groups: Iterable[pa.Table],
+    schema: pa.Schema,
+    metadata: Mapping[str, Any] | None,
+    *,
+    compression_level: int = 3,
 ) -> None:
     """As `write_part`, from tables of one schema that become a row group each and are never held together."""
     ours = None if metadata is None else {METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
@@ -80,7 +87,7 @@ def write_row_groups(
             file,
             schema,
             compression="zstd",
-            compression_level=3,
+            compression_level=compression_level,
             use_dictionary=ids,
             use_byte_stream_split=floats,
         ) as writer,

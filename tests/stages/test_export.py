@@ -137,6 +137,9 @@ def test_checks_out_and_twice_is_once(
 def test_weights_where_they_are_of_use(masked: Path, tmp_path: Path, cli: CommandLine, target: str) -> None:
     out = tmp_path / "out"
     printed = cli.works("export", masked, "--to", target, "--weights", "--out", out, "--check", "--json")
+    assert cli.works(
+        "export", masked, "--to", target, "--weights", "--no-scores", "--out", tmp_path / "b", "--check"
+    )
     weights: list[float] = []
     for batch in TARGETS[target].read(out):
         for row in batch.to_pylist():
