@@ -11,7 +11,8 @@ and right after each run, 8 products each time, and the median of the 16 is take
 products is a lucky moment. `limit_to_eager` is the ratio that a side at the limit would have.
 
 Parts: `speed`, `memory` (peaks as the data grows 1x, 4x, 16x, and with a vocabulary of 128 thousand, each in a process
-of its own) and `steps` (the plain script, changed one thing at a time until it is as fast as the stage).
+of its own), `steps` (the plain script, changed one thing at a time until it is as fast as the stage) and `where` (the
+share of the stage's time that each kind of operation takes; its fixed costs).
 
     python benchmarks/scoring.py --quick
     python benchmarks/scoring.py --json
@@ -28,10 +29,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROWS = {"6x256": 64, "8x512": 32, "tiny": 16}
+ROWS = {"6x256": 96, "8x512": 32, "tiny": 16}
 """Examples of the short set, by model: what three rounds of a slow side have time for."""
 LENGTHS = ("short", "long")
-PARTS = ("speed", "memory", "steps")
+PARTS = ("speed", "memory", "steps", "where")
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     options.lengths = options.lengths or (["short"] if options.quick else LENGTHS)
     options.rounds = options.rounds or (1 if options.quick else 3)
     parts = options.parts or (["speed", "memory"] if options.quick else PARTS)
-    run = {"speed": run_speed, "memory": run_memory, "steps": run_steps}
+    run = {"speed": run_speed, "memory": run_memory, "steps": run_steps, "where": run_where}
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
@@ -109,6 +110,19 @@ def run_steps(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for name, facts in figures.items():
         print(f"step {name:42}" + "  ".join(f"{k} {v:8.3g}" for k, v in facts.items()), flush=True)
     return {"steps": figures}
+
+
+def run_where(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every model, at the short lengths."""
+    from benchmarks.scoring_parts.where import time_by_kind
+
+    figures = {}
+    for model in options.models:
+        rows = options.rows or (16 if options.quick else 64)
+        figures[model] = time_by_kind(work / model, model, rows)
+        shares = "  ".join(f"{kind} {share:.3f}" for kind, share in figures[model].items())
+        print(f"where {model}  {shares}", flush=True)
+    return {"where": figures}
 
 
 if __name__ == "__main__":
