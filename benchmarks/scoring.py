@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; quick: speed memory")
     parser.add_argument("--models", nargs="+", choices=tuple(ROWS), help="default: 6x256 8x512; quick: 6x256")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, help="default: both; quick: short")
-    parser.add_argument("--rows", type=int, help="examples of the short set; the long set has a sixteenth")
+    parser.add_argument("--rows", type=int, help="examples of the short set; the long set has one in 32")
     parser.add_argument("--rounds", type=int, help="times that each side runs (3; quick: 1)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -77,7 +77,7 @@ def run_speed(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for model in options.models:
         short = options.rows or (24 if options.quick else ROWS[model])
         for lengths in options.lengths:
-            rows = short if lengths == "short" else max(2, short // 16)
+            rows = short if lengths == "short" else max(2, short // 32)
             facts = compare_speed(work / f"{model}-{lengths}", model, lengths, rows, options.rounds)
             figures[f"{model} {lengths}"] = facts
             print(f"{model} {lengths:5}  " + "  ".join(f"{k} {v:,.2f}" for k, v in facts.items()), flush=True)
