@@ -72,6 +72,11 @@ def ours(masked: str, out: str) -> None:
     api.export(masked=masked, to="trl", out=out)
 
 
+def without_sidecar(masked: str, out: str) -> None:
+    """One process, what the other side writes."""
+    api.export(masked=masked, to="trl", out=out, scores=False)
+
+
 def by_datasets(masked: str, out: str) -> None:
     """What one would write by hand; without a sidecar."""
     from datasets import load_dataset
@@ -106,7 +111,7 @@ def main() -> None:
         import datasets  # noqa: F401
 
         start = time.perf_counter()
-        {"ours": ours, "datasets": by_datasets}[side](masked, out)
+        {"ours": ours, "bare": without_sidecar, "datasets": by_datasets}[side](masked, out)
         seconds = time.perf_counter() - start
         print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
         return
@@ -116,13 +121,15 @@ def main() -> None:
         few, _ = save_masked(Path(folder) / "few", 2)
         _, small_peak = measure("ours", few, Path(folder) / "few-out")
         seconds, peak = measure("ours", masked, Path(folder) / "out")
+        bare_seconds, _ = measure("bare", masked, Path(folder) / "bare")
         other_seconds, other_peak = measure("datasets", masked, Path(folder) / "other.parquet")
     found = {
         "rows": shards * ROWS_PER_SHARD,
         "arrow_mb": round(megabytes),
         "mb_per_second": round(megabytes / seconds, 1),
+        "mb_per_second_without_sidecar": round(megabytes / bare_seconds, 1),
         "datasets_mb_per_second": round(megabytes / other_seconds, 1),
-        "ratio": round(other_seconds / seconds, 2),
+        "ratio": round(other_seconds / bare_seconds, 2),
         "peak_mb": round(peak),
         "peak_mb_of_10000_rows": round(small_peak),
         "datasets_peak_mb": round(other_peak),
