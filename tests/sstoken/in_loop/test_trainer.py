@@ -44,7 +44,11 @@ def assert_same(ours, theirs, atol=1e-5):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "sstoken"])
-@pytest.mark.parametrize("collator", [collate, collate_left, flatten, DataCollatorWithFlattening()], ids=str)
+@pytest.mark.parametrize(
+    "collator",
+    [collate, collate_left, flatten, DataCollatorWithFlattening()],
+    ids=["right", "left", "flat", "transformers-flat"],
+)
 def test_masks_are_those_of_an_offline_recomputation(tmp_path, implementation, collator):
     watcher, model, examples = Watcher(), make_model(implementation), make_examples()
     selection = SelfModulation(rho=Schedule(0.9, 0.3), gamma=Schedule(0.2, 0.8, "cosine"), warmup_steps=1)
