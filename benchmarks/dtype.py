@@ -60,7 +60,7 @@ def main() -> None:
         if options.json:
             print(json.dumps({}))
         return
-    rows = 60 if options.quick else 500
+    rows = 60 if options.quick else 200
     with tempfile.TemporaryDirectory() as folder:
         if not any(given):
             given = [str(SHARED / "models" / name) for name in ("base", "sft")]

@@ -88,7 +88,7 @@ def run_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The first model, at the short lengths."""
     from benchmarks.scoring_parts.memory import compare_memory
 
-    rows = options.rows or (16 if options.quick else 32)
+    rows = options.rows or (16 if options.quick else 64)
     figures = compare_memory(
         work, options.models[0], rows,
         copies=(1, 4) if options.quick else (1, 4, 16),
