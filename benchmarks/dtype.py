@@ -60,7 +60,7 @@ def main() -> None:
         if options.json:
             print(json.dumps({}))
         return
-    rows = 60 if options.quick else 200
+    rows = 60 if options.quick else 120
     with tempfile.TemporaryDirectory() as folder:
         if not any(given):
             given = [str(SHARED / "models" / name) for name in ("base", "sft")]

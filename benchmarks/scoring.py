@@ -89,15 +89,15 @@ def run_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.scoring_parts.memory import compare_memory
 
     rows = options.rows or (16 if options.quick else 64)
-    figures = compare_memory(
+    figures: dict[str, Any] = {}
+    for side, case, facts in compare_memory(
         work, options.models[0], rows,
         copies=(1, 4) if options.quick else (1, 4, 16),
         sides=("sstoken",) if options.quick else ("sstoken", "eager"),
         vocabularies=not options.quick,
-    )  # fmt: skip
-    for side, cases in figures.items():
-        for case, facts in cases.items():
-            print(f"MB {side} {case:4}  " + "  ".join(f"{k} {v:,.0f}" for k, v in facts.items()), flush=True)
+    ):  # fmt: skip
+        figures.setdefault(side, {})[case] = facts
+        print(f"MB {side:7} {case:4}  " + "  ".join(f"{k} {v:,.0f}" for k, v in facts.items()), flush=True)
     return {"memory_mb": figures}
 
 

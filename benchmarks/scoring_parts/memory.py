@@ -3,10 +3,9 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from benchmarks.scoring_parts.inputs import VOCABULARY, make_model, real_examples, write_tokens
 from benchmarks.scoring_parts.sides import plain_model, plain_script, score_stage
@@ -17,13 +16,13 @@ LARGE_VOCABULARY = 128_000
 
 def compare_memory(
     work: Path, model: str, rows: int, copies: Sequence[int], sides: Sequence[str], vocabularies: bool
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, str, dict[str, float]]]:
     """Peaks as the data grows, at a budget of 2,048 tokens; and ours with the large vocabulary, if asked.
 
     1x is `rows` examples, and a quarter of them for the plain script, which is slow.
 
-    Returns:
-        MB of 2**20 bytes by side, then by size of the data (`1x`) or `128k`: `before` the first shard is read
+    Yields:
+        A side, the size of its data (`1x`) or `128k`, and MB of 2**20 bytes: `before` the first shard is read
         (libraries and model are in memory), the `peak` from there on, `above`: the difference, of which `library_code`
         is code that is read from disk when it is first called, and `beyond_weights`: the peak less the weights.
     """
@@ -39,11 +38,9 @@ def compare_memory(
             cases.append((side, f"{times}x", "model", f"tokens-{side}-{times}"))
     if vocabularies:
         cases.append(("sstoken", "128k", "model-128k", f"tokens-sstoken-{copies[0]}"))
-    figures: dict[str, Any] = {side: {} for side in sides}
     with ThreadPoolExecutor(2) as pool:  # what a process takes does not depend on how fast it runs
         for case, facts in zip(cases, pool.map(lambda case: _in_process(work, *case), cases), strict=True):
-            figures[case[0]][case[1]] = facts
-    return figures
+            yield case[0], case[1], facts
 
 
 def _in_process(work: Path, side: str, label: str, model: str, tokens: str) -> dict[str, float]:
