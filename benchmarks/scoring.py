@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROWS = {"6x256": 96, "8x512": 32, "tiny": 16}
+ROWS = {"6x256": 64, "8x512": 32, "tiny": 16}
 """Examples of the short set, by model: what three rounds of a slow side have time for."""
 LENGTHS = ("short", "long")
 PARTS = ("speed", "memory", "steps", "where")

@@ -107,7 +107,7 @@ def make_model(folder: Path, name: str, device: str) -> None:
 
 def compare(folder: Path, device: str, length: int, total: int, batch_tokens: int) -> dict[str, Any]:
     """Both sides on the same sequences, one after the other, each after a warm-up."""
-    from benchmarks.scoring import needed_flops
+    from benchmarks.scoring_parts.speed import needed_flops
 
     random = np.random.default_rng(0)
     lengths = random.integers(length // 2, length + 1, max(2, round(total / (0.75 * length))))
@@ -133,7 +133,7 @@ def measure_ours(
     folder: Path, sequences: list[Any], masks: list[Any], device: str, batch_tokens: int
 ) -> dict[str, Any]:
     """The transformers backend."""
-    from stages.backends import BackendOptions, hf
+    from stages.backends import BackendOptions, base_models, hf
 
     backend = hf.HFBackend(
         BackendOptions(
@@ -147,7 +147,7 @@ def measure_ours(
             pass
 
     facts = rate_and_peak(run, sequences, device) | {"parts": share_by_part(lambda: run(slice(0, 8)), device)}
-    hf._shared_base.held.clear()  # the other side needs the memory
+    base_models.shared_base.held.clear()  # the other side needs the memory
     return facts
 
 
@@ -223,7 +223,7 @@ def plain(model: Any, sequences: list[Any], masks: list[Any], device: str, batch
     """What one writes first: padded batches in the order of the data, all logits, everything kept."""
     import torch
 
-    from benchmarks.scoring import last_layer_weights
+    from benchmarks.scoring_parts.sides import last_layer_weights
 
     kept: list[Any] = []
     with torch.no_grad(), torch.device(device):
