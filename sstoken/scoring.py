@@ -31,7 +31,6 @@ Values = NDArray[np.float32]
 Signals = tuple[Values | None, Values | None]
 """Loss and attention importance of one sequence, [T] each, NaN off the response; None where not measured."""
 
-
 _MOST_PASSED = 16
 """Batches that wait for their losses, at most."""
 
@@ -158,9 +157,8 @@ class Scorer:
 
     def _forward(self, batch: "_Batch") -> "_Passed":
         response_BT = self._to_device(batch.response)
-        rows = self._to_device(
-            batch.response.flatten().nonzero()[:, 0] - 1
-        )  # what predicts token t stands at t - 1
+        # What predicts token t stands at t - 1.
+        rows = self._to_device(batch.response.flatten().nonzero()[:, 0] - 1)
         if self._capture is not None:
             self._capture.expect(response_BT, batch.segments, stop=self._head is None)
         if self.layout == "packed":
@@ -256,13 +254,9 @@ def _lay_out(
 ) -> _Batch:
     """Padded on the right, a row each; packed: one after the other in one row."""
     lengths = [len(sequences[i]) for i in indices]
-    if layout == "packed":
-        segments, shape = segments_of(lengths), (1, sum(lengths))
-    else:
-        segments, shape = (
-            [(row, 0, length) for row, length in enumerate(lengths)],
-            (len(indices), max(lengths)),
-        )
+    shape = (1, sum(lengths)) if layout == "packed" else (len(lengths), max(lengths))
+    padded = [(row, 0, length) for row, length in enumerate(lengths)]
+    segments = segments_of(lengths) if layout == "packed" else padded
     ids, response = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
     for index, (row, start, stop) in zip(indices, segments, strict=True):
         ids[row, start:stop] = sequences[index]

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from sstoken.choice import Choice, Function, first_that_agrees
 from sstoken.flex import compiled_flex, flex, with_sinks
-
-BLOCK_ELEMENTS = 1 << 20
-"""Attention weights alive at once in the loop, at most, unless a single row has more."""
+from sstoken.importance import BLOCK_ELEMENTS, attention_scores, log_sum_exp_rows
 
 
 def varlen_attention(
@@ -159,17 +157,16 @@ def _by_blocks(
         last, lowest = min(first + rows_in_block, length), max(0, first - reach + 1)
         columns = slice(lowest, last)
         rows_KGRD = query[:, first:last].unflatten(0, (key.shape[0], -1))
-        scores = (rows_KGRD @ key[:, None, columns].transpose(2, 3)).to(dtype).flatten(0, 1) * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        behind = (
-            torch.arange(first, last, device=query.device)[:, None]
-            - torch.arange(lowest, last, device=query.device)
-        )  # fmt: skip
-        scores = scores.masked_fill((behind < 0) | (behind >= reach), float("-inf"))
-        total = scores.logsumexp(-1)
-        if sinks is not None:
-            total = torch.logaddexp(total, sinks.to(dtype)[:, None])
+        scores = attention_scores(
+            (rows_KGRD @ key[:, None, columns].transpose(2, 3)).to(dtype).flatten(0, 1),
+            torch.arange(first, last, device=query.device),
+            torch.arange(lowest, last, device=query.device),
+            None,
+            scaling,
+            softcap,
+            window,
+        )
+        total = log_sum_exp_rows(scores, sinks)
         weights_HRC = (scores - total[..., None]).exp_().to(value.dtype)
         weights_KGRC = weights_HRC.unflatten(0, (key.shape[0], -1))
         output[:, first:last] = (weights_KGRC @ value[:, None, columns]).flatten(0, 1)
