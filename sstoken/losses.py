@@ -18,6 +18,8 @@ TILE_ELEMENTS = {"cpu": 1 << 20}
 """Logits alive at once: 4 MB in fp32 on a CPU, which stays in its cache."""
 _TILE_ELEMENTS_ON_DEVICE = 1 << 24
 """64 MB elsewhere, so that a kernel has enough to do."""
+_NEAR_ZERO = 40.0
+"""Exponentials of a row whose largest logit is that near to 0 add up in fp32 without loss: e**-40 to e**40."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,27 @@ def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
 
 
 def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
-    """Of the logits of each row [N, D], [N]: exponentials relative to the first tile's largest, summed in place."""
-    total: Tensor | None = None
+    """Of the logits of each row [N, D], [N]: exponentials summed in place."""
+    total = shift = None
     for logits in _tiles(hidden, head):
         if total is None:
-            shift = logits.amax(1)
-            total = torch.zeros_like(shift)
-        total += logits.sub_(shift[:, None]).exp_().sum(1)
+            shift, total = _shift(logits), logits.new_zeros(logits.shape[0])
+        if shift is not None:
+            logits -= shift[:, None]
+        total += logits.exp_().sum(1)
     assert total is not None
-    log_sum = shift + total.log()
+    log_sum = total.log() if shift is None else shift + total.log()
     # A later tile may lie so far above the first that its exponentials overflow.
     overflowed = ~log_sum.isfinite()
     if overflowed.any():
         log_sum[overflowed] = _safe_log_sum_exp(hidden[overflowed], head)
     return log_sum
+
+
+def _shift(logits: Tensor) -> Tensor | None:
+    """What to take from each row [N] before the exponentials: its largest; None, for a pass less, if near 0 anyway."""
+    largest = logits.amax(1)
+    return None if (largest.abs() < _NEAR_ZERO).all() else largest
 
 
 def _safe_log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
@@ -141,7 +150,7 @@ class HeadInput:
 
 @contextmanager
 def intercept_head(model: nn.Module) -> Iterator[HeadInput]:
-    """Within this context a forward pass stops short of the logits: their input is kept, one row is computed.
+    """Within this context a forward pass stops short of the logits: their input is kept, no row is computed.
 
     Taking the input where the model hands it over includes whatever the model does to its last hidden state.
     """
@@ -149,7 +158,7 @@ def intercept_head(model: nn.Module) -> Iterator[HeadInput]:
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         held.hidden = args[0]
-        return (args[0][:1, :1], *args[1:])
+        return (args[0][:, :0], *args[1:])
 
     handle = output_embedding(model).register_forward_pre_hook(keep)
     try:

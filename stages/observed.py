@@ -77,11 +77,13 @@ class Observed(Stage):
                 f"{part}: {len(missing)} of {len(example_ids)} examples were not seen whole in training (first: "
                 f"{missing[0]!r}); train at least one epoch on all of them, with a max_length that cuts none"
             )
-        attention = [row.attention for row in rows if row.attention is not None]
+        offsets = tables.flatten(table["input_ids"])[1]
+        loss = np.concatenate([row.loss for row in rows])
+        attention = None
+        if self.attention:
+            attention = np.concatenate([row.attention for row in rows if row.attention is not None])
         provenance = {"checkpoint": self._checkpoint, "layer": None, "dtype": "as trained"}
-        write_scores(
-            out, example_ids, [row.loss for row in rows], attention if self.attention else None, provenance
-        )
+        write_scores(out, example_ids, offsets, loss, attention, provenance)
 
 
 def _nothing(num_tokens: int) -> Seen:

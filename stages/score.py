@@ -18,7 +18,6 @@ from stages.backends import (
     BackendOptions,
     Latest,
     Setting,
-    TokenSignals,
     check_backend,
     deciding_settings,
     make_backend,
@@ -162,16 +161,40 @@ class _ScoreShard:
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()
         _check_lengths(stage, tokens, backend, example_ids, sequences)
-        signals: list[TokenSignals | None] = [None] * len(sequences)
+        # Flat from the start: thousands of small arrays would keep the heap in pieces.
+        ids, offsets = tables.flatten(table["input_ids"])
+        loss = np.full(ids.size, np.nan, np.float32)
+        attention = np.full(ids.size, np.nan, np.float32) if stage.attention else None
+        left = set(range(len(sequences)))
         for index, signal in backend.measure(sequences, masks):
             if not np.isfinite(signal.loss[masks[index]]).all():
                 raise SstokenError(
                     f"{stage.checkpoint}: NaN or infinite loss in {tokens.name}, example "
                     f"{example_ids[index]!r}; the checkpoint or its dtype ({stage.dtype}) is broken"
                 )
-            signals[index] = signal
-        self._write(self._out / tokens.name, example_ids, signals, backend.remark)
+            row = slice(offsets[index], offsets[index + 1])
+            loss[row] = signal.loss
+            if attention is not None:
+                if signal.attention is None:
+                    continue
+                attention[row] = signal.attention
+            left.discard(index)
+        if left:
+            raise SstokenError(
+                f"backend {stage.backend!r} did not measure all that was asked for: {len(left)} of {len(sequences)} "
+                f"examples of {tokens.name} are missing ({example_ids[min(left)]!r}); report it to its authors"
+            )
+        self._write(self._out / tokens.name, example_ids, offsets, loss, attention, self._provenance(backend))
         return len(sequences)
+
+    def _provenance(self, backend: Backend) -> dict[str, Any]:
+        stage = self._stage
+        return {
+            "checkpoint": stage.checkpoint,
+            "layer": stage.layer if stage.attention else None,
+            "dtype": stage.dtype,
+            "computed_with": backend.remark,
+        }
 
     def _read(self, tokens: Path) -> pa.Table:
         ahead = self._reading.pop(tokens, None)
@@ -183,11 +206,11 @@ class _ScoreShard:
 
     def _write(self, *what: Any) -> None:
         if self._files is None:
-            _write(self._stage, *what)
+            write_scores(*what)
             return
         if self._writing is not None:
             self._writing.result()
-        self._writing = self._files.submit(_write, self._stage, *what)
+        self._writing = self._files.submit(write_scores, *what)
 
 
 def _check_lengths(
@@ -204,17 +227,3 @@ def _check_lengths(
                 f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has {ids.size} tokens, the model "
                 f"takes {backend.max_length}; encode with --max-length {backend.max_length}"
             )
-
-
-def _write(
-    stage: Score, path: Path, example_ids: list[str], signals: list[TokenSignals | None], remark: str
-) -> None:
-    losses = [s.loss for s in signals if s is not None]
-    attention = [s.attention for s in signals if s is not None and s.attention is not None]
-    provenance = {
-        "checkpoint": stage.checkpoint,
-        "layer": stage.layer if stage.attention else None,
-        "dtype": stage.dtype,
-        "computed_with": remark,
-    }
-    write_scores(path, example_ids, losses, attention if stage.attention else None, provenance)

@@ -10,35 +10,35 @@ from numpy.typing import NDArray
 
 from stages import tables
 
-Rows = Sequence[NDArray[np.float32]]
-
 
 def write_scores(
     path: Path,
     example_ids: Sequence[str],
-    losses: Rows,
-    attention: Rows | None,
+    offsets: NDArray[np.integer[Any]],
+    loss: NDArray[np.float32],
+    attention: NDArray[np.float32] | None,
     provenance: Mapping[str, Any],
 ) -> None:
     """Write it, with the sums that a summary needs.
 
     Args:
         path: of the shard.
-        example_ids: of each row.
-        losses: of each row, a value for each token; NaN where there is none.
+        example_ids: of each of E rows.
+        offsets: [E + 1]; row i has the values `offsets[i]:offsets[i + 1]`.
+        loss: [M], of every token of the shard, row after row; NaN where there is none.
         attention: likewise; None: not measured.
         provenance: `checkpoint`, `layer`, `dtype` and, if known, `computed_with`, for the file's metadata.
     """
-    columns = [pa.array(example_ids, pa.string()), _lists(losses)]
+    columns = [pa.array(example_ids, pa.string()), tables.lists(loss, offsets, tables.VALUES)]
     stats: dict[str, Any] = {
-        "examples": len(losses),
-        "response_tokens": int(sum(np.isfinite(x).sum() for x in losses)),
-        "loss_sum": _sum(losses),
+        "examples": len(example_ids),
+        "response_tokens": int(np.isfinite(loss).sum()),
+        "loss_sum": _sum(loss),
     }
     schema = tables.SCORES
     if attention is not None:
         schema = tables.SCORES_WITH_ATTENTION
-        columns.append(_lists(attention))
+        columns.append(tables.lists(attention, offsets, tables.VALUES))
         stats["attention_sum"] = _sum(attention)
     metadata = {"kind": "scores", **provenance, "stats": stats}
     tables.write_part(path, pa.Table.from_arrays(columns, schema=schema), metadata)
@@ -62,10 +62,5 @@ def summarize_scores(folder: Path, checkpoint: str) -> dict[str, Any]:
     return summary
 
 
-def _sum(rows: Rows) -> float:
-    return float(sum(np.nansum(x, dtype=np.float64) for x in rows))
-
-
-def _lists(rows: Rows) -> pa.ListArray:
-    offsets = np.cumsum([0, *(r.size for r in rows)])
-    return tables.lists(np.concatenate([*rows, np.zeros(0, np.float32)]), offsets, tables.VALUES)
+def _sum(values: NDArray[np.float32]) -> float:
+    return float(np.nansum(values, dtype=np.float64))

@@ -177,6 +177,17 @@ def test_logits_far_above_those_of_the_first_tile_do_not_overflow():
     torch.testing.assert_close(token_losses(hidden, targets, head).double(), expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("offset", [-300.0, -38.0, 0.0, 38.0, 300.0])
+def test_logits_far_from_zero_lose_nothing(offset):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(50, 8), torch.randn(3000, 8), torch.randint(3000, (50,))
+    losses = token_losses(hidden, targets, OutputHead(weight, bias=torch.full((3000,), offset)))
+    expected = torch.nn.functional.cross_entropy(
+        hidden.double() @ weight.double().T, targets, reduction="none"
+    )
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=abs(offset) * 2e-7 + 1e-5)
+
+
 def test_an_unknown_output_head_is_refused():
     model = make_model("llama")
     forward = model.forward

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pydantic import Field
 
-from sstoken.errors import UsageError
-from stages import backends
+from sstoken.errors import SstokenError, UsageError
+from stages import backends, checkpoints, tables
 from stages.backends import Backend, BackendOptions, TokenSignals, make_backend, read_settings
 from stages.base import SPEED_ONLY, Settings
 from stages.score import Score
 from tests.stages.tiny import save_model
+from tests.support import make_context
 
 
 class TableSettings(Settings):
@@ -103,6 +105,21 @@ def test_the_fingerprint_has_what_decides_numbers_and_nothing_else(installed, mo
     assert plain["backend"] == "table"
     assert fingerprinted(threads=8) == fingerprinted(scale=1.0) == fingerprinted(scale="1") == plain
     assert fingerprinted(scale=2, threads=8)["backend_options"] == {"scale": 2.0}
+
+
+def test_what_it_leaves_out_is_missed(installed, model, tmp_path):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    row = {"example_id": "a", "input_ids": [1, 2, 3], "response_mask": [False, True, True]}
+    table = pa.Table.from_pylist([row], schema=tables.TOKENS)
+    facts = {
+        "fingerprint": checkpoints.own_tokenizer_fingerprint(model, trust_remote_code=False),
+        "name": "tiny",
+    }
+    tables.write_part(folder / tables.part_name(0), table, {"tokenizer": facts})
+    stage = Score(checkpoint=model, backend="table", attention=True)
+    with pytest.raises(SstokenError, match=r"did not measure all .* 1 of 1 examples .*'a'"):
+        stage.run(make_context(tmp_path / "scores", {"tokens": folder}))
 
 
 def test_auto_is_transformers_here(model):
