@@ -7,7 +7,7 @@ all layers (`eager`), or from sdpa and a recomputation of the last layer's weigh
 
 The limit is the time that the arithmetic needed takes at the rate of this machine's matrix product: every real token
 through the layers once, causal attention, the output embedding for response tokens. The rate is measured right before
-and right after each run, 8 products each time, and the median of the 16 is taken: machines drift, and the best of many
+and right after each run, 32 products each time, and the median of the 64 is taken: machines drift, and the best of many
 products is a lucky moment. `limit_to_eager` is the ratio that a side at the limit would have.
 
 Parts: `speed`, `memory` (peaks as the data grows 1x, 4x, 16x, and with a vocabulary of 128 thousand, each in a process
@@ -17,6 +17,7 @@ share of the stage's time that each kind of operation takes; its fixed costs).
     python benchmarks/scoring.py --quick
     python benchmarks/scoring.py --json
     python benchmarks/scoring.py --parts speed --models 8x512 --lengths long
+    python benchmarks/scoring.py --parts speed --compile
 """
 
 import argparse
@@ -29,8 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROWS = {"6x256": 64, "8x512": 32, "tiny": 16}
-"""Examples of the short set, by model: what three rounds of a slow side have time for."""
+ROWS = {"6x256": 192, "8x512": 96, "tiny": 16}
+"""Examples of the short set, by model: enough for loading and hashing not to count, few enough for three rounds."""
 LENGTHS = ("short", "long")
 PARTS = ("speed", "memory", "steps", "where")
 
@@ -47,6 +48,9 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, help="default: both; quick: short")
     parser.add_argument("--rows", type=int, help="examples of the short set; the long set has one in 32")
     parser.add_argument("--rounds", type=int, help="times that each side runs (3; quick: 1)")
+    parser.add_argument(
+        "--compile", action="store_true", help="part speed: the stage compiles the model's layers"
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--inputs", nargs=2, help=argparse.SUPPRESS)
@@ -78,7 +82,8 @@ def run_speed(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         short = options.rows or (24 if options.quick else ROWS[model])
         for lengths in options.lengths:
             rows = short if lengths == "short" else max(2, short // 32)
-            facts = compare_speed(work / f"{model}-{lengths}", model, lengths, rows, options.rounds)
+            folder = work / f"{model}-{lengths}"
+            facts = compare_speed(folder, model, lengths, rows, options.rounds, options.compile)
             figures[f"{model} {lengths}"] = facts
             print(f"{model} {lengths:5}  " + "  ".join(f"{k} {v:,.2f}" for k, v in facts.items()), flush=True)
     return figures

@@ -12,14 +12,16 @@ Kept = list[tuple[list[float], list[float]]]
 """Of each row: losses [T - 1] of the tokens from the second on, and attention importance [T]."""
 
 
-def score_stage(tokens: Path, model: Path, work: Path, batch_tokens: int | None = None) -> Path:
+def score_stage(
+    tokens: Path, model: Path, work: Path, batch_tokens: int | None = None, *, compiled: bool = False
+) -> Path:
     """The real stage, disk to disk, through the function that the command calls; gives its folder."""
     from pipeline import api
 
     out = work / f"scores-{time.time_ns()}"
     api.score(
         tokens=tokens, checkpoints=[f"model={model}"], out=out, device="cpu", backend="hf",
-        batch_tokens=batch_tokens,
+        backend_options={"compile": compiled}, batch_tokens=batch_tokens,
     )  # fmt: skip
     return out / "model"
 

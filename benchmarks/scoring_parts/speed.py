@@ -15,14 +15,19 @@ from benchmarks.scoring_parts.sides import PLAIN_BATCH, plain_model, plain_scrip
 PLAIN = ("eager", "one-layer")
 
 
-def compare_speed(work: Path, model: str, lengths: str, rows: int, rounds: int) -> dict[str, float]:
-    """Every side once a round, each after a warm-up on two rows that loads its model; medians over the rounds."""
+def compare_speed(
+    work: Path, model: str, lengths: str, rows: int, rounds: int, compiled: bool = False
+) -> dict[str, float]:
+    """Every side once a round, each after a warm-up on two rows that loads its model; medians over the rounds.
+
+    With `compiled`, the stage compiles its layers, and its warm-up meets all shapes.
+    """
     make_inputs(work, model, rows, lengths)
     write_tokens(work / "warm-up", [(8, 8), (12, 20)])
     folder = work / "model"
     models = {attention: plain_model(folder, attention) for attention in PLAIN}
     sides: dict[str, Callable[[Path], Any]] = {
-        "sstoken": lambda tokens: score_stage(tokens, folder, work),
+        "sstoken": lambda tokens: score_stage(tokens, folder, work, compiled=compiled),
         **{
             side: lambda tokens, side=side: plain_script(tokens, models[side], side, PLAIN_BATCH[lengths])
             for side in PLAIN
@@ -30,14 +35,16 @@ def compare_speed(work: Path, model: str, lengths: str, rows: int, rounds: int) 
     }
     for run in sides.values():
         run(work / "warm-up")
+    if compiled:
+        sides["sstoken"](work / "tokens")
     num_tokens, flops = work_of(work / "tokens", folder)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     shares: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, run in sides.items():
-            took, rate = timed(lambda run=run: run(work / "tokens"))
+            took, share = timed(lambda run=run: run(work / "tokens"), flops)
             seconds[side].append(took)
-            shares[side].append(flops / rate / took)
+            shares[side].append(share)
     median = {side: statistics.median(times) for side, times in seconds.items()}
     ratios = {f"ratio_to_{side}": median[side] / median["sstoken"] for side in PLAIN}
     at_limit = {f"limit_to_{side}": 1 / statistics.median(shares[side]) for side in PLAIN}
@@ -50,16 +57,20 @@ def compare_speed(work: Path, model: str, lengths: str, rows: int, rounds: int) 
     return {name: round(value, 3) for name, value in facts.items()}
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of a call, and the machine's rate in FLOP/s around it."""
+def timed(run: Callable[[], Any], flops: float) -> tuple[float, float]:
+    """Seconds of a call, and its share of the machine's limit for so much arithmetic.
+
+    The share is of CPU time: a shared machine takes its cores away for milliseconds, which a median of single
+    products never shows, and a long run always.
+    """
     rates = matmul_rates()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     run()
-    took = time.perf_counter() - start
-    return took, statistics.median(rates + matmul_rates())
+    took, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    return took, flops / statistics.median(rates + matmul_rates()) / cpu
 
 
-def matmul_rates(samples: int = 8) -> list[float]:
+def matmul_rates(samples: int = 32) -> list[float]:
     """FLOP/s of a large fp32 product on this machine now."""
     import torch
 
@@ -67,9 +78,9 @@ def matmul_rates(samples: int = 8) -> list[float]:
     a @ b
     rates = []
     for _ in range(samples):
-        start = time.perf_counter()
+        start = time.process_time()
         a @ b
-        rates.append(2 * 1024**3 / (time.perf_counter() - start))
+        rates.append(2 * 1024**3 / (time.process_time() - start))
     return rates
 
 

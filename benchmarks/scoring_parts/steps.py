@@ -77,9 +77,9 @@ def compare_steps(work: Path, model: str, rows: int, rounds: int) -> dict[str, d
     for _ in range(rounds):
         for name, run in sides.items():
             result: list[Any] = []
-            took, rate = timed(lambda run=run, result=result: result.append(run(work / "tokens")))
+            took, share = timed(lambda run=run, result=result: result.append(run(work / "tokens")), flops)
             seconds[name].append(took)
-            shares[name].append(flops / rate / took)
+            shares[name].append(share)
             found = on_responses(result[0], masks)
             expected = found if expected is None else expected
             apart[name] = float(np.abs(found - expected).max())

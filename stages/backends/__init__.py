@@ -147,15 +147,17 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
         if find_spec("vllm") is None:  # asked first: what follows loads libraries
             return DEFAULT
         return "vllm" if import_module("stages.backends.vllm").preferred(options) else DEFAULT
-    known = known_backends()
-    if name not in known:
+    if name not in BACKENDS and name not in (
+        known := known_backends()
+    ):  # which looks at every installed package
         raise UsageError(f"backend {name!r} is not known; legal: auto, {', '.join(known)}")
     return name
 
 
 def backend_class(name: str) -> type[Backend]:
     """The class of a known backend; imports its module."""
-    module, _, attribute = known_backends()[name].partition(":")
+    place = BACKENDS.get(name) or known_backends()[name]
+    module, _, attribute = place.partition(":")
     backend: type[Backend] = getattr(import_module(module), attribute)
     return backend
 
