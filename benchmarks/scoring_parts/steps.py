@@ -16,7 +16,7 @@ from benchmarks.scoring_parts.inputs import make_inputs, read_rows, write_tokens
 from benchmarks.scoring_parts.sides import last_layer_weights, plain_model, plain_script, score_stage
 from benchmarks.scoring_parts.speed import timed, work_of
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 768
 TILE_WIDTH = 1000
 
 

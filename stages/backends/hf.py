@@ -15,7 +15,7 @@ from stages.base import SPEED_ONLY, Settings
 from stages.checkpoints import adapter_base, stamp
 
 _ON_CUDA = 16384
-_ELSEWHERE = 1024
+_ELSEWHERE = 768
 
 
 class HFSettings(Settings):
