@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
 from sstoken.in_loop.observation import example_key
@@ -78,12 +79,14 @@ class Observed(Stage):
                 f"{missing[0]!r}); train at least one epoch on all of them, with a max_length that cuts none"
             )
         offsets = tables.flatten(table["input_ids"])[1]
-        loss = np.concatenate([row.loss for row in rows])
-        attention = None
-        if self.attention:
-            attention = np.concatenate([row.attention for row in rows if row.attention is not None])
+        loss = _flat([row.loss for row in rows])
+        attention = _flat([row.attention for row in rows]) if self.attention else None
         provenance = {"checkpoint": self._checkpoint, "layer": None, "dtype": "as trained"}
         write_scores(out, example_ids, offsets, loss, attention, provenance)
+
+
+def _flat(rows: list[Any]) -> NDArray[np.float32]:
+    return np.concatenate([np.zeros(0, np.float32), *rows])
 
 
 def _nothing(num_tokens: int) -> Seen:

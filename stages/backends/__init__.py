@@ -147,9 +147,9 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
         if find_spec("vllm") is None:  # asked first: what follows loads libraries
             return DEFAULT
         return "vllm" if import_module("stages.backends.vllm").preferred(options) else DEFAULT
-    if name not in BACKENDS and name not in (
-        known := known_backends()
-    ):  # which looks at every installed package
+    if name in BACKENDS:  # asked first: the others are found by a look at every installed package
+        return name
+    if name not in (known := known_backends()):
         raise UsageError(f"backend {name!r} is not known; legal: auto, {', '.join(known)}")
     return name
 
