@@ -8,7 +8,8 @@ all layers (`eager`), or from sdpa and a recomputation of the last layer's weigh
 The limit is the time that the arithmetic needed takes at the rate of this machine's matrix product: every real token
 through the layers once, causal attention, the output embedding for response tokens. The rate is measured right before
 and right after each run, 32 products each time, and the median of the 64 is taken: machines drift, and the best of many
-products is a lucky moment. `limit_to_eager` is the ratio that a side at the limit would have.
+products is a lucky moment. Shares are of CPU time, speeds and ratios of the clock on the wall. `limit_to_eager` is the
+ratio that a side at the limit would have.
 
 Parts: `speed`, `memory` (peaks as the data grows 1x, 4x, 16x, and with a vocabulary of 128 thousand, each in a process
 of its own), `steps` (the plain script, changed one thing at a time until it is as fast as the stage) and `where` (the

@@ -15,7 +15,9 @@ from stages.base import SPEED_ONLY, Settings
 from stages.checkpoints import adapter_base, stamp
 
 _ON_CUDA = 16384
+"""Positions in a batch, at most: enough work for a GPU."""
 _ELSEWHERE = 768
+"""On a CPU, whose cache has to hold their states."""
 
 
 class HFSettings(Settings):
