@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sstoken import blocked
 from sstoken.errors import SstokenError, UsageError
 from sstoken.importance import BLOCK_ELEMENTS, Segment, attention_scores, log_sum_exp_rows, prompt_attention
 
@@ -115,14 +116,22 @@ class AttentionCapture:
         """
         assert self._response_mask is not None
         measure = _by_kernel(query, key, **how) if query.is_cuda and mask is None else prompt_attention
-        self._importance = measure(query, key, self._response_mask, mask, self._segments, **how)
+        self.keep(measure(query, key, self._response_mask, mask, self._segments, **how))
+
+    def keep(self, importance: Tensor) -> None:
+        """Called by the attention function with what `measure` would find, [B, T].
+
+        Raises:
+            ForwardStopped: `expect` asked for it.
+        """
+        self._importance = importance
         if self._stop:
             raise ForwardStopped
 
     @property
-    def waiting(self) -> bool:
-        """Whether a measurement is due."""
-        return self._response_mask is not None and self._importance is None
+    def due(self) -> Tensor | None:
+        """The response mask, [B, T], of a measurement that is due."""
+        return self._response_mask if self._importance is None else None
 
 
 def _by_kernel(
@@ -183,6 +192,12 @@ def attention_forward(
     if softcap is not None or sinks is not None:
         scale = _scale(query, scaling)
         return _attend_by_blocks(query, key, value, attention_mask, scale, softcap, sinks), None
+    if (
+        attention_mask is None
+        and torch.is_inference_mode_enabled()
+        and _plain_on_cpu(module, query, key, value, {"dropout": dropout, **kwargs})
+    ):
+        return blocked.causal_attention(query, key, value, _scale(query, scaling)), None
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
@@ -215,21 +230,34 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
             "sinks": kwargs.get("s_aux"),
             "window": kwargs.get("sliding_window"),
         }
-        if forward in (attention_forward, sdpa_attention_forward) and _kernel_fits(query, key, value, kwargs):
+        response_mask = capture.due
+        if forward in _CPU_FORWARDS and _plain_on_cpu(module, query, key, value, kwargs):
+            if response_mask is not None and attention_mask is None and torch.is_inference_mode_enabled():
+                by_blocks = blocked.attend(query, key, value, how["scaling"], response_mask)
+                if by_blocks is not None:
+                    output, importance = by_blocks
+                    capture.keep(importance)
+                    return output, None
             # Measured or not: the second forward of gradient checkpointing has to save the same tensors.
-            output, how["log_sum_exp"] = _cpu_kernel(query, key, value, attention_mask, how["scaling"])
-            if capture.waiting:
+            output, how["log_sum_exp"] = blocked.kernel(query, key, value, attention_mask, how["scaling"])
+            if response_mask is not None:
                 capture.measure(query, key, attention_mask, **how)
             return output, None
-        if capture.waiting:
+        if response_mask is not None:
             capture.measure(query, key, attention_mask, **how)
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
 
     return observed
 
 
-def _kernel_fits(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether sdpa's CPU kernel can be called by name: it gives the log-sum-exp of the scores, which sdpa drops."""
+_CPU_FORWARDS = (attention_forward, sdpa_attention_forward)
+
+
+def _plain_on_cpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> bool:
+    """Whether the layer does on a CPU what sdpa's kernel does: causal, or masked, attention of a batch to itself."""
+    is_causal = kwargs.get("is_causal")
     return (
         query.device.type == "cpu"
         and query.shape[2] == key.shape[2]
@@ -237,20 +265,9 @@ def _kernel_fits(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, An
         and not kwargs.get("dropout")
         and kwargs.get("softcap") is None
         and kwargs.get("s_aux") is None
-        and kwargs.get("is_causal") is not False
+        and kwargs.get("position_bias") is None
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     )
-
-
-def _cpu_kernel(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Attention output [B, T, H, D] and the log-sum-exp of the scores, [B, H, T]."""
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, mask is None, attn_mask=mask, scale=scaling
-    )
-    return output.transpose(1, 2).contiguous(), log_sum_exp
 
 
 _OBSERVED: set[str] = set()
