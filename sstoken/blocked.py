@@ -7,11 +7,13 @@ small say where that does not do, and sdpa's kernel takes over.
 Shapes: B batch, H heads, K key-value heads, T positions, D head size, R rows of a block, C columns up to its last row.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
 
-_LENGTHS = range(64, 1025)
+_LENGTHS = range(80, 1025)
 """Below, calls cost more than they save; above, sdpa's tiles are large and the cache does not hold a block."""
 _ROWS = 96
 _HEADS_PER_THREAD = 4
@@ -43,28 +45,29 @@ def attend(
         or heads < _HEADS_PER_THREAD * torch.get_num_threads()
     ):
         return None
-    query = query * scaling
     key, value = repeat_kv(key, heads // key.shape[1]), repeat_kv(value, heads // value.shape[1])
     output = query.new_empty(batch, length, heads, size)
-    sums_HT = query.new_empty(heads, length)
+    sums_BHT = query.new_empty(batch, heads, length)
     importance = query.new_zeros(batch, length)
     blocks = max(1, round(length / _ROWS))
     bounds = [length * i // blocks for i in range(blocks + 1)]
+    memory = query.new_empty(heads * -(-length // blocks) * length)
     for b in range(batch):
-        keys_HDT, output_HTD = key[b].transpose(1, 2), output[b].transpose(0, 1)
         prompt_T = None if response_mask is None else (~response_mask[b]).to(query.dtype)
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-            weights_HRC = torch.bmm(query[b, :, first:last], keys_HDT[:, :, :last]).exp_()
-            weights_HRC[:, :, first:last].tril_()
-            sums_HR = torch.sum(weights_HRC, -1, out=sums_HT[:, first:last])
-            torch.div(
-                torch.bmm(weights_HRC, value[b, :, :last]), sums_HR[..., None], out=output_HTD[:, first:last]
-            )
+        for first, last in pairwise(bounds):
+            rows = slice(first, last)
+            weights_HRC = memory[: heads * (last - first) * last].view(heads, last - first, last)
+            keys_HDC = key[b, :, :last].transpose(1, 2)
+            torch.baddbmm(weights_HRC, query[b, :, rows], keys_HDC, beta=0, alpha=scaling, out=weights_HRC)
+            weights_HRC.exp_()[:, :, rows].tril_()
+            sums_HR = torch.sum(weights_HRC, -1, out=sums_BHT[b, :, rows])
+            attended_HRD = torch.bmm(weights_HRC, value[b, :, :last])
+            torch.div(attended_HRD, sums_HR[..., None], out=output[b, rows].transpose(0, 1))
             if prompt_T is not None:
-                importance[b, first:last] = (weights_HRC @ prompt_T[:last] / sums_HR).mean(0)
-        smallest, largest = sums_HT.aminmax()
-        if not (smallest > _SUMS[0] and largest < _SUMS[1]):
-            return None
+                importance[b, rows] = (weights_HRC @ prompt_T[:last] / sums_HR).mean(0)
+    smallest, largest = sums_BHT.aminmax()
+    if not (smallest > _SUMS[0] and largest < _SUMS[1]):
+        return None
     if response_mask is not None:
         importance *= response_mask
     return output, importance

@@ -3,7 +3,9 @@
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -54,34 +56,50 @@ def compare_speed(
         **ratios,
         **at_limit,
     }
-    return {name: round(value, 3) for name, value in facts.items()}
+    return {name: round(float(value), 3) for name, value in facts.items()}
 
 
 def timed(run: Callable[[], Any], flops: float) -> tuple[float, float]:
     """Seconds of a call, and its share of the machine's limit for so much arithmetic.
 
-    The share is of CPU time: a shared machine takes its cores away for milliseconds, which a median of single
-    products never shows, and a long run always.
+    The share is of CPU time: a shared machine takes its cores away for milliseconds.
     """
-    rates = matmul_rates()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    run()
-    took, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    return took, flops / statistics.median(rates + matmul_rates()) / cpu
+    with products_between_batches() as products:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        run()
+        took, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    product_took, product_cpu = np.array(products).mean(0)
+    took, cpu = took - product_took * len(products), cpu - product_cpu * len(products)
+    return took, flops / (2 * 1024**3) * product_cpu / cpu
 
 
-def matmul_rates(samples: int = 32) -> list[float]:
-    """FLOP/s of a large fp32 product on this machine now."""
+@contextmanager
+def products_between_batches(count: int = 2) -> Iterator[list[tuple[float, float]]]:
+    """Within this context models multiply large fp32 matrices before each batch: seconds by the clock, and of CPU.
+
+    A shared machine is half as fast in one second as in the next: its limit has to be measured in the same moments.
+    """
     import torch
+    from transformers import LlamaForCausalLM
 
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    a @ b
-    rates = []
-    for _ in range(samples):
-        start = time.process_time()
-        a @ b
-        rates.append(2 * 1024**3 / (time.process_time() - start))
-    return rates
+    left, right, product = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
+    torch.mm(left, right, out=product)
+    products: list[tuple[float, float]] = []
+    forward = LlamaForCausalLM.forward
+
+    @wraps(forward)
+    def after_products(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(count):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            torch.mm(left, right, out=product)
+            products.append((time.perf_counter() - start, time.process_time() - cpu_start))
+        return forward(*args, **kwargs)
+
+    LlamaForCausalLM.forward = after_products  # type: ignore[method-assign]
+    try:
+        yield products
+    finally:
+        LlamaForCausalLM.forward = forward  # type: ignore[method-assign]
 
 
 def work_of(tokens: Path, folder: Path) -> tuple[int, float]:
