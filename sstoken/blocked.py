@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import repeat_kv
 
 _LENGTHS = range(80, 1025)
 """Below, calls cost more than they save; above, sdpa's tiles are large and the cache does not hold a block."""
@@ -45,7 +44,8 @@ def attend(
         or heads < _HEADS_PER_THREAD * torch.get_num_threads()
     ):
         return None
-    key, value = repeat_kv(key, heads // key.shape[1]), repeat_kv(value, heads // value.shape[1])
+    if key.shape[1] != heads:
+        key, value = (states.repeat_interleave(heads // key.shape[1], 1) for states in (key, value))
     output = query.new_empty(batch, length, heads, size)
     sums_BHT = query.new_empty(batch, heads, length)
     importance = query.new_zeros(batch, length)
