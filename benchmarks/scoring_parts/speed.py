@@ -80,12 +80,12 @@ def products_between_batches(count: int = 2) -> Iterator[list[tuple[float, float
     A shared machine is half as fast in one second as in the next: its limit has to be measured in the same moments.
     """
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaModel
 
     left, right, product = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
     torch.mm(left, right, out=product)
     products: list[tuple[float, float]] = []
-    forward = LlamaForCausalLM.forward
+    forward = LlamaModel.forward
 
     @wraps(forward)
     def after_products(*args: Any, **kwargs: Any) -> Any:
@@ -95,11 +95,11 @@ def products_between_batches(count: int = 2) -> Iterator[list[tuple[float, float
             products.append((time.perf_counter() - start, time.process_time() - cpu_start))
         return forward(*args, **kwargs)
 
-    LlamaForCausalLM.forward = after_products  # type: ignore[method-assign]
+    LlamaModel.forward = after_products  # type: ignore[method-assign]
     try:
         yield products
     finally:
-        LlamaForCausalLM.forward = forward  # type: ignore[method-assign]
+        LlamaModel.forward = forward  # type: ignore[method-assign]
 
 
 def work_of(tokens: Path, folder: Path) -> tuple[int, float]:

@@ -1,6 +1,6 @@
 """What each step towards the stage gives: the plain script, changed one thing at a time.
 
-Everything here is plain torch, except the last three rows of the table, which are the product's own pieces.
+Everything here is plain torch, except the last four rows of the table, which are the product's own pieces.
 """
 
 import statistics
@@ -32,6 +32,8 @@ class How:
     """The last layer's MLP for the rows that are read only."""
     capture: bool = False
     """Importance from inside the forward pass, by the log-sum-exp of its attention kernel."""
+    blocks: bool = False
+    """Attention by blocks of rows, which the product does in inference mode alone."""
 
 
 _SORTED = How()
@@ -41,6 +43,7 @@ _TILES = replace(_RESPONSE, loss="tiles")
 _IN_PLACE = replace(_TILES, loss="in place")
 _LAST_MLP = replace(_IN_PLACE, last_mlp=True)
 _CAPTURE = replace(_LAST_MLP, capture=True)
+_BLOCKS = replace(_CAPTURE, blocks=True)
 STEPS = {
     "sorted batches of a token budget": _SORTED,
     "no attention mask": _NO_MASK,
@@ -49,6 +52,7 @@ STEPS = {
     "tiles in place": _IN_PLACE,
     "last MLP for response rows only": _LAST_MLP,
     "importance from inside the forward pass": _CAPTURE,
+    "attention by blocks": _BLOCKS,
 }
 
 
@@ -116,7 +120,7 @@ def stepwise(tokens: Path, model: Any, how: How) -> list[Any]:
     model.set_attn_implementation(IMPLEMENTATION if how.capture else "sdpa")
     capture = AttentionCapture(model, -1) if how.capture else None
     kept: list[Any] = [None] * len(rows)
-    with torch.inference_mode():
+    with torch.inference_mode() if how.blocks else torch.no_grad():
         for indices in sorted_batches([len(row["input_ids"]) for row in rows]):
             longest = len(rows[indices[0]]["input_ids"])
             ids = torch.zeros(len(indices), longest, dtype=torch.long)
