@@ -82,7 +82,7 @@ def _keep_freed_memory() -> None:
     Fetching it again took up to 7 % of the time. glibc raises its limit for what it keeps when a block of up to 32 MB
     is freed (mallopt(3), M_MMAP_THRESHOLD); the block is never touched. Elsewhere this does nothing.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(16 << 20, dtype=torch.uint8)
 
 
 def _budget(model: Any, device: str) -> int:
