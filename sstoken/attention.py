@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sstoken import blocked
+from sstoken import cpu_attention
 from sstoken.errors import SstokenError, UsageError
 from sstoken.importance import BLOCK_ELEMENTS, Segment, attention_scores, log_sum_exp_rows, prompt_attention
 
@@ -197,7 +197,7 @@ def attention_forward(
         and torch.is_inference_mode_enabled()
         and _plain_on_cpu(module, query, key, value, {"dropout": dropout, **kwargs})
     ):
-        return blocked.causal_attention(query, key, value, _scale(query, scaling)), None
+        return cpu_attention.causal_attention(query, key, value, _scale(query, scaling)), None
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
@@ -233,13 +233,15 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
         response_mask = capture.due
         if forward in _CPU_FORWARDS and _plain_on_cpu(module, query, key, value, kwargs):
             if response_mask is not None and attention_mask is None and torch.is_inference_mode_enabled():
-                by_blocks = blocked.attend(query, key, value, how["scaling"], response_mask)
+                by_blocks = cpu_attention.attend_by_blocks(query, key, value, how["scaling"], response_mask)
                 if by_blocks is not None:
                     output, importance = by_blocks
                     capture.keep(importance)
                     return output, None
             # Measured or not: the second forward of gradient checkpointing has to save the same tensors.
-            output, how["log_sum_exp"] = blocked.kernel(query, key, value, attention_mask, how["scaling"])
+            output, how["log_sum_exp"] = cpu_attention.sdpa_kernel(
+                query, key, value, attention_mask, how["scaling"]
+            )
             if response_mask is not None:
                 capture.measure(query, key, attention_mask, **how)
             return output, None

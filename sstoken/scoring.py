@@ -82,7 +82,7 @@ class Scorer:
     def _choose_layout(self, layout: str | None) -> tuple[str, str]:
         """The layout, and a remark on it for the user."""
         if layout is None and self._device.type != "cuda":
-            return "padded", "padded batches, sdpa"
+            return "padded", "padded batches, sdpa or blocks of rows"
         if layout == "padded":
             return "padded", "padded batches, as asked for"
         reason = check_packed(self._model)

@@ -1,11 +1,20 @@
 """What tests of several stages share."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stages.base import Context, Progress
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and not os.environ.get("CI"),
+    reason="torch.compile needs a C++ compiler, which is the user's to have; CI has one and runs this",
+)
 
 
 def sequential_map(

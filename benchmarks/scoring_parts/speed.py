@@ -68,9 +68,9 @@ def timed(run: Callable[[], Any], flops: float) -> tuple[float, float]:
         start, cpu_start = time.perf_counter(), time.process_time()
         run()
         took, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    product_took, product_cpu = np.array(products).mean(0)
-    took, cpu = took - product_took * len(products), cpu - product_cpu * len(products)
-    return took, flops / (2 * 1024**3) * product_cpu / cpu
+    products_took, products_cpu = np.array(products).sum(0)
+    rate = 2 * 1024**3 * len(products) / products_cpu
+    return took - products_took, flops / rate / (cpu - products_cpu)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Losses and attention importance against eager attention and full logits, architecture by architecture."""
 
-import shutil
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ from sstoken.losses import OutputHead, read_head, token_losses
 from sstoken.scoring import Scorer
 from stages.backends import BackendOptions
 from tests.sstoken.models import ARCHITECTURES, VOCABULARY, make_model
+from tests.support import needs_compiler
 
 
 def eager_signals(model, ids, mask, layer):
@@ -138,7 +138,7 @@ def test_too_little_memory_on_the_cpu_is_found_out(tmp_path):
     assert int(done.stdout) < 8192
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+@needs_compiler
 def test_compiled_layers_give_the_same():
     sequences, masks = random_examples(8, [33, 12, 33, 50])
     check(make_model("llama"), "llama", 1, sequences, masks, batch_tokens=100, compiled=True)

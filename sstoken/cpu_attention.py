@@ -21,7 +21,7 @@ _SUMS = (1e-30, 1e30)
 """Of exponentials: between them nothing was lost in fp32."""
 
 
-def attend(
+def attend_by_blocks(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, response_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """Attention output and, on the way, attention importance of sequences that start at position 0 of their row.
@@ -76,8 +76,8 @@ def attend(
 @torch.library.custom_op("sstoken::causal_attention", mutates_args=(), device_types="cpu")
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention output [B, T, H, D], by blocks or by sdpa's kernel; torch.compile need not look inside."""
-    by_blocks = attend(query, key, value, scaling)
-    return kernel(query, key, value, None, scaling)[0] if by_blocks is None else by_blocks[0]
+    by_blocks = attend_by_blocks(query, key, value, scaling)
+    return sdpa_kernel(query, key, value, None, scaling)[0] if by_blocks is None else by_blocks[0]
 
 
 @causal_attention.register_fake
@@ -86,7 +86,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return query.new_empty(batch, length, heads, value.shape[-1])
 
 
-def kernel(
+def sdpa_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """sdpa's CPU kernel: attention output [B, T, H, D] and, what sdpa drops, the scores' log-sum-exp [B, H, T].

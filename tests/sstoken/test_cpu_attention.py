@@ -1,29 +1,28 @@
 """Attention by blocks of rows on a CPU, against float64 and all weights at once."""
 
-import shutil
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sstoken import blocked
+from sstoken import cpu_attention
 from tests.sstoken.models import ARCHITECTURES, make_model
 from tests.sstoken.test_signals import check, random_examples
+from tests.support import needs_compiler
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Blocks of a few rows, for short sequences, whatever the number of threads; calls that found use are counted."""
-    monkeypatch.setattr(blocked, "_LENGTHS", range(1, 400))
-    monkeypatch.setattr(blocked, "_ROWS", 7)
-    monkeypatch.setattr(blocked, "_HEADS_PER_THREAD", 0)
+    """Blocks of a few rows, for short sequences, whatever the number of threads."""
+    monkeypatch.setattr(cpu_attention, "_LENGTHS", range(1, 400))
+    monkeypatch.setattr(cpu_attention, "_ROWS", 7)
+    monkeypatch.setattr(cpu_attention, "_HEADS_PER_THREAD", 0)
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """The lengths of the batches that were attended to by blocks."""
-    lengths, attend = [], blocked.attend
+    lengths, attend = [], cpu_attention.attend_by_blocks
 
     def counted(query, *args):
         found = attend(query, *args)
@@ -31,7 +30,7 @@ def taken(monkeypatch):
             lengths.append(query.shape[2])
         return found
 
-    monkeypatch.setattr(blocked, "attend", counted)
+    monkeypatch.setattr(cpu_attention, "attend_by_blocks", counted)
     return lengths
 
 
@@ -66,9 +65,9 @@ def test_agrees_with_all_weights_at_once(batch, length, heads, size, scaling, se
     response = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.6
     output, importance = expected(*inputs, scaling, response)
     torch.testing.assert_close(
-        blocked.causal_attention(*inputs, scaling).double(), output, atol=1e-5, rtol=1e-5
+        cpu_attention.causal_attention(*inputs, scaling).double(), output, atol=1e-5, rtol=1e-5
     )
-    found = blocked.attend(*inputs, scaling, response)
+    found = cpu_attention.attend_by_blocks(*inputs, scaling, response)
     assert found is not None
     torch.testing.assert_close(found[0].double(), output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found[1].double(), importance, atol=1e-5, rtol=0)
@@ -79,10 +78,10 @@ def test_scores_beyond_what_exponentials_hold_are_left_to_sdpa(offset):
     query, key, value = states(2, 4, 4, 30, 8)
     query[..., 0], key[..., 0] = 1.0, offset  # every score of a row moves alike: weights stay what they were
     response = torch.zeros(2, 30, dtype=torch.bool)
-    assert blocked.attend(query, key, value, 1.0) is None
+    assert cpu_attention.attend_by_blocks(query, key, value, 1.0) is None
     output, _ = expected(query, key, value, 1.0, response)
     torch.testing.assert_close(
-        blocked.causal_attention(query, key, value, 1.0).double(), output, atol=1e-4, rtol=1e-4
+        cpu_attention.causal_attention(query, key, value, 1.0).double(), output, atol=1e-4, rtol=1e-4
     )
 
 
@@ -92,7 +91,7 @@ def test_a_future_score_beyond_what_exponentials_hold_does_not_matter():
     query[..., 0], key[:, :, -1, 0] = 1.0, 300.0
     query[:, :, -1, 0] = 0.0  # the last row alone sees that key
     response = torch.ones(1, 7, dtype=torch.bool)
-    found = blocked.attend(query, key, value, 1.0, response)
+    found = cpu_attention.attend_by_blocks(query, key, value, 1.0, response)
     assert found is not None
     torch.testing.assert_close(
         found[0].double(), expected(query, key, value, 1.0, response)[0], atol=1e-5, rtol=1e-5
@@ -103,16 +102,16 @@ def test_nan_is_passed_on():
     query, key, value = states(1, 4, 4, 20, 8)
     value[0, 0, 3] = torch.nan
     query[0, 1, 5] = torch.nan
-    output = blocked.causal_attention(query, key, value, 1.0)
+    output = cpu_attention.causal_attention(query, key, value, 1.0)
     assert output[0, 3:, 0].isnan().all()
     assert output[0, 5, 1].isnan().all()
 
 
 def test_left_to_sdpa_where_that_is_faster_or_more_exact(monkeypatch):
-    assert blocked.attend(*states(1, 4, 4, 400, 8), 1.0) is None
-    assert blocked.attend(*states(1, 4, 4, 30, 8, dtype=torch.bfloat16), 1.0) is None
-    monkeypatch.setattr(blocked, "_HEADS_PER_THREAD", 5)
-    assert blocked.attend(*states(1, 4, 4, 30, 8), 1.0) is None
+    assert cpu_attention.attend_by_blocks(*states(1, 4, 4, 400, 8), 1.0) is None
+    assert cpu_attention.attend_by_blocks(*states(1, 4, 4, 30, 8, dtype=torch.bfloat16), 1.0) is None
+    monkeypatch.setattr(cpu_attention, "_HEADS_PER_THREAD", 5)
+    assert cpu_attention.attend_by_blocks(*states(1, 4, 4, 30, 8), 1.0) is None
 
 
 @pytest.mark.parametrize("layer", [-1, 1])
@@ -131,7 +130,7 @@ def test_any_batch_composition_gives_the_same(lengths, batch_tokens, seed):
     check(make_model("llama"), "llama", -1, sequences, masks, batch_tokens=batch_tokens)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+@needs_compiler
 def test_compiled_layers_give_the_same(taken):
     sequences, masks = random_examples(8, [33, 12, 33, 50])
     check(make_model("llama"), "llama", 1, sequences, masks, batch_tokens=100, compiled=True)
