@@ -194,7 +194,7 @@ def attention_forward(
         return _attend_by_blocks(query, key, value, attention_mask, scale, softcap, sinks), None
     if (
         attention_mask is None
-        and torch.is_inference_mode_enabled()
+        and not torch.is_grad_enabled()
         and _plain_on_cpu(module, query, key, value, {"dropout": dropout, **kwargs})
     ):
         return cpu_attention.causal_attention(query, key, value, _scale(query, scaling)), None

@@ -47,11 +47,11 @@ def attend_by_blocks(
     if key.shape[1] != heads:
         key, value = (states.repeat_interleave(heads // key.shape[1], 1) for states in (key, value))
     output = query.new_empty(batch, length, heads, size)
-    sums_BHT = query.new_empty(batch, heads, length)
     importance = query.new_zeros(batch, length)
     blocks = max(1, round(length / _ROWS))
     bounds = [length * i // blocks for i in range(blocks + 1)]
     memory = query.new_empty(heads * -(-length // blocks) * length)
+    ones_T, sums = query.new_ones(length), []
     for b in range(batch):
         prompt_T = None if response_mask is None else (~response_mask[b]).to(query.dtype)
         for first, last in pairwise(bounds):
@@ -60,12 +60,13 @@ def attend_by_blocks(
             keys_HDC = key[b, :, :last].transpose(1, 2)
             torch.baddbmm(weights_HRC, query[b, :, rows], keys_HDC, beta=0, alpha=scaling, out=weights_HRC)
             weights_HRC.exp_()[:, :, rows].tril_()
-            sums_HR = torch.sum(weights_HRC, -1, out=sums_BHT[b, :, rows])
+            sums_HR = (weights_HRC.flatten(0, 1) @ ones_T[:last]).view(heads, -1)  # half the time of sum()
+            sums.append(sums_HR.flatten())
             attended_HRD = torch.bmm(weights_HRC, value[b, :, :last])
             torch.div(attended_HRD, sums_HR[..., None], out=output[b, rows].transpose(0, 1))
             if prompt_T is not None:
                 importance[b, rows] = (weights_HRC @ prompt_T[:last] / sums_HR).mean(0)
-    smallest, largest = sums_BHT.aminmax()
+    smallest, largest = torch.cat(sums).aminmax()
     if not (smallest > _SUMS[0] and largest < _SUMS[1]):
         return None
     if response_mask is not None:
@@ -76,7 +77,8 @@ def attend_by_blocks(
 @torch.library.custom_op("sstoken::causal_attention", mutates_args=(), device_types="cpu")
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention output [B, T, H, D], by blocks or by sdpa's kernel; torch.compile need not look inside."""
-    by_blocks = attend_by_blocks(query, key, value, scaling)
+    # torch.compile cannot ask for the mode where this is called. Without it, a training step may follow.
+    by_blocks = attend_by_blocks(query, key, value, scaling) if torch.is_inference_mode_enabled() else None
     return sdpa_kernel(query, key, value, None, scaling)[0] if by_blocks is None else by_blocks[0]
 
 

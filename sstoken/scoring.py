@@ -71,11 +71,14 @@ class Scorer:
         self._device: torch.device = model.get_input_embeddings().weight.device
         self.layout, self.remark = self._choose_layout(layout)
         model.set_attn_implementation(IMPLEMENTATION_PACKED if self.layout == "packed" else IMPLEMENTATION)
+        blocks = decoder_layers(model)
+        for block in blocks:
+            block._compiled_call_impl = None  # what another scorer compiled; torch has no other way back
         self._head = read_head(model) if loss else None
         self._mlp = last_mlp(model) if loss else None
         self._capture = None if layer is None else AttentionCapture(model, layer)
         if compiled:
-            for index, block in enumerate(decoder_layers(model)[:-1]):  # the last one's MLP has hooks
+            for index, block in enumerate(blocks[:-1]):  # the last one's MLP has hooks
                 if self._capture is None or index != self._capture.layer:
                     block.compile(dynamic=True)
 

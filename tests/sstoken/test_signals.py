@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from sstoken.attention import IMPLEMENTATION, AttentionCapture, ForwardStopped
 from sstoken.errors import SstokenError, UsageError
@@ -141,7 +142,21 @@ def test_too_little_memory_on_the_cpu_is_found_out(tmp_path):
 @needs_compiler
 def test_compiled_layers_give_the_same():
     sequences, masks = random_examples(8, [33, 12, 33, 50])
+    torch._dynamo.reset()
+    counters.clear()
     check(make_model("llama"), "llama", 1, sequences, masks, batch_tokens=100, compiled=True)
+    assert not counters["graph_break"]  # a layer in pieces gains half as much
+
+
+@needs_compiler
+def test_a_model_is_compiled_for_those_who_ask_only():
+    sequences, masks = random_examples(8, [33, 12])
+    model = make_model("llama")
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        counters.clear()
+        list(Scorer(model, layer=-1, compiled=compiled).measure(sequences, masks))
+        assert (counters["stats"]["calls_captured"] > 0) == compiled
 
 
 def test_bfloat16_stays_close():
