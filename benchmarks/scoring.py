@@ -18,7 +18,7 @@ share of the stage's time that each kind of operation takes; its fixed costs).
     python benchmarks/scoring.py --quick
     python benchmarks/scoring.py --json
     python benchmarks/scoring.py --parts speed --models 8x512 --lengths long
-    python benchmarks/scoring.py --parts speed --compile
+    python benchmarks/scoring.py --parts speed --lengths mixed --compile
 """
 
 import argparse
@@ -31,9 +31,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROWS = {"6x256": 192, "8x512": 128, "tiny": 16}
+ROWS = {"6x256": 384, "8x512": 192, "tiny": 16}
 """Examples of the short set, by model: enough for loading and hashing not to count, few enough for three rounds."""
-LENGTHS = ("short", "long")
+LENGTHS = ("short", "mixed", "long")
 PARTS = ("speed", "memory", "steps", "where")
 
 
@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; quick: speed memory")
     parser.add_argument("--models", nargs="+", choices=tuple(ROWS), help="default: 6x256 8x512; quick: 6x256")
-    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, help="default: both; quick: short")
-    parser.add_argument("--rows", type=int, help="examples of the short set; the long set has one in 32")
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, help="default: short long; quick: short")
+    parser.add_argument("--rows", type=int, help="examples; the long set has one in 32")
     parser.add_argument("--rounds", type=int, help="times that each side runs (3; quick: 1)")
     parser.add_argument(
-        "--compile", action="store_true", help="part speed: the stage compiles the model's layers"
+        "--compile", action="store_true", help="part speed: the stage with compiled layers beside the others"
     )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -62,7 +62,7 @@ def main() -> None:
         print(json.dumps(measure_side(options.side, options.work, *options.inputs)))
         return
     options.models = options.models or (["6x256"] if options.quick else ["6x256", "8x512"])
-    options.lengths = options.lengths or (["short"] if options.quick else LENGTHS)
+    options.lengths = options.lengths or (["short"] if options.quick else ["short", "long"])
     options.rounds = options.rounds or (1 if options.quick else 3)
     parts = options.parts or (["speed", "memory"] if options.quick else PARTS)
     run = {"speed": run_speed, "memory": run_memory, "steps": run_steps, "where": run_where}
@@ -82,7 +82,7 @@ def run_speed(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for model in options.models:
         short = options.rows or (24 if options.quick else ROWS[model])
         for lengths in options.lengths:
-            rows = short if lengths == "short" else max(2, short // 32)
+            rows = max(2, short // 32) if lengths == "long" else short
             folder = work / f"{model}-{lengths}"
             facts = compare_speed(folder, model, lengths, rows, options.rounds, options.compile)
             figures[f"{model} {lengths}"] = facts

@@ -37,23 +37,17 @@ def make_model(folder: Path, model: str, vocabulary: int = VOCABULARY, seed: int
 
 
 def real_examples(rows: int, lengths: str) -> list[tuple[int, int]]:
-    """Prompt and response lengths: of GSM8K where it is at hand, else like them; `long` joins them to 2k-4k."""
-    random = np.random.default_rng(0)
-    count = rows * (1 if lengths == "short" else 16)
-    data = SHARED / "data" / "gsm8k" / "train.jsonl"
-    if data.is_file():
-        from transformers import AutoTokenizer
+    """Prompt and response lengths of real data where it is at hand, else like them.
 
-        tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "base")
-        lines = [json.loads(line) for line in data.read_text().splitlines()[:count]]
-        pairs = [
-            (len(tokenizer(row["question"])["input_ids"]) + 8, len(tokenizer(row["answer"])["input_ids"]) + 1)
-            for row in lines
-        ]
-    else:
-        pairs = [(int(p), int(r)) for p, r in random.gamma(4, [[20, 30]], (count, 2)).clip(8, 400)]
+    `short` are those of GSM8K, `mixed` those of GSM8K and roleplay in turns, `long` joins GSM8K to 2k-4k.
+    """
+    if lengths == "mixed":
+        of_each = zip(_gsm8k(-(-rows // 2)), _roleplay(-(-rows // 2)), strict=True)
+        return [pair for both in of_each for pair in both][:rows]
     if lengths == "short":
-        return pairs
+        return _gsm8k(rows)
+    random = np.random.default_rng(0)
+    pairs = _gsm8k(rows * 16)
     joined, at = [], 0
     for _ in range(rows):
         target, prompt, response = int(random.integers(2000, 4000)), 0, 0
@@ -62,6 +56,36 @@ def real_examples(rows: int, lengths: str) -> list[tuple[int, int]]:
             at += 1
         joined.append((min(prompt, 2000), min(response, 2000)))
     return joined
+
+
+def _gsm8k(count: int) -> list[tuple[int, int]]:
+    data = SHARED / "data" / "gsm8k" / "train.jsonl"
+    if not data.is_file():
+        return _like(count, prompt=80, response=120)
+    lines = [json.loads(line) for line in data.read_text().splitlines()[:count]]
+    return _lengths_of([(row["question"], row["answer"]) for row in lines])
+
+
+def _roleplay(count: int) -> list[tuple[int, int]]:
+    data = SHARED / "data" / "roleplay.json"
+    if not data.is_file():
+        return _like(count, prompt=40, response=240)
+    rows = json.loads(data.read_text())[:count]
+    return _lengths_of([(row["instruction"] + row["input"], row["response"]) for row in rows])
+
+
+def _lengths_of(texts: list[tuple[str, str]]) -> list[tuple[int, int]]:
+    """In tokens, with 8 of a chat template before and one after."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "base")
+    return [(len(tokenizer(p)["input_ids"]) + 8, len(tokenizer(r)["input_ids"]) + 1) for p, r in texts]
+
+
+def _like(count: int, prompt: int, response: int) -> list[tuple[int, int]]:
+    random = np.random.default_rng(0)
+    means = [prompt / 4, response / 4]
+    return [(int(p), int(r)) for p, r in random.gamma(4, [means] * count).clip(8, 600)]
 
 
 def write_tokens(folder: Path, examples: list[tuple[int, int]], vocabulary: int = VOCABULARY) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.scoring_parts.inputs import read_rows
 
-PLAIN_BATCH = {"short": 8, "long": 1}
+PLAIN_BATCH = {"short": 8, "mixed": 8, "long": 1}
 """At 4,000 tokens, eager attention of all layers would take 24 GB for 8 rows."""
 Kept = list[tuple[list[float], list[float]]]
 """Of each row: losses [T - 1] of the tokens from the second on, and attention importance [T]."""

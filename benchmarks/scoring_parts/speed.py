@@ -22,23 +22,27 @@ def compare_speed(
 ) -> dict[str, float]:
     """Every side once a round, each after a warm-up on two rows that loads its model; medians over the rounds.
 
-    With `compiled`, the stage compiles its layers, and its warm-up meets all shapes.
+    With `compiled`, the stage with compiled layers is one more side, whose warm-up meets all shapes.
     """
     make_inputs(work, model, rows, lengths)
     write_tokens(work / "warm-up", [(8, 8), (12, 20)])
     folder = work / "model"
     models = {attention: plain_model(folder, attention) for attention in PLAIN}
+    ours = ["sstoken", "compiled"] if compiled else ["sstoken"]
     sides: dict[str, Callable[[Path], Any]] = {
-        "sstoken": lambda tokens: score_stage(tokens, folder, work, compiled=compiled),
+        **{
+            side: lambda tokens, side=side: score_stage(tokens, folder, work, compiled=side == "compiled")
+            for side in ours
+        },
         **{
             side: lambda tokens, side=side: plain_script(tokens, models[side], side, PLAIN_BATCH[lengths])
             for side in PLAIN
         },
     }
-    for run in sides.values():
+    for side, run in sides.items():
         run(work / "warm-up")
-    if compiled:
-        sides["sstoken"](work / "tokens")
+        if side == "compiled":
+            run(work / "tokens")
     num_tokens, flops = work_of(work / "tokens", folder)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     shares: dict[str, list[float]] = {side: [] for side in sides}
@@ -48,14 +52,13 @@ def compare_speed(
             seconds[side].append(took)
             shares[side].append(share)
     median = {side: statistics.median(times) for side, times in seconds.items()}
-    ratios = {f"ratio_to_{side}": median[side] / median["sstoken"] for side in PLAIN}
-    at_limit = {f"limit_to_{side}": 1 / statistics.median(shares[side]) for side in PLAIN}
-    facts = {
-        "tokens_per_second": num_tokens / median["sstoken"],
-        "share_of_limit": statistics.median(shares["sstoken"]),
-        **ratios,
-        **at_limit,
-    }
+    facts: dict[str, float] = {}
+    for side in ours:
+        prefix = "" if side == "sstoken" else f"{side}_"
+        facts[f"{prefix}tokens_per_second"] = num_tokens / median[side]
+        facts[f"{prefix}share_of_limit"] = statistics.median(shares[side])
+        facts |= {f"{prefix}ratio_to_{plain}": median[plain] / median[side] for plain in PLAIN}
+    facts |= {f"limit_to_{plain}": 1 / statistics.median(shares[plain]) for plain in PLAIN}
     return {name: round(float(value), 3) for name, value in facts.items()}
 
 

@@ -9,7 +9,7 @@ KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn"),
     "attention kernel": ("flash_attention",),
     "exponentials": ("aten::exp", "aten::silu", "aten::logsumexp"),
-    "sums and largest": ("aten::sum", "aten::amax", "aten::mean"),
+    "sums and largest": ("aten::sum", "aten::amax", "aten::mean", "aten::mv", "aten::addmv"),
     "element by element": ("aten::mul", "aten::add", "aten::sub", "aten::rsqrt", "aten::pow", "aten::neg"),
     "copies": ("aten::copy", "aten::cat", "aten::index", "aten::fill", "aten::zero"),
 }
