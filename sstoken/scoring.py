@@ -107,7 +107,7 @@ class Scorer:
             response_masks: [T] each; token 0 is never a response token, as nothing predicts it.
 
         Raises:
-            SstokenError: not even one sequence fits in memory.
+            SstokenError: not even one sequence fits in memory, or torch.compile fails.
         """
         passed: list[_Passed] = []
         rows = 0
@@ -134,6 +134,11 @@ class Scorer:
             try:
                 passed = self._forward(_lay_out(indices, sequences, response_masks, self.layout))
             except RuntimeError as error:
+                if _of_compiler(error):
+                    reason = " ".join(str(error).partition("\n\n")[0].split())
+                    raise SstokenError(
+                        f"the model's layers do not compile ({reason}); score without compiling"
+                    ) from error
                 if not _out_of_memory(error):
                     raise
                 self._shrink(indices, lengths)
@@ -291,3 +296,7 @@ def _scatter(values: Values, mask: Mask) -> Values:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _of_compiler(error: RuntimeError) -> bool:
+    return any(kind.__module__.startswith("torch._dynamo") for kind in type(error).__mro__)

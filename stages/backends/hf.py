@@ -24,7 +24,7 @@ class HFSettings(Settings):
     """Backend options of `hf`."""
 
     compile: Annotated[bool, SPEED_ONLY] = False
-    """Compile the decoder layers with torch.compile: may pay for a small model on a GPU, takes a minute to start."""
+    """Compile the decoder layers with torch.compile: some percent faster, half a minute to start."""
 
 
 class HFBackend(Backend):

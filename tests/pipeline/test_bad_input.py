@@ -913,6 +913,21 @@ def test_a_process_of_its_own_prints_one_line(world: World, tmp_path: Path) -> N
     assert (tmp_path / "scores" / "base" / "manifest.json").is_file(), "what was finished before is kept"
 
 
+def test_compiled_without_a_compiler(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    command = ["score", "--tokens", world.tokens, "--ckpt", world.base, "--out", tmp_path / "scores"]
+    without = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*PIPELINE, *map(str, command), "--backend-option", "compile=true"],
+        env=environment() | without,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == FAILED
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    says(done.stderr, "error: ", "do not compile", "C++ compiler", "/nowhere/g++", "score without")
+    cli.works(*command)
+
+
 def test_training_prints_no_warning_of_a_library(world: World, tmp_path: Path) -> None:
     command = ["anchor", "--tokens", world.tokens, "--model", world.base, "--out", tmp_path / "history"]
     command += ["--max-steps", 1, "--lora-rank", 2, "--gradient-checkpointing"]
