@@ -51,7 +51,7 @@ def attend_by_blocks(
     blocks = max(1, round(length / _ROWS))
     bounds = [length * i // blocks for i in range(blocks + 1)]
     memory = query.new_empty(heads * -(-length // blocks) * length)
-    ones_T, sums = query.new_ones(length), []
+    ones_T, sums_BHT = query.new_ones(length), query.new_empty(batch, heads, length)
     for b in range(batch):
         prompt_T = None if response_mask is None else (~response_mask[b]).to(query.dtype)
         for first, last in pairwise(bounds):
@@ -61,12 +61,12 @@ def attend_by_blocks(
             torch.baddbmm(weights_HRC, query[b, :, rows], keys_HDC, beta=0, alpha=scaling, out=weights_HRC)
             weights_HRC.exp_()[:, :, rows].tril_()
             sums_HR = (weights_HRC.flatten(0, 1) @ ones_T[:last]).view(heads, -1)  # half the time of sum()
-            sums.append(sums_HR.flatten())
+            sums_BHT[b, :, rows] = sums_HR
             attended_HRD = torch.bmm(weights_HRC, value[b, :, :last])
             torch.div(attended_HRD, sums_HR[..., None], out=output[b, rows].transpose(0, 1))
             if prompt_T is not None:
                 importance[b, rows] = (weights_HRC @ prompt_T[:last] / sums_HR).mean(0)
-    smallest, largest = torch.cat(sums).aminmax()
+    smallest, largest = sums_BHT.aminmax()
     if not (smallest > _SUMS[0] and largest < _SUMS[1]):
         return None
     if response_mask is not None:
