@@ -51,6 +51,15 @@ def test_every_step_gives_the_numbers_of_the_stage(folder, measured, step):
     np.testing.assert_allclose(steps.on_responses(kept, response_masks(folder)), measured, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "least", "most"), [("short", 16, 1200), ("mixed", 16, 1200), ("long", 2000, 4000)]
+)
+def test_lengths_are_of_the_kind_asked_for(lengths, least, most):
+    examples = inputs.real_examples(5, lengths)
+    assert len(examples) == 5
+    assert all(least <= prompt + response <= most for prompt, response in examples)
+
+
 def test_a_dtype_differs_from_float32_by_its_rounding(folder, tmp_path):
     inputs.make_model(tmp_path / "other", "tiny", vocabulary=3000, seed=1)
     found = dtype.compare(

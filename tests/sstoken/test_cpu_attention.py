@@ -43,6 +43,12 @@ def states(batch, heads, kv_heads, length, size, seed=0, dtype=torch.float32):
     ]
 
 
+@torch.inference_mode()
+def causal_attention(*args):
+    """As a scorer calls it: elsewhere it is sdpa's kernel."""
+    return cpu_attention.causal_attention(*args)
+
+
 def expected(query, key, value, scaling, response_mask):
     """All weights at once, in float64."""
     groups = query.shape[1] // key.shape[1]
@@ -64,9 +70,7 @@ def test_agrees_with_all_weights_at_once(batch, length, heads, size, scaling, se
     inputs = states(batch, *heads, length, size, seed)
     response = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.6
     output, importance = expected(*inputs, scaling, response)
-    torch.testing.assert_close(
-        cpu_attention.causal_attention(*inputs, scaling).double(), output, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(causal_attention(*inputs, scaling).double(), output, atol=1e-5, rtol=1e-5)
     found = cpu_attention.attend_by_blocks(*inputs, scaling, response)
     assert found is not None
     torch.testing.assert_close(found[0].double(), output, atol=1e-5, rtol=1e-5)
@@ -81,7 +85,7 @@ def test_scores_beyond_what_exponentials_hold_are_left_to_sdpa(offset):
     assert cpu_attention.attend_by_blocks(query, key, value, 1.0) is None
     output, _ = expected(query, key, value, 1.0, response)
     torch.testing.assert_close(
-        cpu_attention.causal_attention(query, key, value, 1.0).double(), output, atol=1e-4, rtol=1e-4
+        causal_attention(query, key, value, 1.0).double(), output, atol=1e-4, rtol=1e-4
     )
 
 
@@ -102,7 +106,7 @@ def test_nan_is_passed_on():
     query, key, value = states(1, 4, 4, 20, 8)
     value[0, 0, 3] = torch.nan
     query[0, 1, 5] = torch.nan
-    output = cpu_attention.causal_attention(query, key, value, 1.0)
+    output = causal_attention(query, key, value, 1.0)
     assert output[0, 3:, 0].isnan().all()
     assert output[0, 5, 1].isnan().all()
 
@@ -135,3 +139,11 @@ def test_compiled_layers_give_the_same(taken):
     sequences, masks = random_examples(8, [33, 12, 33, 50])
     check(make_model("llama"), "llama", 1, sequences, masks, batch_tokens=100, compiled=True)
     assert 50 in taken
+
+
+def test_outside_inference_mode_it_is_left_to_sdpa(taken):
+    inputs = states(1, 4, 4, 30, 8)
+    causal_attention(*inputs, 1.0)
+    assert taken == [30]
+    cpu_attention.causal_attention(*inputs, 1.0)
+    assert taken == [30]
