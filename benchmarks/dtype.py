@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
+from pipeline.cli import set_up_libraries
+
 SHARED = Path(__file__).parents[2] / "shared"
 CASES = {
     "float32": ("float32", None),
@@ -158,6 +160,5 @@ def differences(expected: Values, found: Values, offsets: "np.ndarray[Any, Any]"
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # before any library reads it
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    set_up_libraries()
     main()

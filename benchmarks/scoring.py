@@ -31,6 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pipeline.cli import set_up_libraries
+
 ROWS = {"6x256": 384, "8x512": 192, "tiny": 16}
 """Examples of the short set, by model: enough for loading and hashing not to count, few enough for three rounds."""
 LENGTHS = ("short", "mixed", "long")
@@ -133,6 +135,5 @@ def run_where(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # before any library reads it
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    set_up_libraries()
     main()

@@ -68,7 +68,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit code 0: done, 1: failed, 2: wrong usage, 130: interrupted."""
-    _quiet_libraries()
+    set_up_libraries()
     try:
         status = cli.main(arguments, prog_name="sstoken-curate", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -103,8 +103,11 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _quiet_libraries() -> None:
-    """Keep other libraries' notices, warnings and bars out of the user's sight, unless they were asked for."""
+def set_up_libraries() -> None:
+    """Keep other libraries' notices and bars out of the user's sight and their memory small, unless told otherwise.
+
+    To be called before they are imported; worker processes take it over.
+    """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -112,3 +115,5 @@ def _quiet_libraries() -> None:
     # OpenMP's threads spin while they wait; on a machine that does anything else, that is ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Arrow's own allocators take 20 MB to write a file of one, and share none of it with the rest of the process.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

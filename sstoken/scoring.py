@@ -118,7 +118,8 @@ class Scorer:
             if rows >= ROWS_PER_TILE or len(passed) == _MOST_PASSED:
                 under_way.append(self._finish(passed))
                 passed, rows = [], 0
-            if len(under_way) > 1:  # one behind: the device computes on while the host reads
+            # On CUDA one behind: the device computes on while the host reads.
+            if len(under_way) > (1 if self._device.type == "cuda" else 0):
                 yield from under_way.popleft().signals()
         if passed:
             under_way.append(self._finish(passed))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cli import set_up_libraries
 from stages.backends import BACKENDS, Backend, BackendOptions, TokenSignals
 
 
@@ -62,4 +63,5 @@ def main(verb: str, arguments: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
+    set_up_libraries()  # as on the command line
     main(sys.argv[1], json.loads(sys.argv[2]))

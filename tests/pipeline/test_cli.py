@@ -75,6 +75,21 @@ def test_help_of_verbs_loads_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("asked", [None, "mimalloc"])
+def test_arrow_takes_its_memory_from_the_system_unless_told_otherwise(asked: str | None) -> None:
+    code = (
+        "from pipeline.cli import main\n"
+        "try: main(['methods'])\nexcept SystemExit as end: assert end.code == 0\n"
+        "import pyarrow\nprint(pyarrow.default_memory_pool().backend_name)\n"
+    )
+    given = {name: value for name, value in environment().items() if name != "ARROW_DEFAULT_MEMORY_POOL"}
+    if asked:
+        given["ARROW_DEFAULT_MEMORY_POOL"] = asked
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (asked or "system")
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_has_help_with_an_example(verb: str, flag: str, cli: CommandLine) -> None:
