@@ -36,7 +36,7 @@ class HFBackend(Backend):
         """Load the checkpoint; an adapter goes onto its base, which stays in memory for the next one."""
         device = pick_device(options.device)
         if torch.device(device).type == "cpu":
-            _keep_freed_memory()
+            _prepare_heap()
         base = adapter_base(options.checkpoint)
         full = base or options.checkpoint
         shared = shared_base(full, options.dtype, device, options.trust_remote_code, stamp(full))
@@ -76,14 +76,19 @@ class HFBackend(Backend):
             yield index, TokenSignals(loss, attention)
 
 
-def _keep_freed_memory() -> None:
+def _prepare_heap() -> None:
     """Have the C library hand the memory of one batch on to the next, in place of giving it back to the system.
 
     Fetching it again took up to 7 % of the time. glibc raises its limit for what it keeps when a block of up to 32 MB
     is freed (mallopt(3), M_MMAP_THRESHOLD); the block is never touched. Elsewhere this does nothing. A limit of 16 MB
     is as fast as the most, and leaves less memory lying around.
+
+    The product has the library of linear algebra take its buffers now: taken in the middle of a batch, they would lie
+    among its tensors and keep what these leave from being one piece.
     """
     torch.empty(16 << 20, dtype=torch.uint8)
+    square = torch.zeros(1024, 1024)
+    torch.mm(square, square)
 
 
 def _budget(model: Any, device: str) -> int:
