@@ -60,6 +60,11 @@ def test_lengths_are_of_the_kind_asked_for(lengths, least, most):
     assert all(least <= prompt + response <= most for prompt, response in examples)
 
 
+@pytest.mark.parametrize("lengths", ["short", "mixed"])
+def test_more_examples_than_the_data_has(lengths):
+    assert len(inputs.real_examples(8000, lengths)) == 8000
+
+
 def test_a_dtype_differs_from_float32_by_its_rounding(folder, tmp_path):
     inputs.make_model(tmp_path / "other", "tiny", vocabulary=3000, seed=1)
     found = dtype.compare(

@@ -1,6 +1,7 @@
 """What both sides read: random Llamas, and finished tokens folders whose lengths are those of real data."""
 
 import json
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def make_model(folder: Path, model: str, vocabulary: int = VOCABULARY, seed: int
 
 
 def real_examples(rows: int, lengths: str) -> list[tuple[int, int]]:
-    """Prompt and response lengths of real data where it is at hand, else like them.
+    """Prompt and response lengths of real data where it is at hand (from the start again if need be), else like them.
 
     `short` are those of GSM8K, `mixed` those of GSM8K and roleplay in turns, `long` joins GSM8K to 2k-4k.
     """
@@ -62,15 +63,15 @@ def _gsm8k(count: int) -> list[tuple[int, int]]:
     data = SHARED / "data" / "gsm8k" / "train.jsonl"
     if not data.is_file():
         return _like(count, prompt=80, response=120)
-    lines = [json.loads(line) for line in data.read_text().splitlines()[:count]]
-    return _lengths_of([(row["question"], row["answer"]) for row in lines])
+    lines = islice(cycle(data.read_text().splitlines()), count)
+    return _lengths_of([(row["question"], row["answer"]) for row in map(json.loads, lines)])
 
 
 def _roleplay(count: int) -> list[tuple[int, int]]:
     data = SHARED / "data" / "roleplay.json"
     if not data.is_file():
         return _like(count, prompt=40, response=240)
-    rows = json.loads(data.read_text())[:count]
+    rows = islice(cycle(json.loads(data.read_text())), count)
     return _lengths_of([(row["instruction"] + row["input"], row["response"]) for row in rows])
 
 
