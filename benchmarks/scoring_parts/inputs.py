@@ -63,16 +63,18 @@ def _gsm8k(count: int) -> list[tuple[int, int]]:
     data = SHARED / "data" / "gsm8k" / "train.jsonl"
     if not data.is_file():
         return _like(count, prompt=80, response=120)
-    lines = islice(cycle(data.read_text().splitlines()), count)
-    return _lengths_of([(row["question"], row["answer"]) for row in map(json.loads, lines)])
+    rows = [json.loads(line) for line in data.read_text().splitlines()[:count]]
+    lengths = _lengths_of([(row["question"], row["answer"]) for row in rows])
+    return list(islice(cycle(lengths), count))
 
 
 def _roleplay(count: int) -> list[tuple[int, int]]:
     data = SHARED / "data" / "roleplay.json"
     if not data.is_file():
         return _like(count, prompt=40, response=240)
-    rows = islice(cycle(json.loads(data.read_text())), count)
-    return _lengths_of([(row["instruction"] + row["input"], row["response"]) for row in rows])
+    rows = json.loads(data.read_text())[:count]
+    lengths = _lengths_of([(row["instruction"] + row["input"], row["response"]) for row in rows])
+    return list(islice(cycle(lengths), count))
 
 
 def _lengths_of(texts: list[tuple[str, str]]) -> list[tuple[int, int]]:
