@@ -112,14 +112,14 @@ class Scorer:
         passed: list[_Passed] = []
         rows = 0
         under_way: deque[_Measured] = deque()
+        behind = 1 if self._device.type == "cuda" else 0  # there, the device computes on while the host reads
         for batch in self._pass_all(sequences, response_masks):
             passed.append(batch)
             rows += batch.rows.numel()
             if rows >= ROWS_PER_TILE or len(passed) == _MOST_PASSED:
                 under_way.append(self._finish(passed))
                 passed, rows = [], 0
-            # On CUDA one behind: the device computes on while the host reads.
-            if len(under_way) > (1 if self._device.type == "cuda" else 0):
+            if len(under_way) > behind:
                 yield from under_way.popleft().signals()
         if passed:
             under_way.append(self._finish(passed))
@@ -202,8 +202,8 @@ class Scorer:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,8 @@ def _losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.float().to("cpu", non_blocking=True)
+    # Only on CUDA does anybody wait for the copy (`_Measured.copied`).
+    return tensor.float().to("cpu", non_blocking=tensor.is_cuda)
 
 
 def _scatter(values: Values, mask: Mask) -> Values:
