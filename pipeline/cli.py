@@ -104,7 +104,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def set_up_libraries() -> None:
-    """Keep other libraries' notices and bars out of the user's sight and their memory small, unless told otherwise.
+    """Keep other libraries' notices, warnings and bars out of sight, and their memory small, unless told otherwise.
 
     To be called before they are imported; worker processes take it over.
     """
@@ -115,5 +115,5 @@ def set_up_libraries() -> None:
     # OpenMP's threads spin while they wait; on a machine that does anything else, that is ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Arrow's own allocators take 20 MB to write a file of one, and share none of it with the rest of the process.
+    # Arrow's own allocators take 27 MB to write a file of one, and share none of it with the rest of the process.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

@@ -1,6 +1,7 @@
 """The transformers backend: a checkpoint or an adapter, measured by `sstoken.scoring`."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -76,6 +77,7 @@ class HFBackend(Backend):
             yield index, TokenSignals(loss, attention)
 
 
+@cache  # once a process
 def _prepare_heap() -> None:
     """Have the C library hand the memory of one batch on to the next, in place of giving it back to the system.
 
