@@ -27,8 +27,7 @@ from stages.encoding.conversations import (
     Layout,
     check_columns,
     detect_layout,
-    to_messages,
-    to_tools,
+    to_conversation,
 )
 from stages.encoding.messages import MAX_CHARS, BadRow, check_text
 from stages.encoding.sources import Row
@@ -241,8 +240,7 @@ def encode_row(row: Row, layout: Layout, encoder: "ChatEncoder", max_chars: int 
     """
     if row.problem is not None:
         raise BadRow(*row.problem)
-    messages = to_messages(row.value, layout, max_chars)
-    return encoder.encode(messages, to_tools(row.value, layout))
+    return encoder.encode_conversation(to_conversation(row.value, layout, max_chars))
 
 
 def _stop(row: Row, error: BadRow) -> SstokenError:

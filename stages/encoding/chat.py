@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
-from stages.encoding.messages import BadRow, Message
+from stages.encoding.messages import BadRow, Conversation, Message
 from stages.encoding.spans import Span, close_spans, end_of_turn, find_spans
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class ChatEncoder:
             raise SstokenError(
                 f"chat template: {str(error).splitlines()[0]}; name one with --chat-template"
             ) from error
+
+    def encode_conversation(self, conversation: Conversation) -> Encoded:
+        """As `encode`, of what `to_conversation` gives."""
+        return self.encode(conversation.messages, conversation.tools)
 
     def encode(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> Encoded:
         """Token ids and response mask of a conversation.

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sstoken.errors import SstokenError, UsageError
-from stages.encoding.messages import MAX_CHARS, REASONING, BadRow, Message, check_messages, check_text
+from stages.encoding.messages import (
+    MAX_CHARS,
+    REASONING,
+    BadRow,
+    Conversation,
+    Message,
+    check_messages,
+    check_text,
+)
 
 Format = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "qa"]
 
@@ -88,6 +96,15 @@ def detect_layout(
         f"the columns {', '.join(map(str, row)) or '(none)'} make no known layout: {known}; say which column is "
         f"which with --format and --column, e.g. --format qa --column question={next(iter(row), 'text')}"
     )
+
+
+def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:
+    """What a row says.
+
+    Raises:
+        BadRow: as `to_messages` and `to_tools`.
+    """
+    return Conversation(to_messages(row, layout, max_chars), to_tools(row, layout))
 
 
 def to_messages(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> list[Message]:

@@ -1,12 +1,27 @@
 """Chat messages, and what makes a list of them a conversation worth learning from."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from sstoken.errors import SstokenError
 
 Message = dict[str, Any]
 """`role` (system, user, assistant, tool), `content`, and for some `tool_calls`, reasoning and ids."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a row says, in one form whatever its layout: what `stages.encoding.chat` renders."""
+
+    messages: list[Message]
+    """Contents are strings. `tool_calls` are `{"type": "function", "function": {"name", "arguments"}}` with the arguments
+    as an object; reasoning stands under `reasoning_content`."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the tools that the model is offered."""
+    untrained: frozenset[int] = frozenset()
+    """Indices of the assistant messages that the row marks as not to be trained on."""
+
 
 MAX_CHARS = 5_000_000
 REASONING = ("reasoning_content", "reasoning", "thinking")
