@@ -4,66 +4,25 @@ The parent reads rows and cuts them into shards of `shard_rows` input rows; each
 the result is the same whatever the number of workers, and shards that an interrupted run finished are kept.
 """
 
-import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import pyarrow as pa
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
 from stages import checkpoints
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.encoding import sources
-from stages.encoding.conversations import (
-    Format,
-    Layout,
-    check_columns,
-    detect_layout,
-    to_conversation,
-)
-from stages.encoding.messages import MAX_CHARS, BadRow, check_text
+from stages.encoding.conversations import Format, Layout, check_columns, detect_layout
+from stages.encoding.messages import MAX_CHARS, BadRow
+from stages.encoding.shards import Settings, Task, encode_shard, save_tokenizer, stopped
 from stages.encoding.sources import Row
 from stages.encoding.token_stats import Stats, merge, metrics, no_stats
-from stages.files import UNFINISHED, write_whole
-from stages.tables import TOKENS, part_name, read_metadata, write_part
-
-if TYPE_CHECKING:
-    from stages.encoding.chat import ChatEncoder
-
-BAD_ROWS = "bad_rows"
-"""Folder, in the output, of what was wrong with the rows passed over (never their text)."""
-TOKENIZER = "tokenizer"
-"""Folder, in the output, of the tokenizer that was used."""
-
-Task = tuple[int, list[Row] | None]
-"""A shard's index and its rows; None: the shard is already written."""
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What a worker process needs to know."""
-
-    model: Annotated[str, BY_CONTENT]
-    chat_template: str | None
-    max_length: int | None
-    trust_remote_code: bool
-    layout: Layout
-    max_chars: int
-    skip: bool
-    out: Path
-
-    def encoder(self) -> "ChatEncoder":
-        """What turns conversations into tokens."""
-        stamp = checkpoints.stamp(self.model)
-        return _encoder(self.model, self.chat_template, self.max_length, self.trust_remote_code, stamp)
+from stages.tables import part_name
 
 
 class Encode(Stage):
@@ -125,7 +84,7 @@ class Encode(Stage):
         from joblib import cpu_count  # knows the limits of a container
 
         self.check()
-        settings = _Settings(
+        settings = Settings(
             model=self.model,
             chat_template=self._template(),
             max_length=self.max_length,
@@ -135,7 +94,7 @@ class Encode(Stage):
             skip=self.on_bad_row == "skip",
             out=context.out,
         )
-        _save_tokenizer(settings)
+        save_tokenizer(settings)
         tasks = self._tasks(context.out)
         first = list(islice(tasks, 2))
         workers = (self.workers or cpu_count()) if len(first) > 1 else 1
@@ -177,7 +136,7 @@ class Encode(Stage):
                     raise SstokenError(f"{row.where}: {error}") from error
             problem = BadRow(*(row.problem or ("not an object", f"a {type(row.value).__name__}")))
             if self.on_bad_row == "stop":
-                raise _stop(row, problem)
+                raise stopped(row, problem)
             bad[problem.reason] += 1
         raise SstokenError(f"{sources.shown(self.data)}: no row can be used ({_why({'bad_rows': bad})})")
 
@@ -189,121 +148,8 @@ class Encode(Stage):
             index += 1
 
 
-def encode_shard(settings: _Settings, task: Task) -> Stats:
-    """Encode one shard and write it; only its statistics come back.
-
-    The list of bad rows is written first: a shard that is there is whole.
-    """
-    index, rows = task
-    path = settings.out / part_name(index)
-    if rows is None:
-        stats: Stats = read_metadata(path)["stats"]
-        return stats
-    encoder = settings.encoder()
-    columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
-    stats = no_stats() | {"rows": len(rows)}
-    bad: list[dict[str, Any]] = []
-    for row in rows:
-        try:
-            encoded = encode_row(row, settings.layout, encoder, settings.max_chars)
-            example_id = _example_id(row)
-        except BadRow as error:
-            if not settings.skip:
-                raise _stop(row, error) from error
-            bad.append({"file": row.file, "row": row.index, "reason": error.reason, "detail": error.detail})
-            continue
-        if not encoded.input_ids:
-            stats["dropped"] += 1
-            continue
-        columns["example_id"].append(example_id)
-        columns["input_ids"].append(encoded.input_ids)
-        columns["response_mask"].append(encoded.response_mask)
-        stats["truncated"] += encoded.truncated
-        stats["response_tokens"] += sum(encoded.response_mask)
-    lengths = Counter(map(len, columns["input_ids"]))
-    stats |= {"examples": lengths.total(), "tokens": sum(n * k for n, k in lengths.items())}
-    stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}
-    stats["bad_rows"] = dict(Counter(b["reason"] for b in bad))
-    if bad:
-        lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
-        lines.parent.mkdir(exist_ok=True)
-        write_whole(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
-    write_part(path, pa.table(columns, schema=TOKENS), _metadata(settings, encoder) | {"stats": stats})
-    return stats
-
-
-def encode_row(row: Row, layout: Layout, encoder: "ChatEncoder", max_chars: int = MAX_CHARS) -> Any:
-    """One raw row as an `Encoded` example.
-
-    Raises:
-        BadRow: it cannot be used.
-    """
-    if row.problem is not None:
-        raise BadRow(*row.problem)
-    return encoder.encode_conversation(to_conversation(row.value, layout, max_chars))
-
-
-def _stop(row: Row, error: BadRow) -> SstokenError:
-    return SstokenError(
-        f"{row.where}: {error}; repair the row, or pass over such rows with --on-bad-row skip"
-    )
-
-
 def _why(stats: Stats) -> str:
     counts = {"no response token within the maximal length": stats.get("dropped", 0)} | dict(
         stats["bad_rows"]
     )
     return ", ".join(f"{n} x {reason}" for reason, n in counts.items() if n) or "none were read"
-
-
-def _example_id(row: Row) -> str:
-    own = row.value.get("example_id")
-    if own is None:
-        return f"{row.file}-{row.index}"
-    check_text(str(own))
-    return str(own)
-
-
-@lru_cache(maxsize=1)
-def _encoder(
-    model: str,
-    chat_template: str | None,
-    max_length: int | None,
-    trust_remote_code: bool,
-    stamp: tuple[Any, ...],
-) -> "ChatEncoder":
-    """One per process: a tokenizer takes longer to load than a shard to encode. `stamp` tells when it changed."""
-    from stages.encoding.chat import ChatEncoder
-
-    tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
-    return ChatEncoder(tokenizer, max_length, chat_template)
-
-
-def _metadata(settings: _Settings, encoder: "ChatEncoder") -> dict[str, Any]:
-    return {
-        "kind": "tokens",
-        "tokenizer": {
-            "fingerprint": checkpoints.tokenizer_fingerprint(encoder.tokenizer),
-            "vocab_size": len(encoder.tokenizer),
-            "name": settings.model,
-        },
-        "chat_template": hashlib.sha256(encoder.template().encode()).hexdigest()[:16],
-        "max_length": encoder.max_length,
-    }
-
-
-def _save_tokenizer(settings: _Settings) -> None:
-    """Later stages decode and train with the tokenizer, and the chat template, that was used here."""
-    folder = settings.out / TOKENIZER
-    if folder.exists():
-        return
-    encoder = settings.encoder()
-    temporary = folder.with_name(folder.name + UNFINISHED)
-    tokenizer = encoder.tokenizer
-    own = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = own if own and settings.chat_template is None else encoder.template()
-        tokenizer.save_pretrained(temporary)
-    finally:
-        tokenizer.chat_template = own
-    os.replace(temporary, folder)

@@ -15,8 +15,8 @@ class Conversation:
     """What a row says, in one form whatever its layout: what `stages.encoding.chat` renders."""
 
     messages: list[Message]
-    """Contents are strings. `tool_calls` are `{"type": "function", "function": {"name", "arguments"}}` with the arguments
-    as an object; reasoning stands under `reasoning_content`."""
+    """Contents are strings. `tool_calls` are `{"type": "function", "function": {"name", "arguments"}}`, with the
+    arguments as an object; reasoning stands under `reasoning_content`."""
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the tools that the model is offered."""
     untrained: frozenset[int] = frozenset()

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sstoken.errors import SstokenError, UsageError
-from stages import encode as module
-from stages.encode import Encode, merge, metrics
+from stages.encode import Encode
+from stages.encoding import shards
+from stages.encoding.token_stats import merge, metrics
 from stages.tables import TOKENS, parts, read_metadata
 from tests.support import make_context
 
@@ -117,9 +118,9 @@ def test_finished_shards_are_kept(model, tmp_path, monkeypatch) -> None:
     (again / "part-00002.parquet").unlink()
     (again / "part-00004.parquet").unlink()
     encoded = []
-    encode_row = module.encode_row
+    encode_row = shards.encode_row
     monkeypatch.setattr(
-        module, "encode_row", lambda row, *rest: encoded.append(row.index) or encode_row(row, *rest)
+        shards, "encode_row", lambda row, *rest: encoded.append(row.index) or encode_row(row, *rest)
     )
     assert stage.run(make_context(again)) == whole
     assert encoded == [*range(20, 30), *range(40, 47)]
@@ -244,5 +245,5 @@ def test_importing_the_stage_loads_nothing_heavy() -> None:
 def test_shard_function_pickles(model, tmp_path) -> None:
     from stages.encoding.conversations import detect_layout
 
-    settings = module._Settings(model, None, None, False, detect_layout(ROWS[0]), 10, True, tmp_path)
-    assert pickle.loads(pickle.dumps(partial(module.encode_shard, settings))).args == (settings,)
+    settings = shards.Settings(model, None, None, False, detect_layout(ROWS[0]), 10, True, tmp_path)
+    assert pickle.loads(pickle.dumps(partial(shards.encode_shard, settings))).args == (settings,)

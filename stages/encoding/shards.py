@@ -1,0 +1,165 @@
+"""One shard of rows as a file of tokens, in whichever process; and what its encoder is."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from sstoken.errors import SstokenError
+from stages import checkpoints
+from stages.encoding.conversations import Layout, to_conversation
+from stages.encoding.messages import MAX_CHARS, BadRow, check_text
+from stages.encoding.sources import Row
+from stages.encoding.token_stats import Stats, no_stats
+from stages.files import UNFINISHED, write_whole
+from stages.tables import TOKENS, part_name, read_metadata, write_part
+
+if TYPE_CHECKING:
+    from stages.encoding.chat import ChatEncoder
+
+BAD_ROWS = "bad_rows"
+"""Folder, in the output, of what was wrong with the rows passed over (never their text)."""
+TOKENIZER = "tokenizer"
+"""Folder, in the output, of the tokenizer that was used."""
+
+Task = tuple[int, list[Row] | None]
+"""A shard's index and its rows; None: the shard is already written."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker process needs to know."""
+
+    model: str
+    chat_template: str | None
+    max_length: int | None
+    trust_remote_code: bool
+    layout: Layout
+    max_chars: int
+    skip: bool
+    out: Path
+
+    def encoder(self) -> "ChatEncoder":
+        """What turns conversations into tokens."""
+        stamp = checkpoints.stamp(self.model)
+        return _encoder(self.model, self.chat_template, self.max_length, self.trust_remote_code, stamp)
+
+
+def encode_shard(settings: Settings, task: Task) -> Stats:
+    """Encode one shard and write it; only its statistics come back.
+
+    The list of bad rows is written first: a shard that is there is whole.
+    """
+    index, rows = task
+    path = settings.out / part_name(index)
+    if rows is None:
+        stats: Stats = read_metadata(path)["stats"]
+        return stats
+    encoder = settings.encoder()
+    columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
+    stats = no_stats() | {"rows": len(rows)}
+    bad: list[dict[str, Any]] = []
+    for row in rows:
+        try:
+            encoded = encode_row(row, settings.layout, encoder, settings.max_chars)
+            example_id = _example_id(row)
+        except BadRow as error:
+            if not settings.skip:
+                raise stopped(row, error) from error
+            bad.append({"file": row.file, "row": row.index, "reason": error.reason, "detail": error.detail})
+            continue
+        if not encoded.input_ids:
+            stats["dropped"] += 1
+            continue
+        columns["example_id"].append(example_id)
+        columns["input_ids"].append(encoded.input_ids)
+        columns["response_mask"].append(encoded.response_mask)
+        stats["truncated"] += encoded.truncated
+        stats["response_tokens"] += sum(encoded.response_mask)
+    lengths = Counter(map(len, columns["input_ids"]))
+    stats |= {"examples": lengths.total(), "tokens": sum(n * k for n, k in lengths.items())}
+    stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}
+    stats["bad_rows"] = dict(Counter(b["reason"] for b in bad))
+    if bad:
+        lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
+        lines.parent.mkdir(exist_ok=True)
+        write_whole(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
+    write_part(path, pa.table(columns, schema=TOKENS), _metadata(settings, encoder) | {"stats": stats})
+    return stats
+
+
+def encode_row(row: Row, layout: Layout, encoder: "ChatEncoder", max_chars: int = MAX_CHARS) -> Any:
+    """One raw row as an `Encoded` example.
+
+    Raises:
+        BadRow: it cannot be used.
+    """
+    if row.problem is not None:
+        raise BadRow(*row.problem)
+    return encoder.encode_conversation(to_conversation(row.value, layout, max_chars))
+
+
+def stopped(row: Row, error: BadRow) -> SstokenError:
+    """The error that ends a run on a bad row."""
+    return SstokenError(
+        f"{row.where}: {error}; repair the row, or pass over such rows with --on-bad-row skip"
+    )
+
+
+def _example_id(row: Row) -> str:
+    own = row.value.get("example_id")
+    if own is None:
+        return f"{row.file}-{row.index}"
+    check_text(str(own))
+    return str(own)
+
+
+def save_tokenizer(settings: Settings) -> None:
+    """Later stages decode and train with the tokenizer, and the chat template, that was used here."""
+    folder = settings.out / TOKENIZER
+    if folder.exists():
+        return
+    encoder = settings.encoder()
+    temporary = folder.with_name(folder.name + UNFINISHED)
+    tokenizer = encoder.tokenizer
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = own if own and settings.chat_template is None else encoder.template()
+        tokenizer.save_pretrained(temporary)
+    finally:
+        tokenizer.chat_template = own
+    os.replace(temporary, folder)
+
+
+def _metadata(settings: Settings, encoder: "ChatEncoder") -> dict[str, Any]:
+    return {
+        "kind": "tokens",
+        "tokenizer": {
+            "fingerprint": checkpoints.tokenizer_fingerprint(encoder.tokenizer),
+            "vocab_size": len(encoder.tokenizer),
+            "name": settings.model,
+        },
+        "chat_template": hashlib.sha256(encoder.template().encode()).hexdigest()[:16],
+        "max_length": encoder.max_length,
+    }
+
+
+@lru_cache(maxsize=1)
+def _encoder(
+    model: str,
+    chat_template: str | None,
+    max_length: int | None,
+    trust_remote_code: bool,
+    stamp: tuple[Any, ...],
+) -> "ChatEncoder":
+    """One per process: a tokenizer takes longer to load than a shard to encode. `stamp` tells when it changed."""
+    from stages.encoding.chat import ChatEncoder
+
+    tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return ChatEncoder(tokenizer, max_length, chat_template)
