@@ -129,7 +129,7 @@ class Digests:
     def __call__(self, path: Path) -> str:
         """The digest of a file."""
         stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
         if key not in self._known:
             self._known[key] = sha256(path)
             if self._cache is not None and self._cache.parent.is_dir():

@@ -1,24 +1,24 @@
 """Checkpoints: what a reference names, whether it is whole, its identity, and loading it.
 
-A reference is a folder in the Hugging Face format, a LoRA adapter's folder, or a Hub id (`user/name`, with
+A reference is a folder in the Hugging Face format, an adapter's folder, or a Hub id (`user/name`, with
 `@revision` if wanted). Weights load from safetensors only.
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError
+from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PLACE_OF_BASE = ("base_model_name_or_path", "revision")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,62 +63,63 @@ def split_revision(ref: str) -> tuple[str, str | None]:
 
 
 def adapter_base(ref: str) -> str | None:
-    """The base model of a LoRA adapter's folder, or None where `ref` is no adapter."""
+    """The base model of an adapter's folder, or None where `ref` is no adapter.
+
+    A relative path counts from the working directory, as peft has it, else from the adapter's folder.
+
+    Raises:
+        SstokenError: the adapter names no base, or a folder that is not here.
+    """
     folder = local_folder(ref)
     if folder is None or not (folder / ADAPTER_CONFIG).is_file():
         return None
-    config = _read_json(folder / ADAPTER_CONFIG)
+    config = read_json(folder / ADAPTER_CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not base:
+    if not base or not isinstance(base, str):
         raise SstokenError(
             f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; say which model it adapts"
         )
-    return f"{base}@{revision}" if revision else str(base)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model or adapter folder, sorted.
-
-    Raises:
-        SstokenError: pickled weights, no weights, or a shard that the index names is missing or empty.
-    """
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        if not shards:
-            raise SstokenError(f"{index}: names no weight file; copy or download the checkpoint again")
-        missing = [s for s in shards if not (folder / s).is_file() or not (folder / s).stat().st_size]
-        if missing:
-            raise SstokenError(
-                f"{folder}: {len(missing)} of {len(shards)} weight files missing (first: {missing[0]}); copy or "
-                "download the checkpoint again"
-            )
-        return [folder / s for s in shards]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
+    if Path(base).expanduser().is_dir():
+        return base
+    if (folder / base).is_dir():
+        return str(folder / base)
+    try:
+        local_folder(base)
+    except UsageError:
         raise SstokenError(
-            f"{folder}: weights are pickled ({pickles[0]}), which can run code when loaded; convert them with "
-            "model.save_pretrained(folder), which writes safetensors"
-        )
-    raise SstokenError(f"{folder}: no *.safetensors file; not a checkpoint, or an incomplete one")
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names a base that is not here, {base!r}; set it to "
+            "the base's folder or Hub id"
+        ) from None
+    return f"{base}@{revision}" if revision else base
+
+
+@contextlib.contextmanager
+def _named_by(adapter: Path) -> Iterator[None]:
+    """Say of what is wrong with a base which adapter names it."""
+    try:
+        yield
+    except SstokenError as error:
+        raise SstokenError(
+            f"{adapter}: base_model_name_or_path of its {ADAPTER_CONFIG} cannot be used: {error}"
+        ) from error
 
 
 def check_whole(ref: str) -> None:
-    """Refuse a local checkpoint that cannot load, without loading it. Hub ids pass."""
+    """Refuse a local checkpoint that cannot load, without loading it. Hub ids pass.
+
+    Raises:
+        SstokenError: weights or config.json are missing or cut, or an adapter's base is.
+    """
     folder = local_folder(ref)
     if folder is None:
         return
     base = adapter_base(ref)
+    weight_files(folder)
     if base is not None:
-        check_whole(base)
-        weight_files(folder)
-        if not (folder / _ADAPTER_WEIGHTS).is_file():  # without it, a pickle would be looked for
-            raise SstokenError(f"{folder}: no {_ADAPTER_WEIGHTS}; copy or download the adapter again")
+        with _named_by(folder):
+            check_whole(base)
     elif not (folder / "config.json").is_file():
         raise SstokenError(f"{folder}: no config.json; name the folder of a Hugging Face checkpoint")
-    weight_files(folder)
 
 
 def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
@@ -127,10 +128,13 @@ def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
     if folder is None:
         return {"hub": split_revision(ref)[0], "commit": _hub_commit(ref)}
     base = adapter_base(ref)
-    settings = _matching(folder, ("config.json", ADAPTER_CONFIG, _CODE))
+    settings = _matching(folder, ("config.json", _CODE))
     facts: dict[str, Any] = {"files": {f.name: digest(f) for f in (*weight_files(folder), *settings)}}
     if base is not None:
-        facts["base"] = identity(base, digest)
+        config = read_json(folder / ADAPTER_CONFIG)
+        facts["adapter"] = {k: v for k, v in config.items() if k not in _PLACE_OF_BASE}
+        with _named_by(folder):
+            facts["base"] = identity(base, digest)
     return facts
 
 
@@ -234,18 +238,21 @@ def load_model(
 
 
 def stamp(ref: str) -> tuple[Any, ...]:
-    """Changes when a local checkpoint's files do: what a cache of loaded checkpoints has to go by."""
+    """Changes when a local checkpoint's files do, its base's included: what a cache of loaded checkpoints goes by."""
     folder = local_folder(ref)
     if folder is None:
         return ()
     files = [
         (p.name, p.stat())
         for p in sorted(folder.iterdir())
-        if p.suffix in (".safetensors", ".json", ".jinja")
+        if p.suffix in (".safetensors", ".json", ".jinja", ".py")
     ]
-    return tuple(
-        (str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files
+    own = tuple(
+        (str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        for name, stat in files  # nobody can set ctime back, as copying sets back mtime
     )
+    base = adapter_base(ref)
+    return own if base is None else own + stamp(base)
 
 
 def _place(ref: str) -> tuple[str, str | None]:
@@ -273,14 +280,6 @@ def _hub_commit(ref: str) -> str:
         raise SstokenError(
             f"{ref}: no such folder, and the Hub does not answer for it ({first_line(error)})"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SstokenError(f"{path}: not readable as JSON ({first_line(error)})") from error
-    return value
 
 
 def first_line(error: BaseException) -> str:

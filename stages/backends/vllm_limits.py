@@ -11,14 +11,8 @@ from pydantic import Field
 from sstoken.errors import SstokenError
 from stages.backends import BackendOptions
 from stages.base import SPEED_ONLY, Settings
-from stages.checkpoints import (
-    ADAPTER_CONFIG,
-    adapter_base,
-    first_line,
-    local_folder,
-    split_revision,
-    weight_files,
-)
+from stages.checkpoints import adapter_base, first_line, local_folder, split_revision
+from stages.weight_files import ADAPTER_CONFIG, weight_files
 
 TESTED_VERSIONS = ("0.32",)
 TESTED_ARCHITECTURES = {

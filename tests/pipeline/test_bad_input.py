@@ -291,6 +291,11 @@ def smaller(**sizes: int) -> Callable[[Path], None]:
     return spoil
 
 
+def index_of_nothing(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text("{}")
+
+
 def without_tokenizer(model: Path) -> None:
     smaller(vocabulary=16)(model)
     for file in model.glob("tokenizer*"):
@@ -300,9 +305,9 @@ def without_tokenizer(model: Path) -> None:
 MODELS: dict[str, tuple[Callable[[Path], Any], int, tuple[str, ...]]] = {
     "pickle": (pickled, FAILED, ("pickled (pytorch_model.bin)", "save_pretrained")),
     "a shard file is missing": (shard_gone, FAILED, ("1 of 2", "model-00002-of-00002", "again")),
-    "an index of nothing": (write("model.safetensors.index.json", "{}"), FAILED, ("index.json", "again")),
+    "an index of nothing": (index_of_nothing, FAILED, ("index.json", "again")),
     "a weight is missing": (weight_gone, FAILED, ("1 weights are missing", "layers.1.mlp.down_proj", "again")),
-    "cut short": (lambda m: cut(m / "model.safetensors"), FAILED, ("does not load",)),
+    "cut short": (lambda m: cut(m / "model.safetensors"), FAILED, ("model.safetensors", "again")),
     "no weights": (lose("model.safetensors"), FAILED, ("no *.safetensors",)),
     "no config.json": (lose("config.json"), FAILED, ("no config.json", "name the folder")),
     "broken config.json": (write("config.json", "{"), FAILED, ("config.json",)),
@@ -364,7 +369,7 @@ def test_training_that_diverges(world: World, cli: CommandLine, tmp_path: Path) 
     [
         (None, {}, ("no base_model_name_or_path",)),
         (None, {"base_model_name_or_path": "BASE"}, ("no *.safetensors",)),
-        ("other.safetensors", {"base_model_name_or_path": "BASE"}, ("no adapter_model.safetensors",)),
+        ("other.safetensors", {"base_model_name_or_path": "BASE"}, ("adapter_model.safetensors) again",)),
         (
             "adapter_model.safetensors",
             {"base_model_name_or_path": "BASE"},

@@ -1,0 +1,210 @@
+"""Which weight files of a folder count, as transformers and peft choose them, and why a folder has none."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from sstoken.errors import SstokenError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_LARGEST_HEADER = 100_000_000
+"""Of a safetensors file, in bytes, as the format has it."""
+_TRAINER_STATE = (
+    "optimizer.*",
+    "optimizer_*",
+    "scheduler.*",
+    "rng_state*",
+    "random_states_*",
+    "scaler.pt",
+    "trainer_state.json",
+)
+_NO_WEIGHTS = (*_TRAINER_STATE, "training_args.bin", "*_states.pt")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that loading the folder reads: an adapter's, or a model's as transformers prefers them.
+
+    `model.safetensors` goes before a shard index, whose shards may be those of an older model; other weight files
+    do not count.
+
+    Raises:
+        SstokenError: there are none, with what the folder holds instead and what to do; or one is missing or cut.
+    """
+    files = _adapter_files(folder) if (folder / ADAPTER_CONFIG).is_file() else _model_files(folder)
+    for file in files:
+        _check_file(folder, file)
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        SstokenError: the file is not readable, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SstokenError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
+    if not isinstance(value, dict):
+        raise SstokenError(f"{path}: holds a JSON {type(value).__name__}, not an object; copy the file again")
+    return value
+
+
+def _adapter_files(folder: Path) -> list[Path]:
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return [folder / ADAPTER_WEIGHTS]
+    if (folder / "adapter_model.bin").is_file():
+        raise SstokenError(
+            f"{folder}: weights are pickled (adapter_model.bin), which can run code when loaded; convert them with "
+            f"PeftModel.save_pretrained(folder), which writes {ADAPTER_WEIGHTS}"
+        )
+    if (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file():
+        raise SstokenError(
+            f"{folder}: {ADAPTER_CONFIG} beside the weights of a full model and no {ADAPTER_WEIGHTS}; remove "
+            f"{ADAPTER_CONFIG} if the adapter was merged, else copy the adapter again"
+        )
+    raise _without_weights(
+        folder, f"no *.safetensors file; copy or download the adapter ({ADAPTER_WEIGHTS}) again"
+    )
+
+
+def _model_files(folder: Path) -> list[Path]:
+    named = (
+        read_json(folder / "config.json").get("transformers_weights")
+        if (folder / "config.json").is_file()
+        else None
+    )
+    if named is not None:  # transformers' own setting goes first
+        if not (folder / named).is_file():
+            raise SstokenError(
+                f"{folder}: config.json names weights {named!r}, which are not there; copy them again"
+            )
+        return _shards(folder / named) if named.endswith(".index.json") else [folder / named]
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if (folder / _INDEX).is_file():
+        return _shards(folder / _INDEX)
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        raise SstokenError(
+            f"{folder}: {ADAPTER_WEIGHTS} without {ADAPTER_CONFIG}; copy or download the adapter again"
+        )
+    if any(name.startswith("model-0") for name in others):
+        raise SstokenError(f"{folder}: shards ({others[0]}) without {_INDEX}; copy or download that file")
+    if others:
+        raise SstokenError(
+            f"{folder}: {others[0]} is no name that transformers loads; legal is {_WEIGHTS} or shards with {_INDEX}"
+        )
+    raise _without_weights(folder, "no *.safetensors file; not a checkpoint, or an incomplete one")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that a shard index names."""
+    names = read_json(index).get("weight_map") or {}
+    shards = sorted(set(names.values())) if isinstance(names, dict) else []
+    if not shards:
+        raise SstokenError(f"{index}: names no weight file; copy or download the checkpoint again")
+    missing = [s for s in shards if not (index.parent / s).is_file() or not (index.parent / s).stat().st_size]
+    if missing:
+        raise SstokenError(
+            f"{index.parent}: {len(missing)} of {len(shards)} weight files missing (first: {missing[0]}); copy or "
+            "download the checkpoint again"
+        )
+    return [index.parent / shard for shard in shards]
+
+
+def _check_file(folder: Path, file: Path) -> None:
+    """Refuse a safetensors file that is cut, or holds the empty placeholders of sharded training."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LARGEST_HEADER
+        try:
+            if length >= min(_LARGEST_HEADER, size):
+                raise ValueError
+            header = json.loads(opened.read(length))
+            tensors = [v for k, v in header.items() if k != "__metadata__"]
+            end = 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
+            empty = [t for t in tensors if 0 in t["shape"]]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            text = start.startswith(b"version ")
+            what = (
+                "a Git LFS pointer; run git lfs pull"
+                if text
+                else "not a whole safetensors file; copy it again"
+            )
+            raise SstokenError(f"{file}: {what}") from None
+    if size < end:
+        raise SstokenError(f"{file}: {size:,} bytes where its header says {end:,}; copy or download it again")
+    if 2 * len(empty) > len(
+        tensors
+    ):  # ZeRO-3 leaves the small ones whole; a few empty ones are a quantiser's
+        raise _without_weights(
+            folder, f"{file.name} holds empty tensors; gather the weights of sharded training"
+        )
+
+
+def _without_weights(folder: Path, otherwise: str) -> SstokenError:
+    """The error for a folder that has no weights to load: what it holds, and what to run or name instead."""
+
+    def names(*patterns: str) -> list[str]:
+        return sorted(
+            {p.relative_to(folder).as_posix() for pattern in patterns for p in folder.glob(pattern)}
+        )
+
+    def error(reason: str) -> SstokenError:
+        return SstokenError(f"{folder}: {reason}")
+
+    if names("zero_to_fp32.py", "global_step*/*_model_states.pt", "zero_pp_rank_*", "*_model_states.pt"):
+        script = folder / "zero_to_fp32.py"
+        if not script.is_file():
+            return error(
+                "a DeepSpeed checkpoint with no gathered weights; run DeepSpeed's zero_to_fp32.py on the folder that "
+                "holds `latest` (--safe_serialization), and name its output"
+            )
+        return error(
+            "a DeepSpeed checkpoint with no gathered weights; run zero_to_fp32.py: "
+            f"python {script} {folder} {folder} --safe_serialization"
+        )
+    if shards := names("*.distcp", "*model*/*.distcp"):
+        place = (folder / shards[0]).parent
+        return error(
+            f"FSDP shards ({shards[0]}) and no whole weights; merge the FSDP shards: accelerate merge-weights {place} "
+            f"{folder}"
+        )
+    if found := names("latest_checkpointed_iteration.txt", "iter_*/mp_rank_*", "mp_rank_*"):
+        return error(
+            f"a Megatron checkpoint ({found[0]}); export it to the Hugging Face format and name that folder"
+        )
+    if found := names("*.gguf"):
+        return error(
+            f"weights are GGUF ({found[0]}), made for llama.cpp; name the checkpoint that it was made from, or convert "
+            f"it: from_pretrained(folder, gguf_file={found[0]!r}), then save_pretrained"
+        )
+    pickles = [n for n in names("*.bin", "*.pt", "*.pth", "*.ckpt") if n not in names(*_NO_WEIGHTS)]
+    if pickles:
+        return error(
+            f"weights are pickled ({pickles[0]}), which can run code when loaded; convert them with "
+            "model.save_pretrained(folder), which writes safetensors"
+        )
+    if found := names("*.h5", "*.msgpack", "*.npz", "*.onnx"):
+        return error(
+            f"weights are {found[0]}, not PyTorch's; convert them to safetensors with save_pretrained"
+        )
+    if found := names(
+        "history.json", "step-*/config.json", "checkpoint-*/config.json", "*/adapter_config.json"
+    ):
+        inside = names("step-*/", "checkpoint-*/", "*/adapter_config.json")
+        place = folder / inside[-1].removesuffix("/adapter_config.json") if inside else folder / "step-<K>"
+        return error(f"a folder of checkpoints, no checkpoint itself; name one of them, such as {place}")
+    if found := names(*_TRAINER_STATE):
+        return error(
+            f"a trainer's state ({found[0]}) and no weights; name a checkpoint that was saved with its model "
+            "(model.safetensors)"
+        )
+    return error(otherwise)
