@@ -39,7 +39,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     kind = _plain_type(field.annotation)
     flag = "--" + name.replace("_", "-")
     about = " ".join((field.description or "").split())
-    if field.default not in (None, PydanticUndefined, False) and not isinstance(field.default, dict):
+    if field.default not in (None, PydanticUndefined, False, ()) and not isinstance(field.default, dict):
         about += f"  [default: {field.default}]"
     settings: dict[str, Any] = {"help": about} | (
         {"required": True} if field.is_required() else {"default": None}
@@ -52,6 +52,9 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": _pairs}
         singular = flag.removesuffix("s")
         return click.option(singular, name, **settings)
+    if get_origin(kind) is tuple:  # tuple[X, ...]: given once for each
+        settings |= {"multiple": True, "callback": lambda _context, _option, values: values or None}
+        return click.option(flag.removesuffix("s"), name, **settings)
     return click.option(flag, name, type=kind, **settings)
 
 

@@ -45,6 +45,11 @@ def _encode(m: dict[str, Any]) -> list[str]:
         f"longest {lengths['max']}",
         f"truncated {m['truncated']:,}, dropped for having no response left {m['dropped_no_response']:,}",
     ]
+    for what, key in (("passed over as asked", "passed_over"), ("note", "notes")):
+        lines += [f"{what}: {reason}, {count:,}" for reason, count in m[key].items()]
+    if m["unused"]:
+        columns = ", ".join(f"{name} {count:,}" for name, count in m["unused"].items())
+        lines.append(f"not part of the conversations, with how many rows have it: {columns}")
     bad = m["bad_rows"]
     if bad:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(bad.items()))

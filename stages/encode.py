@@ -5,7 +5,7 @@ the result is the same whatever the number of workers, and shards that an interr
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -17,12 +17,17 @@ from sstoken.errors import SstokenError, UsageError
 from stages import checkpoints
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.encoding import sources
-from stages.encoding.conversations import Format, Layout, check_columns, detect_layout
-from stages.encoding.messages import MAX_CHARS, BadRow
+from stages.encoding.conversations import to_conversation
+from stages.encoding.layouts import Format, Layout, NoLayout, Preference, check_columns, detect_layout
+from stages.encoding.messages import MAX_CHARS, BadRow, NeedsDecision, PassedOver
+from stages.encoding.preference import wanted
 from stages.encoding.shards import Settings, Task, encode_shard, save_tokenizer, stopped
 from stages.encoding.sources import Row
 from stages.encoding.token_stats import Stats, merge, metrics, no_stats
 from stages.tables import part_name
+
+_ROWS_TRIED = 100
+"""Bad rows at the head of a dataset, among which the first good one is looked for before any work."""
 
 
 class Encode(Stage):
@@ -42,6 +47,11 @@ class Encode(Stage):
     """How rows hold conversations; `auto` looks at the first row's columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Column names that differ from the format's: `{question: prompt_text}`."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns, or keys of messages, to leave out though they look like part of the conversation."""
+    preference: Preference = "stop"
+    """What preference data (DPO's chosen and rejected, KTO's labels) does: `stop` the run, or `take` the wanted
+    answers as demonstrations."""
     max_length: Annotated[int | None, Field(ge=2)] = None
     """Longest example in tokens, at least 2; longer ones keep their start. Default: what the tokenizer
     declares, or 4096 where it declares no real limit."""
@@ -126,19 +136,36 @@ class Encode(Stage):
         return islice(sources.open_rows(self.data, self.split), self.limit)
 
     def _layout(self) -> Layout:
-        """The dataset's layout, from its first row that parses."""
+        """The dataset's layout, from its first row that parses.
+
+        Goes on to the first row that makes a conversation (but not far): what that holds beside it, other rows
+        will hold too, and no shard is written before the user has said what to do with it.
+        """
+        layout: Layout | None = None
         bad: Counter[str] = Counter()
         for row in self._rows():
-            if row.problem is None and isinstance(row.value, Mapping):
-                try:
-                    return detect_layout(row.value, self.format, self.columns)
-                except SstokenError as error:
-                    raise SstokenError(f"{row.where}: {error}") from error
-            problem = BadRow(*(row.problem or ("not an object", f"a {type(row.value).__name__}")))
-            if self.on_bad_row == "stop":
-                raise stopped(row, problem)
-            bad[problem.reason] += 1
+            try:
+                if row.problem is not None:
+                    raise BadRow(*row.problem)
+                layout = layout or self._layout_of(row.value)
+                to_conversation(row.value, layout, self.max_chars)
+                return layout
+            except (NeedsDecision, NoLayout) as error:
+                raise SstokenError(f"{row.where}: {error}") from error
+            except BadRow as problem:
+                if self.on_bad_row == "stop" and not isinstance(problem, PassedOver):
+                    raise stopped(row, problem) from problem
+                bad[problem.reason] += 1
+            if layout and bad.total() >= _ROWS_TRIED:
+                return layout
+        if layout:
+            return layout
         raise SstokenError(f"{sources.shown(self.data)}: no row can be used ({_why({'bad_rows': bad})})")
+
+    def _layout_of(self, row: Any) -> Layout:
+        ignored = frozenset(self.ignore_columns)
+        seen, _ = wanted(row, ignored, take=self.preference == "take")
+        return detect_layout(seen, self.format, self.columns, ignored, self.preference)
 
     def _tasks(self, out: Path) -> Iterator[Task]:
         rows = self._rows()
@@ -150,6 +177,6 @@ class Encode(Stage):
 
 def _why(stats: Stats) -> str:
     counts = {"no response token within the maximal length": stats.get("dropped", 0)} | dict(
-        stats["bad_rows"]
+        stats["bad_rows"] | stats.get("passed_over", {})
     )
     return ", ".join(f"{n} x {reason}" for reason, n in counts.items() if n) or "none were read"

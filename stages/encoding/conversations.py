@@ -1,114 +1,36 @@
-"""A raw row, in any of the layouts that datasets come in, as a list of chat messages."""
+"""A raw row, in any of the layouts that datasets come in, as a conversation in one form."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-from sstoken.errors import SstokenError, UsageError
+from stages.encoding.calls import read_tools
+from stages.encoding.column_names import is_media
+from stages.encoding.json_values import DuplicateKeyError, json_or_text
+from stages.encoding.layouts import REQUIRED, Layout
+from stages.encoding.leftovers import check_leftovers, says_something
+from stages.encoding.marks import ROW_MARKS, list_marks, row_mark
 from stages.encoding.messages import (
     MAX_CHARS,
-    REASONING,
     BadRow,
     Conversation,
-    Message,
     check_messages,
     check_text,
 )
+from stages.encoding.parts import read_content
+from stages.encoding.preference import wanted
+from stages.encoding.turns import Turns, read_turns
 
-Format = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "qa"]
-
-_REQUIRED: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "qa": ("question", "answer"),
-}
-"""The columns that make a row of each format, in the order in which formats are tried."""
-_OPTIONAL: dict[str, tuple[str, ...]] = {
-    "messages": ("tools",),
-    "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system"),
-    "prompt-completion": ("tools",),
-    "qa": ("system",),
-}
-_OTHER_NAMES = {"output": ("response",)}
-_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-_SHAREGPT_ROLES = _ROLES | {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
-_PASSED_ON = ("name", "tool_call_id", *REASONING)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How rows hold conversations."""
-
-    format: str
-    """One of `Format`, `auto` excepted."""
-    columns: tuple[tuple[str, str], ...]
-    """Each role of the format and the column that plays it, present or not."""
-
-    def get(self, row: Mapping[str, Any], role: str) -> Any:
-        """The row's value for `role`, None where it has none."""
-        return row.get(dict(self.columns).get(role, role))
-
-
-def check_columns(format: str, columns: Mapping[str, str]) -> None:
-    """Refuse roles that the format does not have.
-
-    Raises:
-        UsageError: with the roles it has.
-    """
-    names = list(_REQUIRED) if format == "auto" else [format]
-    legal = sorted({role for n in names for role in _REQUIRED[n] + _OPTIONAL[n]})
-    for role in columns:
-        if role not in legal:
-            raise UsageError(f"column {role!r}: format {format} has the columns {', '.join(legal)}")
-
-
-def detect_layout(
-    row: Mapping[str, Any], format: str = "auto", columns: Mapping[str, str] | None = None
-) -> Layout:
-    """The layout of a dataset, from its first row.
-
-    Args:
-        row: its columns are what is looked at.
-        format: a known format, or `auto` to take the first whose required columns are all there.
-        columns: overrides, a format's role -> the column that plays it.
-
-    Raises:
-        SstokenError: no known layout has these columns, or `format` needs one that is missing.
-    """
-    given = columns or {}
-    for name in _REQUIRED if format == "auto" else (format,):
-        resolved = tuple((role, _column(row, role, given)) for role in _REQUIRED[name] + _OPTIONAL[name])
-        if all(column in row for role, column in resolved if role in _REQUIRED[name]):
-            return Layout(name, resolved)
-    known = "; ".join(f"{n} ({', '.join(c)})" for n, c in _REQUIRED.items() if format in ("auto", n))
-    raise SstokenError(
-        f"the columns {', '.join(map(str, row)) or '(none)'} make no known layout: {known}; say which column is "
-        f"which with --format and --column, e.g. --format qa --column question={next(iter(row), 'text')}"
-    )
+UNTRAINED = "answers left out of the response by a mark"
+PROMPT_MARKED = "prompt turns marked to be trained on (answers alone are)"
+EARLIER = "answers before the wanted one, not trained on"
+WANTED = "wanted answers of preference rows"
+_PROMPTS_TOO = ("train_on_input", "train_on_inputs", "train_on_prompt")
+_OWN = frozenset(("example_id", *ROW_MARKS, *_PROMPTS_TOO))
+"""Columns that are read whatever the layout."""
 
 
 def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:
     """What a row says.
-
-    Raises:
-        BadRow: as `to_messages` and `to_tools`.
-    """
-    return Conversation(to_messages(row, layout, max_chars), to_tools(row, layout))
-
-
-def to_messages(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> list[Message]:
-    """The conversation of a row: dicts with `role` (system, user, assistant, tool) and `content`.
 
     Args:
         row: the parsed row.
@@ -116,69 +38,69 @@ def to_messages(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> list[Me
         max_chars: the longest conversation taken, in characters of all messages together.
 
     Raises:
-        BadRow: it holds no well-formed conversation that ends up teaching something.
+        BadRow: it holds no well-formed conversation that ends up teaching something, or holds more than the
+            conversation can: media, a preference, text in a column that plays no role.
     """
-    if not isinstance(row, Mapping):
-        raise BadRow("not an object", f"a {type(row).__name__} instead of named columns")
-    for role in _REQUIRED[layout.format]:
+    whole = row
+    row, judged = wanted(row, layout.ignored, take=layout.preference == "take")
+    _check_media(row, layout)
+    for role in REQUIRED[layout.format]:
         if layout.get(row, role) is None:
             raise BadRow(
                 "no answer" if role in ("answer", "output", "completion") else "missing column",
-                f"column {dict(layout.columns)[role]!r} is missing or null",
+                f"column {layout.columns[role]!r} is missing or null",
             )
-    messages = _PARSERS[layout.format](row, layout)
+    try:
+        turns = _PARSERS[layout.format](row, layout)
+        left = _leftovers(row, turns, layout)
+    except DuplicateKeyError as error:
+        raise BadRow("duplicate key", str(error)) from error
+    tools = read_tools(layout.get(row, "tools"))
+    notes = [PROMPT_MARKED] * turns.marked_prompts
+    untrained = _untrained(row, turns, notes)
+    if judged:
+        untrained |= _before_the_last_prompt(turns, untrained, notes)
+    messages = _with_system(row, layout, turns)
+    untrained = {index + len(messages) - len(turns.messages) for index in untrained}
+    unused = check_leftovers(left, messages, layout) if left else []
+    unused += sorted(name for name in layout.ignored if says_something(whole.get(name)))
     check_messages(messages, max_chars)
-    return messages
+    if tools:
+        check_text(tools)
+    if untrained and len(untrained) == sum(m["role"] == "assistant" for m in messages):
+        raise BadRow("not to be trained on", "every answer is marked so")
+    return Conversation(messages, tools, frozenset(untrained), tuple(unused), tuple(notes))
 
 
-def to_tools(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]] | None:
-    """The tool schemas that a row offers the model, None where it has none.
-
-    Raises:
-        BadRow: the column holds something else.
-    """
-    tools = _maybe_json(layout.get(row, "tools"))
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow("bad tools", "the tools column is not a list of JSON schemas")
-    tools = _without_nulls(tools)
-    check_text(tools)
-    return tools
-
-
-def _column(row: Mapping[str, Any], role: str, given: Mapping[str, str]) -> str:
-    names = [given[role]] if role in given else [role, *_OTHER_NAMES.get(role, ())]
-    return next((name for name in names if name in row), names[0])
-
-
-def _from_turns(row: Mapping[str, Any], layout: Layout) -> list[Message]:
+def _from_turns(row: Mapping[str, Any], layout: Layout) -> Turns:
     column = "messages" if layout.format == "messages" else "conversations"
-    return _system(row, layout) + _turns(layout.get(row, column))
+    return read_turns(layout.get(row, column), layout.ignored)
 
 
-def _from_prompt(row: Mapping[str, Any], layout: Layout) -> list[Message]:
-    sides = []
+def _from_prompt(row: Mapping[str, Any], layout: Layout) -> Turns:
+    sides: list[Any] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = layout.get(row, column)
-        turns = _maybe_json(value)
+        turns = [value] if isinstance(value, Mapping) else json_or_text(value)
         # A plain prompt may itself be a JSON list, of numbers say; a list of objects is a conversation.
-        is_text = isinstance(value, str) and not (
-            isinstance(turns, list) and turns and all(isinstance(turn, Mapping) for turn in turns)
+        is_turns = isinstance(turns, list) and (
+            not isinstance(value, str) or (bool(turns) and all(isinstance(turn, Mapping) for turn in turns))
         )
-        sides += [{"role": role, "content": value}] if is_text else _turns(turns)
-    return sides
+        sides += turns if is_turns else [{"role": role, "content": value}]
+    return read_turns(_history(row, layout) + _with_context(row, layout, sides), layout.ignored)
 
 
-def _from_alpaca(row: Mapping[str, Any], layout: Layout) -> list[Message]:
-    instruction, extra, output = (layout.get(row, c) for c in ("instruction", "input", "output"))
-    question = _text(instruction) + ("\n" + _text(extra) if extra and _text(extra).strip() else "")
-    return _system(row, layout) + _pair(question, _text(output))
+def _from_alpaca(row: Mapping[str, Any], layout: Layout) -> Turns:
+    instruction, *extras, output = (
+        _text(layout.get(row, role), role) for role in ("instruction", "input", "context", "output")
+    )
+    question = "\n".join([instruction, *filter(str.strip, extras)])
+    return read_turns(_history(row, layout) + _pair(question, output), layout.ignored)
 
 
-def _from_qa(row: Mapping[str, Any], layout: Layout) -> list[Message]:
-    pair = _pair(_text(layout.get(row, "question")), _text(layout.get(row, "answer")))
-    return _system(row, layout) + pair
+def _from_qa(row: Mapping[str, Any], layout: Layout) -> Turns:
+    pair = _pair(*(_text(layout.get(row, role), role) for role in ("question", "answer")))
+    return read_turns(_history(row, layout) + _with_context(row, layout, pair), layout.ignored)
 
 
 _PARSERS = {
@@ -190,72 +112,112 @@ _PARSERS = {
 }
 
 
-def _system(row: Mapping[str, Any], layout: Layout) -> list[Message]:
-    text = layout.get(row, "system") if "system" in _OPTIONAL[layout.format] else None
-    return [{"role": "system", "content": _text(text)}] if text else []
-
-
-def _pair(question: str, answer: str) -> list[Message]:
+def _pair(question: str, answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _turns(value: Any) -> list[Message]:
-    turns = _maybe_json(value)
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("no messages", "the conversation is not a non-empty list")
-    return [_turn(turn, number) for number, turn in enumerate(turns, 1)]
+def _text(content: Any, role: str) -> str:
+    found = read_content(content, f"column {role}")
+    if found.calls or found.results or found.reasoning:
+        raise BadRow("not text", f"column {role} holds more than text; give the row as messages")
+    return found.text
 
 
-def _turn(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise BadRow("bad message", f"message {number} is a {type(turn).__name__}, not an object")
-    sharegpt = "from" in turn and "role" not in turn
-    roles = _SHAREGPT_ROLES if sharegpt else _ROLES
-    name = turn.get("from" if sharegpt else "role")
-    if not isinstance(name, str) or name not in roles:
-        raise BadRow("unknown role", f"message {number} is from {name!r}; known: {', '.join(roles)}")
-    message: Message = {"role": roles[name]}
-    content = turn.get("value" if sharegpt else "content")
-    calls = _maybe_json(turn.get("tool_calls"))
-    if content is not None or not calls:
-        message["content"] = _text(content)
-    if calls:
-        message["tool_calls"] = _without_nulls(calls)
-    return message | {key: turn[key] for key in _PASSED_ON if turn.get(key) is not None}
+def _history(row: Mapping[str, Any], layout: Layout) -> list[Any]:
+    """Earlier turns: pairs of a question and its answer, or messages."""
+    value = json_or_text(layout.get(row, "history"))
+    if not value or (isinstance(value, str) and not says_something(value)):
+        return []
+    turns: list[Any] = []
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, Mapping):
+            turns.append(entry)
+        elif isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(e, str) for e in entry):
+            turns += _pair(*entry)
+        else:
+            raise BadRow("bad history", "the history is no list of [question, answer] pairs or messages")
+    return turns
 
 
-def _text(content: Any) -> str:
-    """A string, or the text parts of a list of parts; nothing else is text."""
-    if isinstance(content, str):
-        return content
-    if content is None:
-        return ""
-    if isinstance(content, list):
-        texts = [
-            p.get("text") if isinstance(p, Mapping) and p.get("type") == "text" else None for p in content
-        ]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(text for text in texts if text is not None)
-    raise BadRow(
-        "not text", f"a content is a {type(content).__name__}, neither a string nor a list of text parts"
+def _with_context(row: Mapping[str, Any], layout: Layout, turns: list[Any]) -> list[Any]:
+    """The context, and a blank line, before the last question."""
+    context = _text(layout.get(row, "context"), "context")
+    if not says_something(context):
+        return turns
+    last = max(
+        (i for i, t in enumerate(turns) if isinstance(t, Mapping) and t.get("role") == "user"), default=None
     )
+    if last is None or not isinstance(turns[last].get("content"), str):
+        raise BadRow("bad message", "there is no plain question that the context could stand before")
+    asked = turns[last] | {"content": f"{context}\n\n{turns[last]['content']}"}
+    return [*turns[:last], asked, *turns[last + 1 :]]
 
 
-def _maybe_json(value: Any) -> Any:
-    """Lists are often stored as JSON in a string column."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def _with_system(row: Mapping[str, Any], layout: Layout, turns: Turns) -> list[dict[str, Any]]:
+    text = _text(layout.get(row, "system"), "system")
+    if not text.strip():
+        return turns.messages
+    if turns.messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *turns.messages]
+    if text.strip() not in turns.messages[0]["content"]:
+        column = layout.columns["system"]
+        raise BadRow(
+            "two system prompts",
+            f"column {column} and the first message differ; take the message with --ignore-column {column}",
+        )
+    return turns.messages
 
 
-def _without_nulls(value: Any) -> Any:
-    """Parquet gives every struct the keys of all others, null where absent."""
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+def _untrained(row: Mapping[str, Any], turns: Turns, notes: list[str]) -> set[int]:
+    """The answers that marks on turns, and columns of marks, take out."""
+    trained = list(turns.trained)
+    for name in ROW_MARKS:
+        value = row.get(name)
+        if value is None:
+            continue
+        value = json_or_text(value)
+        if isinstance(value, list):
+            marks = list_marks(value, name, turns.answers)
+        elif name == "mask" and isinstance(value, str) and value in turns.speakers:  # NeMo
+            marks = [speaker != value for speaker in turns.speakers]
+        elif row_mark(value, name):
+            continue
+        else:
+            raise BadRow("not to be trained on", f"column {name} is {value}")
+        trained = [t and marks[turn] for t, turn in zip(trained, turns.turn, strict=True)]
+    notes += [PROMPT_MARKED for name in _PROMPTS_TOO if row.get(name) in (True, "true", "True", 1)]
+    found = {i for i, m in enumerate(turns.messages) if m["role"] == "assistant" and not trained[i]}
+    notes += [UNTRAINED] * len(found)
+    return found
 
 
-assert set(_REQUIRED) == set(get_args(Format)) - {"auto"}
+def _before_the_last_prompt(turns: Turns, untrained: set[int], notes: list[str]) -> set[int]:
+    """Of a preference row only the answer that was judged is a demonstration."""
+    roles = [message["role"] for message in turns.messages]
+    last = max((i for i, role in enumerate(roles) if role == "user"), default=0)
+    earlier = {i for i in range(last) if roles[i] == "assistant"} - untrained
+    notes += [WANTED, *[EARLIER] * len(earlier)]
+    return earlier
+
+
+def _check_media(row: Mapping[str, Any], layout: Layout) -> None:
+    for name, value in row.items():
+        if (
+            name not in layout.used
+            and is_media(name)
+            and says_something(value)
+            and not isinstance(value, int | float)
+        ):
+            raise BadRow(
+                "media",
+                f"column {name} belongs to the row and only text can be encoded; train on the text alone with "
+                f"--ignore-column {name}",
+            )
+
+
+def _leftovers(row: Mapping[str, Any], turns: Turns, layout: Layout) -> list[tuple[str, str, Any]]:
+    columns = (
+        (name, name, value) for name, value in row.items() if name not in layout.used and name not in _OWN
+    )
+    keys = ((f"messages[].{key}", key.rpartition(".")[2], values) for key, values in turns.others.items())
+    return [*columns, *keys]

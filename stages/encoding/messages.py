@@ -21,6 +21,10 @@ class Conversation:
     """JSON schemas of the tools that the model is offered."""
     untrained: frozenset[int] = frozenset()
     """Indices of the assistant messages that the row marks as not to be trained on."""
+    unused: tuple[str, ...] = ()
+    """Columns and keys of messages that say something and are no part of it: `source`, `messages[].timestamp`."""
+    notes: tuple[str, ...] = ()
+    """What was done that the row alone does not show, once for each time; short and stable, for counting."""
 
 
 MAX_CHARS = 5_000_000
@@ -44,6 +48,14 @@ class BadRow(SstokenError):  # noqa: N818 (a row is bad; the error is what is ra
 
     def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
         return type(self), (self.reason, self.detail)
+
+
+class NeedsDecision(BadRow):
+    """A row that the user may want read in more than one way; the detail names the options."""
+
+
+class PassedOver(BadRow):
+    """A row that the user asked not to train on: counted, and no reason to stop."""
 
 
 def has_more_than_content(message: Message) -> bool:

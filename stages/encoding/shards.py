@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from sstoken.errors import SstokenError
 from stages import checkpoints
-from stages.encoding.conversations import Layout, to_conversation
-from stages.encoding.messages import MAX_CHARS, BadRow, check_text
+from stages.encoding.conversations import to_conversation
+from stages.encoding.layouts import Layout
+from stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, check_text
 from stages.encoding.sources import Row
 from stages.encoding.token_stats import Stats, no_stats
 from stages.files import UNFINISHED, write_whole
@@ -65,15 +66,22 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
     columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
     stats = no_stats() | {"rows": len(rows)}
     bad: list[dict[str, Any]] = []
+    unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
     for row in rows:
         try:
-            encoded = encode_row(row, settings.layout, encoder, settings.max_chars)
+            conversation = read_row(row, settings.layout, settings.max_chars)
+            encoded = encoder.encode_conversation(conversation)
             example_id = _example_id(row)
+        except PassedOver as reason:
+            passed_over[reason.reason] += 1
+            continue
         except BadRow as error:
             if not settings.skip:
                 raise stopped(row, error) from error
             bad.append({"file": row.file, "row": row.index, "reason": error.reason, "detail": error.detail})
             continue
+        unused.update(conversation.unused)
+        notes.update(row.notes + conversation.notes)
         if not encoded.input_ids:
             stats["dropped"] += 1
             continue
@@ -86,6 +94,7 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
     stats |= {"examples": lengths.total(), "tokens": sum(n * k for n, k in lengths.items())}
     stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}
     stats["bad_rows"] = dict(Counter(b["reason"] for b in bad))
+    stats |= {"unused": dict(unused), "notes": dict(notes), "passed_over": dict(passed_over)}
     if bad:
         lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
         lines.parent.mkdir(exist_ok=True)
@@ -94,15 +103,15 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
     return stats
 
 
-def encode_row(row: Row, layout: Layout, encoder: "ChatEncoder", max_chars: int = MAX_CHARS) -> Any:
-    """One raw row as an `Encoded` example.
+def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:
+    """What one raw row says.
 
     Raises:
         BadRow: it cannot be used.
     """
     if row.problem is not None:
         raise BadRow(*row.problem)
-    return encoder.encode_conversation(to_conversation(row.value, layout, max_chars))
+    return to_conversation(row.value, layout, max_chars)
 
 
 def stopped(row: Row, error: BadRow) -> SstokenError:

@@ -33,6 +33,8 @@ class Row:
     value: Any = None
     problem: tuple[str, str] | None = None
     """A short stable reason and the detail, for a row that cannot be parsed."""
+    notes: tuple[str, ...] = ()
+    """What reading it took away; short and stable, for counting."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ from collections.abc import Iterable
 from typing import Any
 
 Stats = dict[str, Any]
-"""Counts; `lengths`, how many examples have each length (in tokens, the keys strings as in JSON); `bad_rows`,
-how many rows were passed over for each reason."""
+"""Counts; `lengths`, how many examples have each length (in tokens, the keys strings as in JSON); the
+dicts of `COUNTED`, how often each thing was met."""
+COUNTED = ("bad_rows", "passed_over", "unused", "notes")
+"""Rows passed over for each reason; rows that the user asked not to train on; examples with each column or key
+that is no part of the conversation; what was done that the rows alone do not show."""
 
 
 def merge(left: Stats, right: Stats) -> Stats:
     """The statistics of two sets of rows taken together."""
     both = {name: left[name] + right[name] for name in left if not isinstance(left[name], dict)}
-    for name in ("lengths", "bad_rows"):
+    for name in ("lengths", *COUNTED):
         both[name] = dict(Counter(left[name]) + Counter(right[name]))
     return both
 
@@ -30,14 +33,13 @@ def metrics(stats: Stats) -> dict[str, Any]:
         | {"max": _percentile(lengths, 100)},
         "truncated": stats["truncated"],
         "dropped_no_response": stats["dropped"],
-        "bad_rows": dict(sorted(stats["bad_rows"].items())),
-    }
+    } | {name: dict(sorted(stats[name].items())) for name in COUNTED}
 
 
 def no_stats() -> Stats:
     """Of no rows at all."""
     counts = ("rows", "examples", "tokens", "response_tokens", "truncated", "dropped")
-    return dict.fromkeys(counts, 0) | {"lengths": {}, "bad_rows": {}}
+    return dict.fromkeys(counts, 0) | {name: {} for name in ("lengths", *COUNTED)}
 
 
 def _percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:

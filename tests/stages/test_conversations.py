@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from sstoken.errors import SstokenError, UsageError
-from stages.encoding.conversations import BadRow, check_columns, detect_layout, to_messages, to_tools
+from stages.encoding.conversations import to_conversation
+from stages.encoding.layouts import check_columns, detect_layout
+from stages.encoding.messages import BadRow
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 PAIR = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -16,7 +18,7 @@ PARTS = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]
 
 
 def convert(row, format="auto", columns=None, **options):
-    return to_messages(row, detect_layout(row, format, columns), **options)
+    return to_conversation(row, detect_layout(row, format, columns), **options).messages
 
 
 @pytest.mark.parametrize(
@@ -68,12 +70,13 @@ def test_unknown_layout_says_what_to_do() -> None:
 
 def test_check_columns() -> None:
     check_columns("auto", {"question": "q", "output": "o"})
-    with pytest.raises(UsageError, match="answer, question, system"):
+    with pytest.raises(UsageError, match="answer, context, history, question, system, tools"):
         check_columns("qa", {"prompt": "q"})
 
 
 def test_tool_conversation() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"default": None}}}
     row = {
         "messages": [
             {"role": "user", "content": "1+1?", "tool_calls": None},
@@ -81,14 +84,15 @@ def test_tool_conversation() -> None:
             {"role": "tool", "content": "2", "tool_call_id": "x"},
             {"role": "assistant", "content": "Two."},
         ],
-        "tools": json.dumps([{"type": "function", "function": {"name": "add"}}]),
+        "tools": json.dumps([tool]),
     }
-    user, ask, result, _ = convert(row)
-    assert user == {"role": "user", "content": "1+1?"}
-    assert ask["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert "content" not in ask
-    assert result["tool_call_id"] == "x"
-    assert to_tools(row, detect_layout(row)) == [{"type": "function", "function": {"name": "add"}}]
+    found = to_conversation(row, detect_layout(row))
+    assert found.tools == [tool]
+    assert found.messages[:3] == [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "x"},
+    ]
 
 
 def turns(*roles):
@@ -112,11 +116,15 @@ def turns(*roles):
         ({"messages": "hello"}, "no messages"),
         ({"messages": None}, "missing column"),
         ({"messages": ["hello"]}, "bad message"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, PAIR[1]]}, "not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, PAIR[1]]}, "media"),
+        ({"messages": [{"role": "user", "content": [{"type": "smell"}]}, PAIR[1]]}, "not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}, PAIR[1]]}, "not text"),
         ({"messages": [{"role": "user", "content": 5}, PAIR[1]]}, "not text"),
         ({"messages": PAIR, "tools": "add"}, "bad tools"),
         ({"question": "Q", "answer": None}, "no answer"),
         ({"question": "Q", "answer": ""}, "no answer"),
+        ({"question": "Q", "answer": "A", "history": "earlier"}, "bad history"),
+        ({"messages": '[{"role": "user", "role": "user"}]'}, "duplicate key"),
         ({"question": "\ud800", "answer": "A"}, "lone surrogate"),
         ({"question": "Q", "answer": "A" * 30}, "too long"),
     ],
@@ -124,7 +132,7 @@ def turns(*roles):
 def test_bad_rows(row, reason) -> None:
     layout = detect_layout(row)
     with pytest.raises(BadRow) as error:
-        to_messages(row, layout, max_chars=30) and to_tools(row, layout)
+        to_conversation(row, layout, max_chars=30)
     assert error.value.reason == reason
     again = pickle.loads(pickle.dumps(error.value))
     assert (again.reason, again.detail, str(again)) == (reason, error.value.detail, str(error.value))
@@ -133,9 +141,9 @@ def test_bad_rows(row, reason) -> None:
 def test_rows_of_another_shape_are_bad() -> None:
     layout = detect_layout({"question": "Q", "answer": "A"})
     with pytest.raises(BadRow, match="not an object: a list"):
-        to_messages(["Q", "A"], layout)
+        to_conversation(["Q", "A"], layout)
     with pytest.raises(BadRow, match="column 'question' is missing"):
-        to_messages({"messages": PAIR}, layout)
+        to_conversation({"messages": PAIR}, layout)
 
 
 def test_too_long_names_numbers_and_remedy() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sstoken.errors import SstokenError, UsageError
 from stages.encode import Encode
 from stages.encoding import shards
-from stages.encoding.token_stats import merge, metrics
+from stages.encoding.token_stats import merge, metrics, no_stats
 from stages.tables import TOKENS, parts, read_metadata
 from tests.support import make_context
 
@@ -118,9 +118,9 @@ def test_finished_shards_are_kept(model, tmp_path, monkeypatch) -> None:
     (again / "part-00002.parquet").unlink()
     (again / "part-00004.parquet").unlink()
     encoded = []
-    encode_row = shards.encode_row
+    read_row = shards.read_row
     monkeypatch.setattr(
-        shards, "encode_row", lambda row, *rest: encoded.append(row.index) or encode_row(row, *rest)
+        shards, "read_row", lambda row, *rest: encoded.append(row.index) or read_row(row, *rest)
     )
     assert stage.run(make_context(again)) == whole
     assert encoded == [*range(20, 30), *range(40, 47)]
@@ -212,7 +212,7 @@ def test_a_chat_template_of_ones_own(model, data, tmp_path) -> None:
         ({"data": "missing.jsonl"}, "no such file"),
         ({"model": "./missing"}, "no such folder"),
         ({"chat_template": "missing.jinja"}, "no such file"),
-        ({"format": "qa", "columns": {"prompt": "x"}}, "answer, question"),
+        ({"format": "qa", "columns": {"prompt": "x"}}, "answer, context, history, question"),
     ],
 )
 def test_check_refuses(options, message, model, data) -> None:
@@ -225,8 +225,8 @@ def test_fields_are_documented() -> None:
 
 
 def test_merge_and_percentiles() -> None:
-    one = {"rows": 2, "examples": 2, "tokens": 30, "response_tokens": 6, "truncated": 0, "dropped": 0,
-           "lengths": {"10": 1, "20": 1}, "bad_rows": {}}  # fmt: skip
+    one = no_stats() | {"rows": 2, "examples": 2, "tokens": 30, "response_tokens": 6}
+    one["lengths"] = {"10": 1, "20": 1}
     both = merge(one, one | {"bad_rows": {"x": 1}})
     assert both["lengths"] == {"10": 2, "20": 2}
     assert metrics(both)["length"] == {"p50": 10, "p90": 20, "p99": 20, "max": 20}
@@ -243,7 +243,7 @@ def test_importing_the_stage_loads_nothing_heavy() -> None:
 
 
 def test_shard_function_pickles(model, tmp_path) -> None:
-    from stages.encoding.conversations import detect_layout
+    from stages.encoding.layouts import detect_layout
 
     settings = shards.Settings(model, None, None, False, detect_layout(ROWS[0]), 10, True, tmp_path)
     assert pickle.loads(pickle.dumps(partial(shards.encode_shard, settings))).args == (settings,)

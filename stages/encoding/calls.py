@@ -1,0 +1,89 @@
+"""Tool calls and tool definitions, in the forms that APIs and trainers write them, in one form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stages.encoding.json_values import DuplicateKeyError, json_or_text, parse_json
+from stages.encoding.messages import BadRow
+
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+"""Where a call keeps its arguments: OpenAI and most others, Llama 3, Anthropic, LangChain."""
+
+
+def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Calls as `{"type": "function", "function": {"name", "arguments"}}`, with the `id` where there is one.
+
+    Args:
+        value: a call or a list of them, also as JSON text. A call may stand bare, as name and arguments.
+        where: the message, for errors.
+
+    Raises:
+        BadRow: a call without a name, or arguments that are no JSON object.
+    """
+    parsed = _parsed(value, where)
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    return [_call(_parsed(call, where), where) for call in calls]
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Tool definitions as `{"type": "function", "function": {...}}`; None where there is none.
+
+    Args:
+        value: a list of definitions, or one; also as JSON text. A definition may stand bare.
+
+    Raises:
+        BadRow: something else.
+    """
+    try:
+        tools = json_or_text(value, "[{")
+        if isinstance(tools, str):
+            tools = tools.strip()
+        if not tools:
+            return None
+        tools = [json_or_text(tool, "{") for tool in (tools if isinstance(tools, list) else [tools])]
+    except DuplicateKeyError as error:
+        raise BadRow("bad tools", str(error)) from error
+    return [_tool(tool) for tool in tools]
+
+
+def _parsed(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("bad tool call", f"{where}: not JSON ({str(error)[:80]})") from error
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if isinstance(function, str):  # {"function": "name", "arguments": {...}}
+        function = {**call, "name": function}
+    function = call if function is None else function
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise BadRow("bad tool call", f"{where}: a call without a name")
+    given = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), None)
+    arguments = {} if given is None or given == "" else _parsed(given, where)
+    if not isinstance(arguments, Mapping):
+        raise BadRow("bad tool call", f"{where}: the arguments of {name} are no JSON object")
+    identity = next(
+        (call[key] for key in ("id", "tool_call_id", "call_id") if call.get(key) is not None), None
+    )
+    known = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    return known if identity is None else known | {"id": identity}
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    if not isinstance(tool, Mapping):
+        raise BadRow(
+            "bad tools", "the tools are no list of JSON schemas; leave them out with --ignore-column"
+        )
+    if isinstance(tool.get("function"), Mapping):
+        return {"type": "function"} | dict(tool)
+    if not isinstance(tool.get("name"), str):
+        raise BadRow("bad tools", "a tool has no name")
+    function = {key: value for key, value in tool.items() if key != "type"}
+    if "input_schema" in function and "parameters" not in function:  # Anthropic
+        function = {("parameters" if k == "input_schema" else k): v for k, v in function.items()}
+    return {"type": "function", "function": function}

@@ -1,0 +1,71 @@
+"""What a column holds, judged by its name alone."""
+
+import re
+from functools import lru_cache
+from typing import Literal
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ABOUT = _words(
+    """
+    id ids idx index uuid uid guid hash md5 sha sha1 sha256 fingerprint url urls uri link links href
+    source sources src dataset datasets origin provenance category categories type types kind class score
+    scores rating ratings rank ranks reward rewards label labels tag tags keyword keywords topic topics
+    subtopic domain domains subject subjects task tasks skill skills language languages lang lang_code
+    locale license licence citation copyright author authors annotator annotators model models engine
+    generator version split subset config date time timestamp datetime created updated year month day
+    count counts num number length len size tokens turn turns difficulty level grade quality status state
+    country city title titles name names filename file files path paths email meta metadata info extra
+    moderation toxicity toxic redacted flag flags avatar views likes upvotes note notes comment comments
+    annotation annotations usage parameters params kwargs settings header headers ip role intent choice
+    """
+)
+"""Last words of the names of columns that speak about a row."""
+_ABOUT_FIRST = _words(
+    """
+    original meta metadata quality openai detoxify llama num is has
+    """
+)
+"""First words of such names."""
+_TALK = _words(
+    """
+    system prompt prompts context contexts passage passages document documents doc docs background
+    preamble persona personas scenario instruction instructions history histories query question questions
+    input inputs answer answers response responses output outputs completion completions reply message
+    messages conversation conversations dialog dialogs dialogue dialogues chat chats utterance utterances
+    tools functions thought thoughts thinking reasoning rationale rationales cot scratchpad evidence
+    evidences knowledge facts paragraph paragraphs article options choices examples demonstrations
+    solution refusal user assistant developer
+    """
+)
+"""Words in the names of columns that hold text of a conversation."""
+_MEDIA = _words(
+    """
+    image images img imgs picture pictures photo photos video videos audio audios pixel frames media
+    """
+)
+_MEDIA_FORMS = _words(
+    """
+    path paths url urls uri file files name names bytes data values base64 list input inputs
+    """
+)
+_NAME_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+
+@lru_cache(maxsize=4096)
+def kind_of_name(name: str) -> Literal["about", "talk", "unknown"]:
+    """What a column holds by its name: facts about the row, text of a conversation, or who knows."""
+    words = [word.lower() for word in _NAME_PARTS.findall(name)]
+    if not words or words[-1] in _ABOUT or words[0] in _ABOUT_FIRST:
+        return "about"
+    return "talk" if _TALK.intersection(words) else "unknown"
+
+
+@lru_cache(maxsize=4096)
+def is_media(name: str) -> bool:
+    """Whether a column of that name holds pictures, films or sound, or says where they are."""
+    words = {word.lower() for word in _NAME_PARTS.findall(name)}
+    return bool(words & _MEDIA) and words <= _MEDIA | _MEDIA_FORMS

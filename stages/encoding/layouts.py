@@ -1,0 +1,118 @@
+"""The layouts that datasets come in: which columns play which role."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from sstoken.errors import SstokenError, UsageError
+
+Format = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "qa"]
+Preference = Literal["stop", "take"]
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "qa": ("question", "answer"),
+}
+"""The roles that make a row of each format, in the order in which formats are tried."""
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "context", "system", "history", "tools"),
+    "prompt-completion": ("context", "system", "history", "tools"),
+    "qa": ("context", "system", "history", "tools"),
+}
+OTHER_NAMES = {
+    "conversations": ("conversation",),
+    "output": ("response",),
+    "completion": ("response",),
+    "question": ("query",),
+    "answer": ("response",),
+    "context": ("passage",),
+    "system": ("system_prompt", "system_message", "systemPrompt"),
+    "tools": ("functions",),
+}
+"""Columns that play a role where none has the role's own name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows hold conversations."""
+
+    format: str
+    """One of `Format`, `auto` excepted."""
+    columns: Mapping[str, str]
+    """Each role of the format and the column that plays it, present or not."""
+    ignored: frozenset[str] = frozenset()
+    """Columns, and keys of messages, that the user says to leave out."""
+    preference: Preference = "stop"
+    """Whether preference rows are refused, or their wanted answers taken."""
+
+    def get(self, row: Mapping[str, Any], role: str) -> Any:
+        """The row's value for `role`, None where it has none."""
+        return row.get(self.columns.get(role, ""))
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """The columns that play a role."""
+        return frozenset(self.columns.values())
+
+
+class NoLayout(SstokenError):  # noqa: N818 (the dataset has none; the error is what is raised about it)
+    """The columns of a row make no layout."""
+
+
+def check_columns(format: str, columns: Mapping[str, str]) -> None:
+    """Refuse roles that the format does not have.
+
+    Raises:
+        UsageError: with the roles it has.
+    """
+    names = list(REQUIRED) if format == "auto" else [format]
+    legal = sorted({role for n in names for role in REQUIRED[n] + OPTIONAL[n]})
+    for role in columns:
+        if role not in legal:
+            raise UsageError(f"column {role!r}: format {format} has the columns {', '.join(legal)}")
+
+
+def detect_layout(
+    row: Mapping[str, Any],
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    ignored: frozenset[str] = frozenset(),
+    preference: Preference = "stop",
+) -> Layout:
+    """The layout of a dataset, from its first row.
+
+    Args:
+        row: its columns are what is looked at.
+        format: a known format, or `auto` to take the first whose required columns are all there.
+        columns: overrides, a format's role -> the column that plays it.
+        ignored, preference: see `Layout`.
+
+    Raises:
+        NoLayout: no known layout has these columns, or `format` needs one that is missing.
+    """
+    given = columns or {}
+    row = {name: value for name, value in row.items() if name not in ignored}
+    for name in REQUIRED if format == "auto" else (format,):
+        resolved = {role: _column(row, role, given) for role in REQUIRED[name] + OPTIONAL[name]}
+        if all(resolved[role] in row for role in REQUIRED[name]):
+            return Layout(name, resolved, ignored, preference)
+    known = "; ".join(f"{n} ({', '.join(c)})" for n, c in REQUIRED.items() if format in ("auto", n))
+    raise NoLayout(
+        f"the columns {', '.join(map(str, row)) or '(none)'} make no known layout: {known}; say which column is "
+        f"which with --format and --column, e.g. --format qa --column question={next(iter(row), 'text')}"
+    )
+
+
+def _column(row: Mapping[str, Any], role: str, given: Mapping[str, str]) -> str:
+    names = [given[role]] if role in given else [role, *OTHER_NAMES.get(role, ())]
+    taken = set(given.values()) if role not in given else set()
+    return next((name for name in names if name in row and name not in taken), names[0])
+
+
+assert set(REQUIRED) == set(get_args(Format)) - {"auto"}

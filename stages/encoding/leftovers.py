@@ -1,0 +1,99 @@
+"""What a row holds beside its conversation: data about it, or text that would be lost."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from stages.encoding.column_names import kind_of_name
+from stages.encoding.json_values import json_or_text
+from stages.encoding.layouts import OPTIONAL, Layout
+from stages.encoding.messages import Message, NeedsDecision
+
+UNUSED_TEXT = "unused text"
+"""The reason of a row with text that is in no message."""
+_NOTHING = frozenset(("", "[]", "{}", "none", "null", "nan", "n/a", "na", "<noinput>", "nooutput"))
+_ENOUGH_WORDS = 5
+_ENOUGH_SIGNS = 12
+_CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
+
+
+def says_something(value: Any) -> bool:
+    """Whether a value is more than an empty cell, however that is written."""
+    if isinstance(value, str):
+        return value.strip().lower() not in _NOTHING
+    if isinstance(value, Mapping | list | tuple):
+        return any(says_something(v) for v in (value.values() if isinstance(value, Mapping) else value))
+    return value is not None
+
+
+def check_leftovers(
+    values: Iterable[tuple[str, str, Any]], messages: list[Message], layout: Layout
+) -> list[str]:
+    """The names of columns and keys that are left out; refused where text of a conversation is among them.
+
+    Text that stands in the messages already is not lost; nor is a column that holds the whole conversation once
+    more, as one rendered text.
+
+    Args:
+        values: of each, the name for people (`messages[].name`), the name alone and the value.
+        messages: the conversation.
+        layout: says which roles are free to take a column.
+
+    Raises:
+        NeedsDecision: reason `unused text`, with all such columns and the options that take them or leave them out.
+    """
+    unused, lost = [], []
+    for shown, name, value in values:
+        if not says_something(value):
+            continue
+        unused.append(shown)
+        if name not in layout.ignored and _is_lost(name, value, messages):
+            lost.append((shown, name))
+    if lost:
+        free = [r for r in OPTIONAL[layout.format] if r in ("system", "context", "input", "tools")]
+        columns = [name for shown, name in lost if shown == name]
+        take = f"take it with --column {free[0]}={columns[0]}, or " if columns else ""
+        leave = " ".join(f"--ignore-column {name}" for _, name in lost)
+        raise NeedsDecision(
+            UNUSED_TEXT,
+            f"{', '.join(shown for shown, _ in lost)} would be lost, being part of no message; {take}leave it out "
+            f"with {leave}",
+        )
+    return unused
+
+
+def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
+    kind = kind_of_name(name)
+    if kind == "about":
+        return False
+    texts = [text for text in _texts(value) if says_something(text) and (kind == "talk" or _is_natural(text))]
+    if not texts:
+        return False
+    said = [str(m.get(key, "")).strip() for m in messages for key in ("content", "reasoning_content")]
+    everything = "\n".join(said)
+    if all(text.strip() in everything for text in texts):
+        return False
+    return not (isinstance(value, str) and all(part in value for part in said))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a value; of turns only what they say."""
+    if isinstance(value, str):
+        parsed = json_or_text(value, "[{")
+        if isinstance(parsed, str):
+            yield value
+            return
+        value = parsed
+    if isinstance(value, Mapping):
+        said = [value[key] for key in ("content", "value") if value.get(key) is not None]
+        for inner in said if said and ("role" in value or "from" in value) else value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _is_natural(text: str) -> bool:
+    """A sentence rather than a name, an address or a code."""
+    words = [word for word in text.split() if any(map(str.isalpha, word))]
+    return len(words) >= _ENOUGH_WORDS or len(_CHINESE_OR_JAPANESE.findall(text[:1000])) >= _ENOUGH_SIGNS

@@ -1,0 +1,101 @@
+"""A message's content given as typed parts, sorted into text, reasoning, tool calls and tool results."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.encoding.calls import read_calls
+from stages.encoding.messages import BadRow, Message
+
+_TEXT = ("text", "input_text", "output_text", "refusal")
+_REASONING = ("reasoning", "thinking", "reasoning_text", "think")
+_CALL = ("tool_call", "tool_use", "function_call", "toolCall")
+_RESULT = ("tool_result", "tool_response", "function_call_output")
+_MEDIA = ("image", "video", "audio", "image_url", "video_url", "audio_url", "input_image", "input_audio",
+          "input_video", "input_file", "file", "document")  # fmt: skip
+_VALUE = ("text", "value", "content", "thinking", "reasoning", "refusal", "output")
+"""Where a part keeps what it says."""
+_KNOWN = {"type", "name", "function", "arguments", "parameters", "input", "args", "id", "tool_use_id", "tool_call_id",
+          "call_id", *_VALUE}  # fmt: skip
+
+
+@dataclass
+class Content:
+    """What a content says."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    results: list[Message] = field(default_factory=list)
+    """Messages of role `tool`."""
+    unused: set[str] = field(default_factory=set)
+    """Keys of parts that hold something which stands in none of these."""
+
+
+def read_content(content: Any, where: str) -> Content:
+    """A string as it is, parts by their types.
+
+    A message holds reasoning, text and calls in that order, so parts in another one are refused.
+
+    Raises:
+        BadRow: media, an unknown type, parts whose order a message cannot hold.
+    """
+    if isinstance(content, str):
+        return Content(content)
+    if content is None:
+        return Content()
+    if isinstance(content, Mapping) and "type" in content:
+        content = [content]
+    if not isinstance(content, list):
+        raise BadRow(
+            "not text", f"{where}: a content is a {type(content).__name__}, neither a string nor typed parts"
+        )
+    found = Content()
+    for part in content:
+        _add(found, {"type": "text", "text": part} if isinstance(part, str) else part, where)
+    return found
+
+
+def _add(found: Content, part: Any, where: str) -> None:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind in _MEDIA:
+        raise BadRow("media", f"{where}: a part of type {kind}; only text can be encoded")
+    if kind in _TEXT:
+        text = _said(part, where)
+        if text.strip() and found.calls:
+            raise BadRow("part order", f"{where}: text after a tool call; put it into a message of its own")
+        found.text += text
+    elif kind in _REASONING:
+        if found.text.strip() or found.calls:
+            raise BadRow("part order", f"{where}: reasoning after text or a tool call; split the message")
+        found.reasoning += _said(part, where)
+    elif kind in _CALL:
+        inner = next((part[k] for k in ("value", kind, "content") if part.get(k) is not None), None)
+        named = isinstance(part.get("name"), str) or isinstance(part.get("function"), Mapping)
+        found.calls += read_calls(part if named or inner is None else inner, where)
+    elif kind in _RESULT:
+        if found.text.strip():
+            raise BadRow("part order", f"{where}: a tool result after text; put it first")
+        found.results.append(_result(part, where))
+    else:
+        raise BadRow("not text", f"{where}: a content part of type {kind!r}")
+    found.unused |= {str(key) for key in part if part[key] is not None and key not in _KNOWN} - {kind}
+
+
+def _said(part: Mapping[str, Any], where: str) -> str:
+    value = next((part[key] for key in _VALUE if part.get(key) is not None), None)
+    if isinstance(value, Mapping):  # {"text": {"value": ...}}
+        value = value.get("value")
+    if not isinstance(value, str):
+        raise BadRow("not text", f"{where}: a part of type {part['type']!r} without a string")
+    return value
+
+
+def _result(part: Mapping[str, Any], where: str) -> Message:
+    value = next((part[k] for k in ("content", "output", "value", "text") if part.get(k) is not None), None)
+    inner = read_content(value, where)
+    if inner.calls or inner.results or inner.reasoning:
+        raise BadRow("not text", f"{where}: a tool result that holds more than text")
+    message: Message = {"role": "tool", "content": inner.text}
+    identity = next((part[k] for k in ("tool_use_id", "tool_call_id", "call_id") if part.get(k)), None)
+    return message if identity is None else message | {"tool_call_id": identity}

@@ -1,0 +1,190 @@
+"""The turns of a conversation, in the styles of APIs and trainers, as messages in one form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.encoding.calls import read_calls
+from stages.encoding.json_values import DuplicateKeyError, json_or_text
+from stages.encoding.marks import TURN_MARKS, count_marked, turn_marks
+from stages.encoding.messages import REASONING, BadRow, Message
+from stages.encoding.parts import read_content
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "tool_result": "tool",
+    "ipython": "tool",
+    "function_call": "call",
+    "function-call": "call",
+    "tool_call": "call",
+}
+"""Names of speakers, in lower case, and the roles they play; `call`: an assistant whose content is a tool call."""
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_SAID = ("content", "value", "text")
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""What says nothing."""
+_READ = {"role", "from", *_SAID, "tool_calls", "function_call", "name", "tool_call_id",
+         "train_detail", *REASONING, *TURN_MARKS}  # fmt: skip
+
+
+@dataclass
+class Turns:
+    """Messages, and of each what the row says about it."""
+
+    messages: list[Message] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
+    """The index, in the row's list, of the turn that each message comes from."""
+    trained: list[bool] = field(default_factory=list)
+    """Whether each message may be trained on by its own marks."""
+    speakers: list[str] = field(default_factory=list)
+    """Who each turn of the row's list is from, as it is written there."""
+    marked_prompts: int = 0
+    """How many turns that are no answers are marked as to be trained on."""
+    others: dict[str, list[Any]] = field(default_factory=dict)
+    """Keys of turns that stand in no message, and their values."""
+
+    def add(self, message: Message, turn: int, trained: bool) -> None:
+        """Append one message."""
+        self.messages.append(message)
+        self.turn.append(turn)
+        self.trained.append(trained)
+
+    @property
+    def answers(self) -> list[bool]:
+        """Which turns of the row's list are the assistant's."""
+        found = [False] * len(self.speakers)
+        for message, turn in zip(self.messages, self.turn, strict=True):
+            found[turn] |= message["role"] == "assistant"
+        return found
+
+
+def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
+    """Messages of a list of turns, which may be JSON text.
+
+    Consecutive calls, each a turn of its own in some layouts, become one message; so do an answer and the calls
+    that follow on it.
+
+    Args:
+        value: OpenAI, Anthropic, ShareGPT, LLaMA-Factory or ms-swift turns.
+        ignored: keys of turns to leave out of account.
+
+    Raises:
+        BadRow: no list, a turn of an unknown kind, a mark that cannot be honoured.
+    """
+    try:
+        raw = json_or_text(value)
+    except DuplicateKeyError as error:
+        raise BadRow("duplicate key", str(error)) from error
+    if not isinstance(raw, list) or not raw:
+        raise BadRow("no messages", "the conversation is not a non-empty list")
+    turns = Turns()
+    if ignored:
+        raw = [_without(turn, ignored, turns) for turn in raw]
+    roles = [_role(turn, number) for number, turn in enumerate(raw, 1)]
+    answers = [role in ("assistant", "call") for role in roles]
+    trained = turn_marks(raw, answers)
+    turns.marked_prompts = count_marked(raw, answers)
+    for index, (turn, role) in enumerate(zip(raw, roles, strict=True)):
+        turns.speakers.append(str(turn.get("role") or turn.get("from")))
+        _add(turns, turn, role, index, trained[index])
+        for key, other in turn.items():
+            if key not in _READ and other not in EMPTY:
+                turns.others.setdefault(str(key), []).append(other)
+    return turns
+
+
+def _without(turn: Any, ignored: frozenset[str], turns: Turns) -> Any:
+    if not isinstance(turn, Mapping) or ignored.isdisjoint(turn):
+        return turn
+    for key in ignored.intersection(turn):
+        if turn[key] not in EMPTY:
+            turns.others.setdefault(key, []).append(turn[key])
+    return {key: value for key, value in turn.items() if key not in ignored}
+
+
+def _role(turn: Any, number: int) -> str:
+    if not isinstance(turn, Mapping):
+        raise BadRow("bad message", f"message {number} is a {type(turn).__name__}, not an object")
+    name = turn.get("from") if turn.get("role") is None else turn["role"]
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise BadRow("unknown role", f"message {number} is from {name!r}; known: {', '.join(ROLES)}")
+    return role
+
+
+def _add(turns: Turns, turn: Mapping[str, Any], role: str, index: int, trained: bool) -> None:
+    where = f"message {index + 1}"
+    for key in _MEDIA:
+        if turn.get(key):
+            raise BadRow("media", f"{where} has {key}; only text can be encoded")
+    saying = [key for key in _SAID if turn.get(key) is not None]
+    said = turn[saying[0]] if saying else None
+    for key in saying[1:]:
+        if turn[key] not in (said, *EMPTY):
+            turns.others.setdefault(key, []).append(turn[key])
+    if role == "call":
+        calls = read_calls(said, where)
+        if turns.messages and turns.messages[-1]["role"] == "assistant":
+            _join_calls(turns, calls, trained, where)
+        else:
+            turns.add({"role": "assistant", "content": "", "tool_calls": calls}, index, trained)
+        return
+    content = read_content(said, where)
+    for key in content.unused:
+        turns.others.setdefault(f"content[].{key}", []).append(None)
+    for result in content.results:
+        turns.add(result, index, True)
+    if content.results and not (content.text.strip() or content.calls or content.reasoning):
+        return
+    message: Message = {"role": role, "content": content.text}
+    calls = content.calls + _calls(turn, where)
+    reasoning = _reasoning(turn, content.reasoning, where)
+    if (calls or reasoning) and role != "assistant":
+        raise BadRow("bad message", f"{where} is from {role} and holds tool calls or reasoning")
+    if calls:
+        message["tool_calls"] = calls
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    turns.add(
+        message | {k: turn[k] for k in ("name", "tool_call_id") if turn.get(k) is not None}, index, trained
+    )
+
+
+def _calls(turn: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    found = []
+    for key in ("tool_calls", "function_call"):
+        if turn.get(key):
+            found += read_calls(turn[key], where)
+    return found
+
+
+def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:
+    given = {of_parts} | {read_content(turn.get(key), where).text for key in REASONING if turn.get(key)}
+    given.discard("")
+    if len(given) > 1:
+        raise BadRow("bad message", f"{where} holds its reasoning twice, and not the same")
+    return given.pop() if given else ""
+
+
+def _join_calls(turns: Turns, calls: list[dict[str, Any]], trained: bool, where: str) -> None:
+    if turns.trained[-1] != trained:
+        raise BadRow(
+            "unclear mark", f"{where}: a call is marked otherwise than the answer that it belongs to"
+        )
+    turns.messages[-1].setdefault("tool_calls", []).extend(calls)
