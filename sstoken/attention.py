@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sstoken import cpu_attention
 from sstoken.errors import SstokenError, UsageError
 from sstoken.importance import BLOCK_ELEMENTS, Segment, attention_scores, log_sum_exp_rows, prompt_attention
+from sstoken.precision import cast_as_autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +109,7 @@ class AttentionCapture:
         for module in self._modules:
             delattr(module, _SLOT)
 
+    @torch.compiler.disable
     def measure(self, query: Tensor, key: Tensor, mask: Tensor | None, **how: Any) -> None:
         """Called by the attention function of the chosen layer.
 
@@ -116,7 +118,8 @@ class AttentionCapture:
         """
         assert self._response_mask is not None
         measure = _by_kernel(query, key, **how) if query.is_cuda and mask is None else prompt_attention
-        self.keep(measure(query, key, self._response_mask, mask, self._segments, **how))
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            self.keep(measure(query, key, self._response_mask, mask, self._segments, **how))
 
     def keep(self, importance: Tensor) -> None:
         """Called by the attention function with what `measure` would find, [B, T].
@@ -230,6 +233,8 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
             "sinks": kwargs.get("s_aux"),
             "window": kwargs.get("sliding_window"),
         }
+        # What attention under autocast multiplies. A layer that norms its queries gives them in float32.
+        query, key, value = cast_as_autocast(query, key, value)
         response_mask = capture.due
         if forward in _CPU_FORWARDS and _plain_on_cpu(module, query, key, value, kwargs):
             if response_mask is not None and attention_mask is None and torch.is_inference_mode_enabled():

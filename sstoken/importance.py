@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sstoken.precision import as_given
+
 BLOCK_ELEMENTS = 1 << 20
 """Attention weights alive at once, at most (4 MB in fp32), unless a single row has more."""
 
@@ -15,7 +17,7 @@ Segment = tuple[int, int, int]
 """Row of the batch, first position, one past the last: one sequence of a padded or packed batch."""
 
 
-@torch.no_grad()
+@as_given
 def prompt_attention(
     query: Tensor,
     key: Tensor,

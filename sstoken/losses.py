@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sstoken.errors import SstokenError
+from sstoken.precision import as_given
 
 ROWS_PER_TILE = 1024
 """About so many rows at a time: a product of fewer than 128 is slow."""
@@ -76,7 +77,7 @@ def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     return torch.mm(hidden.to(dtype), weight.T.to(dtype), out=out)
 
 
-@torch.no_grad()
+@as_given
 def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
     """`-log p(target)` of each row, in nats, by tiles of rows and vocabulary with a running sum.
 
@@ -94,6 +95,27 @@ def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
     parts = max(1, round(hidden.shape[0] / ROWS_PER_TILE))
     tiles = zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
     return torch.cat([_log_sum_exp(rows, head) - head.target_logits(rows, ids) for rows, ids in tiles])
+
+
+@torch.no_grad()
+def measure_token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
+    """`token_losses`, by a kernel where there is one that gives right numbers."""
+    if not hidden.is_cuda:
+        return token_losses(hidden, targets, head)
+    from sstoken.kernels.choices import choose_token_losses
+
+    choice = choose_token_losses(
+        hidden.device, hidden.dtype, hidden.shape[1],
+        bias=head.bias is not None, scale=head.scale, softcap=head.softcap,
+    )  # fmt: skip
+    with torch.autocast("cuda", enabled=False):
+        return choice.call(hidden, targets, head.weight, head.bias, head.scale, head.softcap)
+
+
+@as_given
+def measure_logits(hidden: Tensor, head: OutputHead) -> Tensor:
+    """All logits of the rows [N, D], [N, V], at least fp32."""
+    return head.logits(hidden)
 
 
 def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
@@ -204,7 +226,7 @@ def read_head(model: nn.Module) -> OutputHead:
         handle.remove()
     hidden = held[0][0]
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    for scale in _scale_candidates(model, config):
+    for scale in scale_candidates(model, config):
         head = OutputHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # type: ignore[arg-type]
         logits = head.logits(hidden)
         tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
@@ -217,7 +239,8 @@ def read_head(model: nn.Module) -> OutputHead:
     )
 
 
-def _scale_candidates(model: nn.Module, config: object) -> Iterator[float]:
+def scale_candidates(model: nn.Module, config: object) -> Iterator[float]:
+    """What the model may multiply its logits by: 1, or a number that it or its configuration names."""
     yield 1.0
     for owner in (model, config):
         for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):

@@ -22,7 +22,7 @@ from sstoken.batching import plan_packed, plan_padded
 from sstoken.errors import SstokenError
 from sstoken.importance import Segment
 from sstoken.last_layer import decoder_layers, last_mlp, wanted_rows
-from sstoken.losses import ROWS_PER_TILE, OutputHead, intercept_head, read_head, token_losses
+from sstoken.losses import ROWS_PER_TILE, intercept_head, measure_token_losses, read_head
 from sstoken.packed import IMPLEMENTATION_PACKED, check_packed, describe_packed, packed_inputs, segments_of
 
 Ids = NDArray[np.int32]
@@ -192,7 +192,7 @@ class Scorer:
         if self._head is not None:
             hidden_ND = torch.cat([p.hidden for p in passed if p.hidden is not None])
             targets_N = torch.cat([p.batch.ids.flatten()[p.batch.response.flatten()] for p in passed])
-            loss = _to_host(_losses(hidden_ND, self._to_device(targets_N), self._head))
+            loss = _to_host(measure_token_losses(hidden_ND, self._to_device(targets_N), self._head))
         importance = [None if p.importance is None else _to_host(p.importance) for p in passed]
         copied = None
         if self._device.type == "cuda":
@@ -271,18 +271,6 @@ def _lay_out(
         ids[row, start:stop] = sequences[index]
         response[row, start:stop] = response_masks[index]
     return _Batch(indices, segments, torch.from_numpy(ids), torch.from_numpy(response))
-
-
-def _losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    if not hidden.is_cuda:
-        return token_losses(hidden, targets, head)
-    from sstoken.kernels.choices import choose_token_losses
-
-    choice = choose_token_losses(
-        hidden.device, hidden.dtype, hidden.shape[1],
-        bias=head.bias is not None, scale=head.scale, softcap=head.softcap,
-    )  # fmt: skip
-    return choice.call(hidden, targets, head.weight, head.bias, head.scale, head.softcap)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

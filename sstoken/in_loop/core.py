@@ -74,7 +74,7 @@ def self_modulated_loss(
 
 @torch.no_grad()
 def keep_tokens(
-    current_loss: Tensor,
+    current_loss: Tensor | None,
     history_loss: Tensor | None,
     attention: Tensor | None,
     layout: Layout,
@@ -93,7 +93,7 @@ def keep_tokens(
         return torch.ones(num_tokens, dtype=torch.bool, device=layout.positions.device)
     score = torch.zeros((), dtype=torch.float64)
     if gamma > 0:
-        rel = _double(_given(history_loss, "history_loss")) - _double(current_loss)
+        rel = _double(_given(history_loss, "history_loss")) - _double(_given(current_loss, "current_loss"))
         score = score + gamma * minmax_tensor(rel, layout.example.to(rel.device), len(layout.segments))
     if gamma < 1:
         score = score + (1 - gamma) * _double(_given(attention, "attention"))

@@ -30,8 +30,8 @@ class Step:
     """[B, T]."""
     keep: Tensor
     """[N]."""
-    loss: Tensor
-    """[N]."""
+    loss: Tensor | None
+    """[N]; None where nothing was measured."""
     attention: Tensor | None
     """[N]."""
 
@@ -40,7 +40,9 @@ class Step:
         ids = self.input_ids.cpu().numpy()
         response = self.layout.response_mask.cpu().numpy()
         keep = self.layout.scatter(self.keep).cpu().numpy()
-        loss = self.layout.scatter(self.loss.float()).cpu().numpy()
+        loss = np.full(keep.shape, np.nan, np.float32)
+        if self.loss is not None:
+            loss = self.layout.scatter(self.loss.float()).cpu().numpy()
         attention = None
         if self.attention is not None:
             attention = self.layout.scatter(self.attention.float()).cpu().numpy()

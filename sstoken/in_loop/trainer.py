@@ -17,7 +17,8 @@ from sstoken.attention import AttentionCapture
 from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.column import HISTORY, CarryHistory, check_column, join_history, split_history
 from sstoken.in_loop.core import keep_tokens
-from sstoken.in_loop.forward import SelectingModel, token_losses_of
+from sstoken.in_loop.forward import SelectingModel, measure_losses
+from sstoken.in_loop.head import HeadLosses
 from sstoken.in_loop.layout import Layout, layout_of_batch
 from sstoken.in_loop.metrics import SelectionMetrics, Step
 from sstoken.in_loop.observation import Observer
@@ -86,8 +87,9 @@ class SelfModulatedMixin(_Base):
         self._capture: AttentionCapture | None = None
         if self._selection.needs_attention:
             self._capture = AttentionCapture(self.model, self._selection.layer)
+        self._head = HeadLosses(self.model)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            _try_out(self.model, self._capture, self.accelerator)
+            _try_out(self)
 
     @property
     def _carries_history(self) -> bool:
@@ -152,7 +154,7 @@ class SelfModulatedMixin(_Base):
         selector = _StepSelector(self, plan, inputs.pop(HISTORY, None), inputs["input_ids"])
         share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         standin = SelectingModel(
-            model, plan.layout, selector, self.current_gradient_accumulation_steps * share
+            model, self._head, plan.layout, selector, self.current_gradient_accumulation_steps * share
         )
         loss = super().compute_loss(standin, inputs, *args, **kwargs)
         if standin.calls != 1:
@@ -202,18 +204,28 @@ class _StepSelector:
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Ask the history for its losses; say what attention is to be measured."""
-        plan, history = self._plan, self._trainer._history
+        plan, history, trainer = self._plan, self._trainer._history, self._trainer
         if history is not None and plan.gamma > 0 and plan.rho < 1:
-            with self._metrics.timed(self._input_ids.device), as_history(self._trainer.model, history):
-                self._history_loss = token_losses_of(model, inputs, plan.layout)[1]
+            with self._metrics.timed(self._input_ids.device), as_history(trainer.model, history):
+                self._history_loss = measure_losses(model, trainer._head, inputs, plan.layout)
         if self._capture is not None:
             self._capture.expect(plan.layout.response_mask, plan.layout.segments)
 
-    def select(self, losses: Tensor) -> Tensor:
+    @property
+    def measures(self) -> bool:
+        """See `Selector.measures`."""
+        return self._plan.rho < 1 or self._history_loss is not None or bool(self._trainer._observers)
+
+    @property
+    def num_kept(self) -> int:
+        """See `Selector.num_kept`."""
+        return sum(self._plan.layout.quotas(self._plan.rho, self._trainer._selection.scope))
+
+    def select(self, losses: Tensor | None) -> Tensor:
         """See `Selector.select`."""
         plan, history = self._plan, self._history_loss
         attention = None if self._capture is None else plan.layout.gather(self._capture.take())
-        with self._metrics.timed(losses.device):
+        with self._metrics.timed(plan.layout.positions.device):
             keep = keep_tokens(
                 losses,
                 history,
@@ -223,7 +235,8 @@ class _StepSelector:
                 gamma=plan.gamma,
                 scope=self._trainer._selection.scope,
             )
-            self._metrics.count(keep, None if history is None else history - losses, attention)
+            rel = None if history is None or losses is None else history - losses
+            self._metrics.count(keep, rel, attention)
         self._trainer._unseen.append(Step(plan.step, plan.layout, self._input_ids, keep, losses, attention))
         return keep
 
@@ -265,13 +278,29 @@ def _check_trainer(trainer: Any) -> None:
             raise UsageError(f"in-loop selection: {text}")
 
 
+class _KeepAll:
+    """Selects nothing away; for the trial."""
+
+    measures = True
+    num_kept = 2
+
+    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def select(self, losses: Tensor | None) -> Tensor:
+        """All of them."""
+        assert losses is not None
+        return torch.ones_like(losses, dtype=torch.bool)
+
+
 @torch.no_grad()
-def _try_out(model: Any, capture: AttentionCapture | None, accelerator: Any) -> None:
+def _try_out(trainer: Any) -> None:
     """Run three tokens through the model, so that one that cannot be used is refused before any step.
 
     Raises:
         SstokenError: its attention cannot be captured, or its logits are not made position by position.
     """
+    model, capture = trainer.model, trainer._capture
     weight = model.get_input_embeddings().weight
     if weight.device.type == "meta":
         return
@@ -282,8 +311,10 @@ def _try_out(model: Any, capture: AttentionCapture | None, accelerator: Any) -> 
     try:
         if capture is not None:
             capture.expect(layout.response_mask)
-        with accelerator.autocast():
-            token_losses_of(model, {"input_ids": ids, "labels": ids, "use_cache": False}, layout)
+        with trainer.accelerator.autocast():
+            SelectingModel(model, trainer._head, layout, _KeepAll())(
+                input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=2
+            )
         if capture is not None:
             capture.take()
     finally:

@@ -5,23 +5,41 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sstoken import AttentionCapture, self_modulated_loss
-from sstoken.in_loop.forward import token_losses_of
+from sstoken import AttentionCapture
+from sstoken.in_loop.core import keep_tokens
+from sstoken.in_loop.forward import SelectingModel
+from sstoken.in_loop.head import HeadLosses
 from sstoken.in_loop.layout import layout_of_batch
 from tests.sstoken.in_loop.small import collate, make_examples, make_model
 
 
+class Keeper:
+    """Selects as the trainer does, and remembers what it saw."""
+
+    measures = True
+
+    def __init__(self, layout, capture, history):
+        self.layout, self.capture, self.history = layout, capture, history
+        self.num_kept = sum(layout.quotas(0.4))
+
+    def prepare(self, model, inputs):
+        self.capture.expect(self.layout.response_mask, self.layout.segments)
+
+    def select(self, losses):
+        attention = self.layout.gather(self.capture.take())
+        history = self.layout.gather(self.history)
+        keep = keep_tokens(losses, history, attention, self.layout, rho=0.4, gamma=0.5)
+        self.seen = losses, attention, keep
+        return keep
+
+
 def step(model, batch, history):
     layout = layout_of_batch(batch)
-    capture = AttentionCapture(model)
-    capture.expect(layout.response_mask, layout.segments)
-    _, losses = token_losses_of(model, batch, layout)
-    attention = capture.take()
-    loss, keep = self_modulated_loss(
-        layout.scatter(losses), history, attention, layout.response_mask, rho=0.4, segments=layout.segments
-    )
+    keeper = Keeper(layout, AttentionCapture(model), history)
+    selecting = SelectingModel(model, HeadLosses(model), layout, keeper)
+    loss = selecting(**batch, num_items_in_batch=keeper.num_kept).loss
     loss.backward()
-    return losses.detach(), attention, keep
+    return *keeper.seen, loss.detach()
 
 
 def main():
