@@ -52,7 +52,7 @@ def save_masked(folder: Path, shards: int) -> tuple[Path, float]:
         }
         table = pa.table([columns[name] for name in tables.MASKED.names], schema=tables.MASKED)
         megabytes += table.nbytes / 1e6
-        tables.write_part(folder / tables.part_name(part), table, {"kind": "masked"})
+        tables.write_part(folder / tables.part_name(part), table, {"kind": "masked", "fingerprint": "0"})
     save_tokenizer(folder / "tokenizer")
     facts = {
         "settings": {},

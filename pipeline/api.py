@@ -4,7 +4,6 @@ All raise `UsageError` for a wrong request and `SstokenError` where the work fai
 A call that finds its output finished returns at once (`result.skipped`).
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import manifest as manifests
+from pipeline.claim import claim
 from pipeline.config import RunConfig, load_config, validated
 from pipeline.hub.api import publish as publish
 from pipeline.hub.api import pull as pull
 from pipeline.manifest import MANIFEST, Digests
-from pipeline.runner import Job, Result, State, check_writable, execute, state
+from pipeline.runner import Job, Result, State, execute, state
 from pipeline.steps import (
     NO_ATTENTION,
     Step,
@@ -33,13 +33,11 @@ from stages.encode import Encode
 from stages.export import Export
 from stages.exporting import get_target
 from stages.exporting.check import check_export
-from stages.files import UNFINISHED, write_whole
 from stages.observed import Observed
 from stages.score import ScoreOptions
 from stages.select import Select
 
 _DIGESTS = "digests.json"
-_RUN_FILE = "run.json"
 S = TypeVar("S", bound=Stage)
 Listener = Callable[[Step, Result], None]
 
@@ -207,8 +205,8 @@ def run(
         if name not in stages:
             raise UsageError(f"stage {name!r} is not in this run; legal: {', '.join(stages)}")
     check_run(config)
-    _claim(config, forced)
     digests = Digests(config.folder / _DIGESTS)
+    claim(config, digests, anew="encode" in forced)
     results: dict[str, Result] = {}
     for step in run_steps(config):
         if until is not None and stages.index(step.stage) > stages.index(until):
@@ -288,36 +286,3 @@ def _place(path: str | Path) -> Path:
 
 def _stage(stage: type[S], **fields: Any) -> S:
     return validated(stage, fields, getattr(stage, "name", "score"))
-
-
-def _read_run_file(path: Path) -> dict[str, str]:
-    try:
-        held = json.loads(path.read_text())
-    except ValueError:
-        held = None
-    if not isinstance(held, dict):
-        raise SstokenError(f"{path}: damaged; remove this file to go on with the run")
-    return held
-
-
-def _claim(config: RunConfig, forced: set[str]) -> None:
-    """Refuse a folder that holds the run of other data or another model; mark it as this run's."""
-    identity = {"data": config.encode.data, "model": config.encode.model}
-    folder = config.folder
-    path = folder / _RUN_FILE
-    held = None
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: is a file; `out` has to be a folder")
-    if path.is_file():
-        held = _read_run_file(path)
-        if held != identity and "encode" not in forced:
-            raise UsageError(
-                f"{folder}: holds the run of data {held.get('data')!r} and model {held.get('model')!r}; set another "
-                "`out`, or --force encode to run it all again here"
-            )
-    elif folder.is_dir() and any(entry.name != _RUN_FILE + UNFINISHED for entry in folder.iterdir()):
-        raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
-    check_writable(path)
-    if held != identity:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(identity))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ class Digests:
         """`cache`: a JSON file to remember them in; None: for this object's life alone."""
         self._cache = cache
         self._known: dict[str, str] = {}
+        self._unsaved = self._holding = False
         if cache is not None and cache.is_file():
             try:
                 self._known = json.loads(cache.read_text())
@@ -132,6 +134,22 @@ class Digests:
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
         if key not in self._known:
             self._known[key] = sha256(path)
-            if self._cache is not None and self._cache.parent.is_dir():
-                self._cache.write_text(json.dumps(self._known))  # half of it is no JSON, and is forgotten
+            self._unsaved = True
+            if not self._holding:
+                self.save()
         return self._known[key]
+
+    def save(self) -> None:
+        """Write what is new into the cache file, if its folder is there."""
+        if self._unsaved and self._cache is not None and self._cache.parent.is_dir():
+            self._cache.write_text(json.dumps(self._known))  # half of it is no JSON, and is forgotten
+            self._unsaved = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Write nothing before `save`: the folder may turn out to be somebody else's."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False

@@ -25,6 +25,7 @@ from pipeline.engine import local_map, no_progress_bar, progress_bar
 from pipeline.manifest import MANIFEST, Digests, Manifest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.version import __version__
+from stages import joins
 from stages.base import Context, Stage
 from stages.checkpoints import read_ahead
 from stages.files import UNFINISHED, write_whole
@@ -182,6 +183,8 @@ def _input(name: str, folder: Path) -> Manifest:
         raise UsageError(
             f"{folder}: written by {manifest.stage!r}; {name} has to be what {expected[0]!r} wrote"
         )
+    # a pulled shard says the run that selected it
+    joins.check_one_run(folder, None if manifest.stage == "pull" else manifest.fingerprint)
     return manifest
 
 

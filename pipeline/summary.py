@@ -70,7 +70,10 @@ def _score(m: dict[str, Any]) -> list[str]:
     line += f", mean loss {m['mean_loss']:.4f} nats"
     if "mean_attention" in m:
         line += f", mean attention on the prompt {m['mean_attention']:.4f}"
-    return [line, m["computed_with"]] if "computed_with" in m else [line]
+    lines = [line, m["computed_with"]] if "computed_with" in m else [line]
+    if m.get("trained_on_other_tokens"):
+        lines.append("note: the anchor run that left this checkpoint was trained on other tokens than these")
+    return lines
 
 
 def _select(m: dict[str, Any]) -> list[str]:

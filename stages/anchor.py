@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
-from stages import checkpoints
+from stages import checkpoints, joins
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.files import write_whole
 from stages.training.history_index import read_index
@@ -109,6 +109,8 @@ class Anchor(Stage):
         began = time.monotonic()
         log = context.out / _LOG
         if not log.exists():
+            if int(os.environ.get("RANK", "0")) == 0:
+                joins.note_training(context.out, context.inputs["tokens"])
             with _quiet(), ExitStack() as stack:
                 self._train(context, stack)
         lines = [json.loads(line) for line in log.read_text().splitlines()]

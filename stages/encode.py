@@ -39,7 +39,7 @@ class Encode(Stage):
     data: Annotated[str, BY_CONTENT]
     """JSONL, JSON, Parquet or CSV (a file, a pattern, an s3:// or gs:// address), a folder written by
     save_to_disk, or a Hub dataset `user/name[:config][@revision]`."""
-    model: str
+    model: Annotated[str, BY_CONTENT]
     """Checkpoint whose tokenizer and chat template are used: a folder, or a Hub id `user/name[@revision]`."""
     split: str | None = None
     """Split of a Hub dataset (default `train`) or of a saved DatasetDict."""
@@ -103,6 +103,7 @@ class Encode(Stage):
             max_chars=self.max_chars,
             skip=self.on_bad_row == "skip",
             out=context.out,
+            fingerprint=context.fingerprint,
         )
         save_tokenizer(settings)
         tasks = self._tasks(context.out)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
 from sstoken.in_loop.observation import example_key
-from stages import tables
+from stages import joins, tables
 from stages.base import BY_CONTENT, Context, Stage
 from stages.scores_file import summarize_scores, write_scores
 from stages.training.observed_losses import PATTERN, Seen, SeenExamples
@@ -47,7 +47,7 @@ class Observed(Stage):
         ):
             for part in token_parts:
                 if not (context.out / part.name).exists():
-                    self._write_shard(part, seen, context.out / part.name)
+                    self._write_shard(part, seen, context.out / part.name, context.fingerprint)
                 progress.advance()
         return summarize_scores(context.out, self._checkpoint)
 
@@ -55,7 +55,7 @@ class Observed(Stage):
     def _checkpoint(self) -> str:
         return f"observed in training ({Path(self.recorded).name})"
 
-    def _write_shard(self, part: Path, seen: SeenExamples, out: Path) -> None:
+    def _write_shard(self, part: Path, seen: SeenExamples, out: Path, run: str) -> None:
         table = tables.read_table(part)
         example_ids = table["example_id"].to_pylist()
         rows: list[Seen] = []
@@ -81,7 +81,13 @@ class Observed(Stage):
         offsets = tables.flatten(table["input_ids"])[1]
         loss = _flat([row.loss for row in rows])
         attention = _flat([row.attention for row in rows]) if self.attention else None
-        provenance = {"checkpoint": self._checkpoint, "layer": None, "dtype": "as trained"}
+        provenance = {
+            "checkpoint": self._checkpoint,
+            "layer": None,
+            "dtype": "as trained",
+            joins.TOKENS: joins.tokens_fingerprint(table),
+            joins.RUN: run,
+        }
         write_scores(out, example_ids, offsets, loss, attention, provenance)
 
 

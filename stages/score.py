@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import SstokenError
-from stages import checkpoints, tables
+from stages import checkpoints, joins, tables
 from stages.backends import (
     Backend,
     BackendOptions,
@@ -102,12 +102,15 @@ class Score(ScoreOptions):
         self._check_tokenizer(token_parts[0])
         total = sum(tables.num_rows(p) for p in token_parts)
         todo = [p for p in token_parts if not (context.out / p.name).exists()]
-        score_shard = _ScoreShard(self, context.out, todo if self.workers == 1 else [])
+        score_shard = _ScoreShard(self, context, todo if self.workers == 1 else [])
         with score_shard, context.progress("examples", total) as progress:
             progress.advance(total - sum(tables.num_rows(p) for p in todo))
             for rows in context.map(score_shard, todo, workers=self.workers):
                 progress.advance(rows)
-        return summarize_scores(context.out, self.checkpoint)
+        summary = summarize_scores(context.out, self.checkpoint)
+        if joins.trained_on_others(self.checkpoint, context.inputs["tokens"]):
+            summary["trained_on_other_tokens"] = True
+        return summary
 
     def _check_tokenizer(self, token_part: Path) -> None:
         """Refuse a checkpoint whose own tokenizer gives the ids other meanings."""
@@ -134,8 +137,8 @@ class _ScoreShard:
     In one process, the next shard is read and the last one written while this one is computed.
     """
 
-    def __init__(self, stage: Score, out: Path, in_order: Sequence[Path]) -> None:
-        self._stage, self._out = stage, out
+    def __init__(self, stage: Score, context: Context, in_order: Sequence[Path]) -> None:
+        self._stage, self._out, self._run = stage, context.out, context.fingerprint
         self._following = dict(pairwise(in_order))
         self._files: ThreadPoolExecutor | None = None
         self._reading: dict[Path, Future[pa.Table]] = {}
@@ -184,7 +187,8 @@ class _ScoreShard:
                 f"backend {stage.backend!r} did not measure all that was asked for: {len(left)} of {len(sequences)} "
                 f"examples of {tokens.name} are missing ({example_ids[min(left)]!r}); report it to its authors"
             )
-        self._write(self._out / tokens.name, example_ids, offsets, loss, attention, self._provenance(backend))
+        provenance = self._provenance(backend) | {joins.TOKENS: joins.tokens_fingerprint(table)}
+        self._write(self._out / tokens.name, example_ids, offsets, loss, attention, provenance)
         return len(sequences)
 
     def _provenance(self, backend: Backend) -> dict[str, Any]:
@@ -194,6 +198,7 @@ class _ScoreShard:
             "layer": stage.layer if stage.attention else None,
             "dtype": stage.dtype,
             "computed_with": backend.remark,
+            joins.RUN: self._run,
         }
 
     def _read(self, tokens: Path) -> pa.Table:

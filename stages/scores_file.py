@@ -27,7 +27,8 @@ def write_scores(
         offsets: [E + 1]; row i has the values `offsets[i]:offsets[i + 1]`.
         loss: [M], of every token of the shard, row after row; NaN where there is none.
         attention: likewise; None: not measured.
-        provenance: `checkpoint`, `layer`, `dtype` and, if known, `computed_with`, for the file's metadata.
+        provenance: `checkpoint`, `layer`, `dtype`, the fingerprints of the shard of tokens and of the run (see
+            `stages.joins`) and, if known, `computed_with`, for the file's metadata.
     """
     columns = [pa.array(example_ids, pa.string()), tables.lists(loss, offsets, tables.VALUES)]
     stats: dict[str, Any] = {

@@ -25,7 +25,7 @@ from sstoken.selection import (
     num_kept,
 )
 from sstoken.version import __version__
-from stages import tables
+from stages import joins, tables
 from stages.base import SPEED_ONLY, Context, Stage
 from stages.masked_card import write_card
 
@@ -61,6 +61,8 @@ class Select(Stage):
         """Select shard by shard; shards that are there already are kept."""
         token_parts = tables.parts(context.inputs["tokens"])
         scores = {k: v for k, v in context.inputs.items() if k in ("history", "current", "attention")}
+        for folder in scores.values():
+            joins.check_scores(context.inputs["tokens"], folder)
 
         def shards() -> Iterator[Shard]:
             for index, path in enumerate(token_parts):
@@ -69,7 +71,7 @@ class Select(Stage):
         cut = None
         if self.scope == "global" and get_method(self.method).selective:
             cut = self._global_cut(shards)
-        provenance = self._provenance(context, scores, token_parts[0])
+        provenance = self._provenance(context, scores)
         select_shard = _SelectShard(self, context.out, provenance)
         with context.progress("shards", len(token_parts)) as progress:
             for _ in context.map(select_shard, self._tasks(shards, cut), workers=self.workers):
@@ -105,9 +107,11 @@ class Select(Stage):
                 kept, ties = keep_above(self.scores(shard), cut, ties)
             yield unread, kept  # unread, so that no table is sent to a worker process
 
-    def _provenance(self, context: Context, scores: dict[str, Path], token_part: Path) -> dict[str, Any]:
-        tokens = tables.read_metadata(token_part)
+    def _provenance(self, context: Context, scores: dict[str, Path]) -> dict[str, Any]:
+        folder = context.inputs["tokens"]
+        tokens = tables.read_metadata(tables.parts(folder)[0])
         del tokens["stats"], tokens["kind"]
+        tokens[joins.TOKENS] = joins.folder_fingerprint(folder)
         used = {role: tables.read_metadata(tables.parts(folder)[0]) for role, folder in scores.items()}
         return {
             "kind": "masked",
@@ -148,6 +152,11 @@ class Shard:
         return tables.flatten(self.table["response_mask"])[0].astype(bool)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Of the tokens that were read, whatever their file says."""
+        return joins.tokens_fingerprint(self.table)
+
+    @cached_property
     def row_offsets(self) -> NDArray[np.int32]:
         """[E + 1] into the shard's tokens."""
         return tables.flatten(self.table["response_mask"])[1]
@@ -168,13 +177,12 @@ class Shard:
         if role not in self.scores:
             return None
         path = self.scores[role] / self.tokens.name
-        if not path.is_file():
-            raise SstokenError(f"{path}: missing; these are the scores of other tokens, score them again")
         table = tables.read_table(path, ["example_id", column])
         values, offsets = tables.flatten(table[column])
         aligned = table["example_id"].equals(self.table["example_id"])
         if not aligned or not np.array_equal(offsets, self.row_offsets):
             raise SstokenError(f"{path}: not row-aligned with {self.tokens}; score these tokens again")
+        joins.check_shard(self.tokens, self.fingerprint, path)
         measured = values[self.response].astype(np.float64)
         if not np.isfinite(measured).all():
             raise SstokenError(f"{path}: column {column!r} has no value for a response token; score again")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
-from stages import checkpoints
+from stages import checkpoints, joins
 from stages.encoding.conversations import to_conversation
 from stages.encoding.layouts import Layout
 from stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, check_text
@@ -45,6 +45,8 @@ class Settings:
     max_chars: int
     skip: bool
     out: Path
+    fingerprint: str
+    """Of the run, for provenance."""
 
     def encoder(self) -> "ChatEncoder":
         """What turns conversations into tokens."""
@@ -99,7 +101,9 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
         lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
         lines.parent.mkdir(exist_ok=True)
         write_whole(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
-    write_part(path, pa.table(columns, schema=TOKENS), _metadata(settings, encoder) | {"stats": stats})
+    table = pa.table(columns, schema=TOKENS)
+    about = {joins.RUN: settings.fingerprint, joins.TOKENS: joins.tokens_fingerprint(table), "stats": stats}
+    write_part(path, table, _metadata(settings, encoder) | about)
     return stats
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sstoken.errors import SstokenError, UsageError
-from stages import tables
+from stages import joins, tables
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,8 +24,8 @@ def with_history(tokens: str | Path, scores: str | Path) -> "Dataset":
         scores: that of one checkpoint, such as `scores/base`: the history.
 
     Raises:
-        UsageError: no shards, or the scores are those of other tokens.
-        SstokenError: a shard is damaged or not ours.
+        UsageError: no shards.
+        SstokenError: the scores are those of other tokens, or a shard is damaged or not ours.
     """
     pairs = _paired_shards(Path(tokens), Path(scores))
     from datasets import concatenate_datasets, load_dataset
@@ -48,16 +48,15 @@ def _paired_shards(tokens: Path, scores: Path) -> list[tuple[Path, Path]]:
         raise UsageError(
             f"{scores}: no part-*.parquet; name the scores of one checkpoint, such as scores/base"
         )
+    joins.check_scores(tokens, scores)
     pairs = [(part, scores / part.name) for part in parts]
     for part, scored in pairs:
-        if not scored.is_file():
-            raise UsageError(f"{scored}: missing; these are the scores of other tokens, score them again")
-        for path, kind in ((part, "tokens"), (scored, "scores")):
-            if tables.read_metadata(path).get("kind", kind) != kind:
-                raise SstokenError(f"{path}: not {kind}; name the folder of {kind}")
-        ids = [tables.read_table(path, ["example_id"])["example_id"] for path in (part, scored)]
-        if not ids[0].equals(ids[1]):
-            raise UsageError(f"{scored}: not row-aligned with {part}; score these tokens again")
+        table, measured = tables.read_table(part), tables.read_table(scored, ["example_id", "loss"])
+        aligned = table["example_id"].equals(measured["example_id"])
+        lengths = [tables.flatten(column)[1] for column in (table["input_ids"], measured["loss"])]
+        if not aligned or not np.array_equal(lengths[0], lengths[1]):
+            raise SstokenError(f"{scored}: not row-aligned with {part}; score these tokens again")
+        joins.check_shard(part, joins.tokens_fingerprint(table), scored)
     return pairs
 
 

@@ -1,5 +1,6 @@
 """The configuration: what is read, what is refused; and what a change of it makes a run do again."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -260,6 +261,43 @@ def test_the_datas_content(place: Path) -> None:
     data.write_text(data.read_text().replace("w9", "w10"))
     assert runs() == ["encode", "anchor", *SCORES, "select"]
     assert runs() == []
+
+
+def test_the_same_data_and_model_at_another_path(place: Path) -> None:
+    (place / "sub").mkdir()
+    shutil.copy(place / "data.jsonl", place / "sub/data.jsonl")
+    shutil.copytree(place / "base", place / "sub/base")
+    for prefix in ("sub/", "./sub/../sub/", f"{place}/sub/", ""):
+        assert runs(f"encode.data={prefix}data.jsonl", f"encode.model={prefix}base") == []
+
+
+def test_another_working_directory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere/run.yaml").write_text((place / "run.yaml").read_text())
+    monkeypatch.chdir(place / "elsewhere")
+    moved = ["out=../run", "encode.data=../data.jsonl", "encode.model=../base"]
+    results = api.run("run.yaml", overrides=moved, until="anchor")
+    assert all(result.skipped for result in results.values())
+
+
+def test_other_data_or_another_model_is_another_run(place: Path) -> None:
+    (place / "other.jsonl").write_text((place / "data.jsonl").read_text().replace("w9", "w10"))
+    copy_model(place / "base", place / "other", lambda w: w["model.norm.weight"].mul_(2))
+    for override in ("encode.data=other.jsonl", "encode.model=other"):
+        with pytest.raises(UsageError, match=r"holds the run of data 'data.jsonl' and model 'base'"):
+            api.run("run.yaml", overrides=[override])
+    assert runs() == []
+
+
+def test_the_mark_that_an_older_version_left_on_a_run(place: Path) -> None:
+    mark = place / "run/run.json"
+    for data, fits in (("data.jsonl", True), ("other.jsonl", False)):
+        mark.write_text(json.dumps({"data": data, "model": "base"}))
+        if fits:
+            assert runs() == []
+        else:
+            with pytest.raises(UsageError, match=r"holds the run of data 'other.jsonl'"):
+                api.run("run.yaml")
 
 
 def test_the_models_content(place: Path) -> None:

@@ -153,7 +153,7 @@ def test_scores_of_other_tokens_are_refused(world, tmp_path):
     for part in (world / "scores" / "base").glob("part-*.parquet"):
         table = pq.read_table(part)
         pq.write_table(table.take(list(range(len(table)))[::-1]), other / part.name)
-    with pytest.raises(UsageError, match="not row-aligned"):
+    with pytest.raises(SstokenError, match="not row-aligned"):
         with_history(world / "tokens", other)
 
 

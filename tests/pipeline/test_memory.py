@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.manifest import Manifest, list_files, write_manifest
-from stages import tables
+from stages import joins, tables
 from stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 from tests.pipeline.small_run import environment, save_conversations
 from tests.stages.tiny import VOCABULARY, save_model, save_tokenizer
@@ -46,7 +46,7 @@ def save_many_tokens(folder: Path, shards: int, *, rows: int, length: int) -> Pa
     folder.mkdir(parents=True)
     save_tokenizer(folder / "tokenizer")
     fingerprint = tokenizer_fingerprint(load_tokenizer(str(folder / "tokenizer")))
-    random = np.random.default_rng(0)
+    random, run = np.random.default_rng(0), f"{shards:016}"
     metadata = {
         "kind": "tokens",
         "tokenizer": {"fingerprint": fingerprint, "vocab_size": VOCABULARY, "name": "tiny"},
@@ -64,11 +64,12 @@ def save_many_tokens(folder: Path, shards: int, *, rows: int, length: int) -> Pa
             tables.lists(response, offsets, tables.MASK),
         ]
         table = pa.Table.from_arrays(columns, schema=tables.TOKENS)
-        tables.write_part(folder / tables.part_name(shard), table, metadata)
+        about = {joins.TOKENS: joins.tokens_fingerprint(table), joins.RUN: run}
+        tables.write_part(folder / tables.part_name(shard), table, metadata | about)
     facts: dict[str, Any] = {"settings": {}, "inputs": {}, "sources": {}, "metrics": {}}
     manifest = Manifest(
         stage="encode",
-        fingerprint=f"{shards:016}",
+        fingerprint=run,
         seed=0,
         version="0",
         seconds=0,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError, UsageError
-from stages import tables
+from stages import joins, tables
 from stages.anchor import Anchor
 from stages.training.history_index import find_checkpoint, read_history
 from tests.stages import tiny
@@ -77,7 +77,16 @@ def test_writes_snapshots_index_log_and_picture(model, tokens, tmp_path):
     assert metrics["steps"] == 10
     assert metrics["snapshots"] == ["step-0", "step-2", "step-5", "step-8", "step-10"]
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        ["history.json", "learning_curve.png", "log.jsonl", "step-10", "step-2", "step-5", "step-8"]
+        [
+            "history.json",
+            "learning_curve.png",
+            "log.jsonl",
+            "step-10",
+            "step-2",
+            "step-5",
+            "step-8",
+            "tokens.json",
+        ]
     )
     entries = read_history(out)
     assert (entries[0].kind, entries[0].path, entries[0].loss) == ("reference", str(model), None)
@@ -256,7 +265,8 @@ def test_refuses_tokens_without_anything_to_train_on(model, tokens, tmp_path):
         run(Anchor(model=str(model)), tmp_path / "a", tmp_path / "empty")
     row = {"example_id": "0", "input_ids": [1, 2], "response_mask": [True, False]}
     table = pa.Table.from_pylist([row], schema=tables.TOKENS)
-    tables.write_part(tmp_path / "empty" / tables.part_name(0), table, {})
+    about = {joins.TOKENS: joins.tokens_fingerprint(table)}
+    tables.write_part(tmp_path / "empty" / tables.part_name(0), table, about)
     with pytest.raises(SstokenError, match="none of its 1 examples has a response token"):
         run(Anchor(model=str(model)), tmp_path / "b", tmp_path / "empty")
 
@@ -337,7 +347,9 @@ def test_real_model_learns(tmp_path):
         answer = tokenizer(example["answer"])["input_ids"] + [tokenizer.eos_token_id]
         mask = [False] * len(prompt) + [True] * len(answer)
         rows.append({"example_id": str(number), "input_ids": prompt + answer, "response_mask": mask})
-    tables.write_part(folder / tables.part_name(0), pa.Table.from_pylist(rows, schema=tables.TOKENS), {})
+    table = pa.Table.from_pylist(rows, schema=tables.TOKENS)
+    about = {joins.TOKENS: joins.tokens_fingerprint(table)}
+    tables.write_part(folder / tables.part_name(0), table, about)
     stage = Anchor(
         model=str(base), batch_size=4, epochs=2, snapshots=2, learning_rate=1e-3, schedule="constant"
     )

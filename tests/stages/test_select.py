@@ -10,7 +10,7 @@ import pytest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
 from sstoken.selection import num_kept
-from stages import tables
+from stages import joins, tables
 from stages.select import Select
 from tests.stages.tiny import save_tokenizer
 from tests.support import make_context
@@ -37,12 +37,14 @@ def inputs(tmp_path_factory):
         ids, tokens, masks = zip(*rows, strict=True)
         table = pa.table([ids, tokens, masks], schema=tables.TOKENS)
         facts = {"kind": "tokens", "tokenizer": {"fingerprint": "f", "name": "t"}, "stats": {}}
+        said = {joins.TOKENS: joins.tokens_fingerprint(table)}
+        facts |= said
         tables.write_part(folders["tokens"] / name, table, facts)
 
         def values(levels, masks=masks):
             return [[float(random.integers(levels)) / levels if r else None for r in mask] for mask in masks]
 
-        provenance = {"checkpoint": "c", "dtype": "float32", "layer": -1}
+        provenance = {"kind": "scores", "checkpoint": "c", "dtype": "float32", "layer": -1, **said}
         for role in ("history", "current"):
             loss = pa.table([ids, values(8)], schema=tables.SCORES)
             tables.write_part(folders[role] / name, loss, provenance)
@@ -186,7 +188,7 @@ def test_scores_of_other_tokens_are_refused(inputs, tmp_path):
     strange.mkdir()
     for part in tables.parts(inputs["history"]):
         table = pq.read_table(part).slice(1)
-        tables.write_part(strange / part.name, table, {"checkpoint": "c", "dtype": "float32", "layer": -1})
+        tables.write_part(strange / part.name, table, tables.read_metadata(part))
     with pytest.raises(SstokenError, match="not row-aligned"):
         select(inputs | {"history": strange}, tmp_path / "out")
     (strange / tables.part_name(0)).unlink()

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stages import checkpoints, tables
+from stages import checkpoints, joins, tables
 
 VOCABULARY = 128
 
@@ -61,5 +61,6 @@ def save_tokens(folder: Path, examples: int = 40, parts: int = 2, longest: int =
         )
     for part, chunk in enumerate(np.array_split(np.arange(examples), parts)):
         table = pa.Table.from_pylist([rows[i] for i in chunk], schema=tables.TOKENS)
-        tables.write_part(folder / tables.part_name(part), table, {"tokenizer": facts})
+        about = {"kind": "tokens", "tokenizer": facts, joins.TOKENS: joins.tokens_fingerprint(table)}
+        tables.write_part(folder / tables.part_name(part), table, about)
     return folder

@@ -1,0 +1,106 @@
+"""`run.json`: whose run a folder is. A run of other data or another model is never mixed into it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.manifest import Digests
+from pipeline.runner import check_writable
+from sstoken.errors import SstokenError, UsageError
+from stages.encoding.sources import shown
+from stages.files import UNFINISHED, write_whole
+
+_RUN_FILE = "run.json"
+
+
+def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
+    """Mark a run's folder as this configuration's; refuse one that holds the run of other data or another model.
+
+    Data and model are known by their content, or else by their place: a run goes on where they, the run or the working
+    directory moved, and where a file was edited in its place.
+
+    Args:
+        config: the run.
+        digests: of files.
+        anew: take over the folder of another run.
+
+    Raises:
+        UsageError: another run's folder, or no run's.
+        SstokenError: the mark is damaged, or the folder takes no files.
+    """
+    folder = config.folder
+    path = folder / _RUN_FILE
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; `out` has to be a folder")
+    held = _read(path) if path.is_file() else None
+    if held is None and folder.is_dir() and any(e.name != _RUN_FILE + UNFINISHED for e in folder.iterdir()):
+        raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
+    check_writable(path)
+    with digests.held():
+        identity = _identity(config, digests)
+    if (
+        held is not None
+        and not anew
+        and not all(_same(held.get(key), identity[key], folder) for key in identity)
+    ):
+        raise UsageError(
+            f"{folder}: holds the run of data {_shown(folder, held.get('data'))!r} and model "
+            f"{_shown(folder, held.get('model'))!r}; set another `out`, or --force encode to run it all again here"
+        )
+    if held != identity:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(identity, indent=1))
+    digests.save()
+
+
+def _identity(config: RunConfig, digests: Digests) -> dict[str, dict[str, str]]:
+    sources = config.encode.sources(digests)
+    trained = config.anchor.sources(digests) if config.anchor is not None else None
+    found = {
+        "data": (config.encode.data, sources["data"]),
+        "model": (config.encode.model, [sources["tokenizer"], trained]),
+    }
+    return {
+        key: {"place": _place(name, config.folder), "content": _digest(content)}
+        for key, (name, content) in found.items()
+    }
+
+
+def _place(name: str, folder: Path) -> str:
+    """A path as it is seen from the run's folder; a Hub id or an address as it is, without its secrets."""
+    if "://" in name:
+        return shown(name)
+    path = Path(name).expanduser()
+    if path.exists() or any(sign in name for sign in "*?["):
+        return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+    return name
+
+
+def _digest(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _same(held: Any, found: dict[str, str], folder: Path) -> bool:
+    if isinstance(held, str):  # as an older version wrote it: the place as it was typed
+        held = {"place": _place(held, folder)}
+    return isinstance(held, dict) and any(held.get(key) == value for key, value in found.items())
+
+
+def _shown(folder: Path, held: Any) -> str:
+    if not isinstance(held, dict):
+        return str(held)
+    place = str(held.get("place"))
+    return os.path.normpath(folder / place) if (folder / place).exists() else place
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text())
+    except ValueError:
+        held = None
+    if not isinstance(held, dict):
+        raise SstokenError(f"{path}: damaged; remove this file to go on with the run")
+    return held
