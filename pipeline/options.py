@@ -1,8 +1,8 @@
 """Command-line options made from the fields of a stage: one place documents both."""
 
 import types
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -36,12 +36,11 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
-    kind = _plain_type(field.annotation)
+    kind, bounds = _plain_type(field.annotation, field.metadata)
     flag = "--" + name.replace("_", "-")
     about = " ".join((field.description or "").split())
-    if field.default not in (None, PydanticUndefined, False, ()) and not isinstance(field.default, dict):
-        about += f"  [default: {field.default}]"
-    settings: dict[str, Any] = {"help": about} | (
+    facts = [*_default(flag, field), *bounds]
+    settings: dict[str, Any] = {"help": about + (f"  [{'; '.join(facts)}]" if facts else "")} | (
         {"required": True} if field.is_required() else {"default": None}
     )
     if kind is bool:
@@ -55,14 +54,40 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     if get_origin(kind) is tuple:  # tuple[X, ...]: given once for each
         settings |= {"multiple": True, "callback": lambda _context, _option, values: values or None}
         return click.option(flag.removesuffix("s"), name, **settings)
+    if (
+        bounds
+    ):  # shown here, checked by the stage: a value out of range gets the same line from YAML and Python
+        settings["metavar"] = f"{click.types.convert_type(kind).name} range".upper()
     return click.option(flag, name, type=kind, **settings)
 
 
-def _plain_type(annotation: Any) -> Any:
-    """The type without `| None`."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(a for a in get_args(annotation) if a is not type(None))
-    return annotation
+def _default(flag: str, field: FieldInfo) -> list[str]:
+    """The default for the help; none where it is None (the description says what that means) or empty."""
+    default = field.default
+    if isinstance(default, bool):
+        return [f"default: {'' if default else 'no-'}{flag[2:]}"]
+    empty = (
+        default is None
+        or default is PydanticUndefined
+        or (isinstance(default, (dict, tuple, str)) and not default)
+    )
+    return [] if empty else [f"default: {default}"]
+
+
+def _plain_type(annotation: Any, metadata: Iterable[Any]) -> tuple[Any, list[str]]:
+    """The type without `| None` and `Annotated`, and its bounds: `x>=1`."""
+    metadata = list(metadata)
+    while True:
+        if get_origin(annotation) in (Union, types.UnionType):
+            annotation = next(a for a in get_args(annotation) if a is not type(None))
+        elif get_origin(annotation) is Annotated:
+            annotation, *more = get_args(annotation)
+            metadata += [bound for m in more for bound in (m.metadata if isinstance(m, FieldInfo) else [m])]
+        else:
+            break
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = {name: getattr(m, name) for m in metadata for name in signs if getattr(m, name, None) is not None}
+    return annotation, [f"x{signs[name]}{found[name]}" for name in signs if name in found]
 
 
 def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:

@@ -53,6 +53,7 @@ def publish(
     """
     check_repo(repo)
     check_branch(branch)
+    validated(Publication, {"repo": repo, **fields}, "publish")
     if not dry_run:
         connect(write=True)  # refuse before any work
     place = Path(masked).expanduser()

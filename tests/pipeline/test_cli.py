@@ -13,10 +13,12 @@ from pydantic import BaseModel
 
 from pipeline import verbs
 from pipeline.cli import VERBS
+from pipeline.hub.publication import Publication
 from pipeline.options import stage_options
 from sstoken.version import __version__
 from stages.anchor import Anchor
 from stages.encode import Encode
+from stages.export import Export
 from stages.score import ScoreOptions
 from stages.select import Select
 from tests.pipeline.small_run import PIPELINE, environment
@@ -28,6 +30,8 @@ STAGES: dict[str, type[BaseModel]] = {
     "score": ScoreOptions,
     "select": Select,
 }
+OF_FIELDS = STAGES | {"export": Export, "publish": Publication}
+"""The verbs whose options are made from fields."""
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +145,78 @@ def test_every_field_is_a_documented_option(verb: str) -> None:
         assert name in options
         assert options[name].required == field.is_required()
         assert " ".join((field.description or "?").split()) in (options[name].help or "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_types_that_people_know(verb: str) -> None:
+    known = {
+        "TEXT",
+        "INTEGER",
+        "FLOAT",
+        "INTEGER RANGE",
+        "FLOAT RANGE",
+        "NAME=VALUE",
+        "STAGE",
+        "A.B=V",
+        "M",
+        "[NAME=]M",
+    }
+    context = click.Context(command(verb))
+    for parameter in command(verb).params:
+        if isinstance(parameter, click.Option) and not parameter.is_flag:
+            shown = parameter.make_metavar(context)
+            assert shown in known or isinstance(parameter.type, click.Choice), (parameter.name, shown)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_default_and_bound(verb: str) -> None:
+    context = click.Context(command(verb))
+    shown = {
+        p.name: " ".join((p.get_help_record(context) or ("", ""))[1].split()) for p in command(verb).params
+    }
+    for parameter in command(verb).params:
+        default = parameter.default
+        if isinstance(default, (int, float, str)) and not isinstance(default, bool):
+            assert f"default: {default}" in shown[parameter.name]
+    for name, field in OF_FIELDS[verb].model_fields.items() if verb in OF_FIELDS else ():
+        if isinstance(field.default, bool):
+            flag = name.replace("_", "-")
+            assert f"[default: {flag if field.default else 'no-' + flag}" in shown[name]
+        elif isinstance(field.default, (int, float, str)) and field.default != "":
+            assert f"[default: {field.default}" in shown[name]
+    if verb == "anchor":
+        assert shown["data_workers"].endswith("[default: 0; x>=0]")
+        assert shown["weight_decay"].endswith("[default: 0.0; x>=0]")
+        assert shown["ema_decay"].endswith("[x>0; x<1]")
+        assert shown["lora_dropout"].endswith("[default: 0.0; x>=0; x<1]")
+
+
+@pytest.mark.parametrize("verb", OF_FIELDS)
+def test_a_wrong_number_is_one_line_that_names_it(verb: str, cli: CommandLine) -> None:
+    required = ["--ckpt", "x"] if verb == "score" else []
+    for option in command(verb).params:
+        if isinstance(option, click.Option) and option.required and not option.multiple:
+            required += [
+                option.opts[0],
+                "trl" if option.name == "to" else "a/b" if option.name == "repo" else "x",
+            ]
+    if verb in ("export", "publish"):
+        required.append("masked")
+    numbers = 0
+    for option in command(verb).params:
+        name = option.name
+        if name not in OF_FIELDS[verb].model_fields or option.type not in (click.INT, click.FLOAT):
+            continue
+        numbers += 1
+        line = cli.fails(2, verb, *required, option.opts[0], "many")
+        assert f"'{option.opts[0]}'" in line
+        assert "invalid literal" not in line
+        assert "'many' is not a valid" in line
+        if "range" in str(option.make_metavar(click.Context(command(verb)))).lower():
+            line = cli.fails(2, verb, *required, option.opts[0], "-1")
+            assert f"{name} is -1" in line
+            assert "should be" in line
+    assert numbers
 
 
 @pytest.mark.parametrize("verb", VERBS)
