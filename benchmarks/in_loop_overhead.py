@@ -7,8 +7,8 @@
     base        in the loop with that adapter; history is the model without it
     script      what research scripts do: ask the model for all attention weights, losses in a loop over examples
 
-A model of 34M parameters with random weights (0.5B on a GPU, bf16); the second half of each example is the response.
-All sides see the same batches, each in its own `train()`. A ratio is that of the times of two sides' steps in the same
+A model of 34M parameters with random weights (0.5B on a GPU); the second half of each example is the response. Each
+length is measured in float32 and in bfloat16, which is autocast over float32 weights, as trainers have it. All sides see the same batches, each in its own `train()`. A ratio is that of the times of two sides' steps in the same
 round, whose order rotates; given are the median of the rounds, and the lowest and highest.
 
 Plain computes logits of all tokens, in the loop they are computed for response tokens alone, which saves more than
@@ -63,32 +63,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="under a minute: length 256, one round")
+    parser.add_argument("--quick", action="store_true", help="length 256, three rounds")
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
-    parser.add_argument(
-        "--lengths", default="", help="comma-separated (default 256,1024; on a GPU 2048,8192)"
-    )
+    parser.add_argument("--lengths", default="", help="comma-separated (default 256,1024)")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated, plain first")
-    parser.add_argument("--rounds", type=int, default=0, help="default 7; with --quick 1")
+    parser.add_argument("--rounds", type=int, default=0, help="default 7; with --quick 3")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lengths = options.lengths or ("256" if options.quick else "2048,8192" if device == "cuda" else "256,1024")
-    rounds = options.rounds or (1 if options.quick else 7)
-    figures = {}
+    lengths = options.lengths or ("256" if options.quick else "256,1024")
+    rounds = options.rounds or (3 if options.quick else 7)
+    figures: dict[str, dict[str, Any]] = {}
     for length in map(int, lengths.split(",")):
         batch = max(1, TOKENS_A_STEP[device] // length)
         rows = make_rows(length, batch * (rounds + 1))
-        figures[str(length)] = compare(options.sides.split(","), rows, batch, rounds, device)
+        for dtype in options.dtypes.split(","):
+            figures[f"{length} {dtype}"] = compare(
+                options.sides.split(","), rows, batch, rounds, device, dtype
+            )
     if options.json:
         print(json.dumps(figures))
 
 
 def compare(
-    names: list[str], rows: list[dict[str, list[Any]]], batch: int, rounds: int, device: str
+    names: list[str], rows: list[dict[str, list[Any]]], batch: int, rounds: int, device: str, dtype: str
 ) -> dict[str, Any]:
     """Time the sides, in turns after every step; the first step of each is not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(make_trainer(name, folder, rows, batch, rounds + 1, device)) for name in names}
+        sides = {
+            name: Side(make_trainer(name, folder, rows, batch, rounds + 1, device, dtype)) for name in names
+        }
         times: dict[str, list[float]] = {name: [] for name in names}
         for round_ in range(rounds + 1):
             first = round_ % len(names)  # each follows another: what one leaves in caches burdens all
@@ -98,7 +102,7 @@ def compare(
                     times[name].append(seconds)
         for side in sides.values():
             side.join()
-    return report(len(rows[0]["input_ids"]), times)
+    return report(f"{len(rows[0]['input_ids']):5} {dtype}", times)
 
 
 class Side(TrainerCallback):
@@ -135,7 +139,7 @@ class Side(TrainerCallback):
         self._go.acquire()
 
 
-def report(length: int, times: dict[str, list[float]]) -> dict[str, Any]:
+def report(title: str, times: dict[str, list[float]]) -> dict[str, Any]:
     """Print and return each side's steps per second, and how sides compare within each round."""
     figures: dict[str, Any] = {
         name: {"steps_per_second": round(1 / statistics.median(seconds), 3)}
@@ -150,7 +154,7 @@ def report(length: int, times: dict[str, list[float]]) -> dict[str, Any]:
                 "highest": round(ratios[-1], 3),
             }
     for name, values in figures.items():
-        print(f"{length:5}  {name:17}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True)
+        print(f"{title}  {name:17}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True)
     return figures
 
 
@@ -185,7 +189,7 @@ def make_model(device: str, implementation: str, lora: bool) -> Any:
 
 
 def make_trainer(
-    name: str, folder: str, rows: list[dict[str, list[Any]]], batch: int, steps: int, device: str
+    name: str, folder: str, rows: list[dict[str, list[Any]]], batch: int, steps: int, device: str, dtype: str
 ) -> Trainer:
     """A side's trainer."""
     kind: type[Trainer] = Trainer
@@ -209,7 +213,7 @@ def make_trainer(
             logging_strategy="no",
             disable_tqdm=True,
             use_cpu=device == "cpu",
-            bf16=device == "cuda",
+            bf16=dtype == "bfloat16",
             remove_unused_columns=False,
         ),
         train_dataset=rows,
