@@ -5,7 +5,8 @@ trainer = MyTrainer(..., selection=SelfModulation(rho=0.6))
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from sstoken.attention import AttentionCapture
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError
+from sstoken.in_loop.checks import check_trainer, try_out
 from sstoken.in_loop.column import HISTORY, CarryHistory, check_column, join_history, split_history
 from sstoken.in_loop.core import keep_tokens
 from sstoken.in_loop.forward import SelectingModel, measure_losses
@@ -22,6 +24,7 @@ from sstoken.in_loop.head import HeadLosses
 from sstoken.in_loop.layout import Layout, layout_of_batch
 from sstoken.in_loop.metrics import SelectionMetrics, Step
 from sstoken.in_loop.observation import Observer
+from sstoken.in_loop.remarks import remarks_on_layout, remarks_on_losses
 from sstoken.in_loop.settings import SelfModulation
 from sstoken.in_loop.weights import History, as_history, make_history
 
@@ -31,6 +34,7 @@ else:
     _Base = object
 
 _PLAN = "selection_plan"
+_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ class SelfModulatedMixin(_Base):
         self._history: History | None = None
         self._history_made = False
         self._column_checked = False
+        self._remarked: set[str] = set()
         super().__init__(*args, **kwargs)
-        _check_trainer(self)
+        check_trainer(self)
         if self._carries_history and not self._column_checked and self.train_dataset is not None:
             check_column(self.train_dataset)
         if self._selection.history == "base":
@@ -89,7 +94,7 @@ class SelfModulatedMixin(_Base):
             self._capture = AttentionCapture(self.model, self._selection.layer)
         self._head = HeadLosses(self.model)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            _try_out(self)
+            try_out(self)
 
     @property
     def _carries_history(self) -> bool:
@@ -141,6 +146,8 @@ class SelfModulatedMixin(_Base):
             layout = layout_of_batch(batch, device)
             kept += sum(layout.quotas(rho, settings.scope))
             planned.append({**batch, _PLAN: _Plan(layout, rho, gamma, step)})
+        layouts = [batch[_PLAN].layout for batch in planned]
+        self._remark("layout", lambda: remarks_on_layout(layouts, settings, rho))
         count = torch.tensor(kept, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
@@ -176,6 +183,13 @@ class SelfModulatedMixin(_Base):
         result = super().train(*args, **kwargs)
         self._look_back()
         return result
+
+    def _remark(self, about: str, remarks: Callable[[], Iterator[str]]) -> None:
+        """Warn of a selection that means nothing, once for each thing to look at, in the first process."""
+        if about not in self._remarked and self.is_world_process_zero():
+            self._remarked.add(about)
+            for text in remarks():
+                warnings.warn(f"in-loop selection: {text}", UserWarning, stacklevel=2)
 
     def _look_back(self) -> None:
         """Show what has been trained on, now that nothing waits for the device."""
@@ -235,87 +249,19 @@ class _StepSelector:
                 gamma=plan.gamma,
                 scope=self._trainer._selection.scope,
             )
+            if losses is not None and plan.rho < 1:
+                self._remark(losses)
             rel = None if history is None or losses is None else history - losses
             self._metrics.count(keep, rel, attention)
         self._trainer._unseen.append(Step(plan.step, plan.layout, self._input_ids, keep, losses, attention))
         return keep
 
-
-def _check_trainer(trainer: Any) -> None:
-    """Refuse settings of the trainer under which the selection would not be what it says.
-
-    Raises:
-        UsageError: names the setting.
-    """
-    args = trainer.args
-    name = type(trainer.model).__name__
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    sizes = [getattr(parallelism, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp")]
-    for wrong, text in (
-        (
-            trainer.compute_loss_func is not None,
-            "compute_loss_func is set; it would replace the loss that selects",
-        ),
-        (
-            args.label_smoothing_factor,
-            "label_smoothing_factor is set; it would replace the loss that selects",
-        ),
-        (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process; start one process a GPU (torchrun)"),
-        (
-            max(sizes) > 1,
-            "tensor, context and sequence parallelism split examples; use data parallelism or FSDP",
-        ),
-        (
-            not trainer.model_accepts_loss_kwargs,
-            f"{name}.forward takes no **kwargs, so its loss cannot be averaged",
-        ),
-        (
-            trainer.is_fsdp_enabled and trainer._selection.history in ("ema", "snapshot"),
-            "histories 'ema' and 'snapshot' keep weights, which FSDP shards; take 'scores', or 'base' with LoRA",
-        ),
-    ):
-        if wrong:
-            raise UsageError(f"in-loop selection: {text}")
-
-
-class _KeepAll:
-    """Selects nothing away; for the trial."""
-
-    measures = True
-    num_kept = 2
-
-    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Nothing to do."""
-
-    def select(self, losses: Tensor | None) -> Tensor:
-        """All of them."""
-        assert losses is not None
-        return torch.ones_like(losses, dtype=torch.bool)
-
-
-@torch.no_grad()
-def _try_out(trainer: Any) -> None:
-    """Run three tokens through the model, so that one that cannot be used is refused before any step.
-
-    Raises:
-        SstokenError: its attention cannot be captured, or its logits are not made position by position.
-    """
-    model, capture = trainer.model, trainer._capture
-    weight = model.get_input_embeddings().weight
-    if weight.device.type == "meta":
-        return
-    ids = torch.arange(3, device=weight.device)[None] % weight.shape[0]
-    layout = Layout.of(torch.ones_like(ids, dtype=torch.bool))
-    training = model.training
-    model.eval()
-    try:
-        if capture is not None:
-            capture.expect(layout.response_mask)
-        with trainer.accelerator.autocast():
-            SelectingModel(model, trainer._head, layout, _KeepAll())(
-                input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=2
-            )
-        if capture is not None:
-            capture.take()
-    finally:
-        model.train(training)
+    def _remark(self, losses: Tensor) -> None:
+        trainer = self._trainer
+        needed = self._history_loss if self._plan.gamma > 0 else None
+        dtype = _MIXED.get(str(trainer.accelerator.mixed_precision), trainer.model.dtype)
+        vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
+        trainer._remark(
+            "losses",
+            lambda: remarks_on_losses(losses, needed, trainer._selection, self._plan.step, vocabulary, dtype),
+        )

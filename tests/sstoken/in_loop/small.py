@@ -66,6 +66,35 @@ def make_examples(number=24, longest=24, seed=0):
     return rows
 
 
+def make_scored_examples(number=24, longest=24, seed=0, first=None):
+    """The same with the losses of a relative of `make_model()`: an earlier or later checkpoint.
+
+    `first`: from the ids to the position where the response begins; None: as in `make_examples`.
+    """
+    relative = make_model()
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in relative.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    examples = make_examples(number, longest, seed)
+    for example in examples:
+        if first is not None:
+            start = first(example["input_ids"])
+            example["labels"] = [-100] * start + example["input_ids"][start:]
+        response = np.array(example["labels"]) != -100
+        example["history_loss"] = np.where(
+            response, losses_of(relative, example["input_ids"]), np.nan
+        ).tolist()
+    return examples
+
+
+@torch.no_grad()
+def losses_of(model, ids):
+    """Of each token, from all logits in float32; the first has none: 0."""
+    log_probs = model(torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
+    return np.array([0.0] + [-float(log_probs[i - 1, t]) for i, t in enumerate(ids) if i], dtype=np.float32)
+
+
 def collate(features, side="right"):
     """A padding data collator of few words."""
     length = max(len(f["input_ids"]) for f in features)

@@ -1,0 +1,112 @@
+"""What is refused when an in-loop trainer is made, before any step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sstoken.errors import UsageError
+from sstoken.in_loop.forward import SelectingModel
+from sstoken.in_loop.layout import Layout
+
+LOSS_TYPES = ("nll", "dft", "chunked_nll")
+"""Of TRL: each is a sum over the log-probabilities of the kept tokens."""
+_LOSS_KERNELS = ("fused_linear_cross_entropy", "cross_entropy")
+"""Liger's that replace the loss; its others replace layers."""
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse settings of the trainer under which the selection would not be what it says.
+
+    Raises:
+        UsageError: names the setting.
+    """
+    args = trainer.args
+    name = type(trainer.model).__name__
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = [getattr(parallelism, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp")]
+    loss_type = getattr(args, "loss_type", None)
+    kernels = getattr(args, "liger_kernel_config", None) or {}
+    fused = [name for name in _LOSS_KERNELS if kernels.get(name)]
+    for wrong, text in (
+        (
+            trainer.compute_loss_func is not None,
+            "compute_loss_func is set, which would replace the loss that selects; leave it out, or select in a "
+            "loop of your own (self_modulated_loss)",
+        ),
+        (
+            args.label_smoothing_factor,
+            f"label_smoothing_factor is set ({args.label_smoothing_factor}), which would replace the loss that "
+            "selects; set it to 0",
+        ),
+        (
+            loss_type not in (None, *LOSS_TYPES),
+            f"loss_type is {loss_type!r}; legal: {', '.join(LOSS_TYPES)}",
+        ),
+        (
+            bool(args.use_liger_kernel and fused),
+            f"liger_kernel_config asks for {' and '.join(fused)}, which compute a loss of all tokens; leave them "
+            "out, the layer kernels of use_liger_kernel work",
+        ),
+        (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process; start one process a GPU (torchrun)"),
+        (
+            max(sizes) > 1,
+            "tensor, context and sequence parallelism split examples; use data parallelism or FSDP",
+        ),
+        (
+            not trainer.model_accepts_loss_kwargs,
+            f"{name}.forward takes no **kwargs, so its loss cannot be averaged",
+        ),
+        (
+            trainer.is_fsdp_enabled and trainer._selection.history in ("ema", "snapshot"),
+            "histories 'ema' and 'snapshot' keep weights, which FSDP shards; take 'scores', or 'base' with LoRA",
+        ),
+    ):
+        if wrong:
+            raise UsageError(f"in-loop selection: {text}")
+    if args.use_liger_kernel:
+        args.liger_kernel_config = kernels | dict.fromkeys(_LOSS_KERNELS, False)
+
+
+class _KeepAll:
+    """Selects nothing away; for the trial."""
+
+    measures = True
+    num_kept = 2
+
+    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def select(self, losses: Tensor | None) -> Tensor:
+        """All of them."""
+        assert losses is not None
+        return torch.ones_like(losses, dtype=torch.bool)
+
+
+@torch.no_grad()
+def try_out(trainer: Any) -> None:
+    """Run three tokens through the model, so that one that cannot be used is refused before any step.
+
+    Raises:
+        SstokenError: its attention cannot be captured, or its logits are not made position by position.
+    """
+    model, capture = trainer.model, trainer._capture
+    weight = model.get_input_embeddings().weight
+    if weight.device.type == "meta":
+        return
+    ids = torch.arange(3, device=weight.device)[None] % weight.shape[0]
+    layout = Layout.of(torch.ones_like(ids, dtype=torch.bool))
+    training = model.training
+    model.eval()
+    try:
+        if capture is not None:
+            capture.expect(layout.response_mask)
+        with trainer.accelerator.autocast():
+            SelectingModel(model, trainer._head, layout, _KeepAll())(
+                input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=2
+            )
+        if capture is not None:
+            capture.take()
+    finally:
+        model.train(training)

@@ -1,0 +1,109 @@
+"""What is said once, at the first batch, where a selection runs but means nothing.
+
+Shapes: N response tokens of a batch.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sstoken.in_loop.layout import Layout
+from sstoken.in_loop.settings import SelfModulation
+
+MOST = 0.5
+"""Share of the examples from which on they are spoken of."""
+UNRELATED = 0.3
+"""Correlation of history and current losses below which they are hardly those of one family of models."""
+FEWEST_TOKENS = 32
+"""To speak of a mean or a correlation."""
+
+
+def remarks_on_layout(layouts: Sequence[Layout], settings: SelfModulation, rho: float) -> Iterator[str]:
+    """What the batches of the first optimisation step show before the model has seen them.
+
+    Args:
+        layouts: of these batches.
+        settings: of the selection.
+        rho: the selection ratio of that step.
+    """
+    lengths, promptless = [], 0
+    for layout in layouts:
+        mask = layout.response_mask.cpu()
+        for index, (row, start, _) in enumerate(layout.segments):
+            length = layout.offsets[index + 1] - layout.offsets[index]
+            if length:
+                lengths.append(length)
+                promptless += bool(mask[row, start + 1])  # the very first token is predicted from nothing
+    number = len(lengths)
+    if not number:
+        yield "no token of the first batches is a response token: nothing is trained; look at the labels"
+        return
+    if promptless > MOST * number and settings.needs_attention:
+        yield (
+            f"{promptless} of the first {number} examples have no prompt: all their tokens are trained on, and "
+            "attention to the prompt says nothing; mask the prompt's labels with -100 (TRL: assistant_only_loss=True "
+            "for conversations, or prompt and completion columns), or take gamma=1"
+        )
+    single = lengths.count(1)
+    if single > MOST * number and settings.scope == "sample":
+        yield (
+            f"{single} of the first {number} responses have one token, which is always kept: there is nothing to "
+            "select; take scope='batch', or train without selection"
+        )
+        return
+    if settings.rho == 1:
+        yield "rho is 1: every response token is kept, as without selection; take rho below 1"
+    elif rho < 1 and all(sum(layout.quotas(rho, settings.scope)) == layout.num_tokens for layout in layouts):
+        yield (
+            f"rho={rho:g} keeps every token of the first {number} responses, of up to {max(lengths)} tokens: "
+            "ceil(rho n) is n; take a smaller rho, or scope='batch'"
+        )
+
+
+def remarks_on_losses(
+    losses: Tensor,
+    history: Tensor | None,
+    settings: SelfModulation,
+    step: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+) -> Iterator[str]:
+    """What the losses of the first batch that selects show. Waits for the device.
+
+    Args:
+        losses: [N] of the live model.
+        history: [N]; None: not needed.
+        settings: of the selection.
+        step: optimizer steps finished.
+        vocabulary: number of tokens the model knows.
+        dtype: that the model computes in.
+    """
+    if not losses.numel():
+        return
+    current = losses.double().cpu()
+    mean = float(current.mean())
+    if step == 0 and current.numel() >= FEWEST_TOKENS and mean > 1.5 * math.log(vocabulary):
+        yield (
+            f"the model's loss on the first batch is {mean:.1f} nats a token, more than guessing among "
+            f"{vocabulary} tokens ({math.log(vocabulary):.1f}): are these tokens of another tokenizer?"
+        )
+    if history is None:
+        return
+    past = history.double().cpu()
+    rel = float((past - current).abs().mean())
+    noise = torch.finfo(dtype).eps * max(1.0, mean)
+    if rel <= noise or (step == 0 and settings.history in ("ema", "snapshot")):
+        yield (
+            f"history {settings.history!r} is the model as it stands: REL is rounding error (mean {rel:.1g} nats at "
+            f"step {step}), which min-max blows up to [0, 1]; give warmup_steps, so that the model moves away first"
+        )
+    elif settings.history == "scores" and step == 0 and current.numel() >= FEWEST_TOKENS:
+        correlation = float(torch.corrcoef(torch.stack([past, current]))[0, 1])
+        if not correlation >= UNRELATED:
+            yield (
+                f"the column's history losses and the model's own correlate by {correlation:.2f} at the first batch: "
+                "they look like those of another model or of other tokens; score this model's base checkpoint on "
+                "these tokens"
+            )

@@ -1,0 +1,122 @@
+"""A selection that runs but means nothing is spoken of once, at the first batch; one that means something is not."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from sstoken import SelfModulatedTrainer, SelfModulation
+from sstoken.in_loop.settings import Schedule
+from tests.sstoken.in_loop.small import arguments, collate, flatten, make_model, make_scored_examples
+
+
+def remarks(folder, examples=None, model=None, collator=collate, changes=None, **selection):
+    """What a run of three steps warns of."""
+    trainer = SelfModulatedTrainer(
+        make_model() if model is None else model,
+        arguments(folder, **changes or {}),
+        data_collator=collator,
+        train_dataset=Dataset.from_list(make_scored_examples() if examples is None else examples),
+        selection=SelfModulation(**selection),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    texts = [str(w.message) for w in caught if "in-loop selection" in str(w.message)]
+    assert all("\n" not in text for text in texts)
+    return texts
+
+
+def relabelled(first):
+    """Labels from the position `first(ids)` on."""
+    return make_scored_examples(first=first)
+
+
+@pytest.mark.parametrize("collator", [collate, flatten])
+def test_a_selection_that_means_something_is_not_spoken_of(tmp_path, collator):
+    assert remarks(tmp_path, collator=collator) == []
+    assert remarks(tmp_path, collator=collator, changes={"bf16": True}) == []
+    assert remarks(tmp_path, rho=Schedule(1.0, 0.5), warmup_steps=1) == []
+    assert remarks(tmp_path, history="ema", warmup_steps=1, changes={"per_device_train_batch_size": 8}) == []
+
+
+@pytest.mark.parametrize("collator", [collate, flatten])
+def test_no_prompt(tmp_path, collator):
+    (text,) = remarks(tmp_path, relabelled(lambda ids: 0), collator=collator, gamma=0.3)
+    assert "4 of the first 4 examples have no prompt" in text
+    assert "assistant_only_loss=True" in text
+    assert remarks(tmp_path, relabelled(lambda ids: 0), gamma=1) == []
+
+
+def test_responses_of_one_token(tmp_path):
+    examples = relabelled(lambda ids: len(ids) - 1)
+    assert "4 of the first 4 responses have one token" in remarks(tmp_path, examples)[0]
+    assert remarks(tmp_path, examples, scope="batch") == []
+
+
+def test_everything_is_kept(tmp_path):
+    (text,) = remarks(tmp_path, rho=0.999)
+    assert "rho=0.999 keeps every token of the first 4 responses" in text
+    (text,) = remarks(tmp_path, rho=1.0)
+    assert "rho is 1" in text
+
+
+def test_no_response(tmp_path):
+    (text,) = remarks(tmp_path, relabelled(len))
+    assert "no token of the first batches is a response token" in text
+
+
+@pytest.mark.parametrize("history", ["ema", "snapshot"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_history_at_rest(tmp_path, history, bf16):
+    (text,) = remarks(tmp_path, history=history, changes={"bf16": bf16})
+    assert f"history '{history}' is the model as it stands" in text
+    assert "warmup_steps" in text
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_adapter_that_does_nothing_yet(tmp_path, bf16):
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]))
+    (text,) = remarks(tmp_path, model=model, history="base", changes={"bf16": bf16})
+    assert "history 'base' is the model as it stands" in text
+    # The first step moves it.
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    assert remarks(tmp_path, model=model, history="base", warmup_steps=1) == []
+
+
+def test_a_column_of_another_model(tmp_path):
+    examples = make_scored_examples()
+    for example in examples:  # the losses of other tokens
+        losses = np.array(example["history_loss"])
+        given = np.flatnonzero(~np.isnan(losses))
+        losses[given] = losses[given[::-1]]
+        example["history_loss"] = losses.tolist()
+    (text,) = remarks(tmp_path, examples)
+    assert "look like those of another model" in text
+
+
+def test_tokens_of_another_tokenizer(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # sure of what is wrong
+    texts = remarks(tmp_path, model=model)
+    assert any("more than guessing among" in text for text in texts)
+
+
+def test_a_trainer_speaks_once(tmp_path):
+    trainer = SelfModulatedTrainer(
+        make_model(),
+        arguments(tmp_path),
+        data_collator=collate,
+        train_dataset=make_scored_examples(),
+        selection=SelfModulation(history="ema"),
+    )
+    for number in (1, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        assert sum("in-loop selection" in str(w.message) for w in caught) == number
