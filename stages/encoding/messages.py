@@ -89,7 +89,7 @@ def _check_length(messages: list[Message], max_chars: int) -> None:
 def check_text(value: Any) -> None:
     """Refuse text that no tokenizer takes: UTF-8 has no code for half of a surrogate pair."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         raise BadRow(
             "lone surrogate", f"character U+{ord(error.object[error.start]):04X} stands alone"

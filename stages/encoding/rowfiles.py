@@ -1,23 +1,36 @@
 """Values out of one open file: JSON lines, a JSON array, Parquet, CSV. Streaming, whatever the size."""
 
+import json
 import lzma
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 from sstoken.errors import SstokenError
+from stages.encoding.json_values import DuplicateKeyError, elements, parse_json
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 MAX_LINE_BYTES = 256 << 20
 """A longer line of JSON is a bad row rather than a machine out of memory."""
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile)
 """What decompressors raise on a file cut short or not compressed at all."""
 
 Problem = tuple[str, str]
-Parsed = tuple[str, Any, Problem | None]
-"""Where in the file, the value, and instead of a value what is wrong with that row."""
+
+
+class Parsed(NamedTuple):
+    """A row of a file."""
+
+    where: str
+    """In the file, for people."""
+    value: Any
+    problem: Problem | None = None
+    """Instead of a value, what is wrong with the row."""
+    notes: tuple[str, ...] = ()
+    """What reading it took away."""
 
 
 def kind(path: str) -> str | None:
@@ -62,29 +75,25 @@ def _json_lines(stream: Any, name: str) -> Iterator[Parsed]:
         while too_long and line and not line.endswith(b"\n"):
             line = stream.readline(MAX_LINE_BYTES)
         if too_long:
-            yield f"line {number}", None, ("too long", f"the line is over {MAX_LINE_BYTES >> 20} MiB")
+            yield Parsed(f"line {number}", None, ("too long", f"the line is over {MAX_LINE_BYTES >> 20} MiB"))
             continue
         line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
         if line:
-            yield (f"line {number}", *_json_value(line))
+            yield Parsed(f"line {number}", *_json_value(line))
 
 
 def _json_value(text: bytes) -> tuple[Any, Problem | None]:
-    import json
-
-    import orjson
-
     try:
-        return orjson.loads(text), None
-    except orjson.JSONDecodeError as error:
-        # orjson also refuses NaN and lone surrogates; the standard parser tells those from broken JSON.
-        try:
-            return json.loads(text.decode("utf-8", "surrogatepass")), None
-        except UnicodeDecodeError as wrong:
-            where = f"byte 0x{text[wrong.start]:02X} at {wrong.start}"
-            return None, ("not UTF-8", f"{where}; convert the file, for example with iconv")
-        except (ValueError, RecursionError):
-            return None, ("broken JSON", f"{error.msg} at column {error.colno}")
+        return parse_json(text.decode("utf-8", "surrogatepass")), None
+    except UnicodeDecodeError as wrong:
+        where = f"byte 0x{text[wrong.start]:02X} at {wrong.start}"
+        return None, ("not UTF-8", f"{where}; convert the file, for example with iconv")
+    except DuplicateKeyError as error:
+        return None, ("duplicate key", str(error))
+    except json.JSONDecodeError as error:
+        return None, ("broken JSON", f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        return None, ("broken JSON", str(error)[:100])
 
 
 def _json(stream: Any, name: str) -> Iterator[Parsed]:
@@ -93,26 +102,22 @@ def _json(stream: Any, name: str) -> Iterator[Parsed]:
         yield from _json_array(stream, name)
         return
     # Many a .json file holds JSON lines; a pretty-printed object is the other thing one meets here.
-    for where, value, problem in _json_lines(stream, name):
-        if where == "line 1" and problem is not None:
+    for row in _json_lines(stream, name):
+        if row.where == "line 1" and row.problem is not None and row.problem[0] == "broken JSON":
             raise SstokenError(
-                f"{name}: neither a JSON list of rows nor one JSON object a line ({problem[1]}); make it "
+                f"{name}: neither a JSON list of rows nor one JSON object a line ({row.problem[1]}); make it "
                 "[{...}, {...}] or JSON lines"
             )
-        yield where, value, problem
+        yield row
 
 
 def _json_array(stream: Any, name: str) -> Iterator[Parsed]:
-    import ijson
-
-    if stream.peek(3).startswith(b"\xef\xbb\xbf"):
-        stream.read(3)
     index = 0
     try:
-        for value in ijson.items(stream, "item", use_float=True):
-            yield f"row {index}", value, None
+        for value, problem in elements(stream):
+            yield Parsed(f"row {index}", value, problem)
             index += 1
-    except (ijson.JSONError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SstokenError(f"{name}: broken JSON after row {index - 1} ({first_line(error)})") from error
 
 
@@ -120,15 +125,25 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from stages.encoding.arrow_rows import rows_of
+
+    if not stream.seekable():  # a Parquet file is read from its end
+        import shutil
+        import tempfile
+
+        with tempfile.TemporaryFile() as whole:
+            shutil.copyfileobj(stream, whole)
+            yield from _parquet(whole, name)
+        return
     index = 0
     try:
         # Read-ahead and threads each cost memory in proportion to the row group, which may be the whole file.
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
         for batch in file.iter_batches(batch_size=64, use_threads=False):
-            for value in batch.to_pylist():
-                yield f"row {index}", value, None
+            for value, problem, notes in rows_of(batch):
+                yield Parsed(f"row {index}", value, problem, notes)
                 index += 1
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, ValueError) as error:
         raise SstokenError(
             f"{name}: not a readable Parquet file ({first_line(error)}); fetch it again"
         ) from error
@@ -142,11 +157,15 @@ def _csv(stream: Any, name: str) -> Iterator[Parsed]:
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     reader = csv.DictReader(lines, strict=True)
     try:
+        names = reader.fieldnames or ()
+        if len(set(names)) < len(names):
+            twice = next(n for n in names if list(names).count(n) > 1)
+            raise SstokenError(f"{name}: two columns are named {twice!r}; rename one")
         for value in reader:
             # DictReader files surplus fields under None, and fills missing ones with None.
             uneven = None in value or None in value.values()
             problem = ("broken CSV", f"{len(reader.fieldnames or ())} columns expected") if uneven else None
-            yield f"line {reader.line_num}", None if uneven else value, problem
+            yield Parsed(f"line {reader.line_num}", None if uneven else value, problem)
     except (csv.Error, UnicodeDecodeError) as error:
         raise SstokenError(f"{name}: broken CSV near line {reader.line_num} ({first_line(error)})") from error
 

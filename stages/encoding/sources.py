@@ -14,9 +14,9 @@ from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
 from stages.encoding import rowfiles
+from stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
 from stages.encoding.rowfiles import first_line
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -144,7 +144,7 @@ def _locate(data: str, split: str | None) -> _Files | _Saved | _Hub:
     if path.exists() or any(c in data for c in "*?["):
         return _no_split(_locate_files(str(path)), split)
     hub = _HUB_ID.fullmatch(data)
-    if hub is None or data.startswith(".") or rowfiles.kind(data) is not None:
+    if hub is None or data.startswith(".") or rowfiles.kind(data) is not None or is_zip(data) or is_tar(data):
         raise UsageError(
             f"data {data!r}: no such file; name a file, a pattern such as 'dir/*.jsonl', a folder written by "
             "save_to_disk, or a Hub dataset user/name"
@@ -200,12 +200,16 @@ def _locate_files(data: str) -> _Files:
         paths = [path]
     else:
         raise UsageError(f"data {shown(data)!r}: no such file")
-    for each in paths:
-        if rowfiles.kind(shown(each)) is None:
-            suffix = PurePosixPath(_without_compression(shown(each))).suffix or "none"
+    for each in map(shown, paths):
+        if is_tar(each):
             raise UsageError(
-                f"data {shown(each)!r}: extension {suffix} is not one of {', '.join(rowfiles.EXTENSIONS)} "
-                f"(each also with {', '.join(_COMPRESSED)})"
+                f"data {each!r}: a tar archive; extract it and name the files that hold rows, such as 'dir/*.jsonl'"
+            )
+        if rowfiles.kind(each) is None and not is_zip(each):
+            suffix = PurePosixPath(_without_compression(each)).suffix or "none"
+            raise UsageError(
+                f"data {each!r}: extension {suffix} is not one of {', '.join(rowfiles.EXTENSIONS)} "
+                f"(each also with {', '.join(COMPRESSED)})"
             )
     remote = "" if _is_local(filesystem) else data.partition("://")[0] + "://"
     names = [shown(p) if "://" in p else remote + p for p in paths]
@@ -214,26 +218,23 @@ def _locate_files(data: str) -> _Files:
 
 def _file_rows(files: _Files) -> Iterator[Row]:
     for (path, name), label in zip(_pairs(files), file_labels(list(files.shown)), strict=True):
-        with _open(files.filesystem, path, name) as stream:
-            for index, (where, value, problem) in enumerate(rowfiles.read(stream, name)):
-                yield Row(label, index, f"{name} {where}", value, problem)
-
-
-def _open(filesystem: Any, path: str, name: str) -> Any:
-    """A buffered binary reader of the file's decompressed bytes."""
-    import io
-
-    import fsspec
-
-    compression = fsspec.utils.infer_compression(_bare(path))
-    raw = _remote(lambda p: filesystem.open(p, "rb"), path, name)
-    if compression:
-        raw = _remote(lambda _: fsspec.compression.compr[compression](raw, mode="r"), path, name)
-    return io.BufferedReader(raw, buffer_size=1 << 20)
+        index = 0
+        with _remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw:
+            try:
+                for each, stream in opened(raw, name):
+                    for row in rowfiles.read(stream, each):
+                        yield Row(label, index, f"{each} {row.where}", row.value, row.problem, row.notes)
+                        index += 1
+            except rowfiles.DAMAGE as error:  # of the archive
+                raise SstokenError(
+                    f"{name}: damaged or cut short ({first_line(error)}); fetch it again"
+                ) from error
 
 
 def _dataset_rows(source: _Saved | _Hub, split: str | None) -> Iterator[Row]:
     import datasets
+
+    from stages.encoding.arrow_rows import rows_of
 
     if isinstance(source, _Saved):
         name, label = str(source.folder), source.folder.name
@@ -241,13 +242,16 @@ def _dataset_rows(source: _Saved | _Hub, split: str | None) -> Iterator[Row]:
         name, label = source.name, source.name.rpartition("/")[2]
     try:
         if isinstance(source, _Saved):
-            rows = datasets.load_from_disk(str(source.folder))
+            dataset = datasets.load_from_disk(str(source.folder))
         else:
-            rows = datasets.load_dataset(
+            dataset = datasets.load_dataset(
                 source.name, source.config, split=split or "train", revision=source.revision, streaming=True
             )
-        for index, value in enumerate(rows):
-            yield Row(label, index, f"{name} row {index}", value)
+        index = 0
+        for table in dataset.with_format("arrow").iter(batch_size=64):
+            for value, problem, notes in rows_of(table):
+                yield Row(label, index, f"{name} row {index}", value, problem, notes)
+                index += 1
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow raise many kinds
         what = "no such file, and the Hub gives no such dataset"
         what = "damaged dataset folder" if isinstance(source, _Saved) else what
@@ -289,4 +293,4 @@ def _bare(path: str) -> str:
 
 
 def _without_compression(path: str) -> str:
-    return path[: -len(PurePosixPath(path).suffix)] if PurePosixPath(path).suffix in _COMPRESSED else path
+    return path[: -len(PurePosixPath(path).suffix)] if PurePosixPath(path).suffix in COMPRESSED else path

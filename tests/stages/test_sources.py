@@ -224,7 +224,7 @@ def test_hub_datasets_stream(monkeypatch) -> None:
 
     def load(name, config, **options):
         asked.update(options, name=name, config=config)
-        return iter(ROWS)
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(open_rows("user/name:main@v1", "test"))

@@ -1,0 +1,101 @@
+"""Compressed files and zip archives as streams of plain bytes."""
+
+import io
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import PurePosixPath
+from typing import Any
+
+from sstoken.errors import SstokenError
+from stages.encoding import rowfiles
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_MODULES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+_TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)$")
+
+
+def is_tar(path: str) -> bool:
+    """Whether the name is that of a tar archive."""
+    return _TAR.search(path.lower()) is not None
+
+
+def is_zip(path: str) -> bool:
+    """Whether the name is that of a zip archive."""
+    return path.lower().endswith(".zip")
+
+
+def opened(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
+    """The data files in one file: itself, decompressed, or every member of a zip archive in its order.
+
+    Args:
+        raw: the file, binary.
+        name: the file for people; its extensions say what it is.
+
+    Yields:
+        The name of each and its buffered bytes.
+
+    Raises:
+        SstokenError: a codec that this Python lacks; an archive with members that are no data files.
+    """
+    if is_zip(name):
+        yield from _members(raw, name)
+    else:
+        yield name, decompressed(raw, name)
+
+
+def decompressed(raw: Any, name: str) -> io.BufferedReader:
+    """A buffered reader of the plain bytes.
+
+    Raises:
+        SstokenError: this Python was built without the codec.
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix == ".zst":
+        import pyarrow as pa  # brings its own zstd
+
+        if not pa.Codec.is_available("zstd"):
+            raise SstokenError(
+                f"{name}: this pyarrow was built without zstd; decompress the file with zstd -d"
+            )
+        raw = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+    elif suffix in _MODULES:
+        try:
+            raw = import_module(_MODULES[suffix]).open(raw, "rb")
+        except ImportError as error:
+            raise SstokenError(
+                f"{name}: this Python was built without {_MODULES[suffix]}; decompress the file first"
+            ) from error
+    return io.BufferedReader(raw, buffer_size=1 << 20)
+
+
+def _members(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
+    import zipfile
+
+    with zipfile.ZipFile(raw) as archive:
+        members = [m for m in archive.infolist() if not m.is_dir() and _is_visible(m.filename)]
+        outer = rowfiles.kind(name)
+        for member in members:
+            inner = member.filename
+            if rowfiles.kind(inner) is None and outer is not None and len(members) == 1:
+                inner += f".{outer}"  # the name of the archive says it
+            if rowfiles.kind(inner) is None or is_zip(inner):
+                raise SstokenError(
+                    f"{name}: holds {member.filename}, which is not one of {', '.join(rowfiles.EXTENSIONS)}; extract "
+                    "the archive and name the files that hold rows"
+                )
+        for member in members:
+            inner = member.filename
+            inner += f".{outer}" if rowfiles.kind(inner) is None else ""
+            try:
+                stream = archive.open(member)
+            except (RuntimeError, NotImplementedError) as error:
+                raise SstokenError(
+                    f"{name}: {member.filename} cannot be read ({error}); extract it"
+                ) from error
+            with stream:
+                yield f"{name}: {inner}", decompressed(stream, inner)
+
+
+def _is_visible(path: str) -> bool:
+    return all(rowfiles.is_visible(part) for part in PurePosixPath(path).parts)
