@@ -215,19 +215,18 @@ def read_head(model: nn.Module) -> OutputHead:
         SstokenError: no known reading does.
     """
     module = output_embedding(model)
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight, bias = _weight_and_bias(module)
     held: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, args: held.append(args[0]))
     try:
-        num_ids = min(8, int(weight.shape[0]))  # type: ignore[index]
-        ids = torch.arange(num_ids, device=weight.device)[None]  # type: ignore[arg-type]
+        ids = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
         expected = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         handle.remove()
     hidden = held[0][0]
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for scale in scale_candidates(model, config):
-        head = OutputHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # type: ignore[arg-type]
+        head = OutputHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
         logits = head.logits(hidden)
         tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
         # Weights that are NaN give NaN either way: the losses tell, with the example that has them.
@@ -237,6 +236,22 @@ def read_head(model: nn.Module) -> OutputHead:
         f"{type(model).__name__}: its logits are not a scaled or soft-capped product with the output embedding; "
         "this architecture is not supported"
     )
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Of an output embedding, [V, D] and [V]; under an adapter what it does to the identity and to zeros."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    bias: Tensor | None = getattr(module, "bias", None)
+    # The wrapper of a module that peft saved whole shows that one's weight.
+    saved_whole = getattr(module, "modules_to_save", None)
+    if saved_whole or next(module.children(), None) is None:
+        return weight, bias
+    size = weight.shape[1]
+    whole, offset = torch.empty_like(weight), module(weight.new_zeros(1, size))[0]
+    for columns in torch.arange(size, device=weight.device).split(256):
+        unit = weight.new_zeros(len(columns), size).scatter_(1, columns[:, None], 1.0)
+        whole[:, columns] = (module(unit) - offset).T.to(whole.dtype)
+    return whole, offset.to(whole.dtype) if offset.any() else None
 
 
 def scale_candidates(model: nn.Module, config: object) -> Iterator[float]:

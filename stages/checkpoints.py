@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError
+from stages.adapter_kinds import check_kind
 from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def check_whole(ref: str) -> None:
     """Refuse a local checkpoint that cannot load, without loading it. Hub ids pass.
 
     Raises:
-        SstokenError: weights or config.json are missing or cut, or an adapter's base is.
+        SstokenError: weights or config.json are missing or cut, or an adapter's base is, or its kind is unsupported.
     """
     folder = local_folder(ref)
     if folder is None:
@@ -116,6 +117,7 @@ def check_whole(ref: str) -> None:
     base = adapter_base(ref)
     weight_files(folder)
     if base is not None:
+        check_kind(ref, read_json(folder / ADAPTER_CONFIG))
         with _named_by(folder):
             check_whole(base)
     elif not (folder / "config.json").is_file():

@@ -1,59 +1,75 @@
-"""Base models in memory: one per process, on which LoRA adapters are swapped."""
+"""Base models in memory: one per process, on which adapters are swapped."""
 
+import gc
 from typing import Any
 
 import torch
 
 from sstoken.attention import IMPLEMENTATION
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import UsageError
 from stages.backends import Latest
-from stages.checkpoints import first_line, load_model, local_folder, stamp
-
-_ADAPTER = "current"
+from stages.backends.adapters import Adapter
+from stages.checkpoints import first_line, load_model, stamp
 
 
 class SharedBase:
-    """A base model in memory, on which LoRA adapters are swapped."""
+    """A base model in memory, on which adapters are swapped: after any of them it is bit-equal to itself."""
 
     def __init__(self, ref: str, dtype: str, device: str, trust_remote_code: bool) -> None:
-        torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-        self.model = load_model(
-            ref, dtype=torch_dtype, attention=IMPLEMENTATION, trust_remote_code=trust_remote_code
-        )
-        self.model.to(device).eval().requires_grad_(False)
+        self._place = (ref, dtype, device, trust_remote_code)
+        self.model: Any = None
+        self._adapted: Any = None
+        """peft's model, where an adapter is on."""
         self._adapter: tuple[Any, ...] | None = None
         """The stamp of the adapter that is on: another one may stand in the same folder by now."""
+        self._load()
 
     def use(self, adapter: str | None) -> None:
-        """Put the adapter of that folder on the base in place of the last one; None: the bare base."""
+        """Put the adapter of that folder on the base in place of the last one; None: the bare base.
+
+        Raises:
+            SstokenError: the adapter does not load, or is of a kind that is not supported.
+        """
         wanted = stamp(adapter) if adapter is not None else None
-        if wanted == self._adapter:
+        if self.model is not None and wanted == self._adapter:
             return
-        try:
-            import peft  # noqa: F401
-        except ImportError as error:
-            raise SstokenError(f"{adapter}: LoRA adapters need peft; pip install 'sstoken[lora]'") from error
-        if self._adapter is not None:
-            self.model.delete_adapter(_ADAPTER)
-        self._adapter = None
-        if adapter is not None:
-            _load_adapter(self.model, adapter)
-            self.model.eval()
+        new = None if adapter is None else Adapter(adapter)
+        if self.model is None or self._adapter is not None:
+            self._take_off()
+        if new is not None:
+            whole, self.model = self.model, None  # whatever goes wrong, the base is loaded again
+            self._adapted = new.put_on(whole)
+            self.model = whole
+            self._leaves_base = new.leaves_base
         self._adapter = wanted
 
+    def _take_off(self) -> None:
+        """Back to the bare base: from disk where the adapter, or one that failed, may have changed a tensor."""
+        if self.model is not None and self._leaves_base:
+            self._adapted.unload()
+            self._adapted = self._adapter = None
+            if _layout(self.model) == self._base:
+                return
+        self.model = self._adapted = self._adapter = None  # before loading: two need not fit into memory
+        gc.collect()
+        self._load()
 
-def _load_adapter(model: Any, adapter: str) -> None:
-    try:
-        report = model.load_adapter(str(local_folder(adapter) or adapter), adapter_name=_ADAPTER)
-        model.set_adapter(_ADAPTER)
-    except Exception as error:  # peft, transformers and safetensors raise many kinds
-        raise SstokenError(f"{adapter}: the adapter does not load ({first_line(error)})") from error
-    missing = getattr(report, "missing_keys", ())
-    if missing:  # transformers would go on with an adapter that does nothing
-        raise SstokenError(
-            f"{adapter}: {len(missing)} of the adapter's weights are missing (first: {min(missing)}); it belongs to "
-            "another base model, or has to be copied again"
+    def _load(self) -> None:
+        ref, dtype, device, trust_remote_code = self._place
+        self.model = load_model(
+            ref,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attention=IMPLEMENTATION,
+            trust_remote_code=trust_remote_code,
         )
+        self.model.to(device).eval().requires_grad_(False)
+        self._base = _layout(self.model)
+        self._leaves_base = True
+
+
+def _layout(model: Any) -> dict[str, tuple[Any, ...]]:
+    """Which tensors a model consists of, and where they lie."""
+    return {k: (v.data_ptr(), v.shape, v.dtype) for k, v in model.state_dict().items()}
 
 
 @Latest

@@ -53,8 +53,9 @@ class HFBackend(Backend):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the input embedding."""
-        return int(self._model.get_input_embeddings().weight.shape[0])
+        """Rows of the input embedding, or of the output embedding where it has fewer."""
+        embeddings = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        return min(int(module.weight.shape[0]) for module in embeddings if module is not None)
 
     @property
     def max_length(self) -> int | None:

@@ -12,7 +12,7 @@ from sstoken.errors import SstokenError
 from stages.backends import BackendOptions
 from stages.base import SPEED_ONLY, Settings
 from stages.checkpoints import adapter_base, first_line, local_folder, split_revision
-from stages.weight_files import ADAPTER_CONFIG, weight_files
+from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 TESTED_VERSIONS = ("0.32",)
 TESTED_ARCHITECTURES = {
@@ -157,9 +157,13 @@ def _placement(options: BackendOptions, settings: VllmSettings) -> str | None:
 
 def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
     base = adapter_base(options.checkpoint)
+    if base is not None and (reason := _unmergeable(options.checkpoint)):
+        return f"{reason}, which vLLM does not take; {_INSTEAD}"
     if base is not None and (wrong := set(lora_modules(options.checkpoint)) & set(_EMBEDDINGS)):
         return f"the adapter changes {wrong.pop()}, which vLLM does not apply to the tokens of a prompt; {_INSTEAD}"
     full = base or options.checkpoint
+    if other := _read_instead(full):
+        return f"vLLM would read {other} beside the weights that transformers loads; remove it, or {_INSTEAD}"
     config = load_config(full, options.trust_remote_code)
     if config.get_text_config() is not config or hasattr(config, "vision_config"):
         return f"a multimodal model ({config.model_type}); {_INSTEAD}"
@@ -180,6 +184,36 @@ def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
         kind = kinds_of_layers[options.layer]
         return f"layer {options.layer} is {kind}, not softmax attention; choose another layer, {instead}"
     return None
+
+
+def _read_instead(ref: str) -> str | None:
+    """A file by which vLLM's choice of weight files differs from transformers': it prefers a shard index."""
+    folder = local_folder(ref)
+    if folder is None:
+        return None
+    loaded = set(weight_files(folder))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set((read_json(index).get("weight_map") or {}).values())
+        return None if {folder / name for name in names} == loaded else index.name
+    others = set(folder.glob("*.safetensors")) - loaded
+    return min(others).name if others else None
+
+
+def _unmergeable(adapter: str) -> str | None:
+    """What of an adapter goes beyond LoRA matrices."""
+    folder = local_folder(adapter)
+    assert folder is not None
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        return f"the adapter is of the kind {config.get('peft_type')}"
+    if config.get("bias", "none") != "none":
+        return f"the adapter has bias={config['bias']!r}"
+    settings = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
+    given = [s for s in settings if config.get(s)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        given.append("init_lora_weights")  # such as pissa, which changes the base
+    return f"the adapter has {given[0]}={config[given[0]]!r}" if given else None
 
 
 def _rope_types(config: Any) -> Iterator[str]:

@@ -127,9 +127,39 @@ def test_an_adapter_of_the_output_head_is_refused(installed, model, tmp_path):
     weights = {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 32), np.float32)}
     (tmp_path / "adapter").mkdir()
     save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
-    config = {"base_model_name_or_path": str(model), "r": 4}
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 4}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     refuses(tmp_path / "adapter", "the adapter changes lm_head, which vLLM does not apply.*use --backend hf")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"bias": "all"}, "bias='all'"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"peft_type": "LOHA"}, "of the kind LOHA"),
+    ],
+)
+def test_what_goes_beyond_lora_matrices_is_refused(setting, words, installed, model, tmp_path):
+    save_file(
+        {"a.q_proj.lora_A.weight": np.zeros((4, 32), np.float32)}, tmp_path / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 4} | setting
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    refuses(tmp_path, f"the adapter .*{words}.*, which vLLM does not take; use --backend hf")
+
+
+def test_weight_files_that_vllm_would_choose_otherwise_are_refused(installed, tmp_path):
+    """It prefers a shard index, and without one reads every safetensors file."""
+    folder = save_model(tmp_path / "model")
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    refuses(folder, "vLLM would read consolidated.safetensors")
+    (folder / "consolidated.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(folder, "vLLM would read model.safetensors.index.json")
 
 
 def test_multimodal_models_are_refused(installed, tmp_path):

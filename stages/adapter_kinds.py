@@ -1,0 +1,57 @@
+"""Which kinds of peft's adapters can be scored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sstoken.errors import SstokenError
+
+SUPPORTED = (
+    "LORA",
+    "ADALORA",
+    "BOFT",
+    "C3A",
+    "DELORA",
+    "FOURIERFT",
+    "GRALORA",
+    "HIRA",
+    "HRA",
+    "IA3",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "MISS",
+    "OFT",
+    "RANDLORA",
+    "ROAD",
+    "SHIRA",
+    "TRAINABLE_TOKENS",
+    "VBLORA",
+    "VERA",
+    "WAVEFT",
+)
+"""Kinds that were tested: their whole effect lies in the modules of the base."""
+_UNSUPPORTED_SETTINGS = {
+    "alora_invocation_tokens": "an activated LoRA (aLoRA)",
+    "arrow_config": "an Arrow router",
+    "layer_replication": "a LoRA that replicates layers",
+    "use_bdlora": "a block-diagonal LoRA",
+}
+
+
+def check_kind(ref: str, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter by its adapter_config.json.
+
+    Raises:
+        SstokenError: it is of a kind that is not supported.
+    """
+    kind = config.get("peft_type")
+    if kind not in SUPPORTED:
+        raise SstokenError(
+            f"{ref}: adapters of the kind {kind} are not supported, legal is {', '.join(SUPPORTED)}; merge it into its "
+            "base (merge_and_unload, then save_pretrained) where peft can"
+        )
+    for setting, name in _UNSUPPORTED_SETTINGS.items():
+        if config.get(setting):
+            raise SstokenError(
+                f"{ref}: {name} ({setting} is set) is not supported; merge it into its base, or train a plain LoRA"
+            )
