@@ -47,6 +47,10 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(list(get_args(kind))), **settings)
+    if get_origin(kind) in (list, tuple):
+        inner = get_args(kind)[0]
+        choice = click.Choice(list(get_args(inner))) if get_origin(inner) is Literal else inner
+        return click.option(flag, name, type=choice, **settings | {"multiple": True})
     if get_origin(kind) is dict:
         settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": _pairs}
         singular = flag.removesuffix("s")

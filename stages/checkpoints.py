@@ -28,6 +28,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
+    "generation_config.json",  # on which tokens generation stops
     # what a tokenizer.json is made from where there is none
     "*.model",
     "vocab.json",
@@ -179,6 +180,23 @@ def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedT
     if not tokenizer.is_fast:
         raise SstokenError(f"{ref}: its tokenizer has no fast version (tokenizer.json); convert it first")
     return tokenizer
+
+
+def stop_tokens(ref: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The tokens on which a checkpoint's generation stops, as its generation_config.json says; its EOS token else."""
+    from transformers import GenerationConfig
+
+    name, revision = _place(ref)
+    try:
+        ids = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+    except Exception:  # a folder with a tokenizer alone, or a Hub repository without the file
+        ids = None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return [
+        str(token)
+        for token in tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else list(ids))
+        if token
+    ]
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -13,16 +13,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError
 from stages import checkpoints
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.encoding import sources
 from stages.encoding.conversations import to_conversation
 from stages.encoding.layouts import Format, Layout, NoLayout, Preference, check_columns, detect_layout
-from stages.encoding.messages import MAX_CHARS, BadRow, NeedsDecision, PassedOver
+from stages.encoding.messages import MAX_CHARS, BadRow, Losable, NeedsDecision, PassedOver, TrainedTurns
 from stages.encoding.preference import wanted
 from stages.encoding.shards import Settings, Task, encode_shard, save_tokenizer, stopped
 from stages.encoding.sources import Row
+from stages.encoding.templates import read_template, template_file
 from stages.encoding.token_stats import Stats, merge, metrics, no_stats
 from stages.tables import part_name
 
@@ -56,7 +57,15 @@ class Encode(Stage):
     """Longest example in tokens, at least 2; longer ones keep their start. Default: what the tokenizer
     declares, or 4096 where it declares no real limit."""
     chat_template: Annotated[str | None, BY_CONTENT] = None
-    """A Jinja file to use instead of the tokenizer's chat template."""
+    """A Jinja file to use instead of the tokenizer's chat template, or `trl:NAME` for one that an installed TRL has."""
+    turns: TrainedTurns = "all"
+    """Which assistant turns are trained: `all` in one example, the `last`, or `each` in an example of its own, shown as
+    the model would see it at inference."""
+    allow_lost: tuple[Losable, ...] = ()
+    """What the chat template may leave out of a row: reasoning, system, tools, tool_calls or content. Anything else
+    that it leaves out makes the row a bad one."""
+    keep_special_tokens: bool = False
+    """Take rows whose text holds special tokens, such as data to which a chat template was applied already."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What a row that cannot be used does: `stop` the run, or `skip` it, count it and list it in bad_rows/."""
     max_chars: Annotated[int, Field(ge=1)] = MAX_CHARS
@@ -82,7 +91,7 @@ class Encode(Stage):
         return {
             "data": sources.data_identity(self.data, self.split, digest),
             "tokenizer": checkpoints.tokenizer_identity(self.model, digest),
-            "chat_template": digest(Path(self.chat_template).expanduser()) if self.chat_template else None,
+            "chat_template": digest(template_file(self.chat_template)) if self.chat_template else None,
         }
 
     def run(self, context: Context) -> dict[str, Any]:
@@ -99,6 +108,9 @@ class Encode(Stage):
             chat_template=self._template(),
             max_length=self.max_length,
             trust_remote_code=self.trust_remote_code,
+            turns=self.turns,
+            allow_lost=self.allow_lost,
+            keep_special_tokens=self.keep_special_tokens,
             layout=self._layout(),
             max_chars=self.max_chars,
             skip=self.on_bad_row == "skip",
@@ -122,16 +134,7 @@ class Encode(Stage):
         return metrics(total)
 
     def _template(self) -> str | None:
-        if self.chat_template is None:
-            return None
-        path = Path(self.chat_template).expanduser()
-        if not path.is_file():
-            problem = "is a folder" if path.is_dir() else "no such file"
-            raise UsageError(f"chat_template {self.chat_template!r}: {problem}; name a Jinja file")
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"chat_template {self.chat_template!r}: not UTF-8; name a Jinja file") from error
+        return None if self.chat_template is None else read_template(self.chat_template)
 
     def _rows(self) -> Iterator[Row]:
         return islice(sources.open_rows(self.data, self.split), self.limit)

@@ -2,12 +2,18 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sstoken.errors import SstokenError
 
 Message = dict[str, Any]
 """`role` (system, user, assistant, tool), `content`, and for some `tool_calls`, reasoning and ids."""
+
+
+TrainedTurns = Literal["all", "last", "each"]
+"""Which assistant turns are responses: all in one example, the last, or each in an example of its own."""
+Losable = Literal["reasoning", "system", "tools", "tool_calls", "content"]
+"""What a chat template may leave out of a conversation if the user allows it."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sstoken.errors import SstokenError
 from stages import checkpoints, joins
 from stages.encoding.conversations import to_conversation
 from stages.encoding.layouts import Layout
-from stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, check_text
+from stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, TrainedTurns, check_text
 from stages.encoding.sources import Row
 from stages.encoding.token_stats import Stats, no_stats
 from stages.files import UNFINISHED, write_whole
@@ -41,6 +41,9 @@ class Settings:
     chat_template: str | None
     max_length: int | None
     trust_remote_code: bool
+    turns: TrainedTurns
+    allow_lost: tuple[str, ...]
+    keep_special_tokens: bool
     layout: Layout
     max_chars: int
     skip: bool
@@ -51,7 +54,16 @@ class Settings:
     def encoder(self) -> "ChatEncoder":
         """What turns conversations into tokens."""
         stamp = checkpoints.stamp(self.model)
-        return _encoder(self.model, self.chat_template, self.max_length, self.trust_remote_code, stamp)
+        return _encoder(
+            self.model,
+            self.trust_remote_code,
+            self.max_length,
+            self.chat_template,
+            self.turns,
+            self.allow_lost,
+            self.keep_special_tokens,
+            stamp,
+        )
 
 
 def encode_shard(settings: Settings, task: Task) -> Stats:
@@ -72,7 +84,7 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
     for row in rows:
         try:
             conversation = read_row(row, settings.layout, settings.max_chars)
-            encoded = encoder.encode_conversation(conversation)
+            examples = encoder.encode(conversation)
             example_id = _example_id(row)
         except PassedOver as reason:
             passed_over[reason.reason] += 1
@@ -84,14 +96,17 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
             continue
         unused.update(conversation.unused)
         notes.update(row.notes + conversation.notes)
-        if not encoded.input_ids:
-            stats["dropped"] += 1
-            continue
-        columns["example_id"].append(example_id)
-        columns["input_ids"].append(encoded.input_ids)
-        columns["response_mask"].append(encoded.response_mask)
-        stats["truncated"] += encoded.truncated
-        stats["response_tokens"] += sum(encoded.response_mask)
+        notes.update(note for encoded in examples for note in encoded.notes)
+        for encoded in examples:
+            if not encoded.input_ids:
+                stats["dropped"] += 1
+                continue
+            turn = "" if encoded.turn is None else f"-turn{encoded.turn}"
+            columns["example_id"].append(example_id + turn)
+            columns["input_ids"].append(encoded.input_ids)
+            columns["response_mask"].append(encoded.response_mask)
+            stats["truncated"] += encoded.truncated
+            stats["response_tokens"] += sum(encoded.response_mask)
     lengths = Counter(map(len, columns["input_ids"]))
     stats |= {"examples": lengths.total(), "tokens": sum(n * k for n, k in lengths.items())}
     stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}
@@ -166,13 +181,24 @@ def _metadata(settings: Settings, encoder: "ChatEncoder") -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _encoder(
     model: str,
-    chat_template: str | None,
-    max_length: int | None,
     trust_remote_code: bool,
+    max_length: int | None,
+    chat_template: str | None,
+    turns: TrainedTurns,
+    allow_lost: tuple[str, ...],
+    keep_special_tokens: bool,
     stamp: tuple[Any, ...],
 ) -> "ChatEncoder":
     """One per process: a tokenizer takes longer to load than a shard to encode. `stamp` tells when it changed."""
     from stages.encoding.chat import ChatEncoder
 
     tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
-    return ChatEncoder(tokenizer, max_length, chat_template)
+    return ChatEncoder(
+        tokenizer,
+        max_length,
+        chat_template,
+        turns=turns,
+        allow_lost=allow_lost,
+        keep_special_tokens=keep_special_tokens,
+        stop_tokens=checkpoints.stop_tokens(model, tokenizer),
+    )

@@ -1,172 +1,233 @@
-"""Where the assistant's words stand in a rendered conversation, proven for any chat template.
+"""Where the assistant's turns stand in a rendered conversation: from the generation prompt to the end-of-turn token.
 
-Two proofs, tried in this order:
-
-1. *Substitution.* Every assistant content is replaced by a sentinel; the rendered text, split at the
-   sentinels, gives the constant pieces S0 .. Sk. If S0 + c1 + S1 + ... + ck + Sk is exactly the text rendered
-   from the real contents c1 .. ck, the contents stand where the sentinels stood.
-2. *Prefix.* A turn is what the text grows by from the generation prompt before it (messages[:i]) to the
-   conversation with it (messages[:i+1]), provided both are prefixes of the whole text. This covers turns that
-   say more than their content (tool calls, reasoning).
-
-Both demand that the turn is closed by the template's end-of-turn token, which belongs to the response.
+A turn starts where generation starts at inference: after all that the template prints before it with
+`add_generation_prompt`, as far as the conversation has the same there. It ends with the tokens that close it, up to the
+one on which generation stops.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from itertools import count
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from stages.encoding.messages import BadRow, Message, has_more_than_content
+from stages.encoding.messages import BadRow, Conversation
+from stages.encoding.templates import ChatTemplate, Span
+from stages.encoding.tracing import SPLIT, TEMPLATE, Trace, pieces, trace, visible
 
-Span = tuple[int, int]
-"""Start and end of a response in characters; the end is excluded."""
-Fill = Callable[..., str]
-"""`fill(messages, prompt=False)`: the template's text, with the generation prompt after it if asked."""
-
-_VARIANTS: tuple[Callable[[str], str], ...] = (
-    lambda content: content,
-    str.strip,  # Llama 3, Gemma
-    lambda content: content.lstrip("\n"),  # Qwen 3
-    str.lstrip,
-    str.rstrip,
-    lambda content: content.strip("\n"),
-)
-"""What templates do to a content before they print it."""
+_ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
+"""What a border between prompt and response never cuts: a tag, a word, a stretch of whitespace."""
+_PROBE = ("Wqxask", "Wqxreply", "Wqxaskmore", "Wqxreplymore")
 
 
-def end_of_turn(fill: Callable[[list[Message]], str], tokens: Iterable[str]) -> str | None:
-    """The token that closes an assistant turn: the first of `tokens` after its content.
+@dataclass(frozen=True)
+class Turn:
+    """A turn of the assistant in a rendered conversation."""
 
-    Args:
-        fill: renders messages.
-        tokens: the tokenizer's special and added tokens.
+    message: int
+    """Its index among the messages."""
+    first: int
+    """Its first character that the conversation holds."""
+    last: int
+    """One past the last such character."""
+    start: int
+    """Where generation starts."""
+    stop: int
+    """One past the end-of-turn token."""
+    closed: bool
+    """It ends with a token that tells the model to stop."""
 
-    Returns:
-        The token, or None where the content is followed by anything else.
-    """
-    user, answer = {"role": "user", "content": "hello"}, {"role": "assistant", "content": _sentinel(0, 0)}
-    for messages in ([user, answer], [{"role": "system", "content": "hello"}, user, answer]):
-        try:
-            text = fill(messages)
-        except BadRow:
-            continue
-        after = text.partition(_sentinel(0, 0))[2].lstrip()
-        # The longest first: one token may be the beginning of another.
-        for token in sorted(filter(str.strip, tokens), key=lambda t: (-len(t), t)):
-            if after.startswith(token):
-                return token
-    return None
-
-
-def close_spans(text: str, spans: list[Span], end: str | None) -> list[Span]:
-    """Marked spans, each extended over the end-of-turn token `end` where that follows; empty ones left out."""
-    closed = []
-    for start, stop in spans:
-        if start >= stop:
-            continue
-        if end is not None and not text[start:stop].rstrip().endswith(end):
-            stop = _skip(text, stop, end) or stop
-        closed.append((start, stop))
-    return closed
+    @property
+    def span(self) -> Span:
+        """Start and end of the response."""
+        return self.start, self.stop
 
 
-def find_spans(messages: list[Message], fill: Fill, end: str) -> tuple[str, list[Span]]:
-    """The rendered conversation and its responses, for a template that does not mark them.
+class TurnFinder:
+    """Finds the assistant's turns in what one template renders.
 
     Args:
-        messages: the conversation.
-        fill: renders messages with the template.
-        end: the template's end-of-turn token.
-
-    Raises:
-        BadRow: neither proof succeeds, so nobody can say for sure which tokens are the model's own.
+        template: the chat template.
+        special: the tokenizer's special and added tokens.
+        stops: those on which generation stops.
     """
-    text = fill(messages)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    spans = None
-    if not any(has_more_than_content(messages[i]) for i in answers):
-        spans = _by_substitution(text, messages, answers, fill, end)
-    if spans is None:
-        spans = _by_prefix(text, messages, answers, fill, end)
-    if spans is None:
+
+    def __init__(self, template: ChatTemplate, special: Iterable[str], stops: Iterable[str]) -> None:
+        self.template = template
+        self._special = sorted(filter(str.strip, special), key=lambda t: (-len(t), t))
+        self._stops = frozenset(filter(str.strip, stops))
+        self._headers: dict[tuple[object, ...], int] = {}
+
+    def trace(self, conversation: Conversation, text: str | None = None) -> Trace:
+        """Find out which message each character of a rendered conversation comes from; `text` is the rendering.
+
+        Raises:
+            BadRow: the template refuses it, or nothing can be found out.
+        """
+        return trace(conversation, self.template.render, self.template.protected, text)
+
+    def turns(self, found: Trace, conversation: Conversation, wanted: Sequence[int]) -> list[Turn]:
+        """The turns of the messages `wanted`, in their order.
+
+        Raises:
+            BadRow: the template prints one in several places, or the end of its header is not certain.
+        """
+        return [self._turn(found, conversation, index) for index in wanted]
+
+    def prompt(self, conversation: Conversation, index: int) -> Trace:
+        """What the model is given at inference before it says message `index`: with the generation prompt."""
+        before = _until(conversation, index)
+        return trace(before, lambda c: self.template.render(c, prompt=True), self.template.protected)
+
+    def _turn(self, found: Trace, conversation: Conversation, index: int) -> Turn:
+        first, last = self._region(found, conversation, index)
+        before, after = found.before(first), found.after(last)
+        start = before + self._header_length(found.text[before:first], conversation, index)
+        length, closed = self._closing(found.text[last:after], conversation, index)
+        return Turn(index, first, last, start, last + length, closed)
+
+    def _region(self, found: Trace, conversation: Conversation, index: int) -> Span:
+        own = [p for p in pieces(conversation) if p.owner == index + 1]
+        region = found.region(index + 1)
+        if region is not None:
+            altered = [p for p in own if p.altered and not (p.is_name and found.names is None)]
+            expected = sum(len(visible(piece.text, self.template.protected)) for piece in altered)
+            if len(found.letters(index + 1)) > expected:
+                raise BadRow(SPLIT, f"it prints turn {index + 1} more than once")
+            return region
+        return self._region_by_text(found, [p.text.strip() for p in own], index)
+
+    def _region_by_text(self, found: Trace, texts: list[str], index: int) -> Span:
+        """Of a turn without letters and digits, such as `{}`: between its neighbours it has to stand once."""
+        start, stop = 0, len(found.text)
+        for place, owner in enumerate(found.owners.tolist()):
+            if owner != TEMPLATE and owner <= index:
+                start = place + 1
+            elif owner > index + 1:
+                stop = place
+                break
+        between = found.text[start:stop]
+        if len(texts) != 1 or between.count(texts[0]) != 1:
+            raise BadRow(
+                "uncertain mask", f"turn {index + 1} cannot be told from what the chat template prints"
+            )
+        at = start + between.index(texts[0])
+        return at, at + len(texts[0])
+
+    def _header_length(self, gap: str, conversation: Conversation, index: int) -> int:
+        """How much of what stands before a turn is given to the model at inference.
+
+        Args:
+            gap: from the last character of an earlier message to the turn's first.
+            conversation: it stands in.
+            index: of the turn's message.
+        """
+        roles = tuple(m["role"] for m in conversation.messages[max(0, index - 2) : index])
+        reasons = any(m.get("reasoning_content") for m in conversation.messages)
+        key = (gap, roles, bool(conversation.tools), reasons)
+        if key not in self._headers:
+            self._headers[key] = self._compare_header(gap, conversation, index)
+        return self._headers[key]
+
+    def _compare_header(self, gap: str, conversation: Conversation, index: int) -> int:
+        found = self.prompt(conversation, index)
+        header = found.text[found.before(len(found.text)) :]
+        bare = self.template.render(_until(conversation, index))
+        added = len(found.text) - len(bare) if found.text.startswith(bare) else len(header)
+        if not added:  # no generation prompt: the header is what stands before a plain answer
+            header, added = self._plain_header(conversation, index), 0
+        shared = _shared(gap, header)
+        if shared == len(gap) or (shared and shared > len(header) - added) or shared == len(header):
+            return shared
         raise BadRow(
             "uncertain mask",
-            "the chat template rewrites an assistant turn, or does not close it; pass a --chat-template with "
-            "{% generation %} markers",
+            f"the chat template opens turn {index + 1} with {gap[-60:]!r}, and at inference with {header[-60:]!r}",
         )
-    return text, spans
 
-
-def _by_substitution(
-    text: str, messages: list[Message], answers: list[int], fill: Fill, end: str
-) -> list[Span] | None:
-    """Proof 1, None where it fails."""
-    salt = next(n for n in count() if _sentinel_head(n) not in text)
-    sentinels = [_sentinel(salt, k) for k in range(len(answers))]
-    swapped = list(messages)
-    for index, sentinel in zip(answers, sentinels, strict=True):
-        swapped[index] = messages[index] | {"content": sentinel}
-    try:
-        constant = fill(swapped)
-    except BadRow:
-        return None
-    pattern = "|".join(sentinels)
-    if re.findall(pattern, constant) != sentinels:
-        return None
-    pieces = re.split(pattern, constant)
-    contents = [str(messages[i]["content"]) for i in answers]
-    for variant in _VARIANTS:
-        spans, at = [], len(pieces[0])
-        shown = [variant(content) for content in contents]
-        joined = pieces[0] + "".join(c + piece for c, piece in zip(shown, pieces[1:], strict=True))
-        if joined != text:
-            continue
-        for content, piece in zip(shown, pieces[1:], strict=True):
-            stop = _skip(text, at + len(content), end)
-            if stop is None or stop > at + len(content) + len(piece):
-                return None
-            spans.append((at, stop))
-            at += len(content) + len(piece)
-        return spans
-    return None
-
-
-def _by_prefix(
-    text: str, messages: list[Message], answers: list[int], fill: Fill, end: str
-) -> list[Span] | None:
-    """Proof 2, None where it fails."""
-    spans: list[Span] = []
-    for i in answers:
-        try:
-            before, prompt, after = (
-                fill(messages[:i]),
-                fill(messages[:i], prompt=True),
-                fill(messages[: i + 1]),
+    def _plain_header(self, conversation: Conversation, index: int) -> str:
+        before = _until(conversation, index)
+        answer = {"role": "assistant", "content": _PROBE[1]}
+        found = self.trace(replace(before, messages=[*before.messages, answer]))
+        region = found.region(index + 1)
+        if region is None:
+            raise BadRow(
+                "uncertain mask", "the chat template prints no generation prompt and no plain answer"
             )
-        except BadRow:
-            return None
-        after = after.rstrip()
-        # A template without a generation prompt would have the turn's header taken for a response.
-        if prompt == before or not after.startswith(prompt) or not text.startswith(after):
-            return None
-        if not after.endswith(end) or len(after) <= len(prompt):
-            return None
-        spans.append((len(prompt), len(after)))
-    return spans
+        return found.text[found.before(region[0]) : region[0]]
+
+    def _closing(self, after: str, conversation: Conversation, index: int) -> tuple[int, bool]:
+        """How much of what stands after a turn's last character closes it, and whether a token does."""
+        match = self._closers.search(after) if self._closers else None
+        if match is None:
+            last = after
+            if index + 1 < len(conversation.messages):
+                try:
+                    alone = self.trace(_until(conversation, index + 1))
+                except BadRow:
+                    return 0, False
+                last = alone.text[alone.before(len(alone.text)) :]
+            return len(after[: _shared(after, last)].rstrip()), False
+        stop, stopped = match.end(), match[0] in self._stops
+        assert self._closers is not None
+        while True:
+            # A second token right behind closes the turn too; one after whitespace only if it is the one that stops.
+            following = self._closers.match(after, stop)
+            if following is None and not stopped:
+                spaced = self._closers.match(after, stop + len(after[stop:]) - len(after[stop:].lstrip()))
+                following = spaced if spaced and spaced[0] in self._stops else None
+            if following is None:
+                return stop, True
+            stop, stopped = following.end(), stopped or following[0] in self._stops
+
+    @cached_property
+    def _closers(self) -> re.Pattern[str] | None:
+        """The tokens that may close a turn: those that stop generation, and what follows a probe's answers."""
+        tokens = {*self._stops, *self._after_probe()}
+        ordered = sorted(tokens, key=lambda t: (-len(t), t))
+        return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+    def _after_probe(self) -> set[str]:
+        asked, replied, asked_more, replied_more = _PROBE
+        found: set[str] = set()
+        talk = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": replied},
+            {"role": "user", "content": asked_more},
+            {"role": "assistant", "content": replied_more},
+        ]
+        system = {"role": "system", "content": "Wqxsystem"}
+        for messages in (talk, [system, *talk], talk[:2], [system, *talk[:2]]):
+            try:
+                text = self.template.render(Conversation(messages))
+            except BadRow:
+                continue
+            last = replied_more if len(messages) > 3 else replied
+            found |= self._first_token(text.partition(last)[2])
+            if last == replied_more:
+                # What closes an earlier turn closes a user's as well; what does not opens the next.
+                between = text.partition(replied)[2].partition(asked_more)[0]
+                after_user = text.partition(asked)[2].partition(replied)[0]
+                found |= self._first_token(between[: _shared(between, after_user)])
+            break
+        return found
+
+    def _first_token(self, text: str) -> set[str]:
+        text = text.lstrip()
+        return {next((t for t in self._special if text.startswith(t)), "")} - {""}
 
 
-def _skip(text: str, at: int, end: str) -> int | None:
-    """Where `end` stops if it stands at `at`, whitespace before it allowed."""
-    start = at
-    while start < len(text) and text[start].isspace():
-        start += 1
-    return start + len(end) if text.startswith(end, start) else None
+def _until(conversation: Conversation, index: int) -> Conversation:
+    return replace(conversation, messages=conversation.messages[:index])
 
 
-def _sentinel_head(salt: int) -> str:
-    return f"ANSWERx{salt}x"
-
-
-def _sentinel(salt: int, number: int) -> str:
-    """Letters and digits only: nothing that a template would strip, split at or escape."""
-    return f"{_sentinel_head(salt)}{number}xEND"
+def _shared(left: str, right: str) -> int:
+    """How many characters two texts share at their start, without cutting a tag or a word of either."""
+    if left.startswith(right):
+        return len(right)
+    if right.startswith(left):
+        return len(left)
+    shared = 0
+    for a, b in zip(_ATOM.finditer(left), _ATOM.finditer(right), strict=False):
+        if a[0] != b[0]:
+            break
+        shared = a.end()
+    return shared

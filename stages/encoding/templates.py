@@ -1,0 +1,251 @@
+"""A chat template: its text, the form in which it wants conversations, and rendering with it."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sstoken.errors import SstokenError, UsageError
+from stages.encoding.messages import REASONING, BadRow, Conversation, Message
+
+PLAIN_CHAT_TEMPLATE = (
+    "{%- for m in messages -%}"
+    "{%- if m['tool_calls'] is defined -%}"
+    "{{- raise_exception('tool calls need a chat template; pass one with --chat-template') -}}"
+    "{%- endif -%}"
+    "{%- set text = (m['content'] or '') | trim -%}"
+    "{%- if m['role'] == 'assistant' -%}"
+    "{{- 'Assistant: ' -}}{%- generation -%}{{- text + eos_token -}}{%- endgeneration -%}{{- '\\n' -}}"
+    "{%- elif m['role'] == 'user' -%}{{- 'User: ' + text + '\\n' -}}"
+    "{%- elif m['role'] == 'tool' -%}{{- 'Tool: ' + text + '\\n' -}}"
+    "{%- else -%}{{- text + '\\n\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
+)
+"""For a tokenizer without a chat template: a system text and a blank line, then `User: ...` and
+`Assistant: ...` lines, an assistant turn closed by the EOS token. With a BOS token in front where the
+tokenizer itself puts one."""
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""Some templates print today's date; theirs is this one, so that a run gives the same tokens on any day."""
+FROM_TRL = "trl:"
+"""`trl:NAME` names a chat template that an installed TRL brings along."""
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_WORDS = ("Wqxone", "Wqxtwo")
+"""Words that no template prints on its own account."""
+
+Span = tuple[int, int]
+"""Start and end in characters; the end is excluded."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The form in which a template wants what conversations hold."""
+
+    parts: bool = False
+    """Contents as lists of typed parts, not as strings."""
+    arguments_as_text: bool = False
+    """The arguments of tool calls as JSON text, not as an object."""
+    empty_content: str | None = ""
+    """The content of a turn that only calls tools."""
+
+
+class ChatTemplate:
+    """One chat template of one tokenizer.
+
+    Args:
+        source: the Jinja text.
+        special_tokens: `bos_token` and the like, by name.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+        self._dated = _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), source)
+        self._for_calls: Dialect | None = None
+
+    @property
+    def marks_responses(self) -> bool:
+        """Whether `{% generation %}` says what the assistant's words are."""
+        return _MARKER.search(self.source) is not None
+
+    @cached_property
+    def protected(self) -> re.Pattern[str] | None:
+        """The markup that the template may look for in a content, such as `</think>`; None where it has none."""
+        import jinja2
+
+        try:
+            strings = {
+                value[1:-1] for _, kind, value in jinja2.Environment().lex(self._dated) if kind == "string"
+            }
+        except jinja2.TemplateSyntaxError:  # said when it is rendered
+            return None
+        markup = [s.strip() for s in strings if re.search(r"[<>\[\]{}|/#]", s) and re.search(r"\w", s)]
+        markup = [s for s in {*markup, "<think>", "</think>"} if len(s) > 1]
+        return re.compile("|".join(re.escape(s) for s in sorted(markup, key=lambda s: (-len(s), s))))
+
+    def render(self, conversation: Conversation, *, prompt: bool = False) -> str:
+        """The conversation as text, with the generation prompt after it if asked.
+
+        Raises:
+            BadRow: the template refuses the conversation.
+            SstokenError: it is no valid Jinja.
+        """
+        return self._rendered(conversation, self.dialect(conversation), prompt=prompt)[0]
+
+    def render_marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The conversation as text, and the characters that the template marks as generated.
+
+        Raises:
+            BadRow, SstokenError: as `render`.
+        """
+        return self._rendered(conversation, self.dialect(conversation), marked=True)
+
+    def dialect(self, conversation: Conversation) -> Dialect:
+        """What form this conversation has to take; found out by trying, once."""
+        if not any(m.get("tool_calls") for m in conversation.messages):
+            return self._plain_dialect
+        if self._for_calls is None:
+            self._for_calls = self._dialect_for_calls()
+        return self._for_calls
+
+    @cached_property
+    def _plain_dialect(self) -> Dialect:
+        asked, said = _WORDS
+        talk = Conversation([_message("user", asked), _message("assistant", said)])
+        for dialect in (Dialect(), Dialect(parts=True)):
+            if self._prints(talk, dialect, [asked, said]):
+                return dialect
+        return Dialect()
+
+    def _dialect_for_calls(self) -> Dialect:
+        name, value = _WORDS
+        function = {"name": name, "arguments": {"key": value}}
+        call = {"id": "callabcde", "type": "function", "function": function}
+        talk = Conversation([_message("user", "Hello"), _message("assistant", "") | {"tool_calls": [call]}])
+        plain = self._plain_dialect
+        for empty in ("", None):
+            for as_text in (False, True):
+                dialect = replace(plain, arguments_as_text=as_text, empty_content=empty)
+                # What Python prints of a dictionary is no JSON, and a text that is quoted once more is no object.
+                if self._prints(talk, dialect, [name, value], ["{'key'", '\\"key\\"']):
+                    return dialect
+        return plain
+
+    def _prints(
+        self, talk: Conversation, dialect: Dialect, words: Iterable[str], not_these: Iterable[str] = ()
+    ) -> bool:
+        try:
+            text = self._rendered(talk, dialect)[0]
+        except BadRow:
+            return False
+        return all(word in text for word in words) and not any(word in text for word in not_these)
+
+    def _rendered(
+        self, conversation: Conversation, dialect: Dialect, *, prompt: bool = False, marked: bool = False
+    ) -> tuple[str, list[Span]]:
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[[_adapted(message, dialect) for message in conversation.messages]],
+                tools=conversation.tools,
+                chat_template=self._dated,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise SstokenError(
+                f"chat template: not valid Jinja (line {error.lineno}: {error.message})"
+            ) from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise BadRow("template refuses", reason) from error
+        return texts[0], [(start, end) for start, end in spans[0]] if marked else []
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _adapted(message: Message, dialect: Dialect) -> Message:
+    """The message as the template wants it; reasoning under every name that templates know."""
+    adapted = dict(message)
+    calls = adapted.get("tool_calls")
+    if calls and not adapted.get("content"):
+        adapted["content"] = dialect.empty_content
+    if dialect.parts and isinstance(adapted.get("content"), str):
+        adapted["content"] = [{"type": "text", "text": adapted["content"]}]
+    if calls and dialect.arguments_as_text:
+        adapted["tool_calls"] = [_with_text_arguments(call) for call in calls]
+    if reasoning := adapted.get("reasoning_content"):
+        adapted |= dict.fromkeys(REASONING, reasoning)
+    return adapted
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call["function"])
+    if not isinstance(function.get("arguments"), str):
+        function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+    return {**call, "function": function}
+
+
+def template_file(given: str) -> Path:
+    """The file that `--chat-template` names: a Jinja file, or `trl:NAME`.
+
+    Raises:
+        UsageError: there is no such file; TRL is not installed, or has no template of that name.
+    """
+    if given.startswith(FROM_TRL):
+        folder, name = _trl_templates(), given.removeprefix(FROM_TRL)
+        if folder is None:
+            raise UsageError(f"chat_template {given!r}: TRL is not installed; pip install trl")
+        path = folder / f"{name}.jinja"
+        if "/" in name or not path.is_file():
+            there = ", ".join(sorted(p.stem for p in folder.glob("*.jinja")))
+            raise UsageError(f"chat_template {given!r}: the installed TRL has {there}")
+        return path
+    path = Path(given).expanduser()
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise UsageError(f"chat_template {given!r}: {problem}; name a Jinja file, or trl:NAME")
+    return path
+
+
+def read_template(given: str) -> str:
+    """The text of the file that `--chat-template` names.
+
+    Raises:
+        UsageError: as `template_file`; or it is not UTF-8.
+    """
+    try:
+        return template_file(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"chat_template {given!r}: not UTF-8; name a Jinja file") from error
+
+
+def training_variant(source: str) -> str | None:
+    """The name (`trl:NAME`) of the variant for training that TRL has of a template; None where it has none."""
+    folder = _trl_templates()
+    for path in sorted(folder.glob("*.jinja")) if folder else ():
+        if path.stem.endswith("_training") or path.read_text(encoding="utf-8").strip() != source.strip():
+            continue
+        if path.with_name(f"{path.stem}_training.jinja").is_file():
+            return f"{FROM_TRL}{path.stem}_training"
+    return None
+
+
+def _trl_templates() -> Path | None:
+    """TRL's folder of chat templates, found without importing TRL."""
+    spec = find_spec("trl")
+    places: Sequence[str] = list(spec.submodule_search_locations or ()) if spec else ()
+    folders = [Path(place) / "chat_templates" for place in places]
+    return next((folder for folder in folders if folder.is_dir()), None)
