@@ -47,15 +47,14 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(list(get_args(kind))), **settings)
-    if get_origin(kind) in (list, tuple):
-        inner = get_args(kind)[0]
-        choice = click.Choice(list(get_args(inner))) if get_origin(inner) is Literal else inner
-        return click.option(flag, name, type=choice, **settings | {"multiple": True})
     if get_origin(kind) is dict:
         settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": _pairs}
         singular = flag.removesuffix("s")
         return click.option(singular, name, **settings)
     if get_origin(kind) is tuple:  # tuple[X, ...]: given once for each
+        each = get_args(kind)[0]
+        if get_origin(each) is Literal:
+            settings["type"] = click.Choice(list(get_args(each)))
         settings |= {"multiple": True, "callback": lambda _context, _option, values: values or None}
         return click.option(flag.removesuffix("s"), name, **settings)
     if (

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from stages.encoding.messages import BadRow, Conversation
 from stages.encoding.templates import ChatTemplate, Span
-from stages.encoding.tracing import SPLIT, TEMPLATE, Trace, pieces, trace, visible
+from stages.encoding.tracing import SPLIT, Trace, pieces, trace, visible
 
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
 """What a border between prompt and response never cuts: a tag, a word, a stretch of whitespace."""
@@ -86,32 +86,37 @@ class TurnFinder:
         return Turn(index, first, last, start, last + length, closed)
 
     def _region(self, found: Trace, conversation: Conversation, index: int) -> Span:
-        own = [p for p in pieces(conversation) if p.owner == index + 1]
         region = found.region(index + 1)
         if region is not None:
-            altered = [p for p in own if p.altered and not (p.is_name and found.names is None)]
+            own = [p for p in pieces(conversation) if p.owner == index + 1 and p.altered]
+            altered = [p for p in own if not (p.is_name and found.names is None)]
             expected = sum(len(visible(piece.text, self.template.protected)) for piece in altered)
             if len(found.letters(index + 1)) > expected:
                 raise BadRow(SPLIT, f"it prints turn {index + 1} more than once")
             return region
-        return self._region_by_text(found, [p.text.strip() for p in own], index)
+        return self._region_by_substitution(found, conversation, index)
 
-    def _region_by_text(self, found: Trace, texts: list[str], index: int) -> Span:
-        """Of a turn without letters and digits, such as `{}`: between its neighbours it has to stand once."""
-        start, stop = 0, len(found.text)
-        for place, owner in enumerate(found.owners.tolist()):
-            if owner != TEMPLATE and owner <= index:
-                start = place + 1
-            elif owner > index + 1:
-                stop = place
-                break
-        between = found.text[start:stop]
-        if len(texts) != 1 or between.count(texts[0]) != 1:
+    def _region_by_substitution(self, found: Trace, conversation: Conversation, index: int) -> Span:
+        """Of a turn without letters and digits, such as `{}`: what is printed around a word in its place."""
+        message = conversation.messages[index]
+        if message.get("tool_calls") or message.get("reasoning_content"):
             raise BadRow(
                 "uncertain mask", f"turn {index + 1} cannot be told from what the chat template prints"
             )
-        at = start + between.index(texts[0])
-        return at, at + len(texts[0])
+        messages = list(conversation.messages)
+        messages[index] = message | {"content": _PROBE[1]}
+        before, word, after = self.template.render(replace(conversation, messages=messages)).partition(
+            _PROBE[1]
+        )
+        stop = len(found.text) - len(after)
+        shown = found.text[len(before) : stop]
+        if not word or not found.text.startswith(before) or not found.text.endswith(after):
+            raise BadRow(
+                "uncertain mask", f"the chat template prints turn {index + 1} in another way than a word"
+            )
+        if shown.strip() != message["content"].strip():
+            raise BadRow("lost by the template", f"content of turn {index + 1}")
+        return len(before), stop
 
     def _header_length(self, gap: str, conversation: Conversation, index: int) -> int:
         """How much of what stands before a turn is given to the model at inference.

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sstoken.errors import SstokenError
-from stages.encoding.chat import DEFAULT_MAX_LENGTH, PLAIN_CHAT_TEMPLATE, ChatEncoder
-from stages.encoding.conversations import BadRow
-from stages.encoding.spans import close_spans
+from stages.encoding.chat import DEFAULT_MAX_LENGTH, ChatEncoder, Encoded
+from stages.encoding.messages import BadRow, Conversation
+from stages.encoding.rendering import NO_END
+from stages.encoding.templates import PLAIN_CHAT_TEMPLATE
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 SPECIAL = [
@@ -113,9 +113,19 @@ def conversation(*turns: str, system: str | None = None) -> list[dict]:
     return start + [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
 
 
+def make(tokenizer: PreTrainedTokenizerFast, template: str, **options) -> ChatEncoder:
+    """An encoder that takes special tokens in texts, which many tests put there on purpose."""
+    return ChatEncoder(tokenizer, chat_template=template, **{"keep_special_tokens": True, **options})
+
+
+def encode(encoder: ChatEncoder, messages: list[dict]) -> Encoded:
+    (encoded,) = encoder.encode(Conversation(messages))
+    return encoded
+
+
 def said(encoder: ChatEncoder, messages: list[dict]) -> list[str]:
     """The runs of response tokens, decoded."""
-    encoded = encoder.encode(messages)
+    encoded = encode(encoder, messages)
     runs: list[list[int]] = []
     previous = False
     for token, response in zip(encoded.input_ids, encoded.response_mask, strict=True):
@@ -135,8 +145,8 @@ TALK = conversation(
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_mask_without_markers_equals_mask_with_markers(style: str, trim_offsets: bool) -> None:
     tokenizer = build_tokenizer(trim_offsets=trim_offsets)
-    marked = ChatEncoder(tokenizer, chat_template=STYLES[style]).encode(TALK)
-    free = ChatEncoder(tokenizer, chat_template=unmarked(STYLES[style])).encode(TALK)
+    marked = encode(make(tokenizer, STYLES[style]), TALK)
+    free = encode(make(tokenizer, unmarked(STYLES[style])), TALK)
     assert free == marked
     assert sum(marked.response_mask) > 10
     assert marked.response_mask[-1]
@@ -154,7 +164,7 @@ def test_mask_without_markers_equals_mask_with_markers(style: str, trim_offsets:
     ],
 )
 def test_every_assistant_turn_is_a_response_with_its_end(style: str, first: str, tokenizer) -> None:
-    runs = said(ChatEncoder(tokenizer, chat_template=unmarked(STYLES[style])), TALK)
+    runs = said(make(tokenizer, unmarked(STYLES[style])), TALK)
     assert len(runs) == 2
     assert runs[0] == first
 
@@ -165,38 +175,49 @@ def test_markers_around_the_content_alone_take_the_end_of_turn_in(tokenizer) -> 
         + G + "{{ m['content'] }}" + END
         + "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     )  # fmt: skip
-    a = ChatEncoder(tokenizer, chat_template=inner).encode(TALK)
-    assert a == ChatEncoder(tokenizer, chat_template=CHATML).encode(TALK)
-
-
-def test_close_spans_leaves_a_closed_span_and_an_empty_one_goes() -> None:
-    assert close_spans("ab<e><e>c", [(0, 5), (8, 8), (8, 9)], "<e>") == [(0, 5), (8, 9)]
+    a = encode(make(tokenizer, inner), TALK)
+    assert a == encode(make(tokenizer, CHATML), TALK)
 
 
 def test_templates_that_raise_make_a_bad_row(tokenizer) -> None:
-    gemma = ChatEncoder(tokenizer, chat_template=unmarked(GEMMA))
+    gemma = make(tokenizer, unmarked(GEMMA))
     with pytest.raises(BadRow, match="System role not supported") as error:
-        gemma.encode(conversation("hello", "there", system="be kind"))
+        encode(gemma, conversation("hello", "there", system="be kind"))
     assert error.value.reason == "template refuses"
-    llama = ChatEncoder(tokenizer, chat_template=LLAMA2)
+    llama = make(tokenizer, LLAMA2)
     two_users = [{"role": "user", "content": "a"}, *conversation("b", "c")]
     with pytest.raises(BadRow, match="must alternate"):
-        llama.encode(two_users)
+        encode(llama, two_users)
 
 
-def test_thinking_of_the_last_turn_is_proven_by_its_prefix(tokenizer) -> None:
-    encoder = ChatEncoder(tokenizer, chat_template=QWEN3)
+def test_a_response_starts_after_the_generation_prompt(tokenizer) -> None:
+    encoder = make(tokenizer, QWEN3)
     runs = said(encoder, conversation("hello", "<think>\nhm\n</think>\n\nthere"))
     assert runs == ["<think>\nhm\n</think>\n\nthere<|im_end|>"]
-    # Without thinking the template writes an empty one: the model did not say that.
-    assert said(encoder, conversation("hello", "there")) == ["there<|im_end|>"]
+    # Without thinking the template writes an empty one, which is no part of the generation prompt.
+    assert said(encoder, conversation("hello", "there")) == ["<think>\n\n</think>\n\nthere<|im_end|>"]
+    not_thinking = QWEN3.replace(
+        "assistant\\n' }}{% endif %}", "assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    )
+    assert said(make(tokenizer, not_thinking), conversation("hello", "there")) == ["there<|im_end|>"]
 
 
-def test_thinking_that_the_template_drops_is_uncertain(tokenizer) -> None:
-    encoder = ChatEncoder(tokenizer, chat_template=QWEN3)
-    with pytest.raises(BadRow) as error:
-        encoder.encode(conversation("hello", "<think>\nhm\n</think>\n\nthere", "my", "friend"))
-    assert error.value.reason == "uncertain mask"
+def test_thinking_that_the_template_drops_makes_a_bad_row_that_names_the_ways_out(tokenizer) -> None:
+    messages = conversation("hello", "<think>\nhm\n</think>\n\nthere", "my", "friend")
+    with pytest.raises(
+        BadRow, match=r"reasoning of turn 2; take --turns each, or --allow-lost reasoning"
+    ) as error:
+        encode(make(tokenizer, QWEN3), messages)
+    assert error.value.reason == "lost by the template"
+    allowed = encode(make(tokenizer, QWEN3, allow_lost=["reasoning"]), messages)
+    assert allowed.notes == ("examples whose reasoning the chat template leaves out",)
+    first, second = make(tokenizer, QWEN3, turns="each").encode(Conversation(messages))
+    assert (first.turn, second.turn) == (2, 4)
+    decoded = tokenizer.decode([i for i, m in zip(first.input_ids, first.response_mask, strict=True) if m])
+    assert decoded == "<think>\nhm\n</think>\n\nthere<|im_end|>"
+    assert second.notes == (
+        "examples whose earlier turns are shown without their reasoning, as at inference",
+    )
 
 
 def test_tool_calls_are_part_of_the_response(tokenizer) -> None:
@@ -205,48 +226,76 @@ def test_tool_calls_are_part_of_the_response(tokenizer) -> None:
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "wait", "tool_calls": [call]},
     ]
-    (run,) = said(ChatEncoder(tokenizer, chat_template=QWEN3), messages)
+    (run,) = said(make(tokenizer, QWEN3), messages)
     assert run.startswith("<think>\n\n</think>\n\nwait\n<tool_call>")
     assert '"name": "add"' in run
     assert run.endswith("</tool_call><|im_end|>")
 
 
-def test_a_template_without_end_of_turn_is_refused(tokenizer) -> None:
+def test_a_response_that_no_token_ends_is_noted(tokenizer) -> None:
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-    with pytest.raises(SstokenError, match="--chat-template") as error:
-        ChatEncoder(tokenizer, chat_template=template).encode(TALK)
-    assert not isinstance(error.value, BadRow)
+    talk = conversation("hello", "there", "my", "friend")
+    encoded = encode(make(tokenizer, template), talk)
+    assert encoded.notes == (NO_END, NO_END)
+    assert said(make(tokenizer, template), talk) == [" there", " friend"]
+    ended_at_last = make(tokenizer, template + "{{ eos_token }}")
+    assert said(ended_at_last, talk) == [" there", " friend\n</s>"]
+    assert encode(ended_at_last, talk).notes == (NO_END,)
 
 
-def test_a_turn_left_open_in_the_middle_is_uncertain(tokenizer) -> None:
-    template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{{ eos_token }}"
+def test_what_ends_a_response_goes_up_to_the_token_that_stops(tokenizer) -> None:
+    two = unmarked(CHATML).replace("<|im_end|>' }}{% endif %}", "<|im_end|></s>' }}{% endif %}")
+    two = two.replace(
+        "{{ m['content'] + '<|im_end|>' }}{% else %}", "{{ m['content'] + '<|im_end|></s>' }}{% else %}"
     )
-    encoder = ChatEncoder(tokenizer, chat_template=template)
-    assert said(encoder, conversation("hello", "there")) == [" there\n</s>"]
-    with pytest.raises(BadRow, match="uncertain mask"):
-        encoder.encode(TALK)
+    assert said(make(tokenizer, two), conversation("hello", "there")) == ["there<|im_end|></s>"]
+    # The token that stops generation opens the next turn: it is the response's where it stands.
+    opening = (
+        "{% for m in messages %}{{ '<start_of_turn>' if m['role'] == 'user' else '<|im_start|>' }}"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+    )
+    encoder = make(tokenizer, opening, stop_tokens=["<start_of_turn>"])
+    talk = conversation("hello", "there", "my", "friend")
+    assert said(encoder, talk) == ["there<start_of_turn>", "friend"]
+    assert encode(encoder, talk).notes == (NO_END,)
 
 
-def test_a_template_that_repeats_the_answer_is_uncertain(tokenizer) -> None:
+def test_a_template_that_repeats_the_answer_is_refused(tokenizer) -> None:
     template = unmarked(CHATML) + "{{ messages[-1]['content'] }}"
-    with pytest.raises(BadRow, match="uncertain mask"):
-        ChatEncoder(tokenizer, chat_template=template).encode(TALK)
+    with pytest.raises(BadRow, match="turn 4 more than once"):
+        encode(make(tokenizer, template), TALK)
+
+
+def test_special_tokens_in_a_text_make_a_bad_row_or_are_noted(tokenizer) -> None:
+    with pytest.raises(BadRow, match=r"turn 3 holds '<\|im_end\|>'.*--keep-special-tokens") as error:
+        encode(ChatEncoder(tokenizer, chat_template=CHATML), TALK)
+    assert error.value.reason == "special token in the text"
+    assert encode(make(tokenizer, CHATML), TALK).notes == ("examples with special tokens in their text",)
+
+
+def test_turns_that_a_row_marks_are_no_response(tokenizer) -> None:
+    talk = Conversation(conversation("hello", "there", "my", "friend"), untrained=frozenset([1]))
+    for template in (CHATML, unmarked(CHATML)):
+        (encoded,) = make(tokenizer, template).encode(talk)
+        trained = [i for i, m in zip(encoded.input_ids, encoded.response_mask, strict=True) if m]
+        assert tokenizer.decode(trained) == "friend<|im_end|>"
+    with pytest.raises(BadRow, match="every assistant turn is marked"):
+        make(tokenizer, CHATML).encode(Conversation(conversation("a", "b"), untrained=frozenset([1])))
 
 
 def test_a_token_of_prompt_and_response_is_uncertain(tokenizer) -> None:
     template = "{% for m in messages %}{{ m['content'] if m['role'] == 'user' else m['content'] + '</s>' }}{% endfor %}"
     with pytest.raises(BadRow, match="prompt and response alike"):
-        ChatEncoder(tokenizer, chat_template=template).encode(conversation("ans", "wer"))
+        encode(make(tokenizer, template), conversation("ans", "wer"))
 
 
 def test_no_chat_template_uses_the_plain_one(tokenizer) -> None:
-    encoder = ChatEncoder(tokenizer)
-    text, spans = encoder.render(conversation("hello", "there", "my", "friend", system="be kind"))
-    assert text == "be kind\n\nUser: hello\nAssistant: there</s>\nUser: my\nAssistant: friend</s>\n"
-    assert [text[a:b] for a, b in spans] == ["there</s>", "friend</s>"]
-    free = ChatEncoder(tokenizer, chat_template=unmarked(PLAIN_CHAT_TEMPLATE))
-    assert free.encode(TALK) == encoder.encode(TALK)
+    encoder = ChatEncoder(tokenizer, keep_special_tokens=True)
+    rendered = encoder.render(Conversation(conversation("hello", "there", "my", "friend", system="be kind")))
+    assert rendered.text == "be kind\n\nUser: hello\nAssistant: there</s>\nUser: my\nAssistant: friend</s>\n"
+    assert [rendered.text[a:b].strip() for a, b in rendered.spans] == ["there</s>", "friend</s>"]
+    free = make(tokenizer, unmarked(PLAIN_CHAT_TEMPLATE))
+    assert encode(free, TALK) == encode(encoder, TALK)
 
 
 def test_plain_template_starts_with_bos_where_the_tokenizer_does() -> None:
@@ -257,19 +306,20 @@ def test_plain_template_starts_with_bos_where_the_tokenizer_does() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[bos]
     )
-    assert ChatEncoder(tokenizer).render(conversation("hello", "there"))[0].startswith("<s>User: hello")
+    rendered = ChatEncoder(tokenizer).render(Conversation(conversation("hello", "there")))
+    assert rendered.text.startswith("<s>User: hello")
 
 
 def test_truncation_keeps_the_start(tokenizer) -> None:
-    whole = ChatEncoder(tokenizer, chat_template=CHATML).encode(TALK)
+    whole = encode(make(tokenizer, CHATML), TALK)
     first = whole.response_mask.index(True)
-    cut = ChatEncoder(tokenizer, first + 3, CHATML).encode(TALK)
+    cut = encode(make(tokenizer, CHATML, max_length=first + 3), TALK)
     assert cut.truncated
     assert cut.input_ids == whole.input_ids[: first + 3]
     assert sum(cut.response_mask) == 3
-    nothing = ChatEncoder(tokenizer, first, CHATML).encode(TALK)
+    nothing = encode(make(tokenizer, CHATML, max_length=first), TALK)
     assert (nothing.input_ids, nothing.response_mask, nothing.truncated) == ([], [], True)
-    assert not ChatEncoder(tokenizer, len(whole.input_ids), CHATML).encode(TALK).truncated
+    assert not encode(make(tokenizer, CHATML, max_length=len(whole.input_ids)), TALK).truncated
 
 
 def test_max_length_is_what_the_tokenizer_declares(tokenizer) -> None:
@@ -281,8 +331,8 @@ def test_max_length_is_what_the_tokenizer_declares(tokenizer) -> None:
 
 
 def test_a_dated_template_gives_the_same_text_on_any_day(tokenizer) -> None:
-    encoder = ChatEncoder(tokenizer, chat_template="{{ strftime_now('%d %b %Y') }}" + CHATML)
-    assert encoder.render(TALK)[0].startswith("26 Jul 2024")
+    encoder = make(tokenizer, "{{ strftime_now('%d %b %Y') }}" + CHATML)
+    assert encoder.render(Conversation(TALK)).text.startswith("26 Jul 2024")
 
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40).filter(str.strip)
@@ -295,13 +345,13 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=
 )
 def test_any_text_is_masked_alike_with_and_without_markers(turns, style, tokenizer) -> None:
     messages = conversation(*(text for turn in turns for text in turn))
-    marked = ChatEncoder(tokenizer, chat_template=STYLES[style])
-    free = ChatEncoder(tokenizer, chat_template=unmarked(STYLES[style]))
-    assert free.encode(messages) == marked.encode(messages)
-    text, spans = free.render(messages)
-    assert len(spans) == len(turns)
-    for (start, end), (_, answer) in zip(spans, turns, strict=True):
-        assert answer.strip() in text[start:end]
+    marked = make(tokenizer, STYLES[style])
+    free = make(tokenizer, unmarked(STYLES[style]))
+    assert encode(free, messages) == encode(marked, messages)
+    rendered = free.render(Conversation(messages))
+    assert len(rendered.spans) == len(turns)
+    for (start, end), (_, answer) in zip(rendered.spans, turns, strict=True):
+        assert answer.strip() in rendered.text[start:end]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
@@ -316,6 +366,6 @@ def test_golden_tokens(markers: bool) -> None:
     encoder = ChatEncoder(tokenizer, chat_template=template)
     columns = ["example_id", "messages", "input_ids", "response_mask"]
     for row in pq.read_table(SHARED / "golden/tokens.parquet", columns=columns).to_pylist():
-        encoded = encoder.encode(json.loads(row["messages"]))
+        encoded = encode(encoder, json.loads(row["messages"]))
         assert encoded.input_ids == row["input_ids"], row["example_id"]
         assert encoded.response_mask == row["response_mask"], row["example_id"]

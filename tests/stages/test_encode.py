@@ -245,5 +245,7 @@ def test_importing_the_stage_loads_nothing_heavy() -> None:
 def test_shard_function_pickles(model, tmp_path) -> None:
     from stages.encoding.layouts import detect_layout
 
-    settings = shards.Settings(model, None, None, False, detect_layout(ROWS[0]), 10, True, tmp_path, "f")
+    settings = shards.Settings(
+        model, None, None, False, "all", (), False, detect_layout(ROWS[0]), 10, True, tmp_path, "f"
+    )
     assert pickle.loads(pickle.dumps(partial(shards.encode_shard, settings))).args == (settings,)

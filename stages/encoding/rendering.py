@@ -1,0 +1,250 @@
+"""Conversations as text in which every piece of them is accounted for, and where their responses stand."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sstoken.errors import SstokenError
+from stages.encoding.altering import TEMPLATE, TOOLS
+from stages.encoding.messages import BadRow, Conversation, TrainedTurns
+from stages.encoding.scaffolds import Scaffolds
+from stages.encoding.spans import Turn, TurnFinder
+from stages.encoding.templates import ChatTemplate, Span, read_template, training_variant
+from stages.encoding.tracing import SPLIT, Piece, Trace, missing, pieces
+
+NO_END = "responses that no token ends; add {{ eos_token }} behind assistant contents in the chat template"
+UNMARKED = "assistant turns that the chat template does not mark as generated"
+EARLIER_REASONING = "examples whose earlier turns are shown without their reasoning, as at inference"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    spans: list[Span]
+    """Start and end of each response in characters, the end excluded; sorted."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What of a tokenizer decides how conversations are rendered."""
+
+    named: Mapping[str, Any]
+    """Special tokens by the names that templates know: `bos_token`, ..."""
+    special: frozenset[str]
+    """Special and added tokens, any of which may close a turn."""
+    stops: frozenset[str]
+    """Those on which generation stops."""
+
+
+class Renderer:
+    """Renders conversations with the templates of one tokenizer.
+
+    Args:
+        template: gives the Jinja text for a conversation with these tools.
+        vocabulary: the tokenizer's special tokens.
+        turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in an example of its
+            own, rendered as inference would see it.
+        allow_lost: what the template may leave out.
+    """
+
+    def __init__(
+        self,
+        template: Callable[[list[dict[str, Any]] | None], str],
+        vocabulary: Vocabulary,
+        turns: TrainedTurns = "all",
+        allow_lost: Collection[str] = (),
+        *,
+        suggest: bool = True,
+    ) -> None:
+        self._template = template
+        self._vocabulary = vocabulary
+        self._turns = turns
+        self._allow_lost = frozenset(allow_lost)
+        self._suggest = suggest
+        self._finders: dict[str, tuple[TurnFinder, Scaffolds]] = {}
+        self._ways_out: dict[tuple[str, frozenset[str]], str] = {}
+
+    def examples(self, conversation: Conversation) -> Iterator[tuple[int | None, Rendered]]:
+        """The examples of a conversation, each with the message (counted from 1) that it trains, or None for all.
+
+        Raises:
+            BadRow: the template refuses the conversation or loses text of it, or what is response is not certain.
+        """
+        wanted = _trained(conversation)
+        if self._turns == "all":
+            yield None, self.render(conversation)
+            return
+        for index in wanted if self._turns == "each" else wanted[-1:]:
+            yield index + 1, self._render_turn(conversation, index)
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The whole conversation as text, and where its responses stand.
+
+        Raises:
+            BadRow: as `examples`.
+        """
+        finder, scaffolds = self._finder(conversation)
+        template = finder.template
+        if template.marks_responses:
+            text, marked = template.render_marked(conversation)
+        else:
+            text, marked = template.render(conversation), None
+        wanted = _trained(conversation)
+        notes: list[str] = []
+        turns = scaffolds.recognise(text, conversation)
+        if turns is None:
+            found = finder.trace(conversation, text)
+            lost = self._check_lost(missing(found, conversation, template.protected), conversation)
+            notes += [f"examples whose {kind} the chat template leaves out" for kind in lost]
+            answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+            try:
+                turns = finder.turns(found, conversation, answers if not lost else wanted)
+            except BadRow as error:
+                if error.reason != SPLIT:
+                    raise
+                raise BadRow(SPLIT, f"{error.detail}; {self._way_out(conversation)}") from error
+            if marked is not None:
+                _check_marks(marked, found, turns)
+            if not lost:
+                scaffolds.learn(found, conversation, turns)
+        spans = []
+        for turn in turns:
+            if turn.message in wanted:
+                own, said = _spans(turn, marked)
+                spans += own
+                notes += said
+        if not spans:
+            raise BadRow("uncertain mask", "the template marks no text of this conversation as generated")
+        return Rendered(text, spans, tuple(notes))
+
+    def _render_turn(self, conversation: Conversation, index: int) -> Rendered:
+        """One turn after the prompt that the model is given for it at inference."""
+        finder, _ = self._finder(conversation)
+        protected = finder.template.protected
+        until = replace(conversation, messages=conversation.messages[: index + 1])
+        before = replace(conversation, messages=conversation.messages[:index])
+        prompt, found = finder.prompt(conversation, index), finder.trace(until)
+        unseen = missing(prompt, before, protected)
+        earlier = [p for p in unseen if p.kind == "reasoning" and p.owner != TOOLS]
+        lost = [p for p in unseen if p not in earlier]
+        lost += [p for p in missing(found, until, protected) if p.owner == index + 1]
+        kinds = self._check_lost(lost, until)
+        notes = [f"examples whose {kind} the chat template leaves out" for kind in kinds]
+        notes += [EARLIER_REASONING] if earlier else []
+        [turn] = finder.turns(found, until, [index])
+        marked = finder.template.render_marked(until)[1] if finder.template.marks_responses else None
+        spans, said = _spans(turn, marked)
+        if not spans:
+            raise BadRow("uncertain mask", f"the template does not mark turn {index + 1} as generated")
+        head = prompt.text[: prompt.before(len(prompt.text))]
+        moved = len(head) - found.before(turn.first)
+        return Rendered(
+            head + found.text[found.before(turn.first) : turn.stop],
+            [(start + moved, stop + moved) for start, stop in spans],
+            (*notes, *said),
+        )
+
+    def _check_lost(self, lost: Sequence[Piece], conversation: Conversation) -> list[str]:
+        """The kinds of text that the template leaves out, all of them allowed.
+
+        Raises:
+            BadRow: one is not allowed, or nothing of a turn is left.
+        """
+        if not lost:
+            return []
+        kinds = sorted({piece.kind.partition(" ")[0] for piece in lost})
+        if refused := [p for p in lost if p.kind.partition(" ")[0] not in self._allow_lost]:
+            parts = dict.fromkeys(
+                p.kind if p.owner == TOOLS else f"{p.kind} of turn {p.owner}" for p in refused
+            )
+            way_out = self._way_out(conversation, frozenset(p.kind.partition(" ")[0] for p in refused))
+            raise BadRow("lost by the template", f"{', '.join(parts)}; {way_out}")
+        for index in _trained(conversation):
+            own = {p.text for p in pieces(conversation) if p.owner == index + 1}
+            if own <= {p.text for p in lost if p.owner == index + 1}:
+                raise BadRow(
+                    "lost by the template", f"all of turn {index + 1}: its response would be a bare end token"
+                )
+        return kinds
+
+    def _way_out(self, conversation: Conversation, kinds: frozenset[str] = frozenset()) -> str:
+        """What the user can do about text that is lost or split; each way is tried on this conversation.
+
+        Once for each kind of loss: later rows are told the same.
+        """
+        source = self._template(conversation.tools)
+        key = (source, kinds)
+        if not self._suggest:
+            return ""
+        if key in self._ways_out:
+            return self._ways_out[key]
+        ways = []
+        if self._turns == "all" and self._takes(conversation, source, "each"):
+            ways.append("--turns each")
+        variant = training_variant(source)
+        if variant is not None and self._takes(conversation, read_template(variant), self._turns):
+            ways.append(f"--chat-template {variant}")
+        if kinds and self._takes(conversation, source, self._turns, kinds):
+            ways.append(" ".join(f"--allow-lost {kind}" for kind in sorted(kinds)))
+        self._ways_out[key] = f"take {', or '.join(ways or ['a --chat-template that prints it whole'])}"
+        return self._ways_out[key]
+
+    def _takes(
+        self,
+        conversation: Conversation,
+        source: str,
+        turns: TrainedTurns,
+        allow_lost: frozenset[str] = frozenset(),
+    ) -> bool:
+        other = Renderer(
+            lambda tools: source, self._vocabulary, turns, self._allow_lost | allow_lost, suggest=False
+        )
+        try:
+            return all(rendered.spans for _, rendered in other.examples(conversation))
+        except SstokenError:
+            return False
+
+    def _finder(self, conversation: Conversation) -> tuple[TurnFinder, Scaffolds]:
+        source = self._template(conversation.tools)
+        if source not in self._finders:
+            template = ChatTemplate(source, self._vocabulary.named)
+            finder = TurnFinder(template, self._vocabulary.special, self._vocabulary.stops)
+            self._finders[source] = finder, Scaffolds()
+        return self._finders[source]
+
+
+def _trained(conversation: Conversation) -> list[int]:
+    """The messages that are to be trained on."""
+    answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+    trained = [i for i in answers if i not in conversation.untrained]
+    if not trained:
+        raise BadRow("no answer", "every assistant turn is marked as not to be trained on")
+    return trained
+
+
+def _check_marks(marked: list[Span], found: Trace, turns: Sequence[Turn]) -> None:
+    """Refuse marks around what the assistant did not say."""
+    said = [TEMPLATE, *(turn.message + 1 for turn in turns)]
+    for start, stop in marked:
+        for owner in set(found.owners[start:stop].tolist()) - set(said):
+            whose = "the tools" if owner == TOOLS else f"turn {owner}"
+            raise BadRow("uncertain mask", f"the template marks text of {whose} as generated")
+
+
+def _spans(turn: Turn, marked: list[Span] | None) -> tuple[list[Span], list[str]]:
+    """The spans of a turn that are trained, and what has to be said of them."""
+    notes = [] if turn.closed else [NO_END]
+    if marked is None:
+        return [turn.span], notes
+    own = [(start, stop) for start, stop in marked if start < turn.last and stop > turn.first]
+    if not own:
+        return [], [UNMARKED]
+    start, stop = own[0][0], own[-1][1]
+    if start > turn.first or stop < turn.last:  # the template leaves part of the turn out on purpose
+        return own, [UNMARKED]
+    if turn.closed:
+        return [turn.span], []
+    return [(turn.start, max(stop, turn.stop))], notes if stop <= turn.stop else []
