@@ -205,7 +205,7 @@ def test_tokenizer(
         (
             b"{% for m in messages %}{{ m.content }}{% endfor %}",
             FAILED,
-            ("special token", "{% generation %}"),
+            ("uncertain mask", "prompt and response alike"),
         ),
     ],
     ids=["missing", "not UTF-8", "broken", "no end of turn"],
