@@ -109,6 +109,20 @@ class AttentionCapture:
         for module in self._modules:
             delattr(module, _SLOT)
 
+    def check_unmasked(self) -> None:
+        """Called where sdpa is given no mask: each sequence must stand in a row of its own, from position 0 on.
+
+        Raises:
+            SstokenError: one does not, so that it would attend to what stands before it.
+        """
+        for row, start, _ in self._segments or ():
+            if start:
+                raise SstokenError(
+                    f"row {row} of the batch has a sequence that starts at position {start}, but attention has no mask "
+                    "and would look at what stands before; call the model with use_cache=False, and with the "
+                    "position_ids or the attention_mask of the batch"
+                )
+
     @torch.compiler.disable
     def measure(self, query: Tensor, key: Tensor, mask: Tensor | None, **how: Any) -> None:
         """Called by the attention function of the chosen layer.
@@ -236,6 +250,8 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
         # What attention under autocast multiplies. A layer that norms its queries gives them in float32.
         query, key, value = cast_as_autocast(query, key, value)
         response_mask = capture.due
+        if response_mask is not None and attention_mask is None and forward in _CPU_FORWARDS:
+            capture.check_unmasked()
         if forward in _CPU_FORWARDS and _plain_on_cpu(module, query, key, value, kwargs):
             if response_mask is not None and attention_mask is None and torch.is_inference_mode_enabled():
                 by_blocks = cpu_attention.attend_by_blocks(query, key, value, how["scaling"], response_mask)
