@@ -8,11 +8,13 @@
     script      what research scripts do: ask the model for all attention weights, losses in a loop over examples
 
 A model of 34M parameters with random weights (0.5B on a GPU); the second half of each example is the response. Each
-length is measured in float32 and in bfloat16, which is autocast over float32 weights, as trainers have it. All sides see the same batches, each in its own `train()`. A ratio is that of the times of two sides' steps in the same
-round, whose order rotates; given are the median of the rounds, and the lowest and highest.
+length is measured in float32 and in bfloat16: autocast over float32 weights, as trainers have it. All sides see the
+same batches, each in its own `train()`. A ratio is that of the times of two sides' steps in the same round, whose order
+rotates; given are the median of the rounds, and the lowest and highest.
 
 Plain computes logits of all tokens, in the loop they are computed for response tokens alone, which saves more than
-selecting costs. `scores / rho 1` leaves that out of the comparison: both compute the same, one of them selects.
+selecting costs. `scores / rho 1` compares with the same trainer where all is kept: it measures nothing first, and
+computes logits with gradients for every response token.
 
     python benchmarks/in_loop_overhead.py --quick
     python benchmarks/in_loop_overhead.py --lengths 1024 --rounds 10 --json
