@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stages.encoding.json_values import DuplicateKeyError, json_or_text, parse_json
+from stages.encoding.json_values import json_or_text, parse_json
 from stages.encoding.messages import BadRow
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
@@ -34,15 +34,12 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     Raises:
         BadRow: something else.
     """
-    try:
-        tools = json_or_text(value, "[{")
-        if isinstance(tools, str):
-            tools = tools.strip()
-        if not tools:
-            return None
-        tools = [json_or_text(tool, "{") for tool in (tools if isinstance(tools, list) else [tools])]
-    except DuplicateKeyError as error:
-        raise BadRow("bad tools", str(error)) from error
+    tools = json_or_text(value, "[{")
+    if isinstance(tools, str):
+        tools = tools.strip()
+    if not tools:
+        return None
+    tools = [json_or_text(tool, "{") for tool in (tools if isinstance(tools, list) else [tools])]
     return [_tool(tool) for tool in tools]
 
 

@@ -20,13 +20,14 @@ _ABOUT = _words(
     count counts num number length len size tokens turn turns difficulty level grade quality status state
     country city title titles name names filename file files path paths email meta metadata info extra
     moderation toxicity toxic redacted flag flags avatar views likes upvotes note notes comment comments
-    annotation annotations usage parameters params kwargs settings header headers ip role intent choice
+    annotation annotations usage parameters params kwargs settings header headers ip role intent choice format
+    formats schema rubric
     """
 )
 """Last words of the names of columns that speak about a row."""
 _ABOUT_FIRST = _words(
     """
-    original meta metadata quality openai detoxify llama num is has
+    original meta metadata quality openai detoxify llama num is has final gold ground expected reference correct
     """
 )
 """First words of such names."""
@@ -52,14 +53,25 @@ _MEDIA_FORMS = _words(
     path paths url urls uri file files name names bytes data values base64 list input inputs
     """
 )
+_ROLES = {
+    "reasoning": _words("reasoning thinking thought thoughts cot rationale rationales scratchpad"),
+    "tools": _words("tools functions"),
+    "history": _words(
+        "history histories dialog dialogs dialogue dialogues conversation conversations chat chats"
+    ),
+    "system": _words("system preamble persona personas instruction instructions developer"),
+}
+"""The role that a column could play, by the words of its name."""
 _NAME_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 @lru_cache(maxsize=4096)
 def kind_of_name(name: str) -> Literal["about", "talk", "unknown"]:
     """What a column holds by its name: facts about the row, text of a conversation, or who knows."""
-    words = [word.lower() for word in _NAME_PARTS.findall(name)]
-    if not words or words[-1] in _ABOUT or words[0] in _ABOUT_FIRST:
+    words = _parts(name)
+    if not words:
+        return "unknown"
+    if words[-1] in _ABOUT or words[0] in _ABOUT_FIRST:
         return "about"
     return "talk" if _TALK.intersection(words) else "unknown"
 
@@ -67,5 +79,16 @@ def kind_of_name(name: str) -> Literal["about", "talk", "unknown"]:
 @lru_cache(maxsize=4096)
 def is_media(name: str) -> bool:
     """Whether a column of that name holds pictures, films or sound, or says where they are."""
-    words = {word.lower() for word in _NAME_PARTS.findall(name)}
+    words = set(_parts(name))
     return bool(words & _MEDIA) and words <= _MEDIA | _MEDIA_FORMS
+
+
+def likely_roles(name: str) -> list[str]:
+    """Roles that a column of that name could play, the likeliest first."""
+    words = _parts(name)
+    found = [role for role, marks in _ROLES.items() if marks.intersection(words)]
+    return [*found, *(role for role in ("context", "input", "system") if role not in found)]
+
+
+def _parts(name: str) -> list[str]:
+    return [word.lower() for word in _NAME_PARTS.findall(name)]

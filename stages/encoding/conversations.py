@@ -5,7 +5,7 @@ from typing import Any
 
 from stages.encoding.calls import read_tools
 from stages.encoding.column_names import is_media
-from stages.encoding.json_values import DuplicateKeyError, json_or_text
+from stages.encoding.json_values import json_or_text
 from stages.encoding.layouts import REQUIRED, Layout
 from stages.encoding.leftovers import check_leftovers, says_something
 from stages.encoding.marks import ROW_MARKS, list_marks, row_mark
@@ -50,11 +50,8 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
                 "no answer" if role in ("answer", "output", "completion") else "missing column",
                 f"column {layout.columns[role]!r} is missing or null",
             )
-    try:
-        turns = _PARSERS[layout.format](row, layout)
-        left = _leftovers(row, turns, layout)
-    except DuplicateKeyError as error:
-        raise BadRow("duplicate key", str(error)) from error
+    turns = _PARSERS[layout.format](row, layout)
+    left = _leftovers(row, turns, layout)
     tools = read_tools(layout.get(row, "tools"))
     notes = [PROMPT_MARKED] * turns.marked_prompts
     untrained = _untrained(row, turns, notes)
@@ -87,7 +84,7 @@ def _from_prompt(row: Mapping[str, Any], layout: Layout) -> Turns:
             not isinstance(value, str) or (bool(turns) and all(isinstance(turn, Mapping) for turn in turns))
         )
         sides += turns if is_turns else [{"role": role, "content": value}]
-    return read_turns(_history(row, layout) + _with_context(row, layout, sides), layout.ignored)
+    return _read(row, layout, _with_context(row, layout, sides))
 
 
 def _from_alpaca(row: Mapping[str, Any], layout: Layout) -> Turns:
@@ -95,12 +92,12 @@ def _from_alpaca(row: Mapping[str, Any], layout: Layout) -> Turns:
         _text(layout.get(row, role), role) for role in ("instruction", "input", "context", "output")
     )
     question = "\n".join([instruction, *filter(str.strip, extras)])
-    return read_turns(_history(row, layout) + _pair(question, output), layout.ignored)
+    return _read(row, layout, _pair(question, output))
 
 
 def _from_qa(row: Mapping[str, Any], layout: Layout) -> Turns:
     pair = _pair(*(_text(layout.get(row, role), role) for role in ("question", "answer")))
-    return read_turns(_history(row, layout) + _with_context(row, layout, pair), layout.ignored)
+    return _read(row, layout, _with_context(row, layout, pair))
 
 
 _PARSERS = {
@@ -112,6 +109,10 @@ _PARSERS = {
 }
 
 
+def _read(row: Mapping[str, Any], layout: Layout, turns: list[Any]) -> Turns:
+    return read_turns(_history(row, layout) + _reasoned(row, layout, turns), layout.ignored)
+
+
 def _pair(question: str, answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -121,6 +122,16 @@ def _text(content: Any, role: str) -> str:
     if found.calls or found.results or found.reasoning:
         raise BadRow("not text", f"column {role} holds more than text; give the row as messages")
     return found.text
+
+
+def _reasoned(row: Mapping[str, Any], layout: Layout, turns: list[Any]) -> list[Any]:
+    """The reasoning column, in the answer that it led to."""
+    reasoning = layout.get(row, "reasoning")
+    if not says_something(reasoning):
+        return turns
+    if not isinstance(turns[-1], Mapping):
+        raise BadRow("bad message", "there is no answer that the reasoning could belong to")
+    return [*turns[:-1], {**turns[-1], "reasoning_content": reasoning}]
 
 
 def _history(row: Mapping[str, Any], layout: Layout) -> list[Any]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from stages.encoding.messages import BadRow
+
 MAX_ELEMENT = 256 << 20
 """Longest element of an array, in characters; a longer one is an error rather than a machine out of memory."""
 _CHUNK = 1 << 20
@@ -29,12 +31,16 @@ def parse_json(text: str) -> Any:
 
 
 def json_or_text(value: Any, opening: str = "[") -> Any:
-    """`value`, parsed where it is a string that starts like JSON and is; columns often hold JSON as text."""
+    """`value`, parsed where it is a string that starts like JSON and is; columns often hold JSON as text.
+
+    Raises:
+        BadRow: an object in it has a key twice.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in tuple(opening):
         try:
             return parse_json(value)
-        except DuplicateKeyError:
-            raise
+        except DuplicateKeyError as error:
+            raise BadRow("duplicate key", str(error)) from error
         except (ValueError, RecursionError):
             return value
     return value

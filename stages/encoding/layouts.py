@@ -21,9 +21,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "context", "system", "history", "tools"),
-    "prompt-completion": ("context", "system", "history", "tools"),
-    "qa": ("context", "system", "history", "tools"),
+    "alpaca": ("input", "context", "system", "history", "reasoning", "tools"),
+    "prompt-completion": ("context", "system", "history", "reasoning", "tools"),
+    "qa": ("context", "system", "history", "reasoning", "tools"),
 }
 OTHER_NAMES = {
     "conversations": ("conversation",),
@@ -33,6 +33,7 @@ OTHER_NAMES = {
     "answer": ("response",),
     "context": ("passage",),
     "system": ("system_prompt", "system_message", "systemPrompt"),
+    "reasoning": ("reasoning_content", "thinking"),
     "tools": ("functions",),
 }
 """Columns that play a role where none has the role's own name."""

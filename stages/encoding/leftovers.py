@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from stages.encoding.column_names import kind_of_name
+from stages.encoding.column_names import kind_of_name, likely_roles
 from stages.encoding.json_values import json_or_text
 from stages.encoding.layouts import OPTIONAL, Layout
 from stages.encoding.messages import Message, NeedsDecision
@@ -12,6 +12,17 @@ from stages.encoding.messages import Message, NeedsDecision
 UNUSED_TEXT = "unused text"
 """The reason of a row with text that is in no message."""
 _NOTHING = frozenset(("", "[]", "{}", "none", "null", "nan", "n/a", "na", "<noinput>", "nooutput"))
+_RENDERED = (
+    "text",
+    "formatted",
+    "formatted_text",
+    "formatted_prompt",
+    "rendered",
+    "full_text",
+    "prompt",
+    "chat",
+)
+"""Columns that may hold the whole conversation once more, as one text."""
 _ENOUGH_WORDS = 5
 _ENOUGH_SIGNS = 12
 _CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
@@ -32,7 +43,7 @@ def check_leftovers(
     """The names of columns and keys that are left out; refused where text of a conversation is among them.
 
     Text that stands in the messages already is not lost; nor is a column that holds the whole conversation once
-    more, as one rendered text.
+    more, as one text.
 
     Args:
         values: of each, the name for people (`messages[].name`), the name alone and the value.
@@ -50,9 +61,7 @@ def check_leftovers(
         if name not in layout.ignored and _is_lost(name, value, messages):
             lost.append((shown, name))
     if lost:
-        free = [r for r in OPTIONAL[layout.format] if r in ("system", "context", "input", "tools")]
-        columns = [name for shown, name in lost if shown == name]
-        take = f"take it with --column {free[0]}={columns[0]}, or " if columns else ""
+        take = next((_take(name, layout) for shown, name in lost if shown == name), "")
         leave = " ".join(f"--ignore-column {name}" for _, name in lost)
         raise NeedsDecision(
             UNUSED_TEXT,
@@ -62,29 +71,43 @@ def check_leftovers(
     return unused
 
 
+def _take(name: str, layout: Layout) -> str:
+    role = next(role for role in (*likely_roles(name), *OPTIONAL[layout.format]) if role in layout.columns)
+    return f"take it with --column {role}={name}, or "
+
+
 def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
     kind = kind_of_name(name)
     if kind == "about":
         return False
-    texts = [text for text in _texts(value) if says_something(text) and (kind == "talk" or _is_natural(text))]
+    value = json_or_text(value, "[{")
+    is_talk = kind == "talk" or _holds_turns(value)
+    texts = [text for text in _texts(value) if says_something(text) and (is_talk or _is_natural(text))]
     if not texts:
         return False
     said = [str(m.get(key, "")).strip() for m in messages for key in ("content", "reasoning_content")]
     everything = "\n".join(said)
     if all(text.strip() in everything for text in texts):
         return False
-    return not (isinstance(value, str) and all(part in value for part in said))
+    is_rendering = name in _RENDERED and isinstance(value, str) and all(part in value for part in said)
+    return not is_rendering
+
+
+def _holds_turns(value: Any) -> bool:
+    turns = value if isinstance(value, list) else [value]
+    return any(
+        isinstance(turn, Mapping)
+        and ("role" in turn or "from" in turn)
+        and ("content" in turn or "value" in turn)
+        for turn in turns
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:
     """The strings in a value; of turns only what they say."""
     if isinstance(value, str):
-        parsed = json_or_text(value, "[{")
-        if isinstance(parsed, str):
-            yield value
-            return
-        value = parsed
-    if isinstance(value, Mapping):
+        yield value
+    elif isinstance(value, Mapping):
         said = [value[key] for key in ("content", "value") if value.get(key) is not None]
         for inner in said if said and ("role" in value or "from" in value) else value.values():
             yield from _texts(inner)

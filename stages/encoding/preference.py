@@ -1,29 +1,21 @@
 """Preference rows (DPO, KTO): recognised, and the wanted answer taken as a demonstration where asked for."""
 
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+from stages.encoding.column_names import kind_of_name
 from stages.encoding.json_values import json_or_text
 from stages.encoding.leftovers import says_something
 from stages.encoding.messages import BadRow, NeedsDecision, PassedOver
 
 PREFERENCE = "preference row"
 """The reason of a row that holds a wanted and an unwanted answer, or a verdict on its answer."""
-_PAIRS = (
-    ("chosen", "rejected"),
-    ("chosen_messages", "rejected_messages"),
-    ("chosen_response", "rejected_response"),
-    ("chosen_conversations", "rejected_conversations"),
-    ("preferred_output", "non_preferred_output"),
-    ("preferred", "dispreferred"),
-    ("accepted", "rejected"),
-    ("completion", "rejected"),
-    ("response", "rejected_response"),
-    ("messages", "rejected_response"),
-    ("messages", "rejected_messages"),
-)
-"""The wanted and the unwanted answer: TRL and LLaMA-Factory, its second version, ..., OpenAI, ..., ms-swift."""
-_VERDICTS = ("kto_tag", "kto_label", "label", "desirable", "is_desirable")
+_UNWANTED = re.compile(r"rejected|non_preferred|dispreferred|unwanted")
+_WANTED = ("chosen", "preferred", "accepted", "wanted")
+"""What stands in the name of the wanted answer's column instead; LLaMA-Factory and TRL, OpenAI, others."""
+_VERDICTS = ("kto_tag", "kto_label", "desirable", "is_desirable", "label")
 """Columns that say, true or false, whether the row's answer is wanted: LLaMA-Factory, ..., TRL."""
 _WORDS = {"true": True, "false": False}
 _TURNS = ("messages", "conversations", "conversation")
@@ -50,40 +42,55 @@ def wanted(
         raise BadRow("not an object", f"a {type(row).__name__} instead of named columns")
     if not ignored.isdisjoint(row):
         row = {name: value for name, value in row.items() if name not in ignored}
-    pair = next((p for p in _PAIRS if p[1] in row and p[0] in row and says_something(row[p[1]])), None)
-    if pair is not None:
+    rejected = [name for name, value in row.items() if _is_unwanted(name) and _is_answer(value)]
+    if rejected:
         if not take:
-            raise _refused(f"{pair[0]} holds a wanted answer and {pair[1]} an unwanted one", pair[1])
-        return _with_answer(row, *pair), True
-    verdict = next((name for name in _VERDICTS if _verdict(row.get(name)) is not None), None)
+            raise _refused(f"{', '.join(rejected)} holds an unwanted answer", rejected)
+        return _with_answer(row, rejected), True
+    verdict = next((name for name in _VERDICTS if _verdict(row.get(name), name) is not None), None)
     if verdict is None:
         return row, False
     if not take:
-        raise _refused(f"{verdict} says whether the answer is wanted (true) or not", verdict)
-    if not _verdict(row[verdict]):
+        raise _refused(f"{verdict} says whether the answer is wanted (true) or not", [verdict])
+    if not _verdict(row[verdict], verdict):
         raise PassedOver("unwanted answer", f"{verdict} is false")
     return {name: value for name, value in row.items() if name != verdict}, True
 
 
-def _verdict(value: Any) -> bool | None:
+@lru_cache(maxsize=4096)
+def _is_unwanted(name: str) -> bool:
+    return _UNWANTED.search(name.lower()) is not None and kind_of_name(name) != "about"
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str | list | Mapping) and says_something(value)
+
+
+def _verdict(value: Any, name: str) -> bool | None:
     if isinstance(value, str):
         return _WORDS.get(value.strip().lower())
+    if value in (0, 1) and name != "label":  # a label that is a number is a class
+        return bool(value)
     return value if isinstance(value, bool) else None
 
 
-def _refused(what: str, column: str) -> NeedsDecision:
+def _refused(what: str, columns: list[str]) -> NeedsDecision:
     return NeedsDecision(
         PREFERENCE,
-        f"{what}; take the wanted answers as demonstrations with --preference take, or read the rows without that "
-        f"column with --ignore-column {column}",
+        f"{what}; take the wanted answers as demonstrations with --preference take, or read the rows without with "
+        + " ".join(f"--ignore-column {column}" for column in columns),
     )
 
 
-def _with_answer(row: Mapping[str, Any], chosen: str, rejected: str) -> dict[str, Any]:
-    rest = {name: value for name, value in row.items() if name not in (chosen, rejected)}
-    if chosen in ("messages", "completion", "response"):  # the row is a demonstration already
-        return rest | {chosen: row[chosen]}
-    answer = json_or_text(row[chosen], "[{")
+def _with_answer(row: Mapping[str, Any], rejected: list[str]) -> dict[str, Any]:
+    rest = {name: value for name, value in row.items() if name not in rejected}
+    names = [_UNWANTED.sub(wanted, name.lower(), count=1) for name in rejected for wanted in _WANTED]
+    chosen = next(
+        (name for name in rest if name.lower() in (*names, "chosen") and _is_answer(rest[name])), None
+    )
+    if chosen is None:  # the row is a demonstration already, with an unwanted answer beside it
+        return rest
+    answer = json_or_text(rest.pop(chosen), "[{")
     if isinstance(answer, Mapping):
         answer = answer.get("messages", [answer])
     is_turns = isinstance(answer, list) and all(isinstance(turn, Mapping) for turn in answer)

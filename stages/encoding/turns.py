@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.encoding.calls import read_calls
-from stages.encoding.json_values import DuplicateKeyError, json_or_text
+from stages.encoding.json_values import json_or_text
 from stages.encoding.marks import TURN_MARKS, count_marked, turn_marks
 from stages.encoding.messages import REASONING, BadRow, Message
 from stages.encoding.parts import read_content
@@ -87,10 +87,7 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
     Raises:
         BadRow: no list, a turn of an unknown kind, a mark that cannot be honoured.
     """
-    try:
-        raw = json_or_text(value)
-    except DuplicateKeyError as error:
-        raise BadRow("duplicate key", str(error)) from error
+    raw = json_or_text(value)
     if not isinstance(raw, list) or not raw:
         raise BadRow("no messages", "the conversation is not a non-empty list")
     turns = Turns()
@@ -147,7 +144,7 @@ def _add(turns: Turns, turn: Mapping[str, Any], role: str, index: int, trained: 
         return
     content = read_content(said, where)
     for key in content.unused:
-        turns.others.setdefault(f"content[].{key}", []).append(None)
+        turns.others.setdefault(f"content[].{key}", []).append(True)
     for result in content.results:
         turns.add(result, index, True)
     if content.results and not (content.text.strip() or content.calls or content.reasoning):

@@ -70,7 +70,7 @@ def test_unknown_layout_says_what_to_do() -> None:
 
 def test_check_columns() -> None:
     check_columns("auto", {"question": "q", "output": "o"})
-    with pytest.raises(UsageError, match="answer, context, history, question, system, tools"):
+    with pytest.raises(UsageError, match="answer, context, history, question, reasoning, system, tools"):
         check_columns("qa", {"prompt": "q"})
 
 

@@ -23,6 +23,8 @@ from tests.support import make_context
 
 ROWS = [{"question": f"what is {i} plus {i}?", "answer": f"It is {i + i}." * (1 + i % 3)} for i in range(23)]
 
+PAIR = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
@@ -154,6 +156,56 @@ def test_bad_rows_are_counted_and_listed(model, tmp_path) -> None:
     assert rows_of(out)[0]["example_id"] == "data-4"
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"messages": PAIR, "background": "It was raining on that day."}],
+            "unused text: background .*--column",
+        ),
+        ([{"messages": PAIR[:1], "chosen": "b", "rejected": "c"}], "preference row: .*--preference take"),
+        ([{"messages": PAIR, "label": True}], "preference row: .*--ignore-column label"),
+        ([{"messages": 5}, {"messages": PAIR, "label": True}], "line 2: preference row: "),
+    ],
+)
+def test_what_needs_a_decision_stops_before_any_shard(rows, message, model, tmp_path) -> None:
+    data = write(tmp_path / "d.jsonl", rows)
+    with pytest.raises(SstokenError, match=message) as error:
+        Encode(data=data, model=model, on_bad_row="skip").run(make_context(tmp_path / "t"))
+    assert "\n" not in str(error.value)
+    assert not parts(tmp_path / "t")
+
+
+def test_a_column_that_comes_later_is_a_bad_row(model, tmp_path) -> None:
+    rows = [{"messages": PAIR}, {"messages": PAIR, "background": "It was raining on that day."}]
+    data = write(tmp_path / "d.jsonl", rows)
+    with pytest.raises(SstokenError, match=r"line 2: unused text: background .*--on-bad-row skip"):
+        Encode(data=data, model=model).run(make_context(tmp_path / "a"))
+    found = Encode(data=data, model=model, on_bad_row="skip").run(make_context(tmp_path / "b"))
+    assert found["bad_rows"] == {"unused text": 1}
+    found = Encode(data=data, model=model, ignore_columns=("background",)).run(make_context(tmp_path / "c"))
+    assert found["unused"] == {"background": 1}
+    assert found["examples"] == 2
+
+
+def test_what_is_left_out_and_taken_is_counted(model, tmp_path) -> None:
+    rows = [{"messages": PAIR, "label": i % 2 == 0, "source": "x" if i else None} for i in range(5)]
+    data = write(tmp_path / "d.jsonl", [*rows, {"messages": PAIR, "images": ["a.png"]}])
+    stage = Encode(data=data, model=model, preference="take", on_bad_row="skip", shard_rows=2)
+    found = stage.run(make_context(tmp_path / "t"))
+    assert found["passed_over"] == {"unwanted answer": 2}
+    assert found["notes"] == {"wanted answers of preference rows": 3}
+    assert found["unused"] == {"source": 2}
+    assert found["bad_rows"] == {"media": 1}
+    assert (found["rows"], found["examples"]) == (6, 3)
+
+
+def test_no_wanted_answer_is_an_error(model, tmp_path) -> None:
+    data = write(tmp_path / "d.jsonl", [{"messages": PAIR, "label": False}] * 2)
+    with pytest.raises(SstokenError, match=r"no row can be used .2 x unwanted answer"):
+        Encode(data=data, model=model, preference="take").run(make_context(tmp_path / "t"))
+
+
 def test_a_lone_surrogate_stops_by_its_name(model, tmp_path) -> None:
     data = write(tmp_path / "data.jsonl", ['{"question": "\\ud800", "answer": "a"}'])
     with pytest.raises(SstokenError, match="line 1: lone surrogate"):
@@ -212,7 +264,7 @@ def test_a_chat_template_of_ones_own(model, data, tmp_path) -> None:
         ({"data": "missing.jsonl"}, "no such file"),
         ({"model": "./missing"}, "no such folder"),
         ({"chat_template": "missing.jinja"}, "no such file"),
-        ({"format": "qa", "columns": {"prompt": "x"}}, "answer, context, history, question"),
+        ({"format": "qa", "columns": {"prompt": "x"}}, "answer, context, history, question, reasoning"),
     ],
 )
 def test_check_refuses(options, message, model, data) -> None:
