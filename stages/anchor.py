@@ -18,6 +18,7 @@ from stages import checkpoints, joins
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.files import write_whole
 from stages.training.history_index import read_index
+from stages.vocabularies import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -146,13 +147,14 @@ class Anchor(Stage):
         tokenizer = self._tokenizer(context.inputs["tokens"])
         set_seed(context.seed)
         model = self._model(token_dataset.read_extent(data), context.inputs["tokens"], arguments.bf16)
+        rows = model.get_input_embeddings().weight.shape[0]
         snapshots = HistorySnapshots(
             context.out, self.snapshots, self.snapshot_every, ema_decay=self.ema_decay, base=self.model
         )
         trainer = Trainer(
             model,
             arguments,
-            data_collator=DataCollatorForSeq2Seq(_padding(tokenizer)),
+            data_collator=DataCollatorForSeq2Seq(_padding(tokenizer, rows)),
             train_dataset=token_dataset.TokenDataset(data),
             processing_class=tokenizer,
             callbacks=[
@@ -212,18 +214,17 @@ class Anchor(Stage):
         return arguments
 
     def _tokenizer(self, tokens: Path) -> "PreTrainedTokenizerBase":
-        """The one that made the tokens, which must give ids the meaning that the model's own gives them."""
-        tokenizer = checkpoints.load_tokenizer(str(tokens / "tokenizer"))
+        """The model's own, kept beside the snapshots, with the template of the tokens; theirs where it brings none."""
+        made_with = checkpoints.load_tokenizer(str(tokens / "tokenizer"))
         try:
             own = checkpoints.load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
         except SstokenError:
-            return tokenizer  # the model brings none; its vocabulary's size is checked
-        if checkpoints.tokenizer_fingerprint(own) != checkpoints.tokenizer_fingerprint(tokenizer):
-            raise SstokenError(
-                f"{self.model}: its tokenizer is not the one that made {tokens} ({len(own)} and {len(tokenizer)} "
-                f"entries); encode the data with --model {self.model}, or train the model that it was encoded for"
-            )
-        return tokenizer
+            return made_with  # its vocabulary's size is checked
+        if checkpoints.tokenizer_fingerprint(own) == checkpoints.tokenizer_fingerprint(made_with):
+            return made_with
+        check_vocabulary(self.model, own, tokens)
+        own.chat_template = made_with.chat_template
+        return own
 
     def _model(self, extent: "Extent", tokens: Path, bfloat16: bool) -> "PreTrainedModel":
         import torch
@@ -261,11 +262,11 @@ class Anchor(Stage):
         return adapter
 
 
-def _padding(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """A copy that pads on the right, with EOS where there is no padding token: what is padded is masked anyway."""
+def _padding(tokenizer: "PreTrainedTokenizerBase", rows: int) -> "PreTrainedTokenizerBase":
+    """A copy that pads on the right, with EOS where the model can embed no padding token: what is padded is masked."""
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
-    if padding.pad_token_id is None:
+    if padding.pad_token_id is None or padding.pad_token_id >= rows:
         padding.pad_token = padding.eos_token
     return padding
 

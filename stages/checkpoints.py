@@ -205,13 +205,13 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def own_tokenizer_fingerprint(ref: str, *, trust_remote_code: bool = False) -> str | None:
-    """The fingerprint of the tokenizer that comes with a checkpoint (an adapter's: its base's), if any does."""
+def own_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer that comes with a checkpoint (an adapter without one: its base's), if any does."""
     folder = local_folder(ref)
     if folder is not None and not (folder / "tokenizer_config.json").is_file():
         base = adapter_base(ref)
-        return None if base is None else own_tokenizer_fingerprint(base, trust_remote_code=trust_remote_code)
-    return tokenizer_fingerprint(load_tokenizer(ref, trust_remote_code=trust_remote_code))
+        return None if base is None else own_tokenizer(base, trust_remote_code=trust_remote_code)
+    return load_tokenizer(ref, trust_remote_code=trust_remote_code)
 
 
 def load_model(

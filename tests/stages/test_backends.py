@@ -113,7 +113,7 @@ def test_what_it_leaves_out_is_missed(installed, model, tmp_path):
     row = {"example_id": "a", "input_ids": [1, 2, 3], "response_mask": [False, True, True]}
     table = pa.Table.from_pylist([row], schema=tables.TOKENS)
     facts = {
-        "fingerprint": checkpoints.own_tokenizer_fingerprint(model, trust_remote_code=False),
+        "fingerprint": checkpoints.tokenizer_fingerprint(checkpoints.load_tokenizer(model)),
         "name": "tiny",
     }
     tables.write_part(folder / tables.part_name(0), table, {"tokenizer": facts})

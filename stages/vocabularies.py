@@ -1,0 +1,77 @@
+"""Whether a checkpoint gives the token ids that are used the meaning they were encoded with."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.errors import SstokenError
+from stages import tables
+from stages.checkpoints import load_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MADE_WITH = "tokenizer"
+"""The folder beside the shards of tokens."""
+
+
+def check_vocabulary(ref: str, own: "PreTrainedTokenizerBase | None", tokens: Path) -> None:
+    """Refuse a checkpoint whose own tokenizer has another meaning for an id that the tokens use.
+
+    Tokens that one of the two tokenizers has more (`<pad>`, as trainers add it) do no harm where no example has them.
+    The examples are looked at only where the vocabularies differ.
+
+    Args:
+        ref: the checkpoint, for the message.
+        own: its tokenizer; None: it brings none, and nothing can be said.
+        tokens: a folder of tokens, with the tokenizer that made them.
+
+    Raises:
+        SstokenError: an id that is used means something else, or nothing.
+    """
+    parts = tables.parts(tokens)
+    expected = tables.read_metadata(parts[0])["tokenizer"]
+    if own is None or tokenizer_fingerprint(own) == expected["fingerprint"]:
+        return
+    mine, differing = {}, {}
+    if (tokens / _MADE_WITH).is_dir():
+        mine = {i: token for token, i in own.get_vocab().items()}
+        theirs = {i: token for token, i in load_tokenizer(str(tokens / _MADE_WITH)).get_vocab().items()}
+        differing = {i: token for i, token in theirs.items() if mine.get(i) != token}
+        used = _used_ids(parts, max(theirs) + 1)
+        differing = {i: token for i, token in differing.items() if used[i]}
+        if not differing:
+            return
+    problem = f"{ref}: its tokenizer is not the one that made the tokens ({expected['name']})"
+    if differing:
+        first = min(differing)
+        meaning = f"{mine[first]!r}" if first in mine else "nothing"
+        problem += (
+            f": id {first} is {differing[first]!r} there and {meaning} here, and example {_first_with(parts, first)!r} "
+            f"has it ({len(differing)} of {int(used.sum())} used ids differ)"
+        )
+    raise SstokenError(
+        f"{problem}; encode with this checkpoint's tokenizer, or take a checkpoint that shares the vocabulary"
+    )
+
+
+def _used_ids(parts: list[Path], size: int) -> NDArray[np.bool_]:
+    """Which ids below `size` any example has, [size]."""
+    used = np.zeros(size, np.bool_)
+    for part in parts:
+        ids, _ = tables.flatten(tables.read_table(part, ["input_ids"])["input_ids"])
+        used[ids[ids < size]] = True
+    return used
+
+
+def _first_with(parts: list[Path], token_id: int) -> str:
+    for part in parts:
+        table = tables.read_table(part, ["example_id", "input_ids"])
+        for example_id, ids in zip(
+            table["example_id"].to_pylist(), tables.rows(table["input_ids"]), strict=True
+        ):
+            if (ids == token_id).any():
+                return str(example_id)
+    raise AssertionError(f"no example has {token_id}")
