@@ -1,6 +1,7 @@
 """What tests of several stages share."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -11,10 +12,19 @@ import pytest
 
 from stages.base import Context, Progress
 
+PATIENCE = 1800
+"""Seconds that a process may take. No test waits for the clock: on a busy machine only a hang takes longer."""
+_PROGRESS = re.compile(r"[\d,]+(/[\d,]+)? \w+(, [\d,.]+/s)?(, [\d,]+ s left)?")
+
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and not os.environ.get("CI"),
     reason="torch.compile needs a C++ compiler, which is the user's to have; CI has one and runs this",
 )
+
+
+def messages(err: str) -> list[str]:
+    """The lines of a standard error, without those of progress, which come where work takes more than seconds."""
+    return [line for line in err.splitlines() if line and not _PROGRESS.fullmatch(line)]
 
 
 def sequential_map(

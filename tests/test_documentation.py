@@ -10,6 +10,7 @@ import click
 import pytest
 
 from pipeline.cli import VERBS, cli
+from tests.support import PATIENCE
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -47,14 +48,19 @@ def shell(command, folder):
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
-        ["bash", "-euc", command], cwd=folder, capture_output=True, text=True, timeout=1500, env=environment
+        ["bash", "-euc", command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=environment,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert "Traceback" not in done.stderr
     return done.stdout
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(4 * PATIENCE)
 def test_the_readme_runs_as_written(clone):
     for block in blocks("bash"):
         for line in block.strip().splitlines():
@@ -64,12 +70,12 @@ def test_the_readme_runs_as_written(clone):
     assert programs
     for program in programs:
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=clone, capture_output=True, text=True, timeout=600
+            [sys.executable, "-c", program], cwd=clone, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(4 * PATIENCE)
 def test_the_example_of_each_verb_runs_as_printed(clone):
     for verb in VERBS:  # in the order in which each finds what it reads
         if verb in NEEDS_THE_HUB:

@@ -1,4 +1,9 @@
-"""From a JSONL file to the masked dataset, the numbers are those of the authors' published code."""
+"""The numbers are those of the authors' published code, and of plain eager attention.
+
+`golden/masks.parquet` holds signals of real answers, as the authors' code measured them, with the masks that it gave;
+`golden/signals.parquet` the signals of seeded random models by a plain reference (`golden/signals.py`). From a JSONL
+file to the masks with trained models: where `../shared` holds those.
+"""
 
 import json
 from pathlib import Path
@@ -9,12 +14,21 @@ import polars as pl
 import pytest
 
 from pipeline import api
+from stages import joins, tables
+from stages.score import Score
+from stages.scores_file import write_scores
+from stages.select import Select
+from tests.golden import signals
+from tests.stages.tiny import save_tokenizer
+from tests.support import make_context
 
 SHARED = Path(__file__).parents[2] / "shared"
 CHOICES = [(0.5, 0.6), (0.3, 0.4), (1, 0.5), (0, 0.8)]
 """(gamma, rho), as in the names of the golden columns."""
 
-pytestmark = pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="no golden values here")
+MASKS = Path(__file__).with_name("golden") / "masks.parquet"
+
+with_trained_models = pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="needs ../shared")
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +68,14 @@ def column(folder: Path, name: str, nothing: float | None = None) -> list[np.nda
     return [np.array(row.fill_null(nothing) if nothing is not None else row) for row in lists]
 
 
+@with_trained_models
 def test_tokens_are_equal(golden: pl.DataFrame, run: Path) -> None:
     tokens = pl.read_parquet(run / "tokens/part-*.parquet")
     for name in ("example_id", "input_ids", "response_mask"):
         assert tokens[name].to_list() == golden[name].to_list(), name
 
 
+@with_trained_models
 @pytest.mark.parametrize(
     ("checkpoint", "measured", "expected"),
     [
@@ -81,6 +97,7 @@ def test_signals_are_close(
     assert all(np.isnan(f[~m]).all() for f, m in zip(found, masks, strict=True))
 
 
+@with_trained_models
 @pytest.mark.parametrize(("gamma", "rho"), CHOICES)
 def test_keep_masks_are_equal(
     golden: pl.DataFrame, run: Path, gamma: float, rho: float, tmp_path: Path
@@ -90,3 +107,83 @@ def test_keep_masks_are_equal(
     masked = pl.read_parquet(out / "part-*.parquet")
     assert masked["example_id"].to_list() == golden["example_id"].to_list()
     assert masked["keep_mask"].to_list() == golden[f"keep_gamma{gamma:g}_rho{rho:g}"].to_list()
+
+
+def write_folders(golden: pl.DataFrame, folder: Path) -> dict[str, Path]:
+    """Tokens and scores as `encode` and `score` write them, from golden signals; the first shard is longer."""
+    inputs = {role: folder / role for role in ("tokens", "history", "current", "attention")}
+    for place in inputs.values():
+        place.mkdir()
+    save_tokenizer(inputs["tokens"] / "tokenizer")
+    for part, rows in enumerate((golden[:40], golden[40:])):
+        table = rows.select("example_id", "input_ids", "response_mask").to_arrow().cast(tables.TOKENS)
+        said = {joins.TOKENS: joins.tokens_fingerprint(table)}
+        about = {
+            "kind": "tokens",
+            "tokenizer": {"fingerprint": "golden", "name": "golden"},
+            "stats": {},
+            **said,
+        }
+        tables.write_part(inputs["tokens"] / tables.part_name(part), table, about)
+        offsets = tables.flatten(table["input_ids"])[1]
+        loss = {role: np.concatenate(rows[f"loss_{role}"].to_list()) for role in ("history", "current")}
+        attention = np.concatenate(rows["attention"].to_list())
+        for role in ("history", "current", "attention"):
+            write_scores(
+                inputs[role] / tables.part_name(part),
+                table["example_id"].to_pylist(),
+                offsets,
+                loss.get(role, loss["current"]).astype(np.float32),
+                attention.astype(np.float32) if role == "attention" else None,
+                {"checkpoint": role, "layer": -1, "dtype": "float32", **said},
+            )
+    return inputs
+
+
+@pytest.mark.parametrize(("gamma", "rho"), CHOICES)
+def test_masks_of_the_authors_code(gamma: float, rho: float, tmp_path: Path) -> None:
+    """Token by token, over 64 real answers."""
+    golden = pl.read_parquet(MASKS).with_columns(
+        input_ids=pl.col("response_mask").list.eval(pl.int_range(pl.len(), dtype=pl.Int32))
+    )
+    inputs = write_folders(golden, tmp_path)
+    context = make_context(tmp_path / "masked", inputs)
+    Select(gamma=gamma, rho=rho).run(context)
+    masked = pl.read_parquet(tmp_path / "masked/part-*.parquet")
+    wanted = golden[f"keep_gamma{gamma:g}_rho{rho:g}"].to_list()
+    assert sum(map(sum, wanted)) > 1000
+    assert masked["example_id"].to_list() == golden["example_id"].to_list()
+    assert masked["keep_mask"].to_list() == wanted
+
+
+@pytest.mark.parametrize("architecture", signals.MODELS)
+def test_signals_of_random_models(architecture: str, tmp_path: Path) -> None:
+    """By `score`, batched and in float32, against values that were computed once, one token after the other."""
+    golden = pl.read_parquet(signals.FILE).filter(pl.col("architecture") == architecture)
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    save_tokenizer(tokens / "tokenizer")
+    table = golden.select("example_id", "input_ids", "response_mask").to_arrow().cast(tables.TOKENS)
+    about = {"kind": "tokens", "tokenizer": {"fingerprint": "golden", "name": "golden"}}
+    tables.write_part(tokens / tables.part_name(0), table, about)
+    response = np.concatenate(golden["response_mask"].to_list())
+    assert response.sum() > 300
+    for role in signals.SEEDS:
+        signals.make_model(architecture, role).save_pretrained(tmp_path / role)
+        stage = Score(checkpoint=str(tmp_path / role), attention=role == "current", device="cpu")
+        stage.run(make_context(tmp_path / f"scores-{role}", {"tokens": tokens}))
+        measured = {"loss": f"loss_{role}"} | ({"attention": "attention"} if stage.attention else {})
+        for name, expected in measured.items():
+            wanted = np.concatenate(golden[expected].to_list())
+            found = np.concatenate(column(tmp_path / f"scores-{role}", name, np.nan))
+            assert np.array_equal(np.isnan(found), ~response)
+            assert np.abs(found - wanted)[response].max() < 1e-5, (role, name)
+
+
+def test_the_committed_signals_are_those_of_the_reference() -> None:
+    committed, anew = pl.read_parquet(signals.FILE), signals.make_table()
+    exact = ["architecture", "example_id", "input_ids", "response_mask"]
+    assert committed.select(exact).equals(anew.select(exact))
+    for name in ("loss_history", "loss_current", "attention"):
+        found, wanted = (np.concatenate(t[name].to_list()) for t in (anew, committed))
+        np.testing.assert_allclose(found, wanted, atol=1e-9)

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import dtype
 from benchmarks.scoring_parts import inputs, sides, steps
+from tests.support import PATIENCE
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 EXAMPLES = [(5, 9), (30, 2), (1, 1), (12, 40), (3, 17), (8, 8), (2, 25), (60, 11), (4, 4)]
@@ -94,7 +95,7 @@ def test_the_share_of_masks_that_differ_is_counted():
 
 def run(name, *arguments):
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / name, *arguments], capture_output=True, text=True, timeout=300
+        [sys.executable, BENCHMARKS / name, *arguments], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -114,7 +115,7 @@ def test_the_last_line_of_the_scoring_benchmark_is_its_figures():
     )  # fmt: skip
     figures = json.loads(lines[-1])
     speed = figures["tiny short"]
-    assert 0 < speed["share_of_limit"] < 1
+    assert speed["share_of_limit"] > 0  # both sides of it are measured: on a busy machine it can exceed 1
     assert speed["tokens_per_second"] > 0
     assert speed["ratio_to_eager"] > 0
     small, large = figures["memory_mb"]["sstoken"].values()

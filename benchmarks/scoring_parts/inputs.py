@@ -94,7 +94,7 @@ def _like(count: int, prompt: int, response: int) -> list[tuple[int, int]]:
 def write_tokens(folder: Path, examples: list[tuple[int, int]], vocabulary: int = VOCABULARY) -> None:
     """A folder as `encode` leaves it: random ids, a prompt and a response of the given lengths each."""
     from pipeline.manifest import Manifest, list_files, write_manifest
-    from stages import tables
+    from stages import joins, tables
 
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
@@ -109,7 +109,8 @@ def write_tokens(folder: Path, examples: list[tuple[int, int]], vocabulary: int 
             schema=tables.TOKENS,
         )
         facts = {"kind": "tokens", "tokenizer": {"fingerprint": "none", "name": "none"}, "stats": {}}
-        tables.write_part(folder / tables.part_name(part), table, facts)
+        about = {joins.RUN: "benchmark", joins.TOKENS: joins.tokens_fingerprint(table)}
+        tables.write_part(folder / tables.part_name(part), table, facts | about)
     manifest = Manifest(
         stage="encode", fingerprint="benchmark", settings={}, seed=0, inputs={}, sources={}, version="0",
         seconds=0, metrics={}, files=list_files(folder),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.hub.store import Hub
+from tests.support import PATIENCE, messages
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +40,8 @@ class Client:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_ETAG_TIMEOUT": str(PATIENCE),
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(PATIENCE),
         }
         self._process = self._start("-m", "tests.hub.client", stdin=subprocess.PIPE)
 
@@ -75,7 +78,7 @@ class Client:
         outcome = self(*arguments, token=token)
         lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
         assert (outcome.code, len(lines)) == (code, 1), outcome
-        assert outcome.err.splitlines()[-1] == lines[0]
+        assert messages(outcome.err)[-1] == lines[0]
         return lines[0]
 
     def start(self, *arguments: object) -> subprocess.Popen:
@@ -87,7 +90,7 @@ class Client:
         return subprocess.run(
             [sys.executable, "-m", "pipeline", *map(str, arguments)],
             env=self._environment | {"HF_TOKEN": self.token} | environment,
-            cwd=ROOT, capture_output=True, text=True, timeout=120,
+            cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from stages import tables
 from tests.hub.rows import identical, loaded, masked_table
 from tests.hub.server import READ, STRANGER
 from tests.pipeline.worlds import make_world
+from tests.support import PATIENCE, messages
 
 SPLIT = ("--shard-tokens", 1)
 """A published file for each shard."""
@@ -101,7 +102,7 @@ def test_a_killed_upload_goes_on_where_it_stopped(hub, client, tmp_path):
     process = client.start("publish", masked, "--repo", "me/killed", *SPLIT)
     assert hub.held.wait(60)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(30) == -signal.SIGKILL
+    assert process.wait(PATIENCE) == -signal.SIGKILL
     hub.hold_puts_after = None
     hub.release.set()
     assert hub.commits("me/killed") == ["initial commit"]  # nothing half-published is seen
@@ -264,6 +265,6 @@ def test_without_a_network(client, copy, tmp_path):
     ):
         done = client.separately(*arguments, **environment)
         assert done.returncode == 1
-        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert len(messages(done.stderr)) == 1, done.stderr
         assert said in done.stderr
         assert client.token not in done.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from tests.hub.server import READ, STRANGER, WRITE, serve
 from tests.hub.store import LARGEST_REGULAR, Hub
+from tests.support import PATIENCE
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def ask(tmp_path):
         headers = (headers or {}) | ({"Authorization": f"Bearer {token}"} if token else {})
         request = urllib.request.Request(server.url + path, body, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 return answer.status, answer.headers, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.headers, error.read()

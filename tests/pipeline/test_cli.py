@@ -23,6 +23,7 @@ from stages.score import ScoreOptions
 from stages.select import Select
 from tests.pipeline.small_run import PIPELINE, environment
 from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.support import messages
 
 STAGES: dict[str, type[BaseModel]] = {
     "encode": Encode,
@@ -356,7 +357,7 @@ def test_verify_says_every_problem(world: World, cli: CommandLine, tmp_path: Pat
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     outcome = cli("verify", tmp_path)
     assert outcome.code == 1
-    assert outcome.err == ""
+    assert messages(outcome.err) == []
     assert "part-00000.parquet: missing" in outcome.out
     assert "part-00001.parquet: content changed" in outcome.out
     assert outcome.out.endswith("2 problems\n")
@@ -409,5 +410,5 @@ def test_as_a_module_and_from_any_folder(world: World, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, messages(done.stderr)) == (0, [])
     assert json.loads(done.stdout)["folder"] == "masked"

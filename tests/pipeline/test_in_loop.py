@@ -1,5 +1,6 @@
 """In the loop and offline are one: history from `scores/`, masks as `score` and `select` give them, and back again."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,9 @@ from stages.training.score_column import with_history
 from tests.pipeline.small_run import environment, save_conversations
 from tests.sstoken.in_loop.small import Watcher, arguments, dumping
 from tests.stages.tiny import save_model
+from tests.support import PATIENCE
 
 EXAMPLES, BATCH, STEPS = 30, 5, 6
-SHARED = Path(__file__).parents[3] / "shared"
 
 
 @pytest.fixture(scope="module")
@@ -157,16 +158,23 @@ def test_scores_of_other_tokens_are_refused(world, tmp_path):
         with_history(world / "tokens", other)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
-def test_the_example_runs(tmp_path):
+def test_the_example_runs(world, tmp_path):
+    """As a user runs it: with no more than what a clone and the demo's folders hold."""
     root = Path(__file__).parents[2]
-    lines = (SHARED / "data" / "gsm8k" / "train.jsonl").read_text().splitlines()[:24]
-    (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n")
-    program = root / "configs" / "in_loop_gsm8k.py"
+    program = root / "configs" / "in_loop.py"
     assert len(program.read_text().splitlines()) < 60
-    command = [sys.executable, program, "--data", tmp_path / "few.jsonl", "--out", tmp_path / "run"]
-    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, timeout=300)
+    demo = tmp_path / "runs" / "demo"
+    demo.mkdir(parents=True)
+    shutil.copytree(world / "base", demo / "base")
+    shutil.copyfile(world / "data.jsonl", demo / "data.jsonl")
+    done = subprocess.run(
+        [sys.executable, program],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "'examples': 24" in done.stdout
-    assert (tmp_path / "run" / "trained" / "model.safetensors").is_file()
+    assert f"'examples': {EXAMPLES}" in done.stdout
+    assert (tmp_path / "runs" / "in-loop-epoch" / "trained" / "model.safetensors").is_file()

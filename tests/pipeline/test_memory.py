@@ -15,6 +15,7 @@ from stages import joins, tables
 from stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 from tests.pipeline.small_run import environment, save_conversations
 from tests.stages.tiny import VOCABULARY, save_model, save_tokenizer
+from tests.support import PATIENCE
 
 TIMES = 8
 TOLERANCE = 1.1
@@ -30,7 +31,11 @@ def peak(verb: str, **arguments: Any) -> float:
     script = Path(__file__).with_name("memory.py")
     given = json.dumps(arguments, default=str)
     done = subprocess.run(
-        [sys.executable, script, verb, given], env=environment(), capture_output=True, text=True, timeout=600
+        [sys.executable, script, verb, given],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return float(done.stdout.splitlines()[-1])

@@ -21,9 +21,9 @@ from tests.pipeline.small_run import (
     written,
 )
 from tests.stages.tiny import save_tokenizer
+from tests.support import PATIENCE
 
 STAGES = ("encode", "anchor", "score", "select")
-DEADLINE = 120.0
 
 
 def finish(config: Path) -> Path:
@@ -34,7 +34,7 @@ def finish(config: Path) -> Path:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=DEADLINE,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return config.parent / "run"
@@ -64,7 +64,7 @@ def kill_in(config: Path, stage: str) -> dict[Path, int]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + PATIENCE
     while not (found := at_work(run, stage)):
         assert process.poll() is None, f"ended before it was seen to {stage}"
         assert time.monotonic() < deadline
@@ -138,7 +138,7 @@ def crash(folder: Path, seed: int | str, *overrides: str) -> int:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from tests.stages.tiny import save_model, save_tokens
+from tests.stages.tiny import RUN, save_model, save_tokens
+from tests.support import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.slow
 def torchrun(*arguments, cwd):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline"]
     return subprocess.run(
-        [*launch, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
+        [*launch, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
@@ -21,7 +22,7 @@ def test_anchor_in_two_processes_speaks_once_and_is_finished_after(tmp_path):
     from pipeline.manifest import Manifest, list_files, write_manifest
 
     model, tokens = save_model(tmp_path / "base"), save_tokens(tmp_path / "tokens")
-    facts = {"stage": "encode", "fingerprint": "x", "settings": {}, "seed": 0, "inputs": {}, "sources": {}}
+    facts = {"stage": "encode", "fingerprint": RUN, "settings": {}, "seed": 0, "inputs": {}, "sources": {}}
     manifest = Manifest(**facts, version="0", seconds=0, metrics={}, files=list_files(tokens))
     write_manifest(tokens, manifest)
     command = ["anchor", "--tokens", tokens, "--model", model, "--out", "history", "--max-steps", "2"]

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from pipeline import api, cli
 from tests.stages import tiny
+from tests.support import messages
 
 SHARD_ROWS = 10
 GOOD_ROW = '{"question": "w1 w2", "answer": "w3 w4"}\n'
@@ -113,7 +114,7 @@ class CommandLine:
         """Run a verb that has to fail with one line; that line."""
         outcome = self(*arguments)
         assert outcome.code == code, outcome
-        lines = outcome.err.splitlines()
+        lines = messages(outcome.err)
         assert len(lines) == 1, outcome.err
         assert lines[0].startswith("error: ")
         assert "Traceback" not in outcome.out + outcome.err

@@ -65,7 +65,7 @@ def expected(query, key, value, scaling, response_mask):
     st.integers(1, 3), st.integers(1, 60), st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     st.sampled_from([1, 8, 12]), st.floats(0.01, 1), st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_agrees_with_all_weights_at_once(batch, length, heads, size, scaling, seed):
     inputs = states(batch, *heads, length, size, seed)
     response = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.6
@@ -128,7 +128,7 @@ def test_every_architecture_agrees_with_eager(name, layer, taken):
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(1, 300), st.integers(0, 99))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_batch_composition_gives_the_same(lengths, batch_tokens, seed):
     sequences, masks = random_examples(seed, lengths)
     check(make_model("llama"), "llama", -1, sequences, masks, batch_tokens=batch_tokens)

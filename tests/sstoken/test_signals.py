@@ -71,7 +71,7 @@ def test_every_architecture_agrees_with_eager(name, layer):
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcap", "mistral-window"])
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(1, 300), st.integers(0, 99))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_batch_composition_gives_the_same(name, layout, lengths, batch_tokens, seed):
     sequences, masks = random_examples(seed, lengths)
     check(make_model(name), name, -1, sequences, masks, batch_tokens=batch_tokens, layout=layout)

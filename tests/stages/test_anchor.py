@@ -18,7 +18,7 @@ from stages import joins, tables
 from stages.anchor import Anchor
 from stages.training.history_index import find_checkpoint, read_history
 from tests.stages import tiny
-from tests.support import make_context
+from tests.support import PATIENCE, make_context
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
@@ -202,7 +202,9 @@ run(stage, Path(out), Path(tokens), progress=progress)
 
 def child(*arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], env=environment, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, arguments)], env=environment, timeout=PATIENCE
+    )
 
 
 def test_killed_process_goes_on_to_the_same_bytes(model, tokens, tmp_path):
@@ -316,7 +318,7 @@ def test_two_processes_write_one_history_and_resume(model, tokens, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         arguments = map(str, (script, model, tokens, out, stop))
-        return subprocess.run([*command, *arguments], env=environment, timeout=300).returncode
+        return subprocess.run([*command, *arguments], env=environment, timeout=PATIENCE).returncode
 
     assert launch(tmp_path / "whole", 1000) == 0
     assert launch(tmp_path / "resumed", 5) != 0

@@ -338,7 +338,7 @@ def test_a_dated_template_gives_the_same_text_on_any_day(tokenizer) -> None:
 texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=4),
     style=st.sampled_from(sorted(STYLES)),

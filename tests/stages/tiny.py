@@ -45,6 +45,10 @@ def save_model(folder: Path, vocabulary: int = VOCABULARY, positions: int = 64) 
     return folder
 
 
+RUN = "tiny"
+"""The run that `save_tokens` says it is."""
+
+
 def save_tokens(folder: Path, examples: int = 40, parts: int = 2, longest: int = 24) -> Path:
     """Random examples over `parts` shards; the last has no response token."""
     folder.mkdir(parents=True)
@@ -61,6 +65,11 @@ def save_tokens(folder: Path, examples: int = 40, parts: int = 2, longest: int =
         )
     for part, chunk in enumerate(np.array_split(np.arange(examples), parts)):
         table = pa.Table.from_pylist([rows[i] for i in chunk], schema=tables.TOKENS)
-        about = {"kind": "tokens", "tokenizer": facts, joins.TOKENS: joins.tokens_fingerprint(table)}
+        about = {
+            "kind": "tokens",
+            "tokenizer": facts,
+            joins.TOKENS: joins.tokens_fingerprint(table),
+            joins.RUN: RUN,
+        }
         tables.write_part(folder / tables.part_name(part), table, about)
     return folder

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline import api
 from tests.pipeline.small_run import save_conversations
 from tests.stages.tiny import save_model
+from tests.support import PATIENCE
 from tests.trainers.install import installed, interpreter
 
 pytestmark = pytest.mark.trainers
 HERE = Path(__file__).parent
 EXAMPLES = 30
-SECONDS = 240
 TRAINERS = {
     "trl": "trl",
     "trl-1.6": "trl",
@@ -88,7 +88,7 @@ def worker(trainer: str, export: Path, out: Path) -> Report:
             [interpreter(trainer), script, export, make_masked().parent / "base", out],
             stdout=log,
             stderr=subprocess.STDOUT,
-            timeout=SECONDS,
+            timeout=PATIENCE,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1"},
         )
     assert done.returncode == 0, (out / "log").read_text()[-3000:]

@@ -19,7 +19,7 @@ from sstoken.errors import SstokenError
 from stages import tables
 from stages.score import Score
 from tests.stages.tiny import VOCABULARY, save_tokenizer, save_tokens
-from tests.support import make_context
+from tests.support import PATIENCE, make_context
 from tests.vllm.models import save_model
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -39,7 +39,7 @@ def command_line(*arguments, **settings):
 
 def run(*arguments):
     process = command_line(*arguments)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     return out, err
 
@@ -109,7 +109,7 @@ def test_a_killed_engine_is_one_line_and_the_next_run_goes_on(world, scored, tmp
     engine = engine_of(process)
     assert engine is not None
     engine.send_signal(signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     *progress, last = err.strip().splitlines()
     assert last.startswith("error: ")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import PATIENCE
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 PYTHON = [sys.executable, "-m"]
@@ -21,7 +23,7 @@ def run(*command):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

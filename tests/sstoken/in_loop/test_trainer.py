@@ -221,7 +221,7 @@ def test_metrics_are_logged(tmp_path):
         assert log["selection/rel_dropped"] == pytest.approx(rel[drop].mean(), abs=1e-5)
         assert log["selection/attention_kept"] == pytest.approx(attention[keep].mean(), abs=1e-5)
         assert log["selection/attention_dropped"] == pytest.approx(attention[drop].mean(), abs=1e-5)
-        assert 0 < log["selection/seconds"] < 10
+        assert log["selection/seconds"] > 0
     # Eight examples in batches of four: the second epoch begins at step 2, and is looked back on at step 3.
     assert "selection/mask_overlap" not in logs[0]
     assert 0 < logs[3]["selection/mask_overlap"] <= 1

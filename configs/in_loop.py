@@ -1,6 +1,7 @@
-"""GSM8K in the loop: the tokens of each batch are selected against the model as it is at that step.
+"""Training in the loop: the tokens of each batch are selected against the model as it is at that step.
 
-Run from the repository's root: python configs/in_loop_gsm8k.py --max-steps 300
+Run after `sstoken-curate demo`, on what it made: python configs/in_loop.py --max-steps 100
+Data and a model of your own: python configs/in_loop.py --data mine.jsonl --model Qwen/Qwen3-0.6B
 The history is the base model, scored once; what training saw comes back as scores for the mask of a next epoch.
 """
 
@@ -15,9 +16,9 @@ from stages.training.observed_losses import ObservedLosses
 from stages.training.score_column import with_history
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--data", default="../shared/data/gsm8k/train.jsonl")
-parser.add_argument("--model", default="../shared/models/base")
-parser.add_argument("--out", type=Path, default=Path("runs/in-loop-gsm8k"))
+parser.add_argument("--data", default="runs/demo/data.jsonl")
+parser.add_argument("--model", default="runs/demo/base")
+parser.add_argument("--out", type=Path, default=Path("runs/in-loop-epoch"))
 parser.add_argument("--max-steps", type=int, default=-1, help="default: one epoch")
 options = parser.parse_args()
 tokens, scores = options.out / "tokens", options.out / "scores"

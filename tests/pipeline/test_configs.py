@@ -1,0 +1,52 @@
+"""The configurations that come with the project need nothing but what a user has."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import api
+from pipeline.config import RunConfig, load_config
+from stages.encoding.sources import check_source
+from tests.pipeline.worlds import World, make_world
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+MADE_BY_THE_DEMO = ("runs/demo/data.jsonl", "runs/demo/base")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+def places(config: RunConfig) -> list[str]:
+    assert config.anchor is not None
+    return [config.encode.data, config.encode.model, config.anchor.model]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_it_reads_is_there_for_everybody(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in places(load_config(path)):
+        if place not in MADE_BY_THE_DEMO:
+            check_source(place, "train")  # on the Hub: a path would have to be there
+            assert not place.startswith((".", "/")), place
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_runs(path: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert set(yaml.safe_load(path.read_text())) >= {"out", "encode", "anchor", "select"}
+    here = [
+        f"encode.data={world.data}",
+        f"encode.model={world.base}",
+        "anchor.max_steps=4",
+        "anchor.snapshots=2",
+    ]
+    here += ["encode.max_length=64", "encode.workers=1"]
+    results = api.run(path, overrides=here)
+    assert list(results) == ["encode", "anchor", "score/step-0", "score/step-4", "select"]
+    assert results["select"].metrics["examples"] == 24
+    assert all(result.skipped for result in api.run(path, overrides=here).values())
