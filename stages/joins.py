@@ -36,6 +36,20 @@ def tokens_fingerprint(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
+def measured_fingerprint(part: Path, table: pa.Table) -> str:
+    """The fingerprint of a shard of tokens that was read.
+
+    Raises:
+        SstokenError: the shard says another one: it was edited after it was written.
+    """
+    found = tokens_fingerprint(table)
+    if tables.read_metadata(part).get(TOKENS, found) != found:
+        raise SstokenError(
+            f"{part}: its tokens were changed after `encode` wrote them; make {part.parent} again (--force)"
+        )
+    return found
+
+
 def folder_fingerprint(tokens: Path) -> str:
     """The content of a folder of tokens, from what its shards say of themselves.
 

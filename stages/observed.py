@@ -85,7 +85,7 @@ class Observed(Stage):
             "checkpoint": self._checkpoint,
             "layer": None,
             "dtype": "as trained",
-            joins.TOKENS: joins.tokens_fingerprint(table),
+            joins.TOKENS: joins.measured_fingerprint(part, table),
             joins.RUN: run,
         }
         write_scores(out, example_ids, offsets, loss, attention, provenance)

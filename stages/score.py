@@ -177,7 +177,7 @@ class _ScoreShard:
                 f"backend {stage.backend!r} did not measure all that was asked for: {len(left)} of {len(sequences)} "
                 f"examples of {tokens.name} are missing ({example_ids[min(left)]!r}); report it to its authors"
             )
-        provenance = self._provenance(backend) | {joins.TOKENS: joins.tokens_fingerprint(table)}
+        provenance = self._provenance(backend) | {joins.TOKENS: joins.measured_fingerprint(tokens, table)}
         self._write(self._out / tokens.name, example_ids, offsets, loss, attention, provenance)
         return len(sequences)
 

@@ -153,8 +153,8 @@ class Shard:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tokens that were read, whatever their file says."""
-        return joins.tokens_fingerprint(self.table)
+        """Of the tokens that were read."""
+        return joins.measured_fingerprint(self.tokens, self.table)
 
     @cached_property
     def row_offsets(self) -> NDArray[np.int32]:

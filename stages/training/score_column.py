@@ -56,7 +56,7 @@ def _paired_shards(tokens: Path, scores: Path) -> list[tuple[Path, Path]]:
         lengths = [tables.flatten(column)[1] for column in (table["input_ids"], measured["loss"])]
         if not aligned or not np.array_equal(lengths[0], lengths[1]):
             raise SstokenError(f"{scored}: not row-aligned with {part}; score these tokens again")
-        joins.check_shard(part, joins.tokens_fingerprint(table), scored)
+        joins.check_shard(part, joins.measured_fingerprint(part, table), scored)
     return pairs
 
 

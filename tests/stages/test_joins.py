@@ -127,21 +127,25 @@ def test_shards_and_their_manifest_from_elsewhere(world: World, other: Path, tmp
 
 
 def test_tokens_edited_by_hand(world: World, tmp_path: Path) -> None:
-    """Even where their shard says that they are what they were."""
+    """Even where their shard says that they are what they were, and their manifest too."""
     tokens = tmp_path / "tokens"
     shutil.copytree(world.tokens, tokens)
     shard = tables.parts(tokens)[1]
-    held = tables.read_table(shard)
-    swapped = held.set_column(
-        1,
-        tables.TOKENS.field(1),
-        pa.array([r[::-1].tolist() for r in tables.rows(held["input_ids"])], tables.IDS),
+    held, size = tables.read_table(shard), shard.stat().st_size
+    turned = pa.array([row[::-1].tolist() for row in tables.rows(held["input_ids"])], tables.IDS)
+    tables.write_part(shard, held.set_column(1, "input_ids", turned), tables.read_metadata(shard))
+    manifest = tokens / "manifest.json"
+    manifest.write_text(
+        manifest.read_text().replace(f'"bytes": {size},', f'"bytes": {shard.stat().st_size},')
     )
-    tables.write_part(shard, swapped, tables.read_metadata(shard))
-    with pytest.raises(SstokenError, match=r"part-00001.*(other tokens|bytes)"):
-        api.select(tokens=tokens, scores=world.scores, out=tmp_path / "masked")
-    with pytest.raises(SstokenError, match=r"part-00001.*other tokens"):
+    said = r"part-00001.parquet: its tokens were changed after `encode` wrote them"
+    for method in ("sstoken", "random"):
+        with pytest.raises(SstokenError, match=said):
+            api.select(tokens=tokens, scores=world.scores, out=tmp_path / "masked", method=method)
+    with pytest.raises(SstokenError, match=said):
         with_history(tokens, world.scores / "base")
+    with pytest.raises(SstokenError, match=said):
+        api.score(tokens=tokens, checkpoints=[str(world.base)], out=tmp_path / "scores")
 
 
 @pytest.mark.parametrize("key", [joins.TOKENS, joins.RUN])
