@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.encoding.calls import read_tools
-from stages.encoding.column_names import is_media
 from stages.encoding.json_values import json_or_text
-from stages.encoding.layouts import REQUIRED, Layout
+from stages.encoding.layouts import REQUIRED, Beside, Layout
 from stages.encoding.leftovers import check_leftovers, says_something
-from stages.encoding.marks import ROW_MARKS, list_marks, row_mark
+from stages.encoding.marks import PROMPTS_TOO, list_marks, row_mark
 from stages.encoding.messages import (
     MAX_CHARS,
     BadRow,
@@ -24,9 +23,6 @@ UNTRAINED = "answers left out of the response by a mark"
 PROMPT_MARKED = "prompt turns marked to be trained on (answers alone are)"
 EARLIER = "answers before the wanted one, not trained on"
 WANTED = "wanted answers of preference rows"
-_PROMPTS_TOO = ("train_on_input", "train_on_inputs", "train_on_prompt")
-_OWN = frozenset(("example_id", *ROW_MARKS, *_PROMPTS_TOO))
-"""Columns that are read whatever the layout."""
 
 
 def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:
@@ -43,7 +39,8 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
     """
     whole = row
     row, judged = wanted(row, layout.ignored, take=layout.preference == "take")
-    _check_media(row, layout)
+    beside = layout.beside(row)
+    _check_media(row, beside)
     for role in REQUIRED[layout.format]:
         if layout.get(row, role) is None:
             raise BadRow(
@@ -51,10 +48,10 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
                 f"column {layout.columns[role]!r} is missing or null",
             )
     turns = _PARSERS[layout.format](row, layout)
-    left = _leftovers(row, turns, layout)
+    left = _leftovers(row, turns, beside)
     tools = read_tools(layout.get(row, "tools"))
     notes = [PROMPT_MARKED] * turns.marked_prompts
-    untrained = _untrained(row, turns, notes)
+    untrained = _untrained(row, turns, beside, notes)
     if judged:
         untrained |= _before_the_last_prompt(turns, untrained, notes)
     messages = _with_system(row, layout, turns)
@@ -179,11 +176,11 @@ def _with_system(row: Mapping[str, Any], layout: Layout, turns: Turns) -> list[d
     return turns.messages
 
 
-def _untrained(row: Mapping[str, Any], turns: Turns, notes: list[str]) -> set[int]:
+def _untrained(row: Mapping[str, Any], turns: Turns, beside: Beside, notes: list[str]) -> set[int]:
     """The answers that marks on turns, and columns of marks, take out."""
     trained = list(turns.trained)
-    for name in ROW_MARKS:
-        value = row.get(name)
+    for name in beside.marks:
+        value = row[name]
         if value is None:
             continue
         value = json_or_text(value)
@@ -196,7 +193,7 @@ def _untrained(row: Mapping[str, Any], turns: Turns, notes: list[str]) -> set[in
         else:
             raise BadRow("not to be trained on", f"column {name} is {value}")
         trained = [t and marks[turn] for t, turn in zip(trained, turns.turn, strict=True)]
-    notes += [PROMPT_MARKED for name in _PROMPTS_TOO if row.get(name) in (True, "true", "True", 1)]
+    notes += [PROMPT_MARKED for name in PROMPTS_TOO if row.get(name) in (True, "true", "True", 1)]
     found = {i for i, m in enumerate(turns.messages) if m["role"] == "assistant" and not trained[i]}
     notes += [UNTRAINED] * len(found)
     return found
@@ -211,14 +208,9 @@ def _before_the_last_prompt(turns: Turns, untrained: set[int], notes: list[str])
     return earlier
 
 
-def _check_media(row: Mapping[str, Any], layout: Layout) -> None:
-    for name, value in row.items():
-        if (
-            name not in layout.used
-            and is_media(name)
-            and says_something(value)
-            and not isinstance(value, int | float)
-        ):
+def _check_media(row: Mapping[str, Any], beside: Beside) -> None:
+    for name in beside.media:
+        if says_something(row[name]) and not isinstance(row[name], int | float):
             raise BadRow(
                 "media",
                 f"column {name} belongs to the row and only text can be encoded; train on the text alone with "
@@ -226,9 +218,7 @@ def _check_media(row: Mapping[str, Any], layout: Layout) -> None:
             )
 
 
-def _leftovers(row: Mapping[str, Any], turns: Turns, layout: Layout) -> list[tuple[str, str, Any]]:
-    columns = (
-        (name, name, value) for name, value in row.items() if name not in layout.used and name not in _OWN
-    )
+def _leftovers(row: Mapping[str, Any], turns: Turns, beside: Beside) -> list[tuple[str, str, Any]]:
+    columns = [(name, name, row[name]) for name in beside.others]
     keys = ((f"messages[].{key}", key.rpartition(".")[2], values) for key, values in turns.others.items())
     return [*columns, *keys]

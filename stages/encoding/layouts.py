@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from sstoken.errors import SstokenError, UsageError
+from stages.encoding.column_names import is_media
+from stages.encoding.marks import PROMPTS_TOO, ROW_MARKS
 
 Format = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "qa"]
 Preference = Literal["stop", "take"]
@@ -39,6 +41,28 @@ OTHER_NAMES = {
 """Columns that play a role where none has the role's own name."""
 
 
+_MOST_SHAPES = 1000
+
+
+class Beside(NamedTuple):
+    """The columns of a row that play no role in its layout."""
+
+    media: tuple[str, ...]
+    """By their names; whether they hold any is for the row to say."""
+    marks: tuple[str, ...]
+    """Columns of `ROW_MARKS`."""
+    others: tuple[str, ...]
+    """All of them but the marks and the row's own id."""
+
+
+def _beside(columns: list[str]) -> Beside:
+    return Beside(
+        tuple(filter(is_media, columns)),
+        tuple(name for name in ROW_MARKS if name in columns),
+        tuple(c for c in columns if c not in ROW_MARKS and c not in PROMPTS_TOO and c != "example_id"),
+    )
+
+
 @dataclass(frozen=True)
 class Layout:
     """How rows hold conversations."""
@@ -56,10 +80,19 @@ class Layout:
         """The row's value for `role`, None where it has none."""
         return row.get(self.columns.get(role, ""))
 
+    def beside(self, row: Mapping[str, Any]) -> "Beside":
+        """What the row's columns are that play no role."""
+        columns = tuple(row)
+        found = self._seen.get(columns)
+        if found is None:
+            if len(self._seen) > _MOST_SHAPES:  # rows of ever new columns
+                self._seen.clear()
+            found = self._seen[columns] = _beside([c for c in columns if c not in self.columns.values()])
+        return found
+
     @cached_property
-    def used(self) -> frozenset[str]:
-        """The columns that play a role."""
-        return frozenset(self.columns.values())
+    def _seen(self) -> dict[tuple[str, ...], "Beside"]:
+        return {}
 
 
 class NoLayout(SstokenError):  # noqa: N818 (the dataset has none; the error is what is raised about it)

@@ -9,6 +9,8 @@ TURN_MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss",
 """Keys of a message: OpenAI and SlimOrca, LLaMA-Factory, Axolotl, ..., XTuner and ms-swift."""
 ROW_MARKS = ("loss_weights", "turn_weights", "train_mask", "weights", "sample_weight", *TURN_MARKS)
 """Columns: a list with a mark for each message, or one mark for the whole row."""
+PROMPTS_TOO = ("train_on_input", "train_on_inputs", "train_on_prompt")
+"""Columns that say whether the prompt is trained on as well."""
 _UNKNOWN_SENSE = "mask"
 """In some data 1 means trained, in other data masked out; the turns of the user tell which."""
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}

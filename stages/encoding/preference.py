@@ -42,12 +42,13 @@ def wanted(
         raise BadRow("not an object", f"a {type(row).__name__} instead of named columns")
     if not ignored.isdisjoint(row):
         row = {name: value for name, value in row.items() if name not in ignored}
-    rejected = [name for name, value in row.items() if _is_unwanted(name) and _is_answer(value)]
+    answers, verdicts = _candidates(tuple(row))
+    rejected = [name for name in answers if _is_answer(row[name])]
     if rejected:
         if not take:
             raise _refused(f"{', '.join(rejected)} holds an unwanted answer", rejected)
         return _with_answer(row, rejected), True
-    verdict = next((name for name in _VERDICTS if _verdict(row.get(name), name) is not None), None)
+    verdict = next((name for name in verdicts if _verdict(row[name], name) is not None), None)
     if verdict is None:
         return row, False
     if not take:
@@ -57,9 +58,11 @@ def wanted(
     return {name: value for name, value in row.items() if name != verdict}, True
 
 
-@lru_cache(maxsize=4096)
-def _is_unwanted(name: str) -> bool:
-    return _UNWANTED.search(name.lower()) is not None and kind_of_name(name) != "about"
+@lru_cache(maxsize=1024)
+def _candidates(columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The columns that may hold an unwanted answer, and those that may hold a verdict."""
+    unwanted = [c for c in columns if _UNWANTED.search(c.lower()) and kind_of_name(c) != "about"]
+    return unwanted, [name for name in _VERDICTS if name in columns]
 
 
 def _is_answer(value: Any) -> bool:

@@ -41,6 +41,7 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 """What says nothing."""
 _READ = {"role", "from", *_SAID, "tool_calls", "function_call", "name", "tool_call_id",
          "train_detail", *REASONING, *TURN_MARKS}  # fmt: skip
+_PLAIN = {"role", "from", "content", "value"}
 
 
 @dataclass
@@ -94,6 +95,10 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
     if ignored:
         raw = [_without(turn, ignored, turns) for turn in raw]
     roles = [_role(turn, number) for number, turn in enumerate(raw, 1)]
+    if all(turn.keys() <= _PLAIN for turn in raw) and "call" not in roles:  # the commonest by far
+        for index, (turn, role) in enumerate(zip(raw, roles, strict=True)):
+            _add_plain(turns, turn, role, index)
+        return turns
     answers = [role in ("assistant", "call") for role in roles]
     trained = turn_marks(raw, answers)
     turns.marked_prompts = count_marked(raw, answers)
@@ -104,6 +109,17 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
             if key not in _READ and other not in EMPTY:
                 turns.others.setdefault(str(key), []).append(other)
     return turns
+
+
+def _add_plain(turns: Turns, turn: Mapping[str, Any], role: str, index: int) -> None:
+    """As `_add`, of a turn that says who speaks and what, and nothing else."""
+    said = turn.get("content")
+    if isinstance(said, str) and "value" not in turn:
+        turns.speakers.append(turn.get("role") or turn["from"])
+        turns.add({"role": role, "content": said}, index, True)
+    else:
+        turns.speakers.append(str(turn.get("role") or turn.get("from")))
+        _add(turns, turn, role, index, True)
 
 
 def _without(turn: Any, ignored: frozenset[str], turns: Turns) -> Any:
@@ -127,7 +143,7 @@ def _role(turn: Any, number: int) -> str:
 
 def _add(turns: Turns, turn: Mapping[str, Any], role: str, index: int, trained: bool) -> None:
     where = f"message {index + 1}"
-    for key in _MEDIA:
+    for key in () if turn.keys() <= _PLAIN else _MEDIA:
         if turn.get(key):
             raise BadRow("media", f"{where} has {key}; only text can be encoded")
     saying = [key for key in _SAID if turn.get(key) is not None]
