@@ -21,7 +21,7 @@ from stages.encoding.conversations import to_conversation
 from stages.encoding.layouts import Format, Layout, NoLayout, Preference, check_columns, detect_layout
 from stages.encoding.messages import MAX_CHARS, BadRow, Losable, NeedsDecision, PassedOver, TrainedTurns
 from stages.encoding.preference import wanted
-from stages.encoding.shards import Settings, Task, encode_shard, save_tokenizer, stopped
+from stages.encoding.shards import BAD_ROWS, Settings, Task, encode_shard, save_tokenizer, stopped
 from stages.encoding.sources import Row
 from stages.encoding.templates import read_template, template_file
 from stages.encoding.token_stats import Stats, merge, metrics, no_stats
@@ -127,9 +127,9 @@ class Encode(Stage):
                 total = merge(total, stats)
                 bar.advance(stats["rows"])
         if not total["examples"]:
+            what = "raise --max-length" if total["dropped"] else f"each is listed in {context.out / BAD_ROWS}"
             raise SstokenError(
-                f"{sources.shown(self.data)}: no example left of {total['rows']} rows ({_why(total)}); raise "
-                "--max-length or repair the data"
+                f"{sources.shown(self.data)}: no example left of {total['rows']} rows ({_why(total)}); {what}"
             )
         return metrics(total)
 

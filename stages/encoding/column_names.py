@@ -14,7 +14,7 @@ _ABOUT = _words(
     id ids idx index uuid uid guid hash md5 sha sha1 sha256 fingerprint url urls uri link links href
     source sources src dataset datasets origin provenance category categories type types kind class score
     scores rating ratings rank ranks reward rewards label labels tag tags keyword keywords topic topics
-    subtopic domain domains subject subjects task tasks skill skills language languages lang lang_code
+    subtopic domain domains subject subjects task tasks skill skills language languages lang
     locale license licence citation copyright author authors annotator annotators model models engine
     generator version split subset config date time timestamp datetime created updated year month day
     count counts num number length len size tokens turn turns difficulty level grade quality status state

@@ -21,6 +21,7 @@ from stages.encoding.turns import Turns, read_turns
 
 UNTRAINED = "answers left out of the response by a mark"
 PROMPT_MARKED = "prompt turns marked to be trained on (answers alone are)"
+_SWITCHES = ("on", "off", "true", "false", "yes", "no")
 EARLIER = "answers before the wanted one, not trained on"
 WANTED = "wanted answers of preference rows"
 
@@ -57,6 +58,8 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
     messages = _with_system(row, layout, turns)
     untrained = {index + len(messages) - len(turns.messages) for index in untrained}
     unused = check_leftovers(left, messages, layout) if left else []
+    if _is_switch(layout.get(row, "reasoning")):
+        unused.append(layout.columns["reasoning"])
     unused += sorted(name for name in layout.ignored if says_something(whole.get(name)))
     check_messages(messages, max_chars)
     if tools:
@@ -124,11 +127,16 @@ def _text(content: Any, role: str) -> str:
 def _reasoned(row: Mapping[str, Any], layout: Layout, turns: list[Any]) -> list[Any]:
     """The reasoning column, in the answer that it led to."""
     reasoning = layout.get(row, "reasoning")
-    if not says_something(reasoning):
+    if not says_something(reasoning) or _is_switch(reasoning):
         return turns
     if not isinstance(turns[-1], Mapping):
         raise BadRow("bad message", "there is no answer that the reasoning could belong to")
     return [*turns[:-1], {**turns[-1], "reasoning_content": reasoning}]
+
+
+def _is_switch(value: Any) -> bool:
+    """Whether a reasoning column says no more than whether there is reasoning."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES)
 
 
 def _history(row: Mapping[str, Any], layout: Layout) -> list[Any]:

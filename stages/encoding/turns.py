@@ -91,6 +91,8 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
     raw = json_or_text(value)
     if not isinstance(raw, list) or not raw:
         raise BadRow("no messages", "the conversation is not a non-empty list")
+    if isinstance(raw[0], str):  # each turn as JSON text
+        raw = [json_or_text(turn, "{") for turn in raw]
     turns = Turns()
     if ignored:
         raw = [_without(turn, ignored, turns) for turn in raw]

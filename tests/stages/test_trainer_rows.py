@@ -170,6 +170,16 @@ def test_reasoning_under_every_key(key) -> None:
     assert convert({"question": "Q", "answer": "7 degrees.", "reasoning": "Cold."}).messages[1] == expected
 
 
+def test_a_switch_is_no_reasoning() -> None:
+    found = convert({"prompt": "Q", "response": "A", "reasoning": "off"})
+    assert found.messages[1] == {"role": "assistant", "content": "A"}
+    assert found.unused == ("reasoning",)
+
+
+def test_turns_as_json_text() -> None:
+    assert convert({"messages": [json.dumps(ASK), json.dumps(ANSWER)]}).messages == [ASK, ANSWER]
+
+
 def test_developers_and_capital_letters() -> None:
     row = {"messages": [{"role": "developer", "content": "S"}, {"role": "User", "content": "Q"}, ANSWER]}
     assert [m["role"] for m in convert(row).messages] == ["system", "user", "assistant"]
