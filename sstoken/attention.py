@@ -7,7 +7,8 @@ token, the attention that it pays to the prompt. No layer's weights are ever hel
 Shapes: B batch, H heads, K key-value heads, T positions, D head size, R rows and C columns of a block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ class AttentionCapture:
                 f"layer {layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
             )
         _observe(config._attn_implementation)
-        self.layer = layer % num_layers
+        self.layer, self._name = layer % num_layers, type(model).__name__
         self._modules = [m for m in model.modules() if getattr(m, "layer_idx", None) == self.layer]
         for module in self._modules:
             setattr(module, _SLOT, self)
@@ -99,8 +100,8 @@ class AttentionCapture:
         importance, self._importance, self._response_mask = self._importance, None, None
         if importance is None:
             raise SstokenError(
-                f"the attention of layer {self.layer} cannot be captured: it does not go through transformers' "
-                "attention interface (linear attention or a custom model); choose another layer"
+                f"{self._name}: the attention of layer {self.layer} cannot be captured: it does not go through "
+                "transformers' attention interface (linear attention or a custom model); choose another layer"
             )
         return importance
 
@@ -238,6 +239,8 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if _calls is not None:
+            _calls.append(module)
         capture: AttentionCapture | None = getattr(module, _SLOT, None)
         if capture is None:
             return forward(module, query, key, value, attention_mask, *args, **kwargs)
@@ -267,7 +270,8 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
                 capture.measure(query, key, attention_mask, **how)
             return output, None
         if response_mask is not None:
-            capture.measure(query, key, attention_mask, **how)
+            seen = _with_position_bias(attention_mask, kwargs.get("position_bias"), how["window"])
+            capture.measure(query, key, seen, **how)
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
 
     return observed
@@ -291,6 +295,32 @@ def _plain_on_cpu(
         and kwargs.get("position_bias") is None
         and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     )
+
+
+def _with_position_bias(mask: Tensor | None, bias: Tensor | None, window: int | None) -> Tensor | None:
+    """The mask [B, 1, T, T] with what the model adds to its scores, [B, H, T, T] or with 1 for B or H."""
+    if bias is None:
+        return mask
+    if mask is None:
+        positions = torch.arange(bias.shape[-1], device=bias.device)
+        behind = positions[:, None] - positions
+        mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
+_calls: list[nn.Module] | None = None
+
+
+@contextmanager
+def attention_calls() -> Iterator[list[nn.Module]]:
+    """The modules whose attention goes through `IMPLEMENTATION` within this context, in the order of their calls."""
+    global _calls
+    _observe(IMPLEMENTATION)
+    _calls = []
+    try:
+        yield _calls
+    finally:
+        _calls = None
 
 
 _OBSERVED: set[str] = set()

@@ -1,6 +1,6 @@
 """Batch planning: which sequences go through the model together."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 
 def plan_padded(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -44,3 +44,16 @@ def plan_packed(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         batches[-1].append(index)
         tokens += length
     return batches
+
+
+def by_class(indices: Sequence[int], classes: Sequence[Hashable]) -> list[list[int]]:
+    """The indices grouped by their class, in the order in which classes first appear.
+
+    Args:
+        indices: of sequences.
+        classes: of each; those of different classes never share a batch.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, kind in zip(indices, classes, strict=True):
+        groups.setdefault(kind, []).append(index)
+    return list(groups.values())

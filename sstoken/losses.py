@@ -22,6 +22,9 @@ _TILE_ELEMENTS_ON_DEVICE = 1 << 24
 _NEAR_ZERO = 40.0
 """Exponentials of a row whose largest logit is that near to 0 add up in fp32 without loss: e**-40 to e**40."""
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations call it."""
+
 
 @dataclass(frozen=True)
 class OutputHead:
@@ -225,8 +228,13 @@ def read_head(model: nn.Module) -> OutputHead:
         handle.remove()
     hidden = held[0][0]
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    if hidden.ndim != 2:
+        raise SstokenError(
+            f"{type(model).__name__}: its output embedding takes something other than hidden states"
+        )
+    softcap = next((getattr(config, n) for n in _SOFTCAPS if getattr(config, n, None)), None)
     for scale in scale_candidates(model, config):
-        head = OutputHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+        head = OutputHead(weight, bias, scale, softcap)
         logits = head.logits(hidden)
         tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
         # Weights that are NaN give NaN either way: the losses tell, with the example that has them.

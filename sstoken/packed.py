@@ -22,6 +22,7 @@ from sstoken.attention import IMPLEMENTATION
 from sstoken.choice import Choice
 from sstoken.errors import SstokenError
 from sstoken.importance import Segment
+from sstoken.rope import length_class
 from sstoken.varlen import choose_varlen, varlen_attention
 
 if TYPE_CHECKING:
@@ -157,7 +158,9 @@ def check_packed(model: "PreTrainedModel") -> str | None:
     before = config._attn_implementation
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(int(vocabulary), (n,), generator=generator) for n in _CHECKED_LENGTHS]
+    kind = length_class(model) or (lambda length: ())
+    lengths = [n for n in _CHECKED_LENGTHS if kind(n) == kind(_CHECKED_LENGTHS[0])]
+    sequences = [torch.randint(int(vocabulary), (n,), generator=generator) for n in lengths]
     body: Any = model.get_decoder()
     try:
         model.set_attn_implementation(IMPLEMENTATION)

@@ -17,13 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sstoken.attention import IMPLEMENTATION, AttentionCapture, ForwardStopped
-from sstoken.batching import plan_packed, plan_padded
-from sstoken.errors import SstokenError
+from sstoken.architecture import Findings, examine
+from sstoken.attention import AttentionCapture, ForwardStopped
+from sstoken.batching import by_class, plan_packed, plan_padded
+from sstoken.errors import SstokenError, UsageError
 from sstoken.importance import Segment
 from sstoken.last_layer import decoder_layers, last_mlp, wanted_rows
 from sstoken.losses import ROWS_PER_TILE, intercept_head, measure_token_losses, read_head
 from sstoken.packed import IMPLEMENTATION_PACKED, check_packed, describe_packed, packed_inputs, segments_of
+from sstoken.rope import length_class, reset
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
@@ -47,7 +49,7 @@ class Scorer:
         self,
         model: Any,
         *,
-        layer: int | None = None,
+        layer: int | Literal["last"] | None = None,
         loss: bool = True,
         batch_tokens: int = 2048,
         layout: Literal["padded", "packed"] | None = None,
@@ -57,33 +59,51 @@ class Scorer:
 
         Args:
             model: in eval mode, on its device.
-            layer: decoder layer whose attention importance is measured, negative from the end; None: it is not.
+            layer: decoder layer whose attention importance is measured, negative from the end; "last": the last with
+                softmax attention; None: it is not measured.
             loss: measure the loss; without it, the forward pass ends at `layer`.
             batch_tokens: positions in a batch, at most; halved whenever a batch does not fit in memory.
             layout: how sequences share a batch; None: packed on CUDA where the model can, else padded.
             compiled: compile the decoder layers, but those that are looked into.
 
         Raises:
-            UsageError: there is no such layer.
-            SstokenError: the model's output head is not understood, or it cannot be packed and that was asked for.
+            UsageError: there is no such layer, or its attention cannot be measured.
+            SstokenError: the model is not causal, its output head is not understood, or it cannot be packed and that
+                was asked for.
         """
         self._model, self.batch_tokens = model, batch_tokens
         self._device: torch.device = model.get_input_embeddings().weight.device
-        self.layout, self.remark = self._choose_layout(layout)
-        model.set_attn_implementation(IMPLEMENTATION_PACKED if self.layout == "packed" else IMPLEMENTATION)
         blocks = decoder_layers(model)
         for block in blocks:
             block._compiled_call_impl = None  # what another scorer compiled; torch has no other way back
+        self._length_class = length_class(model)
+        reset(model)
+        found = examine(model)
+        if layer is not None:
+            layer = _measurable(model, layer, found)
+        self._together = found.rows_agree
+        self.layout, self.remark = self._choose_layout(layout, found)
+        if self.layout == "packed":
+            model.set_attn_implementation(IMPLEMENTATION_PACKED)
         self._head = read_head(model) if loss else None
         self._mlp = last_mlp(model) if loss else None
         self._capture = None if layer is None else AttentionCapture(model, layer)
+        self.layer = None if self._capture is None else self._capture.layer
+        """The decoder layer that is measured, counted from 0."""
         if compiled:
             for index, block in enumerate(blocks[:-1]):  # the last one's MLP has hooks
                 if self._capture is None or index != self._capture.layer:
                     block.compile(dynamic=True)
 
-    def _choose_layout(self, layout: str | None) -> tuple[str, str]:
+    def _choose_layout(self, layout: str | None, found: Findings) -> tuple[str, str]:
         """The layout, and a remark on it for the user."""
+        if not found.rows_agree and layout != "packed":
+            return (
+                "padded",
+                "one sequence at a time: in this architecture, those of a batch change each other",
+            )
+        if not found.softmax_layers and layout != "packed":
+            return "padded", "padded batches, the architecture's own attention"
         if layout is None and self._device.type != "cuda":
             return "padded", "padded batches, sdpa or blocks of rows"
         if layout == "padded":
@@ -150,8 +170,15 @@ class Scorer:
 
     def _plan(self, indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         plan = plan_packed if self.layout == "packed" else plan_padded
-        batches = plan([lengths[i] for i in indices], self.batch_tokens)
-        return [[indices[i] for i in batch] for batch in batches]
+        budget = self.batch_tokens if self._together else 1
+        groups = [list(indices)]
+        if self._length_class is not None:
+            groups = by_class(indices, [self._length_class(lengths[i]) for i in indices])
+        return [
+            [group[i] for i in batch]
+            for group in groups
+            for batch in plan([lengths[i] for i in group], budget)
+        ]
 
     def _shrink(self, indices: list[int], lengths: Sequence[int]) -> None:
         """Halve the budget after a batch that did not fit."""
@@ -174,6 +201,8 @@ class Scorer:
             inputs = packed_inputs([batch.ids[r, a:b] for r, a, b in batch.segments], self._device)
         else:
             inputs = {"input_ids": self._to_device(batch.ids), "use_cache": False}
+        if self._length_class is not None:
+            reset(self._model)
         hidden = None
         if self._head is None:
             with contextlib.suppress(ForwardStopped):
@@ -204,6 +233,25 @@ class Scorer:
         if self._device.type == "cuda":
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor.to(self._device)
+
+
+def _measurable(model: Any, layer: int | Literal["last"], found: Findings) -> int:
+    """The layer to capture, if its attention can be."""
+    name, layers = type(model).__name__, found.softmax_layers
+    if not layers:
+        raise UsageError(
+            f"{name}: its attention cannot be measured, as it does not go through transformers' attention interface; "
+            "score its losses alone (--attention-from none), or take the attention of another checkpoint"
+        )
+    if layer == "last":
+        return layers[-1]
+    number = int(model.config.get_text_config().num_hidden_layers)
+    if -number <= layer < number and layer % number not in layers:
+        raise UsageError(
+            f"layer {layer}: layer {layer % number} of {name} has no softmax attention; legal is "
+            f"{', '.join(map(str, layers))}"
+        )
+    return layer
 
 
 @dataclass(frozen=True)

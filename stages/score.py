@@ -31,8 +31,9 @@ from stages.vocabularies import check_vocabulary
 class ScoreOptions(Stage):
     """How checkpoints are scored, whichever they are."""
 
-    layer: int = -1
-    """Decoder layer whose attention is measured; negative counts from the last."""
+    layer: int | None = None
+    """Decoder layer whose attention is measured; negative counts from the last. None: the last layer that has softmax
+    attention."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Of the weights; softmax and loss are fp32 whatever it is. auto: as the checkpoint stores them."""
     backend: str = "auto"
@@ -185,7 +186,9 @@ class _ScoreShard:
         stage = self._stage
         return {
             "checkpoint": stage.checkpoint,
-            "layer": stage.layer if stage.attention else None,
+            "layer": (backend.attention_layer if backend.attention_layer is not None else stage.layer)
+            if stage.attention
+            else None,
             "dtype": stage.dtype,
             "computed_with": backend.remark,
             joins.RUN: self._run,

@@ -32,7 +32,8 @@ class BackendOptions:
     checkpoint: str
     attention: bool
     """Measure attention importance beside the loss."""
-    layer: int
+    layer: int | None
+    """Negative counts from the last; None: the last layer with softmax attention."""
     dtype: str
     """`float32`, `bfloat16`, or `auto` for the checkpoint's own."""
     device: str
@@ -96,6 +97,11 @@ class Backend(ABC):
     def remark(self) -> str:
         """How it computes here, for the user, as chosen at start; empty: nothing was chosen."""
         return ""
+
+    @property
+    def attention_layer(self) -> int | None:
+        """The decoder layer whose attention it measures, counted from 0; None: not known, or none is."""
+        return None
 
     @abstractmethod
     def measure(

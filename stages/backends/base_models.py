@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from sstoken.attention import IMPLEMENTATION
 from sstoken.errors import UsageError
 from stages.backends import Latest
 from stages.backends.adapters import Adapter
@@ -59,7 +58,6 @@ class SharedBase:
         self.model = load_model(
             ref,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attention=IMPLEMENTATION,
             trust_remote_code=trust_remote_code,
         )
         self.model.to(device).eval().requires_grad_(False)

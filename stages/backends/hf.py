@@ -45,7 +45,7 @@ class HFBackend(Backend):
         self._model = shared.model
         self._scorer = Scorer(
             shared.model,
-            layer=options.layer if options.attention else None,
+            layer=None if not options.attention else "last" if options.layer is None else options.layer,
             loss=options.loss,
             batch_tokens=options.batch_tokens or _budget(shared.model, device),
             compiled=HFSettings.model_validate(dict(options.settings)).compile,
@@ -67,6 +67,11 @@ class HFBackend(Backend):
     def remark(self) -> str:
         """How sequences share a batch, and what attends to them."""
         return self._scorer.remark
+
+    @property
+    def attention_layer(self) -> int | None:
+        """See `Backend.attention_layer`."""
+        return self._scorer.layer
 
     def measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]

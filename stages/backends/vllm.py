@@ -53,7 +53,7 @@ class VllmBackend(Backend):
         spec = EngineSpec(
             model=model,
             revision=revision,
-            layer=options.layer if captured else None,
+            layer=limits.attention_layer(options, self._config) if captured else None,
             dtype=limits.dtype_name(options, self._config),
             longest=0,
             batch_tokens=self._batch_tokens,
@@ -87,6 +87,13 @@ class VllmBackend(Backend):
         """Positions that the model was made for."""
         length: int | None = getattr(self._config, "max_position_embeddings", None)
         return length
+
+    @property
+    def attention_layer(self) -> int | None:
+        """See `Backend.attention_layer`."""
+        if self._other is not None:
+            return self._other.attention_layer
+        return limits.attention_layer(self._options, self._config) if self._options.attention else None
 
     def measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]

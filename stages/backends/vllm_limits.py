@@ -92,6 +92,15 @@ def cache_bytes(config: Any, num_tokens: int) -> int:
     return int(2 * 4 * config.num_hidden_layers * heads * size * num_tokens)
 
 
+def attention_layer(options: BackendOptions, config: Any) -> int | None:
+    """The decoder layer to measure, counted from 0; None: none has softmax attention."""
+    number = int(config.num_hidden_layers)
+    if options.layer is not None:
+        return options.layer % number
+    kinds = getattr(config, "layer_types", None) or [_SOFTMAX[0]] * number
+    return max((i for i, kind in enumerate(kinds[:number]) if kind in _SOFTMAX), default=None)
+
+
 def lora_rank(adapter: str) -> int:
     """The rank that vLLM has to be ready for: the adapter's, or the next that it knows."""
     folder = local_folder(adapter)
@@ -172,7 +181,10 @@ def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
     if not options.attention or settings.attention == "hf":
         return None
     num_layers = config.num_hidden_layers
-    if not -num_layers <= options.layer < num_layers:
+    layer = attention_layer(options, config)
+    if layer is None:
+        return f"none of its layers has softmax attention ({config.model_type}); {_INSTEAD}"
+    if options.layer is not None and not -num_layers <= options.layer < num_layers:
         return f"layer {options.layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
     instead = f"set the backend option attention=hf, or {_INSTEAD}"
     if getattr(config, "kv_lora_rank", None):
@@ -180,8 +192,8 @@ def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
             f"multi-head latent attention (MLA, {config.model_type}) cannot be captured from vLLM; {instead}"
         )
     kinds_of_layers = getattr(config, "layer_types", None)
-    if kinds_of_layers and kinds_of_layers[options.layer] not in _SOFTMAX:
-        kind = kinds_of_layers[options.layer]
+    if kinds_of_layers and kinds_of_layers[layer] not in _SOFTMAX:
+        kind = kinds_of_layers[layer]
         return f"layer {options.layer} is {kind}, not softmax attention; choose another layer, {instead}"
     return None
 

@@ -208,3 +208,32 @@ def test_a_layer_out_of_range_is_refused(tokens, model, tmp_path):
 def test_an_unknown_backend_is_refused(model):
     with pytest.raises(UsageError, match="backend 'tgi' is not known; legal: auto, hf"):
         make_backend("tgi", BackendOptions(str(model), True, -1, "float32", "cpu", 512, False))
+
+
+def test_the_default_layer_is_the_last_with_softmax_attention(tokens, tmp_path):
+    """Of a hybrid that ends in convolutions; which one it is stands beside the scores."""
+    from tests.sstoken.tiny_architectures import make_tiny
+
+    folder = tmp_path / "hybrid"
+    make_tiny("lfm2").save_pretrained(folder)
+    score(tokens, tmp_path / "scores", folder)
+    assert {tables.read_metadata(p)["layer"] for p in tables.parts(tmp_path / "scores")} == {1}
+    with pytest.raises(
+        UsageError, match="layer -1: layer 3 of Lfm2ForCausalLM has no softmax attention; legal is 1"
+    ):
+        score(tokens, tmp_path / "last", folder, layer=-1)
+
+
+@pytest.mark.parametrize("kind", ["mpt", "falcon", "gptj"])
+def test_attention_that_cannot_be_measured_is_refused_by_the_architectures_name(kind, tokens, tmp_path):
+    from tests.sstoken.tiny_architectures import make_tiny
+
+    model = make_tiny(kind)
+    model.save_pretrained(tmp_path / kind)
+    with pytest.raises(
+        UsageError, match=f"{type(model).__name__}: its attention cannot be measured, .*attention-from none"
+    ):
+        score(tokens, tmp_path / "scores", tmp_path / kind)
+    Score(checkpoint=str(tmp_path / kind), device="cpu").run(
+        make_context(tmp_path / "losses", {"tokens": tokens})
+    )

@@ -1,0 +1,91 @@
+"""What can be measured of a model, whatever its architecture: found out by short forward passes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sstoken.attention import IMPLEMENTATION, attention_calls
+from sstoken.errors import SstokenError
+
+_LENGTH = 11
+_SHARED = 5
+"""Tokens that the second row of the trial batch has in common with the first."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the trial showed."""
+
+    softmax_layers: tuple[int, ...]
+    """Decoder layers whose attention goes through transformers' attention interface, ascending."""
+    rows_agree: bool
+    """A row has the same logits in a padded batch as alone."""
+
+
+@torch.inference_mode()
+def examine(model: Any) -> Findings:
+    """Try a model, and set its attention implementation to `IMPLEMENTATION` where that changes nothing else.
+
+    Raises:
+        SstokenError: it cannot run on token ids alone, or its states depend on tokens that come later.
+    """
+    name = type(model).__name__
+    ids = torch.arange(2, _LENGTH + 2) % int(model.get_input_embeddings().weight.shape[0])
+    try:
+        alone = _logits(model, ids[None])[0]
+        layers = _softmax_layers(model, ids, alone)
+        other = torch.cat([ids[:_SHARED], ids[_SHARED:].flip(0)])
+        batch = _logits(model, torch.stack([ids, other]))
+        agree = _agree(batch[0], alone, model.dtype) and _agree(
+            batch[1, :_SHARED], alone[:_SHARED], model.dtype
+        )
+        causal = agree or _agree(_logits(model, other[None])[0, :_SHARED], alone[:_SHARED], model.dtype)
+    except Exception as error:  # an architecture that was not made for this may fail in any way
+        raise SstokenError(
+            f"{name}: cannot run on token ids alone ({_line(error)}); it is not supported"
+        ) from error
+    if not causal:
+        raise SstokenError(
+            f"{name}: a token's prediction depends on the tokens after it; only causal language models work (of an "
+            "encoder, one with is_decoder in its config.json)"
+        )
+    return Findings(layers, agree)
+
+
+def _softmax_layers(model: Any, ids: Tensor, expected: Tensor) -> tuple[int, ...]:
+    """The layers whose attention can be observed; none where the model is not the same then."""
+    before = model.config._attn_implementation
+    if not model._can_set_attn_implementation():
+        return ()
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        with attention_calls() as modules:
+            logits = _logits(model, ids[None])[0]
+        indices = [getattr(module, "layer_idx", None) for module in modules]
+        layers = tuple(sorted({index for index in indices if isinstance(index, int)}))
+        if layers and _agree(logits, expected, model.dtype):
+            return layers
+    except Exception:  # what was not made for the interface may fail in any way
+        pass
+    model.set_attn_implementation(before)
+    return ()
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(
+        input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False
+    ).logits
+    return logits.float()
+
+
+def _agree(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they are the same but for rounding; NaN is told later, with the example that has it."""
+    apart = (values - expected).abs().mean() / expected.abs().mean()
+    return bool(apart.isnan()) or float(apart) <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1)
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
