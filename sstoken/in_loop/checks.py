@@ -46,8 +46,8 @@ def check_trainer(trainer: Any) -> None:
         ),
         (
             bool(args.use_liger_kernel and fused),
-            f"liger_kernel_config asks for {' and '.join(fused)}, which compute a loss of all tokens; leave them "
-            "out, the layer kernels of use_liger_kernel work",
+            f"liger_kernel_config asks for {' and '.join(fused)}, for a loss of all tokens; leave that out, the "
+            "layer kernels of use_liger_kernel work",
         ),
         (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process; start one process a GPU (torchrun)"),
         (

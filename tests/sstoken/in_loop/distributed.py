@@ -17,6 +17,7 @@ def main():
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--accumulate", type=int, default=2)
     parser.add_argument("--history", default="scores")
+    parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
     model = make_model()
     if options.history == "base":
@@ -24,6 +25,8 @@ def main():
 
         torch.manual_seed(1)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    if options.precision == "bfloat16 weights":
+        model = model.to(torch.bfloat16)
     watcher = Watcher()
     trainer = SelfModulatedTrainer(
         model,
@@ -35,6 +38,7 @@ def main():
             optim="sgd",
             learning_rate=0.5,
             max_grad_norm=0,
+            bf16=options.precision == "bfloat16 autocast",
             **({"ddp_backend": "gloo"} if "RANK" in os.environ else {}),
         ),
         data_collator=collate,

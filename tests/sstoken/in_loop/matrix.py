@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import itertools
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from sstoken import (
     SelfModulatedSFTTrainer,
     SelfModulatedTrainer,
     SelfModulation,
+    SstokenError,
     self_modulated_loss,
     token_loss,
 )
@@ -252,14 +254,75 @@ def compare(case, watcher, logged):
     return max(errors), wrong / number
 
 
-def grids():
-    """The tables of docs/in-loop.md: each setting against each loop."""
-    lines = []
+LOSSES = (
+    ('`loss_type="nll"`, `"chunked_nll"`; `Trainer`', "the loss of the kept tokens"),
+    ('`loss_type="dft"`', "that, times the token's probability; the selection looks at the plain loss"),
+    (
+        "auxiliary loss of a mixture of experts",
+        "as the first, plus the model's coefficient times the auxiliary loss of all tokens, mean over micro-batches",
+    ),
+    ("`use_liger_kernel`", "as without: its layer kernels run, its kernels of the loss do not"),
+)
+"""What composes, and what the logged `loss` is then the mean of; tests/sstoken/in_loop/test_other_losses.py."""
+
+
+def refusals(folder):
+    """Settings that are refused when the trainer is made, and the line that says so."""
+
+    def trainer(model=None, selection=None, changes=None, **more):
+        examples = Dataset.from_list(make_scored_examples(4))
+        given = {"data_collator": collate, "train_dataset": examples, "selection": selection} | more
+        SelfModulatedTrainer(
+            make_model() if model is None else model, arguments(folder, **changes or {}), **given
+        )
+
+    def prompts():
+        from peft import PromptTuningConfig
+
+        return get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+    tried = {
+        "`compute_loss_func`": lambda: trainer(compute_loss_func=print),
+        "`label_smoothing_factor`": lambda: trainer(changes={"label_smoothing_factor": 0.1}),
+        "Liger's kernels of the loss": lambda: trainer(
+            changes={"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}
+        ),
+        '`attn_implementation="eager"`': lambda: trainer(make_model("eager")),
+        "prompt tuning": lambda: trainer(prompts(), SelfModulation(gamma=0)),
+        '`history="base"` without LoRA': lambda: trainer(selection=SelfModulation(history="base")),
+        "`layer=7` of two": lambda: trainer(selection=SelfModulation(layer=7)),
+    }
+    for name, make in tried.items():
+        try:
+            make()
+        except SstokenError as error:
+            yield name, str(error)
+        else:
+            raise AssertionError(f"{name} is not refused")
+
+
+def tables(folder):
+    """What docs/in-loop.md has between its marks."""
+    lines = ["| | " + " | ".join(AXES["loop"]) + " |", "|---" * (len(AXES["loop"]) + 1) + "|"]
     for axis in ("precision", "history", "batch", "extra"):
         for value in AXES[axis]:
-            if value == "nothing":
-                continue
-            cells = [why_not({"loop": loop, axis: value}) or "yes" for loop in AXES["loop"]]
-            lines.append(f"| {value} | " + " | ".join(cells) + " |")
-    head = ["| | " + " | ".join(AXES["loop"]) + " |", "|---" * (len(AXES["loop"]) + 1) + "|"]
-    return "\n".join([*head, *lines])
+            if value != "nothing":
+                cells = [why_not({"loop": loop, axis: value}) or "yes" for loop in AXES["loop"]]
+                lines.append(f"| {value} | " + " | ".join(cells) + " |")
+    lines += ["", "| loss or kernel | the logged `loss` is the mean of |", "|---|---|"]
+    lines += [f"| {name} | {mean} |" for name, mean in LOSSES]
+    lines += ["", "| refused | with |", "|---|---|"]
+    lines += [f"| {name} | {message.replace('|', '/')} |" for name, message in refusals(folder)]
+    return "\n".join(lines) + "\n"
+
+
+BEGIN, END = "<!-- tables: python -m tests.sstoken.in_loop.matrix -->\n", "<!-- end of tables -->"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        before, begin, rest = DOCUMENT.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        assert begin, DOCUMENT
+        assert end, DOCUMENT
+        DOCUMENT.write_text(before + BEGIN + tables(name) + END + after)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,22 +34,40 @@ def read(folder, rank):
     return torch.load(folder / f"rank-{rank}.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("history", ["scores", "base"])
-def test_two_processes_train_as_one(tmp_path, history):
+@pytest.mark.parametrize(
+    ("history", "precision"),
+    [
+        ("scores", "float32"),
+        ("base", "float32"),
+        ("scores", "bfloat16 autocast"),
+        ("ema", "bfloat16 autocast"),
+        ("snapshot", "bfloat16 weights"),
+    ],
+)
+def test_two_processes_train_as_one(tmp_path, history, precision):
     """8 examples a step: all at once, or two by two on two processes with accumulation."""
     module, one, two = "tests.sstoken.in_loop.distributed", tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    run(*PYTHON, module, str(one), "--batch", "8", "--accumulate", "1", "--history", history)
-    run(*TORCHRUN, module, str(two), "--batch", "2", "--accumulate", "2", "--history", history)
+    given = ["--history", history, "--precision", precision]
+    run(*PYTHON, module, str(one), "--batch", "8", "--accumulate", "1", *given)
+    run(*TORCHRUN, module, str(two), "--batch", "2", "--accumulate", "2", *given)
     alone, first, second = read(one, 0), read(two, 0), read(two, 1)
     assert not first["masks"].keys() & second["masks"].keys()
+    together = first["masks"] | second["masks"]
+    assert together.keys() == alone["masks"].keys()
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name])
+    if precision != "float32":  # rounding depends on the shapes of batches, and adds up over steps
+        agree = [np.array(mask) == together[key] for key, mask in alone["masks"].items() if key[0] == 0]
+        assert np.concatenate(agree).mean() > 0.95
+        assert first["logs"][0]["loss"] == pytest.approx(alone["logs"][0]["loss"], abs=0.03)
+        return
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(first["weights"][name], weight, atol=1e-5, rtol=0, msg=name)
-        assert torch.equal(first["weights"][name], second["weights"][name])
     if history == "base":  # at the first steps REL is zero up to rounding, and with it which tokens are kept
         return
-    assert first["masks"] | second["masks"] == alone["masks"]
+    assert together == alone["masks"]
     for ours, expected in zip(first["logs"], alone["logs"], strict=True):
         for key in ("loss", "selection/kept_share", "selection/rel_kept", "selection/attention_dropped"):
             assert ours.get(key) == pytest.approx(expected.get(key), abs=1e-4), key

@@ -70,3 +70,8 @@ def test_packed_rows_without_a_mask_are_refused():
     capture.expect(labels != -100, segments)
     model(**batch, use_cache=False)
     assert capture.take().any()
+
+
+def test_the_tables_of_the_document_are_current(tmp_path):
+    between = matrix.DOCUMENT.read_text().partition(matrix.BEGIN)[2].partition(matrix.END)[0]
+    assert between == matrix.tables(tmp_path), "run: python -m tests.sstoken.in_loop.matrix"

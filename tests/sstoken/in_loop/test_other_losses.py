@@ -161,7 +161,7 @@ def test_architectures(tmp_path, tokenizer, name, precision):
 def test_kernels_that_replace_the_loss_are_refused_and_layer_kernels_are_not(tmp_path, monkeypatch, kernel):
     monkeypatch.setattr("transformers.training_args.is_liger_kernel_available", lambda: True, raising=False)
     given = {"data_collator": collate, "train_dataset": make_scored_examples(8)}
-    with pytest.raises(UsageError, match=f"liger_kernel_config asks for {kernel}, which compute a loss"):
+    with pytest.raises(UsageError, match=f"liger_kernel_config asks for {kernel}, for a loss of all tokens"):
         SelfModulatedTrainer(
             make_model(),
             arguments(tmp_path, use_liger_kernel=True, liger_kernel_config={kernel: True}),
