@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from sstoken.errors import SstokenError
 from stages.encoding.messages import BadRow, Conversation, TrainedTurns
 from stages.encoding.rendering import Rendered, Renderer, Vocabulary
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LENGTH = 4096
 _SANE_MAX_LENGTH = 1_000_000
+_RUN = re.compile(b"\x01+")
 SPECIAL_KEPT = "examples with special tokens in their text"
+
+
+BLANKS_CHANGED = "examples whose blanks the tokenizer changes"
+NORMALIZED = "examples whose text the tokenizer's normalizer changes"
 
 
 @dataclass(frozen=True)
@@ -116,40 +123,62 @@ class ChatEncoder:
         )
         ids = coded["input_ids"]
         mask = _token_mask(rendered.text, rendered.spans, coded["offset_mapping"])
-        self._check_tokens(ids, mask, rendered)
+        changed = self._check_tokens(ids, mask, rendered)
         if mask:
             mask[0] = False
         end = _length_to_last(mask)
         kept = _length_to_last(mask[: self.max_length])
-        return Encoded(list(ids[:kept]), mask[:kept], end > self.max_length, turn, (*notes, *rendered.notes))
+        notes = (*notes, *rendered.notes, *changed)
+        return Encoded(list(ids[:kept]), mask[:kept], end > self.max_length, turn, notes)
 
-    def _check_tokens(self, ids: list[int], mask: list[bool], rendered: Rendered) -> None:
-        """Refuse an example whose response tokens do not spell its responses."""
-        at = 0
-        said = []
-        while at < len(mask):
-            try:
-                start = mask.index(True, at)
-            except ValueError:
-                break
-            at = mask.index(False, start) if False in mask[start:] else len(mask)
-            said.append(self._decode(ids[start:at]))
-        expected = "".join(rendered.text[start:stop] for start, stop in rendered.spans)
-        found = "".join(said)
-        if found == expected or _without_spaces(found) == _without_spaces(expected):
-            return
+    def _check_tokens(self, ids: list[int], mask: list[bool], rendered: Rendered) -> tuple[str, ...]:
+        """What the tokenizer changes of the responses: blanks, or what its normalizer does.
+
+        Raises:
+            BadRow: the response tokens do not spell the responses.
+        """
+        runs = [ids[run.start() : run.end()] for run in _RUN.finditer(bytes(mask))]
+        expected = [rendered.text[start:stop] for start, stop in rendered.spans]
+        tokens = self._byte_level
+        if tokens is not None and len(runs) == len(expected):
+            said = (b"".join([tokens[i] for i in run]).strip() for run in runs)
+            if all(a == text.encode().strip() for a, text in zip(said, expected, strict=True)):
+                return ()
+        decode = self.tokenizer.backend_tokenizer.decode
+        spelled = self._unspaced("".join(decode(run, skip_special_tokens=False) for run in runs))
+        text = self._unspaced("".join(expected))
+        if spelled == text:
+            return ()
+        spelled, text = "".join(spelled.split()), "".join(text.split())
+        if spelled == text:
+            return (BLANKS_CHANGED,)
         normalizer = self.tokenizer.backend_tokenizer.normalizer
-        if normalizer is not None:
-            expected = normalizer.normalize_str(expected)
-            found = normalizer.normalize_str(found)
-        if _without_spaces(found) != _without_spaces(expected):
-            raise BadRow(
-                "changed by the tokenizer",
-                f"the response tokens spell {found[:40]!r}, the text is {expected[:40]!r}",
-            )
+        if normalizer is not None and normalizer.normalize_str(spelled) == normalizer.normalize_str(text):
+            return (NORMALIZED,)
+        raise BadRow(
+            "changed by the tokenizer",
+            f"the response tokens spell {spelled[:40]!r}, the text is {text[:40]!r}",
+        )
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
+    def _unspaced(self, text: str) -> str:
+        """Without the blanks at its ends and around special tokens, which some tokenizers swallow."""
+        return (self._around_specials.sub(r"\1", text) if self._around_specials else text).strip()
+
+    @cached_property
+    def _around_specials(self) -> re.Pattern[str] | None:
+        return re.compile(rf"\s*({self._specials.pattern})\s*") if self._specials else None
+
+    @cached_property
+    def _byte_level(self) -> list[bytes] | None:
+        """Each token's bytes; None where the tokenizer is no byte-level one. Decoding takes several times longer."""
+        if type(self.tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
+            return None
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        added = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()}
+        return [
+            added[i].encode() if i in added else bytes(byte_of.get(c, 0) for c in str(token))
+            for i, token in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer))))
+        ]
 
     def _special_tokens_in(self, conversation: Conversation) -> tuple[str, ...]:
         if self._specials is None:
@@ -207,7 +236,3 @@ def _token_mask(text: str, spans: list[Span], offsets: list[Span]) -> list[bool]
 def _length_to_last(mask: list[bool]) -> int:
     """How many tokens up to and with the last response token."""
     return next((i + 1 for i in range(len(mask) - 1, -1, -1) if mask[i]), 0)
-
-
-def _without_spaces(text: str) -> str:
-    return "".join(text.split())
