@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from sstoken.errors import SstokenError
@@ -14,6 +15,8 @@ from stages.encoding.tracing import SPLIT, Piece, Trace, missing, pieces
 
 NO_END = "responses that no token ends; add {{ eos_token }} behind assistant contents in the chat template"
 UNMARKED = "assistant turns that the chat template does not mark as generated"
+_NAMED = 5
+"""Lost pieces that an error names, at most."""
 EARLIER_REASONING = "examples whose earlier turns are shown without their reasoning, as at inference"
 
 
@@ -161,7 +164,7 @@ class Renderer:
                 p.kind if p.owner == TOOLS else f"{p.kind} of turn {p.owner}" for p in refused
             )
             way_out = self._way_out(conversation, frozenset(p.kind.partition(" ")[0] for p in refused))
-            raise BadRow("lost by the template", f"{', '.join(parts)}; {way_out}")
+            raise BadRow("lost by the template", f"{', '.join(islice(parts, _NAMED))}; {way_out}")
         for index in _trained(conversation):
             own = {p.text for p in pieces(conversation) if p.owner == index + 1}
             if own <= {p.text for p in lost if p.owner == index + 1}:

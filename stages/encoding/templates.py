@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ def template_file(given: str) -> Path:
         UsageError: there is no such file; TRL is not installed, or has no template of that name.
     """
     if given.startswith(FROM_TRL):
-        folder, name = _trl_templates(), given.removeprefix(FROM_TRL)
+        folder, name = trl_templates(), given.removeprefix(FROM_TRL)
         if folder is None:
             raise UsageError(f"chat_template {given!r}: TRL is not installed; pip install trl")
         path = folder / f"{name}.jinja"
@@ -232,9 +232,10 @@ def read_template(given: str) -> str:
         raise UsageError(f"chat_template {given!r}: not UTF-8; name a Jinja file") from error
 
 
+@cache
 def training_variant(source: str) -> str | None:
     """The name (`trl:NAME`) of the variant for training that TRL has of a template; None where it has none."""
-    folder = _trl_templates()
+    folder = trl_templates()
     for path in sorted(folder.glob("*.jinja")) if folder else ():
         if path.stem.endswith("_training") or path.read_text(encoding="utf-8").strip() != source.strip():
             continue
@@ -243,7 +244,7 @@ def training_variant(source: str) -> str | None:
     return None
 
 
-def _trl_templates() -> Path | None:
+def trl_templates() -> Path | None:
     """TRL's folder of chat templates, found without importing TRL."""
     spec = find_spec("trl")
     places: Sequence[str] = list(spec.submodule_search_locations or ()) if spec else ()

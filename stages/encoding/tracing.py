@@ -52,6 +52,8 @@ class Piece:
     """The altered copy replaces its letters. Keys and numbers keep them: templates sort by them, and look them up."""
     is_name: bool = False
     """The name of a tool, which some templates look up: it may have to keep its letters."""
+    where: str = ""
+    """Of a tool definition: the tool and parameter, `search.filters.lang`."""
 
 
 @dataclass(frozen=True)
@@ -204,21 +206,28 @@ def _tool_pieces(tools: list[dict[str, Any]] | None) -> Iterator[Piece]:
         function = tool.get("function", tool)
         if not isinstance(function, Mapping):
             continue
-        for key in ("name", "description"):
-            if isinstance(function.get(key), str) and function[key].strip():
-                yield Piece(TOOLS, "tools", function[key], verbatim=False, is_name=key == "name")
-        yield from _schema_pieces(function.get("parameters"))
+        where = str(function.get("name", ""))
+        if where.strip():
+            yield Piece(TOOLS, "tools", where, verbatim=False, is_name=True, where=where)
+        yield from _description(function, where)
+        yield from _schema_pieces(function.get("parameters"), where)
 
 
-def _schema_pieces(schema: Any) -> Iterator[Piece]:
+def _schema_pieces(schema: Any, where: str) -> Iterator[Piece]:
     """The names and descriptions of parameters, nested ones too."""
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
     for name, value in properties.items() if isinstance(properties, Mapping) else ():
-        yield Piece(TOOLS, "tools", str(name), verbatim=False, altered=False)
+        place = f"{where}.{name}"
+        yield Piece(TOOLS, "tools", str(name), verbatim=False, altered=False, where=place)
         if isinstance(value, Mapping):
-            if isinstance(value.get("description"), str) and value["description"].strip():
-                yield Piece(TOOLS, "tools", value["description"], verbatim=False)
-            yield from _schema_pieces(value)
+            yield from _description(value, place)
+            yield from _schema_pieces(value, place)
+
+
+def _description(described: Mapping[str, Any], where: str) -> Iterator[Piece]:
+    text = described.get("description")
+    if isinstance(text, str) and text.strip():
+        yield Piece(TOOLS, "tools", text, verbatim=False, where=where)
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, bool]]:
