@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from sstoken.errors import SstokenError
 from stages.encoding.messages import BadRow, Conversation, TrainedTurns
 from stages.encoding.rendering import Rendered, Renderer, Vocabulary
@@ -173,6 +171,8 @@ class ChatEncoder:
         """Each token's bytes; None where the tokenizer is no byte-level one. Decoding takes several times longer."""
         if type(self.tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
             return None
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
         added = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()}
         return [
