@@ -64,6 +64,15 @@ def split_revision(ref: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def lasting_reference(ref: str, commit: str | None = None) -> str:
+    """A full checkpoint's reference for any working directory: an absolute path, or a Hub id at its commit."""
+    folder = Path(ref).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    name, revision = split_revision(ref)
+    return f"{name}@{commit or revision}" if commit or revision else name
+
+
 def adapter_base(ref: str) -> str | None:
     """The base model of an adapter's folder, or None where `ref` is no adapter.
 

@@ -3,6 +3,7 @@
 trainer = SFTTrainer(..., callbacks=[HistorySnapshots("history", num_snapshots=4)])
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError, UsageError
-from stages.files import flush_to_disk
-from stages.training.history_index import INDEX, Entry, Kind, read_index, write_index
+from stages.checkpoints import lasting_reference, split_revision
+from stages.files import flush_to_disk, write_whole
+from stages.training.history_index import INDEX, Entry, Kind, read_index, reference, write_index
+from stages.weight_files import ADAPTER_CONFIG, read_json
 
 
 class HistorySnapshots(TrainerCallback):
@@ -66,6 +69,7 @@ class HistorySnapshots(TrainerCallback):
         self._every_steps = every_steps
         self._ema_decay = ema_decay
         self._base = base
+        self._lasting_base: str | None = None
         self._entries: list[Entry] = []
         self._average: _Average | None = None
         self._last_step = 0
@@ -88,9 +92,10 @@ class HistorySnapshots(TrainerCallback):
             shutil.rmtree(leftover)
         earlier = read_index(self._out) if (self._out / INDEX).exists() else []
         self._entries = [e for e in earlier if 0 < e.step <= state.global_step]
-        base = self._base or _loaded_from(model)
+        base, self._lasting_base = self._base or _loaded_from(model), None
         if base:
-            self._entries.insert(0, Entry("step-0", base, 0, 0, None, "reference"))
+            self._lasting_base = lasting_reference(base, _commit(model))
+            self._entries.insert(0, reference(self._out, self._lasting_base))
         write_index(self._out, self._entries)
         if self._ema_decay is not None:
             self._average = _Average(model, self._ema_decay)
@@ -150,6 +155,8 @@ class HistorySnapshots(TrainerCallback):
         partial, final = self._out / f".{name}.partial", self._out / name
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
+        if _is_adapted(model) and self._lasting_base is not None:
+            _name_base(partial, self._lasting_base)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         flush_to_disk(partial)
@@ -243,6 +250,22 @@ def _loaded_from(model: Any) -> str | None:
     if _is_adapted(model):
         model = model.get_base_model()
     return getattr(model, "name_or_path", None) or None
+
+
+def _commit(model: Any) -> str | None:
+    """The Hub commit that the base weights came from; None for a folder's."""
+    if _is_adapted(model):
+        model = model.get_base_model()
+    return getattr(model.config, "_commit_hash", None)
+
+
+def _name_base(adapter: Path, base: str) -> None:
+    """Have an adapter's folder name its base so that it is found from any working directory."""
+    for path in (adapter / ADAPTER_CONFIG, *adapter.glob(f"*/{ADAPTER_CONFIG}")):
+        if path.is_file():
+            name, revision = (base, None) if Path(base).is_absolute() else split_revision(base)
+            config = read_json(path) | {"base_model_name_or_path": name, "revision": revision}
+            write_whole(path, json.dumps(config, indent=2, sort_keys=True))
 
 
 def _refuse_sharded(model: Any) -> None:

@@ -1,6 +1,7 @@
 """`history.json`: which checkpoints a training run left behind, in the order of training."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ class Entry:
     name: str
     """`step-<K>`, or `step-<K>-ema`."""
     path: str
-    """Where it is: in the file relative to the history's folder; for a reference, as the user gave it."""
+    """Where it is: in the file relative to the history's folder; of a reference also a Hub id, with its commit."""
     step: int
     """Optimizer steps taken when it was saved. 0: the base model."""
     tokens_seen: int | None
@@ -30,6 +31,8 @@ class Entry:
     """Training loss in nats, mean over the steps since the log line before. None for the base model."""
     kind: Kind
     """`reference`: the base model, not copied. `full`: all weights. `lora`: an adapter. `ema`: averaged weights."""
+    absolute: str | None = None
+    """Of a reference to a folder: where it was, for a history that was moved without it."""
 
 
 def read_history(folder: Path) -> list[Entry]:
@@ -48,8 +51,26 @@ def read_history(folder: Path) -> list[Entry]:
                     f"{Path(folder) / INDEX}: names {entry.path}, which is not there; run anchor again"
                 )
             entry = replace(entry, path=str(place))
+        else:
+            entry = replace(entry, path=_found(Path(folder), entry), absolute=None)
         entries.append(entry)
     return entries
+
+
+def reference(folder: Path, base: str) -> Entry:
+    """The entry of the base model: a Hub id, or an absolute path, which is kept relative to the history as well."""
+    if not Path(base).is_absolute():
+        return Entry("step-0", base, 0, 0, None, "reference")
+    relative = Path(os.path.relpath(base, Path(folder).resolve())).as_posix()
+    return Entry("step-0", relative, 0, 0, None, "reference", absolute=base)
+
+
+def _found(folder: Path, entry: Entry) -> str:
+    """Where the base of a history is now: moved together with it, or where it was."""
+    beside = folder.resolve() / entry.path
+    if entry.absolute is not None:
+        return str(beside.resolve()) if beside.is_dir() else entry.absolute
+    return entry.path
 
 
 def find_checkpoint(folder: Path, name: str) -> Entry:

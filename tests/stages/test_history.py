@@ -260,3 +260,42 @@ def test_reading_an_index_needs_no_heavy_library():
     modules = "stages.training.history_index, stages.anchor"
     code = f"import sys, {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_base_is_found_from_anywhere(adapted, tmp_path, monkeypatch):
+    """Trained with a path as typed; read from another directory, and after both were moved."""
+    from peft import LoraConfig, get_peft_model
+
+    from stages.checkpoints import adapter_base, check_whole
+
+    place = tmp_path / "place"
+    tiny.save_model(place / "base")
+    monkeypatch.chdir(place)
+    model = AutoModelForCausalLM.from_pretrained("base")
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    arguments = TrainingArguments("out", max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
+    Trainer(model, arguments, train_dataset=rows(), callbacks=[HistorySnapshots("history", 1)]).train()
+    monkeypatch.chdir(tmp_path)
+    history = place / "history"
+    assert find_checkpoint(history, "step-0").path == str(place / "base")
+    if adapted:
+        assert adapter_base(str(history / "step-1")) == str(place / "base")
+        check_whole(str(history / "step-1"))
+    (tmp_path / "later").mkdir()
+    history.rename(tmp_path / "later" / "history")
+    assert find_checkpoint(tmp_path / "later" / "history", "step-0").path == str(place / "base"), (
+        "left where it was"
+    )
+    (place / "base").rename(tmp_path / "later" / "base")
+    assert find_checkpoint(tmp_path / "later" / "history", "step-0").path == str(tmp_path / "later" / "base")
+
+
+def test_a_hub_base_is_kept_with_its_commit():
+    from stages.checkpoints import lasting_reference
+
+    assert lasting_reference("user/name", "abc") == "user/name@abc"
+    assert lasting_reference("user/name@main", "abc") == "user/name@abc"
+    assert lasting_reference("user/name@v1") == "user/name@v1"
+    assert lasting_reference("user/name") == "user/name"
