@@ -137,7 +137,7 @@ def execute(
             finished = manifests.finished(job.out, job.stage.folder)
             return Result(job.out, finished.metrics, skipped=True)
         there = manifests.read_manifest(job.out)
-        if there is not None and not (replace or force):
+        if there is not None and not (replace or force or _only_sources_changed(job, identity, there)):
             raise UsageError(
                 f"{job.out}: holds finished work of other settings or inputs; choose another output folder, or "
                 "--force to make it again"
@@ -186,6 +186,16 @@ def _input(name: str, folder: Path) -> Manifest:
     # a pulled shard says the run that selected it
     joins.check_one_run(folder, None if manifest.stage == "pull" else manifest.fingerprint)
     return manifest
+
+
+def _only_sources_changed(job: Job, identity: _Identity, there: Manifest) -> bool:
+    """Whether the finished output is of the same call, before what it reads was changed in place."""
+    return (
+        job.stage.follows_sources
+        and there.settings == job.stage.model_dump(mode="json")
+        and there.inputs == identity.inputs
+        and there.sources != identity.sources
+    )
 
 
 def _state(job: Job, identity: _Identity) -> State:

@@ -93,6 +93,8 @@ class Stage(Settings):
     """Whether the processes that torchrun starts can run it together."""
     seeded: ClassVar[bool] = False
     """Whether what it writes depends on the seed."""
+    follows_sources: ClassVar[bool] = False
+    """Whether the same call makes its output anew where only the content of its sources has changed."""
 
     def check(self) -> None:
         """Refuse, before any work, what can be seen to be wrong without reading the data.

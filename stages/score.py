@@ -57,6 +57,7 @@ class Score(ScoreOptions):
 
     name: ClassVar[str] = "score"
     folder: ClassVar[str] = "scores"
+    follows_sources: ClassVar[bool] = True  # a checkpoint folder that was trained further
 
     checkpoint: Annotated[str, BY_CONTENT]
     """A folder, a LoRA adapter's folder, or a Hub id."""

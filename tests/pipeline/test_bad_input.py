@@ -348,6 +348,19 @@ def test_checkpoint_to_train(case: str, world: World, cli: CommandLine, tmp_path
     no_trace(out)
 
 
+def test_weights_changed_in_place_are_scored_again(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    """The same command says neither `finished already` nor `other settings`; other settings are still refused."""
+    model, out = Path(shutil.copytree(world.base, tmp_path / "model")), tmp_path / "scores"
+    command = ("score", "--tokens", world.tokens, "--out", out, "--ckpt", model)
+    cli.works(*command)
+    before = (out / "model" / "part-00000.parquet").read_bytes()
+    copy_model(world.base, tmp_path / "other", lambda w: w["model.norm.weight"].mul_(1.5))
+    shutil.copy(tmp_path / "other" / "model.safetensors", model)
+    cli.works(*command)
+    assert (out / "model" / "part-00000.parquet").read_bytes() != before
+    says(cli.fails(2, *command, "--dtype", "bfloat16"), "holds finished work of other settings")
+
+
 def test_training_that_diverges(world: World, cli: CommandLine, tmp_path: Path) -> None:
     model = copy_model(world.base, tmp_path / "model", fill(float("nan")))
     command = (
