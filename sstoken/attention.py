@@ -125,13 +125,15 @@ class AttentionCapture:
                 )
 
     @torch.compiler.disable
-    def measure(self, query: Tensor, key: Tensor, mask: Tensor | None, **how: Any) -> None:
+    def measure(self, query: Tensor, key: Tensor, mask: Any, **how: Any) -> None:
         """Called by the attention function of the chosen layer.
 
         Raises:
             ForwardStopped: `expect` asked for it.
         """
         assert self._response_mask is not None
+        if mask is not None and not isinstance(mask, Tensor):  # flex attention's says what segments say
+            mask = None
         measure = _by_kernel(query, key, **how) if query.is_cuda and mask is None else prompt_attention
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             self.keep(measure(query, key, self._response_mask, mask, self._segments, **how))
@@ -206,6 +208,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function registered as `IMPLEMENTATION`."""
+    query, key, value = cast_as_autocast(query, key, value)
     softcap, sinks = kwargs.pop("softcap", None), kwargs.get("s_aux")
     if softcap is not None or sinks is not None:
         scale = _scale(query, scaling)

@@ -55,16 +55,16 @@ AXES = {
 RHO, GAMMA, DECAY, STEPS = 0.4, 0.6, 0.5, 3
 LOSS_TOLERANCE = {
     "float32": 1e-5,
-    "bfloat16 autocast": 0.04,
-    "bfloat16 weights": 0.04,
+    "bfloat16 autocast": 0.02,
+    "bfloat16 weights": 0.02,
     "float16 autocast": 5e-3,
 }
 """Nats, of the loss of a step."""
 MASK_TOLERANCE = {
     "float32": 0.0,
-    "bfloat16 autocast": 0.06,
-    "bfloat16 weights": 0.06,
-    "float16 autocast": 0.02,
+    "bfloat16 autocast": 0.1,
+    "bfloat16 weights": 0.1,
+    "float16 autocast": 0.06,
 }
 """Share of response tokens whose decision may differ, over a run."""
 
@@ -78,8 +78,6 @@ def why_not(case):
         return "SFTTrainer packs; give others padding-free batches"
     if case.get("batch") == "padded on the left" and case.get("loop") == "SFTTrainer":
         return "its collator pads on the right"
-    if case.get("precision") == "float16 autocast" and case.get("loop") in ("Trainer", "SFTTrainer"):
-        return "on a GPU; not run here"
     return None
 
 
@@ -137,15 +135,27 @@ def run_trainer(case, folder, tokenizer, backend):
         if case["batch"] == "packed":
             changes |= {"packing": True, "max_length": 64, "per_device_train_batch_size": 2}
         settings = {"max_length": None, "padding_free": case["batch"] == "padding-free"} | SETTINGS | changes
-        trainer = dumping(watcher, SelfModulatedSFTTrainer)(
+        trainer = dumping(watcher, kind_of(case, SelfModulatedSFTTrainer))(
             prepared_model(case), SFTConfig(str(folder), **settings), processing_class=tokenizer, **given
         )
     else:
-        trainer = dumping(watcher, SelfModulatedTrainer)(
+        trainer = dumping(watcher, kind_of(case, SelfModulatedTrainer))(
             prepared_model(case), arguments(folder, **changes), data_collator=collator_of(case), **given
         )
     trainer.train()
     return watcher, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def kind_of(case, trainer_class):
+    """On a CPU trainers take `fp16=True` and go on in float32; here they do not."""
+    if case["precision"] != "float16 autocast":
+        return trainer_class
+
+    class Half(trainer_class):
+        def compute_loss_context_manager(self):
+            return torch.autocast("cpu", torch.float16)
+
+    return Half
 
 
 def collator_of(case):

@@ -17,12 +17,20 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from sstoken import SelfModulatedSFTTrainer, SelfModulatedTrainer, SelfModulation, UsageError
+from sstoken import (
+    AttentionCapture,
+    SelfModulatedSFTTrainer,
+    SelfModulatedTrainer,
+    SelfModulation,
+    UsageError,
+)
+from sstoken.in_loop.layout import layout_of_batch
 from tests.sstoken.in_loop.small import (
     SETTINGS,
     Watcher,
     arguments,
     collate,
+    collate_left,
     make_model,
     make_scored_examples,
     save_tokenizer,
@@ -119,6 +127,7 @@ def small(kind, config, **more):
 
 
 MODELS = {
+    "knows soft-capping, but has none": lambda: make_model("sstoken"),
     "norms its queries": lambda: small(Qwen3ForCausalLM, Qwen3Config),
     "soft-caps": lambda: small(
         Gemma2ForCausalLM, Gemma2Config, attn_implementation="sstoken", final_logit_softcapping=2.0
@@ -169,3 +178,17 @@ def test_kernels_that_replace_the_loss_are_refused_and_layer_kernels_are_not(tmp
         )
     trainer = SelfModulatedTrainer(make_model(), arguments(tmp_path, use_liger_kernel=True), **given)
     assert trainer.args.liger_kernel_config == {"fused_linear_cross_entropy": False, "cross_entropy": False}
+
+
+def test_flex_attention_is_measured_as_sdpa(tmp_path):
+    """Its mask is no tensor. It trains on a GPU alone, so that what is compared is a forward pass."""
+    batch, found = collate_left(make_scored_examples(4)), []
+    layout = layout_of_batch(batch)
+    for implementation in ("sdpa", "flex_attention"):
+        model = make_model(implementation)
+        capture = AttentionCapture(model)
+        capture.expect(layout.response_mask, layout.segments)
+        with torch.no_grad():
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        found.append(capture.take())
+    torch.testing.assert_close(*found)
