@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ from transformers import (
 from sstoken import SelfModulatedTrainer, SelfModulation
 from sstoken.methods import METHODS, Signals
 from sstoken.selection import keep_per_example
+
+warnings.filterwarnings("ignore", "in-loop selection")  # random weights and histories mean nothing
 
 RHO, GAMMA = 0.6, 0.5
 TOKENS_A_STEP = {"cpu": 1024, "cuda": 8192}
