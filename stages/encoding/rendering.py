@@ -17,6 +17,9 @@ NO_END = "responses that no token ends; add {{ eos_token }} behind assistant con
 UNMARKED = "assistant turns that the chat template does not mark as generated"
 _NAMED = 5
 """Lost pieces that an error names, at most."""
+TOOLS_IN_SYSTEM = (
+    "examples with tool definitions as JSON in the system prompt: the chat template has no place for them"
+)
 EARLIER_REASONING = "examples whose earlier turns are shown without their reasoning, as at inference"
 
 
@@ -77,6 +80,8 @@ class Renderer:
             BadRow: the template refuses the conversation or loses text of it, or what is response is not certain.
         """
         wanted = _trained(conversation)
+        # What follows the last response teaches nothing, and is left out of the example in any case.
+        conversation = replace(conversation, messages=conversation.messages[: wanted[-1] + 1])
         if self._turns == "all":
             yield None, self.render(conversation)
             return
@@ -96,7 +101,7 @@ class Renderer:
         else:
             text, marked = template.render(conversation), None
         wanted = _trained(conversation)
-        notes: list[str] = []
+        notes = _notes_of(conversation, template)
         turns = scaffolds.recognise(text, conversation)
         if turns is None:
             found = finder.trace(conversation, text)
@@ -135,7 +140,8 @@ class Renderer:
         lost = [p for p in unseen if p not in earlier]
         lost += [p for p in missing(found, until, protected) if p.owner == index + 1]
         kinds = self._check_lost(lost, until)
-        notes = [f"examples whose {kind} the chat template leaves out" for kind in kinds]
+        notes = _notes_of(until, finder.template)
+        notes += [f"examples whose {kind} the chat template leaves out" for kind in kinds]
         notes += [EARLIER_REASONING] if earlier else []
         [turn] = finder.turns(found, until, [index])
         marked = finder.template.render_marked(until)[1] if finder.template.marks_responses else None
@@ -161,7 +167,8 @@ class Renderer:
         kinds = sorted({piece.kind.partition(" ")[0] for piece in lost})
         if refused := [p for p in lost if p.kind.partition(" ")[0] not in self._allow_lost]:
             parts = dict.fromkeys(
-                p.kind if p.owner == TOOLS else f"{p.kind} of turn {p.owner}" for p in refused
+                f"{p.kind} ({p.where})" if p.owner == TOOLS else f"{p.kind} of turn {p.owner}"
+                for p in refused
             )
             way_out = self._way_out(conversation, frozenset(p.kind.partition(" ")[0] for p in refused))
             raise BadRow("lost by the template", f"{', '.join(islice(parts, _NAMED))}; {way_out}")
@@ -217,6 +224,10 @@ class Renderer:
             finder = TurnFinder(template, self._vocabulary.special, self._vocabulary.stops)
             self._finders[source] = finder, Scaffolds()
         return self._finders[source]
+
+
+def _notes_of(conversation: Conversation, template: ChatTemplate) -> list[str]:
+    return [TOOLS_IN_SYSTEM] if conversation.tools and template.tools_in_system else []
 
 
 def _trained(conversation: Conversation) -> list[int]:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from stages.encoding.messages import BadRow, Conversation
 from stages.encoding.templates import ChatTemplate, Span
-from stages.encoding.tracing import SPLIT, Trace, pieces, trace, visible
+from stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, pieces, trace, visible
 
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
 """What a border between prompt and response never cuts: a tag, a word, a stretch of whitespace."""
@@ -144,8 +144,8 @@ class TurnFinder:
         if shared == len(gap) or (shared and shared > len(header) - added) or shared == len(header):
             return shared
         raise BadRow(
-            "uncertain mask",
-            f"the chat template opens turn {index + 1} with {gap[-60:]!r}, and at inference with {header[-60:]!r}",
+            OTHER_HEADER,
+            f"the chat template opens turn {index + 1} with {gap[-60:]!r}, its generation prompt is {header[-60:]!r}",
         )
 
     def _plain_header(self, conversation: Conversation, index: int) -> str:

@@ -54,6 +54,8 @@ class Dialect:
     """The arguments of tool calls as JSON text, not as an object."""
     empty_content: str | None = ""
     """The content of a turn that only calls tools."""
+    tools_in_system: bool = False
+    """Tool definitions as JSON at the end of the system prompt: the template prints calls, and no definitions."""
 
 
 class ChatTemplate:
@@ -68,7 +70,6 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._dated = _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), source)
-        self._for_calls: Dialect | None = None
 
     @property
     def marks_responses(self) -> bool:
@@ -78,14 +79,7 @@ class ChatTemplate:
     @cached_property
     def protected(self) -> re.Pattern[str] | None:
         """The markup that the template may look for in a content, such as `</think>`; None where it has none."""
-        import jinja2
-
-        try:
-            strings = {
-                value[1:-1] for _, kind, value in jinja2.Environment().lex(self._dated) if kind == "string"
-            }
-        except jinja2.TemplateSyntaxError:  # said when it is rendered
-            return None
+        strings = [value[1:-1] for value in self._lexed["string"]]
         markup = [s.strip() for s in strings if re.search(r"[<>\[\]{}|/#]", s) and re.search(r"\w", s)]
         markup = [s for s in {*markup, "<think>", "</think>"} if len(s) > 1]
         return re.compile("|".join(re.escape(s) for s in sorted(markup, key=lambda s: (-len(s), s))))
@@ -109,11 +103,10 @@ class ChatTemplate:
 
     def dialect(self, conversation: Conversation) -> Dialect:
         """What form this conversation has to take; found out by trying, once."""
-        if not any(m.get("tool_calls") for m in conversation.messages):
-            return self._plain_dialect
-        if self._for_calls is None:
-            self._for_calls = self._dialect_for_calls()
-        return self._for_calls
+        dialect = self._plain_dialect
+        if any(m.get("tool_calls") for m in conversation.messages):
+            dialect = self._dialect_for_calls or dialect
+        return replace(dialect, tools_in_system=self.tools_in_system) if conversation.tools else dialect
 
     @cached_property
     def _plain_dialect(self) -> Dialect:
@@ -124,19 +117,39 @@ class ChatTemplate:
                 return dialect
         return Dialect()
 
-    def _dialect_for_calls(self) -> Dialect:
+    @cached_property
+    def _dialect_for_calls(self) -> Dialect | None:
+        """None where the template prints no calls, or not in full."""
         name, value = _WORDS
         function = {"name": name, "arguments": {"key": value}}
         call = {"id": "callabcde", "type": "function", "function": function}
         talk = Conversation([_message("user", "Hello"), _message("assistant", "") | {"tool_calls": [call]}])
-        plain = self._plain_dialect
         for empty in ("", None):
             for as_text in (False, True):
-                dialect = replace(plain, arguments_as_text=as_text, empty_content=empty)
+                dialect = replace(self._plain_dialect, arguments_as_text=as_text, empty_content=empty)
                 # What Python prints of a dictionary is no JSON, and a text that is quoted once more is no object.
                 if self._prints(talk, dialect, [name, value], ["{'key'", '\\"key\\"']):
                     return dialect
-        return plain
+        return None
+
+    @property
+    def tools_in_system(self) -> bool:
+        """Whether tool definitions go into the system prompt: it prints calls, and looks at no definitions."""
+        return self._dialect_for_calls is not None and "tools" not in self._lexed["name"]
+
+    @cached_property
+    def _lexed(self) -> dict[str, set[str]]:
+        """The names and strings in the template's code."""
+        import jinja2
+
+        found: dict[str, set[str]] = {"name": set(), "string": set()}
+        try:
+            for _, kind, value in jinja2.Environment().lex(self._dated):
+                if kind in found:
+                    found[kind].add(value)
+        except jinja2.TemplateSyntaxError:  # said when it is rendered
+            pass
+        return found
 
     def _prints(
         self, talk: Conversation, dialect: Dialect, words: Iterable[str], not_these: Iterable[str] = ()
@@ -153,6 +166,8 @@ class ChatTemplate:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if conversation.tools and dialect.tools_in_system:
+            conversation = _with_tools_in_system(conversation)
         try:
             texts, spans = render_jinja_template(
                 conversations=[[_adapted(message, dialect) for message in conversation.messages]],
@@ -189,6 +204,15 @@ def _adapted(message: Message, dialect: Dialect) -> Message:
     if reasoning := adapted.get("reasoning_content"):
         adapted |= dict.fromkeys(REASONING, reasoning)
     return adapted
+
+
+def _with_tools_in_system(conversation: Conversation) -> Conversation:
+    tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in conversation.tools or ())
+    messages = list(conversation.messages)
+    if not messages or messages[0]["role"] != "system":
+        messages.insert(0, _message("system", ""))
+    content = f"{messages[0]['content']}\n\n# Tools\n\n{tools}".lstrip()
+    return replace(conversation, messages=[messages[0] | {"content": content}, *messages[1:]], tools=None)
 
 
 def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

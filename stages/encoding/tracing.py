@@ -12,7 +12,7 @@ The copy keeps every length, all whitespace and punctuation, and the text that t
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from stages.encoding.altering import (
 )
 from stages.encoding.messages import BadRow, Conversation
 
+OTHER_HEADER = "not as at inference"
+"""Why a row is bad whose turn opens in another way than the generation prompt."""
 SPLIT = "split by the template"
 """Why a row is bad whose turn has another one printed inside it."""
 _THOUGHT = re.compile(r"<think(?:ing)?>(.*?)(?:</think(?:ing)?>|\Z)", re.DOTALL)
@@ -191,9 +193,9 @@ def _lost_parts(piece: Piece, text: str, printed: str, protected: re.Pattern[str
             continue
         kind = "reasoning" if any(a <= start and stop <= b for a, b in thoughts) else piece.kind
         if not letters or letters not in printed:
-            yield Piece(piece.owner, kind, part, piece.verbatim)
+            yield replace(piece, kind=kind, text=part)
         elif part not in text:
-            yield Piece(piece.owner, f"{kind} (changed)", part, piece.verbatim)
+            yield replace(piece, kind=f"{kind} (changed)", text=part)
 
 
 def _shown(part: str, text: str) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.encoding.chat import DEFAULT_MAX_LENGTH, ChatEncoder, Encoded
 from stages.encoding.messages import BadRow, Conversation
-from stages.encoding.rendering import NO_END
+from stages.encoding.rendering import NO_END, TOOLS_IN_SYSTEM
 from stages.encoding.templates import PLAIN_CHAT_TEMPLATE
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -369,3 +369,27 @@ def test_golden_tokens(markers: bool) -> None:
         encoded = encode(encoder, json.loads(row["messages"]))
         assert encoded.input_ids == row["input_ids"], row["example_id"]
         assert encoded.response_mask == row["response_mask"], row["example_id"]
+
+
+def test_tool_definitions_without_a_place_go_into_the_system_prompt(tokenizer) -> None:
+    tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [*conversation("hello"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    encoder = make(tokenizer, QWEN3)
+    (encoded,) = encoder.encode(Conversation(messages, [tool]))
+    assert encoded.notes == (TOOLS_IN_SYSTEM,)
+    text = tokenizer.decode(encoded.input_ids)
+    assert text.startswith(
+        "<|im_start|>system\n# Tools\n\n" + json.dumps(tool) + "<|im_end|>\n<|im_start|>user"
+    )
+    with pytest.raises(BadRow, match=r"lost by the template: tools \(add\)"):
+        make(tokenizer, unmarked(CHATML)).encode(Conversation(conversation("hello", "there"), [tool]))
+
+
+def test_what_follows_the_last_response_is_left_out(tokenizer) -> None:
+    """So that the turn is shown as the last one, with its thinking."""
+    messages = [*conversation("hello", "there", "my", "friend"), {"role": "user", "content": "bye"}]
+    messages[1]["reasoning_content"] = "hm"
+    template = QWEN3.replace("{% set thought = '' %}", "{% set thought = m.reasoning_content or '' %}")
+    (encoded,) = make(tokenizer, template).encode(Conversation(messages, untrained=frozenset([3])))
+    assert tokenizer.decode(encoded.input_ids).endswith("<think>\nhm\n</think>\n\nthere<|im_end|>")

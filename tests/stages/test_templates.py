@@ -18,6 +18,7 @@ from stages.encoding.chat import ChatEncoder
 from stages.encoding.messages import BadRow, Conversation
 from stages.encoding.rendering import NO_END
 from stages.encoding.templates import template_file, training_variant
+from stages.encoding.tracing import OTHER_HEADER, SPLIT
 from tests.stages import real_templates, template_table
 from tests.stages.kinds_of_talk import MORE, SHOWN
 
@@ -73,7 +74,7 @@ def check(name: str, talk: Conversation, turns: str = "all") -> bool:
     try:
         examples = encoder(name, turns=turns).encode(talk)
     except BadRow as error:
-        if error.reason not in ("template refuses", "lost by the template", "split by the template"):
+        if error.reason not in ("template refuses", "lost by the template", SPLIT, OTHER_HEADER):
             raise
         return False
     answers = [i for i, m in enumerate(talk.messages) if m["role"] == "assistant"]
