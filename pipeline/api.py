@@ -277,6 +277,10 @@ def verify(folder: str | Path) -> tuple[list[Path], list[str]]:
         else:
             assert manifest is not None
             wrong += manifests.problems(finished, manifest)
+            wrong += [
+                f"{path}: not in {finished / MANIFEST}, so it is never read; move it out of the folder"
+                for path in manifests.unlisted(finished, manifest)
+            ]
     return checked, wrong
 
 

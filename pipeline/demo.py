@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +30,7 @@ from sstoken.errors import UsageError
 from sstoken.version import __version__
 from stages import tables
 from stages.checkpoints import load_tokenizer
+from stages.folders import copy_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -203,7 +203,7 @@ def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed:
     )
     if not folder.is_dir():
         with _whole(folder) as partial:
-            shutil.copytree(trained.folder / trained.metrics["snapshots"][-1], partial)
+            copy_folder(trained.folder / trained.metrics["snapshots"][-1], partial)
     return folder
 
 
@@ -236,9 +236,8 @@ def _claim(out: Path, seed: int) -> None:
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     for part in tables.parts(folder):
-        yield from pq.read_table(
-            part, columns=["example_id", "input_ids", "response_mask", "keep_mask"]
-        ).to_pylist()
+        columns = ["example_id", "input_ids", "response_mask", "keep_mask"]
+        yield from tables.read_table(part, columns).to_pylist()
 
 
 def _findings(found: dict[str, Any]) -> Table:

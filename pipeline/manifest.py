@@ -11,8 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from sstoken.errors import SstokenError, UsageError
 from stages.files import write_whole
-
-MANIFEST = "manifest.json"
+from stages.folders import MANIFEST as MANIFEST
+from stages.folders import NO_DIGEST, check_digest, damaged_manifest, read_manifest_text, seal
+from stages.folders import sha256 as remembered_sha256
 
 
 class FileEntry(BaseModel):
@@ -40,6 +41,8 @@ class Manifest(BaseModel):
     seconds: float
     metrics: dict[str, Any]
     files: list[FileEntry]
+    digest: str = NO_DIGEST
+    """Of the manifest's own text, with zeros in this place; set when it is written. Older manifests have none."""
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -48,13 +51,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises:
         SstokenError: it is damaged.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    text = read_manifest_text(folder)
+    if text is None:
         return None
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise SstokenError(f"{path}: damaged manifest; remove {folder} and make it again") from error
+        raise damaged_manifest(folder) from error
 
 
 def finished(folder: Path, what: str) -> Manifest:
@@ -76,7 +79,9 @@ def finished(folder: Path, what: str) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it whole or not at all."""
-    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1))
+    text = manifest.model_copy(update={"digest": NO_DIGEST}).model_dump_json(indent=1)
+    start, _, end = text.rpartition(NO_DIGEST)
+    write_whole(folder / MANIFEST, f"{start}{seal(text.encode())}{end}")
 
 
 def list_files(folder: Path) -> list[FileEntry]:
@@ -89,9 +94,14 @@ def list_files(folder: Path) -> list[FileEntry]:
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files below a finished folder that its manifest does not know; hidden ones do not count."""
+    """Files below a finished folder that its manifest does not know; not the hidden ones, or other finished folders."""
     listed = {MANIFEST, *(entry.path for entry in manifest.files)}
-    found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    inside = [path.parent for path in folder.rglob(MANIFEST) if path.parent != folder]
+    found = {
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and not any(path.is_relative_to(other) for other in inside)
+    }
     hidden = {path for path in found if any(part.startswith(".") for part in path.parts)}
     return sorted(folder / path for path in found - hidden if path.as_posix() not in listed)
 
@@ -129,14 +139,19 @@ class Digests:
                 self._known = {}  # only a cache
 
     def __call__(self, path: Path) -> str:
-        """The digest of a file."""
+        """The digest of a file.
+
+        Raises:
+            SstokenError: it lies in a finished folder whose manifest says another one.
+        """
         stat = path.stat()
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
         if key not in self._known:
-            self._known[key] = sha256(path)
+            self._known[key] = remembered_sha256(path)
             self._unsaved = True
             if not self._holding:
                 self.save()
+        check_digest(path, self._known[key])
         return self._known[key]
 
     def save(self) -> None:

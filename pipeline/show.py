@@ -204,12 +204,7 @@ def _footer(part: Path) -> Any:
 def _read_rows(part: Path, group: int, local: Iterable[int], first: int) -> list[MaskedExample]:
     """The rows `local` of one row group, whose first row is row `first` of the folder."""
     provenance = tables.read_metadata(part)
-    try:
-        with pq.ParquetFile(part) as file:
-            names = [n for n in _ROW_COLUMNS if n in file.schema_arrow.names]
-            table = file.read_row_group(group, columns=names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SstokenError(f"{part}: damaged; run its select again") from error
+    table = tables.read_row_group(part, group, _ROW_COLUMNS)
     rows = ((i, table.slice(i, 1).to_pylist()[0]) for i in local)
     return [
         MaskedExample(

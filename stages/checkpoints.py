@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError
+from stages import folders
 from stages.adapter_kinds import check_kind
 from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
@@ -163,6 +164,21 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [f for pattern in patterns for f in sorted(folder.glob(pattern)) if f.is_file()]
 
 
+def check_content(ref: str) -> None:
+    """Refuse a snapshot that was damaged since `anchor` wrote it, or its base; other checkpoints pass.
+
+    Raises:
+        SstokenError: names the file.
+    """
+    folder = local_folder(ref)
+    if folder is None:
+        return
+    for file in folders.listed_in(folder) or ():
+        folders.check_file(file)
+    if (base := adapter_base(ref)) is not None:
+        check_content(base)
+
+
 def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint.
 
@@ -173,6 +189,9 @@ def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedT
     from transformers import AutoTokenizer
 
     name, revision = _place(ref)
+    if (folder := local_folder(ref)) is not None:
+        for file in _matching(folder, (*_TOKENIZER_FILES, "config.json", _CODE)):
+            folders.check_file(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
@@ -244,6 +263,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     check_whole(ref)
+    check_content(ref)
     name, revision = _place(ref)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

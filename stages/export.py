@@ -1,6 +1,5 @@
 """`export`: the masked dataset as a trainer takes it."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -8,7 +7,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
-from stages import tables
+from stages import folders, tables
 from stages.base import SPEED_ONLY, Context, Stage
 from stages.exporting import TARGETS, get_target
 from stages.exporting.base import DATA, FAST, SCORES, Facts
@@ -65,7 +64,7 @@ class Export(Stage):
         for name, content in target.files(facts).items():
             write_whole(out / name, content)
         write_whole(out / "README.md", card(target, facts, counts, self.model_dump()))
-        shutil.copytree(masked / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+        folders.copy_folder(masked / "tokenizer", out / "tokenizer")
         return {"to": self.to, **counts}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
-from stages import tables
+from stages import folders, tables
 from stages.files import write_whole
 
 TOKENS = "tokens"
@@ -125,7 +125,7 @@ def trained_on_others(checkpoint: str, tokens: Path) -> bool:
     """Whether a checkpoint is a snapshot of an anchor run on other tokens; False also where that is not known."""
     note = Path(checkpoint).expanduser().absolute().parent / _TRAINED_ON
     try:
-        said = json.loads(note.read_text())[TOKENS]
+        said = json.loads(folders.read_file(note))[TOKENS]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(said != folder_fingerprint(tokens))

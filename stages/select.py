@@ -1,6 +1,5 @@
 """`select`: from scores to the masked dataset. No model, no GPU: a sweep over rho takes seconds."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from sstoken.selection import (
     num_kept,
 )
 from sstoken.version import __version__
-from stages import joins, tables
+from stages import folders, joins, tables
 from stages.base import SPEED_ONLY, Context, Stage
 from stages.masked_card import write_card
 
@@ -76,7 +75,7 @@ class Select(Stage):
         with context.progress("shards", len(token_parts)) as progress:
             for _ in context.map(select_shard, self._tasks(shards, cut), workers=self.workers):
                 progress.advance()
-        shutil.copytree(context.inputs["tokens"] / "tokenizer", context.out / "tokenizer", dirs_exist_ok=True)
+        folders.copy_folder(context.inputs["tokens"] / "tokenizer", context.out / "tokenizer")
         summary = merge_stats([tables.read_metadata(p)["stats"] for p in tables.parts(context.out)])
         if not summary["examples"]:
             raise SstokenError(

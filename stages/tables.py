@@ -4,6 +4,7 @@ Every per-token column is a list as long as `input_ids`. Measured values (loss, 
 null where there is none: off the response, and where the method needed no such signal.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
+from stages import folders
 from stages.files import whole_file
 
 IDS = pa.list_(pa.int32())
@@ -40,6 +42,8 @@ MASKED = pa.schema(
 )
 
 METADATA_KEY = b"sstoken"
+_DIGEST = "digest"
+"""Key in the metadata, of their own digest: they are read alone, without the file whose digest the manifest has."""
 IGNORED_LABEL = -100
 
 
@@ -49,8 +53,16 @@ def part_name(index: int) -> str:
 
 
 def parts(folder: Path) -> list[Path]:
-    """The shards of a folder, in order."""
-    return sorted(folder.glob("part-*.parquet"), key=lambda path: (len(path.name), path.name))
+    """The shards of a folder, in order: those that its manifest lists, or those there are of unfinished work.
+
+    Raises:
+        SstokenError: the manifest is damaged.
+    """
+    listed = folders.listed_in(folder)
+    found = folder.glob("part-*.parquet")
+    if listed is not None:
+        found = (path for path in listed if path.parent == folder and path.match("part-*.parquet"))
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def write_part(
@@ -73,7 +85,9 @@ def write_row_groups(
     compression_level: int = 3,
 ) -> None:
     """As `write_part`, from tables of one schema that become a row group each and are never held together."""
-    ours = None if metadata is None else {METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
+    ours = None
+    if metadata is not None:
+        ours = {METADATA_KEY: json.dumps({**metadata, _DIGEST: _digest(metadata)}, sort_keys=True)}
     schema = schema.with_metadata(ours)
     floats = [f"{name}.list.element" for name in _float_columns(schema)]
     ids = [
@@ -90,6 +104,7 @@ def write_row_groups(
             compression_level=compression_level,
             use_dictionary=ids,
             use_byte_stream_split=floats,
+            write_page_checksum=True,
         ) as writer,
     ):
         for table in groups:
@@ -109,10 +124,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     with _readable(path):
         raw = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
-    if raw is None:
-        raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
-    metadata: dict[str, Any] = json.loads(raw)
+        if raw is None:
+            raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
+        metadata: dict[str, Any] = json.loads(raw)
+        digest = metadata.pop(_DIGEST, None)
+        if digest not in (None, _digest(metadata)):
+            raise ValueError("its metadata were changed")
     return metadata
+
+
+def _digest(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -121,9 +143,38 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     Raises:
         SstokenError: it is damaged.
     """
-    # Each thread that reads ahead keeps memory of its own: their peak would differ from run to run.
-    with _readable(path), pq.ParquetFile(path, pre_buffer=False) as file:
+    with _opened(path) as file:
         return file.read(columns, use_threads=False)
+
+
+def read_row_group(path: Path, group: int, columns: Iterable[str]) -> pa.Table:
+    """Those of the columns that there are, of one row group.
+
+    Raises:
+        SstokenError: see `read_table`.
+    """
+    with _opened(path) as file:
+        return file.read_row_group(group, [name for name in columns if name in file.schema_arrow.names])
+
+
+def read_batches(path: Path, num_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Columns of a shard in pieces of at most `num_rows` rows.
+
+    Raises:
+        SstokenError: see `read_table`.
+    """
+    with _opened(path) as file:
+        yield from file.iter_batches(num_rows, columns=columns)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A shard whose content is checked as a whole against its folder's manifest, and page by page."""
+    with _readable(path):
+        content = pa.BufferReader(folders.read_file(path))
+        # Each thread that reads ahead keeps memory of its own: their peak would differ from run to run.
+        with pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True) as file:
+            yield file
 
 
 def num_rows(path: Path) -> int:
@@ -140,7 +191,7 @@ def num_rows(path: Path) -> int:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SstokenError(
             f"{path}: not a readable Parquet file ({reason}); make its folder again"

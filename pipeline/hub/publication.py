@@ -4,7 +4,6 @@ The same masked folder and settings give the same bytes, so that what a killed u
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -21,7 +20,7 @@ from pipeline.hub.card import Shards, card
 from pipeline.hub.provenance import PROVENANCE, Provenance, as_json, hub_names, public
 from pipeline.hub.remote import check_repo
 from sstoken.errors import SstokenError, UsageError
-from stages import tables
+from stages import folders, tables
 from stages.base import SPEED_ONLY, Context, Stage
 from stages.files import write_whole
 from stages.select import merge_stats
@@ -169,7 +168,7 @@ def _typical_row(parts: Iterable[Path]) -> int:
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
-    shutil.copytree(source, out, dirs_exist_ok=True)
+    folders.copy_folder(source, out)
     path = out / "tokenizer_config.json"
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))

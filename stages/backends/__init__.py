@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from sstoken.errors import UsageError
 from stages.base import Settings
+from stages.checkpoints import check_content
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -224,4 +225,5 @@ def make_backend(name: str, options: BackendOptions) -> Backend:
         SstokenError: see `Backend.__init__`.
     """
     check_backend(name, options)
+    check_content(options.checkpoint)
     return backend_class(resolve_backend(name, options))(options)

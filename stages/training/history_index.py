@@ -9,6 +9,7 @@ from typing import Literal
 
 from sstoken.errors import SstokenError, UsageError
 from stages.files import write_whole
+from stages.folders import read_file
 
 INDEX = "history.json"
 
@@ -97,7 +98,7 @@ def read_index(folder: Path) -> list[Entry]:
     """
     path = Path(folder) / INDEX
     try:
-        return [Entry(**fields) for fields in json.loads(path.read_text())]
+        return [Entry(**fields) for fields in json.loads(read_file(path))]
     except FileNotFoundError:
         raise UsageError(f"{folder}: no {INDEX}; name the folder that `anchor` wrote") from None
     except (OSError, ValueError, TypeError) as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sstoken.errors import SstokenError
 from stages import tables
@@ -47,17 +46,14 @@ def build(tokens: Path, file: Path) -> None:
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for part in parts:
             tables.read_metadata(part)
-            try:
-                for batch in pq.ParquetFile(part).iter_batches(_ROWS_AT_ONCE, columns=schema.names):
-                    kept = batch.cast(schema).filter(_trains(batch["response_mask"]))
-                    skipped += batch.num_rows - kept.num_rows
-                    if kept.num_rows:
-                        examples += kept.num_rows
-                        largest_id = max(largest_id, pc.max(kept["input_ids"].flatten()).as_py())
-                        longest = max(longest, pc.max(pc.list_value_length(kept["input_ids"])).as_py())
-                        writer.write_batch(kept)
-            except (pa.ArrowException, OSError) as error:
-                raise SstokenError(f"{part}: not readable ({error}); make its folder again") from error
+            for batch in tables.read_batches(part, _ROWS_AT_ONCE, schema.names):
+                kept = batch.cast(schema).filter(_trains(batch["response_mask"]))
+                skipped += batch.num_rows - kept.num_rows
+                if kept.num_rows:
+                    examples += kept.num_rows
+                    largest_id = max(largest_id, pc.max(kept["input_ids"].flatten()).as_py())
+                    longest = max(longest, pc.max(pc.list_value_length(kept["input_ids"])).as_py())
+                    writer.write_batch(kept)
     if not examples:
         raise SstokenError(f"{tokens}: none of its {skipped} examples has a response token to train on")
     with open(file.with_suffix(".extent"), "w") as note:

@@ -13,7 +13,7 @@ from pipeline import api
 from stages import tables
 from tests.hub.rows import identical, loaded, masked_table
 from tests.hub.server import READ, STRANGER
-from tests.pipeline.worlds import make_world
+from tests.pipeline.worlds import list_anew, make_world
 from tests.support import PATIENCE, messages
 
 SPLIT = ("--shard-tokens", 1)
@@ -155,10 +155,7 @@ def test_nothing_of_this_machine_is_published(hub, client, copy):
     tokenizer = copy / "tokenizer/tokenizer_config.json"
     settings = json.loads(tokenizer.read_text()) | {"name_or_path": str(make_world().base)}
     tokenizer.write_text(json.dumps(settings))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    entry = next(f for f in manifest["files"] if f["path"].endswith("tokenizer_config.json"))
-    entry["bytes"] = tokenizer.stat().st_size
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    list_anew(copy)
     client.works("publish", copy, "--repo", "me/discreet")
     places = [str(make_world().base.parent), str(copy.parent), str(Path.home()), client.token]
     for path, content in hub.files("me/discreet").items():

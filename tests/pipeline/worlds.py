@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from pipeline import api, cli
+from pipeline import manifest as manifests
 from tests.stages import tiny
 from tests.support import messages
 
@@ -137,3 +138,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Every file's inode, time and size: equal where nothing was written anew."""
     stats = {p.relative_to(folder).as_posix(): p.stat() for p in folder.rglob("*") if p.is_file()}
     return {name: (s.st_ino, s.st_mtime_ns, s.st_size) for name, s in stats.items()}
+
+
+def list_anew(folder: Path) -> None:
+    """Have a finished folder's manifest list what is there now, as only its stage should."""
+    manifest = manifests.read_manifest(folder)
+    assert manifest is not None
+    files = manifests.list_files(folder)
+    manifests.write_manifest(folder, manifest.model_copy(update={"files": files}))

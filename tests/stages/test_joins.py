@@ -12,7 +12,7 @@ from pipeline import api
 from sstoken.errors import SstokenError
 from stages import joins, tables
 from stages.training.score_column import with_history
-from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.pipeline.worlds import CommandLine, World, list_anew, make_world
 
 Row = tuple[str, list[tuple[int, bool]]]
 rows = st.lists(
@@ -131,13 +131,10 @@ def test_tokens_edited_by_hand(world: World, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     shutil.copytree(world.tokens, tokens)
     shard = tables.parts(tokens)[1]
-    held, size = tables.read_table(shard), shard.stat().st_size
+    held = tables.read_table(shard)
     turned = pa.array([row[::-1].tolist() for row in tables.rows(held["input_ids"])], tables.IDS)
     tables.write_part(shard, held.set_column(1, "input_ids", turned), tables.read_metadata(shard))
-    manifest = tokens / "manifest.json"
-    manifest.write_text(
-        manifest.read_text().replace(f'"bytes": {size},', f'"bytes": {shard.stat().st_size},')
-    )
+    list_anew(tokens)
     said = r"part-00001.parquet: its tokens were changed after `encode` wrote them"
     for method in ("sstoken", "random"):
         with pytest.raises(SstokenError, match=said):
@@ -154,13 +151,10 @@ def test_shards_that_do_not_say_where_they_are_from(key: str, of: str, world: Wo
     shutil.copytree(world.tokens, tmp_path / "tokens")
     shutil.copytree(world.scores, tmp_path / "scores")
     folder = tmp_path / of
-    manifest = (folder / "manifest.json").read_text()
     for path in tables.parts(folder):
         about = {k: v for k, v in tables.read_metadata(path).items() if k != key}
-        size = path.stat().st_size
         tables.write_part(path, tables.read_table(path), about)
-        manifest = manifest.replace(f'"bytes": {size},', f'"bytes": {path.stat().st_size},')
-    (folder / "manifest.json").write_text(manifest)
+    list_anew(folder)
     with pytest.raises(SstokenError, match=r"part-00000.parquet: does not say which .* again"):
         api.select(tokens=tmp_path / "tokens", scores=tmp_path / "scores", out=tmp_path / "masked")
 
@@ -193,12 +187,8 @@ def test_what_a_masked_dataset_is_made_into_is_of_one_run(world: World, tmp_path
     for rho in (0.5, 0.6):
         api.select(tokens=world.tokens, scores=world.scores, out=tmp_path / f"{rho}", rho=rho)
     shard = tmp_path / "0.5/part-00001.parquet"
-    size = shard.stat().st_size
     shutil.copy(tmp_path / "0.6/part-00001.parquet", shard)
-    manifest = tmp_path / "0.5/manifest.json"
-    manifest.write_text(
-        manifest.read_text().replace(f'"bytes": {size},', f'"bytes": {shard.stat().st_size},')
-    )
+    list_anew(tmp_path / "0.5")
     with pytest.raises(SstokenError, match=r"part-00001.parquet: was written by another run"):
         api.export(masked=tmp_path / "0.5", to="trl", out=tmp_path / "export")
     with pytest.raises(SstokenError, match=r"part-00001.parquet: was written by another run"):

@@ -1,0 +1,178 @@
+"""Finished folders: what their manifest lists is all there is to read, and it is read only as it was written.
+
+Every reader of a folder that a stage wrote goes through here (`stages.tables` for shards, `stages.checkpoints` for
+models and tokenizers), so that none can take a damaged file, or one that does not belong.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from sstoken.errors import SstokenError
+
+MANIFEST = "manifest.json"
+_OWN_DIGEST = re.compile(rb'"digest": ?"([0-9a-f]{64})"\s*\}\s*\Z')
+"""The last field of a manifest: the sha256 of its text with zeros in this place."""
+NO_DIGEST = "0" * 64
+_WORTH_REMEMBERING = 1 << 24
+"""Bytes: from here on hashing takes longer than the system's clock of files ticks."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One file of a finished folder, as the manifest has it."""
+
+    folder: Path
+    """The finished folder."""
+    sha256: str
+    """Of the content, hexadecimal."""
+
+
+def read_manifest_text(folder: Path) -> bytes | None:
+    """The manifest of a folder as it was written, or None where there is none.
+
+    Raises:
+        SstokenError: it was changed since, or cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise SstokenError(f"{path}: cannot be read ({error.strerror})") from error
+    own = _OWN_DIGEST.search(text)
+    if own and seal(text) != own[1].decode():
+        raise damaged_manifest(folder)
+    return text
+
+
+def damaged_manifest(folder: Path) -> SstokenError:
+    """The error for a manifest that cannot be what was written."""
+    return SstokenError(f"{folder / MANIFEST}: damaged manifest; remove {folder} and make it again")
+
+
+def seal(text: bytes) -> str:
+    """The digest that a manifest's last field holds."""
+    return hashlib.sha256(_OWN_DIGEST.sub(lambda m: m[0].replace(m[1], NO_DIGEST.encode()), text)).hexdigest()
+
+
+def listed(path: Path) -> Listed | None:
+    """What the manifest of the finished folder that holds `path` says of it, if any does."""
+    path = path.absolute()
+    for folder in path.parents:
+        if (listing := _listing(folder)) is not None:
+            digest = listing.get(path.relative_to(folder).as_posix())
+            return None if digest is None else Listed(folder, digest)
+    return None
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """Refuse a file whose content is not the one that its folder's manifest lists.
+
+    Raises:
+        SstokenError: names the file.
+    """
+    said = listed(path)
+    if said is not None and said.sha256 != digest:
+        raise SstokenError(
+            f"{path}: damaged: its content is not what {said.folder / MANIFEST} says; put the file back, or make "
+            f"{said.folder} again (--force)"
+        )
+
+
+def read_file(path: Path) -> bytes:
+    """A file's content, checked in the same pass.
+
+    Raises:
+        SstokenError: it is not what the manifest lists.
+        OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    if listed(path) is not None:
+        check_digest(path, hashlib.sha256(content).hexdigest())
+    elif _listing(path.parent) is not None:
+        raise SstokenError(f"{path}: {path.parent / MANIFEST} does not list it; move it out of the folder")
+    return content
+
+
+def check_file(path: Path) -> None:
+    """Refuse a damaged file that another library is about to read.
+
+    Raises:
+        SstokenError: it is not what the manifest lists.
+    """
+    if listed(path) is not None:
+        check_digest(path, sha256(path))
+
+
+def listed_in(folder: Path) -> list[Path] | None:
+    """The files of a finished folder, or of a folder within one; None where there is no manifest.
+
+    Raises:
+        SstokenError: the manifest is damaged.
+    """
+    above = folder.absolute()
+    for place in (above, *above.parents):
+        if (listing := _listing(place)) is not None:
+            start = "" if place == above else f"{above.relative_to(place).as_posix()}/"
+            names = [name.removeprefix(start) for name in listing if name.startswith(start)]
+            return sorted(folder / name for name in names) if names or place == above else None
+    return None
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, checked while they are read; replace those that `target` holds.
+
+    Raises:
+        SstokenError: one is damaged or missing.
+    """
+    found = listed_in(source)
+    for path in sorted(p for p in source.rglob("*") if p.is_file()) if found is None else found:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(read_file(path))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, hexadecimal."""
+    stat = path.stat()
+    if stat.st_size < _WORTH_REMEMBERING:
+        return _hashed(path)
+    return _remembered(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+
+
+def _hashed(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _remembered(path: Path, key: tuple[int, ...]) -> str:
+    """Weights are hashed for a fingerprint and checked when they load: once is enough while the file stands."""
+    return _hashed(path)
+
+
+def _listing(folder: Path) -> dict[str, str] | None:
+    """Digests by name. Not one of ours, such as a web application's `manifest.json`: None."""
+    try:
+        stat = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return _parsed(folder, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=256)
+def _parsed(folder: Path, key: tuple[int, ...]) -> dict[str, str] | None:
+    text = read_manifest_text(folder) or b""
+    try:
+        manifest = json.loads(text)
+        if {"stage", "fingerprint", "files"} <= set(manifest):
+            return {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        if b'"fingerprint"' in text:
+            raise damaged_manifest(folder) from None
+    return None
