@@ -104,7 +104,6 @@ def test_a_byte_changed_in_an_input_is_never_silent(stage: str, run: Path, tmp_p
             for place in places(path):
                 with flipped(path, place), pytest.raises(SstokenError) as caught:
                     read(world, run, tmp_path / f"out-{tried}")
-                    pytest.fail(f"silent: byte {place} of {path}")
                 assert not isinstance(caught.value, UsageError)
                 assert str(path) in str(caught.value), (path, place, caught.value)
                 assert "\n" not in str(caught.value)
