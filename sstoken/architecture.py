@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sstoken.attention import IMPLEMENTATION, attention_calls
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, UsageError
 
 _LENGTH = 11
 _SHARED = 5
@@ -54,6 +54,39 @@ def examine(model: Any) -> Findings:
     return Findings(layers, agree)
 
 
+@torch.no_grad()
+def last_softmax_layer(model: Any) -> int:
+    """The last decoder layer whose attention can be captured, found by a short forward pass of a model as it is.
+
+    Raises:
+        UsageError: the attention of no layer can be.
+    """
+    config = model.config.get_text_config()
+    ids = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
+    layers: tuple[int, ...] = ()
+    if config._attn_implementation != "eager" or getattr(model, "_supports_sdpa", True):
+        training = model.training
+        model.eval()
+        try:
+            with attention_calls(config._attn_implementation) as modules:
+                model(input_ids=ids, use_cache=False)
+        finally:
+            model.train(training)
+        layers = _indices(modules)
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__}: its attention cannot be captured, as it does not go through transformers' "
+            "attention interface (linear attention or a custom model); take gamma=1, which needs none"
+        )
+    return layers[-1]
+
+
+def _indices(modules: list[nn.Module]) -> tuple[int, ...]:
+    """Of the decoder layers that these belong to, ascending."""
+    indices = [getattr(module, "layer_idx", None) for module in modules]
+    return tuple(sorted({index for index in indices if isinstance(index, int)}))
+
+
 def _softmax_layers(model: Any, ids: Tensor, expected: Tensor) -> tuple[int, ...]:
     """The layers whose attention can be observed; none where the model is not the same then."""
     before = model.config._attn_implementation
@@ -63,8 +96,7 @@ def _softmax_layers(model: Any, ids: Tensor, expected: Tensor) -> tuple[int, ...
         model.set_attn_implementation(IMPLEMENTATION)
         with attention_calls() as modules:
             logits = _logits(model, ids[None])[0]
-        indices = [getattr(module, "layer_idx", None) for module in modules]
-        layers = tuple(sorted({index for index in indices if isinstance(index, int)}))
+        layers = _indices(modules)
         if layers and _agree(logits, expected, model.dtype):
             return layers
     except Exception:  # what was not made for the interface may fail in any way

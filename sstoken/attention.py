@@ -315,10 +315,14 @@ _calls: list[nn.Module] | None = None
 
 
 @contextmanager
-def attention_calls() -> Iterator[list[nn.Module]]:
-    """The modules whose attention goes through `IMPLEMENTATION` within this context, in the order of their calls."""
+def attention_calls(implementation: str = IMPLEMENTATION) -> Iterator[list[nn.Module]]:
+    """The modules whose attention goes through `implementation` within this context, in the order of their calls.
+
+    Raises:
+        UsageError: it is not one that is called through transformers' attention interface.
+    """
     global _calls
-    _observe(IMPLEMENTATION)
+    _observe(implementation)
     _calls = []
     try:
         yield _calls

@@ -1,11 +1,13 @@
 """What is refused when an in-loop trainer is made, before any step."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sstoken.architecture import last_softmax_layer
 from sstoken.errors import UsageError
 from sstoken.in_loop.forward import SelectingModel
 from sstoken.in_loop.layout import Layout
@@ -65,8 +67,39 @@ def check_trainer(trainer: Any) -> None:
     ):
         if wrong:
             raise UsageError(f"in-loop selection: {text}")
+    device = trainer.accelerator.device.type
+    with trainer.accelerator.autocast():
+        if (args.fp16 or args.bf16) and not torch.is_autocast_enabled(device):
+            asked = "fp16" if args.fp16 else "bf16"
+            warnings.warn(
+                f"in-loop selection: {asked}=True does nothing on this device ({device}): training runs in the dtype "
+                "of the weights",
+                UserWarning,
+                stacklevel=2,
+            )
     if args.use_liger_kernel:
         args.liger_kernel_config = kernels | dict.fromkeys(_LOSS_KERNELS, False)
+
+
+def choose_layer(trainer: Any) -> int:
+    """The layer whose attention is captured.
+
+    Raises:
+        UsageError: the attention of no layer can be.
+    """
+    layer = trainer._selection.layer
+    if layer != "last":
+        return int(layer)
+    if not _can_run(trainer):
+        return -1
+    with trainer.accelerator.autocast():
+        return last_softmax_layer(trainer.model)
+
+
+def _can_run(trainer: Any) -> bool:
+    """Whether the model has its weights already."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return not sharded and trainer.model.get_input_embeddings().weight.device.type != "meta"
 
 
 class _KeepAll:
@@ -92,9 +125,9 @@ def try_out(trainer: Any) -> None:
         SstokenError: its attention cannot be captured, or its logits are not made position by position.
     """
     model, capture = trainer.model, trainer._capture
-    weight = model.get_input_embeddings().weight
-    if weight.device.type == "meta":
+    if not _can_run(trainer):
         return
+    weight = model.get_input_embeddings().weight
     ids = torch.arange(3, device=weight.device)[None] % weight.shape[0]
     layout = Layout.of(torch.ones_like(ids, dtype=torch.bool))
     training = model.training

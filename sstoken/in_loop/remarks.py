@@ -16,6 +16,9 @@ MOST = 0.5
 """Share of the examples from which on they are spoken of."""
 UNRELATED = 0.3
 """Correlation of history and current losses below which they are hardly those of one family of models."""
+SAME_MODEL = 0.1
+"""Mean difference in nats a token up to which history and current losses may be those of one model, scored in float32
+and trained in half precision."""
 FEWEST_TOKENS = 32
 """To speak of a mean or a correlation."""
 
@@ -99,11 +102,32 @@ def remarks_on_losses(
             f"history {settings.history!r} is the model as it stands: REL is rounding error (mean {rel:.1g} nats at "
             f"step {step}), which min-max blows up to [0, 1]; give warmup_steps, so that the model moves away first"
         )
-    elif settings.history == "scores" and step == 0 and current.numel() >= FEWEST_TOKENS:
-        correlation = float(torch.corrcoef(torch.stack([past, current]))[0, 1])
-        if not correlation >= UNRELATED:
-            yield (
-                f"the column's history losses and the model's own correlate by {correlation:.2f} at the first batch: "
-                "they look like those of another model or of other tokens; score this model's base checkpoint on "
-                "these tokens"
-            )
+
+
+def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[str]:
+    """What history losses of the data show beside those of the model that training starts from. Waits for the device.
+
+    Args:
+        losses: [N] of the live model at the first batch, before any step.
+        history: [N] of the column.
+        noisy: the forward pass of training is random (dropout, NEFTune): a small difference means nothing.
+    """
+    if losses.numel() < FEWEST_TOKENS:
+        return
+    past, current = history.double().cpu(), losses.double().cpu()
+    correlation = float(torch.corrcoef(torch.stack([past, current]))[0, 1])
+    apart = float((past - current).abs().mean())
+    if apart <= SAME_MODEL:
+        return
+    if not correlation >= UNRELATED:
+        yield (
+            f"the column's history losses and the model's own correlate by {correlation:.2f} at the first batch: "
+            "they look like those of another model or of other tokens; score this model's base checkpoint on "
+            "these tokens"
+        )
+    elif not noisy:
+        yield (
+            "the column's history losses are not those of the model that training starts from: they differ by "
+            f"{apart:.2f} nats a token at the first batch, more than rounding ({SAME_MODEL:g}); score the checkpoint "
+            "that training starts from, or ignore this where an earlier one is meant"
+        )

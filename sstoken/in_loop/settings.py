@@ -42,8 +42,9 @@ class SelfModulation:
     """Selection ratio: the share of response tokens kept, in (0, 1]."""
     gamma: float | Schedule = 0.5
     """Balance: the weight of REL against attention, in [0, 1]. 0 needs no history loss, 1 no attention."""
-    layer: int = -1
-    """Decoder layer whose attention is measured; negative counts from the last."""
+    layer: int | Literal["last"] = "last"
+    """Decoder layer whose attention is measured; negative counts from the end. "last": the last with softmax
+    attention; where weights are sharded before training, the last."""
     warmup_steps: int = 0
     """Optimizer steps at the start that train on every response token."""
     scope: Literal["sample", "batch"] = "sample"

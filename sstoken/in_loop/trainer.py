@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from sstoken.attention import AttentionCapture
 from sstoken.errors import SstokenError
-from sstoken.in_loop.checks import check_trainer, try_out
+from sstoken.in_loop.checks import check_trainer, choose_layer, try_out
 from sstoken.in_loop.column import HISTORY, CarryHistory, check_column, join_history, split_history
 from sstoken.in_loop.core import keep_tokens
 from sstoken.in_loop.forward import SelectingModel, measure_losses
@@ -24,7 +24,7 @@ from sstoken.in_loop.head import HeadLosses
 from sstoken.in_loop.layout import Layout, layout_of_batch
 from sstoken.in_loop.metrics import SelectionMetrics, Step
 from sstoken.in_loop.observation import Observer
-from sstoken.in_loop.remarks import remarks_on_layout, remarks_on_losses
+from sstoken.in_loop.remarks import remarks_on_column, remarks_on_layout, remarks_on_losses
 from sstoken.in_loop.settings import SelfModulation
 from sstoken.in_loop.weights import History, as_history, make_history
 
@@ -91,10 +91,9 @@ class SelfModulatedMixin(_Base):
             make_history(self.model, self._selection, 0)
         self._capture: AttentionCapture | None = None
         if self._selection.needs_attention:
-            self._capture = AttentionCapture(self.model, self._selection.layer)
+            self._capture = AttentionCapture(self.model, choose_layer(self))
         self._head = HeadLosses(self.model)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            try_out(self)
+        try_out(self)
 
     @property
     def _carries_history(self) -> bool:
@@ -249,7 +248,7 @@ class _StepSelector:
                 gamma=plan.gamma,
                 scope=self._trainer._selection.scope,
             )
-            if losses is not None and plan.rho < 1:
+            if losses is not None:
                 self._remark(losses)
             rel = None if history is None or losses is None else history - losses
             self._metrics.count(keep, rel, attention)
@@ -257,11 +256,25 @@ class _StepSelector:
         return keep
 
     def _remark(self, losses: Tensor) -> None:
-        trainer = self._trainer
-        needed = self._history_loss if self._plan.gamma > 0 else None
+        trainer, column = self._trainer, self._history_loss
+        if self._plan.step == 0 and column is not None and trainer._carries_history:
+            trainer._remark("column", lambda: remarks_on_column(losses, column, _noisy(trainer)))
+        if self._plan.rho == 1:
+            return
+        needed = column if self._plan.gamma > 0 else None
         dtype = _MIXED.get(str(trainer.accelerator.mixed_precision), trainer.model.dtype)
         vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
         trainer._remark(
             "losses",
             lambda: remarks_on_losses(losses, needed, trainer._selection, self._plan.step, vocabulary, dtype),
         )
+
+
+def _noisy(trainer: Any) -> bool:
+    """Whether losses in training are not those of the model's weights alone; an adapter's dropout starts on zeros."""
+    config = trainer.model.config.get_text_config()
+    dropouts = [
+        m.p for n, m in trainer.model.named_modules() if isinstance(m, nn.Dropout) and "lora_" not in n
+    ]
+    dropouts.append(getattr(config, "attention_dropout", 0.0) or 0.0)
+    return any(dropouts) or bool(trainer.args.neftune_noise_alpha)

@@ -119,7 +119,11 @@ def test_attention_that_cannot_be_captured(tmp_path):
 
     model = make_model()
     model.model.layers[1].self_attn = Own()
-    refused("attention of layer 1 cannot be captured", folder=tmp_path, model=model, error=SstokenError)
+    given = {"folder": tmp_path, "model": model}
+    selection = SelfModulation(layer=1)
+    refused("attention of layer 1 cannot be captured", selection=selection, error=SstokenError, **given)
+    model.model.layers[0].self_attn = Own()
+    refused("its attention cannot be captured, as it does not go through", **given)
 
 
 def test_the_base_of_a_model_without_adapter(tmp_path):

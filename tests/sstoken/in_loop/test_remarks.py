@@ -10,11 +10,29 @@ from peft import LoraConfig, get_peft_model
 
 from sstoken import SelfModulatedTrainer, SelfModulation
 from sstoken.in_loop.settings import Schedule
-from tests.sstoken.in_loop.small import arguments, collate, flatten, make_model, make_scored_examples
+from tests.sstoken.in_loop.small import (
+    arguments,
+    collate,
+    flatten,
+    losses_of,
+    make_examples,
+    make_model,
+    make_scored_examples,
+)
+
+OTHER_START = "not those of the model that training starts from"
 
 
 def remarks(folder, examples=None, model=None, collator=collate, changes=None, **selection):
-    """What a run of three steps warns of."""
+    """What a run of three steps warns of; the examples' history is an earlier checkpoint, which is meant here."""
+    return [
+        t
+        for t in all_remarks(folder, examples, model, collator, changes, **selection)
+        if OTHER_START not in t
+    ]
+
+
+def all_remarks(folder, examples=None, model=None, collator=collate, changes=None, **selection):
     trainer = SelfModulatedTrainer(
         make_model() if model is None else model,
         arguments(folder, **changes or {}),
@@ -97,6 +115,51 @@ def test_a_column_of_another_model(tmp_path):
         example["history_loss"] = losses.tolist()
     (text,) = remarks(tmp_path, examples)
     assert "look like those of another model" in text
+
+
+def scored_by(model):
+    examples = make_examples()
+    for example in examples:
+        response = np.array(example["labels"]) != -100
+        example["history_loss"] = np.where(response, losses_of(model, example["input_ids"]), np.nan).tolist()
+    return examples
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_a_column_of_another_checkpoint(tmp_path, bf16, warmup_steps):
+    given = {"changes": {"bf16": bf16}, "warmup_steps": warmup_steps}
+    (text,) = all_remarks(tmp_path, **given)
+    assert OTHER_START in text
+    expected = np.concatenate(
+        [
+            np.abs(np.array(theirs["history_loss"]) - np.array(ours["history_loss"]))
+            for theirs, ours in zip(make_scored_examples(), scored_by(make_model()), strict=True)
+        ]
+    )
+    differ = float(text.split("differ by ")[1].split()[0])
+    assert differ == pytest.approx(np.nanmean(expected), rel=0.3)  # over a batch, not all examples
+    texts = all_remarks(tmp_path, scored_by(make_model()), **given)
+    assert len(texts) == (0 if warmup_steps else 1)
+    assert not any(OTHER_START in text for text in texts)
+
+
+def test_dropout_is_not_taken_for_another_checkpoint(tmp_path):
+    model = make_model()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.3))
+    assert all_remarks(tmp_path, scored_by(make_model()), model=model) == []
+    assert all_remarks(tmp_path, scored_by(make_model()), changes={"neftune_noise_alpha": 1.0}) == []
+
+
+def test_half_precision_that_the_device_has_not(tmp_path):
+    given = {"data_collator": collate, "train_dataset": make_scored_examples(8)}
+    with pytest.warns(UserWarning, match=r"fp16=True does nothing on this device \(cpu\)"):
+        trainer = SelfModulatedTrainer(make_model(), arguments(tmp_path, fp16=True), **given)
+    trainer.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "in-loop selection")
+        SelfModulatedTrainer(make_model(), arguments(tmp_path, bf16=True), **given)
 
 
 def test_tokens_of_another_tokenizer(tmp_path):
