@@ -36,7 +36,7 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; `out` has to be a folder")
     held = _read(path) if path.is_file() else None
-    if held is None and folder.is_dir() and any(e.name != _RUN_FILE + UNFINISHED for e in folder.iterdir()):
+    if held is None and folder.is_dir() and not all(_is_unfinished(path) for path in folder.iterdir()):
         raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
     check_writable(path)
     with digests.held():
@@ -52,8 +52,15 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
         )
     if held != identity:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in filter(_is_unfinished, folder.iterdir()):
+            leftover.unlink(missing_ok=True)
         write_whole(path, json.dumps(identity, indent=1))
     digests.save()
+
+
+def _is_unfinished(path: Path) -> bool:
+    """What a kill leaves of the mark."""
+    return path.name.startswith(_RUN_FILE) and path.name.endswith(UNFINISHED)
 
 
 def _identity(config: RunConfig, digests: Digests) -> dict[str, dict[str, str]]:

@@ -1,9 +1,12 @@
 """The local engine: a function mapped over shards in this process or several, with a progress bar."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
 
 from stages.base import Progress
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+_LOOK_EVERY = 0.2
+"""Seconds."""
 
 
 def local_map(function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 1) -> Iterator[R]:
@@ -32,7 +37,24 @@ def local_map(function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 
         yield from tasks
 
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator", pre_dispatch="2*n_jobs", batch_size=1)
-    yield from parallel(joblib.delayed(function)(task) for task in chained())
+    yield from parallel(joblib.delayed(_in_worker)(os.getpid(), function, task) for task in chained())
+
+
+def _in_worker(parent: int, function: Callable[[T], R], task: T) -> R:
+    end_with(parent)
+    return function(task)
+
+
+@cache
+def end_with(parent: int) -> None:
+    """Have this process end when `parent`, which started it, does, however that is: else it would write on."""
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY)
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

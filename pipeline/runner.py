@@ -25,7 +25,7 @@ from pipeline.engine import local_map, no_progress_bar, progress_bar
 from pipeline.manifest import MANIFEST, Digests, Manifest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.version import __version__
-from stages import joins
+from stages import joins, tables
 from stages.base import Context, Stage
 from stages.checkpoints import read_ahead
 from stages.files import UNFINISHED, write_whole
@@ -314,6 +314,9 @@ def _run(job: Job, identity: _Identity) -> dict[str, Any]:
 
 
 def _finish(job: Job, identity: _Identity, metrics: dict[str, Any], seconds: float) -> None:
+    files = [f for f in manifests.list_files(job.partial) if f.path != _FINGERPRINT_FILE]
+    if job.stage.name != "pull":  # whose shards say the run that selected them
+        _check_own(job.partial, identity.fingerprint)
     manifests.write_manifest(
         job.partial,
         Manifest(
@@ -326,10 +329,22 @@ def _finish(job: Job, identity: _Identity, metrics: dict[str, Any], seconds: flo
             version=__version__,
             seconds=round(seconds, 3),
             metrics=metrics,
-            files=[f for f in manifests.list_files(job.partial) if f.path != _FINGERPRINT_FILE],
+            files=files,
         ),
     )
     _promote(job)
+
+
+def _check_own(partial: Path, fingerprint: str) -> None:
+    """Refuse shards that a process left over from an attempt with other settings wrote in between."""
+    others = [p for p in tables.parts(partial) if tables.read_metadata(p).get(joins.RUN) != fingerprint]
+    for path in others:
+        path.unlink()
+    if others:
+        raise SstokenError(
+            f"{others[0]}: written meanwhile by a process of an earlier attempt, and removed; end such processes, then "
+            "the same command goes on from there"
+        )
 
 
 def _replaced(out: Path) -> Path:

@@ -1,6 +1,7 @@
 """Files that are either whole or not there, also after a kill or a power cut."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,11 @@ UNFINISHED = ".tmp"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write, which takes its name when the context ends well."""
-    temporary = path.with_name(path.name + UNFINISHED)
+    """A binary file to write, which takes its name when the context ends well.
+
+    Until then its name is its own: a process left over from an earlier attempt cannot move it half-written.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     with open(temporary, "wb") as file:
         yield file
         file.flush()
