@@ -16,7 +16,7 @@ from pipeline.config import RunConfig, load_config, validated
 from pipeline.hub.api import publish as publish
 from pipeline.hub.api import pull as pull
 from pipeline.manifest import MANIFEST, Digests
-from pipeline.runner import Job, Result, State, execute, state
+from pipeline.runner import Job, Result, State, execute, state, superseded
 from pipeline.steps import (
     NO_ATTENTION,
     Step,
@@ -232,6 +232,8 @@ class Planned:
     folder: Path | None
     state: str
     """`finished`, or why it runs."""
+    superseded: Path | None = None
+    """Unfinished work of other settings or inputs, which is in nobody's way; the step removes it when it runs."""
 
 
 def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> list[Planned]:
@@ -252,7 +254,8 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
             why = why or state(step.job, digests).value
             if why != State.FINISHED.value:
                 waiting[step.job.out] = step.name
-        planned.append(Planned(step.name, step.job.out if step.job else None, why))
+        other = superseded(step.job, digests) if step.job is not None and not awaited else None
+        planned.append(Planned(step.name, step.job.out if step.job else None, why, other))
     return planned
 
 

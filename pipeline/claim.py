@@ -38,9 +38,10 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
     held = _read(path) if path.is_file() else None
     if held is None and folder.is_dir() and not all(_is_unfinished(path) for path in folder.iterdir()):
         raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
-    check_writable(path)
     with digests.held():
         identity = _identity(config, digests)
+    if held != identity:
+        check_writable(path)
     if (
         held is not None
         and not anew

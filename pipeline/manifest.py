@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest_of(known: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 class Digests:
     """sha256 of files, remembered while a file's size and time stand, so that a finished run starts fast."""
 
@@ -133,10 +137,10 @@ class Digests:
         self._known: dict[str, str] = {}
         self._unsaved = self._holding = False
         if cache is not None and cache.is_file():
-            try:
-                self._known = json.loads(cache.read_text())
-            except ValueError:
-                self._known = {}  # only a cache
+            with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # only a cache
+                saved = json.loads(cache.read_text())
+                if saved["digest"] == _digest_of(saved["known"]):
+                    self._known = saved["known"]
 
     def __call__(self, path: Path) -> str:
         """The digest of a file.
@@ -157,7 +161,8 @@ class Digests:
     def save(self) -> None:
         """Write what is new into the cache file, if its folder is there."""
         if self._unsaved and self._cache is not None and self._cache.parent.is_dir():
-            self._cache.write_text(json.dumps(self._known))  # half of it is no JSON, and is forgotten
+            with suppress(OSError):  # a disk that takes no files
+                self._cache.write_text(json.dumps({"digest": _digest_of(self._known), "known": self._known}))
             self._unsaved = False
 
     @contextmanager

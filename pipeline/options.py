@@ -14,7 +14,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON on standard output.")
 force_option = click.option("--force", is_flag=True, help="Run again though it is finished.")
 out_option = click.option(
-    "--out", required=True, help="Output folder; unfinished work stands in OUT.partial."
+    "--out",
+    required=True,
+    help="Output folder, or a link to one; unfinished work stands beside it in OUT.partial.",
 )
 
 

@@ -73,9 +73,14 @@ class Job:
     seed: int
 
     @property
+    def place(self) -> Path:
+        """Where the output folder stands: `out`, or what it links to. A link stays, and its target is written."""
+        return self.out.resolve() if self.out.is_symlink() else self.out
+
+    @property
     def partial(self) -> Path:
-        """Where it works."""
-        return self.out.with_name(self.out.name + ".partial")
+        """Where it works: beside its place, so on the same disk."""
+        return self.place.with_name(self.place.name + ".partial")
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,12 @@ def state(job: Job, digests: Digests) -> State:
     if found is State.FINISHED:
         manifests.finished(job.out, job.stage.folder)
     return found
+
+
+def superseded(job: Job, digests: Digests) -> Path | None:
+    """Unfinished work of other settings or inputs beside the job's output, if there is any."""
+    other = _partial_fingerprint(job.partial)
+    return job.partial if other and other != _identify(job, digests).fingerprint else None
 
 
 def execute(
@@ -129,8 +140,11 @@ def execute(
         if _state(job, identity) is State.FINISHED and not force:
             return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
         return Result(job.out, _run(job, identity), skipped=False)
+    if not force and _state(job, identity) is State.FINISHED and not _replaced(job.place).exists():
+        # Before the folder is tried: it may be on a disk that takes no files.
+        return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
     _check_out(job)
-    with _lock(job.out):
+    with _lock(job.place):
         _finish_rename(job, identity)
         current = _state(job, identity)
         if current is State.FINISHED and not force:
@@ -214,7 +228,7 @@ def _partial_fingerprint(partial: Path) -> str | None:
 
 def _check_out(job: Job) -> None:
     """Refuse an output folder that cannot be written or is somebody else's."""
-    out = job.out
+    out = job.place
     if out.name in ("", ".."):
         raise UsageError(f"{out}: name the output folder itself, such as {out / job.stage.folder}")
     if out.exists() and not out.is_dir():
@@ -273,12 +287,12 @@ def _finish_rename(job: Job, identity: _Identity) -> None:
         _promote(job)
     elif written is not None:
         _discard(job.partial)
-    replaced = _replaced(job.out)
+    replaced = _replaced(job.place)
     if replaced.exists():
-        if job.out.exists():
+        if job.place.exists():
             shutil.rmtree(replaced)
         else:
-            replaced.rename(job.out)
+            replaced.rename(job.place)
 
 
 def _prepare(job: Job, identity: _Identity, *, fresh: bool) -> None:
@@ -353,10 +367,10 @@ def _replaced(out: Path) -> Path:
 
 def _promote(job: Job) -> None:
     (job.partial / _FINGERPRINT_FILE).unlink(missing_ok=True)
-    if job.out.exists():
-        job.out.rename(_replaced(job.out))
-    job.partial.rename(job.out)
-    shutil.rmtree(_replaced(job.out), ignore_errors=True)
+    if job.place.exists():
+        job.place.rename(_replaced(job.place))
+    job.partial.rename(job.place)
+    shutil.rmtree(_replaced(job.place), ignore_errors=True)
 
 
 def is_main_process() -> bool:

@@ -213,10 +213,20 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     planned = api.plan(config, overrides=overrides)
     rows = [(p.step, str(p.folder or ""), p.state) for p in planned]
+    left = [(str(p.superseded or ""),) for p in planned]
     if as_json:
-        click.echo(json.dumps([dict(zip(("step", "folder", "state"), row, strict=True)) for row in rows]))
-    else:
-        print_table(("step", "folder", "state"), rows)
+        names = ("step", "folder", "state", "superseded")
+        click.echo(
+            json.dumps([dict(zip(names, a + b, strict=True)) for a, b in zip(rows, left, strict=True)])
+        )
+        return
+    print_table(("step", "folder", "state"), rows)
+    for (folder,) in left:
+        if folder:
+            click.echo(
+                f"{folder}: unfinished work of other settings or inputs; go on with those, or remove it",
+                err=True,
+            )
 
 
 @click.command()

@@ -1,0 +1,114 @@
+"""Output folders that are links, or on disks that take no files; unfinished work that other settings left."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline import api
+from tests.pipeline.small_run import PIPELINE, environment, save_config
+from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.support import PATIENCE
+
+
+@pytest.fixture
+def world() -> World:
+    return make_world()
+
+
+@contextmanager
+def mounted(place: Path, *options: str) -> Iterator[None]:
+    """A disk of its own, in memory, where this user may mount one."""
+    place.mkdir(parents=True, exist_ok=True)
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", *options, str(place)], capture_output=True).returncode
+    ):
+        pytest.skip("may not mount a disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_an_output_folder_that_is_a_link_is_made_anew_again_and_again(world: World, tmp_path: Path) -> None:
+    """The link stays, its target is replaced, and all work is done on the target's disk."""
+    large, link = tmp_path / "large/masked", tmp_path / "run/masked"
+    large.mkdir(parents=True)
+    link.parent.mkdir()
+    link.symlink_to(large, target_is_directory=True)
+    for _ in range(3):
+        result = api.select(tokens=world.tokens, scores=world.scores, out=link, force=True)
+        assert not result.skipped
+        assert result.folder == link
+        assert link.is_symlink()
+        assert [p.name for p in link.parent.iterdir()] == ["masked"]
+        assert (large / "manifest.json").is_file()
+        assert {p.name for p in large.parent.iterdir()} == {"masked", ".masked.lock"}
+        assert api.verify(link)[1] == []
+    assert api.select(tokens=world.tokens, scores=world.scores, out=link).skipped
+
+
+def test_a_link_to_a_folder_that_is_not_there_yet(world: World, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "later/masked")
+    api.select(tokens=world.tokens, scores=world.scores, out=tmp_path / "link")
+    assert (tmp_path / "later/masked/manifest.json").is_file()
+
+
+def test_a_finished_folder_on_a_read_only_disk_is_finished(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's too, with its digests forgotten; to make it again is refused."""
+    config = save_config(tmp_path, tmp_path, examples=4, shard_rows=4, steps=1)
+    api.run(str(config), overrides=[f"out={tmp_path}/run"])
+    select = ("select", "--tokens", world.tokens, "--scores", world.scores, "--out", tmp_path / "run/own")
+    cli = CommandLine(capsys)
+    cli.works(*select)
+    (tmp_path / "run/digests.json").unlink()
+    with mounted(tmp_path / "run", "--bind", str(tmp_path / "run")):
+        read_only = ["mount", "-o", "remount,bind,ro", str(tmp_path / "run")]
+        if subprocess.run(read_only, capture_output=True).returncode:
+            pytest.skip("may not mount a disk read-only")
+        assert "finished already" in cli.works(*select)
+        results = api.run(str(config), overrides=[f"out={tmp_path}/run"])
+        assert all(result.skipped for result in results.values())
+        assert "cannot be written to" in cli.fails(1, *select, "--force")
+
+
+def test_plan_names_unfinished_work_of_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings B finished, A killed in `anchor`, B again."""
+    config = save_config(tmp_path, tmp_path, examples=8, shard_rows=4, steps=2)
+    other = ["--set", "anchor.max_steps=100000", "--set", "anchor.snapshots=50000"]
+    b = [*PIPELINE, "run", config.name]
+    subprocess.run(b, cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=PATIENCE)
+    run = tmp_path / "run"
+    killed = subprocess.Popen(
+        [*b, *other], cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    while not list(run.glob("history.partial/step-*")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(PATIENCE)
+    cli = CommandLine(capsys)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        planned = {step["step"]: step for step in json.loads(cli.works("plan", config, "--json"))}
+        assert planned["anchor"] == {
+            "step": "anchor",
+            "folder": "run/history",
+            "state": "finished",
+            "superseded": "run/history.partial",
+        }
+        assert "run/history.partial: unfinished work of other settings" in cli("plan", config).err
+        assert all(result.skipped for result in api.run(str(config)).values())
+        shutil.rmtree(run / "history.partial")
+        assert not any(step["superseded"] for step in json.loads(cli.works("plan", config, "--json")))
