@@ -6,6 +6,7 @@ for in the rendering: what the template leaves out makes the row a bad one, unle
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LENGTH = 4096
 _SANE_MAX_LENGTH = 1_000_000
-_RUN = re.compile(b"\x01+")
 SPECIAL_KEPT = "examples with special tokens in their text"
 
 
@@ -120,8 +120,11 @@ class ChatEncoder:
             rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids = coded["input_ids"]
-        mask = _token_mask(rendered.text, rendered.spans, coded["offset_mapping"])
-        changed = self._check_tokens(ids, mask, rendered)
+        runs = _token_runs(rendered.text, rendered.spans, coded["offset_mapping"])
+        changed = self._check_tokens([ids[first:last] for first, last in runs], rendered)
+        mask = [False] * len(ids)
+        for first, last in runs:
+            mask[first:last] = [True] * (last - first)
         if mask:
             mask[0] = False
         end = _length_to_last(mask)
@@ -129,16 +132,15 @@ class ChatEncoder:
         notes = (*notes, *rendered.notes, *changed)
         return Encoded(list(ids[:kept]), mask[:kept], end > self.max_length, turn, notes)
 
-    def _check_tokens(self, ids: list[int], mask: list[bool], rendered: Rendered) -> tuple[str, ...]:
+    def _check_tokens(self, runs: list[list[int]], rendered: Rendered) -> tuple[str, ...]:
         """What the tokenizer changes of the responses: blanks, or what its normalizer does.
 
         Raises:
             BadRow: the response tokens do not spell the responses.
         """
-        runs = [ids[run.start() : run.end()] for run in _RUN.finditer(bytes(mask))]
         expected = [rendered.text[start:stop] for start, stop in rendered.spans]
         tokens = self._byte_level
-        if tokens is not None and len(runs) == len(expected):
+        if tokens is not None:
             said = (b"".join([tokens[i] for i in run]).strip() for run in runs)
             if all(a == text.encode().strip() for a, text in zip(said, expected, strict=True)):
                 return ()
@@ -207,30 +209,34 @@ class ChatEncoder:
         return self.tokenizer.bos_token_id is not None and ids[:1] == [self.tokenizer.bos_token_id]
 
 
-def _token_mask(text: str, spans: list[Span], offsets: list[Span]) -> list[bool]:
-    """Which tokens lie in the spans; both are sorted.
+def _token_runs(text: str, spans: list[Span], offsets: list[Span]) -> list[Span]:
+    """The tokens that lie in each span, as first and one past the last; spans and offsets are sorted.
 
     A token that crosses a border belongs to the side where it has more than whitespace.
     """
-    mask = [False] * len(offsets)
-    todo = iter(spans)
-    span = next(todo, None)
-    for i, (start, end) in enumerate(offsets):
-        while span is not None and span[1] <= start:
-            span = next(todo, None)
-        if span is None:
-            break
-        if span[0] <= start and end <= span[1]:
-            mask[i] = True
-        elif span[0] < end:
-            inside = text[max(start, span[0]) : min(end, span[1])].strip()
-            outside = (text[start : span[0]] + text[span[1] : end]).strip()
-            if inside and outside:
-                raise BadRow(
-                    "uncertain mask", f"the token {text[start:end]!r} holds prompt and response alike"
-                )
-            mask[i] = not outside
-    return mask
+    runs = []
+    for start, stop in spans:
+        first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (stop,))
+        while (
+            last > first
+            and offsets[last - 1][1] > stop
+            and not _belongs(text, offsets[last - 1], start, stop)
+        ):
+            last -= 1
+        while first > 0 and offsets[first - 1][1] > start and _belongs(text, offsets[first - 1], start, stop):
+            first -= 1
+        runs.append((first, last))
+    return runs
+
+
+def _belongs(text: str, token: Span, start: int, stop: int) -> bool:
+    """Whether a token on a border of a span counts as part of it."""
+    inside = text[max(token[0], start) : min(token[1], stop)].strip()
+    outside = (text[token[0] : start] + text[stop : token[1]]).strip()
+    if inside and outside:
+        shown = text[token[0] : token[1]]
+        raise BadRow("uncertain mask", f"the token {shown!r} holds prompt and response alike")
+    return not outside
 
 
 def _length_to_last(mask: list[bool]) -> int:
