@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.manifest import Digests
-from pipeline.runner import check_writable
+from pipeline.writing import check_writable
 from sstoken.errors import SstokenError, UsageError
 from stages.encoding.sources import shown
 from stages.files import UNFINISHED, write_whole

@@ -8,22 +8,19 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pipeline import manifest as manifests
 from pipeline.engine import local_map, no_progress_bar, progress_bar
 from pipeline.manifest import MANIFEST, Digests, Manifest
-from sstoken.errors import SstokenError, UsageError
+from pipeline.writing import check_writable, one_run_at_a_time
+from sstoken.errors import NothingLeftError, SstokenError, UsageError
 from sstoken.version import __version__
 from stages import joins, tables
 from stages.base import Context, Stage
@@ -144,7 +141,7 @@ def execute(
         # Before the folder is tried: it may be on a disk that takes no files.
         return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
     _check_out(job)
-    with _lock(job.place):
+    with one_run_at_a_time(job.place):
         _finish_rename(job, identity)
         current = _state(job, identity)
         if current is State.FINISHED and not force:
@@ -167,8 +164,9 @@ def execute(
             Thread(target=read_ahead, args=[next_checkpoint], daemon=True).start()
         try:
             metrics = _run(job, identity)
-        except Exception:
-            if not any(next(job.partial.rglob(pattern), None) for pattern in _WHOLE_WORK):
+        except Exception as error:
+            kept = any(next(job.partial.rglob(pattern), None) for pattern in _WHOLE_WORK)
+            if isinstance(error, NothingLeftError) or not kept:
                 _discard(job.partial)
             raise
         _finish(job, identity, metrics, time.monotonic() - start)
@@ -240,44 +238,6 @@ def _check_out(job: Job) -> None:
         if made is not None and made.stage != job.stage.name:
             raise UsageError(f"{out}: holds what {made.stage!r} wrote; choose another output folder")
     check_writable(out)
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made, or made anew.
-
-    Raises:
-        SstokenError: its parent, or what there is of it, takes no files.
-    """
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    parent = existing if existing != folder.absolute() else existing.parent
-    if not parent.is_dir() or not _writable(parent):
-        raise SstokenError(f"{parent}: cannot be written to; choose another output folder or mend its rights")
-
-
-def _writable(folder: Path) -> bool:
-    """Whether a file can be made there: tried, as rights alone do not tell for root or a read-only disk."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # without a name where the system can: a kill leaves nothing
-            return True
-    except OSError:
-        return False
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """One run at a time on an output folder; released when the process ends, however it ends."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SstokenError(
-            f"{out}: another run is writing it; wait for that, or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()  # its file stays: unlinking it would let two runs lock two files of that name
 
 
 def _finish_rename(job: Job, identity: _Identity) -> None:

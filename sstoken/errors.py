@@ -11,3 +11,7 @@ class UsageError(SstokenError, ValueError):
     """The request itself is wrong (a value out of range, a path that is not there). Exit code 2."""
 
     exit_code = 2
+
+
+class NothingLeftError(SstokenError):
+    """The work came to its end, and there is nothing in it to go on from: the data has to change, or the settings."""

@@ -4,6 +4,7 @@ The parent reads rows and cuts them into shards of `shard_rows` input rows; each
 the result is the same whatever the number of workers, and shards that an interrupted run finished are kept.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sstoken.errors import SstokenError
+from sstoken.errors import NothingLeftError, SstokenError
 from stages import checkpoints
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.encoding import sources
@@ -127,8 +128,8 @@ class Encode(Stage):
                 total = merge(total, stats)
                 bar.advance(stats["rows"])
         if not total["examples"]:
-            what = "raise --max-length" if total["dropped"] else f"each is listed in {context.out / BAD_ROWS}"
-            raise SstokenError(
+            what = "raise --max-length" if total["dropped"] else _first_bad(context.out)
+            raise NothingLeftError(
                 f"{sources.shown(self.data)}: no example left of {total['rows']} rows ({_why(total)}); {what}"
             )
         return metrics(total)
@@ -177,6 +178,14 @@ class Encode(Stage):
         while shard := list(islice(rows, self.shard_rows)):
             yield index, None if (out / part_name(index)).exists() else shard
             index += 1
+
+
+def _first_bad(out: Path) -> str:
+    """What was wrong with the first row that was passed over."""
+    for path in sorted((out / BAD_ROWS).glob("*.jsonl")):
+        bad = json.loads(path.read_text().partition("\n")[0])
+        return f"the first is row {bad['row']} of {bad['file']}: {bad['reason']} ({bad['detail']})"
+    return "none can be trained on"
 
 
 def _why(stats: Stats) -> str:

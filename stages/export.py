@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import NothingLeftError, UsageError
 from stages import folders, tables
 from stages.base import SPEED_ONLY, Context, Stage
 from stages.exporting import TARGETS, get_target
@@ -57,7 +57,7 @@ class Export(Stage):
         counts = merge_counts(found)
         if not counts["examples"]:
             cut = f" within {self.max_length} tokens" if self.max_length else ""
-            raise SstokenError(f"{masked}: no example has a token to learn{cut}; nothing to export")
+            raise NothingLeftError(f"{masked}: no example has a token to learn{cut}; nothing to export")
         target = get_target(self.to)
         shards = [target.shard_name(i, len(parts)) for i, c in enumerate(found) if c["examples"]]
         facts = Facts(counts["examples"], counts["longest"], context.fingerprint, self.weights, shards)

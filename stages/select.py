@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sstoken.errors import SstokenError
+from sstoken.errors import NothingLeftError, SstokenError
 from sstoken.methods import Signals, get_method
 from sstoken.selection import (
     BoolArray,
@@ -78,7 +78,7 @@ class Select(Stage):
         folders.copy_folder(context.inputs["tokens"] / "tokenizer", context.out / "tokenizer")
         summary = merge_stats([tables.read_metadata(p)["stats"] for p in tables.parts(context.out)])
         if not summary["examples"]:
-            raise SstokenError(
+            raise NothingLeftError(
                 f"{context.inputs['tokens']}: no example has a response token; nothing to select"
             )
         write_card(context.out, provenance, summary)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import api
+from stages.checkpoints import load_tokenizer
 from tests.pipeline.small_run import PIPELINE, environment, save_config
 from tests.pipeline.worlds import CommandLine, World, make_world
 from tests.support import PATIENCE
@@ -112,3 +113,21 @@ def test_plan_names_unfinished_work_of_other_settings(
         assert all(result.skipped for result in api.run(str(config)).values())
         shutil.rmtree(run / "history.partial")
         assert not any(step["superseded"] for step in json.loads(cli.works("plan", config, "--json")))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_is_left_where_every_row_is_refused(
+    workers: int, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards of no rows are nothing to go on from."""
+    special = load_tokenizer(str(world.base)).eos_token
+    rows = [{"prompt": f"w{i} w1", "completion": f"w2 {special} w3"} for i in range(5)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encode = ("encode", "--data", data, "--model", world.base, "--on-bad-row", "skip", "--shard-rows", 2)
+    out = tmp_path / "out/tokens"
+    line = CommandLine(capsys).fails(1, *encode, "--workers", workers, "--out", out)
+    assert "no example left of 5 rows" in line
+    assert "the first is row 0 of data:" in line
+    assert "partial" not in line
+    assert [path.name for path in out.parent.iterdir()] == [".tokens.lock"]
