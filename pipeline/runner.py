@@ -19,7 +19,7 @@ from typing import Any
 from pipeline import manifest as manifests
 from pipeline.engine import local_map, no_progress_bar, progress_bar
 from pipeline.manifest import MANIFEST, Digests, Manifest
-from pipeline.writing import check_writable, one_run_at_a_time
+from pipeline.writing import check_writable, naming_full_disk, one_run_at_a_time
 from sstoken.errors import NothingLeftError, SstokenError, UsageError
 from sstoken.version import __version__
 from stages import joins, tables
@@ -158,18 +158,19 @@ def execute(
                 f"{job.out}: would be made anew, and {own[0]} in it is not of its making ({len(own)} such files); "
                 "move them elsewhere first"
             )
-        _prepare(job, identity, fresh=force)
-        start = time.monotonic()
-        if next_checkpoint is not None:
-            Thread(target=read_ahead, args=[next_checkpoint], daemon=True).start()
         try:
-            metrics = _run(job, identity)
+            with naming_full_disk(job.partial):
+                _prepare(job, identity, fresh=force)
+                start = time.monotonic()
+                if next_checkpoint is not None:
+                    Thread(target=read_ahead, args=[next_checkpoint], daemon=True).start()
+                metrics = _run(job, identity)
+                _finish(job, identity, metrics, time.monotonic() - start)
         except Exception as error:
             kept = any(next(job.partial.rglob(pattern), None) for pattern in _WHOLE_WORK)
             if isinstance(error, NothingLeftError) or not kept:
                 _discard(job.partial)
             raise
-        _finish(job, identity, metrics, time.monotonic() - start)
         return Result(job.out, metrics, skipped=False)
 
 

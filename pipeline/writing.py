@@ -1,5 +1,8 @@
 """Where work may be written, and by whom."""
 
+import errno
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,3 +49,54 @@ def one_run_at_a_time(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()  # its file stays: unlinking it would let two runs lock two files of that name
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXTS = ("No space left", "os error 28", "Disk quota exceeded")
+"""How libraries put it in errors of their own kinds."""
+_TORCH_TEXTS = ("inline_container", "iostream error", "PytorchStreamWriter")
+"""How torch.save says that a write failed; not why."""
+_NO_ROOM = 1 << 20
+"""Bytes."""
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Say of a disk that is full which it is, what is free, and which file found no room.
+
+    Args:
+        folder: where the work is done; its disk is meant where a library does not say the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        place = _without_room(error, folder)
+        if place is None:
+            raise
+        disk = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.ismount(p))
+        usage = shutil.disk_usage(disk)
+        raise SstokenError(
+            f"{place}: no space left on the disk at {disk} ({_size(usage.free)} free of {_size(usage.total)}); make "
+            "room there; what is finished is kept, the same command goes on from there"
+        ) from error
+
+
+def _without_room(error: BaseException | None, folder: Path) -> Path | None:
+    """The file or folder that an error, or what led to it, says has no room."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return Path(os.fsdecode(error.filename)) if error.filename else folder
+        if any(text in str(error) for text in _FULL_TEXTS):
+            return folder
+        if any(text in str(error) for text in _TORCH_TEXTS) and shutil.disk_usage(folder).free < _NO_ROOM:
+            return folder
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 10_000:
+            return f"{count:,} {unit}"
+        count //= 1000
+    return f"{count:,} TB"

@@ -18,10 +18,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Until then its name is its own: a process left over from an earlier attempt cannot move it half-written.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write, the system does not say where
+            error.filename = str(path)
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     os.replace(temporary, path)
 
 

@@ -15,7 +15,7 @@ from pipeline import api
 from stages.checkpoints import load_tokenizer
 from tests.pipeline.small_run import PIPELINE, environment, save_config
 from tests.pipeline.worlds import CommandLine, World, make_world
-from tests.support import PATIENCE
+from tests.support import PATIENCE, messages
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def mounted(place: Path, *options: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_an_output_folder_that_is_a_link_is_made_anew_again_and_again(world: World, tmp_path: Path) -> None:
@@ -131,3 +131,36 @@ def test_nothing_is_left_where_every_row_is_refused(
     assert "the first is row 0 of data:" in line
     assert "partial" not in line
     assert [path.name for path in out.parent.iterdir()] == [".tokens.lock"]
+
+
+@pytest.mark.parametrize("kilobytes", [40, 120, 300, 1000])
+@pytest.mark.parametrize("verb", ["encode", "anchor", "score", "select"])
+def test_a_full_disk_is_named_and_the_work_goes_on_when_there_is_room(
+    verb: str, kilobytes: int, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it fills up: in a shard, a tokenizer's file, weights."""
+    cli = CommandLine(capsys)
+    data = tmp_path / "data.jsonl"
+    data.write_text(world.data.read_text() * 20)
+    commands: dict[str, tuple[object, ...]] = {
+        "encode": ("encode", "--data", data, "--model", world.base, "--shard-rows", 10, "--workers", 1),
+        "anchor": ("anchor", "--tokens", world.tokens, "--model", world.base, "--max-steps", 3),
+        "score": ("score", "--tokens", world.tokens, "--ckpt", world.base, "--ckpt", world.later),
+        "select": ("select", "--tokens", world.tokens, "--scores", world.scores),
+    }
+    disk = tmp_path / "disk"
+    command = (*commands[verb], "--out", disk / "out")
+    with mounted(disk, "-t", "tmpfs", "-o", f"size={kilobytes}k", "none"):
+        outcome = cli(*command)
+        if outcome.code:
+            (line,) = messages(outcome.err)
+            assert "Traceback" not in outcome.err
+            assert f"no space left on the disk at {disk} (" in line, line
+            assert " free of " in line
+            assert line.startswith(f"error: {disk}/out"), line
+            subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+            cli.works(*command)
+        assert api.verify(disk)[1] == []
+        cli.works(*commands[verb], "--out", tmp_path / "elsewhere/out")
+        for part in (tmp_path / "elsewhere").rglob("part-*.parquet"):
+            assert part.read_bytes() == (disk / part.relative_to(tmp_path / "elsewhere")).read_bytes()
