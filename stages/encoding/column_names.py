@@ -16,7 +16,8 @@ _ABOUT = _words(
     scores rating ratings rank ranks reward rewards label labels tag tags keyword keywords topic topics
     subtopic domain domains subject subjects task tasks skill skills language languages lang
     locale license licence citation copyright author authors annotator annotators model models engine
-    generator version split subset config date time timestamp datetime created updated year month day
+    generator version split subset config configs configuration configurations
+    date time timestamp datetime created updated year month day
     count counts num number length len size tokens turn turns difficulty level grade quality status state
     country city title titles name names filename file files path paths email meta metadata info extra
     moderation toxicity toxic redacted flag flags avatar views likes upvotes note notes comment comments

@@ -89,8 +89,11 @@ def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
     everything = "\n".join(said)
     if all(text.strip() in everything for text in texts):
         return False
-    is_rendering = name in _RENDERED and isinstance(value, str) and all(part in value for part in said)
-    return not is_rendering
+    if name not in _RENDERED or not isinstance(value, str):
+        return True
+    # Its lines, since a rendering may put more than a line break between an instruction and its input.
+    lines = (line.strip() for part in said for line in part.splitlines())
+    return not all(line in value for line in lines)
 
 
 def _holds_turns(value: Any) -> bool:

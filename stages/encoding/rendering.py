@@ -8,10 +8,11 @@ from typing import Any
 from sstoken.errors import SstokenError
 from stages.encoding.altering import TEMPLATE, TOOLS
 from stages.encoding.messages import BadRow, Conversation, TrainedTurns
+from stages.encoding.pieces import Piece, pieces
 from stages.encoding.scaffolds import Scaffolds
 from stages.encoding.spans import Turn, TurnFinder
 from stages.encoding.templates import ChatTemplate, Span, read_template, training_variant
-from stages.encoding.tracing import SPLIT, Piece, Trace, missing, pieces
+from stages.encoding.tracing import SPLIT, Trace, missing
 
 NO_END = "responses that no token ends; add {{ eos_token }} behind assistant contents in the chat template"
 UNMARKED = "assistant turns that the chat template does not mark as generated"
@@ -20,6 +21,7 @@ _NAMED = 5
 TOOLS_IN_SYSTEM = (
     "examples with tool definitions as JSON in the system prompt: the chat template has no place for them"
 )
+FOLLOWING = "examples without the messages behind the last answer that is trained on"
 EARLIER_REASONING = "examples whose earlier turns are shown without their reasoning, as at inference"
 
 
@@ -80,13 +82,16 @@ class Renderer:
             BadRow: the template refuses the conversation or loses text of it, or what is response is not certain.
         """
         wanted = _trained(conversation)
-        # What follows the last response teaches nothing, and is left out of the example in any case.
-        conversation = replace(conversation, messages=conversation.messages[: wanted[-1] + 1])
+        # What follows the last response teaches nothing, and templates print a turn in full where it is last.
+        until = replace(conversation, messages=conversation.messages[: wanted[-1] + 1])
         if self._turns == "all":
-            yield None, self.render(conversation)
+            rendered = self.render(until)
+            if len(until.messages) < len(conversation.messages):
+                rendered = replace(rendered, notes=(*rendered.notes, FOLLOWING))
+            yield None, rendered
             return
         for index in wanted if self._turns == "each" else wanted[-1:]:
-            yield index + 1, self._render_turn(conversation, index)
+            yield index + 1, self._render_turn(until, index)
 
     def render(self, conversation: Conversation) -> Rendered:
         """The whole conversation as text, and where its responses stand.

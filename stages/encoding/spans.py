@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from stages.encoding.altering import visible
 from stages.encoding.messages import BadRow, Conversation
+from stages.encoding.pieces import pieces
 from stages.encoding.templates import ChatTemplate, Span
-from stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, pieces, trace, visible
+from stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
 
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
 """What a border between prompt and response never cuts: a tag, a word, a stretch of whitespace."""
@@ -138,8 +140,11 @@ class TurnFinder:
         header = found.text[found.before(len(found.text)) :]
         bare = self.template.render(_until(conversation, index))
         added = len(found.text) - len(bare) if found.text.startswith(bare) else len(header)
-        if not added:  # no generation prompt: the header is what stands before a plain answer
-            header, added = self._plain_header(conversation, index), 0
+        if (
+            not added
+        ):  # no generation prompt: the header is what stands before a plain answer, but for a blank
+            plain = self._plain_header(conversation, index)
+            header, added = header if plain.rstrip(" ") == header else plain, 0
         shared = _shared(gap, header)
         if shared == len(gap) or (shared and shared > len(header) - added) or shared == len(header):
             return shared

@@ -11,7 +11,8 @@ The copy keeps every length, all whitespace and punctuation, and the text that t
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from stages.encoding.altering import (
     visible,
 )
 from stages.encoding.messages import BadRow, Conversation
+from stages.encoding.pieces import Piece, leaves, pieces
 
 OTHER_HEADER = "not as at inference"
 """Why a row is bad whose turn opens in another way than the generation prompt."""
@@ -37,25 +39,6 @@ SPLIT = "split by the template"
 _THOUGHT = re.compile(r"<think(?:ing)?>(.*?)(?:</think(?:ing)?>|\Z)", re.DOTALL)
 
 Render = Callable[[Conversation], str]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of text that a conversation holds."""
-
-    owner: int
-    """`TOOLS`, or the message's index plus 1."""
-    kind: str
-    """`content`, `system`, `reasoning`, `tool_calls` or `tools`."""
-    text: str
-    verbatim: bool = True
-    """The template has to print it as it stands, but for whitespace at its ends; False: it may be escaped."""
-    altered: bool = True
-    """The altered copy replaces its letters. Keys and numbers keep them: templates sort by them, and look them up."""
-    is_name: bool = False
-    """The name of a tool, which some templates look up: it may have to keep its letters."""
-    where: str = ""
-    """Of a tool definition: the tool and parameter, `search.filters.lang`."""
 
 
 @dataclass(frozen=True)
@@ -103,30 +86,6 @@ class Trace:
         return position + int(owned[0]) if owned.size else len(self.text)
 
 
-def pieces(conversation: Conversation) -> list[Piece]:
-    """Every piece of text of a conversation that its rendering has to hold."""
-    found = list(_tool_pieces(conversation.tools))
-    for index, message in enumerate(conversation.messages):
-        owner = index + 1
-        if message.get("reasoning_content"):
-            found.append(Piece(owner, "reasoning", message["reasoning_content"]))
-        if message.get("content"):
-            found.append(
-                Piece(owner, "system" if message["role"] == "system" else "content", message["content"],
-                      verbatim=message["role"] != "tool")
-            )  # fmt: skip
-        for call in message.get("tool_calls") or ():
-            function = call.get("function", call)
-            found.append(
-                Piece(owner, "tool_calls", str(function.get("name", "")), verbatim=False, is_name=True)
-            )
-            found += [
-                Piece(owner, "tool_calls", text, verbatim=False, altered=altered)
-                for text, altered in _leaves(function.get("arguments"))
-            ]
-    return found
-
-
 def trace(
     conversation: Conversation, render: Render, protected: re.Pattern[str] | None, text: str | None = None
 ) -> Trace:
@@ -143,6 +102,25 @@ def trace(
     """
     text = render(conversation) if text is None else text
     original = codes(text)
+
+    def names_in(index: int) -> int | None:
+        """How many letters of names message `index` prints where nothing follows it; None where that is not known."""
+        cut = replace(conversation, messages=conversation.messages[: index + 1])
+        try:
+            shown = render(cut)
+            altered = render(altered_copy(cut, protected, variant, with_names=True))
+        except BadRow:
+            return None
+        found = (
+            owners_of(codes(shown), codes(altered), index + 3, variant)
+            if len(altered) == len(shown)
+            else None
+        )
+        if found is None:
+            return None
+        earlier = np.flatnonzero((found >= TOOLS) & (found <= index))
+        return int((found[int(earlier[-1]) + 1 if earlier.size else 0 :] == index + 2).sum())
+
     for variant in range(4):
         with_names = variant % 2 == 0
         try:
@@ -153,7 +131,7 @@ def trace(
             continue
         owners = owners_of(original, codes(altered), len(conversation.messages) + 2, variant)
         if owners is not None:
-            names = _share_names(owners, text, conversation) if with_names else None
+            names = _share_names(owners, text, conversation, names_in) if with_names else None
             return Trace(text, owners, names)
     raise BadRow(
         "uncertain mask",
@@ -166,33 +144,64 @@ def missing(found: Trace, conversation: Conversation, protected: re.Pattern[str]
     """The pieces, or parts of pieces, that a rendering does not hold as they stand."""
     lost: list[Piece] = []
     printed: dict[int, str] = {}
-    for piece in pieces(conversation):
+    everything = pieces(conversation)
+    wanted = _times_wanted(everything, found, protected)
+    for piece in everything:
         if piece.is_name and piece.owner == TOOLS and found.names is not None:
             if visible(piece.text, protected) not in found.names:
                 lost.append(piece)
             continue
-        if not piece.altered or (piece.is_name and found.names is None):
+        if _keeps_letters(piece, found):
             if not _shown(piece.text, found.around(piece.owner)):
                 lost.append(piece)
             continue
         if piece.owner not in printed:
             printed[piece.owner] = found.letters(piece.owner)
         letters = visible(piece.text, protected)
-        there = bool(letters) and letters in printed[piece.owner]
-        if not there or (piece.verbatim and piece.text.strip() not in found.text):
+        times = printed[piece.owner].count(letters) if letters else 0
+        if not times or (piece.verbatim and piece.text.strip() not in found.text):
             lost += _lost_parts(piece, found.around(piece.owner), printed[piece.owner], protected)
+        elif times < wanted[piece.owner, letters]:  # of two equal calls, say, one is printed
+            lost.append(piece)
+            wanted[piece.owner, letters] -= 1
     return lost
+
+
+def _keeps_letters(piece: Piece, found: Trace) -> bool:
+    return not piece.altered or (piece.is_name and found.names is None)
+
+
+def _times_wanted(
+    everything: Iterable[Piece], found: Trace, protected: re.Pattern[str] | None
+) -> dict[tuple[int, str], int]:
+    """How often the letters of each piece stand in all pieces of its owner together."""
+    letters: dict[int, list[str]] = {}
+    for piece in everything:
+        if not _keeps_letters(piece, found) and not (piece.is_name and piece.owner == TOOLS):
+            letters.setdefault(piece.owner, []).append(visible(piece.text, protected))
+    wanted: dict[tuple[int, str], int] = {}
+    for owner, texts in letters.items():
+        together = "\0".join(texts)
+        wanted |= {(owner, own): together.count(own) for own in texts if own}
+    return wanted
 
 
 def _lost_parts(piece: Piece, text: str, printed: str, protected: re.Pattern[str] | None) -> Iterator[Piece]:
     thoughts = [m.span(1) for m in _THOUGHT.finditer(piece.text)] if piece.kind == "content" else []
-    for start, stop in segments(piece.text, protected):
-        part = piece.text[start:stop].strip()
+    parts = [(start, stop, piece.text[start:stop].strip()) for start, stop in segments(piece.text, protected)]
+    together = "\0".join(visible(part, None) for _, _, part in parts)
+    given_up: Counter[str] = Counter()
+    for start, stop, part in parts:
+        if not part:
+            continue
         letters = visible(part, None)
-        if not part or (_shown(part, text) if not letters else letters in printed and not piece.verbatim):
+        times = together.count(letters) - given_up[letters]
+        there = printed.count(letters) >= times if letters else _shown(part, text)
+        if there and not (letters and piece.verbatim):
             continue
         kind = "reasoning" if any(a <= start and stop <= b for a, b in thoughts) else piece.kind
-        if not letters or letters not in printed:
+        if not there:
+            given_up[letters] += 1
             yield replace(piece, kind=kind, text=part)
         elif part not in text:
             yield replace(piece, kind=f"{kind} (changed)", text=part)
@@ -203,62 +212,22 @@ def _shown(part: str, text: str) -> bool:
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
 
 
-def _tool_pieces(tools: list[dict[str, Any]] | None) -> Iterator[Piece]:
-    for tool in tools or ():
-        function = tool.get("function", tool)
-        if not isinstance(function, Mapping):
-            continue
-        where = str(function.get("name", ""))
-        if where.strip():
-            yield Piece(TOOLS, "tools", where, verbatim=False, is_name=True, where=where)
-        yield from _description(function, where)
-        yield from _schema_pieces(function.get("parameters"), where)
-
-
-def _schema_pieces(schema: Any, where: str) -> Iterator[Piece]:
-    """The names and descriptions of parameters, nested ones too."""
-    properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    for name, value in properties.items() if isinstance(properties, Mapping) else ():
-        place = f"{where}.{name}"
-        yield Piece(TOOLS, "tools", str(name), verbatim=False, altered=False, where=place)
-        if isinstance(value, Mapping):
-            yield from _description(value, place)
-            yield from _schema_pieces(value, place)
-
-
-def _description(described: Mapping[str, Any], where: str) -> Iterator[Piece]:
-    text = described.get("description")
-    if isinstance(text, str) and text.strip():
-        yield Piece(TOOLS, "tools", text, verbatim=False, where=where)
-
-
-def _leaves(value: Any) -> Iterator[tuple[str, bool]]:
-    """Keys, strings and numbers of a JSON value. True, false and null go by their keys."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key), False
-            yield from _leaves(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner)
-    elif isinstance(value, str):
-        if value.strip():
-            yield value, True
-    elif value is not None and not isinstance(value, bool):
-        yield json.dumps(value), False
-
-
-def _share_names(owners: NDArray[np.int16], text: str, conversation: Conversation) -> str:
+def _share_names(
+    owners: NDArray[np.int16],
+    text: str,
+    conversation: Conversation,
+    names_in: Callable[[int], int | None],
+) -> str:
     """Give the names that calls print to their turns, in place; return the letters of the others, which nobody owns.
 
     Templates print the name of a call in the header of its result too. A turn's own are the first ones between the
-    turns around it.
+    turns around it, and stand before its last argument; `names_in` is asked where calls without arguments come last.
     """
     named = len(conversation.messages) + 1
     for index, message in enumerate(conversation.messages):
-        called = "".join(
-            visible(str(c.get("function", c).get("name", "")), None) for c in message.get("tool_calls") or ()
-        )
+        calls = [c.get("function", c) for c in message.get("tool_calls") or ()]
+        names = [visible(str(call.get("name", "")), None) for call in calls]
+        called = "".join(names)
         if not called:
             continue
         earlier = np.flatnonzero((owners >= TOOLS) & (owners <= index))
@@ -267,9 +236,22 @@ def _share_names(owners: NDArray[np.int16], text: str, conversation: Conversatio
         later = later[later >= start]
         stop = int(later[0]) if later.size else owners.size
         places = start + np.flatnonzero(owners[start:stop] == named)[: len(called)]
-        if "".join(text[place] for place in places.tolist()) == called:
+        if index + 1 < len(conversation.messages):
+            own = np.flatnonzero(owners[start:stop] == index + 1)
+            before = int((places < start + int(own[-1])).sum()) if own.size else 0
+            last = max((i for i, call in enumerate(calls) if _has_letters(call.get("arguments"))), default=-1)
+            if before < len("".join(names[: last + 1])):
+                places = places[:before]
+            elif before < len(called):
+                there = names_in(index)
+                places = places if there is None else places[: max(before, there)]
+        if called.startswith("".join(text[place] for place in places.tolist())):
             owners[places] = index + 1
     left = owners == named
     letters = decoded(codes(text)[left])
     owners[left] = TEMPLATE
     return letters
+
+
+def _has_letters(arguments: Any) -> bool:
+    return any(altered and visible(text, None) for text, altered in leaves(arguments))

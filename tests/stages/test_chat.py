@@ -158,7 +158,7 @@ def test_mask_without_markers_equals_mask_with_markers(style: str, trim_offsets:
     [
         ("chatml", " My answer is 42.\n<|im_end|>"),
         ("llama3", "My answer is 42.<|eot_id|>"),
-        ("llama2", "My answer is 42. </s>"),
+        ("llama2", " My answer is 42. </s>"),  # no generation prompt: a blank before the answer is its own
         ("gemma", "My answer is 42.<end_of_turn>"),
         ("zephyr", " My answer is 42.\n</s>"),
     ],
@@ -393,3 +393,25 @@ def test_what_follows_the_last_response_is_left_out(tokenizer) -> None:
     template = QWEN3.replace("{% set thought = '' %}", "{% set thought = m.reasoning_content or '' %}")
     (encoded,) = make(tokenizer, template).encode(Conversation(messages, untrained=frozenset([3])))
     assert tokenizer.decode(encoded.input_ids).endswith("<think>\nhm\n</think>\n\nthere<|im_end|>")
+
+
+def test_equal_texts_are_each_accounted_for(tokenizer) -> None:
+    messages = conversation("two and two", "<think>\nfour\n</think>\n\nfour", "and two", "six")
+    with pytest.raises(BadRow, match="reasoning of turn 2; take --turns each"):
+        encode(make(tokenizer, QWEN3), messages)
+    allowed = encode(make(tokenizer, QWEN3, allow_lost=["reasoning"]), messages)
+    assert allowed.notes == ("examples whose reasoning the chat template leaves out",)
+
+
+def test_what_follows_the_last_trained_answer_is_not_shown(tokenizer) -> None:
+    encoder = make(tokenizer, QWEN3)
+    thinking = conversation("two and two", "<think>\nhm\n</think>\n\nfour")
+    following = conversation("sure", "no")
+    alone = encode(encoder, thinking)
+    (unwanted,) = encoder.encode(Conversation(thinking + following, untrained=frozenset({3})))
+    asked_again = encode(encoder, thinking + following[:1])
+    assert unwanted.input_ids == asked_again.input_ids == alone.input_ids
+    assert unwanted.response_mask == asked_again.response_mask == alone.response_mask
+    assert tokenizer.decode(alone.input_ids).endswith("<think>\nhm\n</think>\n\nfour<|im_end|>")
+    note = "examples without the messages behind the last answer that is trained on"
+    assert (alone.notes, unwanted.notes, asked_again.notes) == ((), (note,), (note,))

@@ -243,3 +243,11 @@ def test_media_rows(column) -> None:
         convert(row)
     assert not isinstance(error.value, NeedsDecision)  # rows of their own kind: skipped by --on-bad-row skip
     assert texts(row, ignored=list(column))[0] == ("user", "<image>Who wrote it?")
+
+
+def test_a_column_with_the_whole_row_as_one_text_is_no_loss() -> None:
+    row = {"instruction": "Say who wrote it.", "input": "The report.", "output": LONG}
+    text = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n{}"
+    whole = text.format(*row.values())
+    assert convert(row | {"text": whole}).unused == ("text",)
+    assert "text would be lost" in problem(row | {"text": whole.replace("The report.", "Another one.")})

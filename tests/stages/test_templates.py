@@ -277,3 +277,88 @@ def test_a_template_of_trl_by_name(tmp_path: Path) -> None:
         template_file("trl:no_such")
     assert training_variant(real_templates.source("qwen3")) == "trl:qwen3_training"
     assert training_variant("{{ messages }}") is None
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}},
+    },
+}
+NOW = {"type": "function", "function": {"name": "now", "description": "Tells the time.", "parameters": {
+    "type": "object", "properties": {}}}}  # fmt: skip
+
+
+def called(*calls: tuple[str, dict], tools: list[dict]) -> Conversation:
+    """A question, calls in one turn, a result for each, and an answer."""
+    function = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+    return Conversation(
+        [
+            {"role": "user", "content": "Look it up."},
+            {"role": "assistant", "content": "", "tool_calls": function},
+            *({"role": "tool", "content": f"result {i}", "name": n} for i, (n, _) in enumerate(calls)),
+            {"role": "assistant", "content": "Done."},
+        ],
+        tools,
+    )
+
+
+@pytest.mark.parametrize("turns", ["all", "each"])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [("weather", {"city": "Oslo"})] * 2,
+        [("weather", {"city": "Oslo"}), ("weather", {"city": "Rome"})],
+        [("weather", {"city": "Oslo"}), ("now", {})],
+        [("now", {}), ("now", {})],
+    ],
+)
+def test_calls_of_which_the_template_prints_one(calls: list, turns: str) -> None:
+    """It prints the name of a call in the header of its result too, which is no part of the turn that called."""
+    talk = called(*calls, tools=[WEATHER, NOW])
+    with pytest.raises(BadRow, match="tool_calls of turn 2"):
+        encoder("gptoss", turns=turns).encode(talk)
+    taking = encoder("gptoss", turns=turns, allow_lost=["tool_calls"])
+    if not calls[0][1]:
+        with pytest.raises(BadRow, match="all of turn 2"):
+            taking.encode(talk)
+        return
+    first = next(run for e in taking.encode(talk) for run in runs(e, taking.tokenizer))
+    assert first == ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
+    assert runs(encoder("qwen3").encode(talk)[0], encoder("qwen3").tokenizer)[0].count("<tool_call>") == 2
+
+
+@pytest.mark.parametrize(
+    ("parameters", "extra", "where"),
+    [
+        ({"type": "object", "properties": {"days": {"type": "array", "description": "When", "items": {
+            "type": "string", "description": "A date"}}}}, {}, "weather.days"),
+        ({"city": {"type": "str", "description": "Which city"}}, {}, "weather"),
+        (WEATHER["function"]["parameters"], {"return": {"type": "string", "description": "Degrees"}}, "weather"),
+    ],
+)  # fmt: skip
+def test_every_description_of_a_tool_is_accounted_for(parameters: dict, extra: dict, where: str) -> None:
+    function = WEATHER["function"] | {"parameters": parameters} | extra
+    talk = Conversation(
+        [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello there."}],
+        [{"type": "function", "function": function}],
+    )
+    with pytest.raises(BadRow, match=rf"tools \({where}\); take --allow-lost tools"):
+        encoder("gptoss").encode(talk)
+    encoder("qwen3").encode(talk)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss"])
+def test_reasoning_that_says_what_the_answer_says_is_accounted_for(name: str) -> None:
+    talk = [
+        {"role": "user", "content": "Two and two?"},
+        {"role": "assistant", "content": "Four", "reasoning_content": "Four"},
+        {"role": "user", "content": "And two?"},
+        {"role": "assistant", "content": "Six"},
+    ]
+    with pytest.raises(BadRow, match="reasoning of turn 2; take --turns each"):
+        encoder(name).encode(Conversation(talk))
+    (alone,) = encoder(name).encode(Conversation(talk[:2]))
+    assert runs(alone, encoder(name).tokenizer)[0].count("Four") == 2

@@ -1,0 +1,113 @@
+"""The pieces of text that a conversation holds: contents, reasoning, tool calls, tool definitions."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stages.encoding.altering import TOOLS
+from stages.encoding.messages import Conversation
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of text that a conversation holds."""
+
+    owner: int
+    """`TOOLS`, or the message's index plus 1."""
+    kind: str
+    """`content`, `system`, `reasoning`, `tool_calls` or `tools`."""
+    text: str
+    verbatim: bool = True
+    """The template has to print it as it stands, but for whitespace at its ends; False: it may be escaped."""
+    altered: bool = True
+    """The altered copy replaces its letters. Keys and numbers keep them: templates sort by them, and look them up."""
+    is_name: bool = False
+    """The name of a tool, which some templates look up: it may have to keep its letters."""
+    where: str = ""
+    """Of a tool definition: the tool and parameter, `search.filters.lang`."""
+
+
+def pieces(conversation: Conversation) -> list[Piece]:
+    """Every piece of text of a conversation that its rendering has to hold."""
+    found = list(_tool_pieces(conversation.tools))
+    for index, message in enumerate(conversation.messages):
+        owner = index + 1
+        if message.get("reasoning_content"):
+            found.append(Piece(owner, "reasoning", message["reasoning_content"]))
+        if message.get("content"):
+            found.append(
+                Piece(owner, "system" if message["role"] == "system" else "content", message["content"],
+                      verbatim=message["role"] != "tool")
+            )  # fmt: skip
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            found.append(
+                Piece(owner, "tool_calls", str(function.get("name", "")), verbatim=False, is_name=True)
+            )
+            found += [
+                Piece(owner, "tool_calls", text, verbatim=False, altered=altered)
+                for text, altered in leaves(function.get("arguments"))
+            ]
+    return found
+
+
+def _tool_pieces(tools: list[dict[str, Any]] | None) -> Iterator[Piece]:
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping):
+            continue
+        where = str(function.get("name", ""))
+        if where.strip():
+            yield Piece(TOOLS, "tools", where, verbatim=False, is_name=True, where=where)
+        yield from _description(function, where)
+        for key, value in function.items():
+            if isinstance(value, Mapping):  # parameters, and what some say of the result
+                yield from (_schema_pieces if key == "parameters" else _described)(value, where)
+
+
+def _schema_pieces(schema: Any, where: str) -> Iterator[Piece]:
+    """The names, descriptions and permitted values of parameters, nested ones too."""
+    for key, value in schema.items() if isinstance(schema, Mapping) else ():
+        if key == "properties" and isinstance(value, Mapping):
+            for name, described in value.items():
+                place = f"{where}.{name}"
+                yield Piece(TOOLS, "tools", str(name), verbatim=False, altered=False, where=place)
+                yield from _described(described, place)
+        elif key == "enum" and isinstance(value, list | tuple):
+            for permitted in value:
+                if isinstance(permitted, str) and permitted.strip():
+                    yield Piece(TOOLS, "tools", permitted, verbatim=False, altered=False, where=where)
+        elif isinstance(value, Mapping):
+            yield from _described(value, where)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                yield from _described(inner, where)
+
+
+def _described(schema: Any, where: str) -> Iterator[Piece]:
+    if isinstance(schema, Mapping):
+        yield from _description(schema, where)
+        yield from _schema_pieces(schema, where)
+
+
+def _description(described: Mapping[str, Any], where: str) -> Iterator[Piece]:
+    text = described.get("description")
+    if isinstance(text, str) and text.strip():
+        yield Piece(TOOLS, "tools", text, verbatim=False, where=where)
+
+
+def leaves(value: Any) -> Iterator[tuple[str, bool]]:
+    """Keys, strings and numbers of a JSON value. True, false and null go by their keys."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key), False
+            yield from leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from leaves(inner)
+    elif isinstance(value, str):
+        if value.strip():
+            yield value, True
+    elif value is not None and not isinstance(value, bool):
+        yield json.dumps(value), False
