@@ -23,6 +23,8 @@ TOOLS = 0
 _LETTER, _DIGIT, _OTHER = range(3)
 """Kinds of characters; each is replaced within its kind."""
 _RANGES = ((_LETTER, ord("a"), 26), (_LETTER, ord("A"), 26), (_DIGIT, ord("0"), 10))
+_SHORT = 300
+"""Characters up to which texts are remembered."""
 _NUM_SHIFTS = (25, 9, 7)
 """How many replacements there are of each kind."""
 
@@ -103,10 +105,15 @@ def segments(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[int
 
 def visible(text: str, protected: re.Pattern[str] | None) -> str:
     """The characters of a text that an altered copy replaces."""
-    table = _replacements(0, 0)
-    return "".join(
-        c for start, stop in segments(text, protected) for c in text[start:stop] if table[ord(c)] != ord(c)
-    )
+    return _visible_short(text, protected) if len(text) <= _SHORT else _visible(text, protected)
+
+
+def _visible(text: str, protected: re.Pattern[str] | None) -> str:
+    return "".join(text[start:stop].translate(_REPLACED) for start, stop in segments(text, protected))
+
+
+_visible_short = lru_cache(maxsize=1 << 14)(_visible)
+"""Descriptions of tools, keys and names, which all rows share."""
 
 
 def _shifts(owner: int, variant: int) -> tuple[int, ...]:
@@ -148,6 +155,17 @@ def _uniform(block: int) -> bool:
             unicodedata.is_normalized("NFKC", c) and len(c.upper()) == len(c.lower()) == 1 for c in characters
         )
     )
+
+
+class _Replaced(dict[int, int | None]):
+    """A table for `str.translate` that deletes what an altered copy keeps, filled as it is used."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = kept = code if _replacements(0, 0)[code] != code else None
+        return kept
+
+
+_REPLACED = _Replaced()
 
 
 @lru_cache(maxsize=256)

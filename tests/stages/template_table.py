@@ -31,7 +31,8 @@ refuses a row of which something is lost, with the option that helps:
 | `--on-bad-row skip` | such rows are passed over, counted, and listed in `bad_rows/` |
 
 A response begins after the generation prompt that inference will see and ends with the token that stops generation: the
-tokenizer's EOS token or those of `generation_config.json`. Responses that no token ends are counted. The tokens of a
+tokenizer's EOS token or those of `generation_config.json`. Responses that no token ends are counted. Messages behind
+the last answer that is trained on are not shown, since they would teach nothing; this is counted, too. The tokens of a
 response are checked to spell it. A template that prints calls but looks at no tool definitions gets them as JSON at the
 end of the system prompt, which is counted. Where a template marks responses with `{% generation %}`, what it does not mark is not
 trained.
