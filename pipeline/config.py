@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.plain_yaml import read_yaml, short
 from sstoken.errors import UsageError
 from stages.anchor import Anchor
 from stages.encode import Encode
@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UsageError(f"{path}: {'is a folder' if file.is_dir() else 'no such file'}; name a YAML file")
-    values = _read_yaml(file)
+    values = read_yaml(file.read_bytes(), str(file))
     if not isinstance(values, dict):
         raise UsageError(f"{path}: empty, or not a mapping; sections are {', '.join(RunConfig.model_fields)}")
     for override in overrides:
@@ -84,34 +84,6 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     if isinstance(encode, dict) and isinstance(anchor, dict) and "model" in encode:
         anchor.setdefault("model", encode["model"])
     return validated(RunConfig, values, str(path))
-
-
-def _read_yaml(file: Path) -> Any:
-    try:
-        return yaml.load(file.read_text(encoding="utf-8"), _OnceLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        what = error.problem or error.context
-        hint = "; indent with spaces" if "'\\t'" in str(what) else ""
-        raise UsageError(f"{file}: not valid YAML ({where}{what}){hint}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not a YAML text in UTF-8 ({' '.join(str(error).split())})") from error
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML would take the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
-                )
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
@@ -130,7 +102,7 @@ def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
 def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     # pydantic names the branch of a union in the location, such as `dict[str,str]`
     location = [str(part) for part in error["loc"] if "[" not in str(part)]
-    name = ".".join(location)
+    name = short(".".join(location))[1:-1]
     if error["type"] == "extra_forbidden":
         legal = list(_owner(model, location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], legal, n=1)
@@ -140,9 +112,9 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
         return f"{name!r} is missing; set it"
     if error["type"] == "model_type":
         legal = list(_owner(model, location).model_fields)
-        return f"{name} is {error['input']!r}; it has to be a section with the fields {', '.join(legal)}"
+        return f"{name} is {short(error['input'])}; it has to be a section with the fields {', '.join(legal)}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{name} is {error['input']!r}; {message[:1].lower()}{message[1:]}"
+    return f"{name} is {short(error['input'])}; {message[:1].lower()}{message[1:]}"
 
 
 def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
@@ -172,7 +144,4 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UsageError(f"--set {override!r}: {section!r} has no fields")
         target = child
-    try:
-        target[field] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {override!r}: the value is not valid YAML") from None
+    target[field] = read_yaml(text, f"--set {short(override)}")

@@ -89,6 +89,13 @@ def test_overrides(tmp_path: Path) -> None:
     assert load_config(path).select.rho == 0.5
 
 
+def bombs(levels: int) -> str:
+    """Aliases of aliases: 9 to the power of `levels` values in so many lines."""
+    lines = ["a0: &a0 [" + ", ".join(["x"] * 9) + "]"]
+    lines += [f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 9) + "]" for i in range(1, levels)]
+    return "out: o\n" + "\n".join(lines) + "\n"
+
+
 BROKEN = {
     # what stands in the file: what the line has to say
     "": ("empty", "encode"),
@@ -97,6 +104,21 @@ BROKEN = {
     "hello": ("not a mapping",),
     "out: o\nencode:\n\tdata: d\n": ("line 3, column 1", "indent with spaces"),
     "out: [o\n": ("not valid YAML", "line 2"),
+    "out: o\n? [a, b]\n: c\n": ("line 2, column 3", "a key that is a list or a mapping"),
+    "out: o\n? {a: b}\n: c\n": ("line 2, column 3", "a key that is a list or a mapping"),
+    "out: " + "[" * 3000 + "]" * 3000: ("line 1", "more than 20 levels"),
+    "out:" + "".join("\n" + " " * i + "a:" for i in range(1, 400)): ("line 21", "more than 20 levels"),
+    "out: o\nencode:\n  data: &a [*a]\n": ("line 3", "alias within what it stands for"),
+    "out: o\nencode:\n  data: &a {b: *a}\n": ("line 3", "alias within what it stands for"),
+    bombs(6): ("line 6", "more than 10,000 values"),
+    bombs(8): ("line 6", "more than 10,000 values"),
+    "out: 2024-99-99\n": ("line 1, column 6", "month must be in"),
+    "out: " + "9" * 5000 + "\n": ("line 1, column 6", "a value that cannot be"),
+    "out: " + "x" * (1 << 19): ("bytes; a configuration has at most",),
+    "out: o\nx" + "y" * 900 + ": 1\n": ("unknown key",),
+    "out: o\nencode: " + "z" * 10_000: ("it has to be a section",),
+    "out: o\n" + 2 * ("k" * 1000 + ": 1\n"): ("stands there twice", "line 3"),
+    "out: !!python/object/apply:os.system [echo]\n": ("line 1", "could not determine a constructor"),
     MINIMAL + "out: p\n": ("'out' stands there twice", "line 3"),
     MINIMAL + "select: {rho: 1, rho: 2}\n": ("'rho' stands there twice",),
     "encode: {data: d, model: m}\n": ("'out' is missing",),
@@ -119,12 +141,13 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:60])
 def test_broken_configurations(text: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
         load_config(write(tmp_path, text))
     line = str(raised.value)
     assert "\n" not in line
+    assert len(line) < 700
     assert line.startswith(str(tmp_path / "run.yaml"))
     assert all(word in line for word in BROKEN[text]), line
 
