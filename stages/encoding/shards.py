@@ -17,6 +17,7 @@ from stages.encoding.conversations import to_conversation
 from stages.encoding.layouts import Layout
 from stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, TrainedTurns, check_text
 from stages.encoding.sources import Row
+from stages.encoding.time_limit import limited
 from stages.encoding.token_stats import Stats, no_stats
 from stages.files import UNFINISHED, write_whole
 from stages.tables import TOKENS, part_name, read_metadata, write_part
@@ -54,16 +55,17 @@ class Settings:
     def encoder(self) -> "ChatEncoder":
         """What turns conversations into tokens."""
         stamp = checkpoints.stamp(self.model)
-        return _encoder(
-            self.model,
-            self.trust_remote_code,
-            self.max_length,
-            self.chat_template,
-            self.turns,
-            self.allow_lost,
-            self.keep_special_tokens,
-            stamp,
-        )
+        with limited(self.model):
+            return _encoder(
+                self.model,
+                self.trust_remote_code,
+                self.max_length,
+                self.chat_template,
+                self.turns,
+                self.allow_lost,
+                self.keep_special_tokens,
+                stamp,
+            )
 
 
 def encode_shard(settings: Settings, task: Task) -> Stats:
@@ -81,32 +83,36 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
     stats = no_stats() | {"rows": len(rows)}
     bad: list[dict[str, Any]] = []
     unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
-    for row in rows:
-        try:
-            conversation = read_row(row, settings.layout, settings.max_chars)
-            examples = encoder.encode(conversation)
-            example_id = _example_id(row)
-        except PassedOver as reason:
-            passed_over[reason.reason] += 1
-            continue
-        except BadRow as error:
-            if not settings.skip:
-                raise stopped(row, error) from error
-            bad.append({"file": row.file, "row": row.index, "reason": error.reason, "detail": error.detail})
-            continue
-        unused.update(conversation.unused)
-        notes.update(row.notes + conversation.notes)
-        notes.update(note for encoded in examples for note in encoded.notes)
-        for encoded in examples:
-            if not encoded.input_ids:
-                stats["dropped"] += 1
+    with limited(str(path)) as start:
+        for row in rows:
+            try:
+                conversation = read_row(row, settings.layout, settings.max_chars)
+                start(row.where)
+                examples = encoder.encode(conversation)
+                example_id = _example_id(row)
+            except PassedOver as reason:
+                passed_over[reason.reason] += 1
                 continue
-            turn = "" if encoded.turn is None else f"-turn{encoded.turn}"
-            columns["example_id"].append(example_id + turn)
-            columns["input_ids"].append(encoded.input_ids)
-            columns["response_mask"].append(encoded.response_mask)
-            stats["truncated"] += encoded.truncated
-            stats["response_tokens"] += sum(encoded.response_mask)
+            except BadRow as error:
+                if not settings.skip:
+                    raise stopped(row, error) from error
+                bad.append(
+                    {"file": row.file, "row": row.index, "reason": error.reason, "detail": error.detail}
+                )
+                continue
+            unused.update(conversation.unused)
+            notes.update(row.notes + conversation.notes)
+            notes.update(note for encoded in examples for note in encoded.notes)
+            for encoded in examples:
+                if not encoded.input_ids:
+                    stats["dropped"] += 1
+                    continue
+                turn = "" if encoded.turn is None else f"-turn{encoded.turn}"
+                columns["example_id"].append(example_id + turn)
+                columns["input_ids"].append(encoded.input_ids)
+                columns["response_mask"].append(encoded.response_mask)
+                stats["truncated"] += encoded.truncated
+                stats["response_tokens"] += sum(encoded.response_mask)
     lengths = Counter(map(len, columns["input_ids"]))
     stats |= {"examples": lengths.total(), "tokens": sum(n * k for n, k in lengths.items())}
     stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}

@@ -115,7 +115,7 @@ BROKEN = {
     "out: 2024-99-99\n": ("line 1, column 6", "month must be in"),
     "out: " + "9" * 5000 + "\n": ("line 1, column 6", "a value that cannot be"),
     "out: " + "x" * (1 << 19): ("bytes; a configuration has at most",),
-    "out: o\nx" + "y" * 900 + ": 1\n": ("unknown key",),
+    MINIMAL + "x" + "y" * 900 + ": 1\n": ("unknown key",),
     "out: o\nencode: " + "z" * 10_000: ("it has to be a section",),
     "out: o\n" + 2 * ("k" * 1000 + ": 1\n"): ("stands there twice", "line 3"),
     "out: !!python/object/apply:os.system [echo]\n": ("line 1", "could not determine a constructor"),
