@@ -11,6 +11,8 @@ from stages.encoding.messages import Message, NeedsDecision
 
 UNUSED_TEXT = "unused text"
 """The reason of a row with text that is in no message."""
+TEMPLATE_ARGUMENTS = "chat_template_kwargs"
+"""TRL's column of what a chat template is given beside the messages, such as instructions; it is not passed on."""
 _NOTHING = frozenset(("", "[]", "{}", "none", "null", "nan", "n/a", "na", "<noinput>", "nooutput"))
 _RENDERED = (
     "text",
@@ -61,7 +63,7 @@ def check_leftovers(
         if name not in layout.ignored and _is_lost(name, value, messages):
             lost.append((shown, name))
     if lost:
-        take = next((_take(name, layout) for shown, name in lost if shown == name), "")
+        take = next((_take(n, layout) for shown, n in lost if shown == n != TEMPLATE_ARGUMENTS), "")
         leave = " ".join(f"--ignore-column {name}" for _, name in lost)
         raise NeedsDecision(
             UNUSED_TEXT,
@@ -77,6 +79,8 @@ def _take(name: str, layout: Layout) -> str:
 
 
 def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
+    if name == TEMPLATE_ARGUMENTS:
+        return True
     kind = kind_of_name(name)
     if kind == "about":
         return False

@@ -50,6 +50,11 @@ def read_content(content: Any, where: str) -> Content:
         raise BadRow(
             "not text", f"{where}: a content is a {type(content).__name__}, neither a string nor typed parts"
         )
+    if len(content) > 1 and all(isinstance(part, str) for part in content):
+        raise BadRow(
+            "not text",
+            f"{where}: a list of {len(content)} strings; make it one string, or a list of typed parts",
+        )
     found = Content()
     for part in content:
         _add(found, {"type": "text", "text": part} if isinstance(part, str) else part, where)

@@ -21,6 +21,7 @@ _NAMED = 5
 TOOLS_IN_SYSTEM = (
     "examples with tool definitions as JSON in the system prompt: the chat template has no place for them"
 )
+SPEAKERS_LOST = "examples whose speakers have names, which the chat template leaves out"
 FOLLOWING = "examples without the messages behind the last answer that is trained on"
 EARLIER_REASONING = "examples whose earlier turns are shown without their reasoning, as at inference"
 
@@ -232,7 +233,9 @@ class Renderer:
 
 
 def _notes_of(conversation: Conversation, template: ChatTemplate) -> list[str]:
-    return [TOOLS_IN_SYSTEM] if conversation.tools and template.tools_in_system else []
+    notes = [TOOLS_IN_SYSTEM] if conversation.tools and template.tools_in_system else []
+    named = any(m.get("name") and m["role"] in ("user", "assistant") for m in conversation.messages)
+    return [*notes, SPEAKERS_LOST] if named and not template.prints_speakers else notes
 
 
 def _trained(conversation: Conversation) -> list[int]:

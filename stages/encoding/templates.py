@@ -132,6 +132,15 @@ class ChatTemplate:
                     return dialect
         return None
 
+    @cached_property
+    def prints_speakers(self) -> bool:
+        """Whether the names of users and assistants (`name` of a message) are printed."""
+        asked, said = _WORDS
+        talk = Conversation(
+            [_message("user", "Hello") | {"name": asked}, _message("assistant", "Hello") | {"name": said}]
+        )
+        return self._prints(talk, self._plain_dialect, [asked, said])
+
     @property
     def tools_in_system(self) -> bool:
         """Whether tool definitions go into the system prompt: it prints calls, and looks at no definitions."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.encoding.chat import DEFAULT_MAX_LENGTH, ChatEncoder, Encoded
 from stages.encoding.messages import BadRow, Conversation
-from stages.encoding.rendering import NO_END, TOOLS_IN_SYSTEM
+from stages.encoding.rendering import NO_END, SPEAKERS_LOST, TOOLS_IN_SYSTEM
 from stages.encoding.templates import PLAIN_CHAT_TEMPLATE
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -415,3 +415,15 @@ def test_what_follows_the_last_trained_answer_is_not_shown(tokenizer) -> None:
     assert tokenizer.decode(alone.input_ids).endswith("<think>\nhm\n</think>\n\nfour<|im_end|>")
     note = "examples without the messages behind the last answer that is trained on"
     assert (alone.notes, unwanted.notes, asked_again.notes) == ((), (note,), (note,))
+
+
+def test_names_of_speakers_that_the_template_leaves_out_are_noted(tokenizer) -> None:
+    messages = conversation("hello", "there")
+    messages[0]["name"] = "Bob"
+    assert encode(make(tokenizer, unmarked(CHATML)), messages).notes == (SPEAKERS_LOST,)
+    naming = unmarked(CHATML).replace(
+        "m['role'] + '\\n'", "m['role'] + (' ' + m['name'] if m['name'] else '') + '\\n'"
+    )
+    encoded = encode(make(tokenizer, naming), messages)
+    assert encoded.notes == ()
+    assert "user Bob" in tokenizer.decode(encoded.input_ids)

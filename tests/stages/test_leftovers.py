@@ -148,7 +148,7 @@ def test_what_the_line_says_works() -> None:
         {"messages": PAIR, "problem": "Who wrote it?", "solution": "Ada did.", "uuid": "x", "is_right": [True, False]},
         QA | {"url": "https://en.wikipedia.org/wiki/Ada_Lovelace", "license": "CC BY-SA 4.0 by its many authors there",
               "date": "Mon Nov 24 2026 at noon or so", "score": 4.5, "tags": ["history of computing and its people"]},
-        {"messages": PAIR, "metadata": {"annotator": "a1", "note": LONG}, "chat_template_kwargs": {"x": LONG}},
+        {"messages": PAIR, "metadata": {"annotator": "a1", "note": LONG}},
         {"messages": PAIR, "label": 3}, {"messages": PAIR, "label": "positive"}, {"messages": PAIR, "images": []},
         {"messages": PAIR, "images": None, "image": "", "has_image": False, "num_videos": 0},
     ],
@@ -251,3 +251,18 @@ def test_a_column_with_the_whole_row_as_one_text_is_no_loss() -> None:
     whole = text.format(*row.values())
     assert convert(row | {"text": whole}).unused == ("text",)
     assert "text would be lost" in problem(row | {"text": whole.replace("The report.", "Another one.")})
+
+
+def test_arguments_for_the_chat_template_are_not_passed_over() -> None:
+    row = {"messages": PAIR, "chat_template_kwargs": {"enable_thinking": False, "custom_instructions": ""}}
+    assert "chat_template_kwargs would be lost, being part of no message; leave it out with" in problem(row)
+    assert convert(row, ignored=["chat_template_kwargs"]).unused == ("chat_template_kwargs",)
+    assert convert({"messages": PAIR, "chat_template_kwargs": {"enable_thinking": None}}).unused == ()
+
+
+@pytest.mark.parametrize(
+    "row", [QA | {"answer": ["Ada", "Ada Byron"]}, ALPACA | {"output": ["Ada", "Byron"]}]
+)
+def test_several_answers_are_not_run_together(row) -> None:
+    with pytest.raises(BadRow, match="a list of 2 strings"):
+        convert(row)
