@@ -134,11 +134,13 @@ def execute(
             "torchrun, and only anchor with it"
         )
     if not is_main_process():
-        if _state(job, identity) is State.FINISHED and not force:
+        # What the folder holds, the main process may be about to change.
+        if not job.stage.agree(None):
             return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
         return Result(job.out, _run(job, identity), skipped=False)
     if not force and _state(job, identity) is State.FINISHED and not _replaced(job.place).exists():
         # Before the folder is tried: it may be on a disk that takes no files.
+        job.stage.agree(False)
         return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
     _check_out(job)
     with one_run_at_a_time(job.place):
@@ -146,6 +148,7 @@ def execute(
         current = _state(job, identity)
         if current is State.FINISHED and not force:
             finished = manifests.finished(job.out, job.stage.folder)
+            job.stage.agree(False)
             return Result(job.out, finished.metrics, skipped=True)
         there = manifests.read_manifest(job.out)
         if there is not None and not (replace or force or _only_sources_changed(job, identity, there)):
@@ -164,6 +167,7 @@ def execute(
                 start = time.monotonic()
                 if next_checkpoint is not None:
                     Thread(target=read_ahead, args=[next_checkpoint], daemon=True).start()
+                job.stage.agree(True)
                 metrics = _run(job, identity)
                 _finish(job, identity, metrics, time.monotonic() - start)
         except Exception as error:

@@ -99,6 +99,17 @@ class Anchor(Stage):
         """See `Stage.sources`."""
         return {"model": checkpoints.identity(self.model, digest)}
 
+    def agree(self, run: bool | None) -> bool:
+        """See `Stage.agree`. Joins the processes that torchrun started."""
+        if _num_processes() == 1:
+            return bool(run)
+        from torch import distributed
+
+        _join()
+        word = [run]
+        distributed.broadcast_object_list(word)
+        return bool(word[0])
+
     def run(self, context: Context) -> dict[str, Any]:
         """Train, or go on training; write the snapshots, `history.json`, `log.jsonl`, `learning_curve.png`.
 
@@ -116,6 +127,11 @@ class Anchor(Stage):
                 self._train(context, stack)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         entries = read_index(context.out)
+        if _num_processes() > 1:  # the main process's return renames the folder
+            from torch import distributed
+
+            _join()
+            distributed.barrier()
         if int(os.environ.get("RANK", "0")) == 0:
             from stages.training.learning_curve import draw
 
@@ -260,6 +276,18 @@ class Anchor(Stage):
             ),
         )
         return adapter
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _join() -> None:
+    """Have the processes know each other, as the trainer has them."""
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _padding(tokenizer: "PreTrainedTokenizerBase", rows: int) -> "PreTrainedTokenizerBase":

@@ -110,6 +110,13 @@ class Stage(Settings):
         """
         return {}
 
+    def agree(self, run: bool | None) -> bool:
+        """Among the processes that run the stage together: the main one's word on whether there is work to do.
+
+        Called by each once, by the main process when the folder is as `run` is to find it.
+        """
+        return bool(run)
+
     def run(self, context: Context) -> dict[str, Any]:
         """Do the work; return the metrics that the manifest keeps. `context.out` is the only place written."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """The anchor run in two processes, as a user starts it; the other verbs refuse to be started so."""
 
+import json
 import subprocess
 import sys
 
@@ -42,3 +43,56 @@ def test_other_verbs_refuse_to_be_run_by_several_processes(tmp_path):
     assert done.returncode != 0
     assert "error: encode cannot be run by several processes" in done.stderr
     assert not (tmp_path / "tokens").exists()
+
+
+def test_what_a_killed_run_of_other_settings_left_holds_no_process_up(tmp_path):
+    """Its log says that training is over; the main process takes a while to remove it, and the other is faster."""
+    from tests.pipeline.worlds import make_world
+
+    world = make_world()
+    partial = tmp_path / "history.partial"
+    (partial / "old").mkdir(parents=True)
+    for number in range(20_000):
+        (partial / f"old/{number}").touch()
+    (partial / ".fingerprint").write_text("of other settings")
+    line = {"step": 1, "loss": 1.0, "learning_rate": 1e-5, "tokens_seen": 10}
+    (partial / "log.jsonl").write_text(json.dumps(line) + "\n")
+    (partial / "history.json").write_text("[]")
+    command = [
+        "anchor",
+        "--tokens",
+        world.tokens,
+        "--model",
+        world.base,
+        "--out",
+        "history",
+        "--max-steps",
+        "2",
+    ]
+    done = torchrun(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "history/log.jsonl").read_text().splitlines()) == 2
+    assert not partial.exists()
+
+
+def test_a_finished_run_that_was_not_renamed_yet_is_finished_for_all_processes(tmp_path):
+    from tests.pipeline.worlds import make_world
+
+    world = make_world()
+    command = [
+        "anchor",
+        "--tokens",
+        world.tokens,
+        "--model",
+        world.base,
+        "--out",
+        "history",
+        "--max-steps",
+        "2",
+    ]
+    assert torchrun(*command, cwd=tmp_path).returncode == 0
+    (tmp_path / "history").rename(tmp_path / "history.partial")
+    again = torchrun(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("anchor: finished already") == 1
+    assert (tmp_path / "history/manifest.json").is_file()
