@@ -8,8 +8,27 @@ from typing import Any
 
 _BY_LENGTH = "dynamic"
 """Part of the names of kinds with factors of their own for each length beyond the original one."""
+_STRETCHED = ("linear", "yarn")
+"""Kinds that stretch all positions by a factor."""
 _BY_SIDE = ("longrope", "su")
 """Kinds with one set of factors up to the original length, and another beyond."""
+
+
+def longest(config: Any) -> int | None:
+    """How many tokens a model was made for, by its configuration; None: it does not say.
+
+    Kinds that stretch positions by a factor are often configured beside the original `max_position_embeddings`.
+    """
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return None
+    stretched = [positions]
+    for kind, part in _parts(config):
+        factor, original = part.get("factor"), part.get("original_max_position_embeddings") or positions
+        if isinstance(factor, int | float) and (_BY_LENGTH in kind or kind in _STRETCHED):
+            stretched.append(int(factor * original))
+    return max(stretched)
 
 
 def length_class(model: Any) -> Callable[[int], tuple[int, ...]] | None:
@@ -45,10 +64,8 @@ def _kinds(model: Any) -> list[tuple[bool, int]]:
     """Of each length-dependent embedding: whether it has two sets of factors, and up to which length one holds."""
     config = model.config.get_text_config()
     found = []
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for part in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
-        kind = part.get("rope_type") or part.get("type")
-        if not isinstance(kind, str) or not (kind in _BY_SIDE or _BY_LENGTH in kind):
+    for kind, part in _parts(config):
+        if not (kind in _BY_SIDE or _BY_LENGTH in kind):
             continue
         positions = getattr(config, "max_position_embeddings", 0)
         original = part.get("original_max_position_embeddings") or getattr(
@@ -58,3 +75,11 @@ def _kinds(model: Any) -> list[tuple[bool, int]]:
             original = positions  # transformers grows the factors from here on
         found.append((kind in _BY_SIDE, int(original or positions)))
     return found
+
+
+def _parts(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The kind and settings of a text configuration's rotary embeddings: one, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
+    kinds = [(part.get("rope_type") or part.get("type"), part) for part in parts]
+    return [(kind, part) for kind, part in kinds if isinstance(kind, str)]

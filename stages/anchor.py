@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.rope import longest
 from stages import checkpoints, joins
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.files import write_whole
+from stages.loading import load_model
 from stages.training.history_index import read_index
 from stages.vocabularies import check_vocabulary
 
@@ -232,14 +234,14 @@ class Anchor(Stage):
     def _tokenizer(self, tokens: Path) -> "PreTrainedTokenizerBase":
         """The model's own, kept beside the snapshots, with the template of the tokens; theirs where it brings none."""
         made_with = checkpoints.load_tokenizer(str(tokens / "tokenizer"))
-        try:
-            own = checkpoints.load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
-        except SstokenError:
+        own = checkpoints.own_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
+        if own is None:
             return made_with  # its vocabulary's size is checked
         if checkpoints.tokenizer_fingerprint(own) == checkpoints.tokenizer_fingerprint(made_with):
             return made_with
         check_vocabulary(self.model, own, tokens)
         own.chat_template = made_with.chat_template
+        own.eos_token = own.eos_token or made_with.eos_token
         return own
 
     def _model(self, extent: "Extent", tokens: Path, bfloat16: bool) -> "PreTrainedModel":
@@ -247,14 +249,14 @@ class Anchor(Stage):
 
         # Full weights need float32 for updates far smaller than they are; frozen ones need not.
         dtype = "auto" if self.lora_rank is not None and bfloat16 else torch.float32
-        model = checkpoints.load_model(self.model, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        model = load_model(self.model, dtype=dtype, trust_remote_code=self.trust_remote_code)
         vocabulary = model.get_input_embeddings().num_embeddings
         if extent.largest_id >= vocabulary:
             raise SstokenError(
                 f"{self.model}: its vocabulary has {vocabulary} entries, but {tokens} holds token id "
                 f"{extent.largest_id}; encode the data with --model {self.model}"
             )
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = longest(model.config)
         if positions and extent.longest > positions:
             raise SstokenError(
                 f"{self.model}: takes {positions} tokens, but {tokens} holds an example of {extent.longest}; encode "

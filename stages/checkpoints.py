@@ -17,8 +17,7 @@ from stages.adapter_kinds import check_kind
 from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _PLACE_OF_BASE = ("base_model_name_or_path", "revision")
 _TOKENIZER_FILES = (
@@ -36,6 +35,13 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+_OTHER_TASKS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForRewardModel",
+)
+"""Ends of the names of classes: their weights load into a causal language model whose output means nothing."""
 _READ_AHEAD = 1 << 24
 _CODE = "*.py"
 """Runs under `trust_remote_code`, and decides what is computed."""
@@ -91,10 +97,17 @@ def adapter_base(ref: str) -> str | None:
         raise SstokenError(
             f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; say which model it adapts"
         )
-    if Path(base).expanduser().is_dir():
-        return base
-    if (folder / base).is_dir():
-        return str(folder / base)
+    found = [p for p in (Path(base).expanduser(), folder / base) if p.is_dir()]
+    models = [p for p in found if (p / "config.json").is_file() or (p / ADAPTER_CONFIG).is_file()]
+    if len({p.resolve() for p in models}) > 1:
+        raise SstokenError(
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path {base!r} is one model seen from the working directory "
+            "and another seen from the adapter's folder; set it to an absolute path"
+        )
+    if found:
+        place = (models or found)[0]
+        _check_no_adapter(folder, place)
+        return str(place)
     try:
         local_folder(base)
     except UsageError:
@@ -103,6 +116,21 @@ def adapter_base(ref: str) -> str | None:
             "the base's folder or Hub id"
         ) from None
     return f"{base}@{revision}" if revision else base
+
+
+def _check_no_adapter(folder: Path, base: Path) -> None:
+    """Refuse a base that is an adapter too: of one adapter on another, the first would have to be merged."""
+    if not (base / ADAPTER_CONFIG).is_file():
+        return
+    if base.resolve() == folder.resolve():
+        raise SstokenError(
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names its own folder; move the adapter's files "
+            "(adapter_*) into a folder of their own"
+        )
+    raise SstokenError(
+        f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names another adapter, {str(base)!r}; merge that one into "
+        "its base (merge_and_unload, then save_pretrained), and name the result"
+    )
 
 
 @contextlib.contextmanager
@@ -133,6 +161,17 @@ def check_whole(ref: str) -> None:
             check_whole(base)
     elif not (folder / "config.json").is_file():
         raise SstokenError(f"{folder}: no config.json; name the folder of a Hugging Face checkpoint")
+    else:
+        _check_task(folder)
+
+
+def _check_task(folder: Path) -> None:
+    """Refuse a model that its config.json says was trained for something else than predicting tokens."""
+    named = read_json(folder / "config.json").get("architectures") or []
+    if named and all(str(name).endswith(_OTHER_TASKS) for name in named):
+        raise SstokenError(
+            f"{folder}: its config.json says {named[0]}, which predicts no tokens; name a causal language model"
+        )
 
 
 def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
@@ -180,20 +219,29 @@ def check_content(ref: str) -> None:
 
 
 def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint.
+    """The tokenizer of a checkpoint, to encode with.
 
     Raises:
         SstokenError: there is none, it cannot load, it has no EOS token, or it is not a fast one (character
             offsets are what response masks are made from).
     """
+    tokenizer = _any_tokenizer(ref, trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise SstokenError(f"{ref}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise SstokenError(f"{ref}: its tokenizer has no fast version (tokenizer.json); convert it first")
+    return tokenizer
+
+
+def _any_tokenizer(ref: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    name, revision = _place(ref)
+    name, revision = place(ref)
     if (folder := local_folder(ref)) is not None:
         for file in _matching(folder, (*_TOKENIZER_FILES, "config.json", _CODE)):
             folders.check_file(file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
@@ -203,10 +251,6 @@ def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedT
         raise SstokenError(
             f"{ref}: its tokenizer does not load ({reason}); name a folder that tokenizer.save_pretrained(folder) wrote"
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise SstokenError(f"{ref}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
-    if not tokenizer.is_fast:
-        raise SstokenError(f"{ref}: its tokenizer has no fast version (tokenizer.json); convert it first")
     return tokenizer
 
 
@@ -214,7 +258,7 @@ def stop_tokens(ref: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The tokens on which a checkpoint's generation stops, as its generation_config.json says; its EOS token else."""
     from transformers import GenerationConfig
 
-    name, revision = _place(ref)
+    name, revision = place(ref)
     try:
         ids = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
     except Exception:  # a folder with a tokenizer alone, or a Hub repository without the file
@@ -234,56 +278,15 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def own_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer that comes with a checkpoint (an adapter without one: its base's), if any does."""
+    """The tokenizer that comes with a checkpoint (an adapter without one: its base's), if any does.
+
+    To look at its vocabulary: it need not be fit to encode with.
+    """
     folder = local_folder(ref)
-    if folder is not None and not (folder / "tokenizer_config.json").is_file():
+    if folder is not None and not _matching(folder, ("tokenizer_config.json", "tokenizer.json")):
         base = adapter_base(ref)
         return None if base is None else own_tokenizer(base, trust_remote_code=trust_remote_code)
-    return load_tokenizer(ref, trust_remote_code=trust_remote_code)
-
-
-def load_model(
-    ref: str,
-    *,
-    dtype: "torch.dtype | str" = "auto",
-    attention: str | None = None,
-    trust_remote_code: bool = False,
-) -> "PreTrainedModel":
-    """The causal language model of a full checkpoint (for an adapter: load its base, then the adapter).
-
-    Args:
-        ref: a folder or Hub id.
-        dtype: a torch dtype, or "auto" for the checkpoint's own.
-        attention: the name of an attention function of transformers' attention interface.
-        trust_remote_code: run the checkpoint's own Python code.
-
-    Raises:
-        SstokenError: it does not load; the reason in one line.
-    """
-    from transformers import AutoModelForCausalLM
-
-    check_whole(ref)
-    check_content(ref)
-    name, revision = _place(ref)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise SstokenError(f"{ref}: the model does not load ({first_line(error)})") from error
-    if report["missing_keys"]:  # transformers would go on with random numbers
-        raise SstokenError(
-            f"{ref}: {len(report['missing_keys'])} weights are missing (first: {min(report['missing_keys'])}); copy or "
-            "download the checkpoint again"
-        )
-    loaded: PreTrainedModel = model
-    return loaded
+    return _any_tokenizer(ref, trust_remote_code)
 
 
 def stamp(ref: str) -> tuple[Any, ...]:
@@ -294,7 +297,7 @@ def stamp(ref: str) -> tuple[Any, ...]:
     files = [
         (p.name, p.stat())
         for p in sorted(folder.iterdir())
-        if p.suffix in (".safetensors", ".json", ".jinja", ".py")
+        if p.suffix in (".safetensors", ".json", ".jinja", ".py") and p.is_file()
     ]
     own = tuple(
         (str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
@@ -304,7 +307,7 @@ def stamp(ref: str) -> tuple[Any, ...]:
     return own if base is None else own + stamp(base)
 
 
-def _place(ref: str) -> tuple[str, str | None]:
+def place(ref: str) -> tuple[str, str | None]:
     """What `from_pretrained` takes: a folder, or a Hub id and its revision."""
     folder = local_folder(ref)
     return split_revision(ref) if folder is None else (str(folder), None)

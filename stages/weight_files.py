@@ -89,7 +89,10 @@ def _model_files(folder: Path) -> list[Path]:
         return [folder / _WEIGHTS]
     if (folder / _INDEX).is_file():
         return _shards(folder / _INDEX)
-    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    for name in (_WEIGHTS, _INDEX):
+        if (folder / name).is_symlink():
+            raise SstokenError(f"{folder / name}: a link to a file that is gone; copy or download it again")
+    others = sorted(p.name for p in folder.glob("*.safetensors") if p.is_file())
     if (folder / ADAPTER_WEIGHTS).is_file():
         raise SstokenError(
             f"{folder}: {ADAPTER_WEIGHTS} without {ADAPTER_CONFIG}; copy or download the adapter again"
@@ -105,10 +108,16 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     """The files that a shard index names."""
-    names = read_json(index).get("weight_map") or {}
-    shards = sorted(set(names.values())) if isinstance(names, dict) else []
-    if not shards:
+    held = read_json(index)
+    names = held.get("weight_map")
+    named = list(names.values()) if isinstance(names, dict) else []
+    if not named or not all(isinstance(name, str) for name in named):
         raise SstokenError(f"{index}: names no weight file; copy or download the checkpoint again")
+    if not isinstance(held.get("metadata"), dict):
+        raise SstokenError(
+            f'{index}: has no "metadata", without which transformers does not load it; add {{}}'
+        )
+    shards = sorted(set(named))
     missing = [s for s in shards if not (index.parent / s).is_file() or not (index.parent / s).stat().st_size]
     if missing:
         raise SstokenError(
@@ -139,7 +148,7 @@ def _check_file(folder: Path, file: Path) -> None:
                 else "not a whole safetensors file; copy it again"
             )
             raise SstokenError(f"{file}: {what}") from None
-    if size < end:
+    if size != end:
         raise SstokenError(f"{file}: {size:,} bytes where its header says {end:,}; copy or download it again")
     if 2 * len(empty) > len(
         tensors
@@ -160,7 +169,7 @@ def _without_weights(folder: Path, otherwise: str) -> SstokenError:
     def error(reason: str) -> SstokenError:
         return SstokenError(f"{folder}: {reason}")
 
-    if names("zero_to_fp32.py", "global_step*/*_model_states.pt", "zero_pp_rank_*", "*_model_states.pt"):
+    if names("zero_to_fp32.py", "global_step*/", "zero_pp_rank_*", "*_model_states.pt"):
         script = folder / "zero_to_fp32.py"
         if not script.is_file():
             return error(
@@ -171,15 +180,24 @@ def _without_weights(folder: Path, otherwise: str) -> SstokenError:
             "a DeepSpeed checkpoint with no gathered weights; run zero_to_fp32.py: "
             f"python {script} {folder} {folder} --safe_serialization"
         )
+    if found := names("latest_checkpointed_iteration.txt", "iter_*/mp_rank_*", "mp_rank_*"):
+        return error(
+            f"a Megatron checkpoint ({found[0]}); export it to the Hugging Face format and name that folder"
+        )
+    if found := names("*.nemo", "weights/*.distcp", "context/model.yaml"):
+        return error(
+            f"a NeMo checkpoint ({found[0]}); export it to the Hugging Face format and name that folder"
+        )
     if shards := names("*.distcp", "*model*/*.distcp"):
         place = (folder / shards[0]).parent
         return error(
             f"FSDP shards ({shards[0]}) and no whole weights; merge the FSDP shards: accelerate merge-weights {place} "
             f"{folder}"
         )
-    if found := names("latest_checkpointed_iteration.txt", "iter_*/mp_rank_*", "mp_rank_*"):
+    if shards := names("*/*.distcp"):
         return error(
-            f"a Megatron checkpoint ({found[0]}); export it to the Hugging Face format and name that folder"
+            f"torch's sharded checkpoints ({shards[0]}) and no whole weights; convert one to the Hugging Face format "
+            "with the trainer that wrote it, and name that folder"
         )
     if found := names("*.gguf"):
         return error(
@@ -192,19 +210,30 @@ def _without_weights(folder: Path, otherwise: str) -> SstokenError:
             f"weights are pickled ({pickles[0]}), which can run code when loaded; convert them with "
             "model.save_pretrained(folder), which writes safetensors"
         )
-    if found := names("*.h5", "*.msgpack", "*.npz", "*.onnx"):
+    if found := names("*.h5", "*.msgpack", "*.npz", "*.onnx", "onnx/*.onnx", "_CHECKPOINT_METADATA"):
         return error(
             f"weights are {found[0]}, not PyTorch's; convert them to safetensors with save_pretrained"
         )
     if found := names(
-        "history.json", "step-*/config.json", "checkpoint-*/config.json", "*/adapter_config.json"
+        "history.json",
+        "step-*/config.json",
+        "checkpoint-*/config.json",
+        "*/adapter_config.json",
+        "*/model*.safetensors",
     ):
-        inside = names("step-*/", "checkpoint-*/", "*/adapter_config.json")
-        place = folder / inside[-1].removesuffix("/adapter_config.json") if inside else folder / "step-<K>"
+        inside = sorted({Path(n).parent.name for n in found if "/" in n}, key=_by_number)
+        place = folder / (inside[-1] if inside else "step-<K>")
         return error(f"a folder of checkpoints, no checkpoint itself; name one of them, such as {place}")
     if found := names(*_TRAINER_STATE):
         return error(
             f"a trainer's state ({found[0]}) and no weights; name a checkpoint that was saved with its model "
             "(model.safetensors)"
         )
+    if names("tokenizer.json", "tokenizer_config.json") and not names("config.json", "*.safetensors"):
+        return error("a tokenizer and no model; name the model's folder")
     return error(otherwise)
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    """`checkpoint-1000` after `checkpoint-500`."""
+    return int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdigit() else -1, name

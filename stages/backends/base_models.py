@@ -8,7 +8,8 @@ import torch
 from sstoken.errors import UsageError
 from stages.backends import Latest
 from stages.backends.adapters import Adapter
-from stages.checkpoints import first_line, load_model, stamp
+from stages.checkpoints import first_line, stamp
+from stages.loading import load_whole
 
 
 class SharedBase:
@@ -17,6 +18,8 @@ class SharedBase:
     def __init__(self, ref: str, dtype: str, device: str, trust_remote_code: bool) -> None:
         self._place = (ref, dtype, device, trust_remote_code)
         self.model: Any = None
+        self.unused: list[str] = []
+        """Names of weights in its files that it makes no use of."""
         self._adapted: Any = None
         """peft's model, where an adapter is on."""
         self._adapter: tuple[Any, ...] | None = None
@@ -55,7 +58,7 @@ class SharedBase:
 
     def _load(self) -> None:
         ref, dtype, device, trust_remote_code = self._place
-        self.model = load_model(
+        self.model, self.unused = load_whole(
             ref,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,

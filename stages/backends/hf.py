@@ -9,6 +9,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from sstoken.rope import longest
 from sstoken.scoring import Scorer
 from stages.backends import Backend, BackendOptions, TokenSignals
 from stages.backends.base_models import pick_device, shared_base
@@ -42,7 +43,7 @@ class HFBackend(Backend):
         full = base or options.checkpoint
         shared = shared_base(full, options.dtype, device, options.trust_remote_code, stamp(full))
         shared.use(options.checkpoint if base else None)
-        self._model = shared.model
+        self._model, self._unused = shared.model, shared.unused
         self._scorer = Scorer(
             shared.model,
             layer=None if not options.attention else "last" if options.layer is None else options.layer,
@@ -60,13 +61,14 @@ class HFBackend(Backend):
     @property
     def max_length(self) -> int | None:
         """Positions that the model was made for."""
-        config: Any = self._model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        return longest(self._model.config)
 
     @property
     def remark(self) -> str:
         """How sequences share a batch, and what attends to them."""
-        return self._scorer.remark
+        if not self._unused:
+            return self._scorer.remark
+        return f"{self._scorer.remark}; weights that are not used: {len(self._unused)}, such as {self._unused[0]}"
 
     @property
     def attention_layer(self) -> int | None:

@@ -14,7 +14,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from sstoken.rope import length_class
+from sstoken.rope import length_class, longest
 from sstoken.scoring import Scorer
 from tests.sstoken.models import _without
 
@@ -26,6 +26,13 @@ LONGROPE = {
     "short_factor": [1.0] * 6,
     "long_factor": [1.5, 2.0, 4.0, 8.0, 16.0, 32.0],
     "original_max_position_embeddings": ORIGINAL,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
@@ -116,3 +123,22 @@ def test_of_other_models_the_length_does_not_matter():
         "original_max_position_embeddings": ORIGINAL,
     }
     assert length_class(LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=yarn))) is None
+
+
+@pytest.mark.parametrize(
+    ("positions", "rope", "expected"),
+    [
+        (64, {"rope_type": "default"}, 64),
+        (64, {"rope_type": "dynamic", "factor": 4.0}, 256),
+        (64, {"rope_type": "linear", "factor": 4.0}, 256),
+        (64, {"rope_type": "yarn", "factor": 4.0}, 256),
+        (64, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (256, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (256, LLAMA3, 256),
+    ],
+)
+def test_a_stretched_model_takes_longer_rows(positions, rope, expected):
+    config = LlamaConfig(
+        **SIZES | {"max_position_embeddings": positions}, rope_parameters={"rope_theta": 1e4} | rope
+    )
+    assert longest(config) == expected

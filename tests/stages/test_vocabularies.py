@@ -98,3 +98,35 @@ def test_training_pads_with_what_the_model_can_embed(models, tmp_path):
     kept = AutoTokenizer.from_pretrained(tmp_path / "history" / "step-1")
     assert len(kept) == tiny.VOCABULARY
     score(tmp_path / "history" / "step-1", tokens, tmp_path / "scores")
+
+
+def without(field):
+    def change(model):
+        file = model / "tokenizer_config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != field}))
+
+    return change
+
+
+@pytest.mark.parametrize("change", [without("eos_token"), lambda m: (m / "tokenizer_config.json").unlink()])
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tokenizer_unfit_to_encode_with_still_tells_its_vocabulary(same, change, models, tmp_path):
+    tuned = tiny.save_model(tmp_path / "tuned")
+    change(tuned)
+    if not same:
+        file = tuned / "tokenizer.json"
+        file.write_text(file.read_text().replace('"w2"', '"renamed"'))
+    tokens = tokens_of(models["base"], tmp_path / "tokens", [[1, 2, 3, 4], [5, 6]])
+    if same:
+        score(tuned, tokens, tmp_path / "scores")
+        Anchor(model=str(tuned), max_steps=1, batch_size=2).run(
+            make_context(tmp_path / "history", {"tokens": tokens})
+        )
+        assert AutoTokenizer.from_pretrained(tmp_path / "history" / "step-1").eos_token == "</s>"
+        return
+    for run in (
+        lambda: score(tuned, tokens, tmp_path / "scores"),
+        lambda: Anchor(model=str(tuned), max_steps=1).run(make_context(tmp_path / "h", {"tokens": tokens})),
+    ):
+        with pytest.raises(SstokenError, match="id 2 is 'w2' there and 'renamed' here"):
+            run()

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.manifest import sha256
 from sstoken.errors import SstokenError
-from stages.checkpoints import check_whole, identity, load_model, stamp
+from stages.checkpoints import adapter_base, check_whole, identity, stamp
+from stages.loading import load_model
 from stages.weight_files import weight_files
 from tests.stages.tiny import save_model
 
@@ -113,13 +114,21 @@ WITHOUT_WEIGHTS = {
     "Meta's": (("consolidated.00.pth",), r"pickled \(consolidated.00.pth\)"),
     "TensorFlow": (("tf_model.h5",), "tf_model.h5, not PyTorch's"),
     "trainer's state": (("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"), "a trainer's state"),
-    "trainer's output": (("checkpoint-10/config.json",), "name one of them, such as .*checkpoint-10"),
+    "DeepSpeed, universal": (("global_step5_universal/zero/a/fp32.pt", "latest"), "zero_to_fp32.py on the folder"),
+    "Megatron, distributed": (("latest_checkpointed_iteration.txt", "iter_0000010/__0_0.distcp"), "Megatron"),
+    "NeMo": (("weights/__0_0.distcp", "context/model.yaml"), "NeMo"),
+    "torchtitan": (("step-100/__0_0.distcp", "step-100/.metadata"), "torch's sharded checkpoints"),
+    "ONNX": (("onnx/model.onnx",), "onnx/model.onnx, not PyTorch's"),
+    "trainer's output": (
+        ("checkpoint-10/config.json", "checkpoint-9/config.json", "checkpoint-10/model.safetensors"),
+        "name one of them, such as .*checkpoint-10$",
+    ),
     "history": (("history.json", "step-4/config.json"), "name one of them, such as .*step-4"),
     "shards without index": (("model-00001-of-00002.safetensors",), "without model.safetensors.index.json"),
     "adapter without config": (("adapter_model.safetensors",), "without adapter_config.json"),
     "another name": (("consolidated.safetensors",), "consolidated.safetensors is no name that"),
     "Git LFS": (("model.safetensors",), "Git LFS pointer; run git lfs pull"),
-    "nothing": ((), r"no \*.safetensors file"),
+    "nothing": ((), r"no \*.safetensors file|a tokenizer and no model"),
 }  # fmt: skip
 
 
@@ -152,6 +161,86 @@ def test_a_cut_file_is_refused_before_any_work(model):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(SstokenError, match="bytes where its header says"):
         check_whole(str(model))
+
+
+def test_more_bytes_than_the_header_says_are_refused_too(model):
+    with (model / "model.safetensors").open("ab") as file:
+        file.write(b"rest")
+    with pytest.raises(SstokenError, match="bytes where its header says"):
+        check_whole(str(model))
+
+
+def test_a_link_to_nothing_is_called_one(model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to(model / "gone")
+    with pytest.raises(SstokenError, match=r"model.safetensors: a link to a file that is gone"):
+        check_whole(str(model))
+    stamp(str(model))
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"metadata": {}, "weight_map": {"a": 3}}, "names no weight file"),
+        ({"metadata": {}, "weight_map": ["a"]}, "names no weight file"),
+        ({"metadata": {}}, "names no weight file"),
+        ({"weight_map": {"a": "b.safetensors"}}, 'has no "metadata"'),
+    ],
+)
+def test_an_index_that_cannot_be_used_gets_a_line(index, words, model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SstokenError, match=words):
+        check_whole(str(model))
+
+
+def test_a_tokenizer_alone_is_no_model(model):
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        (model / name).unlink()
+    with pytest.raises(SstokenError, match="a tokenizer and no model"):
+        check_whole(str(model))
+
+
+def adapter_of(folder: Path, base: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_of_an_adapter_is_refused(model, tmp_path):
+    adapter_of(tmp_path / "first", str(model))
+    second = adapter_of(tmp_path / "second", "../first")
+    for use in (check_whole, stamp, lambda ref: identity(ref, sha256)):
+        with pytest.raises(SstokenError, match=r"names another adapter, .*merge that one into its base"):
+            use(str(second))
+
+
+@pytest.mark.parametrize("base", [".", "../a", "../b"])
+def test_adapters_that_name_themselves_or_each_other_are_refused(base, tmp_path):
+    adapter_of(tmp_path / "b", "../a")
+    words = "names another adapter" if base == "../b" else "names its own folder; move the adapter's files"
+    with pytest.raises(SstokenError, match=words):
+        check_whole(str(adapter_of(tmp_path / "a", base)))
+
+
+def test_a_relative_base_is_a_model_wherever_the_command_runs(model, tmp_path, monkeypatch):
+    """A folder of that name in the working directory is not taken for the base, unless it is a model."""
+    adapter = adapter_of(tmp_path / "adapter", "../model")
+    elsewhere = tmp_path / "a" / "b"
+    elsewhere.mkdir(parents=True)
+    (elsewhere.parent / "model").mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert adapter_base(str(adapter)) == str(adapter / "../model")
+    shutil.copytree(model, elsewhere.parent / "model", dirs_exist_ok=True)
+    with pytest.raises(SstokenError, match="and another seen from the adapter's folder"):
+        adapter_base(str(adapter))
+
+
+def test_an_adapter_inside_its_bases_folder_is_refused(model):
+    with pytest.raises(SstokenError, match="names its own folder"):
+        check_whole(str(adapter_of(model, str(model))))
 
 
 @pytest.mark.parametrize("base_path", ["/home/someone/models/llama", "../gone", "gone"])

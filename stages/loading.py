@@ -1,0 +1,146 @@
+"""Loading a model, and whether it is what its files hold: transformers goes on where they and config.json disagree."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sstoken.errors import SstokenError
+from stages.checkpoints import check_content, check_whole, first_line, local_folder, place
+from stages.weight_files import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_NUMBERED = re.compile(r"^(.*?\.)(\d+)\.(.*)$")
+"""A weight of one layer of a stack: the stack, the layer's number, and the weight's name in it."""
+_OF_ACTIVATIONS = re.compile(r"\.(?:[kvq]|input|output)_scale$")
+"""Scales of quantised activations: no part of the weights."""
+
+
+def load_model(
+    ref: str,
+    *,
+    dtype: "torch.dtype | str" = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """The causal language model of a full checkpoint (for an adapter: load its base, then the adapter).
+
+    Args:
+        ref: a folder or Hub id.
+        dtype: a torch dtype, or "auto" for the checkpoint's own.
+        attention: the name of an attention function of transformers' attention interface.
+        trust_remote_code: run the checkpoint's own Python code.
+
+    Raises:
+        SstokenError: it does not load, or is not what its files hold; the reason in one line.
+    """
+    return load_whole(ref, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)[0]
+
+
+def load_whole(
+    ref: str,
+    *,
+    dtype: "torch.dtype | str" = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> "tuple[PreTrainedModel, list[str]]":
+    """As `load_model`; with the names of weights in the files that the model makes no use of."""
+    from transformers import AutoModelForCausalLM
+
+    check_whole(ref)
+    check_content(ref)
+    name, revision = place(ref)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named: `check_loaded` refuses them
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise SstokenError(f"{ref}: the model does not load ({_why_not(ref, error)})") from error
+    return model, check_loaded(ref, model, report)
+
+
+def _why_not(ref: str, error: Exception) -> str:
+    """Why a model does not load; what to do where its architecture is not known."""
+    folder = local_folder(ref)
+    config = {} if folder is None else read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if isinstance(error, ValueError) and "does not recognize this architecture" in str(error):
+        import transformers
+
+        return (
+            f"transformers {transformers.__version__} does not know model_type {kind!r}; update transformers"
+        )
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return "it comes with Python code of its own; read it, and say --trust-remote-code to run it"
+    return first_line(error)
+
+
+def check_loaded(ref: str, model: Any, report: Mapping[str, Any]) -> list[str]:
+    """Refuse a model that is not what its files hold.
+
+    Args:
+        ref: the checkpoint, for the message.
+        model: as `from_pretrained` gave it.
+        report: its loading info.
+
+    Returns:
+        Names in the files that this model makes no use of (another task's head, say), sorted.
+
+    Raises:
+        SstokenError: weights are missing or of other shapes, or some that belong to the model have no place in it.
+    """
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise SstokenError(
+            f"{ref}: its files do not fit its config.json: {name} is {list(found)} in the files, {list(expected)} by "
+            f"config.json ({len(mismatched)} such weights); copy or download the checkpoint again"
+        )
+    unused = sorted(report["unexpected_keys"])
+    if missing := report["missing_keys"]:  # transformers would go on with random numbers
+        instead = f"; its files hold {unused[0]} and others in their place" if unused else ""
+        raise SstokenError(
+            f"{ref}: {len(missing)} weights are missing (first: {min(missing)}){instead}; copy or download the "
+            "checkpoint again"
+        )
+    if lost := _belonging(unused, model.state_dict()):
+        raise SstokenError(
+            f"{ref}: {len(lost)} weights in its files have no place in the model that its config.json describes "
+            f"(first: {lost[0]}); copy or download the checkpoint again, or merge what was trained into its base"
+        )
+    return unused
+
+
+def _belonging(unused: Iterable[str], used: Iterable[str]) -> list[str]:
+    """The unused weights without which the model is another: more of a module that it has, or one layer more."""
+    used = list(used)
+    modules = {name.rpartition(".")[0] for name in used if name.endswith(".weight")}
+    numbers, names = defaultdict(set), defaultdict(set)
+    for match in filter(None, map(_NUMBERED.match, used)):
+        numbers[match[1]].add(match[2])
+        names[match[1]].add(match[3])
+    layers = defaultdict(set)
+    for match in filter(None, map(_NUMBERED.match, unused)):
+        if match[1] in numbers and match[2] not in numbers[match[1]]:
+            layers[match[1], match[2]].add(match[3])
+    # a layer with other weights too is one for predicting several tokens, which the model does without
+    more = {f"{stack}{number}." for (stack, number), own in layers.items() if own <= names[stack]}
+
+    def belongs(name: str) -> bool:
+        if _OF_ACTIVATIONS.search(name):
+            return False
+        parts = name.split(".")
+        return name.startswith(tuple(more)) or any(
+            ".".join(parts[:n]) in modules for n in range(1, len(parts))
+        )
+
+    return [name for name in unused if belongs(name)]
