@@ -40,7 +40,7 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     kind, bounds = _plain_type(field.annotation, field.metadata)
     flag = "--" + name.replace("_", "-")
-    about = " ".join((field.description or "").split())
+    about = " ".join((field.description or "").split()).replace("None: ", "Default: ")
     facts = [*_default(flag, field), *bounds]
     settings: dict[str, Any] = {"help": about + (f"  [{'; '.join(facts)}]" if facts else "")} | (
         {"required": True} if field.is_required() else {"default": None}

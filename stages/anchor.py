@@ -93,6 +93,12 @@ class Anchor(Stage):
             )
         if self.lora_rank is not None and importlib.util.find_spec("peft") is None:
             raise UsageError("lora_rank needs PEFT; pip install 'sstoken[lora]'")
+        for name in ("lora_alpha", "lora_dropout"):
+            value = getattr(self, name)
+            if self.lora_rank is None and value != type(self).model_fields[name].default:
+                raise UsageError(
+                    f"{name} is {value} and there is no lora_rank; give one, or leave {name} out"
+                )
         if checkpoints.adapter_base(self.model) is not None:
             raise UsageError(f"model {self.model!r} is a LoRA adapter; merge it into its base model first")
         checkpoints.check_whole(self.model)

@@ -25,7 +25,7 @@ def with_history(tokens: str | Path, scores: str | Path) -> "Dataset":
 
     Raises:
         UsageError: no shards.
-        SstokenError: the scores are those of other tokens, or a shard is damaged or not ours.
+        SstokenError: the scores are those of other tokens or of several runs, or a shard is damaged or not ours.
     """
     pairs = _paired_shards(Path(tokens), Path(scores))
     from datasets import concatenate_datasets, load_dataset
@@ -49,6 +49,8 @@ def _paired_shards(tokens: Path, scores: Path) -> list[tuple[Path, Path]]:
             f"{scores}: no part-*.parquet; name the scores of one checkpoint, such as scores/base"
         )
     joins.check_scores(tokens, scores)
+    for folder in (tokens, scores):
+        joins.check_one_run(folder)
     pairs = [(part, scores / part.name) for part in parts]
     for part, scored in pairs:
         table, measured = tables.read_table(part), tables.read_table(scored, ["example_id", "loss"])

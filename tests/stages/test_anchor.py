@@ -358,3 +358,10 @@ def test_real_model_learns(tmp_path):
     assert run(stage, tmp_path / "out", folder)["snapshots"] == ["step-0", "step-4", "step-8"]
     before, after = (e.loss for e in read_history(tmp_path / "out")[1:])
     assert after < before
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_alpha", 16.0), ("lora_dropout", 0.1)])
+def test_settings_of_an_adapter_that_is_not_trained_are_refused(name, value, model):
+    with pytest.raises(UsageError, match=f"{name} is {value} and there is no lora_rank"):
+        Anchor(model=str(model), **{name: value}).check()
+    Anchor(model=str(model), lora_rank=2, **{name: value}).check()

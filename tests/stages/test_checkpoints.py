@@ -13,6 +13,8 @@ def test_what_decides_the_numbers_is_part_of_the_identity(name, tmp_path):
     folder = save_model(tmp_path / "model")
     before = identity(str(folder), sha256)
     with open(folder / name, "ab") as file:
+        if name == "model.safetensors":  # it has to stay whole
+            file.truncate(file.tell() - 1)
         file.write(b"\n")
     assert identity(str(folder), sha256) != before
 

@@ -116,6 +116,13 @@ def test_a_manifest_or_shards_from_elsewhere(world: World, other: Path, tmp_path
             api.select(tokens=world.tokens, scores=scores, out=tmp_path / what / "masked")
 
 
+def test_a_shard_of_another_checkpoints_scores_is_no_history(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.scores / "base", tmp_path / "base")
+    shutil.copy(world.scores / "later/part-00001.parquet", tmp_path / "base")
+    with pytest.raises(SstokenError, match=r"part-00001.parquet: was written by another run"):
+        with_history(world.tokens, tmp_path / "base")
+
+
 def test_shards_and_their_manifest_from_elsewhere(world: World, other: Path, tmp_path: Path) -> None:
     """As a whole, they are another folder's."""
     scores = tmp_path / "scores"
