@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ _CODE = "*.py"
 
 
 def local_folder(ref: str) -> Path | None:
-    """The folder that `ref` names, or None where it is a Hub id.
+    """The folder that `ref` names, or None where it is a Hub id; of an adapter on the Hub, its copy in the cache.
 
     Raises:
         UsageError: it looks like a path and there is no such folder.
@@ -62,7 +63,21 @@ def local_folder(ref: str) -> Path | None:
         raise UsageError(f"checkpoint {ref!r} is a file; name the folder that holds config.json and weights")
     if ref.startswith((".", "/", "~")) or ref.count("/") != 1 or not all(ref.split("/")):
         raise UsageError(f"checkpoint {ref!r}: no such folder (a Hub id has the form user/name)")
-    return None
+    return _hub_adapter(ref)
+
+
+@cache  # asked of the Hub once a process
+def _hub_adapter(ref: str) -> Path | None:
+    """The folder of an adapter on the Hub, downloaded; None where there is none, or the Hub does not answer."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    name, revision = split_revision(ref)
+    try:
+        commit = Path(hf_hub_download(name, ADAPTER_CONFIG, revision=revision)).parent.name
+        wanted = ["adapter_*", *_TOKENIZER_FILES]
+        return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+    except Exception:  # offline, missing, private, no adapter: what is asked for next says which
+        return None
 
 
 def split_revision(ref: str) -> tuple[str, str | None]:
@@ -248,6 +263,8 @@ def _any_tokenizer(ref: str, trust_remote_code: bool) -> "PreTrainedTokenizerBas
         reason = first_line(error)
         if local_folder(ref) is not None and not (Path(name) / "tokenizer.json").is_file():
             reason = "no tokenizer.json there"
+            if (Path(name) / ADAPTER_CONFIG).is_file():
+                raise SstokenError(f"{ref}: an adapter without a tokenizer; name its base") from error
         raise SstokenError(
             f"{ref}: its tokenizer does not load ({reason}); name a folder that tokenizer.save_pretrained(folder) wrote"
         ) from error

@@ -47,7 +47,10 @@ def read_json(path: Path) -> dict[str, Any]:
         SstokenError: the file is not readable, or holds something else.
     """
     try:
-        value = json.loads(path.read_text())
+        text = path.read_text()
+        if text.startswith("version https://git-lfs"):
+            raise SstokenError(f"{path}: a Git LFS pointer; run git lfs pull")
+        value = json.loads(text)
     except (OSError, ValueError) as error:
         raise SstokenError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
     if not isinstance(value, dict):

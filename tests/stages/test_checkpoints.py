@@ -1,10 +1,15 @@
 """What a checkpoint's identity covers: every file that decides what it computes or how it tokenizes."""
 
+import json
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipeline.manifest import sha256
 from sstoken.errors import SstokenError
-from stages.checkpoints import identity, tokenizer_identity
+from stages import checkpoints
+from stages.checkpoints import adapter_base, check_whole, identity, local_folder, tokenizer_identity
 from tests.stages.tiny import save_model
 
 
@@ -41,6 +46,51 @@ def test_what_decides_the_tokens_is_part_of_the_tokenizers_identity(name, tmp_pa
     assert after != before
     (folder / "notes.md").write_text("of no consequence")
     assert tokenizer_identity(str(folder), sha256) == after
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of the Hub, and no network: what is put into it is what there is."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    checkpoints._hub_adapter.cache_clear()
+    yield tmp_path / "hub"
+    checkpoints._hub_adapter.cache_clear()
+
+
+def cached(hub_cache, name, commit="a" * 40):
+    repository = hub_cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    return snapshot
+
+
+def test_an_adapter_on_the_hub_is_one_like_any_other(hub_cache, tmp_path):
+    base = save_model(tmp_path / "base")
+    snapshot = cached(hub_cache, "user/adapter")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (snapshot / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"a": torch.ones(1)}, snapshot / "adapter_model.safetensors")
+    for ref in ("user/adapter", "user/adapter@main", f"user/adapter@{'a' * 40}"):
+        assert local_folder(ref) == snapshot
+        assert adapter_base(ref) == str(base)
+        check_whole(ref)
+    before = identity("user/adapter", sha256)
+    assert before["base"] == identity(str(base), sha256)
+    (snapshot / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "XLORA"}))
+    with pytest.raises(SstokenError, match="adapters of the kind XLORA"):
+        check_whole("user/adapter")
+
+
+def test_a_model_on_the_hub_is_no_adapter(hub_cache):
+    (cached(hub_cache, "user/model") / "config.json").write_text("{}")
+    assert local_folder("user/model") is None
+    assert adapter_base("user/model") is None
+    assert local_folder("user/nowhere") is None
 
 
 def test_without_a_network_a_hub_model_is_the_cached_one(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.manifest import sha256
 from sstoken.errors import SstokenError
-from stages.checkpoints import adapter_base, check_whole, identity, stamp
+from stages.checkpoints import adapter_base, check_whole, identity, load_tokenizer, stamp
 from stages.loading import load_model
 from stages.weight_files import weight_files
 from tests.stages.tiny import save_model
@@ -192,6 +192,18 @@ def test_an_index_that_cannot_be_used_gets_a_line(index, words, model):
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SstokenError, match=words):
         check_whole(str(model))
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_pointer_in_place_of_a_configuration_is_called_one(name, model):
+    touch(name, b"version https://git-lfs.github.com/spec/v1\n")(model)
+    with pytest.raises(SstokenError, match=f"{name}: a Git LFS pointer; run git lfs pull"):
+        check_whole(str(model))
+
+
+def test_an_adapter_without_a_tokenizer_is_nothing_to_encode_with(model, tmp_path):
+    with pytest.raises(SstokenError, match="an adapter without a tokenizer; name its base"):
+        load_tokenizer(str(adapter_of(tmp_path / "adapter", str(model))))
 
 
 def test_a_tokenizer_alone_is_no_model(model):
