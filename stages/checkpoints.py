@@ -69,14 +69,19 @@ def local_folder(ref: str) -> Path | None:
 @cache  # asked of the Hub once a process
 def _hub_adapter(ref: str) -> Path | None:
     """The folder of an adapter on the Hub, downloaded; None where there is none, or the Hub does not answer."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
 
     name, revision = split_revision(ref)
     try:
-        commit = Path(hf_hub_download(name, ADAPTER_CONFIG, revision=revision)).parent.name
+        if constants.HF_HUB_OFFLINE:
+            cached = try_to_load_from_cache(name, ADAPTER_CONFIG, revision=revision)
+            return Path(cached).parent if isinstance(cached, str) else None
+        info = model_info(name, revision=revision)
+        if ADAPTER_CONFIG not in (file.rfilename for file in info.siblings or ()):
+            return None
         wanted = ["adapter_*", *_TOKENIZER_FILES]
-        return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
-    except Exception:  # offline, missing, private, no adapter: what is asked for next says which
+        return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
+    except Exception:  # no answer, missing, private: what is asked for next says which
         return None
 
 

@@ -116,16 +116,16 @@ def _shards(index: Path) -> list[Path]:
     named = list(names.values()) if isinstance(names, dict) else []
     if not named or not all(isinstance(name, str) for name in named):
         raise SstokenError(f"{index}: names no weight file; copy or download the checkpoint again")
-    if not isinstance(held.get("metadata"), dict):
-        raise SstokenError(
-            f'{index}: has no "metadata", without which transformers does not load it; add {{}}'
-        )
     shards = sorted(set(named))
     missing = [s for s in shards if not (index.parent / s).is_file() or not (index.parent / s).stat().st_size]
     if missing:
         raise SstokenError(
             f"{index.parent}: {len(missing)} of {len(shards)} weight files missing (first: {missing[0]}); copy or "
             "download the checkpoint again"
+        )
+    if not isinstance(held.get("metadata"), dict):
+        raise SstokenError(
+            f'{index}: has no "metadata", without which transformers does not load it; add {{}}'
         )
     return [index.parent / shard for shard in shards]
 

@@ -184,7 +184,7 @@ def test_a_link_to_nothing_is_called_one(model):
         ({"metadata": {}, "weight_map": {"a": 3}}, "names no weight file"),
         ({"metadata": {}, "weight_map": ["a"]}, "names no weight file"),
         ({"metadata": {}}, "names no weight file"),
-        ({"weight_map": {"a": "b.safetensors"}}, 'has no "metadata"'),
+        ({"weight_map": {"a": "config.json"}}, 'has no "metadata"'),
     ],
 )
 def test_an_index_that_cannot_be_used_gets_a_line(index, words, model):
