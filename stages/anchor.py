@@ -18,6 +18,7 @@ from sstoken.rope import longest
 from stages import checkpoints, joins
 from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.files import write_whole
+from stages.hub_models import split_revision
 from stages.loading import load_model
 from stages.training.history_index import read_index
 from stages.vocabularies import check_vocabulary
@@ -280,7 +281,7 @@ class Anchor(Stage):
                 lora_dropout=self.lora_dropout,
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
-                revision=checkpoints.split_revision(self.model)[1],
+                revision=split_revision(self.model)[1],
             ),
         )
         return adapter

@@ -8,13 +8,13 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError
 from stages import folders
 from stages.adapter_kinds import check_kind
+from stages.hub_models import first_line, hub_adapter, hub_commit, split_revision
 from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -63,32 +63,7 @@ def local_folder(ref: str) -> Path | None:
         raise UsageError(f"checkpoint {ref!r} is a file; name the folder that holds config.json and weights")
     if ref.startswith((".", "/", "~")) or ref.count("/") != 1 or not all(ref.split("/")):
         raise UsageError(f"checkpoint {ref!r}: no such folder (a Hub id has the form user/name)")
-    return _hub_adapter(ref)
-
-
-@cache  # asked of the Hub once a process
-def _hub_adapter(ref: str) -> Path | None:
-    """The folder of an adapter on the Hub, downloaded; None where there is none, or the Hub does not answer."""
-    from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
-
-    name, revision = split_revision(ref)
-    try:
-        if constants.HF_HUB_OFFLINE:
-            cached = try_to_load_from_cache(name, ADAPTER_CONFIG, revision=revision)
-            return Path(cached).parent if isinstance(cached, str) else None
-        info = model_info(name, revision=revision)
-        if ADAPTER_CONFIG not in (file.rfilename for file in info.siblings or ()):
-            return None
-        wanted = ["adapter_*", *_TOKENIZER_FILES]
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
-    except Exception:  # no answer, missing, private: what is asked for next says which
-        return None
-
-
-def split_revision(ref: str) -> tuple[str, str | None]:
-    """`user/name@revision` as its two parts."""
-    name, _, revision = ref.partition("@")
-    return name, revision or None
+    return hub_adapter(ref, _TOKENIZER_FILES)
 
 
 def lasting_reference(ref: str, commit: str | None = None) -> str:
@@ -198,7 +173,7 @@ def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
     """What decides a checkpoint's content: the hashes of its weights and settings, or its Hub commit."""
     folder = local_folder(ref)
     if folder is None:
-        return {"hub": split_revision(ref)[0], "commit": _hub_commit(ref)}
+        return {"hub": split_revision(ref)[0], "commit": hub_commit(ref)}
     base = adapter_base(ref)
     settings = _matching(folder, ("config.json", _CODE))
     facts: dict[str, Any] = {"files": {f.name: digest(f) for f in (*weight_files(folder), *settings)}}
@@ -214,7 +189,7 @@ def tokenizer_identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any
     """What decides how `ref` tokenizes: the hashes of its tokenizer files, or its Hub commit."""
     folder = local_folder(ref)
     if folder is None:
-        return {"hub": split_revision(ref)[0], "commit": _hub_commit(ref)}
+        return {"hub": split_revision(ref)[0], "commit": hub_commit(ref)}
     files = _matching(folder, (*_TOKENIZER_FILES, _CODE))
     return {f.relative_to(folder).as_posix(): digest(f) for f in files}
 
@@ -333,33 +308,6 @@ def place(ref: str) -> tuple[str, str | None]:
     """What `from_pretrained` takes: a folder, or a Hub id and its revision."""
     folder = local_folder(ref)
     return split_revision(ref) if folder is None else (str(folder), None)
-
-
-def _hub_commit(ref: str) -> str:
-    from huggingface_hub import constants, model_info, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    name, revision = split_revision(ref)
-    if constants.HF_HUB_OFFLINE:  # what loads then is what the cache holds
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-    try:
-        return str(model_info(name, revision=revision).sha)
-    except HFValidationError as error:
-        raise UsageError(
-            f"checkpoint {ref!r}: neither a folder nor a Hub id ({first_line(error)})"
-        ) from error
-    except Exception as error:  # offline, missing, private: all mean the same to the user
-        raise SstokenError(
-            f"{ref}: no such folder, and the Hub does not answer for it ({first_line(error)})"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The kind and first line of an error, for a one-line message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def read_ahead(ref: str) -> None:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pipeline import manifest as manifests
 from pipeline.manifest import FileEntry, Manifest
 from sstoken.errors import SstokenError
-from stages.checkpoints import split_revision
 from stages.encoding.sources import shown
+from stages.hub_models import split_revision
 
 PROVENANCE = "provenance.json"
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError
-from stages.checkpoints import first_line
+from stages.hub_models import first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

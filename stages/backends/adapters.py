@@ -7,7 +7,8 @@ from typing import Any
 
 from sstoken.errors import SstokenError
 from stages.adapter_kinds import check_kind
-from stages.checkpoints import first_line, local_folder
+from stages.checkpoints import local_folder
+from stages.hub_models import first_line
 from stages.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
 _NAME = "default"

@@ -8,7 +8,8 @@ import torch
 from sstoken.errors import UsageError
 from stages.backends import Latest
 from stages.backends.adapters import Adapter
-from stages.checkpoints import first_line, stamp
+from stages.checkpoints import stamp
+from stages.hub_models import first_line
 from stages.loading import load_whole
 
 

@@ -18,7 +18,8 @@ from stages.backends import Backend, BackendOptions, FloatArray, Latest, TokenSi
 from stages.backends import vllm_limits as limits
 from stages.backends.vllm_engine import EngineSpec, Request
 from stages.backends.vllm_process import Engine
-from stages.checkpoints import adapter_base, local_folder, split_revision, stamp
+from stages.checkpoints import adapter_base, local_folder, stamp
+from stages.hub_models import split_revision
 
 _BATCH_TOKENS = 8192
 """Where none are given."""

@@ -11,7 +11,8 @@ from pydantic import Field
 from sstoken.errors import SstokenError
 from stages.backends import BackendOptions
 from stages.base import SPEED_ONLY, Settings
-from stages.checkpoints import adapter_base, first_line, local_folder, split_revision
+from stages.checkpoints import adapter_base, local_folder
+from stages.hub_models import first_line, split_revision
 from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 TESTED_VERSIONS = ("0.32",)

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from pipeline.manifest import sha256
 from sstoken.errors import SstokenError
-from stages import checkpoints
 from stages.checkpoints import adapter_base, check_whole, identity, local_folder, tokenizer_identity
+from stages.hub_models import hub_adapter
 from tests.stages.tiny import save_model
 
 
@@ -55,9 +55,9 @@ def hub_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    checkpoints._hub_adapter.cache_clear()
+    hub_adapter.cache_clear()
     yield tmp_path / "hub"
-    checkpoints._hub_adapter.cache_clear()
+    hub_adapter.cache_clear()
 
 
 def cached(hub_cache, name, commit="a" * 40):
