@@ -72,6 +72,7 @@ def remarks_on_losses(
     step: int,
     vocabulary: int,
     dtype: torch.dtype,
+    noisy: bool,
 ) -> Iterator[str]:
     """What the losses of the first batch that selects show. Waits for the device.
 
@@ -82,6 +83,7 @@ def remarks_on_losses(
         step: optimizer steps finished.
         vocabulary: number of tokens the model knows.
         dtype: that the model computes in.
+        noisy: the forward pass of training is random (dropout, NEFTune).
     """
     if not losses.numel():
         return
@@ -99,8 +101,9 @@ def remarks_on_losses(
     noise = torch.finfo(dtype).eps * max(1.0, mean)
     if rel <= noise or (step == 0 and settings.history in ("ema", "snapshot")):
         yield (
-            f"history {settings.history!r} is the model as it stands: REL is rounding error (mean {rel:.1g} nats at "
-            f"step {step}), which min-max blows up to [0, 1]; give warmup_steps, so that the model moves away first"
+            f"history {settings.history!r} is the model as it stands: REL is "
+            f"{'the noise of dropout or NEFTune' if noisy else 'rounding error'} (mean {rel:.1g} nats at step {step}), "
+            "which min-max blows up to [0, 1]; give warmup_steps, so that the model moves away first"
         )
 
 

@@ -20,12 +20,13 @@ from sstoken.in_loop.checks import check_trainer, choose_layer, try_out
 from sstoken.in_loop.column import HISTORY, CarryHistory, check_column, join_history, split_history
 from sstoken.in_loop.core import keep_tokens
 from sstoken.in_loop.forward import SelectingModel, measure_losses
-from sstoken.in_loop.head import HeadLosses
+from sstoken.in_loop.head import HeadLosses, rounds
 from sstoken.in_loop.layout import Layout, layout_of_batch
 from sstoken.in_loop.metrics import SelectionMetrics, Step
 from sstoken.in_loop.observation import Observer
 from sstoken.in_loop.remarks import remarks_on_column, remarks_on_layout, remarks_on_losses
 from sstoken.in_loop.settings import SelfModulation
+from sstoken.in_loop.together import remarks_on_batch
 from sstoken.in_loop.weights import History, as_history, make_history
 
 if TYPE_CHECKING:
@@ -103,7 +104,10 @@ class SelfModulatedMixin(_Base):
         """TRL truncates and packs; the history losses go along."""
         prepare = super()._prepare_dataset
         given = inspect.signature(prepare).bind(dataset, *args, **kwargs).arguments
-        if not self._carries_history or given.get("dataset_name", "train") != "train":
+        evaluates = (
+            given.get("dataset_name", "train") != "train" or self._column_checked
+        )  # {"train": ...} may be
+        if not self._carries_history or evaluates:
             return prepare(dataset, *args, **kwargs)
         check_column(dataset)
         self._column_checked = True
@@ -218,6 +222,10 @@ class _StepSelector:
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Ask the history for its losses; say what attention is to be measured."""
         plan, history, trainer = self._plan, self._trainer._history, self._trainer
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            half = rounds(trainer.model.get_input_embeddings().weight)
+            own = trainer.model
+            trainer._remark("batch", lambda: remarks_on_batch(own, trainer._head, inputs, plan.layout, half))
         if history is not None and plan.gamma > 0 and plan.rho < 1:
             with self._metrics.timed(self._input_ids.device), as_history(trainer.model, history):
                 self._history_loss = measure_losses(model, trainer._head, inputs, plan.layout)
@@ -266,7 +274,9 @@ class _StepSelector:
         vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
         trainer._remark(
             "losses",
-            lambda: remarks_on_losses(losses, needed, trainer._selection, self._plan.step, vocabulary, dtype),
+            lambda: remarks_on_losses(
+                losses, needed, trainer._selection, self._plan.step, vocabulary, dtype, _noisy(trainer)
+            ),
         )
 
 

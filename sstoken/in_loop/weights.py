@@ -113,12 +113,19 @@ def make_history(model: nn.Module, settings: SelfModulation, step: int) -> Histo
 @contextmanager
 def as_history(model: nn.Module, history: History) -> Iterator[None]:
     """The model is what its history was, without dropout and without gradients."""
+    with at_rest(model), history.installed():
+        torch.clear_autocast_cache()
+        yield
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """The model is without dropout and without gradients."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), history.installed():
-            torch.clear_autocast_cache()
+        with torch.no_grad():
             yield
     finally:
-        torch.clear_autocast_cache()  # casts made here have other weights, and no gradients
+        torch.clear_autocast_cache()  # casts made here may have other weights, and have no gradients
         model.train(training)

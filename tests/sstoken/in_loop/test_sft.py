@@ -157,6 +157,20 @@ def test_evaluation_is_the_ordinary_one(tmp_path, tokenizer):
     assert trainer.evaluate(examples)["eval_loss"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_data_for_evaluation_may_be_called_train(tmp_path, tokenizer):
+    plain = Dataset.from_list(make_examples(8)).remove_columns("history_loss")
+    trainer = SelfModulatedSFTTrainer(
+        make_model(),
+        SFTConfig(str(tmp_path), max_length=None, **SETTINGS),
+        train_dataset=Dataset.from_list(make_examples()),
+        eval_dataset={"train": plain, "other": plain},
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_train_loss"] == pytest.approx(metrics["eval_other_loss"])
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_bad_history_losses_are_refused_when_the_trainer_is_made(tmp_path, tokenizer, packing):
     examples = make_examples()
