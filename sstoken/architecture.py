@@ -56,21 +56,26 @@ def examine(model: Any) -> Findings:
 
 @torch.no_grad()
 def last_softmax_layer(model: Any) -> int:
-    """The last decoder layer whose attention can be captured, found by a short forward pass of a model as it is.
+    """The last decoder layer whose attention can be captured, found by a short forward pass; the model stays as it is.
 
     Raises:
-        UsageError: the attention of no layer can be.
+        UsageError: the attention of no layer can be, or not by the model's present implementation.
     """
-    config = model.config.get_text_config()
-    ids = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
+    now = model.config.get_text_config()._attn_implementation
+    tried = IMPLEMENTATION if now == "eager" and model._can_set_attn_implementation() else now
     layers: tuple[int, ...] = ()
-    if config._attn_implementation != "eager" or getattr(model, "_supports_sdpa", True):
+    if tried != "eager":
+        ids = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
         training = model.training
         model.eval()
         try:
-            with attention_calls(config._attn_implementation) as modules:
+            if tried != now:
+                model.set_attn_implementation(tried)
+            with attention_calls(tried) as modules:
                 model(input_ids=ids, use_cache=False)
         finally:
+            if tried != now:
+                model.set_attn_implementation(now)
             model.train(training)
         layers = _indices(modules)
     if not layers:
@@ -78,7 +83,8 @@ def last_softmax_layer(model: Any) -> int:
             f"{type(model).__name__}: its attention cannot be captured, as it does not go through transformers' "
             "attention interface (linear attention or a custom model); take gamma=1, which needs none"
         )
-    return layers[-1]
+    with attention_calls(now):  # refuses one that is not observed
+        return layers[-1]
 
 
 def _indices(modules: list[nn.Module]) -> tuple[int, ...]:

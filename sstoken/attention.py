@@ -121,7 +121,8 @@ class AttentionCapture:
                 raise SstokenError(
                     f"row {row} of the batch has a sequence that starts at position {start}, but attention has no mask "
                     "and would look at what stands before; call the model with use_cache=False, and with the "
-                    "position_ids or the attention_mask of the batch"
+                    "position_ids or the attention_mask of the batch; an architecture that ignores position_ids cannot "
+                    "be packed, pad its sequences on the right"
                 )
 
     @torch.compiler.disable
@@ -258,7 +259,8 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
         response_mask = capture.due
         if response_mask is not None and attention_mask is None and forward in _CPU_FORWARDS:
             capture.check_unmasked()
-        if forward in _CPU_FORWARDS and _plain_on_cpu(module, query, key, value, kwargs):
+        learned_mask = attention_mask is not None and attention_mask.requires_grad  # Doge's
+        if forward in _CPU_FORWARDS and not learned_mask and _plain_on_cpu(module, query, key, value, kwargs):
             if response_mask is not None and attention_mask is None and torch.is_inference_mode_enabled():
                 by_blocks = cpu_attention.attend_by_blocks(query, key, value, how["scaling"], response_mask)
                 if by_blocks is not None:

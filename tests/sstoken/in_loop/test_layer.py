@@ -52,6 +52,23 @@ def test_a_layer_without_softmax_attention(tmp_path):
         train(tmp_path, make_tiny("lfm2"), layer=-1)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_softmax_attention_that_sdpa_has_not(tmp_path, kind):
+    with pytest.raises(UsageError, match="load the model with attn_implementation='sstoken'"):
+        train(tmp_path, make_tiny(kind))
+    model = make_tiny(kind)
+    model.set_attn_implementation("sstoken")
+    assert train(tmp_path, model).seen
+
+
+def test_a_mask_that_is_learned(tmp_path):
+    """Doge's gets gradients, which not every kernel gives."""
+    model = make_tiny("doge")
+    before = model.model.layers[-1].self_attn.A.clone()
+    assert train(tmp_path, model).seen
+    assert not torch.equal(before, model.model.layers[-1].self_attn.A)
+
+
 def test_a_model_without_softmax_attention(tmp_path):
     with pytest.raises(UsageError, match="take gamma=1, which needs none"):
         train(tmp_path, make_tiny("mamba"))
