@@ -47,11 +47,30 @@ def examine(model: Any) -> Findings:
             f"{name}: cannot run on token ids alone ({_line(error)}); it is not supported"
         ) from error
     if not causal:
-        raise SstokenError(
-            f"{name}: a token's prediction depends on the tokens after it; only causal language models work (of an "
-            "encoder, one with is_decoder in its config.json)"
-        )
+        raise _not_causal(name)
     return Findings(layers, agree)
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Try two sequences that begin alike on a model in evaluation mode.
+
+    Raises:
+        SstokenError: its states depend on tokens that come later.
+    """
+    ids = torch.arange(2, _LENGTH + 2) % int(model.get_input_embeddings().weight.shape[0])
+    other = torch.cat([ids[:_SHARED], ids[_SHARED:].flip(0)])
+    first, second = (_logits(model, row[None])[0, :_SHARED] for row in (ids, other))
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(model.device.type) else model.dtype
+    if not _agree(first, second, dtype):
+        raise _not_causal(type(model).__name__)
+
+
+def _not_causal(name: str) -> SstokenError:
+    return SstokenError(
+        f"{name}: a token's prediction depends on the tokens after it; only causal language models work (of an "
+        "encoder, one with is_decoder in its config.json)"
+    )
 
 
 @torch.no_grad()

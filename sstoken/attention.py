@@ -259,7 +259,7 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
         response_mask = capture.due
         if response_mask is not None and attention_mask is None and forward in _CPU_FORWARDS:
             capture.check_unmasked()
-        learned_mask = attention_mask is not None and attention_mask.requires_grad  # Doge's
+        learned_mask = isinstance(attention_mask, Tensor) and attention_mask.requires_grad  # Doge's
         if forward in _CPU_FORWARDS and not learned_mask and _plain_on_cpu(module, query, key, value, kwargs):
             if response_mask is not None and attention_mask is None and torch.is_inference_mode_enabled():
                 by_blocks = cpu_attention.attend_by_blocks(query, key, value, how["scaling"], response_mask)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sstoken.architecture import last_softmax_layer
+from sstoken.architecture import check_causal, last_softmax_layer
 from sstoken.errors import UsageError
 from sstoken.in_loop.forward import SelectingModel
 from sstoken.in_loop.layout import Layout
@@ -31,7 +31,18 @@ def check_trainer(trainer: Any) -> None:
     loss_type = getattr(args, "loss_type", None)
     kernels = getattr(args, "liger_kernel_config", None) or {}
     fused = [name for name in _LOSS_KERNELS if kernels.get(name)]
+    adapter = getattr(trainer.model, "active_peft_config", None)
+    tuning = getattr(getattr(adapter, "peft_type", None), "value", "")
     for wrong, text in (
+        (
+            trainer.model.config.is_encoder_decoder,
+            f"{name} is an encoder-decoder; only causal language models work",
+        ),
+        (
+            getattr(adapter, "is_prompt_learning", False),
+            f"{tuning} puts virtual tokens before each sequence, which have no attention to "
+            "a prompt; train LoRA or another adapter of the weights",
+        ),
         (
             trainer.compute_loss_func is not None,
             "compute_loss_func is set, which would replace the loss that selects; leave it out, or select in a "
@@ -122,7 +133,8 @@ def try_out(trainer: Any) -> None:
     """Run three tokens through the model, so that one that cannot be used is refused before any step.
 
     Raises:
-        SstokenError: its attention cannot be captured, or its logits are not made position by position.
+        SstokenError: it is not causal, its attention cannot be captured, or its logits are not made position by
+            position.
     """
     model, capture = trainer.model, trainer._capture
     if not _can_run(trainer):
@@ -136,6 +148,7 @@ def try_out(trainer: Any) -> None:
         if capture is not None:
             capture.expect(layout.response_mask)
         with trainer.accelerator.autocast():
+            check_causal(model)
             SelectingModel(model, trainer._head, layout, _KeepAll())(
                 input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=2
             )

@@ -78,7 +78,7 @@ class HeadLosses:
         for scale in self._candidates:
             # Weights that are NaN give NaN either way.
             if torch.allclose(
-                self._logits(hidden, scale), logits, rtol=tolerance, atol=tolerance, equal_nan=True
+                self._logits(hidden, scale).float(), logits, rtol=tolerance, atol=tolerance, equal_nan=True
             ):
                 self._scale = scale
                 return

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.settings import SelfModulation
 
+_MOVES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Initialisations of LoRA that subtract the adapter's first product from the base weights, or round these."""
+
 
 class BaseHistory:
     """The model with its LoRA adapter off: no memory of its own."""
@@ -18,7 +21,7 @@ class BaseHistory:
         """Take a PEFT model.
 
         Raises:
-            UsageError: it has no adapter to turn off.
+            UsageError: it has no adapter to turn off, or is not the base model without it.
         """
         if not hasattr(model, "disable_adapter"):
             raise UsageError(
@@ -26,6 +29,14 @@ class BaseHistory:
                 "history 'scores', 'ema' or 'snapshot'"
             )
         self._model: Any = model
+        configs: Any = model.peft_config
+        for config in configs.values():
+            start = str(getattr(config, "init_lora_weights", ""))
+            if start.startswith(_MOVES_THE_BASE):
+                raise UsageError(
+                    f"history 'base' is the model without its adapter, and init_lora_weights={start!r} moves part of "
+                    "the base into the adapter; take history 'scores', 'ema' or 'snapshot', or another initialisation"
+                )
 
     def follow(self, step: int) -> None:
         """The base does not move."""

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel, Trainer
 
 from sstoken import SelfModulatedMixin, SelfModulatedTrainer, SelfModulation, SstokenError, UsageError
 from sstoken.in_loop.settings import Schedule
 from tests.sstoken.in_loop.small import arguments, collate, make_examples, make_model
+from tests.stages.tiny import VOCABULARY
 
 
 def refused(match, *, folder, examples=None, model=None, error=UsageError, **trainer):
@@ -218,3 +220,50 @@ def test_schedules():
         (0.5, 0.8),
     ]
     assert SelfModulation(rho=0.3).at(0, 1) == (0.3, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_base_that_the_adapter_took_part_of(tmp_path, kind):
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=kind)
+    refused(
+        f"init_lora_weights='{kind}' moves part of the base",
+        folder=tmp_path,
+        model=get_peft_model(make_model(), config),
+        selection=SelfModulation(history="base"),
+    )
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens(tmp_path, kind):
+    model = get_peft_model(make_model(), kind(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    refused(f"{model.active_peft_config.peft_type.value} puts virtual tokens", folder=tmp_path, model=model)
+
+
+def test_models_that_are_not_causal(tmp_path):
+    selection = SelfModulation(history="ema")
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    seq2seq = BartForConditionalGeneration(
+        BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2)
+    )
+    refused("is an encoder-decoder", folder=tmp_path, model=seq2seq, selection=selection)
+    torch.manual_seed(0)
+    encoder = BertLMHeadModel(
+        BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+            initializer_range=0.2,
+        )
+    )  # fmt: skip
+    refused(
+        "prediction depends on the tokens after it",
+        folder=tmp_path,
+        model=encoder,
+        selection=selection,
+        error=SstokenError,
+    )
+
+
+def test_weights_in_float64_train(tmp_path):
+    trainer = SelfModulatedTrainer(
+        make_model().double(), arguments(tmp_path), data_collator=collate, train_dataset=make_examples()
+    )
+    assert trainer.train().global_step == 3
