@@ -126,6 +126,10 @@ def execute(
         UsageError: wrong settings, or an output folder that is not this job's.
         SstokenError: the work failed; a partial folder may remain and the same call goes on from it.
     """
+    if job.place.name in ("", ".."):
+        raise UsageError(
+            f"{job.place}: name the output folder itself, such as {job.place / job.stage.folder}"
+        )
     job.stage.check()
     identity = _identify(job, digests)
     if _num_processes() > 1 and not job.stage.distributed:
@@ -232,8 +236,6 @@ def _partial_fingerprint(partial: Path) -> str | None:
 def _check_out(job: Job) -> None:
     """Refuse an output folder that cannot be written or is somebody else's."""
     out = job.place
-    if out.name in ("", ".."):
-        raise UsageError(f"{out}: name the output folder itself, such as {out / job.stage.folder}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; the output has to be a folder")
     if out.is_dir():
