@@ -271,7 +271,15 @@ def _prepare(job: Job, identity: _Identity, *, fresh: bool) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
+    _remove_damaged(job.partial)
     write_whole(job.partial / _FINGERPRINT_FILE, identity.fingerprint)
+
+
+def _remove_damaged(partial: Path) -> None:
+    """Have shards that were damaged since an interrupted run wrote them made again: no manifest lists them yet."""
+    for path in tables.parts(partial):
+        if not tables.is_sound(path):
+            path.unlink()
 
 
 def _discard(partial: Path) -> None:

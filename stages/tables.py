@@ -116,8 +116,12 @@ def _float_columns(schema: pa.Schema) -> list[str]:
     return [f.name for f in schema if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)]
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
     """The JSON that `write_part` put into the file.
+
+    Args:
+        path: of the shard.
+        with_digest: refuse metadata without a digest, as older versions wrote them.
 
     Raises:
         SstokenError: the file is not one of ours, or is damaged.
@@ -128,7 +132,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
         metadata: dict[str, Any] = json.loads(raw)
         digest = metadata.pop(_DIGEST, None)
-        if digest not in (None, _digest(metadata)):
+        if digest != _digest(metadata) and (digest is not None or with_digest):
             raise ValueError("its metadata were changed")
     return metadata
 
@@ -175,6 +179,17 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         # Each thread that reads ahead keeps memory of its own: their peak would differ from run to run.
         with pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a shard that no manifest lists yet is what was written: its pages, metadata and columns."""
+    try:
+        read_metadata(path, with_digest=True)
+        fields = read_table(path).schema.remove_metadata()
+    except SstokenError:
+        return False
+    known = [field for schema in (TOKENS, SCORES_WITH_ATTENTION, MASKED) for field in schema]
+    return all(any(field.equals(other) for other in known) for field in fields)
 
 
 def num_rows(path: Path) -> int:
