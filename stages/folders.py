@@ -16,6 +16,8 @@ from sstoken.errors import SstokenError
 MANIFEST = "manifest.json"
 _OWN_DIGEST = re.compile(rb'"digest": ?"([0-9a-f]{64})"\s*\}\s*\Z')
 """The last field of a manifest: the sha256 of its text with zeros in this place."""
+_REMAINS = re.compile(rb'digest|[0-9a-f]{64}"\s*\}\s*\Z')
+"""At the end of a manifest: of that field, once one of its bytes was changed. Older manifests have none."""
 NO_DIGEST = "0" * 64
 _WORTH_REMEMBERING = 1 << 24
 """Bytes: from here on hashing takes longer than the system's clock of files ticks."""
@@ -45,7 +47,7 @@ def read_manifest_text(folder: Path) -> bytes | None:
     except OSError as error:
         raise SstokenError(f"{path}: cannot be read ({error.strerror})") from error
     own = _OWN_DIGEST.search(text)
-    if own and seal(text) != own[1].decode():
+    if seal(text) != own[1].decode() if own else _REMAINS.search(text[-100:]):
         raise damaged_manifest(folder)
     return text
 

@@ -177,3 +177,11 @@ def test_a_stray_copy_of_a_shard_is_not_read(
     assert str(stray) in outcome.err + outcome.out
     with pytest.raises(SstokenError, match=f"{name}.*does not list it"):
         tables.read_table(stray)
+
+
+def test_no_byte_of_a_manifest_can_change(run: Path) -> None:
+    """A bit of each of its bytes."""
+    path = run / "tokens/manifest.json"
+    for place in range(path.stat().st_size):
+        with flipped(path, place), pytest.raises(SstokenError, match="damaged manifest"):
+            read_manifest(run / "tokens")
