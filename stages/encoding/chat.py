@@ -77,6 +77,7 @@ class ChatEncoder:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         vocabulary = Vocabulary(
             tokenizer.special_tokens_map,
+            control_tokens(tokenizer),
             frozenset(added | set(tokenizer.all_special_tokens)),
             frozenset({str(tokenizer.eos_token), *stop_tokens}),
         )
@@ -199,14 +200,19 @@ class ChatEncoder:
 
     @cached_property
     def _specials(self) -> re.Pattern[str] | None:
-        added = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        tokens = {t for t in added | set(self.tokenizer.all_special_tokens) if len(t) > 2}
+        tokens = {token for token in control_tokens(self.tokenizer) if len(token) > 2}
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
     @cached_property
     def _adds_bos(self) -> bool:
         ids = self.tokenizer("a", verbose=False)["input_ids"]
         return self.tokenizer.bos_token_id is not None and ids[:1] == [self.tokenizer.bos_token_id]
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
+    """The special tokens of a tokenizer; tokens that were merely added to it are text."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return frozenset(added | set(tokenizer.all_special_tokens))
 
 
 def _token_runs(text: str, spans: list[Span], offsets: list[Span]) -> list[Span]:

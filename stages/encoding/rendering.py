@@ -42,6 +42,8 @@ class Vocabulary:
 
     named: Mapping[str, Any]
     """Special tokens by the names that templates know: `bos_token`, ..."""
+    control: frozenset[str]
+    """Special tokens: they are no text."""
     special: frozenset[str]
     """Special and added tokens, any of which may close a turn."""
     stops: frozenset[str]
@@ -227,7 +229,9 @@ class Renderer:
         source = self._template(conversation.tools)
         if source not in self._finders:
             template = ChatTemplate(source, self._vocabulary.named)
-            finder = TurnFinder(template, self._vocabulary.special, self._vocabulary.stops)
+            finder = TurnFinder(
+                template, self._vocabulary.special, self._vocabulary.control, self._vocabulary.stops
+            )
             self._finders[source] = finder, Scaffolds()
         return self._finders[source]
 

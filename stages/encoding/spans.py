@@ -50,11 +50,15 @@ class TurnFinder:
     Args:
         template: the chat template.
         special: the tokenizer's special and added tokens.
+        control: those of them that are no text, which alone can end a turn.
         stops: those on which generation stops.
     """
 
-    def __init__(self, template: ChatTemplate, special: Iterable[str], stops: Iterable[str]) -> None:
+    def __init__(
+        self, template: ChatTemplate, special: Iterable[str], control: Iterable[str], stops: Iterable[str]
+    ) -> None:
         self.template = template
+        self._control = tuple(filter(str.strip, control))
         self._special = sorted(filter(str.strip, special), key=lambda t: (-len(t), t))
         self._stops = frozenset(filter(str.strip, stops))
         self._headers: dict[tuple[object, ...], int] = {}
@@ -175,7 +179,8 @@ class TurnFinder:
                 except BadRow:
                     return 0, False
                 last = alone.text[alone.before(len(alone.text)) :]
-            return len(after[: _shared(after, last)].rstrip()), False
+            closing = after[: _shared(after, last)].rstrip()
+            return len(closing), closing.endswith(self._control)
         stop, stopped = match.end(), match[0] in self._stops
         assert self._closers is not None
         while True:

@@ -362,3 +362,14 @@ def test_reasoning_that_says_what_the_answer_says_is_accounted_for(name: str) ->
         encoder(name).encode(Conversation(talk))
     (alone,) = encoder(name).encode(Conversation(talk[:2]))
     assert runs(alone, encoder(name).tokenizer)[0].count("Four") == 2
+
+
+def test_turns_that_no_token_ends_are_noted() -> None:
+    (called,) = encoder("gptoss").encode(SHOWN["tool call"])
+    assert called.notes == ()  # `<|call|>` ends the call
+    (open_ended,) = encoder("glm4moe").encode(SHOWN["turns"])
+    assert open_ended.notes == (NO_END, NO_END)
+    # What generation stops on opens the user's turn: it ends the turn before.
+    (ended,) = encoder("glm4moe", stop_tokens=["<|user|>"]).encode(SHOWN["turns"])
+    assert ended.notes == (NO_END,)
+    assert runs(ended, real_templates.tokenizer("glm4moe"))[0].endswith("A cherry is red.<|user|>")
