@@ -25,6 +25,8 @@ _LETTER, _DIGIT, _OTHER = range(3)
 _RANGES = ((_LETTER, ord("a"), 26), (_LETTER, ord("A"), 26), (_DIGIT, ord("0"), 10))
 _SHORT = 300
 """Characters up to which texts are remembered."""
+VARIANTS = 4
+"""Altered copies that are tried, in case a template treats one in another way."""
 _NUM_SHIFTS = (25, 9, 7)
 """How many replacements there are of each kind."""
 
@@ -118,8 +120,10 @@ _visible_short = lru_cache(maxsize=1 << 14)(_visible)
 
 def _shifts(owner: int, variant: int) -> tuple[int, ...]:
     """How an owner's letters, digits and other characters are replaced."""
-    number = owner + 5 * variant
-    return tuple(1 + number % count for count in _NUM_SHIFTS)
+    # Owners that share a replacement in four variants have different ones in the next four.
+    return tuple(
+        1 + (owner + 5 * variant + variant // VARIANTS * (owner // count)) % count for count in _NUM_SHIFTS
+    )
 
 
 class _Replacements(dict[int, int]):
@@ -184,9 +188,16 @@ def decoded(points: NDArray[np.uint32]) -> str:
 
 
 def owners_of(
-    original: NDArray[np.uint32], altered: NDArray[np.uint32], num_owners: int, variant: int
+    original: NDArray[np.uint32],
+    altered: NDArray[np.uint32],
+    num_owners: int,
+    variant: int,
+    texts: Mapping[int, str] | None = None,
 ) -> NDArray[np.int16] | None:
-    """Who owns each character, from how it was replaced; None where some replacement is nobody's."""
+    """Who owns each character, from how it was replaced; None where some replacement is nobody's.
+
+    `texts` are what each owner may have printed: of several owners that replace alike, those that have the character.
+    """
     owners = np.full(original.size, TEMPLATE, np.int16)
     places = np.flatnonzero(original != altered)
     before, after = original[places].astype(np.int64), altered[places].astype(np.int64)
@@ -205,6 +216,9 @@ def owners_of(
         candidates = _candidates(int(kinds[start]), int(amounts[start]), num_owners, variant)
         if not candidates:
             return None
+        if texts and len(candidates) > 1:
+            character = chr(int(before[start]))
+            candidates = tuple(c for c in candidates if character in texts.get(c, "")) or candidates
         if owner not in candidates:  # messages are printed in their order, most of them
             owner = next((c for c in candidates if c > owner), candidates[0])
         owners[places[start:stop]] = owner

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from stages.encoding.altering import (
     TEMPLATE,
     TOOLS,
+    VARIANTS,
     altered_copy,
     codes,
     decoded,
@@ -87,7 +88,11 @@ class Trace:
 
 
 def trace(
-    conversation: Conversation, render: Render, protected: re.Pattern[str] | None, text: str | None = None
+    conversation: Conversation,
+    render: Render,
+    protected: re.Pattern[str] | None,
+    text: str | None = None,
+    attempt: int = 0,
 ) -> Trace:
     """Render a conversation and find out who owns each character.
 
@@ -96,12 +101,17 @@ def trace(
         render: the chat template.
         protected: text that the template looks for, which keeps its letters.
         text: the rendering, if it is there already.
+        attempt: another number tells other owners apart: the kinds of characters have 7 to 25 replacements.
 
     Raises:
         BadRow: the template refuses the conversation, or treats every altered copy in another way.
     """
     text = render(conversation) if text is None else text
     original = codes(text)
+    texts: dict[int, str] = {}
+    for piece in pieces(conversation):
+        owner = len(conversation.messages) + 1 if piece.is_name else piece.owner
+        texts[owner] = texts.get(owner, "") + piece.text
 
     def names_in(index: int) -> int | None:
         """How many letters of names message `index` prints where nothing follows it; None where that is not known."""
@@ -121,7 +131,7 @@ def trace(
         earlier = np.flatnonzero((found >= TOOLS) & (found <= index))
         return int((found[int(earlier[-1]) + 1 if earlier.size else 0 :] == index + 2).sum())
 
-    for variant in range(4):
+    for variant in range(VARIANTS * attempt, VARIANTS * (attempt + 1)):
         with_names = variant % 2 == 0
         try:
             altered = render(altered_copy(conversation, protected, variant, with_names))
@@ -129,7 +139,7 @@ def trace(
             continue
         if len(altered) != len(text):
             continue
-        owners = owners_of(original, codes(altered), len(conversation.messages) + 2, variant)
+        owners = owners_of(original, codes(altered), len(conversation.messages) + 2, variant, texts)
         if owners is not None:
             names = _share_names(owners, text, conversation, names_in) if with_names else None
             return Trace(text, owners, names)

@@ -427,3 +427,10 @@ def test_names_of_speakers_that_the_template_leaves_out_are_noted(tokenizer) -> 
     encoded = encode(make(tokenizer, naming), messages)
     assert encoded.notes == ()
     assert "user Bob" in tokenizer.decode(encoded.input_ids)
+
+
+def test_messages_that_share_a_replacement_are_told_apart(tokenizer) -> None:
+    """Letters beyond ASCII have seven replacements: those of the first and the eighth message are the same."""
+    talk = conversation("0", "\x1b", "\x1b", "\x1b", "\x1b", "\x1b", "\xd0", "\u0400")
+    for template in (CHATML, unmarked(CHATML)):
+        assert said(make(tokenizer, template), talk)[-1] == "\u0400<|im_end|>"
