@@ -6,6 +6,7 @@ character, so that a replaced character tells whose it is.
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -25,8 +26,6 @@ _LETTER, _DIGIT, _OTHER = range(3)
 _RANGES = ((_LETTER, ord("a"), 26), (_LETTER, ord("A"), 26), (_DIGIT, ord("0"), 10))
 _SHORT = 300
 """Characters up to which texts are remembered."""
-VARIANTS = 4
-"""Altered copies that are tried, in case a template treats one in another way."""
 _NUM_SHIFTS = (25, 9, 7)
 """How many replacements there are of each kind."""
 
@@ -120,10 +119,7 @@ _visible_short = lru_cache(maxsize=1 << 14)(_visible)
 
 def _shifts(owner: int, variant: int) -> tuple[int, ...]:
     """How an owner's letters, digits and other characters are replaced."""
-    # Owners that share a replacement in four variants have different ones in the next four.
-    return tuple(
-        1 + (owner + 5 * variant + variant // VARIANTS * (owner // count)) % count for count in _NUM_SHIFTS
-    )
+    return tuple(1 + (owner + 5 * variant) % count for count in _NUM_SHIFTS)
 
 
 class _Replacements(dict[int, int]):
@@ -192,12 +188,14 @@ def owners_of(
     altered: NDArray[np.uint32],
     num_owners: int,
     variant: int,
-    texts: Mapping[int, str] | None = None,
+    texts: Mapping[int, str],
 ) -> NDArray[np.int16] | None:
     """Who owns each character, from how it was replaced; None where some replacement is nobody's.
 
-    `texts` are what each owner may have printed: of several owners that replace alike, those that have the character.
+    `texts` are what each owner has to print. Of owners that replace alike, those come first that have some of the
+    character left.
     """
+    left = {owner: Counter(text) for owner, text in texts.items()} if num_owners > min(_NUM_SHIFTS) else {}
     owners = np.full(original.size, TEMPLATE, np.int16)
     places = np.flatnonzero(original != altered)
     before, after = original[places].astype(np.int64), altered[places].astype(np.int64)
@@ -208,7 +206,10 @@ def owners_of(
         kinds[both] = kind
         amounts[both] = (after[both] - before[both]) % count
     keys = kinds * 4096 + np.minimum(amounts, 4095)
-    borders = np.flatnonzero(np.diff(keys)) + 1
+    apart = np.diff(keys) != 0
+    if left:  # two owners that replace alike may follow each other
+        apart |= np.diff(places) > 1
+    borders = np.flatnonzero(apart) + 1
     owner = TOOLS
     for start, stop in zip([0, *borders.tolist()], [*borders.tolist(), places.size], strict=True):
         if start == stop:
@@ -216,12 +217,14 @@ def owners_of(
         candidates = _candidates(int(kinds[start]), int(amounts[start]), num_owners, variant)
         if not candidates:
             return None
-        if texts and len(candidates) > 1:
+        if left and len(candidates) > 1:
             character = chr(int(before[start]))
-            candidates = tuple(c for c in candidates if character in texts.get(c, "")) or candidates
+            candidates = tuple(c for c in candidates if c in left and left[c][character] > 0) or candidates
         if owner not in candidates:  # messages are printed in their order, most of them
             owner = next((c for c in candidates if c > owner), candidates[0])
         owners[places[start:stop]] = owner
+        if owner in left:
+            left[owner].subtract(decoded(original[places[start:stop]]))
     return owners
 
 

@@ -6,7 +6,7 @@ one on which generation stops.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,12 +14,10 @@ from stages.encoding.altering import visible
 from stages.encoding.messages import BadRow, Conversation
 from stages.encoding.pieces import pieces
 from stages.encoding.templates import ChatTemplate, Span
-from stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, missing, trace
+from stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
 
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
 """What a border between prompt and response never cuts: a tag, a word, a stretch of whitespace."""
-_ATTEMPTS, _MESSAGES_APART = 4, 6
-"""So many replacements are tried where there are at least so many messages."""
 _PROBE = ("Wqxask", "Wqxreply", "Wqxaskmore", "Wqxreplymore")
 
 
@@ -71,21 +69,7 @@ class TurnFinder:
         Raises:
             BadRow: the template refuses it, or nothing can be found out.
         """
-        return self._trace(conversation, self.template.render, text)
-
-    def _trace(
-        self, conversation: Conversation, render: Callable[[Conversation], str], text: str | None = None
-    ) -> Trace:
-        protected = self.template.protected
-        found = trace(conversation, render, protected, text)
-        # In long conversations, messages share replacements: what looks lost may have been taken for another's.
-        for attempt in range(1, _ATTEMPTS if len(conversation.messages) >= _MESSAGES_APART else 1):
-            if not missing(found, conversation, protected):
-                break
-            again = trace(conversation, render, protected, found.text, attempt)
-            if not missing(again, conversation, protected):
-                return again
-        return found
+        return trace(conversation, self.template.render, self.template.protected, text)
 
     def turns(self, found: Trace, conversation: Conversation, wanted: Sequence[int]) -> list[Turn]:
         """The turns of the messages `wanted`, in their order.
@@ -98,7 +82,7 @@ class TurnFinder:
     def prompt(self, conversation: Conversation, index: int) -> Trace:
         """What the model is given at inference before it says message `index`: with the generation prompt."""
         before = _until(conversation, index)
-        return self._trace(before, lambda c: self.template.render(c, prompt=True))
+        return trace(before, lambda c: self.template.render(c, prompt=True), self.template.protected)
 
     def _turn(self, found: Trace, conversation: Conversation, index: int) -> Turn:
         first, last = self._region(found, conversation, index)

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from stages.encoding.altering import (
     TEMPLATE,
     TOOLS,
-    VARIANTS,
     altered_copy,
     codes,
     decoded,
@@ -39,6 +38,8 @@ SPLIT = "split by the template"
 """Why a row is bad whose turn has another one printed inside it."""
 _THOUGHT = re.compile(r"<think(?:ing)?>(.*?)(?:</think(?:ing)?>|\Z)", re.DOTALL)
 
+_VARIANTS = 4
+"""Altered copies that are tried, in case a template treats one in another way."""
 Render = Callable[[Conversation], str]
 
 
@@ -87,12 +88,20 @@ class Trace:
         return position + int(owned[0]) if owned.size else len(self.text)
 
 
+def texts_of(conversation: Conversation) -> dict[int, str]:
+    """What each owner has to print; the names of tools have an owner of their own, after the last message."""
+    texts: dict[int, str] = {}
+    for piece in pieces(conversation):
+        owner = len(conversation.messages) + 1 if piece.is_name else piece.owner
+        texts[owner] = texts.get(owner, "") + piece.text
+    return texts
+
+
 def trace(
     conversation: Conversation,
     render: Render,
     protected: re.Pattern[str] | None,
     text: str | None = None,
-    attempt: int = 0,
 ) -> Trace:
     """Render a conversation and find out who owns each character.
 
@@ -101,17 +110,12 @@ def trace(
         render: the chat template.
         protected: text that the template looks for, which keeps its letters.
         text: the rendering, if it is there already.
-        attempt: another number tells other owners apart: the kinds of characters have 7 to 25 replacements.
 
     Raises:
         BadRow: the template refuses the conversation, or treats every altered copy in another way.
     """
     text = render(conversation) if text is None else text
     original = codes(text)
-    texts: dict[int, str] = {}
-    for piece in pieces(conversation):
-        owner = len(conversation.messages) + 1 if piece.is_name else piece.owner
-        texts[owner] = texts.get(owner, "") + piece.text
 
     def names_in(index: int) -> int | None:
         """How many letters of names message `index` prints where nothing follows it; None where that is not known."""
@@ -122,7 +126,7 @@ def trace(
         except BadRow:
             return None
         found = (
-            owners_of(codes(shown), codes(altered), index + 3, variant)
+            owners_of(codes(shown), codes(altered), index + 3, variant, texts_of(cut))
             if len(altered) == len(shown)
             else None
         )
@@ -131,7 +135,7 @@ def trace(
         earlier = np.flatnonzero((found >= TOOLS) & (found <= index))
         return int((found[int(earlier[-1]) + 1 if earlier.size else 0 :] == index + 2).sum())
 
-    for variant in range(VARIANTS * attempt, VARIANTS * (attempt + 1)):
+    for variant in range(_VARIANTS):
         with_names = variant % 2 == 0
         try:
             altered = render(altered_copy(conversation, protected, variant, with_names))
@@ -139,7 +143,9 @@ def trace(
             continue
         if len(altered) != len(text):
             continue
-        owners = owners_of(original, codes(altered), len(conversation.messages) + 2, variant, texts)
+        owners = owners_of(
+            original, codes(altered), len(conversation.messages) + 2, variant, texts_of(conversation)
+        )
         if owners is not None:
             names = _share_names(owners, text, conversation, names_in) if with_names else None
             return Trace(text, owners, names)

@@ -434,3 +434,5 @@ def test_messages_that_share_a_replacement_are_told_apart(tokenizer) -> None:
     talk = conversation("0", "\x1b", "\x1b", "\x1b", "\x1b", "\x1b", "\xd0", "\u0400")
     for template in (CHATML, unmarked(CHATML)):
         assert said(make(tokenizer, template), talk)[-1] == "\u0400<|im_end|>"
+        digits = conversation("1", *["?"] * 8, "1")
+        assert said(make(tokenizer, template), digits)[-1] == "1<|im_end|>"
