@@ -19,6 +19,12 @@ def torchrun(*arguments, cwd):
     )
 
 
+def short_anchor(world):
+    """Two steps, into `history`."""
+    inputs = ["--tokens", world.tokens, "--model", world.base]
+    return ["anchor", *inputs, "--out", "history", "--max-steps", "2"]
+
+
 def test_anchor_in_two_processes_speaks_once_and_is_finished_after(tmp_path):
     from pipeline.manifest import Manifest, list_files, write_manifest
 
@@ -58,17 +64,7 @@ def test_what_a_killed_run_of_other_settings_left_holds_no_process_up(tmp_path):
     line = {"step": 1, "loss": 1.0, "learning_rate": 1e-5, "tokens_seen": 10}
     (partial / "log.jsonl").write_text(json.dumps(line) + "\n")
     (partial / "history.json").write_text("[]")
-    command = [
-        "anchor",
-        "--tokens",
-        world.tokens,
-        "--model",
-        world.base,
-        "--out",
-        "history",
-        "--max-steps",
-        "2",
-    ]
+    command = short_anchor(world)
     done = torchrun(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "history/log.jsonl").read_text().splitlines()) == 2
@@ -79,17 +75,7 @@ def test_a_finished_run_that_was_not_renamed_yet_is_finished_for_all_processes(t
     from tests.pipeline.worlds import make_world
 
     world = make_world()
-    command = [
-        "anchor",
-        "--tokens",
-        world.tokens,
-        "--model",
-        world.base,
-        "--out",
-        "history",
-        "--max-steps",
-        "2",
-    ]
+    command = short_anchor(world)
     assert torchrun(*command, cwd=tmp_path).returncode == 0
     (tmp_path / "history").rename(tmp_path / "history.partial")
     again = torchrun(*command, cwd=tmp_path)
