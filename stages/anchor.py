@@ -1,5 +1,6 @@
 """The anchor run: the supervised fine-tuning that supplies the history and the current checkpoint."""
 
+import atexit
 import copy
 import importlib.util
 import json
@@ -292,11 +293,13 @@ def _num_processes() -> int:
 
 
 def _join() -> None:
-    """Have the processes know each other, as the trainer has them."""
+    """Connect the processes as the trainer does, and disconnect them at exit: its threads abort one that just ends."""
     import torch
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.accelerator.is_available())
+    if not torch.distributed.is_initialized():
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        atexit.register(state.destroy_process_group)
 
 
 def _padding(tokenizer: "PreTrainedTokenizerBase", rows: int) -> "PreTrainedTokenizerBase":
