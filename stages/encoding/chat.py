@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
-from stages.encoding.messages import BadRow, Conversation, TrainedTurns
+from stages.encoding.messages import UNCERTAIN, BadRow, Conversation, TrainedTurns
 from stages.encoding.rendering import Rendered, Renderer, Vocabulary
 from stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span
 
@@ -241,7 +241,7 @@ def _belongs(text: str, token: Span, start: int, stop: int) -> bool:
     outside = (text[token[0] : start] + text[stop : token[1]]).strip()
     if inside and outside:
         shown = text[token[0] : token[1]]
-        raise BadRow("uncertain mask", f"the token {shown!r} holds prompt and response alike")
+        raise BadRow(UNCERTAIN, f"the token {shown!r} holds prompt and response alike")
     return not outside
 
 

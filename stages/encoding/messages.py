@@ -44,6 +44,12 @@ _MAY_FOLLOW: dict[str, set[str | None]] = {
 }
 
 
+UNCERTAIN = "uncertain mask"
+"""Why a row is bad of which it cannot be told for certain what the responses are."""
+LOST = "lost by the template"
+"""Why a row is bad of which the chat template leaves out a text."""
+
+
 class BadRow(SstokenError):  # noqa: N818 (a row is bad; the error is what is raised about it)
     """A row that cannot be used. `reason` is short and stable, for counting; `detail` speaks of this row."""
 

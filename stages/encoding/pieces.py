@@ -24,8 +24,16 @@ class Piece:
     """The altered copy replaces its letters. Keys and numbers keep them: templates sort by them, and look them up."""
     is_name: bool = False
     """The name of a tool, which some templates look up: it may have to keep its letters."""
+    changed: bool = False
+    """Of what a rendering does not hold: it holds the letters, in another form."""
     where: str = ""
     """Of a tool definition: the tool and parameter, `search.filters.lang`."""
+
+    @property
+    def place(self) -> str:
+        """What it is and where it stands, for people: `reasoning of turn 2`."""
+        what = f"{self.kind} (changed)" if self.changed else self.kind
+        return f"{what} ({self.where})" if self.owner == TOOLS else f"{what} of turn {self.owner}"
 
 
 def pieces(conversation: Conversation) -> list[Piece]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sstoken.errors import SstokenError
 from stages.encoding.altering import TEMPLATE, TOOLS
-from stages.encoding.messages import BadRow, Conversation, TrainedTurns
+from stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, TrainedTurns
 from stages.encoding.pieces import Piece, pieces
 from stages.encoding.scaffolds import Scaffolds
 from stages.encoding.spans import Turn, TurnFinder
@@ -133,7 +133,7 @@ class Renderer:
                 spans += own
                 notes += said
         if not spans:
-            raise BadRow("uncertain mask", "the template marks no text of this conversation as generated")
+            raise BadRow(UNCERTAIN, "the template marks no text of this conversation as generated")
         return Rendered(text, spans, tuple(notes))
 
     def _render_turn(self, conversation: Conversation, index: int) -> Rendered:
@@ -155,7 +155,7 @@ class Renderer:
         marked = finder.template.render_marked(until)[1] if finder.template.marks_responses else None
         spans, said = _spans(turn, marked)
         if not spans:
-            raise BadRow("uncertain mask", f"the template does not mark turn {index + 1} as generated")
+            raise BadRow(UNCERTAIN, f"the template does not mark turn {index + 1} as generated")
         head = prompt.text[: prompt.before(len(prompt.text))]
         moved = len(head) - found.before(turn.first)
         return Rendered(
@@ -172,20 +172,15 @@ class Renderer:
         """
         if not lost:
             return []
-        kinds = sorted({piece.kind.partition(" ")[0] for piece in lost})
-        if refused := [p for p in lost if p.kind.partition(" ")[0] not in self._allow_lost]:
-            parts = dict.fromkeys(
-                f"{p.kind} ({p.where})" if p.owner == TOOLS else f"{p.kind} of turn {p.owner}"
-                for p in refused
-            )
-            way_out = self._way_out(conversation, frozenset(p.kind.partition(" ")[0] for p in refused))
-            raise BadRow("lost by the template", f"{', '.join(islice(parts, _NAMED))}; {way_out}")
+        kinds = sorted({piece.kind for piece in lost})
+        if refused := [piece for piece in lost if piece.kind not in self._allow_lost]:
+            places = dict.fromkeys(piece.place for piece in refused)
+            way_out = self._way_out(conversation, frozenset(piece.kind for piece in refused))
+            raise BadRow(LOST, f"{', '.join(islice(places, _NAMED))}; {way_out}")
         for index in _trained(conversation):
             own = {p.text for p in pieces(conversation) if p.owner == index + 1}
             if own <= {p.text for p in lost if p.owner == index + 1}:
-                raise BadRow(
-                    "lost by the template", f"all of turn {index + 1}: its response would be a bare end token"
-                )
+                raise BadRow(LOST, f"all of turn {index + 1}: its response would be a bare end token")
         return kinds
 
     def _way_out(self, conversation: Conversation, kinds: frozenset[str] = frozenset()) -> str:
@@ -193,10 +188,10 @@ class Renderer:
 
         Once for each kind of loss: later rows are told the same.
         """
-        source = self._template(conversation.tools)
-        key = (source, kinds)
         if not self._suggest:
             return ""
+        source = self._template(conversation.tools)
+        key = (source, kinds)
         if key in self._ways_out:
             return self._ways_out[key]
         ways = []
@@ -257,7 +252,7 @@ def _check_marks(marked: list[Span], found: Trace, turns: Sequence[Turn]) -> Non
     for start, stop in marked:
         for owner in set(found.owners[start:stop].tolist()) - set(said):
             whose = "the tools" if owner == TOOLS else f"turn {owner}"
-            raise BadRow("uncertain mask", f"the template marks text of {whose} as generated")
+            raise BadRow(UNCERTAIN, f"the template marks text of {whose} as generated")
 
 
 def _spans(turn: Turn, marked: list[Span] | None) -> tuple[list[Span], list[str]]:

@@ -58,7 +58,7 @@ class Scaffolds:
         scaffold = self._known.get(shape) if shape else None
         if scaffold is None or not text.startswith(scaffold.gaps[0]):
             return None
-        starts, stops, at = [0], [], len(scaffold.gaps[0])
+        gap_starts, gap_stops, at = [0], [], len(scaffold.gaps[0])
         for (index, key), following in zip(scaffold.texts, scaffold.gaps[1:], strict=True):
             raw = conversation.messages[index][key]
             for variant in _VARIANTS:
@@ -67,19 +67,19 @@ class Scaffolds:
                     break
             else:
                 return None
-            stops.append(at)
+            gap_stops.append(at)
             at += len(shown)
-            starts.append(at)
+            gap_starts.append(at)
             at += len(following)
         if at != len(text):
             return None
         return [
             Turn(
                 place.message,
-                first=stops[place.gap_before],
-                last=starts[place.gap_after],
-                start=starts[place.gap_before] + place.start,
-                stop=starts[place.gap_after] + place.stop,
+                first=gap_stops[place.gap_before],
+                last=gap_starts[place.gap_after],
+                start=gap_starts[place.gap_before] + place.start,
+                stop=gap_starts[place.gap_after] + place.stop,
                 closed=place.closed,
             )
             for place in scaffold.places

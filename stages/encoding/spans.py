@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 
 from stages.encoding.altering import visible
-from stages.encoding.messages import BadRow, Conversation
+from stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation
 from stages.encoding.pieces import pieces
 from stages.encoding.templates import ChatTemplate, Span
 from stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
@@ -106,22 +107,18 @@ class TurnFinder:
         """Of a turn without letters and digits, such as `{}`: what is printed around a word in its place."""
         message = conversation.messages[index]
         if message.get("tool_calls") or message.get("reasoning_content"):
-            raise BadRow(
-                "uncertain mask", f"turn {index + 1} cannot be told from what the chat template prints"
-            )
+            raise BadRow(UNCERTAIN, f"turn {index + 1} cannot be told from what the chat template prints")
+        word = next(w for w in (f"{_PROBE[1]}{n}" for n in count()) if w not in found.text)
         messages = list(conversation.messages)
-        messages[index] = message | {"content": _PROBE[1]}
-        before, word, after = self.template.render(replace(conversation, messages=messages)).partition(
-            _PROBE[1]
-        )
+        messages[index] = message | {"content": word}
+        rendered = self.template.render(replace(conversation, messages=messages))
+        before, printed, after = rendered.partition(word)
         stop = len(found.text) - len(after)
         shown = found.text[len(before) : stop]
-        if not word or not found.text.startswith(before) or not found.text.endswith(after):
-            raise BadRow(
-                "uncertain mask", f"the chat template prints turn {index + 1} in another way than a word"
-            )
+        if not printed or not found.text.startswith(before) or not found.text.endswith(after):
+            raise BadRow(UNCERTAIN, f"the chat template prints turn {index + 1} in another way than a word")
         if shown.strip() != message["content"].strip():
-            raise BadRow("lost by the template", f"content of turn {index + 1}")
+            raise BadRow(LOST, f"content of turn {index + 1}")
         return len(before), stop
 
     def _header_length(self, gap: str, conversation: Conversation, index: int) -> int:
@@ -144,9 +141,8 @@ class TurnFinder:
         header = found.text[found.before(len(found.text)) :]
         bare = self.template.render(_until(conversation, index))
         added = len(found.text) - len(bare) if found.text.startswith(bare) else len(header)
-        if (
-            not added
-        ):  # no generation prompt: the header is what stands before a plain answer, but for a blank
+        if not added:
+            # No generation prompt: the header is what stands before a plain answer, but for a blank.
             plain = self._plain_header(conversation, index)
             header, added = header if plain.rstrip(" ") == header else plain, 0
         shared = _shared(gap, header)
@@ -163,9 +159,7 @@ class TurnFinder:
         found = self.trace(replace(before, messages=[*before.messages, answer]))
         region = found.region(index + 1)
         if region is None:
-            raise BadRow(
-                "uncertain mask", "the chat template prints no generation prompt and no plain answer"
-            )
+            raise BadRow(UNCERTAIN, "the chat template prints no generation prompt and no plain answer")
         return found.text[found.before(region[0]) : region[0]]
 
     def _closing(self, after: str, conversation: Conversation, index: int) -> tuple[int, bool]:
@@ -176,8 +170,8 @@ class TurnFinder:
             if index + 1 < len(conversation.messages):
                 try:
                     alone = self.trace(_until(conversation, index + 1))
-                except BadRow:
-                    return 0, False
+                except BadRow as error:
+                    raise BadRow(UNCERTAIN, f"nothing shows where turn {index + 1} ends ({error})") from error
                 last = alone.text[alone.before(len(alone.text)) :]
             closing = after[: _shared(after, last)].rstrip()
             return len(closing), closing.endswith(self._control)

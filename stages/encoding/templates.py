@@ -77,8 +77,8 @@ class ChatTemplate:
         return _MARKER.search(self.source) is not None
 
     @cached_property
-    def protected(self) -> re.Pattern[str] | None:
-        """The markup that the template may look for in a content, such as `</think>`; None where it has none."""
+    def protected(self) -> re.Pattern[str]:
+        """The markup that the template may look for in a content, such as `</think>`."""
         strings = [value[1:-1] for value in self._lexed["string"]]
         markup = [s.strip() for s in strings if re.search(r"[<>\[\]{}|/#]", s) and re.search(r"\w", s)]
         markup = [s for s in {*markup, "<think>", "</think>"} if len(s) > 1]

@@ -29,7 +29,7 @@ from stages.encoding.altering import (
     segments,
     visible,
 )
-from stages.encoding.messages import BadRow, Conversation
+from stages.encoding.messages import UNCERTAIN, BadRow, Conversation
 from stages.encoding.pieces import Piece, leaves, pieces
 
 OTHER_HEADER = "not as at inference"
@@ -150,7 +150,7 @@ def trace(
             names = _share_names(owners, text, conversation, names_in) if with_names else None
             return Trace(text, owners, names)
     raise BadRow(
-        "uncertain mask",
+        UNCERTAIN,
         "the chat template prints this conversation in another way when its words change; pass a --chat-template with "
         "{% generation %} markers",
     )
@@ -220,7 +220,7 @@ def _lost_parts(piece: Piece, text: str, printed: str, protected: re.Pattern[str
             given_up[letters] += 1
             yield replace(piece, kind=kind, text=part)
         elif part not in text:
-            yield replace(piece, kind=f"{kind} (changed)", text=part)
+            yield replace(piece, kind=kind, text=part, changed=True)
 
 
 def _shown(part: str, text: str) -> bool:

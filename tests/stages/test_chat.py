@@ -429,6 +429,11 @@ def test_names_of_speakers_that_the_template_leaves_out_are_noted(tokenizer) -> 
     assert "user Bob" in tokenizer.decode(encoded.input_ids)
 
 
+def test_an_answer_of_marks_beside_the_word_that_is_put_in_its_place(tokenizer) -> None:
+    talk = conversation("hello", "Wqxreply", "Wqxreply0", "{}")
+    assert said(make(tokenizer, unmarked(CHATML)), talk) == ["Wqxreply<|im_end|>", "{}<|im_end|>"]
+
+
 def test_messages_that_share_a_replacement_are_told_apart(tokenizer) -> None:
     """Letters beyond ASCII have seven replacements: those of the first and the eighth message are the same."""
     talk = conversation("0", "\x1b", "\x1b", "\x1b", "\x1b", "\x1b", "\xd0", "\u0400")
@@ -436,3 +441,13 @@ def test_messages_that_share_a_replacement_are_told_apart(tokenizer) -> None:
         assert said(make(tokenizer, template), talk)[-1] == "\u0400<|im_end|>"
         digits = conversation("1", *["?"] * 8, "1")
         assert said(make(tokenizer, template), digits)[-1] == "1<|im_end|>"
+
+
+def test_a_turn_whose_end_nothing_shows_is_uncertain(tokenizer) -> None:
+    """No token ends it, and the template refuses the conversation that stops there: not even the full stop is sure."""
+    template = (
+        "{% if messages | length == 2 and '.' in messages[1].content %}{{ raise_exception('too short') }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    )
+    with pytest.raises(BadRow, match=r"nothing shows where turn 2 ends .*too short"):
+        encode(make(tokenizer, template), conversation("Hello?", "There it is.", "Now?", "Here it is."))
