@@ -12,8 +12,15 @@ from pydantic import BaseModel, ValidationError
 from sstoken.errors import SstokenError, UsageError
 from stages.files import write_whole
 from stages.folders import MANIFEST as MANIFEST
-from stages.folders import NO_DIGEST, check_digest, damaged_manifest, read_manifest_text, seal
-from stages.folders import sha256 as remembered_sha256
+from stages.folders import (
+    NO_DIGEST,
+    check_digest,
+    damaged_manifest,
+    hash_file,
+    read_manifest_text,
+    seal,
+    sha256,
+)
 
 
 class FileEntry(BaseModel):
@@ -87,7 +94,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def list_files(folder: Path) -> list[FileEntry]:
     """Every file below the folder but its manifest, with its checksum."""
     return [
-        FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
+        FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path))
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST
     ]
@@ -114,14 +121,8 @@ def problems(folder: Path, manifest: Manifest, *, checksums: bool = True) -> Ite
             yield f"{path}: missing"
         elif path.stat().st_size != entry.bytes:
             yield f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
-        elif checksums and sha256(path) != entry.sha256:
+        elif checksums and hash_file(path) != entry.sha256:
             yield f"{path}: content changed (checksum differs)"
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(known: dict[str, str]) -> str:
@@ -151,7 +152,7 @@ class Digests:
         stat = path.stat()
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
         if key not in self._known:
-            self._known[key] = remembered_sha256(path)
+            self._known[key] = sha256(path)
             self._unsaved = True
             if not self._holding:
                 self.save()

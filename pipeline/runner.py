@@ -6,7 +6,6 @@ run leaves the partial folder, whose whole shards the next run with the same fin
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from stages import joins, tables
 from stages.base import Context, Stage
 from stages.checkpoints import read_ahead
 from stages.files import UNFINISHED, write_whole
+from stages.processes import is_main_process, num_processes
 
 _FINGERPRINT_FILE = ".fingerprint"
 _WHOLE_WORK = ("part-*.parquet", "*.safetensors")
@@ -132,9 +132,9 @@ def execute(
         )
     job.stage.check()
     identity = _identify(job, digests)
-    if _num_processes() > 1 and not job.stage.distributed:
+    if num_processes() > 1 and not job.stage.distributed:
         raise UsageError(
-            f"{job.stage.name} cannot be run by several processes (WORLD_SIZE is {_num_processes()}); run it without "
+            f"{job.stage.name} cannot be run by several processes (WORLD_SIZE is {num_processes()}); run it without "
             "torchrun, and only anchor with it"
         )
     if not is_main_process():
@@ -346,12 +346,3 @@ def _promote(job: Job) -> None:
         job.place.rename(_replaced(job.place))
     job.partial.rename(job.place)
     shutil.rmtree(_replaced(job.place), ignore_errors=True)
-
-
-def is_main_process() -> bool:
-    """False in all but one of the processes that torchrun or accelerate started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

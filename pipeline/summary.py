@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.runner import Result, is_main_process
+from pipeline.runner import Result
+from stages.processes import is_main_process
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -4,7 +4,6 @@ import atexit
 import copy
 import importlib.util
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
 from stages.files import write_whole
 from stages.hub_models import split_revision
 from stages.loading import load_model
+from stages.processes import is_main_process, num_processes
 from stages.training.history_index import read_index
 from stages.vocabularies import check_vocabulary
 
@@ -111,7 +111,7 @@ class Anchor(Stage):
 
     def agree(self, run: bool | None) -> bool:
         """See `Stage.agree`. Joins the processes that torchrun started."""
-        if _num_processes() == 1:
+        if num_processes() == 1:
             return bool(run)
         from torch import distributed
 
@@ -131,18 +131,18 @@ class Anchor(Stage):
         began = time.monotonic()
         log = context.out / _LOG
         if not log.exists():
-            if int(os.environ.get("RANK", "0")) == 0:
+            if is_main_process():
                 joins.note_training(context.out, context.inputs["tokens"])
             with _quiet(), ExitStack() as stack:
                 self._train(context, stack)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         entries = read_index(context.out)
-        if _num_processes() > 1:  # the main process's return renames the folder
+        if num_processes() > 1:  # the main process's return renames the folder
             from torch import distributed
 
             _join()
             distributed.barrier()
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main_process():
             from stages.training.learning_curve import draw
 
             draw(lines, entries, context.out / "learning_curve.png")
@@ -286,10 +286,6 @@ class Anchor(Stage):
             ),
         )
         return adapter
-
-
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _join() -> None:

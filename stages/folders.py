@@ -143,11 +143,12 @@ def sha256(path: Path) -> str:
     """Of a file's content, hexadecimal."""
     stat = path.stat()
     if stat.st_size < _WORTH_REMEMBERING:
-        return _hashed(path)
+        return hash_file(path)
     return _remembered(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
 
 
-def _hashed(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """As `sha256`, read anew whenever it is asked."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -155,7 +156,7 @@ def _hashed(path: Path) -> str:
 @lru_cache(maxsize=1024)
 def _remembered(path: Path, key: tuple[int, ...]) -> str:
     """Weights are hashed for a fingerprint and checked when they load: once is enough while the file stands."""
-    return _hashed(path)
+    return hash_file(path)
 
 
 def _listing(folder: Path) -> dict[str, str] | None:

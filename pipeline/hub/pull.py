@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 from pipeline.hub.provenance import PROVENANCE, Provenance, read_provenance
 from pipeline.hub.publication import SHARDS, TOKENIZER, UNSCORED
 from pipeline.hub.remote import asking, connect
-from pipeline.manifest import FileEntry, sha256
+from pipeline.manifest import FileEntry
 from sstoken.errors import SstokenError
 from stages import tables
 from stages.base import Context, Stage
 from stages.checkpoints import load_tokenizer, tokenizer_fingerprint
+from stages.folders import hash_file
 from stages.masked_card import write_card
 from stages.select import merge_stats
 
@@ -97,10 +98,14 @@ class Pull(Stage):
 
         def fetch(file: FileEntry) -> tuple[FileEntry, Path | None]:
             name = PurePosixPath(file.path).name
-            if _SHARD.fullmatch(file.path) and (out / name).is_file() and sha256(out / name) == file.sha256:
+            if (
+                _SHARD.fullmatch(file.path)
+                and (out / name).is_file()
+                and hash_file(out / name) == file.sha256
+            ):
                 return file, None
             path = self._download(file.path, out / _DOWNLOADS)
-            if sha256(path) != file.sha256:
+            if hash_file(path) != file.sha256:
                 path.unlink()
                 raise self._tampered(file.path, f"is not what {PROVENANCE} says (checksum differs)")
             return file, path

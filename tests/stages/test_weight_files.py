@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.manifest import sha256
 from sstoken.errors import SstokenError
 from stages.checkpoints import adapter_base, check_whole, identity, load_tokenizer, stamp
+from stages.folders import hash_file
 from stages.loading import load_model
 from stages.weight_files import weight_files
 from tests.stages.tiny import save_model
@@ -66,13 +66,13 @@ def test_an_index_whose_shards_are_gone_does_not_matter(model):
 
 def test_only_what_is_loaded_is_part_of_the_identity(model):
     sharded(model)
-    before = identity(str(model), sha256)
+    before = identity(str(model), hash_file)
     for shard in model.glob("model-0*"):
         shard.write_bytes(b"another run's")
     touch("model.fp16.safetensors")(model)
-    assert identity(str(model), sha256) == before
+    assert identity(str(model), hash_file) == before
     save_file({"a": torch.ones(1)}, model / "model.safetensors")
-    assert identity(str(model), sha256) != before
+    assert identity(str(model), hash_file) != before
 
 
 def test_new_weights_of_the_same_size_and_time_are_noticed(model):
@@ -92,14 +92,14 @@ def test_an_adapters_stamp_and_identity_cover_its_base(model, tmp_path):
     config = {"peft_type": "LORA", "base_model_name_or_path": str(model)}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     save_file({"a": torch.ones(1)}, adapter / "adapter_model.safetensors")
-    seen, content = stamp(str(adapter)), identity(str(adapter), sha256)
+    seen, content = stamp(str(adapter)), identity(str(adapter), hash_file)
     moved = Path(shutil.move(model, tmp_path / "moved"))
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../moved"}))
-    assert identity(str(adapter), sha256) == content, "where the base lies does not matter"
+    assert identity(str(adapter), hash_file) == content, "where the base lies does not matter"
     touch("model.safetensors", (moved / "model.safetensors").read_bytes() + b"")(moved)
     assert stamp(str(adapter)) != seen
     (moved / "config.json").write_text((moved / "config.json").read_text() + "\n")
-    assert identity(str(adapter), sha256) != content
+    assert identity(str(adapter), hash_file) != content
 
 
 WITHOUT_WEIGHTS = {
@@ -224,7 +224,7 @@ def adapter_of(folder: Path, base: str) -> Path:
 def test_an_adapter_of_an_adapter_is_refused(model, tmp_path):
     adapter_of(tmp_path / "first", str(model))
     second = adapter_of(tmp_path / "second", "../first")
-    for use in (check_whole, stamp, lambda ref: identity(ref, sha256)):
+    for use in (check_whole, stamp, lambda ref: identity(ref, hash_file)):
         with pytest.raises(SstokenError, match=r"names another adapter, .*merge that one into its base"):
             use(str(second))
 
