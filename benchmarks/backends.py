@@ -50,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     options = parser.parse_args()
-    from stages.backends.vllm_limits import installed_version
+    from sstoken.stages.backends.vllm_limits import installed_version
 
     if installed_version() is None:
         print(
@@ -73,7 +73,7 @@ def main() -> None:
 
 def compare(model: str, *, quick: bool, on_gpu: bool) -> dict[str, Any]:
     """Time both backends in turns; the largest difference of each signal, and the ratio of their rates."""
-    from stages.backends import BackendOptions, make_backend
+    from sstoken.stages.backends import BackendOptions, make_backend
 
     rounds, count = (1, 48) if quick else (3, 256)
     if on_gpu:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from pipeline.cli import set_up_libraries
+from sstoken.pipeline.cli import set_up_libraries
 
 SHARED = Path(__file__).parents[2] / "shared"
 CASES = {
@@ -76,7 +76,7 @@ def main() -> None:
 
 def encode_gsm8k(work: Path, rows: int) -> Path:
     """The first problems of GSM8K as tokens."""
-    from pipeline import api
+    from sstoken.pipeline import api
 
     lines = (SHARED / "data" / "gsm8k" / "train.jsonl").read_text().splitlines()[:rows]
     data = work / "data.jsonl"
@@ -89,7 +89,7 @@ def compare(
     history: str, current: str, tokens: Path, *, rows: int, rounds: int, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
     """The figures of every case but the first, by its name."""
-    from stages import tables
+    from sstoken.stages import tables
 
     table = tables.read_table(tables.parts(tokens)[0]).slice(0, rows)
     sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
@@ -114,7 +114,7 @@ def measure(
     batch_tokens: int | None, device: str,
 ) -> tuple[float, Values]:  # fmt: skip
     """Both checkpoints through the transformers backend: seconds, and the signals."""
-    from stages.backends import BackendOptions, hf
+    from sstoken.stages.backends import BackendOptions, hf
 
     values: Values = {}
     seconds = 0.0

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from stages.encoding.chat import ChatEncoder
-from stages.encoding.messages import Conversation, Message
-from tests.stages import real_templates
+from sstoken.stages.encoding.chat import ChatEncoder
+from sstoken.stages.encoding.messages import Conversation, Message
+from tests.stages.encoding import real_templates
 
 TEMPLATE = "qwen3_training"
 WORDS = [

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline import api
-from stages import tables
+from sstoken.pipeline import api
+from sstoken.stages import tables
 from tests.stages.tiny import save_tokenizer
 
 ROWS_PER_SHARD = 5000
@@ -27,7 +27,7 @@ ROWS_PER_SHARD = 5000
 
 def save_masked(folder: Path, shards: int) -> tuple[Path, float]:
     """A masked dataset of random tokens, 300 a row, half of them the response; and its megabytes in Arrow."""
-    from pipeline.manifest import Manifest, list_files, write_manifest
+    from sstoken.stages.manifest import Manifest, list_files, write_manifest
 
     folder.mkdir()
     random, megabytes = np.random.default_rng(0), 0.0

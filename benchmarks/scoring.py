@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.cli import set_up_libraries
+from sstoken.pipeline.cli import set_up_libraries
 
 ROWS = {"6x256": 384, "8x512": 192, "tiny": 16}
 """Examples of the short set, by model: enough for loading and hashing not to count, few enough for three rounds."""

@@ -133,7 +133,7 @@ def measure_ours(
     folder: Path, sequences: list[Any], masks: list[Any], device: str, batch_tokens: int
 ) -> dict[str, Any]:
     """The transformers backend."""
-    from stages.backends import BackendOptions, base_models, hf
+    from sstoken.stages.backends import BackendOptions, base_models, hf
 
     backend = hf.HFBackend(
         BackendOptions(
@@ -155,7 +155,7 @@ def measure_plain(folder: Path, sequences: list[Any], masks: list[Any], device: 
     """The plain script, and what the model's shape would let the backend use here."""
     from transformers import AutoModelForCausalLM
 
-    from sstoken.packed import check_packed, describe_packed
+    from sstoken.measure.cuda.packed import check_packed, describe_packed
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", attn_implementation="sdpa")
     model.to(device).eval()

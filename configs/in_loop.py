@@ -10,10 +10,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
-from pipeline import api
 from sstoken import Schedule, SelfModulatedTrainer, SelfModulation
-from stages.training.observed_losses import ObservedLosses
-from stages.training.score_column import with_history
+from sstoken.pipeline import api
+from sstoken.stages.training.observed_losses import ObservedLosses
+from sstoken.stages.training.score_column import with_history
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="runs/demo/data.jsonl")

@@ -1,5 +1,5 @@
-"""`python -m pipeline`: the command line, for launchers such as torchrun."""
+"""`python -m sstoken.pipeline`: the command line, for launchers such as torchrun."""
 
-from pipeline.cli import main
+from sstoken.pipeline.cli import main
 
 main()

@@ -10,14 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import manifest as manifests
-from pipeline.claim import claim
-from pipeline.config import RunConfig, load_config, validated
-from pipeline.hub.api import publish as publish
-from pipeline.hub.api import pull as pull
-from pipeline.manifest import MANIFEST, Digests
-from pipeline.runner import Job, Result, State, execute, state, superseded
-from pipeline.steps import (
+from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline.claim import claim
+from sstoken.pipeline.config import RunConfig, load_config, validated
+from sstoken.pipeline.hub.api import publish as publish
+from sstoken.pipeline.hub.api import pull as pull
+from sstoken.pipeline.plan import (
     NO_ATTENTION,
     Step,
     check_run,
@@ -26,16 +24,18 @@ from pipeline.steps import (
     score_job,
     select_inputs,
 )
-from sstoken.errors import SstokenError, UsageError
-from stages.anchor import Anchor
-from stages.base import Stage
-from stages.encode import Encode
-from stages.export import Export
-from stages.exporting import get_target
-from stages.exporting.check import check_export
-from stages.observed import Observed
-from stages.score import ScoreOptions
-from stages.select import Select
+from sstoken.pipeline.runner import Job, Result, State, execute, state, superseded
+from sstoken.stages import manifest as manifests
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.encode import Encode
+from sstoken.stages.export import Export
+from sstoken.stages.exporting import get_target
+from sstoken.stages.exporting.check import check_export
+from sstoken.stages.manifest import MANIFEST, Digests
+from sstoken.stages.score import ScoreOptions
+from sstoken.stages.score_from_training import Observed
+from sstoken.stages.select import Select
+from sstoken.stages.stage import Stage
 
 _DIGESTS = "digests.json"
 S = TypeVar("S", bound=Stage)
@@ -43,7 +43,7 @@ Listener = Callable[[Step, Result], None]
 
 
 def encode(*, data: str, model: str, out: str | Path, force: bool = False, **fields: Any) -> Result:
-    """Turn a dataset into tokens. `fields`: those of `stages.encode.Encode`."""
+    """Turn a dataset into tokens. `fields`: those of `sstoken.stages.encode.Encode`."""
     stage = _stage(Encode, data=str(data), model=str(model), **fields)
     return execute(Job(stage, {}, _place(out), seed=0), Digests(), force=force)
 
@@ -57,7 +57,7 @@ def anchor(
     force: bool = False,
     **fields: Any,
 ) -> Result:
-    """Fine-tune, and keep snapshots of the way. `fields`: those of `stages.anchor.Anchor`."""
+    """Fine-tune, and keep snapshots of the way. `fields`: those of `sstoken.stages.anchor.Anchor`."""
     stage = _stage(Anchor, model=str(model), **fields)
     return execute(Job(stage, {"tokens": _place(tokens)}, _place(out), seed), Digests(), force=force)
 
@@ -81,7 +81,7 @@ def score(
         attention_from: the one whose attention is measured (name or path); None: the last; `none`: no attention.
         force: score again what is finished.
         listener: called with `(name, result)` after each checkpoint.
-        fields: those of `stages.score.ScoreOptions`.
+        fields: those of `sstoken.stages.score.ScoreOptions`.
 
     Returns:
         `metrics` holds each checkpoint's, by name.
@@ -117,7 +117,7 @@ def observed(
 ) -> Result:
     """Make scores of the losses that in-loop training saw, such as `scores/epoch-1`.
 
-    `recorded`: the folder given to `ObservedLosses`. `fields`: those of `stages.observed.Observed`.
+    `recorded`: the folder given to `ObservedLosses`. `fields`: those of `sstoken.stages.score_from_training.Observed`.
     """
     stage = _stage(Observed, recorded=str(recorded), **fields)
     return execute(Job(stage, {"tokens": _place(tokens)}, _place(out), seed=0), Digests(), force=force)
@@ -134,7 +134,7 @@ def select(
     force: bool = False,
     **fields: Any,
 ) -> Result:
-    """Write the masked dataset. `fields`: those of `stages.select.Select` (method, rho, gamma, ...)."""
+    """Write the masked dataset. `fields`: those of `sstoken.stages.select.Select` (method, rho, gamma, ...)."""
     stage = _stage(Select, **fields)
     stage.check()
     inputs = select_inputs(stage.method, _place(scores), history, current)
@@ -156,11 +156,11 @@ def export(
 
     Args:
         masked: a finished masked folder.
-        to: the trainer; `stages.exporting.TARGETS` lists them.
+        to: the trainer; `sstoken.stages.exporting.TARGETS` lists them.
         out: a fresh folder.
         check: read it back as the trainer would, also where it was finished already, and compare every token.
         force: export again what is finished.
-        fields: those of `stages.export.Export` (weights, max_length, ...).
+        fields: those of `sstoken.stages.export.Export` (weights, max_length, ...).
 
     Returns:
         With `check`, `metrics["checked"]` counts what was compared.

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig
-from pipeline.manifest import Digests
-from pipeline.writing import check_writable
 from sstoken.errors import SstokenError, UsageError
-from stages.encoding.sources import shown
-from stages.files import UNFINISHED, write_whole
+from sstoken.pipeline.config import RunConfig
+from sstoken.pipeline.writing import check_writable
+from sstoken.stages.encoding.sources import shown
+from sstoken.stages.files import UNFINISHED, write_whole
+from sstoken.stages.manifest import Digests
 
 _RUN_FILE = "run.json"
 

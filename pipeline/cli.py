@@ -37,7 +37,7 @@ class _Verbs(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        command: click.Command = getattr(import_module("pipeline.verbs"), name)
+        command: click.Command = getattr(import_module("sstoken.pipeline.verbs"), name)
         return command
 
     def resolve_command(

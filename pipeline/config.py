@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.plain_yaml import read_yaml, short
 from sstoken.errors import UsageError
-from stages.anchor import Anchor
-from stages.encode import Encode
-from stages.score import ScoreOptions
-from stages.select import Select
+from sstoken.pipeline.plain_yaml import read_yaml, short
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.encode import Encode
+from sstoken.stages.score import ScoreOptions
+from sstoken.stages.select import Select
 
 LARGEST_SEED = 2**32 - 1
 """The largest that numpy takes."""

@@ -24,9 +24,9 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from stages.backends import known_backends
-    from stages.backends.hf import pick_device
-    from stages.backends.vllm_limits import installed_version
+    from sstoken.stages.backends import known_backends
+    from sstoken.stages.backends.hf import pick_device
+    from sstoken.stages.backends.vllm_limits import installed_version
 
     devices = [
         {

@@ -15,17 +15,18 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from pipeline import manifest as manifests
-from pipeline.engine import local_map, no_progress_bar, progress_bar
-from pipeline.manifest import MANIFEST, Digests, Manifest
-from pipeline.writing import check_writable, naming_full_disk, one_run_at_a_time
 from sstoken.errors import NothingLeftError, SstokenError, UsageError
+from sstoken.pipeline.engines.local import local_map
+from sstoken.pipeline.progress import no_progress_bar, progress_bar
+from sstoken.pipeline.writing import check_writable, naming_full_disk, one_run_at_a_time
+from sstoken.stages import joins, tables
+from sstoken.stages import manifest as manifests
+from sstoken.stages.checkpoints import read_ahead
+from sstoken.stages.files import UNFINISHED, write_whole
+from sstoken.stages.manifest import MANIFEST, Digests, Manifest
+from sstoken.stages.processes import is_main_process, num_processes
+from sstoken.stages.stage import Context, Stage
 from sstoken.version import __version__
-from stages import joins, tables
-from stages.base import Context, Stage
-from stages.checkpoints import read_ahead
-from stages.files import UNFINISHED, write_whole
-from stages.processes import is_main_process, num_processes
 
 _FINGERPRINT_FILE = ".fingerprint"
 _WHOLE_WORK = ("part-*.parquet", "*.safetensors")

@@ -1,26 +1,26 @@
-"""The verbs: each takes its options, calls the function of the same name in `pipeline.api`, and prints."""
+"""The verbs: each takes its options, calls the function of the same name in `sstoken.pipeline.api`, and prints."""
 
 import json
 from typing import Any
 
 import click
 
-from pipeline import api
-from pipeline.config import LARGEST_SEED
-from pipeline.hub.verbs import publish as publish
-from pipeline.hub.verbs import pull as pull
-from pipeline.options import force_option as _force
-from pipeline.options import given, stage_options
-from pipeline.options import json_option as _json
-from pipeline.options import out_option as _out
-from pipeline.runner import Result
-from pipeline.steps import Step
-from pipeline.summary import print_result, print_table
-from stages.anchor import Anchor
-from stages.encode import Encode
-from stages.export import Export
-from stages.score import ScoreOptions
-from stages.select import Select
+from sstoken.pipeline import api
+from sstoken.pipeline.cli_options import force_option as _force
+from sstoken.pipeline.cli_options import given, stage_options
+from sstoken.pipeline.cli_options import json_option as _json
+from sstoken.pipeline.cli_options import out_option as _out
+from sstoken.pipeline.config import LARGEST_SEED
+from sstoken.pipeline.hub.verbs import publish as publish
+from sstoken.pipeline.hub.verbs import pull as pull
+from sstoken.pipeline.plan import Step
+from sstoken.pipeline.printing import print_result, print_table
+from sstoken.pipeline.runner import Result
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.encode import Encode
+from sstoken.stages.export import Export
+from sstoken.stages.score import ScoreOptions
+from sstoken.stages.select import Select
 
 _seed = click.option(
     "--seed",
@@ -63,7 +63,7 @@ def encode(out: str, force: bool, as_json: bool, **fields: Any) -> None:
 def anchor(tokens: str, out: str, seed: int, force: bool, as_json: bool, **fields: Any) -> None:
     """Fine-tune, and keep snapshots of the way.
 
-    Works under torchrun and accelerate launch (`torchrun -m pipeline anchor ...`).
+    Works under torchrun and accelerate launch (`torchrun -m sstoken.pipeline anchor ...`).
 
     \b
     Example:
@@ -278,7 +278,7 @@ def doctor(as_json: bool) -> None:
     Example:
       sstoken-curate doctor
     """
-    from pipeline.doctor import examine, missing
+    from sstoken.pipeline.doctor import examine, missing
 
     facts = examine()
     if as_json:
@@ -321,7 +321,7 @@ def demo(out: str, seed: int, as_json: bool) -> None:
 
     from rich.console import Console
 
-    from pipeline.demo import run_demo
+    from sstoken.pipeline.demo.run import run_demo
 
     found = run_demo(Path(out).expanduser(), seed, Console(stderr=True) if as_json else None)
     if as_json:
@@ -344,8 +344,8 @@ def show(masked: str, row: int | None, num_examples: int, svg: str | None) -> No
     """
     from pathlib import Path
 
-    from pipeline.show import save_svg
-    from pipeline.show import show as show_examples
+    from sstoken.stages.report.show import save_svg
+    from sstoken.stages.report.show import show as show_examples
 
     folder = Path(masked).expanduser()
     if svg is not None:

@@ -10,12 +10,12 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.version import __version__
 
 if TYPE_CHECKING:
-    from sstoken.attention import AttentionCapture
     from sstoken.in_loop.column import CarryHistory
     from sstoken.in_loop.core import self_modulated_loss, token_loss
     from sstoken.in_loop.settings import Schedule, SelfModulation
     from sstoken.in_loop.sft import SelfModulatedSFTTrainer
     from sstoken.in_loop.trainer import SelfModulatedMixin, SelfModulatedTrainer
+    from sstoken.measure.capture import AttentionCapture
 
 __all__ = [
     "AttentionCapture",
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AttentionCapture": "sstoken.attention",
+    "AttentionCapture": "sstoken.measure.capture",
     "CarryHistory": "sstoken.in_loop.column",
     "Schedule": "sstoken.in_loop.settings",
     "SelfModulatedMixin": "sstoken.in_loop.trainer",

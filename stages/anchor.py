@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.rope import longest
-from stages import checkpoints, joins
-from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
-from stages.files import write_whole
-from stages.hub_models import split_revision
-from stages.loading import load_model
-from stages.processes import is_main_process, num_processes
-from stages.training.history_index import read_index
-from stages.vocabularies import check_vocabulary
+from sstoken.measure.rope import longest
+from sstoken.stages import checkpoints, joins
+from sstoken.stages.files import write_whole
+from sstoken.stages.hub_models import split_revision
+from sstoken.stages.loading import load_model
+from sstoken.stages.processes import is_main_process, num_processes
+from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
+from sstoken.stages.training.history_index import read_index
+from sstoken.stages.vocabularies import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from stages.training.token_dataset import Extent
+    from sstoken.stages.training.token_dataset import Extent
 
 _LOG = "log.jsonl"
 _TRAINER = "trainer"
@@ -143,7 +143,7 @@ class Anchor(Stage):
             _join()
             distributed.barrier()
         if is_main_process():
-            from stages.training.learning_curve import draw
+            from sstoken.stages.training.learning_curve import draw
 
             draw(lines, entries, context.out / "learning_curve.png")
             shutil.rmtree(context.out / _TRAINER, ignore_errors=True)
@@ -158,8 +158,8 @@ class Anchor(Stage):
     def _train(self, context: Context, stack: ExitStack) -> None:
         from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, set_seed
 
-        from stages.training import resumable, token_dataset
-        from stages.training.history import HistorySnapshots
+        from sstoken.stages.training import resumable, token_dataset
+        from sstoken.stages.training.history import HistorySnapshots
 
         folder = context.out / _TRAINER
         folder.mkdir(parents=True, exist_ok=True)

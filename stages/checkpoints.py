@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError
-from stages import folders
-from stages.adapter_kinds import check_kind
-from stages.hub_models import first_line, hub_adapter, hub_commit, split_revision
-from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
+from sstoken.stages import folders
+from sstoken.stages.adapter_kinds import check_kind
+from sstoken.stages.hub_models import first_line, hub_adapter, hub_commit, split_revision
+from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,18 +15,25 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from sstoken.errors import NothingLeftError, SstokenError
-from stages import checkpoints
-from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
-from stages.encoding import sources
-from stages.encoding.conversations import to_conversation
-from stages.encoding.layouts import Format, Layout, NoLayout, Preference, check_columns, detect_layout
-from stages.encoding.messages import MAX_CHARS, BadRow, Losable, NeedsDecision, PassedOver, TrainedTurns
-from stages.encoding.preference import wanted
-from stages.encoding.shards import BAD_ROWS, Settings, Task, encode_shard, save_tokenizer, stopped
-from stages.encoding.sources import Row
-from stages.encoding.templates import read_template, template_file
-from stages.encoding.token_stats import Stats, merge, metrics, no_stats
-from stages.tables import part_name
+from sstoken.stages import checkpoints
+from sstoken.stages.encoding import sources
+from sstoken.stages.encoding.conversations import to_conversation
+from sstoken.stages.encoding.layouts import Format, Layout, NoLayout, Preference, check_columns, detect_layout
+from sstoken.stages.encoding.messages import (
+    MAX_CHARS,
+    BadRow,
+    Losable,
+    NeedsDecision,
+    PassedOver,
+    TrainedTurns,
+)
+from sstoken.stages.encoding.preference import wanted
+from sstoken.stages.encoding.shards import BAD_ROWS, Settings, Task, encode_shard, save_tokenizer, stopped
+from sstoken.stages.encoding.sources import Row
+from sstoken.stages.encoding.templates import read_template, template_file
+from sstoken.stages.encoding.token_stats import Stats, merge, metrics, no_stats
+from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
+from sstoken.stages.tables import part_name
 
 _ROWS_TRIED = 100
 """Bad rows at the head of a dataset, among which the first good one is looked for before any work."""

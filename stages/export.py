@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from sstoken.errors import NothingLeftError, UsageError
-from stages import folders, tables
-from stages.base import SPEED_ONLY, Context, Stage
-from stages.exporting import TARGETS, get_target
-from stages.exporting.base import DATA, FAST, SCORES, Facts
-from stages.exporting.card import card
-from stages.exporting.rows import merge_counts, prepare
-from stages.files import write_whole
+from sstoken.stages import folders, tables
+from sstoken.stages.exporting import TARGETS, get_target
+from sstoken.stages.exporting.base import DATA, FAST, SCORES, Facts
+from sstoken.stages.exporting.card import card
+from sstoken.stages.exporting.rows import merge_counts, prepare
+from sstoken.stages.files import write_whole
+from sstoken.stages.stage import SPEED_ONLY, Context, Stage
 
 
 class Export(Stage):

@@ -1,7 +1,8 @@
 """Finished folders: what their manifest lists is all there is to read, and it is read only as it was written.
 
-Every reader of a folder that a stage wrote goes through here (`stages.tables` for shards, `stages.checkpoints` for
-models and tokenizers), so that none can take a damaged file, or one that does not belong.
+Every reader of a folder that a stage wrote goes through here (`sstoken.stages.tables` for shards,
+`sstoken.stages.checkpoints` for models and tokenizers), so that none can take a damaged file, or one that does not
+belong.
 """
 
 import hashlib

@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from sstoken.errors import SstokenError, UsageError
-from stages.weight_files import ADAPTER_CONFIG
+from sstoken.stages.weight_files import ADAPTER_CONFIG
 
 
 def split_revision(ref: str) -> tuple[str, str | None]:

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
-from stages import folders, tables
-from stages.files import write_whole
+from sstoken.stages import folders, tables
+from sstoken.stages.files import write_whole
 
 TOKENS = "tokens"
 """Key in the metadata of a shard, of tokens or scores: the fingerprint of the shard of tokens; in that of a masked

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
-from stages.checkpoints import check_content, check_whole, local_folder, place
-from stages.hub_models import first_line
-from stages.weight_files import read_json
+from sstoken.stages.checkpoints import check_content, check_whole, local_folder, place
+from sstoken.stages.hub_models import first_line
+from sstoken.stages.weight_files import read_json
 
 if TYPE_CHECKING:
     import torch

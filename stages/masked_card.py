@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.token_text import markdown
+from sstoken.stages.token_text import markdown
 
 
 def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]) -> None:

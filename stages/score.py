@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import SstokenError
-from stages import checkpoints, joins, tables
-from stages.backends import (
+from sstoken.stages import checkpoints, joins, tables
+from sstoken.stages.backends import (
     Backend,
     BackendOptions,
     Latest,
@@ -23,9 +23,9 @@ from stages.backends import (
     make_backend,
     resolve_backend,
 )
-from stages.base import BY_CONTENT, SPEED_ONLY, Context, Stage
-from stages.scores_file import summarize_scores, write_scores
-from stages.vocabularies import check_vocabulary
+from sstoken.stages.scores_file import summarize_scores, write_scores
+from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
+from sstoken.stages.vocabularies import check_vocabulary
 
 
 class ScoreOptions(Stage):

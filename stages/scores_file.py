@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages import tables
+from sstoken.stages import tables
 
 
 def write_scores(
@@ -28,7 +28,7 @@ def write_scores(
         loss: [M], of every token of the shard, row after row; NaN where there is none.
         attention: likewise; None: not measured.
         provenance: `checkpoint`, `layer`, `dtype`, the fingerprints of the shard of tokens and of the run (see
-            `stages.joins`) and, if known, `computed_with`, for the file's metadata.
+            `sstoken.stages.joins`) and, if known, `computed_with`, for the file's metadata.
     """
     columns = [pa.array(example_ids, pa.string()), tables.lists(loss, offsets, tables.VALUES)]
     stats: dict[str, Any] = {

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
-from stages import folders
-from stages.files import whole_file
+from sstoken.stages import folders
+from sstoken.stages.files import whole_file
 
 IDS = pa.list_(pa.int32())
 MASK = pa.list_(pa.bool_())

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
-from stages import tables
-from stages.checkpoints import load_tokenizer, tokenizer_fingerprint
+from sstoken.stages import tables
+from sstoken.stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stages.base import Context, Progress
+from sstoken.stages.stage import Context, Progress
 
 PATIENCE = 1800
 """Seconds that a process may take. No test waits for the clock: on a busy machine only a hang takes longer."""

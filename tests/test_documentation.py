@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from pipeline.cli import VERBS, cli
+from sstoken.pipeline.cli import VERBS, cli
 from tests.support import PATIENCE
 
 pytestmark = pytest.mark.slow

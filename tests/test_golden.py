@@ -13,11 +13,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import api
-from stages import joins, tables
-from stages.score import Score
-from stages.scores_file import write_scores
-from stages.select import Select
+from sstoken.pipeline import api
+from sstoken.stages import joins, tables
+from sstoken.stages.score import Score
+from sstoken.stages.scores_file import write_scores
+from sstoken.stages.select import Select
 from tests.golden import signals
 from tests.stages.tiny import save_tokenizer
 from tests.support import make_context

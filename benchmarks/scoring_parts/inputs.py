@@ -93,8 +93,8 @@ def _like(count: int, prompt: int, response: int) -> list[tuple[int, int]]:
 
 def write_tokens(folder: Path, examples: list[tuple[int, int]], vocabulary: int = VOCABULARY) -> None:
     """A folder as `encode` leaves it: random ids, a prompt and a response of the given lengths each."""
-    from pipeline.manifest import Manifest, list_files, write_manifest
-    from stages import joins, tables
+    from sstoken.stages import joins, tables
+    from sstoken.stages.manifest import Manifest, list_files, write_manifest
 
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)

@@ -63,8 +63,8 @@ def measure_side(side: str, work: Path, model: str, tokens: str) -> dict[str, fl
     torch.set_num_threads(1)
     pa.array([0])  # loads pandas, at the first conversion: a library, too
     if side == "sstoken":
-        from pipeline import api  # noqa: F401 - a library of the stage, to be in memory before
-        from stages.backends import BackendOptions, hf
+        from sstoken.pipeline import api  # noqa: F401 - a library of the stage, to be in memory before
+        from sstoken.stages.backends import BackendOptions, hf
 
         options = BackendOptions(
             checkpoint=str(work / model), attention=True, layer=-1, dtype="float32", device="cpu",

@@ -16,7 +16,7 @@ def score_stage(
     tokens: Path, model: Path, work: Path, batch_tokens: int | None = None, *, compiled: bool = False
 ) -> Path:
     """The real stage, disk to disk, through the function that the command calls; gives its folder."""
-    from pipeline import api
+    from sstoken.pipeline import api
 
     out = work / f"scores-{time.time_ns()}"
     api.score(

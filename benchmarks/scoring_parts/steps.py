@@ -114,7 +114,7 @@ def stepwise(tokens: Path, model: Any, how: How) -> list[Any]:
     """The plain script with the steps of `how`, in batches sorted by length."""
     import torch
 
-    from sstoken.attention import IMPLEMENTATION, AttentionCapture
+    from sstoken.measure.capture import IMPLEMENTATION, AttentionCapture
 
     rows = read_rows(tokens)
     model.set_attn_implementation(IMPLEMENTATION if how.capture else "sdpa")
@@ -167,7 +167,7 @@ def losses_of(hidden: Any, wanted: Any, ids: Any, model: Any, loss: str) -> Any:
     """Losses [N] of the tokens that the states [B, T, D] at the `wanted` places [N] predict."""
     import torch
 
-    from sstoken.losses import OutputHead, token_losses
+    from sstoken.measure.token_loss import OutputHead, token_losses
 
     weight, targets = model.lm_head.weight, ids.flatten()[wanted + 1]
     if loss == "all":

@@ -26,7 +26,7 @@ def time_by_kind(work: Path, model: str, rows: int) -> dict[str, float]:
 
     from benchmarks.scoring_parts.inputs import write_tokens
     from benchmarks.scoring_parts.sides import score_stage
-    from stages.backends import BackendOptions, hf
+    from sstoken.stages.backends import BackendOptions, hf
 
     make_inputs(work, model, rows, "short")
     write_tokens(work / "warm-up", [(8, 8), (12, 20)])

@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import manifest as manifests
-from pipeline.config import validated
-from pipeline.hub.provenance import find_origin
-from pipeline.hub.publication import Publication
-from pipeline.hub.pull import Pull
-from pipeline.hub.remote import asking, check_branch, check_repo, connect
-from pipeline.hub.upload import MAIN, Upload, upload
-from pipeline.manifest import Digests, FileEntry
-from pipeline.runner import Job, Result, execute
 from sstoken.errors import SstokenError
+from sstoken.pipeline.config import validated
+from sstoken.pipeline.progress import progress_bar
+from sstoken.pipeline.runner import Job, Result, execute
+from sstoken.stages import manifest as manifests
+from sstoken.stages.hub.provenance import find_origin
+from sstoken.stages.hub.publication import Publication
+from sstoken.stages.hub.pull import Pull
+from sstoken.stages.hub.remote import asking, check_branch, check_repo, connect
+from sstoken.stages.hub.upload import MAIN, Upload, upload
+from sstoken.stages.manifest import Digests, FileEntry
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def publish(
         branch: made where it is missing.
         dry_run: prepare the files and ask the Hub for nothing but the source's licence.
         out: where the files are prepared. Default: MASKED.publish; it can be removed at any time.
-        fields: those of `pipeline.hub.publication.Publication`.
+        fields: those of `sstoken.stages.hub.publication.Publication`.
     """
     check_repo(repo)
     check_branch(branch)
@@ -68,7 +69,7 @@ def publish(
     done = None
     if not dry_run:
         title = f"Token-masked dataset, sstoken run {_run_fingerprint(folder)}"
-        done = upload(connect(write=True), folder, files, repo, branch, private, title)
+        done = upload(connect(write=True), folder, files, repo, branch, private, title, progress_bar)
     return Published(folder, files, result.metrics, done)
 
 
@@ -110,6 +111,6 @@ def _source_license(origin: dict[str, Any], dry_run: bool) -> str | list[str] | 
 
 
 def _run_fingerprint(folder: Path) -> str:
-    from pipeline.hub.provenance import PROVENANCE, read_provenance
+    from sstoken.stages.hub.provenance import PROVENANCE, read_provenance
 
     return str(read_provenance(folder / PROVENANCE).masked["fingerprint"])

@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from pipeline.hub.publication import CARD, Publication
-from pipeline.hub.upload import MAIN
-from pipeline.options import force_option, given, json_option, out_option, stage_options
+from sstoken.pipeline.cli_options import force_option, given, json_option, out_option, stage_options
+from sstoken.stages.hub.publication import Publication
+from sstoken.stages.hub.repository import CARD
+from sstoken.stages.hub.upload import MAIN
 
 
 @click.command()
@@ -31,7 +32,7 @@ def publish(
     Example:
       sstoken-curate publish runs/demo/masked-sstoken --repo user/name --dry-run
     """
-    from pipeline import api
+    from sstoken.pipeline import api
 
     done = api.publish(
         masked=masked, private=private, branch=branch, dry_run=dry_run, out=out, **given(fields)
@@ -72,8 +73,8 @@ def pull(repo: str, revision: str | None, out: str, force: bool, as_json: bool) 
     Example:
       sstoken-curate pull user/name --out runs/pulled
     """
-    from pipeline import api
-    from pipeline.summary import print_result
+    from sstoken.pipeline import api
+    from sstoken.pipeline.printing import print_result
 
     result = api.pull(repo=repo, out=out, revision=revision, force=force)
     if as_json:

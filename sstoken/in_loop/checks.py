@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sstoken.architecture import check_causal, last_softmax_layer
 from sstoken.errors import UsageError
 from sstoken.in_loop.forward import SelectingModel
 from sstoken.in_loop.layout import Layout
+from sstoken.measure.architecture import check_causal, last_softmax_layer
 
 LOSS_TYPES = ("nll", "dft", "chunked_nll")
 """Of TRL: each is a sum over the log-probabilities of the kept tokens."""

@@ -64,7 +64,8 @@ def check_column(dataset: Any) -> None:
             if needed not in columns:
                 raise UsageError(
                     f"the training dataset has no column {needed!r}, it has {', '.join(columns)}; history 'scores' "
-                    "needs input_ids, labels and history_loss, as stages.training.score_column.with_history makes them"
+                    "needs input_ids, labels and history_loss, as sstoken.stages.training.score_column.with_history "
+                    "makes them"
                 )
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return

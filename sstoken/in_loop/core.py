@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sstoken.errors import UsageError
-from sstoken.importance import Segment
 from sstoken.in_loop.layout import IGNORED, Layout
+from sstoken.measure.prompt_attention import Segment
 from sstoken.selection import keep_per_example_tensor, minmax_tensor
 
 

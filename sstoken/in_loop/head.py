@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from sstoken.errors import SstokenError
 from sstoken.in_loop.layout import Layout
-from sstoken.losses import (
+from sstoken.measure.precision import as_given, cast_as_autocast
+from sstoken.measure.token_loss import (
     OutputHead,
     measure_logits,
     measure_token_losses,
     output_embedding,
     scale_candidates,
 )
-from sstoken.precision import as_given, cast_as_autocast
 
 ROWS_PER_CALL = 1024
 """Logits alive at once where the output embedding is a module of its own making."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sstoken.errors import SstokenError
-from sstoken.importance import Segment
+from sstoken.measure.prompt_attention import Segment
 from sstoken.selection import num_kept
 
 IGNORED = -100

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from sstoken.attention import AttentionCapture
 from sstoken.errors import SstokenError
 from sstoken.in_loop.checks import check_trainer, choose_layer, try_out
 from sstoken.in_loop.column import HISTORY, CarryHistory, check_column, join_history, split_history
@@ -28,6 +27,7 @@ from sstoken.in_loop.remarks import remarks_on_column, remarks_on_layout, remark
 from sstoken.in_loop.settings import SelfModulation
 from sstoken.in_loop.together import remarks_on_batch
 from sstoken.in_loop.weights import History, as_history, make_history
+from sstoken.measure.capture import AttentionCapture
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base

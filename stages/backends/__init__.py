@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from sstoken.errors import UsageError
-from stages.base import Settings
-from stages.checkpoints import check_content
+from sstoken.stages.checkpoints import check_content
+from sstoken.stages.stage import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -132,7 +132,7 @@ class Latest(Generic[P, R]):
         return self.held[key]
 
 
-BACKENDS = {"hf": "stages.backends.hf:HFBackend", "vllm": "stages.backends.vllm:VllmBackend"}
+BACKENDS = {"hf": "sstoken.stages.backends.hf:HFBackend", "vllm": "sstoken.stages.backends.vllm:VllmBackend"}
 """Name to `module:class`; the module is imported only when the backend is used."""
 DEFAULT = "hf"
 ENTRY_POINTS = "sstoken.backends"
@@ -153,7 +153,7 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
     if name == "auto":
         if find_spec("vllm") is None:  # asked first: what follows loads libraries
             return DEFAULT
-        return "vllm" if import_module("stages.backends.vllm").preferred(options) else DEFAULT
+        return "vllm" if import_module("sstoken.stages.backends.vllm").preferred(options) else DEFAULT
     if name in BACKENDS:  # asked first: the others are found by a look at every installed package
         return name
     if name not in (known := known_backends()):

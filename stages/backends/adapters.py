@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError
-from stages.adapter_kinds import check_kind
-from stages.checkpoints import local_folder
-from stages.hub_models import first_line
-from stages.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from sstoken.stages.adapter_kinds import check_kind
+from sstoken.stages.checkpoints import local_folder
+from sstoken.stages.hub_models import first_line
+from sstoken.stages.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
 _NAME = "default"
 _CHANGES_BASE = (

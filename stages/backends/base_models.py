@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from sstoken.errors import UsageError
-from stages.backends import Latest
-from stages.backends.adapters import Adapter
-from stages.checkpoints import stamp
-from stages.hub_models import first_line
-from stages.loading import load_whole
+from sstoken.stages.backends import Latest
+from sstoken.stages.backends.adapters import Adapter
+from sstoken.stages.checkpoints import stamp
+from sstoken.stages.hub_models import first_line
+from sstoken.stages.loading import load_whole
 
 
 class SharedBase:

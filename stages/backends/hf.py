@@ -1,4 +1,4 @@
-"""The transformers backend: a checkpoint or an adapter, measured by `sstoken.scoring`."""
+"""The transformers backend: a checkpoint or an adapter, measured by `sstoken.measure.scorer`."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -9,12 +9,12 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from sstoken.rope import longest
-from sstoken.scoring import Scorer
-from stages.backends import Backend, BackendOptions, TokenSignals
-from stages.backends.base_models import pick_device, shared_base
-from stages.base import SPEED_ONLY, Settings
-from stages.checkpoints import adapter_base, stamp
+from sstoken.measure.rope import longest
+from sstoken.measure.scorer import Scorer
+from sstoken.stages.backends import Backend, BackendOptions, TokenSignals
+from sstoken.stages.backends.base_models import pick_device, shared_base
+from sstoken.stages.checkpoints import adapter_base, stamp
+from sstoken.stages.stage import SPEED_ONLY, Settings
 
 _ON_CUDA = 16384
 """Positions in a batch, at most: enough work for a GPU."""

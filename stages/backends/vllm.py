@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.backends import Backend, BackendOptions, FloatArray, Latest, TokenSignals, read_settings
-from stages.backends import vllm_limits as limits
-from stages.backends.vllm_engine import EngineSpec, Request
-from stages.backends.vllm_process import Engine
-from stages.checkpoints import adapter_base, local_folder, stamp
-from stages.hub_models import split_revision
+from sstoken.stages.backends import Backend, BackendOptions, FloatArray, Latest, TokenSignals, read_settings
+from sstoken.stages.backends import vllm_limits as limits
+from sstoken.stages.backends.vllm_engine import EngineSpec, Request
+from sstoken.stages.backends.vllm_process import Engine
+from sstoken.stages.checkpoints import adapter_base, local_folder, stamp
+from sstoken.stages.hub_models import split_revision
 
 _BATCH_TOKENS = 8192
 """Where none are given."""
@@ -74,7 +74,7 @@ class VllmBackend(Backend):
         self._adapter = None if base is None else (next(_adapters), str(local_folder(options.checkpoint)))
         self._other: Backend | None = None
         if options.attention and not captured:
-            from stages.backends.hf import HFBackend
+            from sstoken.stages.backends.hf import HFBackend
 
             self._other = HFBackend(replace(options, settings=(), loss=False))
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sstoken.importance import prompt_attention
+from sstoken.measure.prompt_attention import prompt_attention
 
 CHECKED_ROWS = 64
 _NEEDED = {"query", "key", "value", "attn_metadata", "output"}

@@ -1,4 +1,4 @@
-"""The process that holds vLLM: `python -m stages.backends.vllm_engine FD`, started by `vllm_process.Engine`.
+"""The process that holds vLLM: `python -m sstoken.stages.backends.vllm_engine FD`, started by `vllm_process.Engine`.
 
 It has a process of its own so that what vLLM prints, sets and leaves behind stays there. It reads an `EngineSpec`, then
 requests, from the connection of that file descriptor, and answers each; it ends when its standard input does, which is
@@ -93,7 +93,7 @@ class Scorer:
             "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
         }
         if spec.layer is not None:
-            settings["worker_extension_cls"] = "stages.backends.vllm_attention.AttentionExtension"
+            settings["worker_extension_cls"] = "sstoken.stages.backends.vllm_attention.AttentionExtension"
         if spec.lora_rank is not None:
             settings |= {"enable_lora": True, "max_lora_rank": spec.lora_rank, "max_loras": 1}
             settings["lora_target_modules"] = list(spec.lora_modules)
@@ -190,7 +190,7 @@ class Scorer:
 
     def _expect(self, request: Request) -> list[tuple[bytes, int]]:
         """Announce the sequences to the workers; returns what each is known by: digest, number of its mask."""
-        from stages.backends.vllm_attention import digest
+        from sstoken.stages.backends.vllm_attention import digest
 
         wanted: dict[bytes, list[NDArray[np.bool_]]] = {}
         names = []
@@ -261,6 +261,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from stages.backends import vllm_engine  # replies are pickled as this module's, not as __main__'s
+    from sstoken.stages.backends import vllm_engine  # replies are pickled as this module's, not as __main__'s
 
     vllm_engine.main()

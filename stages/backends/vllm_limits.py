@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sstoken.errors import SstokenError
-from stages.backends import BackendOptions
-from stages.base import SPEED_ONLY, Settings
-from stages.checkpoints import adapter_base, local_folder
-from stages.hub_models import first_line, split_revision
-from stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
+from sstoken.stages.backends import BackendOptions
+from sstoken.stages.checkpoints import adapter_base, local_folder
+from sstoken.stages.hub_models import first_line, split_revision
+from sstoken.stages.stage import SPEED_ONLY, Settings
+from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 TESTED_VERSIONS = ("0.32",)
 TESTED_ARCHITECTURES = {

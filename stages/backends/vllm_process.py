@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from sstoken.errors import SstokenError
-from stages.backends.vllm_engine import EngineSpec, Reply, Request
+from sstoken.stages.backends.vllm_engine import EngineSpec, Reply, Request
 
 _ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # else the first log-softmax compiles for seconds
@@ -74,7 +74,7 @@ class Engine:
         if ":" in self._device:
             environment["CUDA_VISIBLE_DEVICES"] = _visible(int(self._device.partition(":")[2]))
         # -P: a folder called `stages` or `vllm` where the user stands is not what is meant
-        command = [sys.executable, "-P", "-m", "stages.backends.vllm_engine", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", "sstoken.stages.backends.vllm_engine", str(theirs.fileno())]
         output = subprocess.DEVNULL if self._log is None else self._log.open("ab")
         try:
             process = subprocess.Popen(

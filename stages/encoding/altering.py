@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.encoding.messages import Conversation, Message
+from sstoken.stages.encoding.messages import Conversation, Message
 
 TEMPLATE = -1
 """Owner of a character that the template printed on its own account."""

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sstoken.errors import SstokenError
-from stages.encoding import rowfiles
+from sstoken.stages.encoding import rowfiles
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _MODULES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}

@@ -9,7 +9,7 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
-from stages.encoding.json_values import parse_json
+from sstoken.stages.encoding.json_values import parse_json
 
 NULLS_LEFT_OUT = "nulls in tool calls or tools left out (an Arrow struct does not tell a null from nothing)"
 _CALLS = frozenset(("arguments", "parameters", "input", "args", "tools", "functions"))

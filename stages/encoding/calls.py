@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stages.encoding.json_values import json_or_text, parse_json
-from stages.encoding.messages import BadRow
+from sstoken.stages.encoding.json_values import json_or_text, parse_json
+from sstoken.stages.encoding.messages import BadRow
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 """Where a call keeps its arguments: OpenAI and most others, Llama 3, Anthropic, LangChain."""

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
-from stages.encoding.messages import UNCERTAIN, BadRow, Conversation, TrainedTurns
-from stages.encoding.rendering import Rendered, Renderer, Vocabulary
-from stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span
+from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation, TrainedTurns
+from sstoken.stages.encoding.rendering import Rendered, Renderer, Vocabulary
+from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,21 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stages.encoding.calls import read_tools
-from stages.encoding.json_values import json_or_text
-from stages.encoding.layouts import REQUIRED, Beside, Layout
-from stages.encoding.leftovers import check_leftovers, says_something
-from stages.encoding.marks import PROMPTS_TOO, list_marks, row_mark
-from stages.encoding.messages import (
+from sstoken.stages.encoding.calls import read_tools
+from sstoken.stages.encoding.json_values import json_or_text
+from sstoken.stages.encoding.layouts import REQUIRED, Beside, Layout
+from sstoken.stages.encoding.leftovers import check_leftovers, says_something
+from sstoken.stages.encoding.marks import PROMPTS_TOO, list_marks, row_mark
+from sstoken.stages.encoding.messages import (
     MAX_CHARS,
     BadRow,
     Conversation,
     check_messages,
     check_text,
 )
-from stages.encoding.parts import read_content
-from stages.encoding.preference import wanted
-from stages.encoding.turns import Turns, read_turns
+from sstoken.stages.encoding.parts import read_content
+from sstoken.stages.encoding.preference import wanted
+from sstoken.stages.encoding.turns import Turns, read_turns
 
 UNTRAINED = "answers left out of the response by a mark"
 PROMPT_MARKED = "prompt turns marked to be trained on (answers alone are)"

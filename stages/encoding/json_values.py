@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from stages.encoding.messages import BadRow
+from sstoken.stages.encoding.messages import BadRow
 
 MAX_ELEMENT = 256 << 20
 """Longest element of an array, in characters; a longer one is an error rather than a machine out of memory."""

@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 from sstoken.errors import SstokenError, UsageError
-from stages.encoding.column_names import is_media
-from stages.encoding.marks import PROMPTS_TOO, ROW_MARKS
+from sstoken.stages.encoding.column_names import is_media
+from sstoken.stages.encoding.marks import PROMPTS_TOO, ROW_MARKS
 
 Format = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "qa"]
 Preference = Literal["stop", "take"]

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from stages.encoding.column_names import kind_of_name, likely_roles
-from stages.encoding.json_values import json_or_text
-from stages.encoding.layouts import OPTIONAL, Layout
-from stages.encoding.messages import Message, NeedsDecision
+from sstoken.stages.encoding.column_names import kind_of_name, likely_roles
+from sstoken.stages.encoding.json_values import json_or_text
+from sstoken.stages.encoding.layouts import OPTIONAL, Layout
+from sstoken.stages.encoding.messages import Message, NeedsDecision
 
 UNUSED_TEXT = "unused text"
 """The reason of a row with text that is in no message."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.encoding.messages import BadRow
+from sstoken.stages.encoding.messages import BadRow
 
 TURN_MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask", "mask")
 """Keys of a message: OpenAI and SlimOrca, LLaMA-Factory, Axolotl, ..., XTuner and ms-swift."""

@@ -18,7 +18,7 @@ Losable = Literal["reasoning", "system", "tools", "tool_calls", "content"]
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says, in one form whatever its layout: what `stages.encoding.chat` renders."""
+    """What a row says, in one form whatever its layout: what `sstoken.stages.encoding.chat` renders."""
 
     messages: list[Message]
     """Contents are strings. `tool_calls` are `{"type": "function", "function": {"name", "arguments"}}`, with the

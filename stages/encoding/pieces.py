@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.encoding.altering import TOOLS
-from stages.encoding.messages import Conversation
+from sstoken.stages.encoding.altering import TOOLS
+from sstoken.stages.encoding.messages import Conversation
 
 
 @dataclass(frozen=True)

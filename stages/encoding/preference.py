@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from stages.encoding.column_names import kind_of_name
-from stages.encoding.json_values import json_or_text
-from stages.encoding.leftovers import says_something
-from stages.encoding.messages import BadRow, NeedsDecision, PassedOver
+from sstoken.stages.encoding.column_names import kind_of_name
+from sstoken.stages.encoding.json_values import json_or_text
+from sstoken.stages.encoding.leftovers import says_something
+from sstoken.stages.encoding.messages import BadRow, NeedsDecision, PassedOver
 
 PREFERENCE = "preference row"
 """The reason of a row that holds a wanted and an unwanted answer, or a verdict on its answer."""

@@ -6,13 +6,13 @@ from itertools import islice
 from typing import Any
 
 from sstoken.errors import SstokenError
-from stages.encoding.altering import TEMPLATE, TOOLS
-from stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, TrainedTurns
-from stages.encoding.pieces import Piece, pieces
-from stages.encoding.scaffolds import Scaffolds
-from stages.encoding.spans import Turn, TurnFinder
-from stages.encoding.templates import ChatTemplate, Span, read_template, training_variant
-from stages.encoding.tracing import SPLIT, Trace, missing
+from sstoken.stages.encoding.altering import TEMPLATE, TOOLS
+from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, TrainedTurns
+from sstoken.stages.encoding.pieces import Piece, pieces
+from sstoken.stages.encoding.scaffolds import Scaffolds
+from sstoken.stages.encoding.spans import Turn, TurnFinder
+from sstoken.stages.encoding.templates import ChatTemplate, Span, read_template, training_variant
+from sstoken.stages.encoding.tracing import SPLIT, Trace, missing
 
 NO_END = "responses that no token ends; add {{ eos_token }} behind assistant contents in the chat template"
 UNMARKED = "assistant turns that the chat template does not mark as generated"

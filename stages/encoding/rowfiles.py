@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 from sstoken.errors import SstokenError
-from stages.encoding.json_values import DuplicateKeyError, elements, parse_json
+from sstoken.stages.encoding.json_values import DuplicateKeyError, elements, parse_json
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 MAX_LINE_BYTES = 256 << 20
@@ -125,7 +125,7 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from stages.encoding.arrow_rows import rows_of
+    from sstoken.stages.encoding.arrow_rows import rows_of
 
     if not stream.seekable():  # a Parquet file is read from its end
         import shutil

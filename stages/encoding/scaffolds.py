@@ -7,9 +7,9 @@ if its rendering is the known scaffold with its own texts in the gaps, to the ch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stages.encoding.messages import Conversation
-from stages.encoding.spans import Turn
-from stages.encoding.tracing import Trace
+from sstoken.stages.encoding.messages import Conversation
+from sstoken.stages.encoding.spans import Turn
+from sstoken.stages.encoding.tracing import Trace
 
 _VARIANTS: tuple[Callable[[str], str], ...] = (
     lambda text: text,

@@ -12,18 +12,25 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
-from stages import checkpoints, joins
-from stages.encoding.conversations import to_conversation
-from stages.encoding.layouts import Layout
-from stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, TrainedTurns, check_text
-from stages.encoding.sources import Row
-from stages.encoding.time_limit import limited
-from stages.encoding.token_stats import Stats, no_stats
-from stages.files import UNFINISHED, write_whole
-from stages.tables import TOKENS, part_name, read_metadata, write_part
+from sstoken.stages import checkpoints, joins
+from sstoken.stages.encoding.conversations import to_conversation
+from sstoken.stages.encoding.layouts import Layout
+from sstoken.stages.encoding.messages import (
+    MAX_CHARS,
+    BadRow,
+    Conversation,
+    PassedOver,
+    TrainedTurns,
+    check_text,
+)
+from sstoken.stages.encoding.sources import Row
+from sstoken.stages.encoding.time_limit import limited
+from sstoken.stages.encoding.token_stats import Stats, no_stats
+from sstoken.stages.files import UNFINISHED, write_whole
+from sstoken.stages.tables import TOKENS, part_name, read_metadata, write_part
 
 if TYPE_CHECKING:
-    from stages.encoding.chat import ChatEncoder
+    from sstoken.stages.encoding.chat import ChatEncoder
 
 BAD_ROWS = "bad_rows"
 """Folder, in the output, of what was wrong with the rows passed over (never their text)."""
@@ -196,7 +203,7 @@ def _encoder(
     stamp: tuple[Any, ...],
 ) -> "ChatEncoder":
     """One per process: a tokenizer takes longer to load than a shard to encode. `stamp` tells when it changed."""
-    from stages.encoding.chat import ChatEncoder
+    from sstoken.stages.encoding.chat import ChatEncoder
 
     tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
     return ChatEncoder(

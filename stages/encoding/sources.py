@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
-from stages.encoding import rowfiles
-from stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
-from stages.encoding.rowfiles import first_line
+from sstoken.stages.encoding import rowfiles
+from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
+from sstoken.stages.encoding.rowfiles import first_line
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
@@ -234,7 +234,7 @@ def _file_rows(files: _Files) -> Iterator[Row]:
 def _dataset_rows(source: _Saved | _Hub, split: str | None) -> Iterator[Row]:
     import datasets
 
-    from stages.encoding.arrow_rows import rows_of
+    from sstoken.stages.encoding.arrow_rows import rows_of
 
     if isinstance(source, _Saved):
         name, label = str(source.folder), source.folder.name

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 
-from stages.encoding.altering import visible
-from stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation
-from stages.encoding.pieces import pieces
-from stages.encoding.templates import ChatTemplate, Span
-from stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
+from sstoken.stages.encoding.altering import visible
+from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation
+from sstoken.stages.encoding.pieces import pieces
+from sstoken.stages.encoding.templates import ChatTemplate, Span
+from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
 
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
 """What a border between prompt and response never cuts: a tag, a word, a stretch of whitespace."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
-from stages.encoding.messages import REASONING, BadRow, Conversation, Message
+from sstoken.stages.encoding.messages import REASONING, BadRow, Conversation, Message
 
 PLAIN_CHAT_TEMPLATE = (
     "{%- for m in messages -%}"

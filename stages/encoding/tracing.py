@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.encoding.altering import (
+from sstoken.stages.encoding.altering import (
     TEMPLATE,
     TOOLS,
     altered_copy,
@@ -29,8 +29,8 @@ from stages.encoding.altering import (
     segments,
     visible,
 )
-from stages.encoding.messages import UNCERTAIN, BadRow, Conversation
-from stages.encoding.pieces import Piece, leaves, pieces
+from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation
+from sstoken.stages.encoding.pieces import Piece, leaves, pieces
 
 OTHER_HEADER = "not as at inference"
 """Why a row is bad whose turn opens in another way than the generation prompt."""

@@ -3,18 +3,18 @@
 import difflib
 
 from sstoken.errors import UsageError
-from stages.exporting.axolotl import Axolotl
-from stages.exporting.base import Target
-from stages.exporting.jsonl import JsonLines
-from stages.exporting.litgpt import LitGPT
-from stages.exporting.llamafactory import LlamaFactory
-from stages.exporting.nemo import NeMo
-from stages.exporting.swift import Swift
-from stages.exporting.torchtune import Torchtune
-from stages.exporting.transformers import Transformers
-from stages.exporting.trl import TRL
-from stages.exporting.unsloth import Unsloth
-from stages.exporting.verl import Verl
+from sstoken.stages.exporting.axolotl import Axolotl
+from sstoken.stages.exporting.base import Target
+from sstoken.stages.exporting.jsonl import JsonLines
+from sstoken.stages.exporting.litgpt import LitGPT
+from sstoken.stages.exporting.llamafactory import LlamaFactory
+from sstoken.stages.exporting.nemo import NeMo
+from sstoken.stages.exporting.swift import Swift
+from sstoken.stages.exporting.torchtune import Torchtune
+from sstoken.stages.exporting.transformers import Transformers
+from sstoken.stages.exporting.trl import TRL
+from sstoken.stages.exporting.unsloth import Unsloth
+from sstoken.stages.exporting.verl import Verl
 
 TARGETS: dict[str, Target] = {
     target.name: target

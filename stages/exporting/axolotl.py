@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 
-from stages.exporting.base import DATA, Facts, ParquetTarget, ones
-from stages.exporting.rows import Rows
+from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget, ones
+from sstoken.stages.exporting.rows import Rows
 
 CONFIG = """# axolotl train axolotl.yaml --base-model MODEL
 base_model: MODEL

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from stages import tables
-from stages.exporting.rows import Rows
-from stages.files import whole_file
+from sstoken.stages import tables
+from sstoken.stages.exporting.rows import Rows
+from sstoken.stages.files import whole_file
 
 DATA = "data"
 """The folder of an export that its trainer reads. Nothing else is in it."""

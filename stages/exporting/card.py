@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stages.exporting.base import DATA, SCORES, Facts, Target
+from sstoken.stages.exporting.base import DATA, SCORES, Facts, Target
 
 
 def card(target: Target, facts: Facts, counts: dict[str, int], settings: dict[str, Any]) -> str:

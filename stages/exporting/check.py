@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from sstoken.errors import SstokenError
-from stages import tables
-from stages.exporting.base import Target
-from stages.exporting.rows import IGNORED, SMALLEST_RANGE
+from sstoken.stages import tables
+from sstoken.stages.exporting.base import Target
+from sstoken.stages.exporting.rows import IGNORED, SMALLEST_RANGE
 
 Expected = tuple[str, list[int], list[int], list[float]]
 """Example id, ids, labels, weights."""

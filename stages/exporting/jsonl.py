@@ -5,8 +5,8 @@ from typing import Any
 
 import orjson
 
-from stages.exporting.base import Facts, JsonLinesTarget
-from stages.exporting.rows import Rows
+from sstoken.stages.exporting.base import Facts, JsonLinesTarget
+from sstoken.stages.exporting.rows import Rows
 
 
 class JsonLines(JsonLinesTarget):

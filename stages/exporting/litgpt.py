@@ -1,6 +1,6 @@
 """LitGPT."""
 
-from stages.exporting.base import DATA, Facts, ParquetTarget
+from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget
 
 MODULE = '''"""The rows of `data/` as a LitGPT data module."""
 

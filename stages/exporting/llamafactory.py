@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.exporting.base import DATA, Facts, Target, ones
-from stages.exporting.rows import Rows
-from stages.files import whole_file
-from stages.tables import IDS, lists
+from sstoken.stages.exporting.base import DATA, Facts, Target, ones
+from sstoken.stages.exporting.rows import Rows
+from sstoken.stages.files import whole_file
+from sstoken.stages.tables import IDS, lists
 
 ROWS_PER_BATCH = 1000
 TYPES = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}

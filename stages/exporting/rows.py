@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sstoken.errors import UsageError
-from stages import tables
+from sstoken.stages import tables
 
 IGNORED = tables.IGNORED_LABEL
 SMALLEST_RANGE = 1e-8

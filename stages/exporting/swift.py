@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from stages.exporting.base import Facts, JsonLinesTarget
-from stages.exporting.rows import IGNORED, Rows
+from sstoken.stages.exporting.base import Facts, JsonLinesTarget
+from sstoken.stages.exporting.rows import IGNORED, Rows
 
 PLUGIN = '''"""A template that adds nothing: no start, no end, no turn, so that the tokens of a row are all there is."""
 

@@ -1,6 +1,6 @@
 """torchtune."""
 
-from stages.exporting.base import DATA, Facts, ParquetTarget
+from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget
 
 MODULE = '''"""The rows of `data/` as a torchtune dataset."""
 

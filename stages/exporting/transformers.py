@@ -1,6 +1,6 @@
 """The Trainer of transformers."""
 
-from stages.exporting.base import Facts, ParquetTarget
+from sstoken.stages.exporting.base import Facts, ParquetTarget
 
 SCRIPT = '''"""python train.py MODEL [any setting of TrainingArguments, such as --num_train_epochs 1]"""
 

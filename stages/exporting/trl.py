@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stages import tables
-from stages.exporting.base import INT8, Facts, ParquetTarget
-from stages.exporting.rows import Rows
+from sstoken.stages import tables
+from sstoken.stages.exporting.base import INT8, Facts, ParquetTarget
+from sstoken.stages.exporting.rows import Rows
 
 SCRIPT = '''"""python train.py MODEL [any setting of SFTConfig, such as --packing True --max_length 2048]"""
 

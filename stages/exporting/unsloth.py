@@ -1,7 +1,7 @@
 """Unsloth, which trains through TRL's SFTTrainer."""
 
-from stages.exporting.base import Facts
-from stages.exporting.trl import TRL
+from sstoken.stages.exporting.base import Facts
+from sstoken.stages.exporting.trl import TRL
 
 SCRIPT = '''"""python train.py MODEL [any setting of SFTConfig, such as --num_train_epochs 1]"""
 

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stages import tables
-from stages.exporting.base import DATA, Facts, ParquetTarget
-from stages.exporting.rows import IGNORED, Rows
+from sstoken.stages import tables
+from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget
+from sstoken.stages.exporting.rows import IGNORED, Rows
 
 MODULE = '''"""The rows of `data/` as a verl dataset."""
 

@@ -15,11 +15,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError, UsageError
-from stages.checkpoints import lasting_reference
-from stages.files import flush_to_disk, write_whole
-from stages.hub_models import split_revision
-from stages.training.history_index import INDEX, Entry, Kind, read_index, reference, write_index
-from stages.weight_files import ADAPTER_CONFIG, read_json
+from sstoken.stages.checkpoints import lasting_reference
+from sstoken.stages.files import flush_to_disk, write_whole
+from sstoken.stages.hub_models import split_revision
+from sstoken.stages.training.history_index import INDEX, Entry, Kind, read_index, reference, write_index
+from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json
 
 
 class HistorySnapshots(TrainerCallback):

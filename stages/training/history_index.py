@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from sstoken.errors import SstokenError, UsageError
-from stages.files import write_whole
-from stages.folders import read_file
+from sstoken.stages.files import write_whole
+from sstoken.stages.folders import read_file
 
 INDEX = "history.json"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.files import whole_file
-from stages.training.history_index import Entry
+from sstoken.stages.files import whole_file
+from sstoken.stages.training.history_index import Entry
 
 _INK, _FAINT, _ACCENT = "#1f2933", "#b8c4d0", "#c2410c"
 

@@ -12,10 +12,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError
-from stages.base import Progress
-from stages.files import flush_to_disk, write_whole
-from stages.processes import num_processes
-from stages.training.history import HistorySnapshots
+from sstoken.stages.files import flush_to_disk, write_whole
+from sstoken.stages.processes import num_processes
+from sstoken.stages.stage import Progress
+from sstoken.stages.training.history import HistorySnapshots
 
 _WHOLE = "whole.json"
 

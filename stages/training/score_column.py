@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sstoken.errors import SstokenError, UsageError
-from stages import joins, tables
+from sstoken.stages import joins, tables
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sstoken.errors import SstokenError
-from stages import tables
-from stages.files import UNFINISHED
+from sstoken.stages import tables
+from sstoken.stages.files import UNFINISHED
 
 _ROWS_AT_ONCE = 1024
 

@@ -1,6 +1,6 @@
 """One verb in a process of its own, which prints its peak memory in MiB.
 
-Called as `memory.py VERB JSON`, the JSON being the arguments of `pipeline.api.VERB`; `score` with
+Called as `memory.py VERB JSON`, the JSON being the arguments of `sstoken.pipeline.api.VERB`; `score` with
 `"backend": "idle"` measures nothing and so shows what the stage itself holds.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cli import set_up_libraries
-from stages.backends import BACKENDS, Backend, BackendOptions, TokenSignals
+from sstoken.pipeline.cli import set_up_libraries
+from sstoken.stages.backends import BACKENDS, Backend, BackendOptions, TokenSignals
 
 
 class IdleBackend(Backend):
@@ -52,11 +52,11 @@ def main(verb: str, arguments: dict[str, object]) -> None:
         for _ in load_dataset("parquet", split="train", streaming=True, **arguments):
             pass
     elif verb == "show":
-        from pipeline.show import show
+        from sstoken.stages.report.show import show
 
         show(Path(str(arguments["masked"])), row=int(str(arguments["row"])))
     else:
-        from pipeline import api
+        from sstoken.pipeline import api
 
         getattr(api, verb)(**arguments)
     print(f"\n{peak_mib():.1f}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.stages.tiny import VOCABULARY, save_model
 
 ROOT = Path(__file__).parents[2]
-PIPELINE = [sys.executable, "-m", "pipeline"]
+PIPELINE = [sys.executable, "-m", "sstoken.pipeline"]
 
 
 def save_conversations(path: Path, examples: int, longest: int = 20, seed: int = 0) -> Path:

@@ -955,6 +955,6 @@ def test_training_prints_no_warning_of_a_library(world: World, tmp_path: Path) -
 
 
 def test_output_into_a_closed_pipe() -> None:
-    shell = f"{sys.executable} -m pipeline methods | true"
+    shell = f"{sys.executable} -m sstoken.pipeline methods | true"
     done = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True)
     assert messages(done.stderr) == []

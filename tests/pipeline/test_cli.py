@@ -11,16 +11,16 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from pipeline import verbs
-from pipeline.cli import VERBS
-from pipeline.hub.publication import Publication
-from pipeline.options import stage_options
+from sstoken.pipeline import verbs
+from sstoken.pipeline.cli import VERBS
+from sstoken.pipeline.cli_options import stage_options
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.encode import Encode
+from sstoken.stages.export import Export
+from sstoken.stages.hub.publication import Publication
+from sstoken.stages.score import ScoreOptions
+from sstoken.stages.select import Select
 from sstoken.version import __version__
-from stages.anchor import Anchor
-from stages.encode import Encode
-from stages.export import Export
-from stages.score import ScoreOptions
-from stages.select import Select
 from tests.pipeline.small_run import PIPELINE, environment
 from tests.pipeline.worlds import CommandLine, World, make_world
 from tests.support import messages
@@ -59,7 +59,7 @@ def option_names(parameter: click.Parameter) -> list[str]:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom pipeline.cli import main\n"
+        "import sys\nfrom sstoken.pipeline.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'transformers', 'pydantic', 'pyarrow', 'numpy', 'rich', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy\nassert not [m for m in sys.modules if m.startswith('stages')]\n"
@@ -71,7 +71,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_help_of_verbs_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys\nfrom pipeline.cli import VERBS, main\n"
+        "import sys\nfrom sstoken.pipeline.cli import VERBS, main\n"
         "for verb in VERBS:\n    try: main([verb, '--help'])\n    except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'polars', 'matplotlib', 'fsspec'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -83,7 +83,7 @@ def test_help_of_verbs_loads_neither_torch_nor_transformers() -> None:
 @pytest.mark.parametrize("asked", [None, "mimalloc"])
 def test_arrow_takes_its_memory_from_the_system_unless_told_otherwise(asked: str | None) -> None:
     code = (
-        "from pipeline.cli import main\n"
+        "from sstoken.pipeline.cli import main\n"
         "try: main(['methods'])\nexcept SystemExit as end: assert end.code == 0\n"
         "import pyarrow\nprint(pyarrow.default_memory_pool().backend_name)\n"
     )

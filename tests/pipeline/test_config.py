@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import api
-from pipeline.config import load_config
-from pipeline.steps import named_checkpoints
 from sstoken.errors import SstokenError, UsageError
-from stages import tables
+from sstoken.pipeline import api
+from sstoken.pipeline.config import load_config
+from sstoken.pipeline.plan import named_checkpoints
+from sstoken.stages import tables
 from tests.pipeline.worlds import SHARD_ROWS, World, copy_model, make_world, snapshot
 from tests.stages import tiny
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import api
-from pipeline.config import RunConfig, load_config
-from stages.encoding.sources import check_source
+from sstoken.pipeline import api
+from sstoken.pipeline.config import RunConfig, load_config
+from sstoken.stages.encoding.sources import check_source
 from tests.pipeline.worlds import World, make_world
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

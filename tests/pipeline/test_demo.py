@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from pipeline.demo import CLASSES, METHODS, run_demo, token_classes
-from pipeline.demo_data import KINDS, generate
-from pipeline.demo_model import build_model
 from sstoken.errors import UsageError
+from sstoken.pipeline.demo.data import KINDS, generate
+from sstoken.pipeline.demo.model import build_model
+from sstoken.pipeline.demo.run import CLASSES, METHODS, run_demo, token_classes
 
 SIZES = {"num_base": 24, "num_pipeline": 24}
 

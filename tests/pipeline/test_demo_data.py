@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.demo_data import (
+from sstoken.pipeline.demo.data import (
     BOILERPLATE,
     FILLER,
     KINDS,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import api
-from stages.checkpoints import load_tokenizer
+from sstoken.pipeline import api
+from sstoken.stages.checkpoints import load_tokenizer
 from tests.pipeline.small_run import PIPELINE, environment, save_config
 from tests.pipeline.worlds import CommandLine, World, make_world
 from tests.support import PATIENCE, messages

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from pipeline import api
 from sstoken import SelfModulatedTrainer, SelfModulation, SstokenError, UsageError
-from stages.training.observed_losses import ObservedLosses
-from stages.training.score_column import with_history
+from sstoken.pipeline import api
+from sstoken.stages.training.observed_losses import ObservedLosses
+from sstoken.stages.training.score_column import with_history
 from tests.pipeline.small_run import environment, save_conversations
 from tests.sstoken.in_loop.small import Watcher, arguments, dumping
 from tests.stages.tiny import save_model

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import api
-from pipeline.manifest import read_manifest
-from pipeline.show import read_examples
 from sstoken.errors import SstokenError, UsageError
-from stages import tables
-from stages.training.history_index import read_history
-from stages.training.score_column import with_history
+from sstoken.pipeline import api
+from sstoken.stages import tables
+from sstoken.stages.manifest import read_manifest
+from sstoken.stages.report.show import read_examples
+from sstoken.stages.training.history_index import read_history
+from sstoken.stages.training.score_column import with_history
 from tests.pipeline.worlds import CommandLine, World, make_world
 
 PLACES = 6

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import api
-from pipeline.engine import local_map
-from pipeline.manifest import Digests
-from pipeline.runner import Job, execute
 from sstoken.errors import SstokenError
-from stages.base import Context
-from stages.select import Select
+from sstoken.pipeline import api
+from sstoken.pipeline.engines.local import local_map
+from sstoken.pipeline.runner import Job, execute
+from sstoken.stages.manifest import Digests
+from sstoken.stages.select import Select
+from sstoken.stages.stage import Context
 from tests.pipeline.worlds import make_world
 from tests.support import PATIENCE
 

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pipeline import api
+from sstoken.pipeline import api
 from tests.pipeline.small_run import save_conversations
 from tests.stages.tiny import save_model
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.manifest import Manifest, list_files, write_manifest
-from stages import joins, tables
-from stages.checkpoints import load_tokenizer, tokenizer_fingerprint
+from sstoken.stages import joins, tables
+from sstoken.stages.checkpoints import load_tokenizer, tokenizer_fingerprint
+from sstoken.stages.manifest import Manifest, list_files, write_manifest
 from tests.pipeline.small_run import environment, save_conversations
 from tests.stages.tiny import VOCABULARY, save_model, save_tokenizer
 from tests.support import PATIENCE

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import api, runner
-from pipeline.config import load_config
-from stages import tables
+from sstoken.pipeline import api, runner
+from sstoken.pipeline.config import load_config
+from sstoken.stages import tables
 from tests.pipeline.small_run import (
     PIPELINE,
     environment,

@@ -13,7 +13,15 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(*arguments, cwd):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sstoken.pipeline",
+    ]
     return subprocess.run(
         [*launch, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE
     )
@@ -26,7 +34,7 @@ def short_anchor(world):
 
 
 def test_anchor_in_two_processes_speaks_once_and_is_finished_after(tmp_path):
-    from pipeline.manifest import Manifest, list_files, write_manifest
+    from sstoken.stages.manifest import Manifest, list_files, write_manifest
 
     model, tokens = save_model(tmp_path / "base"), save_tokens(tmp_path / "tokens")
     facts = {"stage": "encode", "fingerprint": RUN, "settings": {}, "seed": 0, "inputs": {}, "sources": {}}

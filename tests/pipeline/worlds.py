@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from pipeline import api, cli
-from pipeline import manifest as manifests
+from sstoken.pipeline import api, cli
+from sstoken.stages import manifest as manifests
 from tests.stages import tiny
 from tests.support import messages
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sstoken.errors import SstokenError
-from stages.adapter_kinds import SUPPORTED
-from stages.backends import BackendOptions, base_models, make_backend
-from stages.checkpoints import check_whole
+from sstoken.stages.adapter_kinds import SUPPORTED
+from sstoken.stages.backends import BackendOptions, base_models, make_backend
+from sstoken.stages.checkpoints import check_whole
 from tests.stages.tiny import VOCABULARY, save_tokenizer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

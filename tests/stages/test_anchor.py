@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError, UsageError
-from stages import joins, tables
-from stages.anchor import Anchor
-from stages.training.history_index import find_checkpoint, read_history
+from sstoken.stages import joins, tables
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.training.history_index import find_checkpoint, read_history
 from tests.stages import tiny
 from tests.support import PATIENCE, make_context
 
@@ -175,7 +175,7 @@ def test_goes_on_at_the_last_snapshot(model, tokens, tmp_path):
 
 def test_killed_after_training_only_finishes(model, tokens, tmp_path, monkeypatch):
     stage = Anchor(model=str(model), max_steps=2)
-    monkeypatch.setattr("stages.training.learning_curve.draw", lambda *_: fail())
+    monkeypatch.setattr("sstoken.stages.training.learning_curve.draw", lambda *_: fail())
     with pytest.raises(Interrupted):
         run(stage, tmp_path, tokens)
     monkeypatch.undo()

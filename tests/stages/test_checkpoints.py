@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from sstoken.errors import SstokenError
-from stages.checkpoints import adapter_base, check_whole, identity, local_folder, tokenizer_identity
-from stages.folders import hash_file
-from stages.hub_models import hub_adapter
+from sstoken.stages.checkpoints import adapter_base, check_whole, identity, local_folder, tokenizer_identity
+from sstoken.stages.folders import hash_file
+from sstoken.stages.hub_models import hub_adapter
 from tests.stages.tiny import save_model
 
 

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sstoken.errors import SstokenError, UsageError
-from stages.encode import Encode
-from stages.encoding import shards
-from stages.encoding.token_stats import merge, metrics, no_stats
-from stages.tables import TOKENS, parts, read_metadata
+from sstoken.stages.encode import Encode
+from sstoken.stages.encoding import shards
+from sstoken.stages.encoding.token_stats import merge, metrics, no_stats
+from sstoken.stages.tables import TOKENS, parts, read_metadata
 from tests.support import make_context
 
 ROWS = [{"question": f"what is {i} plus {i}?", "answer": f"It is {i + i}." * (1 + i % 3)} for i in range(23)]
@@ -289,13 +289,13 @@ def test_importing_the_stage_loads_nothing_heavy() -> None:
     import subprocess
 
     heavy = {"torch", "transformers", "datasets", "fsspec"}
-    code = f"import sys, stages.encode; print({heavy} & set(sys.modules))"
+    code = f"import sys, sstoken.stages.encode; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_shard_function_pickles(model, tmp_path) -> None:
-    from stages.encoding.layouts import detect_layout
+    from sstoken.stages.encoding.layouts import detect_layout
 
     settings = shards.Settings(
         model, None, None, False, "all", (), False, detect_layout(ROWS[0]), 10, True, tmp_path, "f"

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from pipeline import api
-from pipeline import manifest as manifests
 from sstoken.errors import SstokenError, UsageError
-from stages import tables
-from stages.exporting import TARGETS
-from stages.exporting.rows import prepare
+from sstoken.pipeline import api
+from sstoken.stages import manifest as manifests
+from sstoken.stages import tables
+from sstoken.stages.exporting import TARGETS
+from sstoken.stages.exporting.rows import prepare
 from tests.pipeline.worlds import CommandLine, World, make_world, no_trace, snapshot
 
 WEIGHTED = [name for name, target in TARGETS.items() if target.weights]

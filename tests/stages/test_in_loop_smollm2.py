@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer, TrainerCallback
 
-from stages import checkpoints, joins, tables
-from stages.score import Score
-from stages.select import Select
+from sstoken.stages import checkpoints, joins, tables
+from sstoken.stages.score import Score
+from sstoken.stages.select import Select
 from tests.smollm2 import FOLDER, needs_smollm2
 from tests.sstoken.in_loop.recipe import trainer_of_the_first
 from tests.sstoken.in_loop.small import Watcher

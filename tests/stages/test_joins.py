@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import api
 from sstoken.errors import SstokenError
-from stages import joins, tables
-from stages.training.score_column import with_history
+from sstoken.pipeline import api
+from sstoken.stages import joins, tables
+from sstoken.stages.training.score_column import with_history
 from tests.pipeline.worlds import CommandLine, World, list_anew, make_world
 
 Row = tuple[str, list[tuple[int, bool]]]

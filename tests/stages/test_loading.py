@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sstoken.errors import SstokenError
-from stages.backends import BackendOptions, make_backend
-from stages.checkpoints import check_whole
-from stages.loading import load_model, load_whole
+from sstoken.stages.backends import BackendOptions, make_backend
+from sstoken.stages.checkpoints import check_whole
+from sstoken.stages.loading import load_model, load_whole
 from tests.stages.tiny import save_model
 
 

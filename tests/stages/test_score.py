@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError, UsageError
-from stages import tables
-from stages.backends import BackendOptions, base_models, make_backend
-from stages.score import Score
+from sstoken.stages import tables
+from sstoken.stages.backends import BackendOptions, base_models, make_backend
+from sstoken.stages.score import Score
 from tests.stages.tiny import VOCABULARY, save_model, save_tokenizer
 from tests.support import make_context
 
@@ -29,7 +29,7 @@ def tokens(tmp_path):
     folder = tmp_path / "tokens"
     folder.mkdir()
     random = np.random.default_rng(0)
-    from stages.checkpoints import tokenizer_fingerprint
+    from sstoken.stages.checkpoints import tokenizer_fingerprint
 
     facts = {"fingerprint": tokenizer_fingerprint(save_tokenizer(folder / "tokenizer")), "name": "tiny"}
     for part in range(3):
@@ -157,7 +157,7 @@ def test_shards_that_are_there_are_not_scored_again(tokens, model, tmp_path):
 
 
 def test_several_processes_write_the_same_bytes(tokens, model, tmp_path):
-    from pipeline.engine import local_map
+    from sstoken.pipeline.engines.local import local_map
 
     score(tokens, tmp_path / "one", model)
     context = make_context(tmp_path / "two", {"tokens": tokens})
@@ -212,7 +212,7 @@ def test_an_unknown_backend_is_refused(model):
 
 def test_the_default_layer_is_the_last_with_softmax_attention(tokens, tmp_path):
     """Of a hybrid that ends in convolutions; which one it is stands beside the scores."""
-    from tests.sstoken.tiny_architectures import make_tiny
+    from tests.sstoken.measure.tiny_architectures import make_tiny
 
     folder = tmp_path / "hybrid"
     make_tiny("lfm2").save_pretrained(folder)
@@ -226,7 +226,7 @@ def test_the_default_layer_is_the_last_with_softmax_attention(tokens, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mpt", "falcon", "gptj"])
 def test_attention_that_cannot_be_measured_is_refused_by_the_architectures_name(kind, tokens, tmp_path):
-    from tests.sstoken.tiny_architectures import make_tiny
+    from tests.sstoken.measure.tiny_architectures import make_tiny
 
     model = make_tiny(kind)
     model.save_pretrained(tmp_path / kind)

@@ -10,8 +10,8 @@ import pytest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
 from sstoken.selection import num_kept
-from stages import joins, tables
-from stages.select import Select
+from sstoken.stages import joins, tables
+from sstoken.stages.select import Select
 from tests.stages.tiny import save_tokenizer
 from tests.support import make_context
 
@@ -152,7 +152,7 @@ def test_methods_without_signals_need_no_scores(inputs, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_method_runs_in_any_number_of_processes(inputs, tmp_path, method, workers):
-    from pipeline.engine import local_map
+    from sstoken.pipeline.engines.local import local_map
 
     context = make_context(tmp_path / "out", inputs)
     object.__setattr__(context, "map", local_map)

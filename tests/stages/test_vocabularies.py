@@ -8,11 +8,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sstoken.errors import SstokenError
-from stages import joins, tables
-from stages.anchor import Anchor
-from stages.checkpoints import tokenizer_fingerprint
-from stages.score import Score
-from stages.vocabularies import check_vocabulary
+from sstoken.stages import joins, tables
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.checkpoints import tokenizer_fingerprint
+from sstoken.stages.score import Score
+from sstoken.stages.vocabularies import check_vocabulary
 from tests.stages import tiny
 from tests.support import make_context
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError
-from stages.checkpoints import adapter_base, check_whole, identity, load_tokenizer, stamp
-from stages.folders import hash_file
-from stages.loading import load_model
-from stages.weight_files import weight_files
+from sstoken.stages.checkpoints import adapter_base, check_whole, identity, load_tokenizer, stamp
+from sstoken.stages.folders import hash_file
+from sstoken.stages.loading import load_model
+from sstoken.stages.weight_files import weight_files
 from tests.stages.tiny import save_model
 
 

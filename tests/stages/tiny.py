@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stages import checkpoints, joins, tables
+from sstoken.stages import checkpoints, joins, tables
 
 VOCABULARY = 128
 

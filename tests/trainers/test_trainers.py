@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline import api
+from sstoken.pipeline import api
 from tests.pipeline.small_run import save_conversations
 from tests.stages.tiny import save_model
 from tests.support import PATIENCE

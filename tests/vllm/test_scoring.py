@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline import api
 from sstoken.errors import SstokenError
-from stages import tables
-from stages.score import Score
+from sstoken.pipeline import api
+from sstoken.stages import tables
+from sstoken.stages.score import Score
 from tests.stages.tiny import VOCABULARY, save_tokenizer, save_tokens
 from tests.support import PATIENCE, make_context
 from tests.vllm.models import save_model
@@ -26,7 +26,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 
 
 def command_line(*arguments, **settings):
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    command = [sys.executable, "-m", "sstoken.pipeline", *map(str, arguments)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -94,7 +94,7 @@ def test_the_terminal_stays_quiet_and_the_log_is_nobodys_result(scored):
 def engine_of(process):
     """The process that holds vLLM, below that of the command line."""
     for child in psutil.Process(process.pid).children(recursive=True):
-        if "stages.backends.vllm_engine" in child.cmdline():
+        if "sstoken.stages.backends.vllm_engine" in child.cmdline():
             return child
     return None
 

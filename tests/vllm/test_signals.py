@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from sstoken.errors import SstokenError
 from sstoken.methods import Signals, sstoken_score
 from sstoken.selection import keep_per_example
-from stages.backends import BackendOptions, make_backend
+from sstoken.stages.backends import BackendOptions, make_backend
 from tests.vllm.models import ARCHITECTURES, POSITIONS, VOCABULARY, save_model
 
 ON_TWO = {

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from sstoken import SelfModulatedTrainer, SelfModulation, SstokenError, UsageError
 from tests.sstoken.in_loop.small import Watcher, arguments, collate, make_examples
-from tests.sstoken.tiny_architectures import make_tiny
+from tests.sstoken.measure.tiny_architectures import make_tiny
 
 EXAMPLES = make_examples(4)
 

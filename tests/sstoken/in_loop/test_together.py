@@ -7,7 +7,7 @@ import torch
 
 from sstoken import SelfModulatedTrainer, SelfModulation
 from tests.sstoken.in_loop.small import arguments, collate, collate_left, flatten, make_examples
-from tests.sstoken.tiny_architectures import make_tiny
+from tests.sstoken.measure.tiny_architectures import make_tiny
 
 
 def remarks(folder, kind, collator, model=None, **changes):

@@ -139,7 +139,7 @@ def test_padded_left_or_right_and_packed_are_the_same(tmp_path, implementation):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing_and_measures_once(tmp_path, monkeypatch, reentrant):
-    from sstoken.attention import AttentionCapture
+    from sstoken.measure.capture import AttentionCapture
 
     measured = []
     measure = AttentionCapture.measure

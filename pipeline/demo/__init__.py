@@ -1,0 +1,1 @@
+"""The whole pipeline on a small example that it makes itself."""

@@ -1,0 +1,1 @@
+"""Engines: how a function is mapped over shards."""

@@ -1,0 +1,118 @@
+"""What the verbs print about a finished step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sstoken.pipeline.runner import Result
+from sstoken.stages.processes import is_main_process
+
+
+def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A plain table; text is shown as it is, never read as markup."""
+    table = Table(show_header=any(names), box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def print_result(name: str, result: Result) -> None:
+    """A step's summary, or that it was finished already; once, if several processes did it together."""
+    if not is_main_process():
+        return
+    if result.skipped:
+        print(f"{name}: finished already, in {result.folder}")
+        return
+    print(f"{name}: done, in {result.folder}")
+    stage = name.partition("/")[0]
+    for line in _SUMMARIES.get(stage, _plain)(result.metrics):
+        print(f"  {line}")
+
+
+def _plain(metrics: dict[str, Any]) -> list[str]:
+    return [f"{key}: {value}" for key, value in metrics.items()]
+
+
+def _encode(m: dict[str, Any]) -> list[str]:
+    lengths = m["length"]
+    lines = [
+        f"{m['examples']:,} examples, {m['tokens']:,} tokens, {m['response_share']:.1%} of them in responses",
+        f"length: median {lengths['p50']}, 90 % within {lengths['p90']}, 99 % within {lengths['p99']}, "
+        f"longest {lengths['max']}",
+        f"truncated {m['truncated']:,}, dropped for having no response left {m['dropped_no_response']:,}",
+    ]
+    for what, key in (("passed over as asked", "passed_over"), ("note", "notes")):
+        lines += [f"{what}: {reason}, {count:,}" for reason, count in m[key].items()]
+    if m["unused"]:
+        columns = ", ".join(f"{name} {count:,}" for name, count in m["unused"].items())
+        lines.append(f"not part of the conversations, with how many rows have it: {columns}")
+    bad = m["bad_rows"]
+    if bad:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(bad.items()))
+        lines.append(f"bad rows {sum(bad.values()):,}: {reasons}; listed in bad_rows/")
+    return lines
+
+
+def _anchor(m: dict[str, Any]) -> list[str]:
+    loss = "" if m["loss"] is None else f", loss {m['loss']:.4f} nats at the end"
+    return [
+        f"{m['steps']:,} steps, {m['tokens_seen']:,} tokens seen{loss}",
+        f"checkpoints: {', '.join(m['snapshots'])}; the loss is drawn in learning_curve.png",
+    ]
+
+
+def _score(m: dict[str, Any]) -> list[str]:
+    line = f"{m['response_tokens']:,} response tokens of {m['examples']:,} examples"
+    line += f", mean loss {m['mean_loss']:.4f} nats"
+    if "mean_attention" in m:
+        line += f", mean attention on the prompt {m['mean_attention']:.4f}"
+    lines = [line, m["computed_with"]] if "computed_with" in m else [line]
+    if m.get("trained_on_other_tokens"):
+        lines.append("note: the anchor run that left this checkpoint was trained on other tokens than these")
+    return lines
+
+
+def _select(m: dict[str, Any]) -> list[str]:
+    lines = [
+        f"kept {m['kept']:,} of {m['response_tokens']:,} response tokens ({m['kept_share']:.1%}), dropped "
+        f"{m['dropped']:,}, in {m['examples']:,} examples"
+    ]
+    if m["left_out"]:
+        lines.append(f"left out {m['left_out']:,} examples without a response token")
+    if "signal_overlap" in m:
+        lines.append(
+            f"of the tokens that REL alone would keep, attention alone keeps {m['signal_overlap']:.1%}"
+        )
+    deciles = " ".join("  -" if s is None else f"{s:4.0%}" for s in m["kept_share_by_decile"])
+    lines.append(f"kept by position in the response, first tenth to last: {deciles}")
+    return lines
+
+
+def _export(m: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{m['examples']:,} examples for {m['to']}, {m['kept']:,} of {m['tokens']:,} tokens to be learned; the longest "
+        f"has {m['longest']:,}"
+    ]
+    if m["dropped"] or m["truncated"]:
+        lines.append(f"truncated {m['truncated']:,}, dropped {m['dropped']:,} with nothing left to learn")
+    if m["kept_lost"]:
+        lines.append(
+            f"{m['kept_lost']:,} kept tokens are not trained: cut off, or the first of their example"
+        )
+    lines.append("how to train on it is said in README.md")
+    return lines
+
+
+_SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "encode": _encode,
+    "anchor": _anchor,
+    "score": _score,
+    "select": _select,
+    "pull": _select,
+    "export": _export,
+}

@@ -1,1 +1,0 @@
-"""Triton kernels. Each module imports Triton when its function is called, never before."""

@@ -1,0 +1,148 @@
+"""What can be measured of a model, whatever its architecture: found out by short forward passes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.measure.capture import IMPLEMENTATION, attention_calls
+
+_LENGTH = 11
+_SHARED = 5
+"""Tokens that the second row of the trial batch has in common with the first."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the trial showed."""
+
+    softmax_layers: tuple[int, ...]
+    """Decoder layers whose attention goes through transformers' attention interface, ascending."""
+    rows_agree: bool
+    """A row has the same logits in a padded batch as alone."""
+
+
+@torch.inference_mode()
+def examine(model: Any) -> Findings:
+    """Try a model, and set its attention implementation to `IMPLEMENTATION` where that changes nothing else.
+
+    Raises:
+        SstokenError: it cannot run on token ids alone, or its states depend on tokens that come later.
+    """
+    name = type(model).__name__
+    ids = torch.arange(2, _LENGTH + 2) % int(model.get_input_embeddings().weight.shape[0])
+    try:
+        alone = _logits(model, ids[None])[0]
+        layers = _softmax_layers(model, ids, alone)
+        other = torch.cat([ids[:_SHARED], ids[_SHARED:].flip(0)])
+        batch = _logits(model, torch.stack([ids, other]))
+        agree = _agree(batch[0], alone, model.dtype) and _agree(
+            batch[1, :_SHARED], alone[:_SHARED], model.dtype
+        )
+        causal = agree or _agree(_logits(model, other[None])[0, :_SHARED], alone[:_SHARED], model.dtype)
+    except Exception as error:  # an architecture that was not made for this may fail in any way
+        raise SstokenError(
+            f"{name}: cannot run on token ids alone ({_line(error)}); it is not supported"
+        ) from error
+    if not causal:
+        raise _not_causal(name)
+    return Findings(layers, agree)
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Try two sequences that begin alike on a model in evaluation mode.
+
+    Raises:
+        SstokenError: its states depend on tokens that come later.
+    """
+    ids = torch.arange(2, _LENGTH + 2) % int(model.get_input_embeddings().weight.shape[0])
+    other = torch.cat([ids[:_SHARED], ids[_SHARED:].flip(0)])
+    first, second = (_logits(model, row[None])[0, :_SHARED] for row in (ids, other))
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(model.device.type) else model.dtype
+    if not _agree(first, second, dtype):
+        raise _not_causal(type(model).__name__)
+
+
+def _not_causal(name: str) -> SstokenError:
+    return SstokenError(
+        f"{name}: a token's prediction depends on the tokens after it; only causal language models work (of an "
+        "encoder, one with is_decoder in its config.json)"
+    )
+
+
+@torch.no_grad()
+def last_softmax_layer(model: Any) -> int:
+    """The last decoder layer whose attention can be captured, found by a short forward pass; the model stays as it is.
+
+    Raises:
+        UsageError: the attention of no layer can be, or not by the model's present implementation.
+    """
+    now = model.config.get_text_config()._attn_implementation
+    tried = IMPLEMENTATION if now == "eager" and model._can_set_attn_implementation() else now
+    layers: tuple[int, ...] = ()
+    if tried != "eager":
+        ids = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
+        training = model.training
+        model.eval()
+        try:
+            if tried != now:
+                model.set_attn_implementation(tried)
+            with attention_calls(tried) as modules:
+                model(input_ids=ids, use_cache=False)
+        finally:
+            if tried != now:
+                model.set_attn_implementation(now)
+            model.train(training)
+        layers = _indices(modules)
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__}: its attention cannot be captured, as it does not go through transformers' "
+            "attention interface (linear attention or a custom model); take gamma=1, which needs none"
+        )
+    with attention_calls(now):  # refuses one that is not observed
+        return layers[-1]
+
+
+def _indices(modules: list[nn.Module]) -> tuple[int, ...]:
+    """Of the decoder layers that these belong to, ascending."""
+    indices = [getattr(module, "layer_idx", None) for module in modules]
+    return tuple(sorted({index for index in indices if isinstance(index, int)}))
+
+
+def _softmax_layers(model: Any, ids: Tensor, expected: Tensor) -> tuple[int, ...]:
+    """The layers whose attention can be observed; none where the model is not the same then."""
+    before = model.config._attn_implementation
+    if not model._can_set_attn_implementation():
+        return ()
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        with attention_calls() as modules:
+            logits = _logits(model, ids[None])[0]
+        layers = _indices(modules)
+        if layers and _agree(logits, expected, model.dtype):
+            return layers
+    except Exception:  # what was not made for the interface may fail in any way
+        pass
+    model.set_attn_implementation(before)
+    return ()
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(
+        input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False
+    ).logits
+    return logits.float()
+
+
+def _agree(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they are the same but for rounding; NaN is told later, with the example that has it."""
+    apart = (values - expected).abs().mean() / expected.abs().mean()
+    return bool(apart.isnan()) or float(apart) <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1)
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Faster paths on CUDA: packed batches, attention and loss kernels."""

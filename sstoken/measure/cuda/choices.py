@@ -1,0 +1,127 @@
+"""Kernel or plain torch: tried on this machine, the first that gives right numbers is used.
+
+Shapes: B batch, H heads, K key-value heads, T positions, D head size or hidden size, N tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from sstoken.measure.cuda.agreement import Choice, Trial, first_that_agrees
+from sstoken.measure.cuda.prompt_mass import prompt_mass
+from sstoken.measure.cuda.token_loss import fused_token_losses
+from sstoken.measure.prompt_attention import Segment, prompt_attention
+from sstoken.measure.token_loss import OutputHead, token_losses
+
+
+def prompt_mass_of_batch(
+    query: Tensor,
+    key: Tensor,
+    response_mask: Tensor,
+    mask: Tensor | None = None,
+    segments: Sequence[Segment] | None = None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`prompt_attention` by the kernel: same arguments, same result, except that a `mask` cannot be had.
+
+    Raises:
+        NotImplementedError: there is a mask.
+    """
+    if mask is not None:
+        raise NotImplementedError("the kernel knows causality, sequences and a window, but no mask")
+    batch, _, length, _ = query.shape
+    if segments is None:
+        starts = [b * length for b in range(batch)]
+    else:
+        starts = [b * length + start for b, start, _ in segments]
+    # What stands between two sequences is padding: on the right of the first, which never sees it.
+    bounds = [*starts, batch * length]
+    max_length = max(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+    mass_N = prompt_mass(
+        query.transpose(1, 2).flatten(0, 1), key.transpose(1, 2).flatten(0, 1), response_mask.flatten(),
+        torch.tensor(bounds, dtype=torch.int32, device=query.device), max_length,
+        scaling=scaling, softcap=softcap, sinks=sinks, window=window,
+    )  # fmt: skip
+    return mass_N.view(batch, length)
+
+
+@lru_cache(maxsize=32)
+@torch.no_grad()
+def choose_importance(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    *,
+    window: bool = False,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> Choice:
+    """What measures the attention importance of such a layer where there is no mask: "triton" or "torch".
+
+    The function takes the arguments of `prompt_attention`, without `log_sum_exp`.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    lengths = [1, 37, 130, 5]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    segments = [(0, start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    states = [random(1, heads, bounds[-1], head_size) for heads in (num_heads, num_kv_heads)]
+    response_mask = (torch.rand(1, bounds[-1], generator=generator) < 0.5).to(device)
+    how = {
+        "scaling": head_size**-0.5,
+        "window": 9 if window else None,
+        "softcap": softcap,
+        "sinks": random(num_heads) if sinks else None,
+    }
+    trial = ((*states, response_mask, None, segments), how)
+    return first_that_agrees({"triton": prompt_mass_of_batch}, ("torch", prompt_attention), [trial])
+
+
+def plain_token_losses(
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """`fused_token_losses` in plain torch."""
+    return token_losses(hidden, targets, OutputHead(weight, bias, scale, softcap))
+
+
+@lru_cache(maxsize=32)
+@torch.no_grad()
+def choose_token_losses(
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    *,
+    bias: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Choice:
+    """What computes the losses of such a head: "triton" or "torch"; takes the arguments of `fused_token_losses`."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, vocabulary = 70, 3001
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    hidden, weight = random(num_tokens, hidden_size), random(vocabulary, hidden_size) * hidden_size**-0.5
+    targets = torch.randint(vocabulary, (num_tokens,), generator=generator).to(device)
+    trial: Trial = ((hidden, targets, weight, random(vocabulary) if bias else None, scale, softcap), {})
+    by_tiles = partial(fused_token_losses, tile_elements=num_tokens * 1024)  # several tiles of columns
+    choice = first_that_agrees({"triton": by_tiles}, ("torch", plain_token_losses), [trial])
+    return replace(choice, call=fused_token_losses) if choice.call is by_tiles else choice

@@ -1,0 +1,115 @@
+"""Attention importance from queries and keys: the prompt's share of each response token's attention.
+
+Shapes: B batch, H heads, K key-value heads, T positions, D head size, R rows and C columns of a block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sstoken.measure.precision import as_given
+
+BLOCK_ELEMENTS = 1 << 20
+"""Attention weights alive at once, at most (4 MB in fp32), unless a single row has more."""
+
+Segment = tuple[int, int, int]
+"""Row of the batch, first position, one past the last: one sequence of a padded or packed batch."""
+
+
+@as_given
+def prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    response_mask: Tensor,
+    mask: Tensor | None = None,
+    segments: Sequence[Segment] | None = None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+    log_sum_exp: Tensor | None = None,
+) -> Tensor:
+    """The attention mass of each response token on the prompt before it, mean over heads (paper, equation 5).
+
+    The prompt of token i: the positions of its sequence before i that are not response tokens.
+
+    Args:
+        query: [B, H, T, D], after rotary embedding.
+        key: [B, K, T, D]; K divides H.
+        response_mask: [B, T] bool.
+        mask: [B or 1, 1 or H, T, T], True (or 0 if additive) where attended; None: causal, within `window`.
+        segments: the sequences of the batch; None: each row is one.
+        scaling: factor of the scores.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        sinks: [H], logits that take part in the softmax and attend to nothing.
+        window: how many positions a token sees, itself included; None: all before it.
+        log_sum_exp: [B, H, T], of each row's scores, if known: then only the prompt's columns are looked at.
+
+    Returns:
+        [B, T] in [0, 1], 0 off the response; fp32 (float64 where the model is).
+    """
+    num_heads = query.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    importance = torch.zeros(response_mask.shape, dtype=dtype, device=query.device)
+    for b, start, stop in segments or [(b, 0, query.shape[2]) for b in range(query.shape[0])]:
+        response = response_mask[b, start:stop]
+        rows = response.nonzero()[:, 0]
+        if rows.numel() == 0:
+            continue
+        response = response[: int(rows[-1]) + 1]  # nothing after the last response token is attended to
+        columns = (
+            torch.arange(response.numel(), device=query.device)
+            if log_sum_exp is None
+            else (~response).nonzero()[:, 0]
+        )
+        prompt_C = (~response[columns]).to(dtype)
+        rows, columns = rows + start, columns + start
+        keys_KDC = key[b][:, columns].to(dtype).transpose(1, 2)
+        seen = None if mask is None or mask.ndim != 4 else mask[b % mask.shape[0]][..., columns]
+        for rows_R in rows.split(max(1, BLOCK_ELEMENTS // max(1, num_heads * columns.numel()))):
+            scores_KGRC = query[b][:, rows_R].to(dtype).unflatten(0, (key.shape[1], -1)) @ keys_KDC[:, None]
+            scores_HRC = attention_scores(
+                scores_KGRC.flatten(0, 1),
+                rows_R,
+                columns,
+                None if seen is None else seen[..., rows_R, :],
+                scaling,
+                softcap,
+                window,
+            )
+            total_HR = (
+                log_sum_exp_rows(scores_HRC, sinks)
+                if log_sum_exp is None
+                else log_sum_exp[b][:, rows_R].to(dtype)
+            )
+            importance[b, rows_R] = ((scores_HRC - total_HR[..., None]).exp_() @ prompt_C).mean(0)
+    return importance
+
+
+def attention_scores(
+    scores: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    seen: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Raw products [..., H, R, C] of the query positions `rows` and key positions `columns` as attention scores."""
+    scores = scores * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if seen is not None:
+        return scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
+    behind = rows[:, None] - columns
+    if window is not None:
+        return scores.masked_fill((behind < 0) | (behind >= window), float("-inf"))
+    return scores.masked_fill(behind < 0, float("-inf"))
+
+
+def log_sum_exp_rows(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Of each row [..., H, R] of scores [..., H, R, C], sinks included."""
+    total = scores.logsumexp(-1)
+    return total if sinks is None else torch.logaddexp(total, sinks.to(scores.dtype)[:, None])

@@ -1,0 +1,346 @@
+"""Both signals of many sequences, from a model in memory: planned batches, one forward pass each.
+
+Batches are padded on the right, which needs no mask in a causal model, or packed without padding, where the
+model takes that and a GPU attends to them well.
+
+Shapes: B rows, T positions, N response tokens of a batch, D hidden size.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.measure.architecture import Findings, examine
+from sstoken.measure.batching import by_class, plan_packed, plan_padded
+from sstoken.measure.capture import AttentionCapture, ForwardStopped
+from sstoken.measure.cuda.packed import (
+    IMPLEMENTATION_PACKED,
+    check_packed,
+    describe_packed,
+    packed_inputs,
+    segments_of,
+)
+from sstoken.measure.decoder import decoder_layers, last_mlp, wanted_rows
+from sstoken.measure.prompt_attention import Segment
+from sstoken.measure.rope import length_class, reset
+from sstoken.measure.token_loss import ROWS_PER_TILE, intercept_head, measure_token_losses, read_head
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+Values = NDArray[np.float32]
+Signals = tuple[Values | None, Values | None]
+"""Loss and attention importance of one sequence, [T] each, NaN off the response; None where not measured."""
+
+_MOST_PASSED = 16
+"""Batches that wait for their losses, at most."""
+
+
+class Scorer:
+    """Measures the signals of sequences under one model.
+
+    Example:
+        >>> scorer = Scorer(model, layer=-1)
+        >>> for index, (loss, attention) in scorer.measure(sequences, response_masks): ...
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        layer: int | Literal["last"] | None = None,
+        loss: bool = True,
+        batch_tokens: int = 2048,
+        layout: Literal["padded", "packed"] | None = None,
+        compiled: bool = False,
+    ) -> None:
+        """Prepare a causal language model of transformers; its attention implementation is changed.
+
+        Args:
+            model: in eval mode, on its device.
+            layer: decoder layer whose attention importance is measured, negative from the end; "last": the last with
+                softmax attention; None: it is not measured.
+            loss: measure the loss; without it, the forward pass ends at `layer`.
+            batch_tokens: positions in a batch, at most; halved whenever a batch does not fit in memory.
+            layout: how sequences share a batch; None: packed on CUDA where the model can, else padded.
+            compiled: compile the decoder layers, but those that are looked into.
+
+        Raises:
+            UsageError: there is no such layer, or its attention cannot be measured.
+            SstokenError: the model is not causal, its output head is not understood, or it cannot be packed and that
+                was asked for.
+        """
+        self._model, self.batch_tokens = model, batch_tokens
+        self._device: torch.device = model.get_input_embeddings().weight.device
+        blocks = decoder_layers(model)
+        for block in blocks:
+            block._compiled_call_impl = None  # what another scorer compiled; torch has no other way back
+        self._length_class = length_class(model)
+        reset(model)
+        found = examine(model)
+        if layer is not None:
+            layer = _measurable(model, layer, found)
+        self._together = found.rows_agree
+        self.layout, self.remark = self._choose_layout(layout, found)
+        if self.layout == "packed":
+            model.set_attn_implementation(IMPLEMENTATION_PACKED)
+        self._head = read_head(model) if loss else None
+        self._mlp = last_mlp(model) if loss else None
+        self._capture = None if layer is None else AttentionCapture(model, layer)
+        self.layer = None if self._capture is None else self._capture.layer
+        """The decoder layer that is measured, counted from 0."""
+        if compiled:
+            for index, block in enumerate(blocks[:-1]):  # the last one's MLP has hooks
+                if self._capture is None or index != self._capture.layer:
+                    block.compile(dynamic=True)
+
+    def _choose_layout(self, layout: str | None, found: Findings) -> tuple[str, str]:
+        """The layout, and a remark on it for the user."""
+        if not found.rows_agree and layout != "packed":
+            return (
+                "padded",
+                "one sequence at a time: in this architecture, those of a batch change each other",
+            )
+        if not found.softmax_layers and layout != "packed":
+            return "padded", "padded batches, the architecture's own attention"
+        if layout is None and self._device.type != "cuda":
+            return "padded", "padded batches, sdpa or blocks of rows"
+        if layout == "padded":
+            return "padded", "padded batches, as asked for"
+        reason = check_packed(self._model)
+        if reason is None:
+            choices = describe_packed(self._model)
+            return "packed", "packed batches, attention by " + " and ".join(c.name for c in choices)
+        if layout == "packed":
+            raise SstokenError(f"{type(self._model).__name__}: cannot take packed batches ({reason})")
+        return "padded", f"padded batches ({reason})"
+
+    @torch.inference_mode()
+    def measure(
+        self, sequences: Sequence[Ids], response_masks: Sequence[Mask]
+    ) -> Iterator[tuple[int, Signals]]:
+        """Yield `(index, (loss, attention))` for every sequence, in any order.
+
+        Args:
+            sequences: token ids, [T] each.
+            response_masks: [T] each; token 0 is never a response token, as nothing predicts it.
+
+        Raises:
+            SstokenError: not even one sequence fits in memory, or torch.compile fails.
+        """
+        passed: list[_Passed] = []
+        rows = 0
+        under_way: deque[_Measured] = deque()
+        behind = 1 if self._device.type == "cuda" else 0  # there, the device computes on while the host reads
+        for batch in self._pass_all(sequences, response_masks):
+            passed.append(batch)
+            rows += batch.rows.numel()
+            if rows >= ROWS_PER_TILE or len(passed) == _MOST_PASSED:
+                under_way.append(self._finish(passed))
+                passed, rows = [], 0
+            if len(under_way) > behind:
+                yield from under_way.popleft().signals()
+        if passed:
+            under_way.append(self._finish(passed))
+        for measured in under_way:
+            yield from measured.signals()
+
+    def _pass_all(self, sequences: Sequence[Ids], response_masks: Sequence[Mask]) -> Iterator["_Passed"]:
+        """Every sequence through the model; in smaller batches from where one does not fit in memory."""
+        lengths = [len(ids) for ids in sequences]
+        waiting = deque(self._plan(range(len(sequences)), lengths))
+        while waiting:
+            indices = waiting.popleft()
+            try:
+                passed = self._forward(_lay_out(indices, sequences, response_masks, self.layout))
+            except RuntimeError as error:
+                if _of_compiler(error):
+                    reason = " ".join(str(error).partition("\n\n")[0].split())
+                    raise SstokenError(
+                        f"the model's layers do not compile ({reason}); score without compiling"
+                    ) from error
+                if not _out_of_memory(error):
+                    raise
+                self._shrink(indices, lengths)
+                left = [i for batch in (indices, *waiting) for i in batch]
+                waiting = deque(self._plan(left, lengths))
+                continue
+            yield passed
+
+    def _plan(self, indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        plan = plan_packed if self.layout == "packed" else plan_padded
+        budget = self.batch_tokens if self._together else 1
+        groups = [list(indices)]
+        if self._length_class is not None:
+            groups = by_class(indices, [self._length_class(lengths[i]) for i in indices])
+        return [
+            [group[i] for i in batch]
+            for group in groups
+            for batch in plan([lengths[i] for i in group], budget)
+        ]
+
+    def _shrink(self, indices: list[int], lengths: Sequence[int]) -> None:
+        """Halve the budget after a batch that did not fit."""
+        if len(indices) == 1:
+            raise SstokenError(
+                f"a sequence of {lengths[indices[0]]} tokens does not fit in memory beside the model; encode with a "
+                "smaller --max-length, or score with a smaller dtype or on a device with more memory"
+            ) from None
+        self.batch_tokens = min(self.batch_tokens, sum(lengths[i] for i in indices)) // 2
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forward(self, batch: "_Batch") -> "_Passed":
+        response_BT = self._to_device(batch.response)
+        # What predicts token t stands at t - 1.
+        rows = self._to_device(batch.response.flatten().nonzero()[:, 0] - 1)
+        if self._capture is not None:
+            self._capture.expect(response_BT, batch.segments, stop=self._head is None)
+        if self.layout == "packed":
+            inputs = packed_inputs([batch.ids[r, a:b] for r, a, b in batch.segments], self._device)
+        else:
+            inputs = {"input_ids": self._to_device(batch.ids), "use_cache": False}
+        if self._length_class is not None:
+            reset(self._model)
+        hidden = None
+        if self._head is None:
+            with contextlib.suppress(ForwardStopped):
+                self._model(**inputs)
+        else:
+            with intercept_head(self._model) as head_input, wanted_rows(self._mlp) as wanted:
+                wanted.index = rows
+                self._model(**inputs)
+            assert head_input.hidden is not None
+            hidden = head_input.hidden.flatten(0, 1).index_select(0, rows)
+        return _Passed(batch, rows, hidden, None if self._capture is None else self._capture.take())
+
+    def _finish(self, passed: list["_Passed"]) -> "_Measured":
+        """The losses of batches that went through the model; rows of several make a product worth its while."""
+        loss = None
+        if self._head is not None:
+            hidden_ND = torch.cat([p.hidden for p in passed if p.hidden is not None])
+            targets_N = torch.cat([p.batch.ids.flatten()[p.batch.response.flatten()] for p in passed])
+            loss = _to_host(measure_token_losses(hidden_ND, self._to_device(targets_N), self._head))
+        importance = [None if p.importance is None else _to_host(p.importance) for p in passed]
+        copied = None
+        if self._device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        return _Measured([p.batch for p in passed], loss, importance, copied)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
+
+
+def _measurable(model: Any, layer: int | Literal["last"], found: Findings) -> int:
+    """The layer to capture, if its attention can be."""
+    name, layers = type(model).__name__, found.softmax_layers
+    if not layers:
+        raise UsageError(
+            f"{name}: its attention cannot be measured, as it does not go through transformers' attention interface; "
+            "score its losses alone (--attention-from none), or take the attention of another checkpoint"
+        )
+    if layer == "last":
+        return layers[-1]
+    number = int(model.config.get_text_config().num_hidden_layers)
+    if -number <= layer < number and layer % number not in layers:
+        raise UsageError(
+            f"layer {layer}: layer {layer % number} of {name} has no softmax attention; legal is "
+            f"{', '.join(map(str, layers))}"
+        )
+    return layer
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences laid out in [B, T], on the host."""
+
+    indices: list[int]
+    segments: list[Segment]
+    ids: Tensor
+    """[B, T]."""
+    response: Tensor
+    """[B, T] bool."""
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A batch that went through the model."""
+
+    batch: _Batch
+    rows: Tensor
+    """[N] positions of the batch laid flat, whose states predict the response tokens."""
+    hidden: Tensor | None
+    """[N, D], those states; None where the loss is not wanted."""
+    importance: Tensor | None
+    """[B, T]."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Signals on their way to the host."""
+
+    batches: list[_Batch]
+    loss: Tensor | None
+    """[N] of all batches together."""
+    importance: list[Tensor | None]
+    copied: "torch.cuda.Event | None"
+
+    def signals(self) -> Iterator[tuple[int, Signals]]:
+        """By sequence."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        at = 0
+        for batch, importance in zip(self.batches, self.importance, strict=True):
+            for index, (row, start, stop) in zip(batch.indices, batch.segments, strict=True):
+                mask = batch.response[row, start:stop].numpy()
+                count = int(mask.sum())
+                loss = None if self.loss is None else _scatter(self.loss[at : at + count].numpy(), mask)
+                at += count
+                attention = None
+                if importance is not None:
+                    attention = _scatter(importance[row, start:stop].numpy()[mask], mask)
+                yield index, (loss, attention)
+
+
+def _lay_out(
+    indices: list[int], sequences: Sequence[Ids], response_masks: Sequence[Mask], layout: str
+) -> _Batch:
+    """Padded on the right, a row each; packed: one after the other in one row."""
+    lengths = [len(sequences[i]) for i in indices]
+    shape = (1, sum(lengths)) if layout == "packed" else (len(lengths), max(lengths))
+    padded = [(row, 0, length) for row, length in enumerate(lengths)]
+    segments = segments_of(lengths) if layout == "packed" else padded
+    ids, response = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+    for index, (row, start, stop) in zip(indices, segments, strict=True):
+        ids[row, start:stop] = sequences[index]
+        response[row, start:stop] = response_masks[index]
+    return _Batch(indices, segments, torch.from_numpy(ids), torch.from_numpy(response))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    # Only on CUDA does anybody wait for the copy (`_Measured.copied`).
+    return tensor.float().to("cpu", non_blocking=tensor.is_cuda)
+
+
+def _scatter(values: Values, mask: Mask) -> Values:
+    scattered = np.full(mask.size, np.nan, dtype=np.float32)
+    scattered[mask] = values
+    return scattered
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _of_compiler(error: RuntimeError) -> bool:
+    return any(kind.__module__.startswith("torch._dynamo") for kind in type(error).__mro__)

@@ -1,0 +1,1 @@
+"""Publishing masked datasets to the Hugging Face Hub, and fetching them."""

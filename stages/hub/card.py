@@ -1,0 +1,238 @@
+"""The dataset card: README.md of a published masked dataset, with the front matter that the Hub's viewer reads."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from sstoken.methods import METHODS
+from sstoken.stages.token_text import markdown
+
+TAGS = ("token-masked", "sstoken")
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+COLUMNS = {
+    "example_id": "name of the example in the source",
+    "input_ids": "token ids, chat template applied",
+    "labels": "the token's own id where it is kept, -100 elsewhere",
+    "keep_mask": "true where the token is kept",
+    "response_mask": "true where the token is part of an assistant's turn, and so could be kept",
+    "rel": "loss under the history checkpoint minus loss under the current one, in nats",
+    "attention": "attention that the token pays to the prompt, in [0, 1]",
+    "score": "what tokens were ranked by; higher is kept first",
+}
+"""What each column holds; the last three are null off the response."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What the published Parquet files hold."""
+
+    schema: pa.Schema
+    examples: int
+    tokens: int
+    arrow_bytes: int
+    """Of the rows in memory, about."""
+    file_bytes: int
+
+
+def card(
+    repo: str,
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    license: str | list[str] | None,
+    shards: Shards,
+) -> str:
+    """The text of the card. The same arguments give the same bytes.
+
+    Args:
+        repo: user/name.
+        facts: what the shards' metadata says (see `Provenance.masked`).
+        metrics: the summary of `select`.
+        origin: see `find_origin`.
+        license: the Hub's name of it, or several; None: not known.
+        shards: what is published.
+    """
+    source, title, fields = _source(origin), _title(origin, repo), shards.schema
+    front = front_matter(title, origin, license, shards)
+    return _CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False, width=1000),
+        title=markdown(title),
+        source=f", made from {_link(source, origin)}" if source else "",
+        examples=f"{shards.examples:,}",
+        tokens=f"{shards.tokens:,}",
+        kept=f"{metrics['kept']:,}",
+        response=f"{metrics['response_tokens']:,}",
+        share=f"{metrics['kept_share']:.1%}",
+        columns="\n".join(f"| `{f.name}` | {_type(f)} | {COLUMNS[f.name]} |" for f in fields),
+        settings="\n".join(f"| {markdown(k)} | {markdown(v)} |" for k, v in settings(facts, origin)),
+        repo=repo,
+        model=next(iter(base_models(origin)), "your/model"),
+        longest=facts.get("max_length") or 4096,
+        licence=_licence(license),
+    )
+
+
+def front_matter(
+    title: str, origin: Mapping[str, Any], license: str | list[str] | None, shards: Shards
+) -> dict[str, Any]:
+    """What the Hub reads: licence, tags, where the shards are and what is in them."""
+    front: dict[str, Any] = {"license": license} if license else {}
+    front |= {"pretty_name": title, "task_categories": ["text-generation"], "tags": list(TAGS)}
+    front["size_categories"] = [_SIZES[min(len(_SIZES) - 1, max(0, len(str(shards.examples)) - 3))]]
+    if source := _data(origin).get("hub"):
+        front["source_datasets"] = [source]
+    if models := base_models(origin):
+        front["base_model"] = models
+    split = {"name": "train", "num_bytes": shards.arrow_bytes, "num_examples": shards.examples}
+    paths = [{"split": "train", "path": "data/part-*.parquet"}]
+    front["configs"] = [{"config_name": "default", "data_files": paths}]
+    front["dataset_info"] = {
+        "features": [_feature(field) for field in shards.schema],
+        "splits": [split],
+        "download_size": shards.file_bytes,
+        "dataset_size": shards.arrow_bytes,
+    }
+    return front
+
+
+def base_models(origin: Mapping[str, Any]) -> list[str]:
+    """The models on the Hub that the dataset was encoded and scored with: the base of an adapter, not the adapter."""
+    checkpoints = (origin.get("checkpoints") or {}).values()
+    identities = [origin.get("tokenizer"), *((c or {}).get("base", c) for c in checkpoints)]
+    named = [identity["hub"] for identity in identities if identity and isinstance(identity.get("hub"), str)]
+    return list(dict.fromkeys(named))
+
+
+def settings(facts: Mapping[str, Any], origin: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Name and value of everything that decided the mask."""
+    method = METHODS.get(facts["method"])
+    yield "method", facts["method"]
+    if method is not None:
+        yield "score", method.formula
+    for key in ("rho", "gamma", "scope", "seed", "layer", "max_length"):
+        if facts.get(key) is not None:
+            yield key.replace("_", " "), str(facts[key])
+    checkpoints = origin.get("checkpoints") or {}
+    for role, checkpoint in sorted(facts["checkpoints"].items()):
+        commit = (checkpoints.get(role) or {}).get("commit")
+        known = f" at {commit}" if commit else ""
+        yield role, f"{checkpoint['checkpoint']}{known} ({checkpoint['dtype']})"
+    yield "tokenizer", f"{facts['tokenizer']['name']} (vocabulary {facts['tokenizer']['fingerprint']})"
+    if commit := _data(origin).get("commit"):
+        yield "source", f"{_source(origin)} at {commit}"
+    yield "sstoken", facts["version"]
+    yield "run fingerprint", facts["fingerprint"]
+
+
+def _data(origin: Mapping[str, Any]) -> Mapping[str, Any]:
+    return origin.get("data") or {}
+
+
+def _source(origin: Mapping[str, Any]) -> str | None:
+    return _data(origin).get("hub") or origin.get("name") or None
+
+
+def _link(source: str, origin: Mapping[str, Any]) -> str:
+    hub = _data(origin).get("hub")
+    return f"[{markdown(source)}](https://huggingface.co/datasets/{hub})" if hub else markdown(source)
+
+
+def _title(origin: Mapping[str, Any], repo: str) -> str:
+    source = _data(origin).get("hub")
+    return f"{source or repo.partition('/')[2]}, token-masked"
+
+
+def _licence(license: str | list[str] | None) -> str:
+    if license:
+        names = license if isinstance(license, str) else ", ".join(license)
+        return f"Published under {markdown(names)}; the terms of what it was made from apply."
+    return "No licence was recorded: the terms of what it was made from apply."
+
+
+def _feature(field: pa.Field) -> dict[str, Any]:
+    # `sequence` is read by every version of `datasets`, `list` by those from 4.0 on
+    if pa.types.is_list(field.type):
+        return {"name": field.name, "sequence": _dtype(field.type.value_type)}
+    return {"name": field.name, "dtype": _dtype(field.type)}
+
+
+def _dtype(kind: pa.DataType) -> str:
+    return {"float": "float32"}.get(str(kind), str(kind))
+
+
+def _type(field: pa.Field) -> str:
+    listed = pa.types.is_list(field.type)
+    return f"list of {_dtype(field.type.value_type)}" if listed else _dtype(field.type)
+
+
+_CARD = """\
+---
+{front}---
+# {title}
+
+A token-masked dataset for supervised fine-tuning{source}: {examples} examples of {tokens} tokens in all, where
+{kept} of {response} response tokens ({share}) are marked as worth learning from. The others have label -100, so
+any trainer that takes `input_ids` and `labels` leaves them out. It was made by [sstoken](https://arxiv.org/abs/2510.18250).
+
+![How the scores of kept and dropped tokens are distributed](scores.svg)
+
+One example: kept tokens on a colour by score, dropped ones struck out, the prompt dim.
+
+![The tokens of one example](example.svg)
+
+## Columns
+
+| column | type | content |
+|---|---|---|
+{columns}
+
+## How it was made
+
+| setting | value |
+|---|---|
+{settings}
+
+`provenance.json` holds the same with the checksum of every file; `sstoken-curate pull` checks them.
+
+## Load it
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("{repo}", split="train")
+```
+
+## Train on it
+
+```python
+from datasets import load_dataset
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+files = snapshot_download("{repo}", repo_type="dataset", allow_patterns="tokenizer/*")
+trainer = SFTTrainer(
+    model="{model}",
+    args=SFTConfig("trained", packing=True, max_length={longest}),
+    train_dataset=load_dataset("{repo}", split="train").select_columns(["input_ids", "labels"]),
+    processing_class=AutoTokenizer.from_pretrained(files + "/tokenizer"),
+)
+trainer.train()
+```
+
+This needs TRL 1.7 or later: older ones drop the labels when packing. With transformers' own `Trainer`, use
+`DataCollatorForSeq2Seq`; `DataCollatorForLanguageModeling` overwrites the labels. For other trainers, fetch it with
+`sstoken-curate pull {repo} --out masked`, then `sstoken-curate export masked --to TRAINER --out DIR`.
+
+## Limits
+
+- The ids belong to the tokenizer in `tokenizer/`: train a model of that vocabulary.
+- The mask says what was worth learning for the checkpoints above. How far it helps another model or another task
+  has to be tried: compare with a random choice of as many tokens.
+- Response tokens that open an answer have only the prompt to attend to, so a score that counts attention ranks
+  them high.
+- {licence}
+"""

@@ -1,0 +1,132 @@
+"""`provenance.json`: what a published masked dataset says of itself, so that `pull` can check what it gets.
+
+Nothing of the machine that made the dataset is in it: a path is reduced to its last part, and of a name with a slash
+only that of a Hub repository is kept whole.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from sstoken.errors import SstokenError
+from sstoken.stages import manifest as manifests
+from sstoken.stages.encoding.sources import shown
+from sstoken.stages.hub_models import split_revision
+from sstoken.stages.manifest import FileEntry, Manifest
+
+PROVENANCE = "provenance.json"
+
+
+class _Facts(BaseModel):
+    """What every masked dataset says of its making, and more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str
+    rho: float
+    gamma: float
+    scope: str
+    checkpoints: dict[str, dict[str, str]]
+    tokenizer: dict[str, str | int]
+    version: str
+    fingerprint: str
+
+
+class Provenance(BaseModel):
+    """What is published beside the shards."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    masked: dict[str, Any]
+    """What each shard's own metadata says too: method, rho, gamma, checkpoints, tokenizer, run fingerprint."""
+    metrics: dict[str, Any]
+    """The summary of `select`."""
+    origin: dict[str, Any]
+    """Content identities of the data, the tokenizer and the checkpoints, as far as they are known."""
+    files: list[FileEntry]
+    """Every other published file."""
+
+    @field_validator("masked")
+    @classmethod
+    def _complete(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        _Facts.model_validate(facts)
+        return facts
+
+
+def read_provenance(path: Path) -> Provenance:
+    """The provenance in a file.
+
+    Raises:
+        SstokenError: it is not one.
+    """
+    try:
+        return Provenance.model_validate_json(path.read_bytes())
+    except (ValidationError, RecursionError) as error:
+        raise SstokenError(
+            f"{path}: not the provenance of a masked dataset; publish the dataset again"
+        ) from error
+
+
+def find_origin(masked: Path, manifest: Manifest) -> dict[str, Any]:
+    """Content identities of what a masked folder was made from.
+
+    Those that it was pulled with; else those in the manifests of its inputs, where they still stand in the run's
+    folder. JSON-ready, without places on this machine; empty where nothing is known.
+    """
+    if (masked / PROVENANCE).is_file():
+        return read_provenance(masked / PROVENANCE).origin
+    run = masked.absolute().parent
+    near = {m.fingerprint: m for pattern in ("*", "*/*") for m in _manifests(run, pattern)}
+    inputs = {role: near[key] for role, key in manifest.inputs.items() if key in near}
+    origin: dict[str, Any] = {}
+    if "tokens" in inputs:
+        tokens = inputs.pop("tokens")
+        origin = {key: tokens.sources[key] for key in ("data", "tokenizer") if key in tokens.sources}
+        origin["name"] = _last_part(shown(str(tokens.settings.get("data", ""))))
+    if inputs:
+        origin["checkpoints"] = {role: m.sources.get("checkpoint") for role, m in sorted(inputs.items())}
+    return origin
+
+
+def _manifests(run: Path, pattern: str) -> list[Manifest]:
+    found = []
+    for path in sorted(run.glob(f"{pattern}/{manifests.MANIFEST}")):
+        try:
+            manifest = manifests.read_manifest(path.parent)
+        except SstokenError:  # somebody else's, or damaged: it is only looked at
+            continue
+        if manifest is not None:
+            found.append(manifest)
+    return found
+
+
+def hub_names(origin: Any) -> set[str]:
+    """The Hub repositories that `find_origin` names."""
+    if not isinstance(origin, Mapping):
+        return set()
+    named = {origin["hub"]} if isinstance(origin.get("hub"), str) else set()
+    return named.union(*(hub_names(value) for value in origin.values()))
+
+
+def public(value: Any, hub: Collection[str]) -> Any:
+    """`value` with every text that could be a path reduced to its last part, but for the names in `hub`."""
+    if isinstance(value, Mapping):
+        return {key: public(item, hub) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(item, hub) for item in value]
+    if isinstance(value, str) and split_revision(value)[0] not in hub:
+        return _last_part(value)
+    return value
+
+
+def _last_part(text: str) -> str:
+    return PurePosixPath(re.sub(r"[\\]", "/", text)).name if re.search(r"[/\\]", text) else text
+
+
+def as_json(provenance: Provenance) -> str:
+    """The same provenance gives the same bytes."""
+    return json.dumps(provenance.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"

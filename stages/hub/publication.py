@@ -1,0 +1,180 @@
+"""A masked dataset as it is published: shards without what only its maker needs, a card, pictures, the provenance.
+
+The same masked folder and settings give the same bytes, so that what a killed upload brought over is known again.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import folders, tables
+from sstoken.stages import manifest as manifests
+from sstoken.stages.files import write_whole
+from sstoken.stages.hub.card import Shards, card
+from sstoken.stages.hub.provenance import PROVENANCE, Provenance, as_json, hub_names, public
+from sstoken.stages.hub.remote import check_repo
+from sstoken.stages.hub.repository import (
+    CARD,
+    EXAMPLE_PICTURE,
+    SCORES_PICTURE,
+    SHARDS,
+    SIGNALS,
+    TOKENIZER,
+)
+from sstoken.stages.masked_stats import merge_stats
+from sstoken.stages.stage import SPEED_ONLY, Context, Stage
+
+_LOCAL_SETTINGS = ("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "cache_dir")
+"""Keys under which some versions of transformers write places on this machine into tokenizer_config.json."""
+_ID_BYTES = 16
+"""An example's id, about: what the Hub shows as the size in memory is an estimate."""
+_BEST_LENGTH = 120
+"""Tokens of an example that is drawn: enough to see something, and still one picture."""
+
+
+class Publication(Stage):
+    """Reads `masked`; writes the folder that is uploaded."""
+
+    name: ClassVar[str] = "publish"
+    folder: ClassVar[str] = "publish"
+
+    repo: str
+    """The dataset's name on the Hub: user/name."""
+    include_scores: bool = False
+    """Publish the columns rel, attention and score too (several times the size)."""
+    license: str | None = None
+    """The Hub's name of a licence, such as cc-by-4.0. Default: the source dataset's, where it is on the Hub."""
+    shard_tokens: Annotated[int, Field(ge=1)] = 8_000_000
+    """Shards are joined until a published file holds as many tokens (then about 16 MB, without scores)."""
+    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
+    """Processes."""
+    origin: dict[str, Any] = Field(default_factory=dict)
+    """Found by `publish`: see `find_origin`."""
+
+    def check(self) -> None:
+        """Refuse what cannot be a dataset's name."""
+        check_repo(self.repo)
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Write shard by shard; shards that are there already are kept."""
+        masked, out = context.inputs["masked"], context.out
+        sources = tables.parts(masked)
+        names = pq.read_schema(sources[0]).names
+        if self.include_scores and "score" not in names:
+            raise UsageError(f"{masked}: a lean dataset, it holds no scores; leave --include-scores out")
+        hub = hub_names(self.origin)
+        columns = [name for name in names if self.include_scores or name not in SIGNALS]
+        (out / SHARDS).mkdir(exist_ok=True)
+        publish_shard = partial(_publish_shard, out / SHARDS, columns, hub)
+        groups = _groups(sources, self.shard_tokens)
+        with context.progress("files", len(groups)) as progress:
+            for _ in context.map(publish_shard, enumerate(groups), workers=self.workers):
+                progress.advance()
+        metadata = [tables.read_metadata(path) for path in tables.parts(out / SHARDS)]
+        metrics = merge_stats([m["stats"] for m in metadata])
+        facts = {key: value for key, value in metadata[0].items() if key != "stats"}
+        _copy_tokenizer(masked / TOKENIZER, out / TOKENIZER)
+        self._draw(masked, metrics, out)
+        license = self.license or self.origin.get("license")
+        text = card(self.repo, facts, metrics, self.origin, license, _measured(tables.parts(out / SHARDS)))
+        write_whole(out / CARD, text)
+        (out / PROVENANCE).unlink(missing_ok=True)
+        files = [f for f in manifests.list_files(out) if not f.path.startswith(".")]
+        provenance = Provenance(masked=facts, metrics=metrics, origin=self.origin, files=files)
+        write_whole(out / PROVENANCE, as_json(provenance))
+        return metrics
+
+    def _draw(self, masked: Path, metrics: dict[str, Any], out: Path) -> None:
+        from sstoken.stages.hub.pictures import draw_scores
+        from sstoken.stages.report.show import save_svg
+
+        draw_scores(masked, metrics, out / SCORES_PICTURE)
+        save_svg(masked, out / EXAMPLE_PICTURE, row=_typical_row(tables.parts(masked)))
+
+
+def _groups(sources: Iterable[Path], shard_tokens: int) -> list[list[Path]]:
+    """Neighbours that become one published file; none is without rows if any shard has one."""
+    groups: list[list[Path]] = []
+    sizes: list[int] = []
+    for path in sources:
+        if not groups or sizes[-1] >= shard_tokens:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(path)
+        sizes[-1] += _num_tokens(path)
+    if len(groups) > 1 and not sizes[-1]:
+        groups[-2] += groups.pop()
+    return groups
+
+
+def _num_tokens(path: Path) -> int:
+    return _num_values(pq.read_metadata(path))["input_ids"]
+
+
+def _num_values(footer: pq.FileMetaData) -> dict[str, int]:
+    """How many values each column holds, lists or not."""
+    names = [footer.schema.column(i).path.partition(".")[0] for i in range(footer.num_columns)]
+    groups = range(footer.num_row_groups)
+    return {
+        name: sum(footer.row_group(group).column(i).num_values for group in groups)
+        for i, name in enumerate(names)
+    }
+
+
+def _publish_shard(out: Path, columns: list[str], hub: set[str], task: tuple[int, list[Path]]) -> None:
+    index, sources = task
+    path = out / tables.part_name(index)
+    if path.exists():
+        return
+    metadata = [tables.read_metadata(source) for source in sources]
+    stats = {
+        key: np.sum([m["stats"][key] for m in metadata], axis=0).tolist() for key in metadata[0]["stats"]
+    }
+    schema = pa.schema([field for field in pq.read_schema(sources[0]) if field.name in columns])
+    groups = (tables.read_table(source, columns) for source in sources)
+    tables.write_row_groups(path, groups, schema, public(metadata[0], hub) | {"stats": stats})
+
+
+def _measured(parts: list[Path]) -> Shards:
+    schema = pq.read_schema(parts[0]).remove_metadata()
+    examples, values = 0, Counter[str]()
+    for footer in map(pq.read_metadata, parts):
+        examples += footer.num_rows
+        values.update(_num_values(footer))
+    lists = [field for field in schema if pa.types.is_list(field.type)]
+    bits = sum(values[field.name] * field.type.value_type.bit_width for field in lists)
+    return Shards(
+        schema=schema,
+        examples=examples,
+        tokens=values["input_ids"],
+        arrow_bytes=bits // 8 + 4 * examples * len(schema) + _ID_BYTES * examples,
+        file_bytes=sum(path.stat().st_size for path in parts),
+    )
+
+
+def _typical_row(parts: Iterable[Path]) -> int:
+    """Of the first shard that has rows: the row whose length is nearest to `_BEST_LENGTH`."""
+    for path in parts:
+        lengths = [len(ids) for ids in tables.rows(tables.read_table(path, ["input_ids"])["input_ids"])]
+        if lengths:
+            return min(range(len(lengths)), key=lambda row: (abs(lengths[row] - _BEST_LENGTH), row))
+    raise SstokenError("a masked dataset without a row cannot be published; select again")
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    folders.copy_folder(source, out)
+    path = out / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if any(key in settings for key in _LOCAL_SETTINGS):
+            kept = {key: value for key, value in settings.items() if key not in _LOCAL_SETTINGS}
+            write_whole(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,120 @@
+"""Asking the Hub: every way in which it can refuse or fail becomes one line, never with a token in it."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.stages.hub_models import first_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_SECRET = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
+_BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w][\w./+-]*(?<![./])", re.ASCII)
+_REFUSALS = {
+    401: "the Hub does not take the token (401); log in again with `hf auth login`, or set HF_TOKEN",
+    402: "the account's storage is used up (402); free some, or publish under another account",
+    403: "the token has no right to do this (403); use one that may write to it",
+    409: "the Hub is busy with another change to it (409); do it again",
+    412: "somebody else changed the repository meanwhile (412); do it again",
+    413: "the Hub takes no files this large (413)",
+    429: "the Hub asks to wait (429, too many requests); do it again later",
+}
+
+
+def connect(*, write: bool = False) -> "HfApi":
+    """The client, with the token that `hf auth login` or HF_TOKEN left.
+
+    Raises:
+        SstokenError: `write`, and there is no token.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise SstokenError("HF_HUB_OFFLINE is set: the Hub is not asked; unset it first")
+    if write and not get_token():
+        raise SstokenError("no token for the Hub; log in with `hf auth login`, or set HF_TOKEN")
+    return HfApi(library_name="sstoken")
+
+
+def check_repo(repo: str) -> None:
+    """Refuse what cannot be the name of a dataset.
+
+    Raises:
+        UsageError: not of the form user/name.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(f"repo {repo!r}: {first_line(error).partition(': ')[2]}") from error
+    if repo.count("/") != 1:
+        raise UsageError(f"repo {repo!r}: legal is user/name")
+
+
+def check_branch(branch: str) -> None:
+    """Refuse what cannot be the name of a branch.
+
+    Raises:
+        UsageError: as git says it.
+    """
+    if not _BRANCH.fullmatch(branch) or branch.startswith("refs/"):
+        raise UsageError(f"branch {branch!r}: legal are letters, digits and . _ / - within, such as rho-0.4")
+
+
+@contextmanager
+def asking(repo: str) -> Iterator[None]:
+    """Turn what huggingface_hub and its HTTP client raise into one line about `repo`.
+
+    Raises:
+        SstokenError: what happened and what to do.
+    """
+    from huggingface_hub import get_token
+
+    try:
+        yield
+    except SstokenError:
+        raise
+    except Exception as error:  # huggingface_hub, httpx and the upload threads raise many kinds
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise  # of this machine's disk
+        said = explain(error).replace(get_token() or "***", "***")
+        raise SstokenError(f"{repo}: {_SECRET.sub('***', said)}") from error
+
+
+def explain(error: BaseException) -> str:
+    """The reason and the remedy."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload thread
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, RevisionNotFoundError):
+        return "has no such branch, tag or commit; see its page for those there are"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such dataset on the Hub, or a private one that your token may not see"
+    said = _message(error)
+    if status in _REFUSALS:
+        return f"{_REFUSALS[status]}{f': {said}' if status in (403, 413) and said else ''}"
+    if status is not None and status >= 500:
+        return f"the Hub failed ({status}); what was uploaded is kept, do it again"
+    if status is not None:
+        return f"the Hub refused ({status}): {said}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"what answers at {constants.ENDPOINT} is no Hub (no JSON); see HF_ENDPOINT and the proxy's settings"
+    if isinstance(error, ValueError):
+        return " ".join(str(error).split())[:300]
+    reason = first_line(error)
+    return f"the Hub does not answer at {constants.ENDPOINT} ({reason}); do it again, what was transferred is kept"
+
+
+def _message(error: Any) -> str:
+    """What the server itself said."""
+    lines = str(getattr(error, "server_message", None) or "").split()
+    return " ".join(lines)[:200]

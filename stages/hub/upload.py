@@ -1,0 +1,187 @@
+"""A prepared folder onto the Hub: what is there already is left alone, the rest goes up, then one commit."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.stages.hub.provenance import PROVENANCE, read_provenance
+from sstoken.stages.hub.remote import asking
+from sstoken.stages.hub.repository import CARD
+from sstoken.stages.manifest import FileEntry
+from sstoken.stages.stage import ProgressBar
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+MAIN = "main"
+_OWNED_BY_ANYBODY = (".gitattributes", ".gitignore", CARD)
+"""A repository that holds only these is taken as a new one."""
+_BATCH_FILES = 16
+"""Uploaded between two steps of the progress bar."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What came of a publication."""
+
+    url: str
+    """Of the dataset's page."""
+    commit: str
+    """The commit that holds the files."""
+    changed: list[str]
+    """Files that this commit wrote; empty: all was there already and no commit was made."""
+    removed: list[str]
+    """Files of an earlier publication that it removed."""
+
+
+def upload(
+    api: "HfApi",
+    folder: Path,
+    files: Sequence[FileEntry],
+    repo: str,
+    branch: str,
+    private: bool,
+    title: str,
+    progress: ProgressBar,
+) -> Upload:
+    """Make the branch hold these files, in one commit; make the repository and the branch where they are missing.
+
+    Args:
+        api: see `connect`.
+        folder: the prepared folder.
+        files: those to publish, with their checksums.
+        repo: user/name.
+        branch: an existing one or a new one, which starts at `main`.
+        private: only you may see it. An existing public repository is refused.
+        title: of the commit.
+        progress: opens the progress bar.
+
+    Raises:
+        UsageError: the repository holds something else, or is public.
+        SstokenError: the Hub refused or failed.
+    """
+    with asking(repo):
+        head, exists = _head(api, repo, branch, private)
+        there = _tree(api, repo, head)
+        removed = _leftovers(api, repo, head, there, files)
+        if not exists:
+            api.create_branch(repo, branch=branch, revision=head, repo_type="dataset", exist_ok=True)
+        changed = [file for file in files if not _same(there.get(file.path), folder, file)]
+        url = f"{api.endpoint}/datasets/{repo}"
+        if not changed and not removed:
+            return Upload(url, head, [], [])
+        commit = _commit(api, folder, changed, removed, repo, branch, head, title, progress)
+    return Upload(url, commit, [file.path for file in changed], removed)
+
+
+def _head(api: "HfApi", repo: str, branch: str, private: bool) -> tuple[str, bool]:
+    """The commit at the branch's head, or where it would start, and whether the branch exists."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.dataset_info(repo)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
+        info = api.dataset_info(repo)
+    if private and not info.private:
+        raise UsageError(
+            f"{repo}: exists and is public; make it private in its settings, or leave --private out"
+        )
+    exists = branch == MAIN
+    if not exists:
+        exists = branch in {b.name for b in api.list_repo_refs(repo, repo_type="dataset").branches}
+        if exists:
+            info = api.dataset_info(repo, revision=branch)
+    assert info.sha is not None
+    return info.sha, exists
+
+
+def _tree(api: "HfApi", repo: str, commit: str) -> dict[str, "RepoFile"]:
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _leftovers(
+    api: "HfApi", repo: str, commit: str, there: dict[str, "RepoFile"], files: Sequence[FileEntry]
+) -> list[str]:
+    """Files there that an earlier publication wrote and this one has not.
+
+    Raises:
+        UsageError: files that no publication of ours wrote.
+    """
+    ours: set[str] = set()
+    if PROVENANCE in there:
+        path = api.hf_hub_download(repo, PROVENANCE, repo_type="dataset", revision=commit)
+        ours = {file.path for file in read_provenance(Path(path)).files} | {PROVENANCE}
+    others = sorted(set(there) - ours - set(_OWNED_BY_ANYBODY))
+    if others and not ours:
+        raise UsageError(
+            f"{repo}: holds {others[0]} ({len(others)} such files), which `publish` did not write; choose another "
+            "repository, or remove them from it"
+        )
+    if others and (mixed := [path for path in others if path.split("/")[0] in _folders(files)]):
+        raise UsageError(
+            f"{repo}: {mixed[0]} is not of an earlier publication; remove it from the repository"
+        )
+    return sorted((ours & set(there)) - {file.path for file in files})
+
+
+def _folders(files: Sequence[FileEntry]) -> set[str]:
+    return {file.path.partition("/")[0] for file in files}
+
+
+def _same(there: "RepoFile | None", folder: Path, file: FileEntry) -> bool:
+    if there is None or there.size != file.bytes:
+        return False
+    if there.lfs is not None:
+        return bool(there.lfs.sha256 == file.sha256)
+    return bool(there.blob_id == _git_oid(folder / file.path))
+
+
+def _git_oid(path: Path) -> str:
+    """What git calls a file of this content."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _commit(
+    api: "HfApi",
+    folder: Path,
+    changed: Sequence[FileEntry],
+    removed: Sequence[str],
+    repo: str,
+    branch: str,
+    head: str,
+    title: str,
+    progress: ProgressBar,
+) -> str:
+    """Upload and commit; its id. Large files that an earlier, killed call had brought over are not sent again."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard
+
+    DatasetCard.load(folder / CARD).validate()  # a refusal comes before the upload, not after it
+    additions = [CommitOperationAdd(file.path, folder / file.path) for file in changed]
+    with progress("files", len(additions)) as bar:
+        for start in range(0, len(additions), _BATCH_FILES):
+            batch = additions[start : start + _BATCH_FILES]
+            api.preupload_lfs_files(repo, batch, repo_type="dataset", revision=branch, free_memory=False)
+            bar.advance(len(batch))
+    info = api.create_commit(
+        repo,
+        [*additions, *(CommitOperationDelete(path) for path in removed)],
+        commit_message=title,
+        repo_type="dataset",
+        revision=branch,
+        parent_commit=head,
+    )
+    if info.oid == head:
+        raise SstokenError(f"{repo}: the Hub made no commit; do it again")
+    return str(info.oid)

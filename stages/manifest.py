@@ -1,0 +1,176 @@
+"""Manifests: the last file written into a folder says that it is whole, what made it and what is in it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.stages.files import write_whole
+from sstoken.stages.folders import MANIFEST as MANIFEST
+from sstoken.stages.folders import (
+    NO_DIGEST,
+    check_digest,
+    damaged_manifest,
+    hash_file,
+    read_manifest_text,
+    seal,
+    sha256,
+)
+
+
+class FileEntry(BaseModel):
+    """One file of a finished folder."""
+
+    path: str
+    """Relative to the folder."""
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a finished folder says of itself."""
+
+    stage: str
+    fingerprint: str
+    settings: dict[str, Any]
+    """The stage's fields."""
+    seed: int
+    inputs: dict[str, str]
+    """Fingerprint of each input folder."""
+    sources: dict[str, Any]
+    """Content identities of what was read from outside the run."""
+    version: str
+    seconds: float
+    metrics: dict[str, Any]
+    files: list[FileEntry]
+    digest: str = NO_DIGEST
+    """Of the manifest's own text, with zeros in this place; set when it is written. Older manifests have none."""
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, or None where there is none.
+
+    Raises:
+        SstokenError: it is damaged.
+    """
+    text = read_manifest_text(folder)
+    if text is None:
+        return None
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise damaged_manifest(folder) from error
+
+
+def finished(folder: Path, what: str) -> Manifest:
+    """The manifest of a finished folder, whose files are all there.
+
+    Raises:
+        UsageError: there is no such folder.
+        SstokenError: it is unfinished work, or a file was lost or cut since.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; it should hold the {what}")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise SstokenError(f"{folder}: unfinished (no {MANIFEST}), or not a folder of {what}; make it again")
+    for problem in problems(folder, manifest, checksums=False):
+        raise SstokenError(f"{problem}; put the file back, or make {folder} again (--force)")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it whole or not at all."""
+    text = manifest.model_copy(update={"digest": NO_DIGEST}).model_dump_json(indent=1)
+    start, _, end = text.rpartition(NO_DIGEST)
+    write_whole(folder / MANIFEST, f"{start}{seal(text.encode())}{end}")
+
+
+def list_files(folder: Path) -> list[FileEntry]:
+    """Every file below the folder but its manifest, with its checksum."""
+    return [
+        FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    ]
+
+
+def unlisted(folder: Path, manifest: Manifest) -> list[Path]:
+    """Files below a finished folder that its manifest does not know; not the hidden ones, or other finished folders."""
+    listed = {MANIFEST, *(entry.path for entry in manifest.files)}
+    inside = [path.parent for path in folder.rglob(MANIFEST) if path.parent != folder]
+    found = {
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and not any(path.is_relative_to(other) for other in inside)
+    }
+    hidden = {path for path in found if any(part.startswith(".") for part in path.parts)}
+    return sorted(folder / path for path in found - hidden if path.as_posix() not in listed)
+
+
+def problems(folder: Path, manifest: Manifest, *, checksums: bool = True) -> Iterator[str]:
+    """What differs between a folder and its manifest, a line each; without `checksums`, at a glance."""
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif path.stat().st_size != entry.bytes:
+            yield f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+        elif checksums and hash_file(path) != entry.sha256:
+            yield f"{path}: content changed (checksum differs)"
+
+
+def _digest_of(known: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+class Digests:
+    """sha256 of files, remembered while a file's size and time stand, so that a finished run starts fast."""
+
+    def __init__(self, cache: Path | None = None) -> None:
+        """`cache`: a JSON file to remember them in; None: for this object's life alone."""
+        self._cache = cache
+        self._known: dict[str, str] = {}
+        self._unsaved = self._holding = False
+        if cache is not None and cache.is_file():
+            with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # only a cache
+                saved = json.loads(cache.read_text())
+                if saved["digest"] == _digest_of(saved["known"]):
+                    self._known = saved["known"]
+
+    def __call__(self, path: Path) -> str:
+        """The digest of a file.
+
+        Raises:
+            SstokenError: it lies in a finished folder whose manifest says another one.
+        """
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+        if key not in self._known:
+            self._known[key] = sha256(path)
+            self._unsaved = True
+            if not self._holding:
+                self.save()
+        check_digest(path, self._known[key])
+        return self._known[key]
+
+    def save(self) -> None:
+        """Write what is new into the cache file, if its folder is there."""
+        if self._unsaved and self._cache is not None and self._cache.parent.is_dir():
+            with suppress(OSError):  # a disk that takes no files
+                self._cache.write_text(json.dumps({"digest": _digest_of(self._known), "known": self._known}))
+            self._unsaved = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Write nothing before `save`: the folder may turn out to be somebody else's."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False

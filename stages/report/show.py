@@ -1,0 +1,283 @@
+"""`sstoken-curate show`: the tokens of a masked dataset in the terminal, kept and dropped, coloured by score.
+
+Text from a dataset is data: control characters, terminal escape sequences and rich markup are shown, never obeyed.
+"""
+
+import io
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.methods import METHODS
+from sstoken.stages import tables
+from sstoken.stages.checkpoints import load_tokenizer
+from sstoken.stages.token_text import token_texts, visible
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Viridis without its darkest third: even steps of lightness, visible on dark and on light terminals.
+RAMP = ("#355f8d", "#2a788e", "#21918c", "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725")
+PROMPT_STYLE = Style(dim=True)
+DROPPED_STYLE = Style(color="#8a8a8a", strike=True)
+DROPPED_MARKS = ("[-", "-]")
+RESPONSE_MARKS = ("«", "»")
+"""What stands for the colours where there are none; `[-...-]` as in `wdiff` and `git diff --word-diff`."""
+
+_ROW_COLUMNS = ("example_id", "input_ids", "response_mask", "keep_mask", "score")
+
+
+@dataclass(frozen=True)
+class MaskedExample:
+    """One row of a masked dataset; the per-token sequences are as long as `input_ids`."""
+
+    row: int
+    example_id: str
+    input_ids: list[int]
+    response_mask: list[bool] | None
+    """None in a lean dataset: a dropped token cannot be told from the prompt."""
+    keep_mask: list[bool]
+    scores: list[float | None]
+    provenance: dict[str, Any]
+
+
+def show(masked: Path, row: int | None = None, num_examples: int = 1, console: Console | None = None) -> None:
+    """Print `num_examples` rows of a masked folder from `row` (default: the first), with a legend.
+
+    Raises:
+        SstokenError: not a finished masked folder, or `row` out of range.
+    """
+    console = console or default_console()
+    examples = read_examples(masked, 0 if row is None else row, num_examples)
+    tokenizer = load_tokenizer(str(masked / "tokenizer"))
+    for example in examples:
+        print_example(example, tokenizer, console)
+        _print(console, Text())
+    print_legend(console, lean=examples[0].response_mask is None)
+
+
+def save_svg(
+    masked: Path, file: Path, row: int | None = None, num_examples: int = 1, width: int = 100
+) -> None:
+    """Save what `show` prints as an SVG picture, `width` characters wide. The same rows give the same bytes.
+
+    Raises:
+        SstokenError: as for `show`; or the file cannot be written.
+    """
+    console = Console(
+        record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor",
+        no_color=False, legacy_windows=False,
+    )  # fmt: skip
+    show(masked, row, num_examples, console)
+    svg = console.export_svg(title="sstoken", unique_id="sstoken", code_format=_SVG)
+    try:
+        file.write_text(svg, encoding="utf-8")
+    except OSError as error:
+        raise SstokenError(f"{file}: cannot be written ({error.strerror})") from error
+
+
+def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", console: Console) -> None:
+    """A header line, then the tokens."""
+    facts = example.provenance
+    kept, response = sum(example.keep_mask), sum(example.response_mask or ())
+    counts = f"kept {kept} of {response} response tokens" if response else f"kept {kept} tokens"
+    if response:
+        counts += f" ({kept / response:.0%})"
+    name = str(facts.get("method", ""))
+    ranked = name not in METHODS or METHODS[name].selective
+    method = f"{name} rho {facts['rho']}" if ranked and "rho" in facts else name
+    header = Text(f"row {example.row}  ", style="bold")
+    header.append(visible(example.example_id, newline="\\n"))
+    for part in filter(None, (counts, visible(method, newline="\\n"))):
+        header.append(f"  ·  {part}", style="not bold")
+    text = render_example(
+        token_texts(tokenizer, example.input_ids),
+        example.keep_mask if example.response_mask is None else example.response_mask,
+        example.keep_mask,
+        example.scores,
+        plain=is_plain(console),
+    )
+    if text.plain.endswith("\n"):
+        text.right_crop(1)
+    _print(console, header)
+    _print(console, text)
+
+
+def print_legend(console: Console, *, lean: bool = False) -> None:
+    """What the colours, or the marks in their place, mean."""
+    legend = Text()
+    if is_plain(console):
+        legend.append("prompt or dropped «kept»" if lean else "prompt «kept [-dropped-]»")
+    else:
+        legend.append("prompt" if not lean else "prompt or dropped", style=PROMPT_STYLE)
+        legend.append("   kept, score low ")
+        for color in RAMP:
+            legend.append("  ", style=Style(bgcolor=color))
+        legend.append(" high   ")
+        if not lean:
+            legend.append("dropped", style=DROPPED_STYLE)
+    _print(console, legend)
+
+
+def render_example(
+    tokens: Sequence[str],
+    response_mask: Sequence[bool],
+    keep_mask: Sequence[bool],
+    scores: Sequence[float | None],
+    *,
+    plain: bool = False,
+) -> Text:
+    """The tokens of one example as styled text: prompt dim, kept on a background by score, dropped struck out.
+
+    Args:
+        tokens: T strings (see `token_texts`), as they are in the dataset: they are made visible here.
+        response_mask: T flags.
+        keep_mask: T flags, true on response tokens only.
+        scores: T values, None where there is none. Only their rank among the kept tokens shows.
+        plain: marks instead of colours.
+    """
+    kinds = [
+        ("kept" if keep else "dropped") if response else "prompt"
+        for response, keep in zip(response_mask, keep_mask, strict=True)
+    ]
+    if plain:
+        return Text(_marked([visible(token) for token in tokens], kinds))
+    text = Text(overflow="fold")
+    shades = _ranks([s if kind == "kept" else None for s, kind in zip(scores, kinds, strict=True)])
+    for token, kind, shade in zip(tokens, kinds, shades, strict=True):
+        style = {"prompt": PROMPT_STYLE, "dropped": DROPPED_STYLE}.get(kind) or _shade(shade)
+        text.append(visible(token), style=style)
+    return text
+
+
+def read_examples(masked: Path, row: int, num_examples: int = 1) -> list[MaskedExample]:
+    """Rows `row` to `row + num_examples - 1` of a masked folder, or up to its last; reads their row groups only.
+
+    Raises:
+        UsageError: no such folder, not a masked one, or `row` out of range.
+        SstokenError: it is unfinished or damaged.
+    """
+    parts = tables.parts(masked)
+    if not (masked / "manifest.json").is_file():
+        if parts:
+            raise SstokenError(f"{masked}: unfinished (no manifest.json); run its select again")
+        why = "not a masked dataset" if masked.is_dir() else "no such folder"
+        raise UsageError(f"{masked}: {why}; name the folder that select wrote")
+    footers = [_footer(part) for part in parts]
+    total = sum(footer.num_rows for footer in footers)
+    if not 0 <= row < total:
+        legal = f"legal are 0 to {total - 1}" if total else "the dataset is empty"
+        raise UsageError(f"row {row} is not in {masked}: {legal}")
+    examples: list[MaskedExample] = []
+    first = 0
+    for part, footer in zip(parts, footers, strict=True):
+        for group in range(footer.num_row_groups):
+            after = first + footer.row_group(group).num_rows
+            low, high = max(row, first), min(row + num_examples, after)
+            if low < high:
+                examples += _read_rows(part, group, range(low - first, high - first), first)
+            first = after
+    return examples
+
+
+def _footer(part: Path) -> Any:
+    try:
+        footer = pq.read_metadata(part)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SstokenError(f"{part}: not a readable Parquet file; run its select again") from error
+    if not {"example_id", "input_ids", "keep_mask"} <= set(footer.schema.to_arrow_schema().names):
+        raise UsageError(f"{part.parent}: not a masked dataset; name the folder that select wrote")
+    return footer
+
+
+def _read_rows(part: Path, group: int, local: Iterable[int], first: int) -> list[MaskedExample]:
+    """The rows `local` of one row group, whose first row is row `first` of the folder."""
+    provenance = tables.read_metadata(part)
+    table = tables.read_row_group(part, group, _ROW_COLUMNS)
+    rows = ((i, table.slice(i, 1).to_pylist()[0]) for i in local)
+    return [
+        MaskedExample(
+            first + i, r["example_id"], r["input_ids"], r.get("response_mask"), r["keep_mask"],
+            r.get("score") or [None] * len(r["input_ids"]), provenance,
+        )
+        for i, r in rows
+    ]  # fmt: skip
+
+
+def _ranks(scores: Sequence[float | None]) -> list[float]:
+    """The rank of each score among the given ones, in [0, 1]; equal scores are equal; 0.5 where there is none."""
+    order = sorted({s for s in scores if s is not None and not math.isnan(s)})
+    rank = {s: i / (len(order) - 1) if len(order) > 1 else 0.5 for i, s in enumerate(order)}
+    return [rank.get(s, 0.5) if s is not None else 0.5 for s in scores]
+
+
+def _shade(rank: float) -> Style:
+    """A background of the ramp, with whichever of black and white reads better on it."""
+    background = RAMP[min(int(rank * len(RAMP)), len(RAMP) - 1)]
+    red, green, blue = (int(background[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    return Style(color="#000000" if luminance > 0.18 else "#ffffff", bgcolor=background)
+
+
+def _marked(texts: Sequence[str], kinds: Sequence[str]) -> str:
+    """The texts joined, each response between its marks and what was dropped of it between its own."""
+    pairs = [(text, kind) for text, kind in zip(texts, kinds, strict=True) if text]
+    marked = ""
+    for prompt, turn in groupby(pairs, key=lambda pair: pair[1] == "prompt"):
+        inner = ""
+        for dropped, run in groupby(turn, key=lambda pair: pair[1] == "dropped"):
+            inner += "".join(text for text, _ in run).join(DROPPED_MARKS if dropped else ("", ""))
+        marked += inner if prompt else inner.join(RESPONSE_MARKS)
+    return marked
+
+
+def default_console() -> Console:
+    """Standard output, where a character that its encoding lacks is spelled out rather than an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console()
+
+
+def is_plain(console: Console) -> bool:
+    """Whether colours will not show: no terminal, a dumb one, or NO_COLOR."""
+    return console.no_color or console.color_system is None
+
+
+def _print(console: Console, text: Text) -> None:
+    """One paragraph; lines are folded on a terminal only, so that a pipe gets the text as it is."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+# rich's own template loads a font from the network; this one takes what the reader has.
+_SVG = """\
+<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: "Fira Code", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: {char_height}px; line-height: {line_height}px; }}
+.{unique_id}-title {{ font: bold 18px sans-serif; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal"><rect width="{terminal_width}" height="{terminal_height}"/></clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix" xml:space="preserve">
+{matrix}
+</g>
+</g>
+</svg>
+"""

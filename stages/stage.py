@@ -1,0 +1,125 @@
+"""What a stage is: a frozen configuration plus `run(context) -> metrics`."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Marker:
+    """Says something of a field; stands in its `Annotated[...]`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+SPEED_ONLY = _Marker("SPEED_ONLY")
+"""The field changes how fast a stage runs, never what it writes: it is left out of the fingerprint."""
+BY_CONTENT = _Marker("BY_CONTENT")
+"""The field names a place whose content `Stage.sources` identifies: the name is left out of the fingerprint."""
+
+
+class Progress(Protocol):
+    """A progress bar under way."""
+
+    def advance(self, amount: int = 1) -> None:
+        """Count `amount` more units as done."""
+
+
+ProgressBar = Callable[[str, int | None], AbstractContextManager[Progress]]
+"""`bar(unit, total)` opens a progress bar; `total` None: not known beforehand."""
+
+
+class Map(Protocol):
+    """How an engine runs a function over shards: results in the order of `tasks`, which is read lazily.
+
+    `function` and the tasks must pickle when `workers > 1`.
+    """
+
+    def __call__(self, function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 1) -> Iterator[R]:
+        """Yield `function(task)` for each task."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the runner hands to a stage."""
+
+    inputs: Mapping[str, Path]
+    """Finished folders by name (`tokens`, `scores`, ...). Read-only."""
+    out: Path
+    """The folder under construction. Shards already in it are whole: an interrupted run left them."""
+    seed: int
+    fingerprint: str
+    """Of this stage with these settings and inputs, for provenance."""
+    map: Map
+    progress: ProgressBar
+
+
+class Settings(BaseModel):
+    """Base of every configuration: its fields are all there are, and do not change."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """The fields that decide what is written, JSON-ready."""
+        fields = type(self).model_fields.items()
+        left_out = {
+            name for name, field in fields if any(m in (SPEED_ONLY, BY_CONTENT) for m in field.metadata)
+        }
+        return self.model_dump(mode="json", exclude=left_out)
+
+
+class Stage(Settings):
+    """Base of every stage. Fields are its configuration: the YAML section and the CLI options of its verb."""
+
+    name: ClassVar[str]
+    """The stage's file, YAML section and CLI verb."""
+    folder: ClassVar[str]
+    """The folder it writes in a run."""
+
+    distributed: ClassVar[bool] = False
+    """Whether the processes that torchrun starts can run it together."""
+    seeded: ClassVar[bool] = False
+    """Whether what it writes depends on the seed."""
+    follows_sources: ClassVar[bool] = False
+    """Whether the same call makes its output anew where only the content of its sources has changed."""
+
+    def check(self) -> None:
+        """Refuse, before any work, what can be seen to be wrong without reading the data.
+
+        Raises:
+            UsageError: one line; the value received, what is legal, what to do.
+        """
+
+    def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        """Content identities of what is read from outside the run, for the fingerprint.
+
+        `digest(file)` is the file's sha256, cached while its size and time stand.
+        """
+        return {}
+
+    def agree(self, run: bool | None) -> bool:
+        """Among the processes that run the stage together: the main one's word on whether there is work to do.
+
+        Called by each once, by the main process when the folder is as `run` is to find it.
+        """
+        return bool(run)
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do the work; return the metrics that the manifest keeps. `context.out` is the only place written."""
+        raise NotImplementedError

@@ -1,0 +1,34 @@
+"""Run as a program: scores with a budget that does not fit in the memory that is left; prints what became of it."""
+
+import resource
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sstoken.measure.scorer import Scorer
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=8192, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    scorer = Scorer(LlamaForCausalLM(config).eval(), layer=-1, batch_tokens=8192)
+    random = np.random.default_rng(0)
+    sequences = [random.integers(0, 500, 256).astype(np.int32) for _ in range(40)]
+    masks = [np.arange(256) > 100 for _ in sequences]
+    list(scorer.measure(sequences[:1], masks[:1]))  # what libraries map on first use is mapped
+    with open("/proc/self/statm") as statm:
+        mapped = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (300 << 20), resource.RLIM_INFINITY))
+    found = dict(scorer.measure(sequences, masks))
+    assert found.keys() == set(range(len(sequences)))
+    assert all(np.isfinite(loss[mask]).all() for (loss, _), mask in zip(found.values(), masks, strict=True))
+    print(scorer.batch_tokens)
+
+
+if __name__ == "__main__":
+    main()

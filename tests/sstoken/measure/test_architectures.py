@@ -1,0 +1,51 @@
+"""Every causal architecture of transformers: right values, or a refusal that names it; the documentation says which."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.sstoken.measure import tiny_architectures
+from tests.sstoken.measure.tiny_architectures import WRONG, architectures, classify
+
+CORE = (
+    "bloom", "deepseek_v3", "falcon", "falcon_h1", "gemma2", "gpt_oss", "gptj", "granitemoe", "lfm2", "llama",
+    "minimax", "mixtral", "mpt", "qwen3_5_text", "rwkv", "xlnet",
+)  # fmt: skip
+PAGE = Path(__file__).parents[3] / "docs" / "architectures.md"
+
+
+@pytest.fixture(autouse=True)
+def silent():
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    tiny_architectures.silence()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+def documented():
+    rows = [
+        line.strip("| \n").split(" | ", 1) for line in PAGE.read_text().splitlines() if line.startswith("| ")
+    ]
+    return dict(rows[1:])
+
+
+@pytest.mark.parametrize("kind", CORE)
+def test_a_core_architecture_is_as_documented(kind):
+    assert classify(kind) == documented()[kind]
+
+
+def test_nothing_documented_is_wrong():
+    assert not [kind for kind, said in documented().items() if said.startswith(WRONG)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(set(architectures()) - set(CORE)))
+def test_an_architecture_is_as_documented(kind):
+    assert classify(kind) == documented()[kind]
+
+
+@pytest.mark.slow
+def test_every_architecture_is_documented():
+    assert set(documented()) == set(architectures())
