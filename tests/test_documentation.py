@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 NOT_HERE = ("make ", "pip install ")
 """They set up what these tests run in; CI runs the make targets themselves."""
 NEEDS_THE_HUB = ("pull",)
-"""tests/hub runs them; here there is no network, which they have to say."""
+"""tests/stages/hub runs them; here there is no network, which they have to say."""
 
 
 def blocks(language):
