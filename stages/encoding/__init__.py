@@ -1,9 +1,16 @@
-"""What `encode` is made of, in the order in which a row goes through it.
+"""The modules of `encode`, in the order in which a row passes through them.
 
-- A row: `sources` (where rows come from), `rowfiles`, `archives`, `arrow_rows`, `json_values` (one format each).
-- What it says: `layouts` (which column is what), `turns`, `parts`, `calls` (its messages), `marks` (what is not
-  trained), `preference`, `leftovers`, `column_names` (what is no part of it); `conversations` puts these together.
-- As text: `templates` (a chat template), `rendering` (text and responses), `spans` (where turns begin and end),
-  `tracing`, `altering`, `pieces` (which text the template lost), `scaffolds` (what is known from earlier rows).
-- As tokens: `chat` (ids and mask), `shards` (a file of them), `token_stats`, `time_limit`.
+- Reading rows: `sources` (files, folders, the Hub), then one format each: `row_files`, `archives`,
+  `arrow_rows`,
+  `json_values`.
+- Parsing a row into messages: `layouts` (which column plays which role), `turns`, `content_parts`,
+  `tool_calls`,
+  `marks` (turns marked as not trained on), `preference`, `unused_text`, `column_names`; `conversations`
+  combines them.
+- Rendering to text: `templates` (a chat template), `rendering` (text and response spans), `spans` (where
+  turns begin
+  and end), `tracing`, `altering`, `pieces` (text that the template dropped), `scaffolds` (shapes seen
+  before).
+- Encoding to tokens: `chat` (ids and response mask), `shards` (writes one shard), `token_stats`,
+  `time_limit`.
 """

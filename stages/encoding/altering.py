@@ -1,7 +1,8 @@
-"""Copies of conversations with other letters, from which it shows who owns each character of a rendering.
+"""Copies of conversations with substituted letters, which reveal the owner of each character of a rendering.
 
-Every owner (the tool definitions, each message, the names of tools) has a replacement of its own within each kind of
-character, so that a replaced character tells whose it is.
+Each owner (the tool definitions, a message, the names of tools) substitutes every kind of character in its
+own way, so
+a substituted character identifies its owner.
 """
 
 import re
@@ -18,28 +19,28 @@ from numpy.typing import NDArray
 from sstoken.stages.encoding.messages import Conversation, Message
 
 TEMPLATE = -1
-"""Owner of a character that the template printed on its own account."""
+"""Owner of a character that the template itself printed."""
 TOOLS = 0
-"""Owner of a character of the tool definitions. Message `i` owns its characters as `i + 1`."""
+"""Owner of the characters of tool definitions. Message `i` owns its characters as `i + 1`."""
 _LETTER, _DIGIT, _OTHER = range(3)
-"""Kinds of characters; each is replaced within its kind."""
+"""Kinds of characters; a character is replaced by another of its kind."""
 _RANGES = ((_LETTER, ord("a"), 26), (_LETTER, ord("A"), 26), (_DIGIT, ord("0"), 10))
 _SHORT = 300
-"""Characters up to which texts are remembered."""
+"""Texts up to this many characters are cached."""
 _NUM_SHIFTS = (25, 9, 7)
-"""How many replacements there are of each kind."""
+"""The number of distinct replacements of each kind."""
 
 
 def altered_copy(
     conversation: Conversation, protected: re.Pattern[str] | None, variant: int, with_names: bool
 ) -> Conversation:
-    """A copy with other letters and digits, of the same length everywhere.
+    """Return a copy with other letters and digits, where every text keeps its length.
 
     Args:
-        conversation: is left as it is.
-        protected: text that the template looks for, which keeps its letters.
-        variant: another number gives other replacements.
-        with_names: replace the names of tools too; some templates look them up.
+        conversation: is not modified.
+        protected: text that the template looks for; it keeps its letters.
+        variant: selects another set of replacements.
+        with_names: also replace the names of tools, although some templates look them up.
     """
     names = len(conversation.messages) + 1
 
@@ -90,7 +91,7 @@ def altered_copy(
 
 
 def stretches(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[int, int, bool]]:
-    """The whole text in order: stretches outside (True) and inside (False) of what is protected."""
+    """Yield start, stop and kind of each stretch, in order: True outside protected text, False inside."""
     at = 0
     for match in protected.finditer(text) if protected else ():
         yield at, match.start(), True
@@ -100,12 +101,12 @@ def stretches(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[in
 
 
 def segments(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[int, int]]:
-    """Start and end of each stretch outside of what is protected."""
+    """Yield start and stop of each stretch outside protected text."""
     return ((start, stop) for start, stop, outside in stretches(text, protected) if outside)
 
 
 def visible(text: str, protected: re.Pattern[str] | None) -> str:
-    """The characters of a text that an altered copy replaces."""
+    """Return the characters of a text that an altered copy replaces."""
     return _visible_short(text, protected) if len(text) <= _SHORT else _visible(text, protected)
 
 
@@ -114,16 +115,16 @@ def _visible(text: str, protected: re.Pattern[str] | None) -> str:
 
 
 _visible_short = lru_cache(maxsize=1 << 14)(_visible)
-"""Descriptions of tools, keys and names, which all rows share."""
+"""Cached, since all rows share tool descriptions, keys and names."""
 
 
 def _shifts(owner: int, variant: int) -> tuple[int, ...]:
-    """How an owner's letters, digits and other characters are replaced."""
+    """Return the shift of an owner's letters, of its digits and of its other characters."""
     return tuple(1 + (owner + 5 * variant) % count for count in _NUM_SHIFTS)
 
 
 class _Replacements(dict[int, int]):
-    """A table for `str.translate`, filled as it is used."""
+    """A lazily filled table for `str.translate`."""
 
     def __init__(self, shifts: tuple[int, ...]) -> None:
         super().__init__()
@@ -137,13 +138,13 @@ class _Replacements(dict[int, int]):
         for kind, first, count in _RANGES:
             if first <= code < first + count:
                 return first + (code - first + self._shifts[kind]) % count
-        # Beyond ASCII: a neighbour in the same block of eight, where all eight are of one kind.
+        # Beyond ASCII: a neighbour in the same block of eight, if all eight are of one kind.
         return code ^ self._shifts[_OTHER] if _uniform(code >> 3) else code
 
 
 @lru_cache(maxsize=1 << 14)
 def _uniform(block: int) -> bool:
-    """Whether the eight characters of a block are letters, or pictures, of one kind that no normal form changes."""
+    """Whether the eight characters of a block are all letters or all symbols, and stable under normalization."""
     if block < 0x10:
         return False
     characters = [chr(code) for code in range(block << 3, (block << 3) + 8)]
@@ -158,7 +159,7 @@ def _uniform(block: int) -> bool:
 
 
 class _Replaced(dict[int, int | None]):
-    """A table for `str.translate` that deletes what an altered copy keeps, filled as it is used."""
+    """A lazily filled table for `str.translate` that deletes the characters an altered copy keeps."""
 
     def __missing__(self, code: int) -> int | None:
         self[code] = kept = code if _replacements(0, 0)[code] != code else None
@@ -174,12 +175,12 @@ def _replacements(owner: int, variant: int) -> _Replacements:
 
 
 def codes(text: str) -> NDArray[np.uint32]:
-    """A text as its code points."""
+    """Return the code points of a text."""
     return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
 def decoded(points: NDArray[np.uint32]) -> str:
-    """Code points as text."""
+    """Return the text of code points."""
     return points.tobytes().decode("utf-32-le")
 
 
@@ -190,16 +191,17 @@ def owners_of(
     variant: int,
     texts: Mapping[int, str],
 ) -> NDArray[np.int16] | None:
-    """Who owns each character, from how it was replaced; None where some replacement is nobody's.
+    """Return the owner of each character, inferred from its replacement; None if one matches no owner.
 
-    `texts` are what each owner has to print. Of owners that replace alike, those come first that have some of the
-    character left.
+    `texts` holds what each owner has to print. Where several owners replace a character alike, prefer those
+    that still
+    have this character to print.
     """
     left = {owner: Counter(text) for owner, text in texts.items()} if num_owners > min(_NUM_SHIFTS) else {}
     owners = np.full(original.size, TEMPLATE, np.int16)
     places = np.flatnonzero(original != altered)
     before, after = original[places].astype(np.int64), altered[places].astype(np.int64)
-    # What each replacement amounts to: its kind (letters, digits, others) and its shift or mask.
+    # The kind of each replacement (letter, digit, other) and its shift or XOR mask.
     kinds, amounts = np.full(places.size, _OTHER), before ^ after
     for kind, first, count in _RANGES:
         both = (before >= first) & (before < first + count) & (after >= first) & (after < first + count)
@@ -207,7 +209,7 @@ def owners_of(
         amounts[both] = (after[both] - before[both]) % count
     keys = kinds * 4096 + np.minimum(amounts, 4095)
     apart = np.diff(keys) != 0
-    if left:  # two owners that replace alike may follow each other
+    if left:  # two owners with the same replacement may be adjacent
         apart |= np.diff(places) > 1
     borders = np.flatnonzero(apart) + 1
     owner = TOOLS
@@ -220,7 +222,7 @@ def owners_of(
         if left and len(candidates) > 1:
             character = chr(int(before[start]))
             candidates = tuple(c for c in candidates if c in left and left[c][character] > 0) or candidates
-        if owner not in candidates:  # messages are printed in their order, most of them
+        if owner not in candidates:  # most templates print messages in order
             owner = next((c for c in candidates if c > owner), candidates[0])
         owners[places[start:stop]] = owner
         if owner in left:
@@ -230,5 +232,5 @@ def owners_of(
 
 @lru_cache(maxsize=4096)
 def _candidates(kind: int, amount: int, num_owners: int, variant: int) -> tuple[int, ...]:
-    """The owners whose characters of a kind are replaced by that amount."""
+    """The owners that replace characters of this kind by this amount."""
     return tuple(o for o in range(num_owners) if _shifts(o, variant)[kind] == amount)

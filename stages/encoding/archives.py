@@ -1,4 +1,4 @@
-"""Compressed files and zip archives as streams of plain bytes."""
+"""Compressed files and zip archives as streams of uncompressed bytes."""
 
 import io
 import re
@@ -16,27 +16,27 @@ _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)$")
 
 
 def is_tar(path: str) -> bool:
-    """Whether the name is that of a tar archive."""
+    """Whether the name ends like a tar archive's."""
     return _TAR.search(path.lower()) is not None
 
 
 def is_zip(path: str) -> bool:
-    """Whether the name is that of a zip archive."""
+    """Whether the name ends like a zip archive's."""
     return path.lower().endswith(".zip")
 
 
 def opened(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
-    """The data files in one file: itself, decompressed, or every member of a zip archive in its order.
+    """Yield the data files in one file: the file itself, decompressed, or every member of a zip archive in order.
 
     Args:
         raw: the file, binary.
-        name: the file for people; its extensions say what it is.
+        name: the file's name as shown to the user; its extensions decide how it is read.
 
     Yields:
-        The name of each and its buffered bytes.
+        The name of each data file and its buffered bytes.
 
     Raises:
-        SstokenError: a codec that this Python lacks; an archive with members that are no data files.
+        SstokenError: this Python lacks the codec, or a member of the archive is not a data file.
     """
     if is_zip(name):
         yield from _members(raw, name)
@@ -45,14 +45,14 @@ def opened(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
 
 
 def decompressed(raw: Any, name: str) -> io.BufferedReader:
-    """A buffered reader of the plain bytes.
+    """Return a buffered reader of the uncompressed bytes.
 
     Raises:
         SstokenError: this Python was built without the codec.
     """
     suffix = PurePosixPath(name).suffix.lower()
     if suffix == ".zst":
-        import pyarrow as pa  # brings its own zstd
+        import pyarrow as pa  # bundles zstd
 
         if not pa.Codec.is_available("zstd"):
             raise SstokenError(
@@ -78,7 +78,7 @@ def _members(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
         for member in members:
             inner = member.filename
             if rowfiles.kind(inner) is None and outer is not None and len(members) == 1:
-                inner += f".{outer}"  # the name of the archive says it
+                inner += f".{outer}"  # take the format from the archive's name
             if rowfiles.kind(inner) is None or is_zip(inner):
                 raise SstokenError(
                     f"{name}: holds {member.filename}, which is not one of {', '.join(rowfiles.EXTENSIONS)}; extract "

@@ -1,7 +1,8 @@
-"""Rows of Arrow tables (Parquet, saved datasets, the Hub) as the JSON values that they stand for.
+"""Rows of Arrow tables (Parquet, saved datasets, the Hub) converted to the JSON values they stand for.
 
-A struct has every key of every row, null where a row has none: such nulls are left out. Nulls in maps and in
-JSON columns are values.
+An Arrow struct has the keys of all rows and holds null where a row lacks one, so nulls in structs are
+dropped. Nulls in
+maps and in JSON columns are values and are kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,23 +14,23 @@ from sstoken.stages.encoding.json_values import parse_json
 
 NULLS_LEFT_OUT = "nulls in tool calls or tools left out (an Arrow struct does not tell a null from nothing)"
 _CALLS = frozenset(("arguments", "parameters", "input", "args", "tools", "functions"))
-"""Fields below which a null may be a value of the row."""
+"""Fields below which a null may be a real value of the row."""
 Convert = Callable[[Any], Any]
 Parsed = tuple[Any, tuple[str, str] | None, tuple[str, ...]]
-"""A row's value, or what is wrong with it, and notes on what reading it took away."""
+"""A row's value, or a (reason, detail) problem, and notes on what reading it changed."""
 
 
 class _Nulls:
-    """Counts the nulls left out of a row that may have been values."""
+    """Counts the dropped nulls of a row that may have been real values."""
 
     found = 0
 
 
 def rows_of(table: Any) -> Iterator[Parsed]:
-    """The rows of a table or record batch.
+    """Yield the rows of a table or record batch.
 
     Raises:
-        ValueError: two columns of one name.
+        ValueError: two columns have the same name.
     """
     names = table.schema.names
     if len(set(names)) < len(names):
@@ -43,7 +44,7 @@ def rows_of(table: Any) -> Iterator[Parsed]:
     table = _without_times(table)
     try:
         rows: Iterator[Any] = iter(table.to_pylist())
-    except UnicodeDecodeError:  # in one of them
+    except UnicodeDecodeError:  # one of the rows is not UTF-8
         rows = (_one(table, i) for i in range(table.num_rows))
     for row in rows:
         nulls.found = 0
@@ -69,7 +70,7 @@ def _one(table: Any, index: int) -> Any:
 
 
 def _without_times(table: Any) -> Any:
-    """Columns of dates and times as text: a nanosecond fits no Python type."""
+    """Convert date and time columns to text: Python has no type for nanoseconds."""
     import pyarrow as pa
 
     for index, field in enumerate(table.schema):
@@ -80,7 +81,7 @@ def _without_times(table: Any) -> Any:
 
 
 def _converter(kind: Any, in_call: bool, nulls: _Nulls) -> Convert | None:
-    """What turns Python values of an Arrow type into JSON values; None where they are that already."""
+    """Return the function that converts Python values of an Arrow type to JSON values; None if none is needed."""
     import pyarrow as pa
 
     types = pa.types
@@ -125,7 +126,7 @@ def _list(value: list[Any], inner: Convert) -> list[Any]:
 
 
 def _decimal(value: Decimal) -> Any:
-    """A whole number as an integer, another one as the float that prints the same; else as it is."""
+    """Convert an integer to int, and another number to the float that prints the same, if one does."""
     if value == value.to_integral_value() and value.as_tuple().exponent == 0:
         return int(value)
     return float(value) if Decimal(repr(float(value))) == value else value

@@ -1,4 +1,4 @@
-"""Tool calls and tool definitions, in the forms that APIs and trainers write them, in one form."""
+"""Tool calls and tool definitions: the forms that APIs and trainers use, parsed into one form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +11,14 @@ _ARGUMENTS = ("arguments", "parameters", "input", "args")
 
 
 def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Calls as `{"type": "function", "function": {"name", "arguments"}}`, with the `id` where there is one.
+    """Parse calls into `{"type": "function", "function": {"name", "arguments"}}`, with `id` if present.
 
     Args:
-        value: a call or a list of them, also as JSON text. A call may stand bare, as name and arguments.
+        value: a call or a list of them, possibly as JSON text. A call may be a bare name and arguments.
         where: the message, for errors.
 
     Raises:
-        BadRow: a call without a name, or arguments that are no JSON object.
+        BadRow: a call has no name, or its arguments are not a JSON object.
     """
     parsed = _parsed(value, where)
     calls = parsed if isinstance(parsed, list) else [parsed]
@@ -26,13 +26,13 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tool definitions as `{"type": "function", "function": {...}}`; None where there is none.
+    """Parse tool definitions into `{"type": "function", "function": {...}}`; None if there are none.
 
     Args:
-        value: a list of definitions, or one; also as JSON text. A definition may stand bare.
+        value: one definition or a list of them, possibly as JSON text. A definition may lack the wrapper.
 
     Raises:
-        BadRow: something else.
+        BadRow: it is something else.
     """
     tools = json_or_text(value, "[{")
     if isinstance(tools, str):
@@ -63,7 +63,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     given = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), None)
     arguments = {} if given is None or given == "" else _parsed(given, where)
     if not isinstance(arguments, Mapping):
-        raise BadRow("bad tool call", f"{where}: the arguments of {name} are no JSON object")
+        raise BadRow("bad tool call", f"{where}: the arguments of {name} are not a JSON object")
     identity = next(
         (call[key] for key in ("id", "tool_call_id", "call_id") if call.get(key) is not None), None
     )
@@ -74,7 +74,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 def _tool(tool: Any) -> dict[str, Any]:
     if not isinstance(tool, Mapping):
         raise BadRow(
-            "bad tools", "the tools are no list of JSON schemas; leave them out with --ignore-column"
+            "bad tools", "the tools are not a list of JSON schemas; leave them out with --ignore-column"
         )
     if isinstance(tool.get("function"), Mapping):
         return {"type": "function"} | dict(tool)

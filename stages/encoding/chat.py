@@ -1,8 +1,10 @@
-"""A conversation as token ids, and which of them are the model's own words.
+"""Encode a conversation as token ids and a response mask.
 
-The chat template renders the conversation to text once, the text is tokenized once with character offsets, and the
-stretches of text that the assistant said become the response mask. Every piece of text of the conversation is accounted
-for in the rendering: what the template leaves out makes the row a bad one, unless the user allows it.
+The chat template renders the conversation to text once, the tokenizer encodes the text once with character
+offsets, and
+the tokens of the assistant's spans form the response mask. Every text of the conversation must appear in the
+rendering:
+if the template drops one, the row is bad, unless the user allows it.
 """
 
 import re
@@ -31,31 +33,32 @@ NORMALIZED = "examples whose text the tokenizer's normalizer changes"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example. Ends with its last response token; empty when truncation left no response token."""
+    """One example. It ends with its last response token, and is empty if truncation left no response token."""
 
     input_ids: list[int]
     response_mask: list[bool]
-    """As long as `input_ids`: assistant turns, each with its end-of-turn token."""
+    """As long as `input_ids`: True for the assistant's tokens, including end-of-turn tokens."""
     truncated: bool
-    """Response tokens beyond the maximal length were cut off."""
+    """Truncation to the maximum length cut off response tokens."""
     turn: int | None = None
-    """The message that it trains, counted from 1, where each turn is an example; None: all of them."""
+    """The message it trains on, counted from 1, where each turn is an example; None: all of them."""
     notes: tuple[str, ...] = ()
-    """What has to be counted and said of it."""
+    """What to count and report about this example."""
 
 
 class ChatEncoder:
     """Encodes conversations with one tokenizer and one chat template.
 
     Args:
-        tokenizer: a fast one.
-        max_length: in tokens; None: what the tokenizer declares, or 4096 where that is no real limit.
-        chat_template: Jinja text instead of the tokenizer's own.
-        turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in an example of its
-            own, rendered as inference would see it.
-        allow_lost: what the template may leave out.
-        keep_special_tokens: take rows whose text holds special tokens.
-        stop_tokens: on which generation stops, besides EOS.
+        tokenizer: a fast tokenizer.
+        max_length: in tokens; None: the tokenizer's own limit, or 4096 if it has no real one.
+        chat_template: Jinja text that replaces the tokenizer's own.
+        turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in its own
+            example,
+            rendered as inference would see it.
+        allow_lost: kinds of text that the template may drop.
+        keep_special_tokens: accept rows whose text contains special tokens.
+        stop_tokens: tokens that stop generation, besides EOS.
     """
 
     def __init__(
@@ -84,27 +87,28 @@ class ChatEncoder:
         self._renderer = Renderer(self.template, vocabulary, turns, allow_lost)
 
     def template(self, tools: list[dict[str, Any]] | None = None) -> str:
-        """The Jinja text in use (a tokenizer may have another one for conversations with tools)."""
+        """Return the Jinja text in use; a tokenizer may have a separate one for conversations with tools."""
         if self._override is not None:
             return self._override
         if self.tokenizer.chat_template is None:
             return ("{{- bos_token -}}" if self._adds_bos else "") + PLAIN_CHAT_TEMPLATE
         try:
             return str(self.tokenizer.get_chat_template(None, tools))
-        except ValueError as error:  # several templates, none the default
+        except ValueError as error:  # several templates, none of them the default
             raise SstokenError(
                 f"chat template: {str(error).splitlines()[0]}; name one with --chat-template"
             ) from error
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
-        """Token ids and response masks of a conversation: one example, or several where each turn is one.
+        """Encode a conversation as one example, or as one per turn.
 
-        Token 0 is never a response token: nothing predicts it. What follows the last response token carries
-        nothing and is left out. An example longer than `max_length` keeps its start.
+        Token 0 is never a response token, since nothing predicts it. Text after the last response token is
+        dropped. An example longer than `max_length` keeps its start.
 
         Raises:
-            BadRow: the template refuses the conversation or loses text of it, its text holds special tokens, or what is
-                response is not certain.
+            BadRow: the template refuses the conversation or drops text of it, its text contains special
+                tokens, or
+                the response spans are not certain.
         """
         notes = self._special_tokens_in(conversation)
         examples = []
@@ -113,7 +117,7 @@ class ChatEncoder:
         return examples
 
     def render(self, conversation: Conversation) -> Rendered:
-        """See `Renderer.render`."""
+        """Render a conversation; see `Renderer.render`."""
         return self._renderer.render(conversation)
 
     def _tokenize(self, rendered: Rendered, turn: int | None, notes: tuple[str, ...]) -> Encoded:
@@ -134,10 +138,10 @@ class ChatEncoder:
         return Encoded(list(ids[:kept]), mask[:kept], end > self.max_length, turn, notes)
 
     def _check_tokens(self, runs: list[list[int]], rendered: Rendered) -> tuple[str, ...]:
-        """What the tokenizer changes of the responses: blanks, or what its normalizer does.
+        """Return notes on how the tokenizer changes the responses: blanks, or normalization.
 
         Raises:
-            BadRow: the response tokens do not spell the responses.
+            BadRow: the response tokens do not decode to the responses.
         """
         expected = [rendered.text[start:stop] for start, stop in rendered.spans]
         tokens = self._byte_level
@@ -162,7 +166,7 @@ class ChatEncoder:
         )
 
     def _unspaced(self, text: str) -> str:
-        """Without the blanks at its ends and around special tokens, which some tokenizers swallow."""
+        """Strip blanks at both ends and around special tokens, which some tokenizers swallow."""
         return (self._around_specials.sub(r"\1", text) if self._around_specials else text).strip()
 
     @cached_property
@@ -171,7 +175,7 @@ class ChatEncoder:
 
     @cached_property
     def _byte_level(self) -> list[bytes] | None:
-        """Each token's bytes; None where the tokenizer is no byte-level one. Decoding takes several times longer."""
+        """The bytes of each token; None if the tokenizer is not byte-level. Decoding is several times slower."""
         if type(self.tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
             return None
         from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -210,15 +214,15 @@ class ChatEncoder:
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
-    """The special tokens of a tokenizer; tokens that were merely added to it are text."""
+    """Return a tokenizer's special tokens. Tokens that were merely added count as text."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return frozenset(added | set(tokenizer.all_special_tokens))
 
 
 def _token_runs(text: str, spans: list[Span], offsets: list[Span]) -> list[Span]:
-    """The tokens that lie in each span, as first and one past the last; spans and offsets are sorted.
+    """Return the tokens within each span, as first and one past the last. Spans and offsets are sorted.
 
-    A token that crosses a border belongs to the side where it has more than whitespace.
+    A token that crosses a border belongs to the side on which it has more than whitespace.
     """
     runs = []
     for start, stop in spans:
@@ -236,15 +240,15 @@ def _token_runs(text: str, spans: list[Span], offsets: list[Span]) -> list[Span]
 
 
 def _belongs(text: str, token: Span, start: int, stop: int) -> bool:
-    """Whether a token on a border of a span counts as part of it."""
+    """Whether a token that crosses the border of a span belongs to the span."""
     inside = text[max(token[0], start) : min(token[1], stop)].strip()
     outside = (text[token[0] : start] + text[stop : token[1]]).strip()
     if inside and outside:
         shown = text[token[0] : token[1]]
-        raise BadRow(UNCERTAIN, f"the token {shown!r} holds prompt and response alike")
+        raise BadRow(UNCERTAIN, f"the token {shown!r} contains both prompt and response text")
     return not outside
 
 
 def _length_to_last(mask: list[bool]) -> int:
-    """How many tokens up to and with the last response token."""
+    """Return the number of tokens up to and including the last response token."""
     return next((i + 1 for i in range(len(mask) - 1, -1, -1) if mask[i]), 0)

@@ -1,4 +1,4 @@
-"""What a column holds, judged by its name alone."""
+"""Infer from a column's name what it holds."""
 
 import re
 from functools import lru_cache
@@ -9,7 +9,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_ABOUT = _words(
+_METADATA = _words(
     """
     id ids idx index uuid uid guid hash md5 sha sha1 sha256 fingerprint url urls uri link links href
     source sources src dataset datasets origin provenance category categories type types kind class score
@@ -25,14 +25,14 @@ _ABOUT = _words(
     formats schema rubric
     """
 )
-"""Last words of the names of columns that speak about a row."""
-_ABOUT_FIRST = _words(
+"""Last words of names of metadata columns."""
+_METADATA_FIRST = _words(
     """
     original meta metadata quality openai detoxify llama num is has final gold ground expected reference correct
     """
 )
-"""First words of such names."""
-_TALK = _words(
+"""First words of names of metadata columns."""
+_CONVERSATION = _words(
     """
     system prompt prompts context contexts passage passages document documents doc docs background
     preamble persona personas scenario instruction instructions history histories query question questions
@@ -43,7 +43,7 @@ _TALK = _words(
     solution refusal user assistant developer
     """
 )
-"""Words in the names of columns that hold text of a conversation."""
+"""Words in names of columns that hold text of a conversation."""
 _MEDIA = _words(
     """
     image images img imgs picture pictures photo photos video videos audio audios pixel frames media
@@ -62,30 +62,30 @@ _ROLES = {
     ),
     "system": _words("system preamble persona personas instruction instructions developer"),
 }
-"""The role that a column could play, by the words of its name."""
+"""The roles that a column may play, by the words in its name."""
 _NAME_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 @lru_cache(maxsize=4096)
-def kind_of_name(name: str) -> Literal["about", "talk", "unknown"]:
-    """What a column holds by its name: facts about the row, text of a conversation, or who knows."""
+def kind_of_name(name: str) -> Literal["metadata", "conversation", "unknown"]:
+    """Classify a column by its name: metadata about the row, text of a conversation, or unknown."""
     words = _parts(name)
     if not words:
         return "unknown"
-    if words[-1] in _ABOUT or words[0] in _ABOUT_FIRST:
-        return "about"
-    return "talk" if _TALK.intersection(words) else "unknown"
+    if words[-1] in _METADATA or words[0] in _METADATA_FIRST:
+        return "metadata"
+    return "conversation" if _CONVERSATION.intersection(words) else "unknown"
 
 
 @lru_cache(maxsize=4096)
 def is_media(name: str) -> bool:
-    """Whether a column of that name holds pictures, films or sound, or says where they are."""
+    """Whether a column of that name holds images, video or audio, or paths to them."""
     words = set(_parts(name))
     return bool(words & _MEDIA) and words <= _MEDIA | _MEDIA_FORMS
 
 
 def likely_roles(name: str) -> list[str]:
-    """Roles that a column of that name could play, the likeliest first."""
+    """Return the roles that a column of that name could play, likeliest first."""
     words = _parts(name)
     found = [role for role, marks in _ROLES.items() if marks.intersection(words)]
     return [*found, *(role for role in ("context", "input", "system") if role not in found)]

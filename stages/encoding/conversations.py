@@ -1,4 +1,4 @@
-"""A raw row, in any of the layouts that datasets come in, as a conversation in one form."""
+"""Parse a raw row, in any dataset layout, into a conversation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,18 +27,19 @@ WANTED = "wanted answers of preference rows"
 
 
 def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:
-    """What a row says.
+    """Parse a row into a conversation.
 
     Args:
-        row: the parsed row.
-        layout: of the dataset it stands in.
-        max_chars: the longest conversation taken, in characters of all messages together.
+        row: the parsed JSON row.
+        layout: the layout of its dataset.
+        max_chars: the longest conversation accepted, in characters of all its messages together.
 
     Raises:
-        BadRow: it holds no well-formed conversation that ends up teaching something, or holds more than the
-            conversation can: media, a preference, text in a column that plays no role.
+        BadRow: the row has no well-formed conversation with a turn to train on, or holds something that a
+            conversation
+            cannot: media, a preference, text in an unused column.
     """
-    whole = row
+    original = row
     row, judged = wanted(row, layout.ignored, take=layout.preference == "take")
     beside = layout.beside(row)
     _check_media(row, beside)
@@ -60,7 +61,7 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
     unused = check_leftovers(left, messages, layout) if left else []
     if _is_switch(layout.get(row, "reasoning")):
         unused.append(layout.columns["reasoning"])
-    unused += sorted(name for name in layout.ignored if says_something(whole.get(name)))
+    unused += sorted(name for name in layout.ignored if says_something(original.get(name)))
     check_messages(messages, max_chars)
     if tools:
         check_text(tools)
@@ -79,7 +80,7 @@ def _from_prompt(row: Mapping[str, Any], layout: Layout) -> Turns:
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = layout.get(row, column)
         turns = [value] if isinstance(value, Mapping) else json_or_text(value)
-        # A plain prompt may itself be a JSON list, of numbers say; a list of objects is a conversation.
+        # A plain prompt may itself be a JSON list, such as [1, 2]; a list of objects is a conversation.
         is_turns = isinstance(turns, list) and (
             not isinstance(value, str) or (bool(turns) and all(isinstance(turn, Mapping) for turn in turns))
         )
@@ -125,22 +126,22 @@ def _text(content: Any, role: str) -> str:
 
 
 def _reasoned(row: Mapping[str, Any], layout: Layout, turns: list[Any]) -> list[Any]:
-    """The reasoning column, in the answer that it led to."""
+    """Put the reasoning column into the answer it led to."""
     reasoning = layout.get(row, "reasoning")
     if not says_something(reasoning) or _is_switch(reasoning):
         return turns
     if not isinstance(turns[-1], Mapping):
-        raise BadRow("bad message", "there is no answer that the reasoning could belong to")
+        raise BadRow("bad message", "there is no answer to attach the reasoning to")
     return [*turns[:-1], {**turns[-1], "reasoning_content": reasoning}]
 
 
 def _is_switch(value: Any) -> bool:
-    """Whether a reasoning column says no more than whether there is reasoning."""
+    """Whether a reasoning column only switches reasoning on or off."""
     return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES)
 
 
 def _history(row: Mapping[str, Any], layout: Layout) -> list[Any]:
-    """Earlier turns: pairs of a question and its answer, or messages."""
+    """Parse earlier turns: pairs of question and answer, or messages."""
     value = json_or_text(layout.get(row, "history"))
     if not value or (isinstance(value, str) and not says_something(value)):
         return []
@@ -151,12 +152,12 @@ def _history(row: Mapping[str, Any], layout: Layout) -> list[Any]:
         elif isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(e, str) for e in entry):
             turns += _pair(*entry)
         else:
-            raise BadRow("bad history", "the history is no list of [question, answer] pairs or messages")
+            raise BadRow("bad history", "the history is not a list of [question, answer] pairs or messages")
     return turns
 
 
 def _with_context(row: Mapping[str, Any], layout: Layout, turns: list[Any]) -> list[Any]:
-    """The context, and a blank line, before the last question."""
+    """Put the context and a blank line before the last question."""
     context = _text(layout.get(row, "context"), "context")
     if not says_something(context):
         return turns
@@ -164,7 +165,7 @@ def _with_context(row: Mapping[str, Any], layout: Layout, turns: list[Any]) -> l
         (i for i, t in enumerate(turns) if isinstance(t, Mapping) and t.get("role") == "user"), default=None
     )
     if last is None or not isinstance(turns[last].get("content"), str):
-        raise BadRow("bad message", "there is no plain question that the context could stand before")
+        raise BadRow("bad message", "there is no plain question to put the context before")
     asked = turns[last] | {"content": f"{context}\n\n{turns[last]['content']}"}
     return [*turns[:last], asked, *turns[last + 1 :]]
 
@@ -185,7 +186,7 @@ def _with_system(row: Mapping[str, Any], layout: Layout, turns: Turns) -> list[d
 
 
 def _untrained(row: Mapping[str, Any], turns: Turns, beside: Beside, notes: list[str]) -> set[int]:
-    """The answers that marks on turns, and columns of marks, take out."""
+    """Return the answers that marks on turns or columns of marks exclude from training."""
     trained = list(turns.trained)
     for name in beside.marks:
         value = row[name]
@@ -208,7 +209,7 @@ def _untrained(row: Mapping[str, Any], turns: Turns, beside: Beside, notes: list
 
 
 def _before_the_last_prompt(turns: Turns, untrained: set[int], notes: list[str]) -> set[int]:
-    """Of a preference row only the answer that was judged is a demonstration."""
+    """Return the earlier answers of a preference row: only the judged answer is a demonstration."""
     roles = [message["role"] for message in turns.messages]
     last = max((i for i, role in enumerate(roles) if role == "user"), default=0)
     earlier = {i for i in range(last) if roles[i] == "assistant"} - untrained

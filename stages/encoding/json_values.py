@@ -1,4 +1,4 @@
-"""JSON with nothing lost: integers of any size, and a key that stands twice is an error."""
+"""Lossless JSON: integers of any size, and duplicate keys are errors."""
 
 import codecs
 import json
@@ -9,32 +9,32 @@ from typing import Any
 from sstoken.stages.encoding.messages import BadRow
 
 MAX_ELEMENT = 256 << 20
-"""Longest element of an array, in characters; a longer one is an error rather than a machine out of memory."""
+"""The longest array element accepted, in characters; a longer one is an error rather than out of memory."""
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class DuplicateKeyError(ValueError):
-    """An object has a key twice; every parser would keep one of the two values and drop the other."""
+    """An object has a duplicate key; other parsers would silently drop one of the two values."""
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
-    NaN and the infinities are let through as Python reads them; `check_text` refuses them where they are used.
+    NaN and infinities pass, as in Python's json; `check_text` refuses them where they are used.
 
     Raises:
-        DuplicateKeyError: naming the key.
-        ValueError, RecursionError: not JSON, a number of over 4,300 digits, nested too deep.
+        DuplicateKeyError: with the key.
+        ValueError, RecursionError: not JSON, a number of more than 4,300 digits, or nested too deep.
     """
     return DECODER.decode(text)
 
 
 def json_or_text(value: Any, opening: str = "[") -> Any:
-    """`value`, parsed where it is a string that starts like JSON and is; columns often hold JSON as text.
+    """Parse `value` if it is a string that starts like JSON and is valid; columns often hold JSON as text.
 
     Raises:
-        BadRow: an object in it has a key twice.
+        BadRow: an object in it has a duplicate key.
     """
     if isinstance(value, str) and value.lstrip()[:1] in tuple(opening):
         try:
@@ -50,28 +50,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
-        raise DuplicateKeyError(
-            f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice"
-        )
+        raise DuplicateKeyError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
     return value
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
 _PLAIN = json.JSONDecoder(parse_int=str, parse_float=str)
-"""Finds where a value ends that `DECODER` refuses."""
+"""Finds the end of a value that `DECODER` refuses."""
 
 
 def elements(stream: Any) -> Iterator[tuple[Any, tuple[str, str] | None]]:
-    """The elements of one JSON array, read as they are asked for.
+    """Stream the elements of one JSON array.
 
     Args:
         stream: binary, UTF-8, with or without a byte order mark.
 
     Yields:
-        An element's value, or None and what is wrong with it (an element that is JSON and still cannot be held).
+        An element's value, or None and the problem, if the element is JSON that cannot be represented.
 
     Raises:
-        ValueError: the text is no JSON array, from the element on that was to be next.
+        ValueError: the text is not a JSON array, from the next element on.
         RecursionError: an element is nested too deep.
     """
     text = _Text(stream)
@@ -94,7 +92,7 @@ def elements(stream: Any) -> Iterator[tuple[Any, tuple[str, str] | None]]:
 
 
 class _Text:
-    """The part of a text that is looked at, and a place in it."""
+    """A window onto the text, with a cursor."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -106,7 +104,7 @@ class _Text:
         self._text = self._text.removeprefix("\ufeff")
 
     def next_sign(self) -> str:
-        """The next character that is no space, without passing it; empty at the end."""
+        """Return the next character that is not whitespace without consuming it; empty at the end."""
         while True:
             found = _SPACE.match(self._text, self.at)
             assert found is not None
@@ -116,7 +114,7 @@ class _Text:
             self._more()
 
     def element(self) -> tuple[Any, tuple[str, str] | None]:
-        """Read one value and pass it."""
+        """Parse one value and move past it."""
         while True:
             problem = None
             try:
@@ -128,7 +126,7 @@ class _Text:
                     reason = "duplicate key" if isinstance(error, DuplicateKeyError) else "broken JSON"
                     value, problem = None, (reason, str(error)[:100])
                     _, end = _PLAIN.raw_decode(self._text, self.at)
-                # At the end of what was read, `1`, `1.` and `1e+` may be the beginning of a number.
+                # At the end of the window, `1`, `1.` and `1e+` may be the start of a longer number.
                 rest = self._text[end : end + 4]
                 if self._ended or len(rest) == 4 or rest[:1] in tuple(",] \t\n\r"):
                     self.at = end
@@ -141,7 +139,7 @@ class _Text:
             self._more()
 
     def _more(self) -> None:
-        """Drop what is behind and read on, the more the longer the element is."""
+        """Drop text behind the cursor and read more; longer elements read larger blocks."""
         self._text = self._text[self.at :]
         self.at = 0
         data = self._stream.read(max(_CHUNK, len(self._text)))

@@ -1,4 +1,4 @@
-"""The layouts that datasets come in: which columns play which role."""
+"""Dataset layouts: which column plays which role."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "qa": ("question", "answer"),
 }
-"""The roles that make a row of each format, in the order in which formats are tried."""
+"""The required roles of each format, in the order in which formats are tried."""
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
@@ -38,7 +38,7 @@ OTHER_NAMES = {
     "reasoning": ("reasoning_content", "thinking"),
     "tools": ("functions",),
 }
-"""Columns that play a role where none has the role's own name."""
+"""Alternative column names for a role, used if no column has the role's own name."""
 
 
 _MOST_SHAPES = 1000
@@ -48,11 +48,11 @@ class Beside(NamedTuple):
     """The columns of a row that play no role in its layout."""
 
     media: tuple[str, ...]
-    """By their names; whether they hold any is for the row to say."""
+    """Columns named like media; whether they contain any depends on the row."""
     marks: tuple[str, ...]
-    """Columns of `ROW_MARKS`."""
+    """Columns listed in `ROW_MARKS`."""
     others: tuple[str, ...]
-    """All of them but the marks and the row's own id."""
+    """All other columns except the row's own id."""
 
 
 def _beside(columns: list[str]) -> Beside:
@@ -65,23 +65,23 @@ def _beside(columns: list[str]) -> Beside:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows hold conversations."""
+    """How the rows of a dataset hold conversations."""
 
     format: str
-    """One of `Format`, `auto` excepted."""
+    """A `Format` other than `auto`."""
     columns: Mapping[str, str]
-    """Each role of the format and the column that plays it, present or not."""
+    """Each role of the format and the column that plays it, whether present or not."""
     ignored: frozenset[str] = frozenset()
-    """Columns, and keys of messages, that the user says to leave out."""
+    """Columns and message keys that the user wants ignored."""
     preference: Preference = "stop"
-    """Whether preference rows are refused, or their wanted answers taken."""
+    """Whether to refuse preference rows or take their wanted answers."""
 
     def get(self, row: Mapping[str, Any], role: str) -> Any:
-        """The row's value for `role`, None where it has none."""
+        """Return the row's value for `role`, or None."""
         return row.get(self.columns.get(role, ""))
 
     def beside(self, row: Mapping[str, Any]) -> "Beside":
-        """What the row's columns are that play no role."""
+        """Classify the columns of a row that play no role."""
         columns = tuple(row)
         found = self._seen.get(columns)
         if found is None:
@@ -96,14 +96,14 @@ class Layout:
 
 
 class NoLayout(SstokenError):  # noqa: N818 (the dataset has none; the error is what is raised about it)
-    """The columns of a row make no layout."""
+    """The columns of a row match no layout."""
 
 
 def check_columns(format: str, columns: Mapping[str, str]) -> None:
     """Refuse roles that the format does not have.
 
     Raises:
-        UsageError: with the roles it has.
+        UsageError: lists the roles it has.
     """
     names = list(REQUIRED) if format == "auto" else [format]
     legal = sorted({role for n in names for role in REQUIRED[n] + OPTIONAL[n]})
@@ -119,16 +119,16 @@ def detect_layout(
     ignored: frozenset[str] = frozenset(),
     preference: Preference = "stop",
 ) -> Layout:
-    """The layout of a dataset, from its first row.
+    """Detect the layout of a dataset from its first row.
 
     Args:
-        row: its columns are what is looked at.
-        format: a known format, or `auto` to take the first whose required columns are all there.
-        columns: overrides, a format's role -> the column that plays it.
+        row: only its columns are considered.
+        format: a known format, or `auto` for the first whose required columns are all present.
+        columns: overrides: role of the format -> column that plays it.
         ignored, preference: see `Layout`.
 
     Raises:
-        NoLayout: no known layout has these columns, or `format` needs one that is missing.
+        NoLayout: no known layout has these columns, or `format` needs a column that is missing.
     """
     given = columns or {}
     row = {name: value for name, value in row.items() if name not in ignored}
@@ -138,7 +138,7 @@ def detect_layout(
             return Layout(name, resolved, ignored, preference)
     known = "; ".join(f"{n} ({', '.join(c)})" for n, c in REQUIRED.items() if format in ("auto", n))
     raise NoLayout(
-        f"the columns {', '.join(map(str, row)) or '(none)'} make no known layout: {known}; say which column is "
+        f"the columns {', '.join(map(str, row)) or '(none)'} match no known layout: {known}; say which column is "
         f"which with --format and --column, e.g. --format qa --column question={next(iter(row), 'text')}"
     )
 

@@ -1,4 +1,4 @@
-"""What a row holds beside its conversation: data about it, or text that would be lost."""
+"""Columns and keys that play no role in a row's conversation: metadata, or text that would be lost."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,9 +10,9 @@ from sstoken.stages.encoding.layouts import OPTIONAL, Layout
 from sstoken.stages.encoding.messages import Message, NeedsDecision
 
 UNUSED_TEXT = "unused text"
-"""The reason of a row with text that is in no message."""
+"""Why a row is bad: it has text that is in no message."""
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
-"""TRL's column of what a chat template is given beside the messages, such as instructions; it is not passed on."""
+"""TRL's column of extra template arguments, such as instructions. It is not passed on."""
 _NOTHING = frozenset(("", "[]", "{}", "none", "null", "nan", "n/a", "na", "<noinput>", "nooutput"))
 _RENDERED = (
     "text",
@@ -24,14 +24,14 @@ _RENDERED = (
     "prompt",
     "chat",
 )
-"""Columns that may hold the whole conversation once more, as one text."""
+"""Columns that may repeat the complete conversation as one text."""
 _ENOUGH_WORDS = 5
 _ENOUGH_SIGNS = 12
 _CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
 
 
 def says_something(value: Any) -> bool:
-    """Whether a value is more than an empty cell, however that is written."""
+    """Whether a value is more than an empty cell, in any of the usual spellings of empty."""
     if isinstance(value, str):
         return value.strip().lower() not in _NOTHING
     if isinstance(value, Mapping | list | tuple):
@@ -42,18 +42,19 @@ def says_something(value: Any) -> bool:
 def check_leftovers(
     values: Iterable[tuple[str, str, Any]], messages: list[Message], layout: Layout
 ) -> list[str]:
-    """The names of columns and keys that are left out; refused where text of a conversation is among them.
+    """Return the names of unused columns and keys; refuse those that hold text of a conversation.
 
-    Text that stands in the messages already is not lost; nor is a column that holds the whole conversation once
-    more, as one text.
+    Text that also appears in the messages is not lost, nor is a column that repeats the complete conversation
+    as one text.
 
     Args:
-        values: of each, the name for people (`messages[].name`), the name alone and the value.
+        values: for each: the name as shown to the user (`messages[].name`), the bare name and the value.
         messages: the conversation.
-        layout: says which roles are free to take a column.
+        layout: determines which roles are free to take a column.
 
     Raises:
-        NeedsDecision: reason `unused text`, with all such columns and the options that take them or leave them out.
+        NeedsDecision: with reason `unused text`; lists all such columns and the options that use or ignore
+            them.
     """
     unused, lost = [], []
     for shown, name, value in values:
@@ -82,11 +83,13 @@ def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
     if name == TEMPLATE_ARGUMENTS:
         return True
     kind = kind_of_name(name)
-    if kind == "about":
+    if kind == "metadata":
         return False
     value = json_or_text(value, "[{")
-    is_talk = kind == "talk" or _holds_turns(value)
-    texts = [text for text in _texts(value) if says_something(text) and (is_talk or _is_natural(text))]
+    is_conversation = kind == "conversation" or _holds_turns(value)
+    texts = [
+        text for text in _texts(value) if says_something(text) and (is_conversation or _is_natural(text))
+    ]
     if not texts:
         return False
     said = [str(m.get(key, "")).strip() for m in messages for key in ("content", "reasoning_content")]
@@ -95,7 +98,7 @@ def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
         return False
     if name not in _RENDERED or not isinstance(value, str):
         return True
-    # Its lines, since a rendering may put more than a line break between an instruction and its input.
+    # Compare line by line: a rendering may put more than a line break between an instruction and its input.
     lines = (line.strip() for part in said for line in part.splitlines())
     return not all(line in value for line in lines)
 
@@ -111,7 +114,7 @@ def _holds_turns(value: Any) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The strings in a value; of turns only what they say."""
+    """Yield the strings in a value; for turns, only their contents."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -124,6 +127,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_natural(text: str) -> bool:
-    """A sentence rather than a name, an address or a code."""
+    """Whether a text is a sentence rather than a name, an address or a code."""
     words = [word for word in text.split() if any(map(str.isalpha, word))]
     return len(words) >= _ENOUGH_WORDS or len(_CHINESE_OR_JAPANESE.findall(text[:1000])) >= _ENOUGH_SIGNS

@@ -1,4 +1,4 @@
-"""Marks on turns that say whether a trainer learns from them, as the trainers write them."""
+"""Marks that say whether a turn is trained on, in the spellings of various trainers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from sstoken.stages.encoding.messages import BadRow
 
 TURN_MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask", "mask")
-"""Keys of a message: OpenAI and SlimOrca, LLaMA-Factory, Axolotl, ..., XTuner and ms-swift."""
+"""Message keys of OpenAI and SlimOrca, LLaMA-Factory, Axolotl, ..., XTuner and ms-swift."""
 ROW_MARKS = ("loss_weights", "turn_weights", "train_mask", "weights", "sample_weight", *TURN_MARKS)
-"""Columns: a list with a mark for each message, or one mark for the whole row."""
+"""Columns with a list of marks, one per message, or one mark for the row."""
 PROMPTS_TOO = ("train_on_input", "train_on_inputs", "train_on_prompt")
-"""Columns that say whether the prompt is trained on as well."""
+"""Columns that say whether the prompt is trained on too."""
 _UNKNOWN_SENSE = "mask"
-"""In some data 1 means trained, in other data masked out; the turns of the user tell which."""
+"""In some datasets 1 means trained on, in others masked out; the marks of user turns tell which."""
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -20,7 +20,7 @@ def read_mark(value: Any, name: str, where: str) -> bool:
     """Whether the mark says that the turn is trained on.
 
     Raises:
-        BadRow: a weight between (or beyond) 0 and 1: a token is trained on or not; or no mark at all.
+        BadRow: not a mark, or a weight other than 0 and 1: a token is either trained on or not.
     """
     if isinstance(value, str):
         value = _WORDS.get(value.strip().lower(), value)
@@ -39,14 +39,14 @@ def read_mark(value: Any, name: str, where: str) -> bool:
 
 
 def turn_marks(turns: Sequence[Mapping[str, Any]], answers: Sequence[bool]) -> list[bool]:
-    """Whether each turn is trained on by the marks that it carries itself.
+    """Return whether each turn is trained on, according to its own marks.
 
     Args:
         turns: the row's messages.
         answers: which of them are the assistant's.
 
     Raises:
-        BadRow: as `read_mark`; a mark whose sense is not known; a mark on part of a message.
+        BadRow: as `read_mark`; or the mark is ambiguous, or marks only part of a message.
     """
     trained = [True] * len(turns)
     for name in TURN_MARKS:
@@ -60,24 +60,24 @@ def turn_marks(turns: Sequence[Mapping[str, Any]], answers: Sequence[bool]) -> l
     if any(turn.get("train_detail") for turn in turns):
         raise BadRow(
             "unclear mark",
-            "train_detail marks parts of a message, which cannot be honoured; leave it out with --ignore-column "
+            "train_detail marks parts of a message, which is not supported; leave it out with --ignore-column "
             "train_detail",
         )
     return trained
 
 
 def count_marked(turns: Sequence[Mapping[str, Any]], answers: Sequence[bool]) -> int:
-    """How many turns that are no answers are marked as to be trained on."""
+    """Return how many turns that are not answers are marked as trained on."""
     names = set(TURN_MARKS) - {_UNKNOWN_SENSE}
-    marked = (any(turn.get(n) in (True, "true") for n in names) for turn in turns)  # 1 is True, too
+    marked = (any(turn.get(n) in (True, "true") for n in names) for turn in turns)  # 1 == True
     return sum(m and not answer for m, answer in zip(marked, answers, strict=True))
 
 
 def list_marks(value: Any, name: str, answers: Sequence[bool]) -> list[bool]:
-    """Whether each turn is trained on by a column that holds a mark for each message, or for each answer.
+    """Return whether each turn is trained on, according to a column with a mark per message or per answer.
 
     Raises:
-        BadRow: as `read_mark`; a list of another length.
+        BadRow: as `read_mark`; or the list has another length.
     """
     marks: list[bool | None] = [read_mark(mark, name, f"column {name}") for mark in value]
     if len(marks) == sum(answers) != len(answers):
@@ -89,12 +89,12 @@ def list_marks(value: Any, name: str, answers: Sequence[bool]) -> list[bool]:
 
 
 def row_mark(value: Any, name: str) -> bool:
-    """Whether a row is trained on by a column that holds one mark for all of it.
+    """Whether a row is trained on, according to a column with one mark for the row.
 
-    A value that is no mark (the loss of a row, say) marks nothing.
+    A value that is not a mark, such as the row's loss, marks nothing.
 
     Raises:
-        BadRow: a weight between or beyond 0 and 1, which cannot be honoured.
+        BadRow: a weight other than 0 and 1, which is not supported.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in ("weight", "loss_weight", "sample_weight") and is_number:
@@ -106,14 +106,14 @@ def row_mark(value: Any, name: str) -> bool:
 
 
 def _trained(name: str, marks: list[bool | None], answers: Sequence[bool]) -> list[bool | None]:
-    """The marks, where True means trained on."""
+    """Return the marks with True meaning trained on."""
     if name != _UNKNOWN_SENSE or all(mark is None for mark in marks):
         return marks
     others = {mark for mark, answer in zip(marks, answers, strict=True) if not answer and mark is not None}
     if len(others) != 1:
         raise BadRow(
             "unclear mark",
-            f"whether {name} 1 means trained or masked out cannot be told; name it loss_mask (1: trained), or leave "
+            f"whether {name} 1 means trained or masked out is ambiguous; name it loss_mask (1: trained), or leave "
             f"it out with --ignore-column {name}",
         )
     (untrained,) = others

@@ -1,4 +1,4 @@
-"""Chat messages, and what makes a list of them a conversation worth learning from."""
+"""Chat messages, and the checks that a list of them is a conversation to train on."""
 
 import json
 from dataclasses import dataclass
@@ -7,35 +7,36 @@ from typing import Any, Literal
 from sstoken.errors import SstokenError
 
 Message = dict[str, Any]
-"""`role` (system, user, assistant, tool), `content`, and for some `tool_calls`, reasoning and ids."""
+"""`role` (system, user, assistant, tool), `content`, and optionally `tool_calls`, reasoning and ids."""
 
 
 TrainedTurns = Literal["all", "last", "each"]
-"""Which assistant turns are responses: all in one example, the last, or each in an example of its own."""
+"""Which assistant turns are responses: all in one example, the last, or each in its own example."""
 Losable = Literal["reasoning", "system", "tools", "tool_calls", "content"]
-"""What a chat template may leave out of a conversation if the user allows it."""
+"""Kinds of text that a chat template may drop if the user allows it."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says, in one form whatever its layout: what `sstoken.stages.encoding.chat` renders."""
+    """A parsed row, independent of its layout: the input of `sstoken.stages.encoding.chat`."""
 
     messages: list[Message]
-    """Contents are strings. `tool_calls` are `{"type": "function", "function": {"name", "arguments"}}`, with the
-    arguments as an object; reasoning stands under `reasoning_content`."""
+    """Contents are strings. `tool_calls` are `{"type": "function", "function": {"name", "arguments"}}`, with
+    the
+    arguments as an object; reasoning is under `reasoning_content`."""
     tools: list[dict[str, Any]] | None = None
-    """JSON schemas of the tools that the model is offered."""
+    """JSON schemas of the tools offered to the model."""
     untrained: frozenset[int] = frozenset()
-    """Indices of the assistant messages that the row marks as not to be trained on."""
+    """Indices of assistant messages that the row marks as not trained on."""
     unused: tuple[str, ...] = ()
-    """Columns and keys of messages that say something and are no part of it: `source`, `messages[].timestamp`."""
+    """Non-empty columns and message keys that are not part of it: `source`, `messages[].timestamp`."""
     notes: tuple[str, ...] = ()
-    """What was done that the row alone does not show, once for each time; short and stable, for counting."""
+    """Changes that are not visible in the row, one entry per change; short and stable, for counting."""
 
 
 MAX_CHARS = 5_000_000
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which an assistant turn may carry its thinking."""
+"""Keys under which an assistant turn may hold its reasoning."""
 _MAY_FOLLOW: dict[str, set[str | None]] = {
     "system": {None},
     "user": {None, "system", "user", "assistant", "tool"},
@@ -45,13 +46,13 @@ _MAY_FOLLOW: dict[str, set[str | None]] = {
 
 
 UNCERTAIN = "uncertain mask"
-"""Why a row is bad of which it cannot be told for certain what the responses are."""
+"""Why a row is bad: its response spans are not certain."""
 LOST = "lost by the template"
-"""Why a row is bad of which the chat template leaves out a text."""
+"""Why a row is bad: the chat template drops text of it."""
 
 
 class BadRow(SstokenError):  # noqa: N818 (a row is bad; the error is what is raised about it)
-    """A row that cannot be used. `reason` is short and stable, for counting; `detail` speaks of this row."""
+    """A row that cannot be used. `reason` is short and stable, for counting; `detail` describes this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -63,26 +64,28 @@ class BadRow(SstokenError):  # noqa: N818 (a row is bad; the error is what is ra
 
 
 class NeedsDecision(BadRow):
-    """A row that the user may want read in more than one way; the detail names the options."""
+    """A row that can be read in several ways; the detail names the options."""
 
 
 class PassedOver(BadRow):
-    """A row that the user asked not to train on: counted, and no reason to stop."""
+    """A row that the user chose not to train on: counted, and not an error."""
 
 
 def has_more_than_content(message: Message) -> bool:
-    """Whether an assistant turn says anything outside `content`: tool calls, reasoning."""
+    """Whether an assistant turn has anything besides `content`: tool calls or reasoning."""
     return any(message.get(key) for key in ("tool_calls", *REASONING))
 
 
 def check_messages(messages: list[Message], max_chars: int = MAX_CHARS) -> None:
-    """Refuse what is no well-formed conversation.
+    """Check that messages form a conversation.
 
-    A system message stands first; the first other one is the user's; an assistant follows a user or a tool; a
-    tool follows an assistant or a tool. There is at least one assistant turn and none is empty.
+    A system message comes first; the first other message is the user's; an assistant follows a user or a
+    tool; a
+    tool follows an assistant or a tool. There is at least one assistant turn, and none is empty.
 
     Raises:
-        BadRow: a role out of order, no answer, a lone surrogate, or more than `max_chars` characters.
+        BadRow: a role is out of order, there is no answer, a lone surrogate, or more than `max_chars`
+            characters.
     """
     _check_length(messages, max_chars)
     check_text(messages)
@@ -99,12 +102,12 @@ def _check_length(messages: list[Message], max_chars: int) -> None:
 
 
 def check_text(value: Any) -> None:
-    """Refuse text that no tokenizer takes: UTF-8 has no code for half of a surrogate pair."""
+    """Refuse text that cannot be tokenized: UTF-8 cannot encode a lone surrogate."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         raise BadRow(
-            "lone surrogate", f"character U+{ord(error.object[error.start]):04X} stands alone"
+            "lone surrogate", f"character U+{ord(error.object[error.start]):04X} is a lone surrogate"
         ) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow("bad message", f"not plain JSON values ({type(error).__name__})") from error

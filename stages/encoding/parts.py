@@ -1,4 +1,4 @@
-"""A message's content given as typed parts, sorted into text, reasoning, tool calls and tool results."""
+"""Message contents given as typed parts, sorted into text, reasoning, tool calls and tool results."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,31 +14,31 @@ _RESULT = ("tool_result", "tool_response", "function_call_output")
 _MEDIA = ("image", "video", "audio", "image_url", "video_url", "audio_url", "input_image", "input_audio",
           "input_video", "input_file", "file", "document")  # fmt: skip
 _VALUE = ("text", "value", "content", "thinking", "reasoning", "refusal", "output")
-"""Where a part keeps what it says."""
+"""The keys under which a part holds its text."""
 _KNOWN = {"type", "name", "function", "arguments", "parameters", "input", "args", "id", "tool_use_id", "tool_call_id",
           "call_id", *_VALUE}  # fmt: skip
 
 
 @dataclass
 class Content:
-    """What a content says."""
+    """A parsed content."""
 
     text: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     results: list[Message] = field(default_factory=list)
-    """Messages of role `tool`."""
+    """Messages with role `tool`."""
     unused: set[str] = field(default_factory=set)
-    """Keys of parts that hold something which stands in none of these."""
+    """Keys of parts whose values are in none of the fields above."""
 
 
 def read_content(content: Any, where: str) -> Content:
-    """A string as it is, parts by their types.
+    """Parse a content: a string, or typed parts.
 
-    A message holds reasoning, text and calls in that order, so parts in another one are refused.
+    A message holds reasoning, text and calls in that order, so parts in any other order are refused.
 
     Raises:
-        BadRow: media, an unknown type, parts whose order a message cannot hold.
+        BadRow: media, an unknown type, or an order of parts that a message cannot represent.
     """
     if isinstance(content, str):
         return Content(content)

@@ -1,4 +1,4 @@
-"""The pieces of text that a conversation holds: contents, reasoning, tool calls, tool definitions."""
+"""The pieces of text in a conversation: contents, reasoning, tool calls, tool definitions."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from sstoken.stages.encoding.messages import Conversation
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of text that a conversation holds."""
+    """A piece of text in a conversation."""
 
     owner: int
     """`TOOLS`, or the message's index plus 1."""
@@ -19,25 +19,26 @@ class Piece:
     """`content`, `system`, `reasoning`, `tool_calls` or `tools`."""
     text: str
     verbatim: bool = True
-    """The template has to print it as it stands, but for whitespace at its ends; False: it may be escaped."""
+    """The template must print it verbatim except for whitespace at its ends; False: it may be escaped."""
     altered: bool = True
-    """The altered copy replaces its letters. Keys and numbers keep them: templates sort by them, and look them up."""
+    """The altered copy replaces its letters. Keys and numbers keep theirs: templates sort by them and look
+    them up."""
     is_name: bool = False
-    """The name of a tool, which some templates look up: it may have to keep its letters."""
+    """The name of a tool. Some templates look it up, so it may have to keep its letters."""
     changed: bool = False
-    """Of what a rendering does not hold: it holds the letters, in another form."""
+    """For a missing piece: the rendering has its letters, in another form."""
     where: str = ""
-    """Of a tool definition: the tool and parameter, `search.filters.lang`."""
+    """For a tool definition: the tool and parameter, such as `search.filters.lang`."""
 
     @property
     def place(self) -> str:
-        """What it is and where it stands, for people: `reasoning of turn 2`."""
+        """Describe what it is and where: `reasoning of turn 2`."""
         what = f"{self.kind} (changed)" if self.changed else self.kind
         return f"{what} ({self.where})" if self.owner == TOOLS else f"{what} of turn {self.owner}"
 
 
 def pieces(conversation: Conversation) -> list[Piece]:
-    """Every piece of text of a conversation that its rendering has to hold."""
+    """Yield every piece of text that a rendering of the conversation must contain."""
     found = list(_tool_pieces(conversation.tools))
     for index, message in enumerate(conversation.messages):
         owner = index + 1
@@ -70,12 +71,12 @@ def _tool_pieces(tools: list[dict[str, Any]] | None) -> Iterator[Piece]:
             yield Piece(TOOLS, "tools", where, verbatim=False, is_name=True, where=where)
         yield from _description(function, where)
         for key, value in function.items():
-            if isinstance(value, Mapping):  # parameters, and what some say of the result
+            if isinstance(value, Mapping):  # parameters, and the result where it is described
                 yield from (_schema_pieces if key == "parameters" else _described)(value, where)
 
 
 def _schema_pieces(schema: Any, where: str) -> Iterator[Piece]:
-    """The names, descriptions and permitted values of parameters, nested ones too."""
+    """Yield the names, descriptions and allowed values of parameters, including nested ones."""
     for key, value in schema.items() if isinstance(schema, Mapping) else ():
         if key == "properties" and isinstance(value, Mapping):
             for name, described in value.items():
@@ -106,7 +107,7 @@ def _description(described: Mapping[str, Any], where: str) -> Iterator[Piece]:
 
 
 def leaves(value: Any) -> Iterator[tuple[str, bool]]:
-    """Keys, strings and numbers of a JSON value. True, false and null go by their keys."""
+    """Yield the keys, strings and numbers of a JSON value. True, false and null count through their keys."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key), False

@@ -1,4 +1,4 @@
-"""Preference rows (DPO, KTO): recognised, and the wanted answer taken as a demonstration where asked for."""
+"""Preference rows (DPO, KTO): detect them and, on request, take the wanted answer as a demonstration."""
 
 import re
 from collections.abc import Mapping
@@ -11,31 +11,31 @@ from sstoken.stages.encoding.leftovers import says_something
 from sstoken.stages.encoding.messages import BadRow, NeedsDecision, PassedOver
 
 PREFERENCE = "preference row"
-"""The reason of a row that holds a wanted and an unwanted answer, or a verdict on its answer."""
+"""Why a row is bad: it has a wanted and an unwanted answer, or a verdict on its answer."""
 _UNWANTED = re.compile(r"rejected|non_preferred|dispreferred|unwanted")
 _WANTED = ("chosen", "preferred", "accepted", "wanted")
-"""What stands in the name of the wanted answer's column instead; LLaMA-Factory and TRL, OpenAI, others."""
+"""For each name of the unwanted answer, the name of the wanted one: LLaMA-Factory and TRL, OpenAI, others."""
 _VERDICTS = ("kto_tag", "kto_label", "desirable", "is_desirable", "label")
-"""Columns that say, true or false, whether the row's answer is wanted: LLaMA-Factory, ..., TRL."""
+"""Boolean columns that say whether the row's answer is wanted: LLaMA-Factory, ..., TRL."""
 _WORDS = {"true": True, "false": False}
 _TURNS = ("messages", "conversations", "conversation")
 _ANSWERS = {"prompt": "completion", "instruction": "output", "question": "answer", "query": "answer"}
-"""Columns of a plain prompt, and the role of the answer to it."""
+"""Columns of a plain prompt, and the role of its answer."""
 
 
 def wanted(
     row: Any, ignored: frozenset[str] = frozenset(), *, take: bool = False
 ) -> tuple[Mapping[str, Any], bool]:
-    """The row as a demonstration, and whether it is of preference data.
+    """Return the row as a demonstration, and whether it is preference data.
 
     Args:
-        row: of any layout.
-        ignored: columns to leave out of account.
-        take: whether the user asked for the wanted answers.
+        row: in any layout.
+        ignored: columns to disregard.
+        take: the user asked for the wanted answers.
 
     Raises:
         NeedsDecision: a preference row, and `take` is false.
-        BadRow: no row of named columns; a preference row in which the wanted answer cannot be told.
+        BadRow: the row has no named columns, or its wanted answer is ambiguous.
         PassedOver: its only answer is unwanted.
     """
     if not isinstance(row, Mapping):
@@ -60,8 +60,8 @@ def wanted(
 
 @lru_cache(maxsize=1024)
 def _candidates(columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The columns that may hold an unwanted answer, and those that may hold a verdict."""
-    unwanted = [c for c in columns if _UNWANTED.search(c.lower()) and kind_of_name(c) != "about"]
+    """Return the columns that may hold an unwanted answer, and those that may hold a verdict."""
+    unwanted = [c for c in columns if _UNWANTED.search(c.lower()) and kind_of_name(c) != "metadata"]
     return unwanted, [name for name in _VERDICTS if name in columns]
 
 
@@ -72,7 +72,7 @@ def _is_answer(value: Any) -> bool:
 def _verdict(value: Any, name: str) -> bool | None:
     if isinstance(value, str):
         return _WORDS.get(value.strip().lower())
-    if value in (0, 1) and name != "label":  # a label that is a number is a class
+    if value in (0, 1) and name != "label":  # a numeric label is a class
         return bool(value)
     return value if isinstance(value, bool) else None
 
@@ -91,7 +91,7 @@ def _with_answer(row: Mapping[str, Any], rejected: list[str]) -> dict[str, Any]:
     chosen = next(
         (name for name in rest if name.lower() in (*names, "chosen") and _is_answer(rest[name])), None
     )
-    if chosen is None:  # the row is a demonstration already, with an unwanted answer beside it
+    if chosen is None:  # the row is already a demonstration, plus an unwanted answer
         return rest
     answer = json_or_text(rest.pop(chosen), "[{")
     if isinstance(answer, Mapping):

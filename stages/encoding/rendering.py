@@ -1,4 +1,4 @@
-"""Conversations as text in which every piece of them is accounted for, and where their responses stand."""
+"""Render conversations to text, account for every piece of them, and locate the responses."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from sstoken.stages.encoding.tracing import SPLIT, Trace, missing
 NO_END = "responses that no token ends; add {{ eos_token }} behind assistant contents in the chat template"
 UNMARKED = "assistant turns that the chat template does not mark as generated"
 _NAMED = 5
-"""Lost pieces that an error names, at most."""
+"""The most lost pieces that an error lists."""
 TOOLS_IN_SYSTEM = (
     "examples with tool definitions as JSON in the system prompt: the chat template has no place for them"
 )
@@ -32,33 +32,35 @@ class Rendered:
 
     text: str
     spans: list[Span]
-    """Start and end of each response in characters, the end excluded; sorted."""
+    """Start and stop (exclusive) of each response in characters; sorted."""
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What of a tokenizer decides how conversations are rendered."""
+    """The special tokens that decide how conversations are rendered."""
 
     named: Mapping[str, Any]
-    """Special tokens by the names that templates know: `bos_token`, ..."""
+    """Special tokens by their names in templates: `bos_token`, ..."""
     control: frozenset[str]
-    """Special tokens: they are no text."""
+    """Special tokens, which are not text."""
     special: frozenset[str]
-    """Special and added tokens, any of which may close a turn."""
+    """Special and added tokens; any of them may close a turn."""
     stops: frozenset[str]
-    """Those on which generation stops."""
+    """Tokens that stop generation."""
 
 
 class Renderer:
     """Renders conversations with the templates of one tokenizer.
 
     Args:
-        template: gives the Jinja text for a conversation with these tools.
+        template: returns the Jinja text for a conversation with these tools.
         vocabulary: the tokenizer's special tokens.
-        turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in an example of its
-            own, rendered as inference would see it.
-        allow_lost: what the template may leave out.
+        turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in its own
+            example,
+            rendered as inference would see it.
+        allow_lost: kinds of text that the template may drop.
+        suggest: name remedies in errors, each tried on the conversation.
     """
 
     def __init__(
@@ -79,13 +81,14 @@ class Renderer:
         self._ways_out: dict[tuple[str, frozenset[str]], str] = {}
 
     def examples(self, conversation: Conversation) -> Iterator[tuple[int | None, Rendered]]:
-        """The examples of a conversation, each with the message (counted from 1) that it trains, or None for all.
+        """Yield the examples of a conversation, each with the message (from 1) that it trains on; None: all.
 
         Raises:
-            BadRow: the template refuses the conversation or loses text of it, or what is response is not certain.
+            BadRow: the template refuses the conversation or drops text of it, or the response spans are not
+                certain.
         """
         wanted = _trained(conversation)
-        # What follows the last response teaches nothing, and templates print a turn in full where it is last.
+        # Text after the last response is not trained on, and templates print the last turn in full.
         until = replace(conversation, messages=conversation.messages[: wanted[-1] + 1])
         if self._turns == "all":
             rendered = self.render(until)
@@ -97,7 +100,7 @@ class Renderer:
             yield index + 1, self._render_turn(until, index)
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The whole conversation as text, and where its responses stand.
+        """Render the complete conversation and locate its responses.
 
         Raises:
             BadRow: as `examples`.
@@ -137,7 +140,7 @@ class Renderer:
         return Rendered(text, spans, tuple(notes))
 
     def _render_turn(self, conversation: Conversation, index: int) -> Rendered:
-        """One turn after the prompt that the model is given for it at inference."""
+        """Render one turn after the prompt that the model sees before it at inference."""
         finder, _ = self._finder(conversation)
         protected = finder.template.protected
         until = replace(conversation, messages=conversation.messages[: index + 1])
@@ -165,7 +168,7 @@ class Renderer:
         )
 
     def _check_lost(self, lost: Sequence[Piece], conversation: Conversation) -> list[str]:
-        """The kinds of text that the template leaves out, all of them allowed.
+        """Return the kinds of text that the template drops, if all are allowed.
 
         Raises:
             BadRow: one is not allowed, or nothing of a turn is left.
@@ -184,9 +187,9 @@ class Renderer:
         return kinds
 
     def _way_out(self, conversation: Conversation, kinds: frozenset[str] = frozenset()) -> str:
-        """What the user can do about text that is lost or split; each way is tried on this conversation.
+        """Suggest what to do about lost or split text; each suggestion is tried on this conversation.
 
-        Once for each kind of loss: later rows are told the same.
+        The result is cached by kind of loss, so later rows get the same suggestion.
         """
         if not self._suggest:
             return ""
@@ -202,7 +205,7 @@ class Renderer:
             ways.append(f"--chat-template {variant}")
         if kinds and self._takes(conversation, source, self._turns, kinds):
             ways.append(" ".join(f"--allow-lost {kind}" for kind in sorted(kinds)))
-        self._ways_out[key] = f"take {', or '.join(ways or ['a --chat-template that prints it whole'])}"
+        self._ways_out[key] = f"take {', or '.join(ways or ['a --chat-template that prints all of it'])}"
         return self._ways_out[key]
 
     def _takes(
@@ -238,7 +241,7 @@ def _notes_of(conversation: Conversation, template: ChatTemplate) -> list[str]:
 
 
 def _trained(conversation: Conversation) -> list[int]:
-    """The messages that are to be trained on."""
+    """Return the indices of the messages to train on."""
     answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
     trained = [i for i in answers if i not in conversation.untrained]
     if not trained:
@@ -247,7 +250,7 @@ def _trained(conversation: Conversation) -> list[int]:
 
 
 def _check_marks(marked: list[Span], found: Trace, turns: Sequence[Turn]) -> None:
-    """Refuse marks around what the assistant did not say."""
+    """Refuse generation marks around text that is not the assistant's."""
     said = [TEMPLATE, *(turn.message + 1 for turn in turns)]
     for start, stop in marked:
         for owner in set(found.owners[start:stop].tolist()) - set(said):
@@ -256,7 +259,7 @@ def _check_marks(marked: list[Span], found: Trace, turns: Sequence[Turn]) -> Non
 
 
 def _spans(turn: Turn, marked: list[Span] | None) -> tuple[list[Span], list[str]]:
-    """The spans of a turn that are trained, and what has to be said of them."""
+    """Return the spans of a turn that are trained on, and notes about them."""
     notes = [] if turn.closed else [NO_END]
     if marked is None:
         return [turn.span], notes
@@ -264,7 +267,7 @@ def _spans(turn: Turn, marked: list[Span] | None) -> tuple[list[Span], list[str]
     if not own:
         return [], [UNMARKED]
     start, stop = own[0][0], own[-1][1]
-    if start > turn.first or stop < turn.last:  # the template leaves part of the turn out on purpose
+    if start > turn.first or stop < turn.last:  # the template excludes part of the turn on purpose
         return own, [UNMARKED]
     if turn.closed:
         return [turn.span], []

@@ -1,4 +1,4 @@
-"""Values out of one open file: JSON lines, a JSON array, Parquet, CSV. Streaming, whatever the size."""
+"""Stream the values of one open file: JSON lines, a JSON array, Parquet or CSV of any size."""
 
 import json
 import lzma
@@ -14,27 +14,27 @@ from sstoken.stages.encoding.json_values import DuplicateKeyError, elements, par
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 MAX_LINE_BYTES = 256 << 20
-"""A longer line of JSON is a bad row rather than a machine out of memory."""
+"""A longer line of JSON is a bad row rather than out of memory."""
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile)
-"""What decompressors raise on a file cut short or not compressed at all."""
+"""What decompressors raise on a truncated file, or one that is not compressed."""
 
 Problem = tuple[str, str]
 
 
 class Parsed(NamedTuple):
-    """A row of a file."""
+    """One row of a file."""
 
     where: str
-    """In the file, for people."""
+    """Its position in the file, as shown to the user."""
     value: Any
     problem: Problem | None = None
-    """Instead of a value, what is wrong with the row."""
+    """The problem with the row, instead of a value."""
     notes: tuple[str, ...] = ()
-    """What reading it took away."""
+    """Notes on what reading it changed."""
 
 
 def kind(path: str) -> str | None:
-    """The format by the extension, a compression's set aside; None: not one we read."""
+    """Return the format by the extension, ignoring a compression suffix; None: not a known format."""
     match = re.search(r"\.(jsonl|ndjson|json|parquet|csv)(\.(gz|bz2|xz|zst|zip))?$", path.lower())
     if match is None:
         return None
@@ -42,19 +42,19 @@ def kind(path: str) -> str | None:
 
 
 def is_visible(path: str) -> bool:
-    """False for what a pattern should pass over: hidden files, and markers such as `_SUCCESS`."""
+    """Whether a pattern should match it: hidden files and markers such as `_SUCCESS` are skipped."""
     return not PurePosixPath(path).name.startswith((".", "_"))
 
 
 def read(stream: Any, name: str) -> Iterator[Parsed]:
-    """The rows of an open, buffered binary file.
+    """Yield the rows of an open, buffered binary file.
 
     Args:
         stream: an `io.BufferedReader`.
-        name: the file for people; its extension decides the format.
+        name: the file as shown to the user; its extension decides the format.
 
     Raises:
-        SstokenError: the file is empty, or damaged as a whole.
+        SstokenError: the file is empty or damaged.
     """
     readers = {"jsonl": _json_lines, "json": _json, "parquet": _parquet, "csv": _csv}
     format = kind(name)
@@ -92,7 +92,7 @@ def _json_value(text: bytes) -> tuple[Any, Problem | None]:
         return None, ("duplicate key", str(error))
     except json.JSONDecodeError as error:
         return None, ("broken JSON", f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+    except (ValueError, RecursionError) as error:  # too many digits, or nested too deep
         return None, ("broken JSON", str(error)[:100])
 
 
@@ -101,7 +101,7 @@ def _json(stream: Any, name: str) -> Iterator[Parsed]:
     if start == b"[":
         yield from _json_array(stream, name)
         return
-    # Many a .json file holds JSON lines; a pretty-printed object is the other thing one meets here.
+    # Many .json files hold JSON lines; others hold one pretty-printed object.
     for row in _json_lines(stream, name):
         if row.where == "line 1" and row.problem is not None and row.problem[0] == "broken JSON":
             raise SstokenError(
@@ -127,17 +127,17 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
 
     from sstoken.stages.encoding.arrow_rows import rows_of
 
-    if not stream.seekable():  # a Parquet file is read from its end
+    if not stream.seekable():  # Parquet needs a seekable file
         import shutil
         import tempfile
 
-        with tempfile.TemporaryFile() as whole:
-            shutil.copyfileobj(stream, whole)
-            yield from _parquet(whole, name)
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(stream, copy)
+            yield from _parquet(copy, name)
         return
     index = 0
     try:
-        # Read-ahead and threads each cost memory in proportion to the row group, which may be the whole file.
+        # Read-ahead and threads each need memory in proportion to the row group, which may span the file.
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
         for batch in file.iter_batches(batch_size=64, use_threads=False):
             for value, problem, notes in rows_of(batch):
@@ -162,7 +162,7 @@ def _csv(stream: Any, name: str) -> Iterator[Parsed]:
             twice = next(n for n in names if list(names).count(n) > 1)
             raise SstokenError(f"{name}: two columns are named {twice!r}; rename one")
         for value in reader:
-            # DictReader files surplus fields under None, and fills missing ones with None.
+            # DictReader puts surplus fields under None, and fills missing ones with None.
             uneven = None in value or None in value.values()
             problem = ("broken CSV", f"{len(reader.fieldnames or ())} columns expected") if uneven else None
             yield Parsed(f"line {reader.line_num}", None if uneven else value, problem)
@@ -171,7 +171,7 @@ def _csv(stream: Any, name: str) -> Iterator[Parsed]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind and first line of an error, for a one-line message; a signed address loses its query."""
+    """The type and first line of an error, for a one-line message; the query of a signed URL is removed."""
     lines = str(error).strip().splitlines()
     line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", lines[0])[:200] if lines else ""
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -1,7 +1,10 @@
-"""What a template prints around the texts of a conversation, learned from one and recognised in the next.
+"""Scaffolds: what a template prints around the texts of a conversation, learned once per conversation shape.
 
-Most conversations of a dataset have one shape. Once one of them has been traced, another of that shape needs no trace:
-if its rendering is the known scaffold with its own texts in the gaps, to the character, each text stands in its gap.
+Most conversations of a dataset have one shape. Once one of them is traced, the next of that shape needs no
+trace: if
+its rendering equals the known scaffold with its own texts in the gaps, character by character, each text is
+where its
+gap is.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,17 +33,17 @@ class _Place:
     message: int
     gap_before: int
     start: int
-    """From the beginning of that gap."""
+    """Characters from the start of that gap."""
     gap_after: int
     stop: int
-    """From the beginning of that gap."""
+    """Characters from the start of that gap."""
     closed: bool
 
 
 @dataclass(frozen=True)
 class _Scaffold:
     gaps: list[str]
-    """What the template prints: before the first text, between texts, after the last."""
+    """What the template prints before the first text, between texts and after the last."""
     texts: list[tuple[int, str]]
     """Message and key of each text, in printed order."""
     places: list[_Place]
@@ -53,7 +56,7 @@ class Scaffolds:
         self._known: dict[tuple[object, ...], _Scaffold] = {}
 
     def recognise(self, text: str, conversation: Conversation) -> list[Turn] | None:
-        """The turns of a rendered conversation; None where its scaffold is not known."""
+        """Return the turns of a rendered conversation, or None if its scaffold is unknown."""
         shape = _shape(conversation)
         scaffold = self._known.get(shape) if shape else None
         if scaffold is None or not text.startswith(scaffold.gaps[0]):
@@ -86,7 +89,7 @@ class Scaffolds:
         ]
 
     def learn(self, found: Trace, conversation: Conversation, turns: Sequence[Turn]) -> None:
-        """Remember the scaffold of a traced conversation, if each of its texts stands there once."""
+        """Remember the scaffold of a traced conversation, if each of its texts appears once."""
         shape = _shape(conversation)
         if shape is None or shape in self._known or len(self._known) >= _MAX_SHAPES:
             return
@@ -137,7 +140,7 @@ class Scaffolds:
 
 
 def _shape(conversation: Conversation) -> tuple[object, ...] | None:
-    """What decides the scaffold: roles and which texts there are; None where there is more than texts."""
+    """Return the conversation's shape (its roles, and which texts it has); None if it holds more than texts."""
     if conversation.tools or any(m.get("tool_calls") for m in conversation.messages):
         return None
     return tuple(

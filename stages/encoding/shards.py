@@ -1,4 +1,4 @@
-"""One shard of rows as a file of tokens, in whichever process; and what its encoder is."""
+"""Encode and write one shard of rows, in any process."""
 
 import hashlib
 import json
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from sstoken.stages.encoding.chat import ChatEncoder
 
 BAD_ROWS = "bad_rows"
-"""Folder, in the output, of what was wrong with the rows passed over (never their text)."""
+"""Folder, in the output, with the reasons for skipped rows (never their text)."""
 TOKENIZER = "tokenizer"
-"""Folder, in the output, of the tokenizer that was used."""
+"""Folder, in the output, with the tokenizer that was used."""
 
 Task = tuple[int, list[Row] | None]
 """A shard's index and its rows; None: the shard is already written."""
@@ -57,10 +57,10 @@ class Settings:
     skip: bool
     out: Path
     fingerprint: str
-    """Of the run, for provenance."""
+    """The run's fingerprint, for provenance."""
 
     def encoder(self) -> "ChatEncoder":
-        """What turns conversations into tokens."""
+        """Return the encoder of conversations."""
         stamp = checkpoints.stamp(self.model)
         with limited(self.model):
             return _encoder(
@@ -76,9 +76,9 @@ class Settings:
 
 
 def encode_shard(settings: Settings, task: Task) -> Stats:
-    """Encode one shard and write it; only its statistics come back.
+    """Encode one shard, write it and return its statistics.
 
-    The list of bad rows is written first: a shard that is there is whole.
+    The list of bad rows is written first, so a shard that exists is complete.
     """
     index, rows = task
     path = settings.out / part_name(index)
@@ -136,7 +136,7 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
 
 
 def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:
-    """What one raw row says.
+    """Parse one raw row.
 
     Raises:
         BadRow: it cannot be used.
@@ -147,7 +147,7 @@ def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversati
 
 
 def stopped(row: Row, error: BadRow) -> SstokenError:
-    """The error that ends a run on a bad row."""
+    """Return the error that stops a run on a bad row."""
     return SstokenError(
         f"{row.where}: {error}; repair the row, or pass over such rows with --on-bad-row skip"
     )
@@ -162,7 +162,7 @@ def _example_id(row: Row) -> str:
 
 
 def save_tokenizer(settings: Settings) -> None:
-    """Later stages decode and train with the tokenizer, and the chat template, that was used here."""
+    """Save the tokenizer with its chat template: later stages decode and train with it."""
     folder = settings.out / TOKENIZER
     if folder.exists():
         return
@@ -202,7 +202,7 @@ def _encoder(
     keep_special_tokens: bool,
     stamp: tuple[Any, ...],
 ) -> "ChatEncoder":
-    """One per process: a tokenizer takes longer to load than a shard to encode. `stamp` tells when it changed."""
+    """Load the encoder once per process: loading a tokenizer is slow. Another `stamp` loads it anew."""
     from sstoken.stages.encoding.chat import ChatEncoder
 
     tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)

@@ -1,8 +1,9 @@
-"""Raw rows out of files, folders and the Hub, one at a time, so that memory stays flat for any size.
+"""Stream raw rows from files, folders and the Hub, in constant memory.
 
-What `data` may name: a JSONL, JSON, Parquet or CSV file (local or under any fsspec address such as `s3://`,
-compressed or not), a pattern of such files, a folder written by `datasets.save_to_disk`, or a dataset of the
-Hub as `user/name`, `user/name@revision` or `user/name:config@revision`.
+`data` may name a JSONL, JSON, Parquet or CSV file (local or at any fsspec URL such as `s3://`, compressed or
+not), a
+pattern of such files, a folder written by `datasets.save_to_disk`, or a dataset on the Hub as `user/name`,
+`user/name@revision` or `user/name:config@revision`.
 """
 
 import re
@@ -22,24 +23,24 @@ _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<rev
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source. Exactly one of `value` and `problem` is meant: a row that parses, or why not."""
+    """One row of a source: `value`, or `problem` if it does not parse."""
 
     file: str
-    """The file's label: its name without extension, longer only where two files share that name."""
+    """The file's label: its name without extension, longer only if two files share that name."""
     index: int
-    """Position among the file's rows, from 0."""
+    """Its position in the file, from 0."""
     where: str
-    """For people: `data.jsonl line 12`."""
+    """Its place as shown to the user: `data.jsonl line 12`."""
     value: Any = None
     problem: tuple[str, str] | None = None
-    """A short stable reason and the detail, for a row that cannot be parsed."""
+    """For a row that does not parse: a short stable reason, and the detail."""
     notes: tuple[str, ...] = ()
-    """What reading it took away; short and stable, for counting."""
+    """What reading it changed; short and stable, for counting."""
 
 
 @dataclass(frozen=True)
 class _Files:
-    """Files of one filesystem. `shown[i]` is `paths[i]` for people, without the secrets of a signed address."""
+    """Files of one filesystem. `shown[i]` is `paths[i]` as shown to the user, without the secrets of a signed URL."""
 
     filesystem: Any
     paths: tuple[str, ...]
@@ -48,7 +49,7 @@ class _Files:
 
 @dataclass(frozen=True)
 class _Saved:
-    """A folder written by `datasets.save_to_disk` (a DatasetDict's split already chosen)."""
+    """A folder written by `datasets.save_to_disk`; the split of a DatasetDict is already resolved."""
 
     folder: Path
 
@@ -61,26 +62,27 @@ class _Hub:
 
 
 def check_source(data: str, split: str | None = None) -> None:
-    """Refuse, without reading any row or asking the network, a `data` that cannot be read.
+    """Refuse a `data` that cannot be read, without reading rows or using the network.
 
     Raises:
-        UsageError: nothing there, a plain folder, a pattern without match, an unknown extension, or a split
-            where there is none or a wrong one.
+        UsageError: nothing there, a plain folder, a pattern without matches, an unknown extension, or a split
+            that does not exist.
     """
     _locate(data, split)
 
 
 def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
-    """The rows of `data` in order, read as they are asked for.
+    """Stream the rows of `data` in order.
 
     Args:
-        data: see the head of this file.
+        data: see the top of this module.
         split: of a Hub dataset (default `train`) or of a saved DatasetDict.
 
     Raises:
         UsageError: as `check_source`.
-        SstokenError: an empty source, a damaged file, a Hub that does not answer. A single JSONL line that
-            does not parse is no error here: it comes as a row with a `problem`.
+        SstokenError: an empty source, a damaged file, or a Hub that does not answer. A JSONL line that does
+            not
+            parse is not an error here: it is yielded as a row with a `problem`.
     """
     source = _locate(data, split)
     rows = _file_rows(source) if isinstance(source, _Files) else _dataset_rows(source, split)
@@ -93,12 +95,12 @@ def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
 
 
 def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """What decides the rows' content: hashes of local files, checksums of remote ones, or the Hub's commit."""
+    """Return what identifies the rows: hashes of local files, checksums of remote ones, or the Hub commit."""
     source = _locate(data, split)
     if isinstance(source, _Saved):
         files = sorted(p for p in source.folder.rglob("*") if p.is_file())
         return {
-            "folder": source.folder.name,  # stands in the examples' ids
+            "folder": source.folder.name,  # part of the example ids
             "files": {p.relative_to(source.folder).as_posix(): digest(p) for p in files},
         }
     if isinstance(source, _Hub):
@@ -111,7 +113,7 @@ def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -
 
 
 def shown(data: str) -> str:
-    """`data` for messages: an address loses its query and its user part, which may hold keys."""
+    """Return `data` for messages: a URL without its query and user part, which may hold keys."""
     if "://" not in data:
         return data
     scheme, rest = data.split("://", 1)
@@ -121,7 +123,7 @@ def shown(data: str) -> str:
 
 
 def file_labels(paths: list[str]) -> list[str]:
-    """A short name for each file, unique in the list: its stem, or the path below the common folder."""
+    """Return a short unique name for each file: its stem, or its path below the common folder."""
     stems = [PurePosixPath(_without_compression(path)).stem for path in paths]
     count = Counter(stems)
     folders = [PurePosixPath(path).parent.parts for path in paths]
@@ -135,7 +137,7 @@ def file_labels(paths: list[str]) -> list[str]:
 
 
 def _locate(data: str, split: str | None) -> _Files | _Saved | _Hub:
-    """Decide what `data` names; touches directory listings, never the network of a Hub dataset."""
+    """Decide what `data` names; lists directories, but never contacts the Hub."""
     if "://" in data:
         return _no_split(_locate_files(data), split)
     path = Path(data).expanduser()
@@ -225,7 +227,7 @@ def _file_rows(files: _Files) -> Iterator[Row]:
                     for row in rowfiles.read(stream, each):
                         yield Row(label, index, f"{each} {row.where}", row.value, row.problem, row.notes)
                         index += 1
-            except rowfiles.DAMAGE as error:  # of the archive
+            except rowfiles.DAMAGE as error:  # in the archive itself
                 raise SstokenError(
                     f"{name}: damaged or cut short ({first_line(error)}); fetch it again"
                 ) from error
@@ -252,7 +254,7 @@ def _dataset_rows(source: _Saved | _Hub, split: str | None) -> Iterator[Row]:
             for value, problem, notes in rows_of(table):
                 yield Row(label, index, f"{name} row {index}", value, problem, notes)
                 index += 1
-    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow raise many kinds
+    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow raise many types
         what = "no such file, and the Hub gives no such dataset"
         what = "damaged dataset folder" if isinstance(source, _Saved) else what
         raise SstokenError(f"{name}: {what} ({first_line(error)})") from error
@@ -263,19 +265,19 @@ def _hub_commit(source: _Hub) -> str:
 
     try:
         return str(dataset_info(source.name, revision=source.revision).sha)
-    except Exception as error:  # offline, missing, private: all mean the same to the user
+    except Exception as error:  # offline, missing or private: the remedy is the same
         raise SstokenError(
             f"data {source.name!r}: no such file, and the Hub does not answer for it ({first_line(error)})"
         ) from error
 
 
 def _remote(ask: Callable[[str], Any], path: str, name: str) -> Any:
-    """Ask a filesystem; every way in which it can fail becomes one line."""
+    """Call a filesystem, and turn any failure into a one-line error."""
     try:
         return ask(path)
     except FileNotFoundError as error:
         raise UsageError(f"data {name!r}: no such file") from error
-    except Exception as error:  # each filesystem raises its own kinds
+    except Exception as error:  # each filesystem raises its own types
         raise SstokenError(f"{name}: cannot be read ({first_line(error)})") from error
 
 

@@ -1,8 +1,8 @@
-"""Where the assistant's turns stand in a rendered conversation: from the generation prompt to the end-of-turn token.
+"""Locate the assistant's turns in a rendered conversation, from the generation prompt to its end token.
 
-A turn starts where generation starts at inference: after all that the template prints before it with
-`add_generation_prompt`, as far as the conversation has the same there. It ends with the tokens that close it, up to the
-one on which generation stops.
+A turn starts where generation starts at inference: after everything that `add_generation_prompt` prints, as
+far as the
+conversation prints the same. It ends with the tokens that close it, up to the one that stops generation.
 """
 
 import re
@@ -18,41 +18,41 @@ from sstoken.stages.encoding.templates import ChatTemplate, Span
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
 
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
-"""What a border between prompt and response never cuts: a tag, a word, a stretch of whitespace."""
+"""What a border between prompt and response never splits: a tag, a word, a run of whitespace."""
 _PROBE = ("Wqxask", "Wqxreply", "Wqxaskmore", "Wqxreplymore")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn of the assistant in a rendered conversation."""
+    """An assistant turn in a rendered conversation."""
 
     message: int
-    """Its index among the messages."""
+    """The index of its message."""
     first: int
-    """Its first character that the conversation holds."""
+    """Its first character that comes from the conversation."""
     last: int
-    """One past the last such character."""
+    """One past its last such character."""
     start: int
     """Where generation starts."""
     stop: int
     """One past the end-of-turn token."""
     closed: bool
-    """It ends with a token that tells the model to stop."""
+    """It ends with a token that stops generation."""
 
     @property
     def span(self) -> Span:
-        """Start and end of the response."""
+        """Start and stop of the response."""
         return self.start, self.stop
 
 
 class TurnFinder:
-    """Finds the assistant's turns in what one template renders.
+    """Finds the assistant's turns in the renderings of one template.
 
     Args:
         template: the chat template.
         special: the tokenizer's special and added tokens.
-        control: those of them that are no text, which alone can end a turn.
-        stops: those on which generation stops.
+        control: those that are not text; only these can end a turn.
+        stops: those that stop generation.
     """
 
     def __init__(
@@ -65,23 +65,23 @@ class TurnFinder:
         self._headers: dict[tuple[object, ...], int] = {}
 
     def trace(self, conversation: Conversation, text: str | None = None) -> Trace:
-        """Find out which message each character of a rendered conversation comes from; `text` is the rendering.
+        """Find the owner of each character of a rendered conversation; `text` is the rendering.
 
         Raises:
-            BadRow: the template refuses it, or nothing can be found out.
+            BadRow: the template refuses it, or the owners cannot be determined.
         """
         return trace(conversation, self.template.render, self.template.protected, text)
 
     def turns(self, found: Trace, conversation: Conversation, wanted: Sequence[int]) -> list[Turn]:
-        """The turns of the messages `wanted`, in their order.
+        """Return the turns of the messages `wanted`, in order.
 
         Raises:
-            BadRow: the template prints one in several places, or the end of its header is not certain.
+            BadRow: the template prints a turn in several places, or the end of its header is not certain.
         """
         return [self._turn(found, conversation, index) for index in wanted]
 
     def prompt(self, conversation: Conversation, index: int) -> Trace:
-        """What the model is given at inference before it says message `index`: with the generation prompt."""
+        """Render what the model is given at inference before message `index`: with the generation prompt."""
         before = _until(conversation, index)
         return trace(before, lambda c: self.template.render(c, prompt=True), self.template.protected)
 
@@ -104,7 +104,7 @@ class TurnFinder:
         return self._region_by_substitution(found, conversation, index)
 
     def _region_by_substitution(self, found: Trace, conversation: Conversation, index: int) -> Span:
-        """Of a turn without letters and digits, such as `{}`: what is printed around a word in its place."""
+        """Find a turn without letters and digits, such as `{}`, by rendering a word in its place."""
         message = conversation.messages[index]
         if message.get("tool_calls") or message.get("reasoning_content"):
             raise BadRow(UNCERTAIN, f"turn {index + 1} cannot be told from what the chat template prints")
@@ -122,12 +122,12 @@ class TurnFinder:
         return len(before), stop
 
     def _header_length(self, gap: str, conversation: Conversation, index: int) -> int:
-        """How much of what stands before a turn is given to the model at inference.
+        """Return how much of the text before a turn is given to the model at inference.
 
         Args:
-            gap: from the last character of an earlier message to the turn's first.
-            conversation: it stands in.
-            index: of the turn's message.
+            gap: the text from the last character of an earlier message to the turn's first.
+            conversation: the conversation.
+            index: the turn's message.
         """
         roles = tuple(m["role"] for m in conversation.messages[max(0, index - 2) : index])
         reasons = any(m.get("reasoning_content") for m in conversation.messages)
@@ -142,7 +142,7 @@ class TurnFinder:
         bare = self.template.render(_until(conversation, index))
         added = len(found.text) - len(bare) if found.text.startswith(bare) else len(header)
         if not added:
-            # No generation prompt: the header is what stands before a plain answer, but for a blank.
+            # No generation prompt: the header is the text before a plain answer, less a blank.
             plain = self._plain_header(conversation, index)
             header, added = header if plain.rstrip(" ") == header else plain, 0
         shared = _shared(gap, header)
@@ -163,7 +163,7 @@ class TurnFinder:
         return found.text[found.before(region[0]) : region[0]]
 
     def _closing(self, after: str, conversation: Conversation, index: int) -> tuple[int, bool]:
-        """How much of what stands after a turn's last character closes it, and whether a token does."""
+        """Return how much of the text after a turn's last character closes it, and whether a token does."""
         match = self._closers.search(after) if self._closers else None
         if match is None:
             last = after
@@ -178,7 +178,7 @@ class TurnFinder:
         stop, stopped = match.end(), match[0] in self._stops
         assert self._closers is not None
         while True:
-            # A second token right behind closes the turn too; one after whitespace only if it is the one that stops.
+            # A second token directly after also closes the turn; one after whitespace only if it stops generation.
             following = self._closers.match(after, stop)
             if following is None and not stopped:
                 spaced = self._closers.match(after, stop + len(after[stop:]) - len(after[stop:].lstrip()))
@@ -189,7 +189,7 @@ class TurnFinder:
 
     @cached_property
     def _closers(self) -> re.Pattern[str] | None:
-        """The tokens that may close a turn: those that stop generation, and what follows a probe's answers."""
+        """Return the tokens that may close a turn: those that stop generation, and those after a probe's answers."""
         tokens = {*self._stops, *self._after_probe()}
         ordered = sorted(tokens, key=lambda t: (-len(t), t))
         return re.compile("|".join(map(re.escape, ordered))) if ordered else None
@@ -197,14 +197,14 @@ class TurnFinder:
     def _after_probe(self) -> set[str]:
         asked, replied, asked_more, replied_more = _PROBE
         found: set[str] = set()
-        talk = [
+        dialogue = [
             {"role": "user", "content": asked},
             {"role": "assistant", "content": replied},
             {"role": "user", "content": asked_more},
             {"role": "assistant", "content": replied_more},
         ]
         system = {"role": "system", "content": "Wqxsystem"}
-        for messages in (talk, [system, *talk], talk[:2], [system, *talk[:2]]):
+        for messages in (dialogue, [system, *dialogue], dialogue[:2], [system, *dialogue[:2]]):
             try:
                 text = self.template.render(Conversation(messages))
             except BadRow:
@@ -212,7 +212,7 @@ class TurnFinder:
             last = replied_more if len(messages) > 3 else replied
             found |= self._first_token(text.partition(last)[2])
             if last == replied_more:
-                # What closes an earlier turn closes a user's as well; what does not opens the next.
+                # A token that closes an earlier turn also closes a user's; any other opens the next turn.
                 between = text.partition(replied)[2].partition(asked_more)[0]
                 after_user = text.partition(asked)[2].partition(replied)[0]
                 found |= self._first_token(between[: _shared(between, after_user)])
@@ -229,7 +229,7 @@ def _until(conversation: Conversation, index: int) -> Conversation:
 
 
 def _shared(left: str, right: str) -> int:
-    """How many characters two texts share at their start, without cutting a tag or a word of either."""
+    """Return the length of the common prefix of two texts, without splitting a tag or a word of either."""
     if left.startswith(right):
         return len(right)
     if right.startswith(left):

@@ -1,4 +1,4 @@
-"""A chat template: its text, the form in which it wants conversations, and rendering with it."""
+"""A chat template: its source, the form in which it expects conversations, and rendering with it."""
 
 import json
 import re
@@ -27,39 +27,39 @@ PLAIN_CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
 )
-"""For a tokenizer without a chat template: a system text and a blank line, then `User: ...` and
-`Assistant: ...` lines, an assistant turn closed by the EOS token. With a BOS token in front where the
-tokenizer itself puts one."""
+"""For tokenizers without a chat template: the system text and a blank line, then `User: ...` and
+`Assistant: ...` lines, where EOS closes an assistant turn. Starts with BOS if the tokenizer itself adds one."""
 
 TEMPLATE_DATE = date(2024, 7, 26)
-"""Some templates print today's date; theirs is this one, so that a run gives the same tokens on any day."""
+"""Some templates print today's date; they get this one, so that a run gives the same tokens on any day."""
 FROM_TRL = "trl:"
-"""`trl:NAME` names a chat template that an installed TRL brings along."""
+"""`trl:NAME` names a chat template that an installed TRL ships."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _WORDS = ("Wqxone", "Wqxtwo")
-"""Words that no template prints on its own account."""
+"""Words that no template prints by itself."""
 
 Span = tuple[int, int]
-"""Start and end in characters; the end is excluded."""
+"""Start and stop (exclusive) in characters."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """The form in which a template wants what conversations hold."""
+    """The form in which a template expects conversations."""
 
     parts: bool = False
-    """Contents as lists of typed parts, not as strings."""
+    """Contents as lists of typed parts instead of strings."""
     arguments_as_text: bool = False
-    """The arguments of tool calls as JSON text, not as an object."""
+    """Tool-call arguments as JSON text instead of an object."""
     empty_content: str | None = ""
     """The content of a turn that only calls tools."""
     tools_in_system: bool = False
-    """Tool definitions as JSON at the end of the system prompt: the template prints calls, and no definitions."""
+    """Put tool definitions as JSON at the end of the system prompt: the template prints calls but no
+    definitions."""
 
 
 class ChatTemplate:
-    """One chat template of one tokenizer.
+    """A chat template of one tokenizer.
 
     Args:
         source: the Jinja text.
@@ -73,7 +73,7 @@ class ChatTemplate:
 
     @property
     def marks_responses(self) -> bool:
-        """Whether `{% generation %}` says what the assistant's words are."""
+        """Whether the template marks the assistant's words with `{% generation %}`."""
         return _MARKER.search(self.source) is not None
 
     @cached_property
@@ -85,16 +85,16 @@ class ChatTemplate:
         return re.compile("|".join(re.escape(s) for s in sorted(markup, key=lambda s: (-len(s), s))))
 
     def render(self, conversation: Conversation, *, prompt: bool = False) -> str:
-        """The conversation as text, with the generation prompt after it if asked.
+        """Render a conversation, optionally followed by the generation prompt.
 
         Raises:
             BadRow: the template refuses the conversation.
-            SstokenError: it is no valid Jinja.
+            SstokenError: the template is not valid Jinja.
         """
         return self._rendered(conversation, self.dialect(conversation), prompt=prompt)[0]
 
     def render_marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The conversation as text, and the characters that the template marks as generated.
+        """Render a conversation, and return the character spans that the template marks as generated.
 
         Raises:
             BadRow, SstokenError: as `render`.
@@ -102,7 +102,7 @@ class ChatTemplate:
         return self._rendered(conversation, self.dialect(conversation), marked=True)
 
     def dialect(self, conversation: Conversation) -> Dialect:
-        """What form this conversation has to take; found out by trying, once."""
+        """Return the form this conversation must take; detected once by trial."""
         dialect = self._plain_dialect
         if any(m.get("tool_calls") for m in conversation.messages):
             dialect = self._dialect_for_calls or dialect
@@ -111,39 +111,41 @@ class ChatTemplate:
     @cached_property
     def _plain_dialect(self) -> Dialect:
         asked, said = _WORDS
-        talk = Conversation([_message("user", asked), _message("assistant", said)])
+        conversation = Conversation([_message("user", asked), _message("assistant", said)])
         for dialect in (Dialect(), Dialect(parts=True)):
-            if self._prints(talk, dialect, [asked, said]):
+            if self._prints(conversation, dialect, [asked, said]):
                 return dialect
         return Dialect()
 
     @cached_property
     def _dialect_for_calls(self) -> Dialect | None:
-        """None where the template prints no calls, or not in full."""
+        """The form for conversations with calls; None if the template does not print them completely."""
         name, value = _WORDS
         function = {"name": name, "arguments": {"key": value}}
         call = {"id": "callabcde", "type": "function", "function": function}
-        talk = Conversation([_message("user", "Hello"), _message("assistant", "") | {"tool_calls": [call]}])
+        conversation = Conversation(
+            [_message("user", "Hello"), _message("assistant", "") | {"tool_calls": [call]}]
+        )
         for empty in ("", None):
             for as_text in (False, True):
                 dialect = replace(self._plain_dialect, arguments_as_text=as_text, empty_content=empty)
-                # What Python prints of a dictionary is no JSON, and a text that is quoted once more is no object.
-                if self._prints(talk, dialect, [name, value], ["{'key'", '\\"key\\"']):
+                # A dictionary as Python prints it is not JSON, and doubly quoted text is not an object.
+                if self._prints(conversation, dialect, [name, value], ["{'key'", '\\"key\\"']):
                     return dialect
         return None
 
     @cached_property
     def prints_speakers(self) -> bool:
-        """Whether the names of users and assistants (`name` of a message) are printed."""
+        """Whether the template prints the names of users and assistants (a message's `name`)."""
         asked, said = _WORDS
-        talk = Conversation(
+        conversation = Conversation(
             [_message("user", "Hello") | {"name": asked}, _message("assistant", "Hello") | {"name": said}]
         )
-        return self._prints(talk, self._plain_dialect, [asked, said])
+        return self._prints(conversation, self._plain_dialect, [asked, said])
 
     @property
     def tools_in_system(self) -> bool:
-        """Whether tool definitions go into the system prompt: it prints calls, and looks at no definitions."""
+        """Whether tools go into the system prompt: the template prints calls and ignores definitions."""
         return self._dialect_for_calls is not None and "tools" not in self._lexed["name"]
 
     @cached_property
@@ -156,15 +158,19 @@ class ChatTemplate:
             for _, kind, value in jinja2.Environment().lex(self._dated):
                 if kind in found:
                     found[kind].add(value)
-        except jinja2.TemplateSyntaxError:  # said when it is rendered
+        except jinja2.TemplateSyntaxError:  # rendering reports it
             pass
         return found
 
     def _prints(
-        self, talk: Conversation, dialect: Dialect, words: Iterable[str], not_these: Iterable[str] = ()
+        self,
+        conversation: Conversation,
+        dialect: Dialect,
+        words: Iterable[str],
+        not_these: Iterable[str] = (),
     ) -> bool:
         try:
-            text = self._rendered(talk, dialect)[0]
+            text = self._rendered(conversation, dialect)[0]
         except BadRow:
             return False
         return all(word in text for word in words) and not any(word in text for word in not_these)
@@ -201,7 +207,7 @@ def _message(role: str, content: str) -> Message:
 
 
 def _adapted(message: Message, dialect: Dialect) -> Message:
-    """The message as the template wants it; reasoning under every name that templates know."""
+    """Convert a message to the template's form, with reasoning under every name that templates know."""
     adapted = dict(message)
     calls = adapted.get("tool_calls")
     if calls and not adapted.get("content"):
@@ -232,10 +238,10 @@ def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def template_file(given: str) -> Path:
-    """The file that `--chat-template` names: a Jinja file, or `trl:NAME`.
+    """Return the file that `--chat-template` names: a Jinja file, or `trl:NAME`.
 
     Raises:
-        UsageError: there is no such file; TRL is not installed, or has no template of that name.
+        UsageError: the file does not exist, or TRL is not installed or has no template of that name.
     """
     if given.startswith(FROM_TRL):
         folder, name = trl_templates(), given.removeprefix(FROM_TRL)
@@ -254,10 +260,10 @@ def template_file(given: str) -> Path:
 
 
 def read_template(given: str) -> str:
-    """The text of the file that `--chat-template` names.
+    """Read the file that `--chat-template` names.
 
     Raises:
-        UsageError: as `template_file`; or it is not UTF-8.
+        UsageError: as `template_file`; or the file is not UTF-8.
     """
     try:
         return template_file(given).read_text(encoding="utf-8")
@@ -267,7 +273,7 @@ def read_template(given: str) -> str:
 
 @cache
 def training_variant(source: str) -> str | None:
-    """The name (`trl:NAME`) of the variant for training that TRL has of a template; None where it has none."""
+    """Return the name (`trl:NAME`) of TRL's training variant of a template; None if it has none."""
     folder = trl_templates()
     for path in sorted(folder.glob("*.jinja")) if folder else ():
         if path.stem.endswith("_training") or path.read_text(encoding="utf-8").strip() != source.strip():
@@ -278,7 +284,7 @@ def training_variant(source: str) -> str | None:
 
 
 def trl_templates() -> Path | None:
-    """TRL's folder of chat templates, found without importing TRL."""
+    """Find TRL's folder of chat templates without importing TRL."""
     spec = find_spec("trl")
     places: Sequence[str] = list(spec.submodule_search_locations or ()) if spec else ()
     folders = [Path(place) / "chat_templates" for place in places]

@@ -1,4 +1,4 @@
-"""A limit for templates that never end."""
+"""A time limit for templates that loop forever."""
 
 import signal
 import threading
@@ -9,29 +9,29 @@ from types import FrameType
 from sstoken.errors import SstokenError
 
 MOST_SECONDS = 120.0
-"""Of this process's computing for one row, whatever else the machine does. The longest rows take a few."""
+"""CPU time of this process for one row, independent of other load. The longest rows take a few seconds."""
 _AGAIN = 1.0
-"""Seconds until it is said once more, should the first time be lost in a finaliser."""
+"""Seconds until the signal repeats, in case the first is lost in a finalizer."""
 
 
 class _TooLong(BaseException):
-    """Not an `Exception`, so that no library takes it for its own."""
+    """Not an `Exception`, so that no library catches it."""
 
 
 @contextmanager
 def limited(what: str) -> Iterator[Callable[[str], None]]:
     """Stop a template that computes for longer than `MOST_SECONDS`.
 
-    Where signals do not go (in a thread, on Windows) there is no limit.
+    There is no limit where signals are unavailable (in a thread, on Windows).
 
     Args:
-        what: the row or the part of the work, for the message.
+        what: the row or unit of work, for the message.
 
     Yields:
-        A function to call before each row, with its name: the time starts anew.
+        A function that restarts the timer; call it before each row with the row's name.
 
     Raises:
-        SstokenError: it was stopped.
+        SstokenError: the time limit was exceeded.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield lambda name: None
@@ -52,7 +52,7 @@ def limited(what: str) -> Iterator[Callable[[str], None]]:
     except _TooLong:
         raise SstokenError(
             f"{what}: the chat template did not come to an end in {MOST_SECONDS:g} s of computing and was stopped; "
-            "mend its loops, or name another one with --chat-template"
+            "fix its loops, or name another one with --chat-template"
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

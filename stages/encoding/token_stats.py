@@ -1,19 +1,20 @@
-"""Counts and lengths of encoded examples, shard by shard, in memory that does not grow with the dataset."""
+"""Counts and lengths of encoded examples, merged shard by shard in constant memory."""
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 Stats = dict[str, Any]
-"""Counts; `lengths`, how many examples have each length (in tokens, the keys strings as in JSON); the
-dicts of `COUNTED`, how often each thing was met."""
+"""Counts; `lengths`: the number of examples of each length (in tokens; keys are strings, as in JSON); and the
+dicts listed in `COUNTED`."""
 COUNTED = ("bad_rows", "passed_over", "unused", "notes")
-"""Rows passed over for each reason; rows that the user asked not to train on; examples with each column or key
-that is no part of the conversation; what was done that the rows alone do not show."""
+"""How many rows were bad, by reason; how many the user chose to skip; how many examples have each unused
+column or
+key; and notes on changes that are not visible in the rows."""
 
 
 def merge(left: Stats, right: Stats) -> Stats:
-    """The statistics of two sets of rows taken together."""
+    """Add up the statistics of two sets of rows."""
     both = {name: left[name] + right[name] for name in left if not isinstance(left[name], dict)}
     for name in ("lengths", *COUNTED):
         both[name] = dict(Counter(left[name]) + Counter(right[name]))
@@ -21,7 +22,7 @@ def merge(left: Stats, right: Stats) -> Stats:
 
 
 def metrics(stats: Stats) -> dict[str, Any]:
-    """What the manifest keeps. Lengths are in tokens; the response share is of all tokens."""
+    """Return what the manifest keeps. Lengths are in tokens; the response share is of all tokens."""
     lengths = sorted((int(n), k) for n, k in stats["lengths"].items())
     return {
         "rows": stats["rows"],
@@ -37,13 +38,13 @@ def metrics(stats: Stats) -> dict[str, Any]:
 
 
 def no_stats() -> Stats:
-    """Of no rows at all."""
+    """Return the statistics of zero rows."""
     counts = ("rows", "examples", "tokens", "response_tokens", "truncated", "dropped")
     return dict.fromkeys(counts, 0) | {name: {} for name in ("lengths", *COUNTED)}
 
 
 def _percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:
-    """Nearest rank: the smallest length that q percent of the examples do not exceed."""
+    """Nearest-rank percentile: the smallest length that q percent of the examples do not exceed."""
     pairs = list(lengths)
     rank = -(-q * sum(k for _, k in pairs) // 100)
     for length, k in pairs:

@@ -1,12 +1,17 @@
-"""Where each piece of a conversation stands in its rendering, and which pieces a chat template leaves out.
+"""Find where each piece of a conversation is in its rendering, and which pieces a chat template drops.
 
-A chat template is a program: it may strip, cut, reorder or drop what it is given. So it is run twice, on the
-conversation and on a copy whose letters and digits are replaced by others of the same kind. Characters that differ
-between the two renderings come from the conversation, the others from the template. Each message uses a replacement of
-its own, so a character also tells which message it comes from.
+A chat template is a program: it may strip, cut, reorder or drop its input. So it is run twice: on the
+conversation, and
+on a copy whose letters and digits are replaced by others of the same kind. Characters that differ between the
+two
+renderings come from the conversation, the others from the template. Each message uses its own replacement, so
+a
+character also reveals its message.
 
-The copy keeps every length, all whitespace and punctuation, and the text that the template itself looks for (such as
-`</think>`), so the template treats both alike. Where it does not, the renderings do not match and nothing is claimed.
+The copy keeps every length, all whitespace and punctuation, and any text that the template itself looks for
+(such as
+`</think>`), so that the template treats both alike. If it does not, the renderings do not match and the row
+is refused.
 """
 
 import json
@@ -33,35 +38,35 @@ from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation
 from sstoken.stages.encoding.pieces import Piece, leaves, pieces
 
 OTHER_HEADER = "not as at inference"
-"""Why a row is bad whose turn opens in another way than the generation prompt."""
+"""Why a row is bad: a turn opens differently from the generation prompt."""
 SPLIT = "split by the template"
-"""Why a row is bad whose turn has another one printed inside it."""
+"""Why a row is bad: another turn is printed inside one."""
 _THOUGHT = re.compile(r"<think(?:ing)?>(.*?)(?:</think(?:ing)?>|\Z)", re.DOTALL)
 
 _VARIANTS = 4
-"""Altered copies that are tried, in case a template treats one in another way."""
+"""Altered copies to try, in case a template treats one differently."""
 Render = Callable[[Conversation], str]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A rendering, and who owns each of its characters."""
+    """A rendering, and the owner of each of its characters."""
 
     text: str
     owners: NDArray[np.int16]
     """[len(text)]: `TEMPLATE`, `TOOLS`, or a message's index plus 1."""
     names: str | None
-    """The letters of tools' names outside the calls, such as in definitions; None: names kept their letters."""
+    """The letters of tool names outside the calls, such as in definitions; None: names kept their letters."""
 
     def letters(self, owner: int) -> str:
-        """The characters of one owner, in the order in which they are printed."""
+        """Return the characters of one owner, in printed order."""
         return decoded(codes(self.text)[self.owners == owner])
 
     def region(self, owner: int) -> tuple[int, int] | None:
-        """Start and end of the stretch that the owner's characters span; None where it has none.
+        """Return start and stop of the owner's characters; None if it has none.
 
         Raises:
-            BadRow: characters of another owner stand in between.
+            BadRow: another owner's characters are in between.
         """
         own = np.flatnonzero(self.owners == owner)
         if not own.size:
@@ -73,23 +78,23 @@ class Trace:
         return start, stop
 
     def around(self, owner: int) -> str:
-        """The text between what stands before and after an owner's characters; all of it where it has none."""
+        """Return the text between the neighbouring owners' characters; all of the text if the owner has none."""
         own = np.flatnonzero(self.owners == owner)
         return self.text[self.before(int(own[0])) : self.after(int(own[-1]) + 1)] if own.size else self.text
 
     def before(self, position: int) -> int:
-        """The end of the last owned character before `position`, 0 where there is none."""
+        """Return the end of the last owned character before `position`, or 0."""
         owned = np.flatnonzero(self.owners[:position] != TEMPLATE)
         return int(owned[-1]) + 1 if owned.size else 0
 
     def after(self, position: int) -> int:
-        """The first owned character from `position` on, the end of the text where there is none."""
+        """Return the first owned character from `position` on, or the end of the text."""
         owned = np.flatnonzero(self.owners[position:] != TEMPLATE)
         return position + int(owned[0]) if owned.size else len(self.text)
 
 
 def texts_of(conversation: Conversation) -> dict[int, str]:
-    """What each owner has to print; the names of tools have an owner of their own, after the last message."""
+    """Return what each owner has to print; tool names have their own owner, after the last message."""
     texts: dict[int, str] = {}
     for piece in pieces(conversation):
         owner = len(conversation.messages) + 1 if piece.is_name else piece.owner
@@ -103,22 +108,22 @@ def trace(
     protected: re.Pattern[str] | None,
     text: str | None = None,
 ) -> Trace:
-    """Render a conversation and find out who owns each character.
+    """Render a conversation and find the owner of each character.
 
     Args:
         conversation: what is rendered.
         render: the chat template.
-        protected: text that the template looks for, which keeps its letters.
-        text: the rendering, if it is there already.
+        protected: text that the template looks for; it keeps its letters.
+        text: the rendering, if already known.
 
     Raises:
-        BadRow: the template refuses the conversation, or treats every altered copy in another way.
+        BadRow: the template refuses the conversation, or treats every altered copy differently.
     """
     text = render(conversation) if text is None else text
     original = codes(text)
 
     def names_in(index: int) -> int | None:
-        """How many letters of names message `index` prints where nothing follows it; None where that is not known."""
+        """Return how many letters of names message `index` prints if nothing follows it; None if unknown."""
         cut = replace(conversation, messages=conversation.messages[: index + 1])
         try:
             shown = render(cut)
@@ -157,7 +162,7 @@ def trace(
 
 
 def missing(found: Trace, conversation: Conversation, protected: re.Pattern[str] | None) -> list[Piece]:
-    """The pieces, or parts of pieces, that a rendering does not hold as they stand."""
+    """Return the pieces, or parts of pieces, that a rendering does not contain verbatim."""
     lost: list[Piece] = []
     printed: dict[int, str] = {}
     everything = pieces(conversation)
@@ -177,7 +182,7 @@ def missing(found: Trace, conversation: Conversation, protected: re.Pattern[str]
         times = printed[piece.owner].count(letters) if letters else 0
         if not times or (piece.verbatim and piece.text.strip() not in found.text):
             lost += _lost_parts(piece, found.around(piece.owner), printed[piece.owner], protected)
-        elif times < wanted[piece.owner, letters]:  # of two equal calls, say, one is printed
+        elif times < wanted[piece.owner, letters]:  # for example, only one of two equal calls is printed
             lost.append(piece)
             wanted[piece.owner, letters] -= 1
     return lost
@@ -190,7 +195,7 @@ def _keeps_letters(piece: Piece, found: Trace) -> bool:
 def _times_wanted(
     everything: Iterable[Piece], found: Trace, protected: re.Pattern[str] | None
 ) -> dict[tuple[int, str], int]:
-    """How often the letters of each piece stand in all pieces of its owner together."""
+    """Count how often the letters of each piece occur in all pieces of its owner together."""
     letters: dict[int, list[str]] = {}
     for piece in everything:
         if not _keeps_letters(piece, found) and not (piece.is_name and piece.owner == TOOLS):
@@ -224,7 +229,7 @@ def _lost_parts(piece: Piece, text: str, printed: str, protected: re.Pattern[str
 
 
 def _shown(part: str, text: str) -> bool:
-    """Whether the text holds it as it stands, or as JSON writes it."""
+    """Whether the text contains the part verbatim or JSON-escaped."""
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
 
 
@@ -234,10 +239,12 @@ def _share_names(
     conversation: Conversation,
     names_in: Callable[[int], int | None],
 ) -> str:
-    """Give the names that calls print to their turns, in place; return the letters of the others, which nobody owns.
+    """Assign the tool names that calls print to their turns, in place; return the remaining, unowned letters.
 
-    Templates print the name of a call in the header of its result too. A turn's own are the first ones between the
-    turns around it, and stand before its last argument; `names_in` is asked where calls without arguments come last.
+    Templates also print the name of a call in the header of its result. A turn's own names are the first ones
+    between its
+    neighbouring turns, and come before its last argument; `names_in` decides for trailing calls without
+    arguments.
     """
     named = len(conversation.messages) + 1
     for index, message in enumerate(conversation.messages):

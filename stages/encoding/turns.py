@@ -1,4 +1,4 @@
-"""The turns of a conversation, in the styles of APIs and trainers, as messages in one form."""
+"""Parse the turns of a conversation, in the styles of various APIs and trainers, into messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,11 +34,11 @@ ROLES = {
     "function-call": "call",
     "tool_call": "call",
 }
-"""Names of speakers, in lower case, and the roles they play; `call`: an assistant whose content is a tool call."""
+"""Lower-case speaker names and their roles; `call`: an assistant whose content is a tool call."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _SAID = ("content", "value", "text")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""What says nothing."""
+"""Values that count as empty."""
 _READ = {"role", "from", *_SAID, "tool_calls", "function_call", "name", "tool_call_id",
          "train_detail", *REASONING, *TURN_MARKS}  # fmt: skip
 _PLAIN = {"role", "from", "content", "value"}
@@ -46,19 +46,19 @@ _PLAIN = {"role", "from", "content", "value"}
 
 @dataclass
 class Turns:
-    """Messages, and of each what the row says about it."""
+    """Messages, and what the row says about each."""
 
     messages: list[Message] = field(default_factory=list)
     turn: list[int] = field(default_factory=list)
-    """The index, in the row's list, of the turn that each message comes from."""
+    """For each message, the index of its turn in the row's list."""
     trained: list[bool] = field(default_factory=list)
-    """Whether each message may be trained on by its own marks."""
+    """For each message, whether its own marks allow training on it."""
     speakers: list[str] = field(default_factory=list)
-    """Who each turn of the row's list is from, as it is written there."""
+    """For each turn of the row's list, its speaker as written there."""
     marked_prompts: int = 0
-    """How many turns that are no answers are marked as to be trained on."""
+    """The number of turns that are not answers but are marked as trained on."""
     others: dict[str, list[Any]] = field(default_factory=dict)
-    """Keys of turns that stand in no message, and their values."""
+    """Keys of turns that end up in no message, and their values."""
 
     def add(self, message: Message, turn: int, trained: bool) -> None:
         """Append one message."""
@@ -68,7 +68,7 @@ class Turns:
 
     @property
     def answers(self) -> list[bool]:
-        """Which turns of the row's list are the assistant's."""
+        """For each turn of the row's list, whether it is the assistant's."""
         found = [False] * len(self.speakers)
         for message, turn in zip(self.messages, self.turn, strict=True):
             found[turn] |= message["role"] == "assistant"
@@ -76,17 +76,18 @@ class Turns:
 
 
 def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
-    """Messages of a list of turns, which may be JSON text.
+    """Parse a list of turns, or its JSON text, into messages.
 
-    Consecutive calls, each a turn of its own in some layouts, become one message; so do an answer and the calls
-    that follow on it.
+    Consecutive calls, which some layouts store as separate turns, become one message; so do an answer and the
+    calls that
+    directly follow it.
 
     Args:
         value: OpenAI, Anthropic, ShareGPT, LLaMA-Factory or ms-swift turns.
-        ignored: keys of turns to leave out of account.
+        ignored: keys of turns to disregard.
 
     Raises:
-        BadRow: no list, a turn of an unknown kind, a mark that cannot be honoured.
+        BadRow: not a list, an unknown kind of turn, or an unsupported mark.
     """
     raw = json_or_text(value)
     if not isinstance(raw, list) or not raw:
@@ -97,7 +98,7 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
     if ignored:
         raw = [_without(turn, ignored, turns) for turn in raw]
     roles = [_role(turn, number) for number, turn in enumerate(raw, 1)]
-    if all(turn.keys() <= _PLAIN for turn in raw) and "call" not in roles:  # the commonest by far
+    if all(turn.keys() <= _PLAIN for turn in raw) and "call" not in roles:  # by far the most common
         for index, (turn, role) in enumerate(zip(raw, roles, strict=True)):
             _add_plain(turns, turn, role, index)
         return turns
@@ -114,7 +115,7 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
 
 
 def _add_plain(turns: Turns, turn: Mapping[str, Any], role: str, index: int) -> None:
-    """As `_add`, of a turn that says who speaks and what, and nothing else."""
+    """As `_add`, for a turn that has only a speaker and a content."""
     said = turn.get("content")
     if isinstance(said, str) and "value" not in turn:
         turns.speakers.append(turn.get("role") or turn["from"])
@@ -193,13 +194,11 @@ def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:
     given = {of_parts} | {read_content(turn.get(key), where).text for key in REASONING if turn.get(key)}
     given.discard("")
     if len(given) > 1:
-        raise BadRow("bad message", f"{where} holds its reasoning twice, and not the same")
+        raise BadRow("bad message", f"{where} holds two different reasonings")
     return given.pop() if given else ""
 
 
 def _join_calls(turns: Turns, calls: list[dict[str, Any]], trained: bool, where: str) -> None:
     if turns.trained[-1] != trained:
-        raise BadRow(
-            "unclear mark", f"{where}: a call is marked otherwise than the answer that it belongs to"
-        )
+        raise BadRow("unclear mark", f"{where}: a call is marked differently from the answer it belongs to")
     turns.messages[-1].setdefault("tool_calls", []).extend(calls)
