@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sstoken.errors import SstokenError
-from sstoken.stages.encoding import rowfiles
+from sstoken.stages.encoding import row_files
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _MODULES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
@@ -74,19 +74,19 @@ def _members(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
 
     with zipfile.ZipFile(raw) as archive:
         members = [m for m in archive.infolist() if not m.is_dir() and _is_visible(m.filename)]
-        outer = rowfiles.kind(name)
+        outer = row_files.kind(name)
         for member in members:
             inner = member.filename
-            if rowfiles.kind(inner) is None and outer is not None and len(members) == 1:
+            if row_files.kind(inner) is None and outer is not None and len(members) == 1:
                 inner += f".{outer}"  # take the format from the archive's name
-            if rowfiles.kind(inner) is None or is_zip(inner):
+            if row_files.kind(inner) is None or is_zip(inner):
                 raise SstokenError(
-                    f"{name}: holds {member.filename}, which is not one of {', '.join(rowfiles.EXTENSIONS)}; extract "
+                    f"{name}: holds {member.filename}, which is not one of {', '.join(row_files.EXTENSIONS)}; extract "
                     "the archive and name the files that hold rows"
                 )
         for member in members:
             inner = member.filename
-            inner += f".{outer}" if rowfiles.kind(inner) is None else ""
+            inner += f".{outer}" if row_files.kind(inner) is None else ""
             try:
                 stream = archive.open(member)
             except (RuntimeError, NotImplementedError) as error:
@@ -98,4 +98,4 @@ def _members(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
 
 
 def _is_visible(path: str) -> bool:
-    return all(rowfiles.is_visible(part) for part in PurePosixPath(path).parts)
+    return all(row_files.is_visible(part) for part in PurePosixPath(path).parts)

@@ -245,7 +245,7 @@ def _belongs(text: str, token: Span, start: int, stop: int) -> bool:
     outside = (text[token[0] : start] + text[stop : token[1]]).strip()
     if inside and outside:
         shown = text[token[0] : token[1]]
-        raise BadRow(UNCERTAIN, f"the token {shown!r} contains both prompt and response text")
+        raise BadRow(UNCERTAIN, f"the token {shown!r} holds prompt and response alike")
     return not outside
 
 

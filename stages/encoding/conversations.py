@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sstoken.stages.encoding.calls import read_tools
+from sstoken.stages.encoding.content_parts import read_content
 from sstoken.stages.encoding.json_values import json_or_text
 from sstoken.stages.encoding.layouts import REQUIRED, Beside, Layout
-from sstoken.stages.encoding.leftovers import check_leftovers, says_something
 from sstoken.stages.encoding.marks import PROMPTS_TOO, list_marks, row_mark
 from sstoken.stages.encoding.messages import (
     MAX_CHARS,
@@ -15,9 +14,10 @@ from sstoken.stages.encoding.messages import (
     check_messages,
     check_text,
 )
-from sstoken.stages.encoding.parts import read_content
 from sstoken.stages.encoding.preference import wanted
+from sstoken.stages.encoding.tool_calls import read_tools
 from sstoken.stages.encoding.turns import Turns, read_turns
+from sstoken.stages.encoding.unused_text import check_unused, says_something
 
 UNTRAINED = "answers left out of the response by a mark"
 PROMPT_MARKED = "prompt turns marked to be trained on (answers alone are)"
@@ -50,7 +50,7 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
                 f"column {layout.columns[role]!r} is missing or null",
             )
     turns = _PARSERS[layout.format](row, layout)
-    left = _leftovers(row, turns, beside)
+    left = _unused_values(row, turns, beside)
     tools = read_tools(layout.get(row, "tools"))
     notes = [PROMPT_MARKED] * turns.marked_prompts
     untrained = _untrained(row, turns, beside, notes)
@@ -58,7 +58,7 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
         untrained |= _before_the_last_prompt(turns, untrained, notes)
     messages = _with_system(row, layout, turns)
     untrained = {index + len(messages) - len(turns.messages) for index in untrained}
-    unused = check_leftovers(left, messages, layout) if left else []
+    unused = check_unused(left, messages, layout) if left else []
     if _is_switch(layout.get(row, "reasoning")):
         unused.append(layout.columns["reasoning"])
     unused += sorted(name for name in layout.ignored if says_something(original.get(name)))
@@ -227,7 +227,7 @@ def _check_media(row: Mapping[str, Any], beside: Beside) -> None:
             )
 
 
-def _leftovers(row: Mapping[str, Any], turns: Turns, beside: Beside) -> list[tuple[str, str, Any]]:
+def _unused_values(row: Mapping[str, Any], turns: Turns, beside: Beside) -> list[tuple[str, str, Any]]:
     columns = [(name, name, row[name]) for name in beside.others]
     keys = ((f"messages[].{key}", key.rpartition(".")[2], values) for key, values in turns.others.items())
     return [*columns, *keys]

@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.encoding import rowfiles
+from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
-from sstoken.stages.encoding.rowfiles import first_line
+from sstoken.stages.encoding.row_files import first_line
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
@@ -146,7 +146,13 @@ def _locate(data: str, split: str | None) -> _Files | _Saved | _Hub:
     if path.exists() or any(c in data for c in "*?["):
         return _no_split(_locate_files(str(path)), split)
     hub = _HUB_ID.fullmatch(data)
-    if hub is None or data.startswith(".") or rowfiles.kind(data) is not None or is_zip(data) or is_tar(data):
+    if (
+        hub is None
+        or data.startswith(".")
+        or row_files.kind(data) is not None
+        or is_zip(data)
+        or is_tar(data)
+    ):
         raise UsageError(
             f"data {data!r}: no such file; name a file, a pattern such as 'dir/*.jsonl', a folder written by "
             "save_to_disk, or a Hub dataset user/name"
@@ -195,7 +201,7 @@ def _locate_files(data: str) -> _Files:
         raise UsageError(f"data {shown(data)!r}: cannot be opened ({first_line(error)})") from error
     literal = _is_local(filesystem) and Path(path).is_file()
     if any(c in path for c in "*?[") and not literal:
-        paths = sorted(p for p in _remote(filesystem.glob, path, shown(data)) if rowfiles.is_visible(p))
+        paths = sorted(p for p in _remote(filesystem.glob, path, shown(data)) if row_files.is_visible(p))
         if not paths:
             raise UsageError(f"data {shown(data)!r}: no file matches the pattern")
     elif literal or _remote(filesystem.isfile, path, shown(data)):
@@ -207,10 +213,10 @@ def _locate_files(data: str) -> _Files:
             raise UsageError(
                 f"data {each!r}: a tar archive; extract it and name the files that hold rows, such as 'dir/*.jsonl'"
             )
-        if rowfiles.kind(each) is None and not is_zip(each):
+        if row_files.kind(each) is None and not is_zip(each):
             suffix = PurePosixPath(_without_compression(each)).suffix or "none"
             raise UsageError(
-                f"data {each!r}: extension {suffix} is not one of {', '.join(rowfiles.EXTENSIONS)} "
+                f"data {each!r}: extension {suffix} is not one of {', '.join(row_files.EXTENSIONS)} "
                 f"(each also with {', '.join(COMPRESSED)})"
             )
     remote = "" if _is_local(filesystem) else data.partition("://")[0] + "://"
@@ -224,10 +230,10 @@ def _file_rows(files: _Files) -> Iterator[Row]:
         with _remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw:
             try:
                 for each, stream in opened(raw, name):
-                    for row in rowfiles.read(stream, each):
+                    for row in row_files.read(stream, each):
                         yield Row(label, index, f"{each} {row.where}", row.value, row.problem, row.notes)
                         index += 1
-            except rowfiles.DAMAGE as error:  # in the archive itself
+            except row_files.DAMAGE as error:  # in the archive itself
                 raise SstokenError(
                     f"{name}: damaged or cut short ({first_line(error)}); fetch it again"
                 ) from error

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sstoken.stages.encoding.calls import read_calls
+from sstoken.stages.encoding.content_parts import read_content
 from sstoken.stages.encoding.json_values import json_or_text
 from sstoken.stages.encoding.marks import TURN_MARKS, count_marked, turn_marks
 from sstoken.stages.encoding.messages import REASONING, BadRow, Message
-from sstoken.stages.encoding.parts import read_content
+from sstoken.stages.encoding.tool_calls import read_calls
 
 ROLES = {
     "system": "system",

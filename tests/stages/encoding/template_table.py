@@ -13,7 +13,7 @@ from sstoken.errors import SstokenError
 from sstoken.stages.encoding.chat import ChatEncoder
 from sstoken.stages.encoding.messages import BadRow, Conversation
 from tests.stages.encoding import real_templates
-from tests.stages.encoding.kinds_of_talk import SHOWN
+from tests.stages.encoding.conversation_kinds import SHOWN
 
 HEAD = """# Chat templates
 

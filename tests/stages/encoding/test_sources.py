@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.encoding import rowfiles
+from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.sources import check_source, data_identity, file_labels, open_rows, shown
 
 ROWS = [{"question": f"q{i} \u00e9\u2028\n", "answer": f"a{i}"} for i in range(5)]
@@ -95,7 +95,7 @@ def test_broken_lines_are_rows_with_a_problem(tmp_path) -> None:
 
 
 def test_a_line_beyond_measure_is_passed_over(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(rowfiles, "MAX_LINE_BYTES", 16)
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 16)
     (tmp_path / "d.jsonl").write_text('{"a": 1}\n"' + "x" * 50 + '"\n{"a": 2}\n')
     rows = list(open_rows(str(tmp_path / "d.jsonl")))
     assert [row.value for row in rows] == [{"a": 1}, None, {"a": 2}]

@@ -20,7 +20,7 @@ from sstoken.stages.encoding.rendering import NO_END
 from sstoken.stages.encoding.templates import template_file, training_variant
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 from tests.stages.encoding import real_templates, template_table
-from tests.stages.encoding.kinds_of_talk import MORE, SHOWN
+from tests.stages.encoding.conversation_kinds import MORE, SHOWN
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "templates.md"
 ORIGINALS, TRAINING = real_templates.names(), real_templates.names(training=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sstoken.stages.encoding.calls import read_calls
 from sstoken.stages.encoding.messages import BadRow, Message
+from sstoken.stages.encoding.tool_calls import read_calls
 
 _TEXT = ("text", "input_text", "output_text", "refusal")
 _REASONING = ("reasoning", "thinking", "reasoning_text", "think")

@@ -39,7 +39,7 @@ def says_something(value: Any) -> bool:
     return value is not None
 
 
-def check_leftovers(
+def check_unused(
     values: Iterable[tuple[str, str, Any]], messages: list[Message], layout: Layout
 ) -> list[str]:
     """Return the names of unused columns and keys; refuse those that hold text of a conversation.
