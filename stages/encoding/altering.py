@@ -1,8 +1,7 @@
 """Copies of conversations with substituted letters, which reveal the owner of each character of a rendering.
 
-Each owner (the tool definitions, a message, the names of tools) substitutes every kind of character in its
-own way, so
-a substituted character identifies its owner.
+Each owner (the tool definitions, a message, the names of tools) substitutes every kind of character in its own way,
+so a substituted character identifies its owner.
 """
 
 import re
@@ -193,9 +192,8 @@ def owners_of(
 ) -> NDArray[np.int16] | None:
     """Return the owner of each character, inferred from its replacement; None if one matches no owner.
 
-    `texts` holds what each owner has to print. Where several owners replace a character alike, prefer those
-    that still
-    have this character to print.
+    `texts` holds what each owner has to print. Where several owners replace a character alike, prefer those that
+    still have this character to print.
     """
     left = {owner: Counter(text) for owner, text in texts.items()} if num_owners > min(_NUM_SHIFTS) else {}
     owners = np.full(original.size, TEMPLATE, np.int16)

@@ -1,8 +1,7 @@
 """Rows of Arrow tables (Parquet, saved datasets, the Hub) converted to the JSON values they stand for.
 
-An Arrow struct has the keys of all rows and holds null where a row lacks one, so nulls in structs are
-dropped. Nulls in
-maps and in JSON columns are values and are kept.
+An Arrow struct has the keys of all rows and holds null where a row lacks one, so nulls in structs are dropped. Nulls
+in maps and in JSON columns are values and are kept.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,10 +1,8 @@
 """Encode a conversation as token ids and a response mask.
 
-The chat template renders the conversation to text once, the tokenizer encodes the text once with character
-offsets, and
-the tokens of the assistant's spans form the response mask. Every text of the conversation must appear in the
-rendering:
-if the template drops one, the row is bad, unless the user allows it.
+The chat template renders the conversation to text once, the tokenizer encodes the text once with character offsets,
+and the tokens of the assistant's spans form the response mask. Every text of the conversation must appear in the
+rendering: if the template drops one, the row is bad, unless the user allows it.
 """
 
 import re
@@ -54,8 +52,7 @@ class ChatEncoder:
         max_length: in tokens; None: the tokenizer's own limit, or 4096 if it has no real one.
         chat_template: Jinja text that replaces the tokenizer's own.
         turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in its own
-            example,
-            rendered as inference would see it.
+            example, rendered as inference would see it.
         allow_lost: kinds of text that the template may drop.
         keep_special_tokens: accept rows whose text contains special tokens.
         stop_tokens: tokens that stop generation, besides EOS.
@@ -107,8 +104,7 @@ class ChatEncoder:
 
         Raises:
             BadRow: the template refuses the conversation or drops text of it, its text contains special
-                tokens, or
-                the response spans are not certain.
+                tokens, or the response spans are not certain.
         """
         notes = self._special_tokens_in(conversation)
         examples = []

@@ -21,8 +21,7 @@ class Conversation:
     """A parsed row, independent of its layout: the input of `sstoken.stages.encoding.chat`."""
 
     messages: list[Message]
-    """Contents are strings. `tool_calls` are `{"type": "function", "function": {"name", "arguments"}}`, with
-    the
+    """Contents are strings. `tool_calls` are `{"type": "function", "function": {"name", "arguments"}}`, with the
     arguments as an object; reasoning is under `reasoning_content`."""
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the tools offered to the model."""
@@ -79,9 +78,8 @@ def has_more_than_content(message: Message) -> bool:
 def check_messages(messages: list[Message], max_chars: int = MAX_CHARS) -> None:
     """Check that messages form a conversation.
 
-    A system message comes first; the first other message is the user's; an assistant follows a user or a
-    tool; a
-    tool follows an assistant or a tool. There is at least one assistant turn, and none is empty.
+    A system message comes first; the first other message is the user's; an assistant follows a user or a tool; a tool
+    follows an assistant or a tool. There is at least one assistant turn, and none is empty.
 
     Raises:
         BadRow: a role is out of order, there is no answer, a lone surrogate, or more than `max_chars`

@@ -57,8 +57,7 @@ class Renderer:
         template: returns the Jinja text for a conversation with these tools.
         vocabulary: the tokenizer's special tokens.
         turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in its own
-            example,
-            rendered as inference would see it.
+            example, rendered as inference would see it.
         allow_lost: kinds of text that the template may drop.
         suggest: name remedies in errors, each tried on the conversation.
     """

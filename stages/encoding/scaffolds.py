@@ -1,10 +1,8 @@
 """Scaffolds: what a template prints around the texts of a conversation, learned once per conversation shape.
 
 Most conversations of a dataset have one shape. Once one of them is traced, the next of that shape needs no
-trace: if
-its rendering equals the known scaffold with its own texts in the gaps, character by character, each text is
-where its
-gap is.
+trace: if its rendering equals the known scaffold with its own texts in the gaps, character by character, each text is
+where its gap is.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,6 @@
 """Stream raw rows from files, folders and the Hub, in constant memory.
 
-`data` may name a JSONL, JSON, Parquet or CSV file (local or at any fsspec URL such as `s3://`, compressed or
-not), a
+`data` may name a JSONL, JSON, Parquet or CSV file (local or at any fsspec URL such as `s3://`, compressed or not), a
 pattern of such files, a folder written by `datasets.save_to_disk`, or a dataset on the Hub as `user/name`,
 `user/name@revision` or `user/name:config@revision`.
 """

@@ -1,8 +1,7 @@
 """Locate the assistant's turns in a rendered conversation, from the generation prompt to its end token.
 
-A turn starts where generation starts at inference: after everything that `add_generation_prompt` prints, as
-far as the
-conversation prints the same. It ends with the tokens that close it, up to the one that stops generation.
+A turn starts where generation starts at inference: after everything that `add_generation_prompt` prints, as far as
+the conversation prints the same. It ends with the tokens that close it, up to the one that stops generation.
 """
 
 import re

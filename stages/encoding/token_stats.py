@@ -8,8 +8,7 @@ Stats = dict[str, Any]
 """Counts; `lengths`: the number of examples of each length (in tokens; keys are strings, as in JSON); and the
 dicts listed in `COUNTED`."""
 COUNTED = ("bad_rows", "passed_over", "unused", "notes")
-"""How many rows were bad, by reason; how many the user chose to skip; how many examples have each unused
-column or
+"""How many rows were bad, by reason; how many the user chose to skip; how many examples have each unused column or
 key; and notes on changes that are not visible in the rows."""
 
 

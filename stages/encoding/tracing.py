@@ -1,17 +1,13 @@
 """Find where each piece of a conversation is in its rendering, and which pieces a chat template drops.
 
-A chat template is a program: it may strip, cut, reorder or drop its input. So it is run twice: on the
-conversation, and
-on a copy whose letters and digits are replaced by others of the same kind. Characters that differ between the
-two
-renderings come from the conversation, the others from the template. Each message uses its own replacement, so
-a
+A chat template is a program: it may strip, cut, reorder or drop its input. So it is run twice: on the conversation,
+and on a copy whose letters and digits are replaced by others of the same kind. Characters that differ between the two
+renderings come from the conversation, the others from the template. Each message uses its own replacement, so a
 character also reveals its message.
 
-The copy keeps every length, all whitespace and punctuation, and any text that the template itself looks for
-(such as
-`</think>`), so that the template treats both alike. If it does not, the renderings do not match and the row
-is refused.
+The copy keeps every length, all whitespace and punctuation, and any text that the template itself looks for (such as
+`</think>`), so that the template treats both alike. If it does not, the renderings do not match and the row is
+refused.
 """
 
 import json
@@ -241,9 +237,8 @@ def _share_names(
 ) -> str:
     """Assign the tool names that calls print to their turns, in place; return the remaining, unowned letters.
 
-    Templates also print the name of a call in the header of its result. A turn's own names are the first ones
-    between its
-    neighbouring turns, and come before its last argument; `names_in` decides for trailing calls without
+    Templates also print the name of a call in the header of its result. A turn's own names are the first ones between
+    its neighbouring turns, and come before its last argument; `names_in` decides for trailing calls without
     arguments.
     """
     named = len(conversation.messages) + 1

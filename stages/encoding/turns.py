@@ -78,9 +78,8 @@ class Turns:
 def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
     """Parse a list of turns, or its JSON text, into messages.
 
-    Consecutive calls, which some layouts store as separate turns, become one message; so do an answer and the
-    calls that
-    directly follow it.
+    Consecutive calls, which some layouts store as separate turns, become one message; so do an answer and the calls
+    that directly follow it.
 
     Args:
         value: OpenAI, Anthropic, ShareGPT, LLaMA-Factory or ms-swift turns.
