@@ -75,7 +75,7 @@ def compare(model: str, *, quick: bool, on_gpu: bool) -> dict[str, Any]:
     """Time both backends in turns; the largest difference of each signal, and the ratio of their rates."""
     from sstoken.stages.backends import BackendOptions, make_backend
 
-    rounds, count = (1, 48) if quick else (3, 256)
+    rounds, count = 3, 16 if quick else 256
     if on_gpu:
         count *= 8
     sequences, masks = make_sequences(count)

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="under a minute: 60 examples, one round")
+    parser.add_argument("--quick", action="store_true", help="under a minute: 20 examples")
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     parser.add_argument("--history", help="the earlier checkpoint")
     parser.add_argument("--current", help="the later checkpoint")
@@ -62,12 +62,12 @@ def main() -> None:
         if options.json:
             print(json.dumps({}))
         return
-    rows = 60 if options.quick else 120
+    rows = 20 if options.quick else 120
     with tempfile.TemporaryDirectory() as folder:
         if not any(given):
             given = [str(SHARED / "models" / name) for name in ("base", "sft")]
             given.append(encode_gsm8k(Path(folder), rows))
-        figures = compare(*given, rows=rows, rounds=1 if options.quick else 3, device=options.device)
+        figures = compare(*given, rows=rows, rounds=3, device=options.device)
     for case, facts in figures.items():
         print(f"{case:23}" + "  ".join(f"{name} {value:.2g}" for name, value in facts.items()))
     if options.json:

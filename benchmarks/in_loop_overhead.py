@@ -68,16 +68,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="length 256, three rounds")
+    parser.add_argument("--quick", action="store_true", help="length 256 only")
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     parser.add_argument("--lengths", default="", help="comma-separated (default 256,1024)")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated, plain first")
-    parser.add_argument("--rounds", type=int, default=0, help="default 7; with --quick 3")
+    parser.add_argument("--rounds", type=int, default=7, help="at least 3")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = options.lengths or ("256" if options.quick else "256,1024")
-    rounds = options.rounds or (3 if options.quick else 7)
+    rounds = max(3, options.rounds)
     figures: dict[str, dict[str, Any]] = {}
     for length in map(int, lengths.split(",")):
         batch = max(1, TOKENS_A_STEP[device] // length)

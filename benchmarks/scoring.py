@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(ROWS), help="default: 6x256 8x512; quick: 6x256")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, help="default: short long; quick: short")
     parser.add_argument("--rows", type=int, help="examples; the long set has one in 32")
-    parser.add_argument("--rounds", type=int, help="times that each side runs (3; quick: 1)")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each side runs, at least 3")
     parser.add_argument(
         "--compile", action="store_true", help="part speed: the stage with compiled layers beside the others"
     )
@@ -65,7 +65,7 @@ def main() -> None:
         return
     options.models = options.models or (["6x256"] if options.quick else ["6x256", "8x512"])
     options.lengths = options.lengths or (["short"] if options.quick else ["short", "long"])
-    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.rounds = max(3, options.rounds)
     parts = options.parts or (["speed", "memory"] if options.quick else PARTS)
     run = {"speed": run_speed, "memory": run_memory, "steps": run_steps, "where": run_where}
     figures: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def run_speed(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     figures = {}
     for model in options.models:
-        short = options.rows or (24 if options.quick else ROWS[model])
+        short = options.rows or (8 if options.quick else ROWS[model])
         for lengths in options.lengths:
             rows = max(2, short // 32) if lengths == "long" else short
             folder = work / f"{model}-{lengths}"

@@ -15,6 +15,7 @@ Without a GPU it says so and ends; `--device cpu --model tiny` goes through all 
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -175,7 +176,7 @@ def device_name(device: str) -> str:
 
 
 def rate_and_peak(run: Callable[[slice], None], sequences: list[Any], device: str) -> dict[str, Any]:
-    """Tokens per second of a whole run after a short one; the GPU memory it takes beyond the weights, in GB."""
+    """Tokens per second, median of three whole runs after a short one; GPU memory beyond the weights, in GB."""
     import torch
 
     run(slice(0, 8))
@@ -184,11 +185,14 @@ def rate_and_peak(run: Callable[[slice], None], sequences: list[Any], device: st
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    run(slice(None))
-    if device == "cuda":
-        torch.cuda.synchronize()
-    rate = sum(len(ids) for ids in sequences) / (time.perf_counter() - start)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run(slice(None))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    rate = sum(len(ids) for ids in sequences) / statistics.median(seconds)
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9 if device == "cuda" else None
     return {"tokens_per_second": round(rate, 1), "peak_gb": peak if peak is None else round(peak, 2)}
 

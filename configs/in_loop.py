@@ -1,4 +1,4 @@
-"""Training in the loop: the tokens of each batch are selected against the model as it is at that step.
+"""Train in the loop: at each step, tokens are selected with the model as it is then.
 
 Run after `sstoken-curate demo`, on what it made: python configs/in_loop.py --max-steps 100
 Data and a model of your own: python configs/in_loop.py --data mine.jsonl --model Qwen/Qwen3-0.6B

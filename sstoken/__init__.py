@@ -12,6 +12,7 @@ from sstoken.version import __version__
 if TYPE_CHECKING:
     from sstoken.in_loop.column import CarryHistory
     from sstoken.in_loop.core import self_modulated_loss, token_loss
+    from sstoken.in_loop.response_tokens import find_segments
     from sstoken.in_loop.settings import Schedule, SelfModulation
     from sstoken.in_loop.sft import SelfModulatedSFTTrainer
     from sstoken.in_loop.trainer import SelfModulatedMixin, SelfModulatedTrainer
@@ -28,6 +29,7 @@ __all__ = [
     "SstokenError",
     "UsageError",
     "__version__",
+    "find_segments",
     "self_modulated_loss",
     "token_loss",
 ]
@@ -40,6 +42,7 @@ _LAZY = {
     "SelfModulatedSFTTrainer": "sstoken.in_loop.sft",
     "SelfModulatedTrainer": "sstoken.in_loop.trainer",
     "SelfModulation": "sstoken.in_loop.settings",
+    "find_segments": "sstoken.in_loop.response_tokens",
     "self_modulated_loss": "sstoken.in_loop.core",
     "token_loss": "sstoken.in_loop.core",
 }

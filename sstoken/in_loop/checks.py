@@ -1,4 +1,4 @@
-"""What is refused when an in-loop trainer is made, before any step."""
+"""Checks that run when an in-loop trainer is made, before the first step."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 from sstoken.errors import UsageError
 from sstoken.in_loop.forward import SelectingModel
-from sstoken.in_loop.layout import Layout
+from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.measure.architecture import check_causal, last_softmax_layer
 
 LOSS_TYPES = ("nll", "dft", "chunked_nll")
-"""Of TRL: each is a sum over the log-probabilities of the kept tokens."""
+"""TRL's losses that are sums over log-probabilities of tokens, so that dropping tokens is exact."""
 _LOSS_KERNELS = ("fused_linear_cross_entropy", "cross_entropy")
-"""Liger's that replace the loss; its others replace layers."""
+"""Liger kernels that replace the loss. All others replace layers and are allowed."""
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse settings of the trainer under which the selection would not be what it says.
+    """Refuse trainer settings that would bypass or distort the selection.
 
     Raises:
-        UsageError: names the setting.
+        UsageError: names the setting and what to do about it.
     """
     args = trainer.args
     name = type(trainer.model).__name__
@@ -93,10 +93,10 @@ def check_trainer(trainer: Any) -> None:
 
 
 def choose_layer(trainer: Any) -> int:
-    """The layer whose attention is captured.
+    """Return the index of the layer whose attention is captured.
 
     Raises:
-        UsageError: the attention of no layer can be.
+        UsageError: no layer's attention can be captured.
     """
     layer = trainer._selection.layer
     if layer != "last":
@@ -108,32 +108,32 @@ def choose_layer(trainer: Any) -> int:
 
 
 def _can_run(trainer: Any) -> bool:
-    """Whether the model has its weights already."""
+    """Return whether the model's weights are loaded and unsharded, so that it can run now."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return not sharded and trainer.model.get_input_embeddings().weight.device.type != "meta"
 
 
 class _KeepAll:
-    """Selects nothing away; for the trial."""
+    """A selector that keeps every token, for `try_out`."""
 
     measures = True
     num_kept = 2
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def select(self, losses: Tensor | None) -> Tensor:
-        """All of them."""
+        """Keep all tokens."""
         assert losses is not None
         return torch.ones_like(losses, dtype=torch.bool)
 
 
 @torch.no_grad()
 def try_out(trainer: Any) -> None:
-    """Run three tokens through the model, so that one that cannot be used is refused before any step.
+    """Run three tokens through the model, so that an unusable one is refused before the first step.
 
     Raises:
-        SstokenError: it is not causal, its attention cannot be captured, or its logits are not made position by
+        SstokenError: the model is not causal, its attention cannot be captured, or its logits are not one per
             position.
     """
     model, capture = trainer.model, trainer._capture
@@ -141,15 +141,15 @@ def try_out(trainer: Any) -> None:
         return
     weight = model.get_input_embeddings().weight
     ids = torch.arange(3, device=weight.device)[None] % weight.shape[0]
-    layout = Layout.of(torch.ones_like(ids, dtype=torch.bool))
+    tokens = ResponseTokens.of(torch.ones_like(ids, dtype=torch.bool))
     training = model.training
     model.eval()
     try:
         if capture is not None:
-            capture.expect(layout.response_mask)
+            capture.expect(tokens.response_mask)
         with trainer.accelerator.autocast():
             check_causal(model)
-            SelectingModel(model, trainer._head, layout, _KeepAll())(
+            SelectingModel(model, trainer._head, tokens, _KeepAll())(
                 input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=2
             )
         if capture is not None:

@@ -1,4 +1,4 @@
-"""History losses that come with the data: the column `history_loss`, checked at the start and carried to the batch."""
+"""The dataset column `history_loss`: checked before training, then carried into each batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -8,25 +8,25 @@ import torch
 from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.in_loop.layout import IGNORED
+from sstoken.in_loop.response_tokens import IGNORED
 
 HISTORY = "history_loss"
-"""A list as long as `input_ids`, nats; null or NaN off the response."""
+"""Name of the column: one list per example, as long as `input_ids`, in nats; null or NaN off the response."""
 _ROWS_AT_ONCE = 1000
 
 
 class CarryHistory:
-    """A data collator around another one: `history_loss` [B, T] fp32 joins the batch, 0 where there is none."""
+    """Wraps a data collator and adds `history_loss` [B, T] float32 to its batch, 0 where there is none."""
 
     def __init__(self, collator: Callable[..., Mapping[str, Any]]) -> None:
         self._collator = collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate; padded on either side, flattened or packed, the losses go where their tokens go.
+        """Collate the examples and place each history loss where its token went, padded, flattened or packed.
 
         Raises:
-            SstokenError: an example without history losses, or with too few, or NaN on the response; or a collator that
-                changes the order of the tokens.
+            UsageError: an example has no history losses, too few, or NaN on the response.
+            SstokenError: the collator drops tokens or changes their order.
         """
         for feature in features:
             _check_example(feature, _named(feature))
@@ -51,12 +51,12 @@ class CarryHistory:
 
 
 def check_column(dataset: Any) -> None:
-    """Refuse, before any step, a dataset whose history losses are missing, misaligned or not finite.
+    """Refuse a dataset whose history losses are missing, misaligned or not finite.
 
-    Every example is looked at, except in a dataset that can only be streamed; that is checked as it comes.
+    Checks every example, except in a streamed dataset, which `CarryHistory` checks batch by batch.
 
     Raises:
-        UsageError: names the first such example.
+        UsageError: names the first bad example.
     """
     columns = getattr(dataset, "column_names", None)
     if columns is not None:
@@ -74,7 +74,7 @@ def check_column(dataset: Any) -> None:
 
 
 def _examples(dataset: Any) -> Iterator[Mapping[str, Any]]:
-    """All examples; of Hugging Face datasets in blocks of arrays, the columns that matter alone."""
+    """Yield all examples; a Hugging Face dataset is read in blocks, and only the columns that matter."""
     if not hasattr(dataset, "with_format") or dataset.format["type"] == "custom":
         yield from (dataset[i] for i in range(len(dataset)))
         return
@@ -113,14 +113,14 @@ def _check_example(example: Mapping[str, Any], name: str) -> None:
 
 
 def _floats(values: Any) -> NDArray[np.float32]:
-    """As an array; None becomes NaN."""
+    """Return the values as an array; None becomes NaN."""
     return np.asarray(values.cpu() if torch.is_tensor(values) else values, dtype=np.float32)
 
 
 def join_history(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[NDArray[np.int64]]]:
-    """Put each history loss into the upper half of its label, where TRL's truncation and packing carry it along.
+    """Store each history loss in the upper 32 bits of its label. -100 stays -100.
 
-    TRL cuts and packs `input_ids` and `labels` and drops every other column. -100 stays -100.
+    TRL truncates and packs `input_ids` and `labels` and drops all other columns; this way the losses follow.
     """
     joined = []
     for labels, history in zip(rows["labels"], rows[HISTORY], strict=True):
@@ -131,7 +131,7 @@ def join_history(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[NDArray[np
 
 
 def split_history(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[NDArray[Any]]]:
-    """What `join_history` put together; history losses off the response are NaN."""
+    """Undo `join_history`; history losses off the response become NaN."""
     labels, history = [], []
     for row in rows["joined"]:
         joined = np.asarray(row, dtype=np.int64)

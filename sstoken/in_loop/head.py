@@ -1,4 +1,4 @@
-"""The loss of each response token, measured from the states that predict it: in float32, without gradients.
+"""Measures each response token's loss from the state that predicts it: in float32, without gradients.
 
 Shapes: B rows, T positions, N response tokens, D hidden size, V vocabulary.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sstoken.errors import SstokenError
-from sstoken.in_loop.layout import Layout
+from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.measure.precision import as_given, cast_as_autocast
 from sstoken.measure.token_loss import (
     OutputHead,
@@ -22,22 +22,22 @@ from sstoken.measure.token_loss import (
 )
 
 ROWS_PER_CALL = 1024
-"""Logits alive at once where the output embedding is a module of its own making."""
+"""Rows of logits alive at once if the output embedding is not a plain `nn.Linear`."""
 _ROWS_VERIFIED = 8
 _TOLERANCE, _TOLERANCE_OF_HALF = 5e-3, 5e-2
-"""Of logits, relative and absolute; products in float32 may be rounded to TF32."""
+"""Relative and absolute tolerance of logits; float32 products may be rounded to TF32."""
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside what distributes it."""
+    """Return the model inside a wrapper such as DistributedDataParallel."""
     return getattr(model, "module", model)
 
 
 class HeadLosses:
-    """Measures losses as the model's output head would give them, unrounded."""
+    """Measures the losses that the model's output head gives, before rounding to half precision."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Take a causal language model, not wrapped.
+        """Read the output head of an unwrapped causal language model.
 
         Raises:
             SstokenError: it has no output embedding.
@@ -51,10 +51,10 @@ class HeadLosses:
 
     @torch.no_grad()
     def measure(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The losses [N] of `targets` [N], fp32, from the states [N, D] that predict them.
+        """Return the losses [N] float32 of `targets` [N], predicted by the states [N, D].
 
-        Called within the forward pass: states and weights are rounded once, to what autocast would multiply there;
-        products and sums are not.
+        Call it within the forward pass: states and weights are rounded once, to the dtype that autocast multiplies
+        in there; products and sums are float32.
         """
         if type(self._head) is nn.Linear:
             head = self._linear(hidden, self._scale_now)
@@ -66,10 +66,15 @@ class HeadLosses:
 
     @torch.no_grad()
     def verify(self, hidden: Tensor, logits: Tensor, rounded: bool) -> None:
-        """Find how the model scales its logits [N, V] of states [N, D], once; `rounded`: to half precision.
+        """Find the factor by which the model scales its logits [N, V] of states [N, D]. Does so once.
+
+        Args:
+            hidden: [N, D].
+            logits: [N, V], the model's own.
+            rounded: whether they were rounded to half precision.
 
         Raises:
-            SstokenError: in no known way.
+            SstokenError: no known factor reproduces them.
         """
         if self._scale is not None or logits.shape[0] == 0:
             return
@@ -89,7 +94,7 @@ class HeadLosses:
 
     @property
     def _scale_now(self) -> float:
-        """Until it is verified: what the configuration names, if anything."""
+        """The verified factor; before that, the one that the configuration names, or 1."""
         return self._candidates[-1] if self._scale is None else self._scale
 
     def _linear(self, hidden: Tensor, scale: float) -> OutputHead:
@@ -103,7 +108,7 @@ class HeadLosses:
         if type(self._head) is nn.Linear:
             head = self._linear(hidden, scale)
             return measure_logits(hidden.to(head.weight.dtype), head)
-        # An adapter, or quantized weights: the module alone knows its product.
+        # With an adapter or quantized weights, only the module can compute its product.
         logits = self._head.forward(hidden).float() * scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
@@ -115,30 +120,30 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 @contextmanager
 def states_to_head(
-    model: nn.Module, layout: Layout, choose: Callable[[Tensor], Tensor]
+    model: nn.Module, tokens: ResponseTokens, choose: Callable[[Tensor], Tensor]
 ) -> Iterator[list[bool]]:
-    """Within this context the output embedding gets, of the states that predict response tokens, those chosen.
+    """Within this context the output embedding receives only the states that `choose` returns.
 
     Args:
         model: a causal language model, wrapped for several processes or not.
-        layout: of the batch that it will be called with.
-        choose: from the states [N, D] to the rows that go on, [K, D].
+        tokens: the response tokens of the batch.
+        choose: gets the states [N, D] that predict response tokens, returns the rows [K, D] to compute logits of.
 
     Yields:
-        A list that is not empty once the output embedding was reached; logits are [1, K, V].
+        A list with an entry for each time the output embedding was reached; logits are [1, K, V].
     """
     used: list[bool] = []
 
     @torch.compiler.disable
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_BTD = args[0]
-        if hidden_BTD.shape[:2] != layout.response_mask.shape:
+        if hidden_BTD.shape[:2] != tokens.response_mask.shape:
             raise SstokenError(
                 f"the output embedding sees {tuple(hidden_BTD.shape[:2])} positions, the batch has "
-                f"{tuple(layout.response_mask.shape)}; models that add or drop positions (prompt tuning) cannot select"
+                f"{tuple(tokens.response_mask.shape)}; models that add or drop positions (prompt tuning) cannot select"
             )
         used.append(True)
-        return (choose(hidden_BTD.flatten(0, 1)[layout.positions - 1])[None], *args[1:])
+        return (choose(hidden_BTD.flatten(0, 1)[tokens.positions - 1])[None], *args[1:])
 
     handle = output_embedding(unwrapped(model)).register_forward_pre_hook(gather)
     try:
@@ -148,10 +153,10 @@ def states_to_head(
 
 
 @contextmanager
-def last_states(model: nn.Module, layout: Layout, take: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within this context `take` is called, in the forward pass, with the states [N, D] that predict response tokens.
+def last_states(model: nn.Module, tokens: ResponseTokens, take: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within this context the forward pass calls `take` with the states [N, D] that predict response tokens.
 
-    For a forward pass that does not reach the output embedding as a module.
+    For a forward pass that bypasses the output embedding's module.
     """
     inner = unwrapped(model)
     if hasattr(inner, "get_base_model"):  # peft
@@ -159,7 +164,7 @@ def last_states(model: nn.Module, layout: Layout, take: Callable[[Tensor], None]
 
     @torch.compiler.disable
     def keep(module: nn.Module, args: Any, outputs: Any) -> None:
-        take(outputs[0].detach().flatten(0, 1)[layout.positions - 1])
+        take(outputs[0].detach().flatten(0, 1)[tokens.positions - 1])
 
     handle = inner.base_model.register_forward_hook(keep)
     try:
@@ -169,5 +174,5 @@ def last_states(model: nn.Module, layout: Layout, take: Callable[[Tensor], None]
 
 
 def rounds(hidden: Tensor) -> bool:
-    """Whether products of these states are rounded to less than float32; asked within the forward pass."""
+    """Return whether products of these states are rounded below float32. Call it within the forward pass."""
     return torch.finfo(hidden.dtype).bits < 32 or torch.is_autocast_enabled(hidden.device.type)

@@ -1,4 +1,4 @@
-"""What users see of the selection, gathered without waiting for the device."""
+"""Metrics of the selection, summed up without waiting for the device."""
 
 import time
 from collections import OrderedDict
@@ -11,43 +11,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sstoken.in_loop.layout import Layout
 from sstoken.in_loop.observation import Observation
+from sstoken.in_loop.response_tokens import ResponseTokens
 
 PREFIX = "selection/"
 REMEMBERED_EXAMPLES = 50_000
-"""Examples whose last mask is remembered, at most: memory does not grow with the dataset."""
+"""At most this many examples' last masks are remembered, so that memory does not grow with the dataset."""
 _NUM_SUMS = 10
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one forward pass left behind, on its device; N response tokens."""
+class TrainedBatch:
+    """The result of one training forward pass, still on its device; N response tokens."""
 
     step: int
-    layout: Layout
+    tokens: ResponseTokens
     input_ids: Tensor
     """[B, T]."""
     keep: Tensor
     """[N]."""
     loss: Tensor | None
-    """[N]; None where nothing was measured."""
+    """[N]; None if nothing was measured."""
     attention: Tensor | None
     """[N]."""
 
     def observations(self) -> Iterator[Observation]:
-        """Its examples that have response tokens."""
+        """Yield an observation of each example that has response tokens."""
         ids = self.input_ids.cpu().numpy()
-        response = self.layout.response_mask.cpu().numpy()
-        keep = self.layout.scatter(self.keep).cpu().numpy()
+        response = self.tokens.response_mask.cpu().numpy()
+        keep = self.tokens.scatter(self.keep).cpu().numpy()
         loss = np.full(keep.shape, np.nan, np.float32)
         if self.loss is not None:
-            loss = self.layout.scatter(self.loss.float()).cpu().numpy()
+            loss = self.tokens.scatter(self.loss.float()).cpu().numpy()
         attention = None
         if self.attention is not None:
-            attention = self.layout.scatter(self.attention.float()).cpu().numpy()
-        for index, (row, start, stop) in enumerate(self.layout.segments):
-            if self.layout.offsets[index] == self.layout.offsets[index + 1]:
+            attention = self.tokens.scatter(self.attention.float()).cpu().numpy()
+        for index, (row, start, stop) in enumerate(self.tokens.segments):
+            if self.tokens.offsets[index] == self.tokens.offsets[index + 1]:
                 continue
             place = (row, slice(start, stop))
             mask = response[place]
@@ -63,7 +63,7 @@ class Step:
 
 @dataclass
 class SelectionMetrics:
-    """Sums since they were last read."""
+    """Sums since the last `read`."""
 
     _sums: Tensor | None = None
     _seconds: float = 0.0
@@ -73,7 +73,7 @@ class SelectionMetrics:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Count the time that passes within, on the device where it has its own clock."""
+        """Add the time spent in this context, by the device's clock on CUDA."""
         if device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -87,7 +87,7 @@ class SelectionMetrics:
 
     @torch.no_grad()
     def count(self, keep: Tensor, rel: Tensor | None, attention: Tensor | None) -> None:
-        """Add one forward pass; all [N]."""
+        """Add one forward pass; all values are [N]."""
         share = torch.stack([keep, ~keep]).to(_precise(keep.device))
         tokens = share.sum(1)
         parts = [tokens]
@@ -97,7 +97,7 @@ class SelectionMetrics:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def remember(self, observation: Observation) -> None:
-        """Compare an example's mask with the one it had when it was last seen."""
+        """Compare an example's mask with the one of its last visit."""
         key, mask = observation.key, observation.keep_mask
         before = self._masks.get(key)
         if before is not None:
@@ -108,22 +108,24 @@ class SelectionMetrics:
             self._masks[key] = np.packbits(mask).tobytes()
 
     def read(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """The metrics since the last time, of all processes, and start anew.
+        """Return the metrics of all processes since the last call, and start anew.
 
         Args:
-            gather: from a tensor [1, n] to that of every process, one below the other.
-            device: where to gather.
+            gather: turns a tensor [1, n] into [processes, n].
+            device: where `gather` wants its tensors.
 
         Returns:
-            kept_share, and means over tokens of rel and attention of those kept and those dropped; mask_overlap, the
-            share of kept tokens that were kept when their example was last seen; seconds of this process spent on
-            the selection. What was not measured is left out.
+            kept_share; the means of rel and attention over kept and over dropped tokens; mask_overlap, the share of
+            kept tokens that were also kept at their example's last visit; seconds that this process spent on the
+            selection. Metrics that were not measured are left out.
         """
         sums = torch.zeros(_NUM_SUMS, device=device) if self._sums is None else self._sums
         local = torch.cat([sums.to(device, _precise(device)), sums.new_tensor(self._overlap).to(device)])
         pairs = gather(local[None]).sum(0).view(-1, 2).tolist()
         tokens, rel, num_rel, attention, num_attention, overlap = pairs
-        self._seconds += sum(begin.elapsed_time(end) / 1000 for begin, end in self._events)  # all over by now
+        self._seconds += sum(
+            begin.elapsed_time(end) / 1000 for begin, end in self._events
+        )  # `gather` waited for them
         found = {"kept_share": (tokens[0], sum(tokens)), "mask_overlap": overlap}
         for name, totals, counts in (("rel", rel, num_rel), ("attention", attention, num_attention)):
             found |= {

@@ -1,4 +1,4 @@
-"""What observers of in-loop training are shown. Loads no torch."""
+"""`Observation`: what observers of in-loop training see of an example. Loads no torch."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class Observation:
     """One example as a training step saw it; n tokens."""
 
     step: int
-    """Optimizer steps finished before."""
+    """Optimizer steps finished before this one."""
     input_ids: NDArray[np.int64]
     """[n]."""
     response_mask: NDArray[np.bool_]
@@ -24,11 +24,11 @@ class Observation:
     loss: NDArray[np.float32]
     """[n] nats of the model in training; NaN off the response."""
     attention: NDArray[np.float32] | None
-    """[n] in [0, 1], NaN off the response; None where gamma gives it no weight."""
+    """[n] in [0, 1], NaN off the response; None if the selection does not use it."""
 
     @property
     def key(self) -> bytes:
-        """Of its tokens and response mask: the same wherever and however the example is batched."""
+        """Identifies the example by its tokens and response mask, however it is batched."""
         return example_key(self.input_ids, self.response_mask)
 
 
@@ -36,7 +36,7 @@ Observer = Callable[[Observation], None]
 
 
 def example_key(input_ids: NDArray[Any], response_mask: NDArray[np.bool_]) -> bytes:
-    """16 bytes that stand for an example; whether its first token is a response token does not count."""
+    """Return 16 bytes that identify an example; whether its first token is a response token does not count."""
     digest = hashlib.blake2b(input_ids.astype(np.int64).tobytes(), digest_size=16)
     digest.update(response_mask[1:].tobytes())
     return digest.digest()

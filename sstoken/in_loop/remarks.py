@@ -1,4 +1,4 @@
-"""What is said once, at the first batch, where a selection runs but means nothing.
+"""Warnings, given once at the first batch, about a selection that runs but means nothing.
 
 Shapes: N response tokens of a batch.
 """
@@ -9,33 +9,35 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sstoken.in_loop.layout import Layout
+from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.settings import SelfModulation
 
 MOST = 0.5
-"""Share of the examples from which on they are spoken of."""
+"""Warn if more than this share of the examples is concerned."""
 UNRELATED = 0.3
-"""Correlation of history and current losses below which they are hardly those of one family of models."""
+"""Below this correlation, history and current losses are hardly those of related models."""
 SAME_MODEL = 0.1
-"""Mean difference in nats a token up to which history and current losses may be those of one model, scored in float32
-and trained in half precision."""
+"""Up to this mean difference, in nats a token, history and current losses may be those of one model, scored in
+float32 and trained in half precision."""
 FEWEST_TOKENS = 32
-"""To speak of a mean or a correlation."""
+"""A mean or a correlation of fewer tokens is not reported."""
 
 
-def remarks_on_layout(layouts: Sequence[Layout], settings: SelfModulation, rho: float) -> Iterator[str]:
-    """What the batches of the first optimisation step show before the model has seen them.
+def remarks_on_examples(
+    batches: Sequence[ResponseTokens], settings: SelfModulation, rho: float
+) -> Iterator[str]:
+    """Warn about the batches of the first optimisation step, before the model has seen them.
 
     Args:
-        layouts: of these batches.
-        settings: of the selection.
+        batches: their response tokens.
+        settings: the selection's.
         rho: the selection ratio of that step.
     """
     lengths, promptless = [], 0
-    for layout in layouts:
-        mask = layout.response_mask.cpu()
-        for index, (row, start, _) in enumerate(layout.segments):
-            length = layout.offsets[index + 1] - layout.offsets[index]
+    for tokens in batches:
+        mask = tokens.response_mask.cpu()
+        for index, (row, start, _) in enumerate(tokens.segments):
+            length = tokens.offsets[index + 1] - tokens.offsets[index]
             if length:
                 lengths.append(length)
                 promptless += bool(mask[row, start + 1])  # the very first token is predicted from nothing
@@ -58,7 +60,7 @@ def remarks_on_layout(layouts: Sequence[Layout], settings: SelfModulation, rho: 
         return
     if settings.rho == 1:
         yield "rho is 1: every response token is kept, as without selection; take rho below 1"
-    elif rho < 1 and all(sum(layout.quotas(rho, settings.scope)) == layout.num_tokens for layout in layouts):
+    elif rho < 1 and all(sum(tokens.quotas(rho, settings.scope)) == tokens.num_tokens for tokens in batches):
         yield (
             f"rho={rho:g} keeps every token of the first {number} responses, of up to {max(lengths)} tokens: "
             "ceil(rho n) is n; take a smaller rho, or scope='batch'"
@@ -74,16 +76,16 @@ def remarks_on_losses(
     dtype: torch.dtype,
     noisy: bool,
 ) -> Iterator[str]:
-    """What the losses of the first batch that selects show. Waits for the device.
+    """Warn about the losses of the first batch that selects. Waits for the device.
 
     Args:
-        losses: [N] of the live model.
-        history: [N]; None: not needed.
-        settings: of the selection.
+        losses: [N] nats, of the live model.
+        history: [N] nats; None: not needed.
+        settings: the selection's.
         step: optimizer steps finished.
-        vocabulary: number of tokens the model knows.
-        dtype: that the model computes in.
-        noisy: the forward pass of training is random (dropout, NEFTune).
+        vocabulary: number of tokens in the model's vocabulary.
+        dtype: the one that the model computes in.
+        noisy: whether training's forward pass is random (dropout, NEFTune).
     """
     if not losses.numel():
         return
@@ -108,12 +110,12 @@ def remarks_on_losses(
 
 
 def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[str]:
-    """What history losses of the data show beside those of the model that training starts from. Waits for the device.
+    """Warn about history losses that do not fit the model that training starts from. Waits for the device.
 
     Args:
-        losses: [N] of the live model at the first batch, before any step.
-        history: [N] of the column.
-        noisy: the forward pass of training is random (dropout, NEFTune): a small difference means nothing.
+        losses: [N] nats, of the live model at the first batch, before any step.
+        history: [N] nats, from the column.
+        noisy: whether training's forward pass is random (dropout, NEFTune), so that a small difference means nothing.
     """
     if losses.numel() < FEWEST_TOKENS:
         return

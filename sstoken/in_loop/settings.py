@@ -1,4 +1,4 @@
-"""How tokens are selected in the loop: `SelfModulation`, and schedules for its ratio and balance."""
+"""`SelfModulation`: the settings of in-loop selection; `Schedule`: a value that changes during training."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _DEFAULT_EVERY = {"ema": 1, "snapshot": 100}
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value that moves from `start`, at the first step that selects, to `end`, at the last step of training."""
+    """Moves from `start`, at the first step that selects, to `end`, at the last step of training."""
 
     start: float
     end: float
@@ -25,7 +25,7 @@ class Schedule:
             raise UsageError(f"schedule {self.shape!r} is not known; legal: linear, cosine")
 
     def at(self, progress: float) -> float:
-        """The value at `progress` in [0, 1], rounded to 6 decimals."""
+        """Return the value at `progress` in [0, 1], rounded to 6 decimals."""
         share = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return round(self.start + (self.end - self.start) * share, 6)
 
@@ -50,13 +50,13 @@ class SelfModulation:
     scope: Literal["sample", "batch"] = "sample"
     """Keep the best share of each example, or of all the examples that go through the model together."""
     history: Literal["scores", "base", "ema", "snapshot"] = "scores"
-    """Where history losses come from: the dataset's column `history_loss`; the base model under a LoRA adapter; a
-    moving average of the weights; the weights as they were `history_every` or fewer steps ago. All but the first cost
-    a forward pass without gradients."""
+    """Source of the history losses: the dataset's column `history_loss` ("scores"), the base model under a LoRA
+    adapter, a moving average of the weights, or the weights of `history_every` or fewer steps ago. All but "scores"
+    cost a forward pass without gradients."""
     history_every: int | None = None
     """Optimizer steps between updates of the average (None: 1) or of the snapshot (None: 100)."""
     history_decay: float | None = None
-    """Of the average, in (0, 1): `average = decay * average + (1 - decay) * weights` at each update. None: 0.99."""
+    """Decay of the average, in (0, 1): `average = decay * average + (1 - decay) * weights`. None: 0.99."""
     offload_history: bool = False
     """Keep the average or the snapshot in CPU memory between forward passes."""
 
@@ -84,30 +84,30 @@ class SelfModulation:
 
     @property
     def needs_history(self) -> bool:
-        """Whether REL ever counts."""
+        """Whether REL has weight at any step."""
         return any(_ends(self.gamma))
 
     @property
     def needs_attention(self) -> bool:
-        """Whether attention ever counts."""
+        """Whether attention has weight at any step."""
         return any(gamma != 1 for gamma in _ends(self.gamma))
 
     @property
     def every(self) -> int:
-        """Optimizer steps between updates of what the history keeps."""
+        """Optimizer steps between updates of the average or snapshot."""
         return self.history_every or _DEFAULT_EVERY[self.history]
 
     @property
     def decay(self) -> float:
-        """Of the average; 0: a snapshot."""
+        """Decay of the average; 0 for a snapshot."""
         return self.history_decay or _DEFAULT_DECAY if self.history == "ema" else 0.0
 
     def at(self, step: int, num_steps: int) -> tuple[float, float]:
-        """rho and gamma at an optimizer step.
+        """Return rho and gamma at an optimizer step.
 
         Args:
             step: finished optimizer steps.
-            num_steps: of the whole training, warm-up included.
+            num_steps: optimizer steps of the whole training, including the warm-up.
 
         Returns:
             rho (1 during the warm-up) and gamma.

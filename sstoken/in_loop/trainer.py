@@ -1,4 +1,4 @@
-"""`SelfModulatedMixin`: in-loop selection for `transformers.Trainer` and whatever is derived from it.
+"""`SelfModulatedMixin`: in-loop selection for `transformers.Trainer` and its subclasses.
 
 class MyTrainer(SelfModulatedMixin, SFTTrainer): ...
 trainer = MyTrainer(..., selection=SelfModulation(rho=0.6))
@@ -20,10 +20,10 @@ from sstoken.in_loop.column import HISTORY, CarryHistory, check_column, join_his
 from sstoken.in_loop.core import keep_tokens
 from sstoken.in_loop.forward import SelectingModel, measure_losses
 from sstoken.in_loop.head import HeadLosses, rounds
-from sstoken.in_loop.layout import Layout, layout_of_batch
-from sstoken.in_loop.metrics import SelectionMetrics, Step
+from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
 from sstoken.in_loop.observation import Observer
-from sstoken.in_loop.remarks import remarks_on_column, remarks_on_layout, remarks_on_losses
+from sstoken.in_loop.remarks import remarks_on_column, remarks_on_examples, remarks_on_losses
+from sstoken.in_loop.response_tokens import ResponseTokens, find_response_tokens
 from sstoken.in_loop.settings import SelfModulation
 from sstoken.in_loop.together import remarks_on_batch
 from sstoken.in_loop.weights import History, as_history, make_history
@@ -40,16 +40,16 @@ _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known of a forward pass before it runs; travels with its batch."""
+    """Settings of one forward pass, known before it runs; travels with its batch."""
 
-    layout: Layout
+    tokens: ResponseTokens
     rho: float
     gamma: float
     step: int
 
 
 class SelfModulatedMixin(_Base):
-    """Trains on the tokens that ssToken selects against the model as it is now.
+    """Trains on the tokens that ssToken selects with the model as it is at each step.
 
     The loss of an optimisation step is the mean over the kept tokens of all its batches and processes. Evaluation and
     prediction are the trainer's own. Metrics are logged under `selection/`.
@@ -68,18 +68,18 @@ class SelfModulatedMixin(_Base):
         """Make the trainer.
 
         Args:
-            args: of the trainer.
+            args: the trainer's.
             selection: the settings; None: the defaults.
             observers: called with every example that was trained on, one step later (`observation.Observation`).
-            kwargs: of the trainer.
+            kwargs: the trainer's.
 
         Raises:
-            UsageError: the data or the model cannot be used so, or the trainer's own settings contradict.
+            UsageError: the data, the model or the trainer's settings do not allow in-loop selection.
         """
         self._selection = selection or SelfModulation()
         self._observers = tuple(observers)
         self._selection_metrics = SelectionMetrics()
-        self._unseen: list[Step] = []
+        self._unseen: list[TrainedBatch] = []
         self._history: History | None = None
         self._history_made = False
         self._column_checked = False
@@ -101,12 +101,10 @@ class SelfModulatedMixin(_Base):
         return self._selection.history == "scores" and self._selection.needs_history
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL truncates and packs; the history losses go along."""
+        """Carry the history losses through TRL's truncation and packing."""
         prepare = super()._prepare_dataset
         given = inspect.signature(prepare).bind(dataset, *args, **kwargs).arguments
-        evaluates = (
-            given.get("dataset_name", "train") != "train" or self._column_checked
-        )  # {"train": ...} may be
+        evaluates = given.get("dataset_name", "train") != "train" or self._column_checked
         if not self._carries_history or evaluates:
             return prepare(dataset, *args, **kwargs)
         check_column(dataset)
@@ -121,7 +119,7 @@ class SelfModulatedMixin(_Base):
             return prepared.map(split_history, batched=True, remove_columns=["joined"])
 
     def get_train_dataloader(self) -> Any:
-        """The trainer's own, with the history losses beside the labels."""
+        """Return the trainer's own data loader, with history losses in its batches."""
         if not self._carries_history:
             return super().get_train_dataloader()
         self._set_signature_columns_if_needed()
@@ -135,7 +133,7 @@ class SelfModulatedMixin(_Base):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The batches of an optimisation step, and how many tokens they will keep on all processes together."""
+        """Return the batches of an optimisation step, and the number of tokens that all processes will keep."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._look_back()
         settings, step = self._selection, self.state.global_step
@@ -146,25 +144,25 @@ class SelfModulatedMixin(_Base):
         rho, gamma = settings.at(step, self.state.max_steps)
         planned, kept = [], 0
         for batch in batches:
-            layout = layout_of_batch(batch, device)
-            kept += sum(layout.quotas(rho, settings.scope))
-            planned.append({**batch, _PLAN: _Plan(layout, rho, gamma, step)})
-        layouts = [batch[_PLAN].layout for batch in planned]
-        self._remark("layout", lambda: remarks_on_layout(layouts, settings, rho))
+            tokens = find_response_tokens(batch, device)
+            kept += sum(tokens.quotas(rho, settings.scope))
+            planned.append({**batch, _PLAN: _Plan(tokens, rho, gamma, step)})
+        responses = [batch[_PLAN].tokens for batch in planned]
+        self._remark("tokens", lambda: remarks_on_examples(responses, settings, rho))
         count = torch.tensor(kept, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return planned, count
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The trainer's loss of the kept tokens; outside of training steps, its loss as ever."""
+        """Return the trainer's loss of the kept tokens; outside of training steps, of all tokens."""
         plan = inputs.pop(_PLAN, None)
         if plan is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         selector = _StepSelector(self, plan, inputs.pop(HISTORY, None), inputs["input_ids"])
         share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         standin = SelectingModel(
-            model, self._head, plan.layout, selector, self.current_gradient_accumulation_steps * share
+            model, self._head, plan.tokens, selector, self.current_gradient_accumulation_steps * share
         )
         loss = super().compute_loss(standin, inputs, *args, **kwargs)
         if standin.calls != 1:
@@ -175,27 +173,27 @@ class SelfModulatedMixin(_Base):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the selection's metrics beside the training loss."""
+        """Log the selection's metrics with the training loss."""
         if self.model.training and "loss" in logs:
             logs.update(self._selection_metrics.read(self.accelerator.gather, self.args.device))
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; observers have seen every step when this returns."""
+        """Train. Observers have seen every step when this returns."""
         self._history_made = False
         result = super().train(*args, **kwargs)
         self._look_back()
         return result
 
     def _remark(self, about: str, remarks: Callable[[], Iterator[str]]) -> None:
-        """Warn of a selection that means nothing, once for each thing to look at, in the first process."""
+        """Warn about a meaningless selection, once for each topic, in the first process."""
         if about not in self._remarked and self.is_world_process_zero():
             self._remarked.add(about)
             for text in remarks():
                 warnings.warn(f"in-loop selection: {text}", UserWarning, stacklevel=2)
 
     def _look_back(self) -> None:
-        """Show what has been trained on, now that nothing waits for the device."""
+        """Show observers what was trained on; by now, this does not delay the device."""
         for step in self._unseen:
             for observation in step.observations():
                 self._selection_metrics.remember(observation)
@@ -209,28 +207,28 @@ class SelfModulatedTrainer(SelfModulatedMixin, Trainer):
 
 
 class _StepSelector:
-    """Selects in one forward pass of a trainer."""
+    """Selects the tokens of one forward pass of a trainer."""
 
     def __init__(self, trainer: Any, plan: _Plan, column: Tensor | None, input_ids: Tensor) -> None:
         self._trainer, self._plan, self._input_ids = trainer, plan, input_ids
         self._metrics: SelectionMetrics = trainer._selection_metrics
-        self._history_loss = None if column is None else plan.layout.gather(column)
+        self._history_loss = None if column is None else plan.tokens.gather(column)
         self._capture: AttentionCapture | None = None
         if (plan.gamma < 1 and plan.rho < 1) or trainer._observers:
             self._capture = trainer._capture
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Ask the history for its losses; say what attention is to be measured."""
+        """Measure the history's losses; announce which attention to capture."""
         plan, history, trainer = self._plan, self._trainer._history, self._trainer
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             half = rounds(trainer.model.get_input_embeddings().weight)
             own = trainer.model
-            trainer._remark("batch", lambda: remarks_on_batch(own, trainer._head, inputs, plan.layout, half))
+            trainer._remark("batch", lambda: remarks_on_batch(own, trainer._head, inputs, plan.tokens, half))
         if history is not None and plan.gamma > 0 and plan.rho < 1:
             with self._metrics.timed(self._input_ids.device), as_history(trainer.model, history):
-                self._history_loss = measure_losses(model, trainer._head, inputs, plan.layout)
+                self._history_loss = measure_losses(model, trainer._head, inputs, plan.tokens)
         if self._capture is not None:
-            self._capture.expect(plan.layout.response_mask, plan.layout.segments)
+            self._capture.expect(plan.tokens.response_mask, plan.tokens.segments)
 
     @property
     def measures(self) -> bool:
@@ -240,18 +238,18 @@ class _StepSelector:
     @property
     def num_kept(self) -> int:
         """See `Selector.num_kept`."""
-        return sum(self._plan.layout.quotas(self._plan.rho, self._trainer._selection.scope))
+        return sum(self._plan.tokens.quotas(self._plan.rho, self._trainer._selection.scope))
 
     def select(self, losses: Tensor | None) -> Tensor:
         """See `Selector.select`."""
         plan, history = self._plan, self._history_loss
-        attention = None if self._capture is None else plan.layout.gather(self._capture.take())
-        with self._metrics.timed(plan.layout.positions.device):
+        attention = None if self._capture is None else plan.tokens.gather(self._capture.take())
+        with self._metrics.timed(plan.tokens.positions.device):
             keep = keep_tokens(
                 losses,
                 history,
                 attention,
-                plan.layout,
+                plan.tokens,
                 rho=plan.rho,
                 gamma=plan.gamma,
                 scope=self._trainer._selection.scope,
@@ -260,7 +258,9 @@ class _StepSelector:
                 self._remark(losses)
             rel = None if history is None or losses is None else history - losses
             self._metrics.count(keep, rel, attention)
-        self._trainer._unseen.append(Step(plan.step, plan.layout, self._input_ids, keep, losses, attention))
+        self._trainer._unseen.append(
+            TrainedBatch(plan.step, plan.tokens, self._input_ids, keep, losses, attention)
+        )
         return keep
 
     def _remark(self, losses: Tensor) -> None:
@@ -281,7 +281,7 @@ class _StepSelector:
 
 
 def _noisy(trainer: Any) -> bool:
-    """Whether losses in training are not those of the model's weights alone; an adapter's dropout starts on zeros."""
+    """Return whether training's losses are random. An adapter's dropout does not count: it starts on zeros."""
     config = trainer.model.config.get_text_config()
     dropouts = [
         m.p for n, m in trainer.model.named_modules() if isinstance(m, nn.Dropout) and "lora_" not in n

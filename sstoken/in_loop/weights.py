@@ -11,17 +11,17 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.settings import SelfModulation
 
 _MOVES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Initialisations of LoRA that subtract the adapter's first product from the base weights, or round these."""
+"""Initialisations of LoRA that change the base weights: they subtract the adapter's first product, or round."""
 
 
 class BaseHistory:
-    """The model with its LoRA adapter off: no memory of its own."""
+    """The model with its LoRA adapter off. Takes no extra memory."""
 
     def __init__(self, model: nn.Module) -> None:
         """Take a PEFT model.
 
         Raises:
-            UsageError: it has no adapter to turn off, or is not the base model without it.
+            UsageError: it has no adapter, or its adapter's initialisation changed the base weights.
         """
         if not hasattr(model, "disable_adapter"):
             raise UsageError(
@@ -39,23 +39,23 @@ class BaseHistory:
                 )
 
     def follow(self, step: int) -> None:
-        """The base does not move."""
+        """Do nothing: the base does not change."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The model is the base model."""
+        """Within this context the model is the base model."""
         with self._model.disable_adapter():
             yield
 
 
 class WeightHistory:
-    """Earlier weights of this run: a moving average of those trained, or a snapshot of them."""
+    """A moving average or a snapshot of the weights that this run trains."""
 
     def __init__(self, model: nn.Module, settings: SelfModulation) -> None:
-        """Start from the model's present weights.
+        """Start from the model's current weights.
 
         Raises:
-            UsageError: they are sharded over processes.
+            UsageError: the weights are sharded over processes.
         """
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         for name, parameter in model.named_parameters():
@@ -69,7 +69,7 @@ class WeightHistory:
         self._kept = [self._copy(p) for p in self._parameters]
 
     def follow(self, step: int) -> None:
-        """Take in the weights that stand after `step` optimizer steps; called after each."""
+        """Update from the weights after `step` optimizer steps. Call it after each step."""
         if step == 0 or step % self._every:
             return
         with torch.no_grad():
@@ -78,7 +78,7 @@ class WeightHistory:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The model has the kept weights, and its own again afterwards, to the bit."""
+        """Within this context the model has the kept weights; afterwards its own again, bit for bit."""
         own = [p.data for p in self._parameters]
         try:
             for parameter, kept in zip(self._parameters, self._kept, strict=True):
@@ -98,16 +98,16 @@ History = BaseHistory | WeightHistory
 
 
 def make_history(model: nn.Module, settings: SelfModulation, step: int) -> History | None:
-    """What the settings ask for; None where losses come with the batch, or are not needed.
+    """Make the history that the settings name; None if its losses come with the batch or are not needed.
 
     Args:
-        model: not wrapped.
-        settings: of the selection.
-        step: optimizer steps finished: not 0 in a run that was resumed.
+        model: the model, unwrapped.
+        settings: the selection's.
+        step: optimizer steps finished; not 0 in a resumed run.
 
     Raises:
-        UsageError: the model cannot give it.
-        SstokenError: it would have to be resumed.
+        UsageError: the model cannot provide it.
+        SstokenError: its weights would have to come from a checkpoint.
     """
     if settings.history == "scores" or not settings.needs_history:
         return None
@@ -123,7 +123,7 @@ def make_history(model: nn.Module, settings: SelfModulation, step: int) -> Histo
 
 @contextmanager
 def as_history(model: nn.Module, history: History) -> Iterator[None]:
-    """The model is what its history was, without dropout and without gradients."""
+    """Within this context the model is its own history, without dropout and gradients."""
     with at_rest(model), history.installed():
         torch.clear_autocast_cache()
         yield
@@ -131,12 +131,12 @@ def as_history(model: nn.Module, history: History) -> Iterator[None]:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model is without dropout and without gradients."""
+    """Within this context the model has no dropout and no gradients."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.clear_autocast_cache()  # casts made here may have other weights, and have no gradients
+        torch.clear_autocast_cache()  # casts made here are of other weights, or lack gradients
         model.train(training)

@@ -1,4 +1,4 @@
-"""Tokens with the history losses of a `scores/` folder beside them: what in-loop training takes."""
+"""The dataset that in-loop training takes: tokens and their history losses from a `scores/` folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def with_history(tokens: str | Path, scores: str | Path) -> "Dataset":
-    """A dataset for `SelfModulatedTrainer`: example_id, input_ids, labels and history_loss.
+    """Make a dataset for `SelfModulatedTrainer`: example_id, input_ids, labels and history_loss.
 
-    Examples without a response token are left out. Memory does not grow with the data: rows stay in the files of
-    `datasets`' cache.
+    Examples without a response token are dropped. Memory does not grow with the data: rows stay in the cache files
+    of `datasets`.
 
     Args:
         tokens: the folder that `encode` wrote.
-        scores: that of one checkpoint, such as `scores/base`: the history.
+        scores: the scores folder of one checkpoint, the history, such as `scores/base`.
 
     Raises:
-        UsageError: no shards.
-        SstokenError: the scores are those of other tokens or of several runs, or a shard is damaged or not ours.
+        UsageError: a folder has no shards.
+        SstokenError: the scores belong to other tokens, mix several runs, or a shard is damaged or not ours.
     """
     pairs = _paired_shards(Path(tokens), Path(scores))
     from datasets import concatenate_datasets, load_dataset
@@ -40,7 +40,7 @@ def with_history(tokens: str | Path, scores: str | Path) -> "Dataset":
 
 
 def _paired_shards(tokens: Path, scores: Path) -> list[tuple[Path, Path]]:
-    """Shards of tokens and of their scores, row by row of the same examples."""
+    """Pair the shards of tokens and of scores, and check that their rows are the same examples."""
     parts = tables.parts(tokens)
     if not parts:
         raise UsageError(f"{tokens}: no part-*.parquet; name the folder that `encode` wrote")

@@ -25,10 +25,10 @@ from sstoken import (
     SelfModulatedTrainer,
     SelfModulation,
     SstokenError,
+    find_segments,
     self_modulated_loss,
     token_loss,
 )
-from sstoken.in_loop.layout import find_segments
 from sstoken.in_loop.observation import Observation
 from sstoken.methods import METHODS, Signals
 from sstoken.selection import keep_per_example

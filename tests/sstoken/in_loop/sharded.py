@@ -9,7 +9,7 @@ from sstoken import AttentionCapture
 from sstoken.in_loop.core import keep_tokens
 from sstoken.in_loop.forward import SelectingModel
 from sstoken.in_loop.head import HeadLosses
-from sstoken.in_loop.layout import layout_of_batch
+from sstoken.in_loop.response_tokens import find_response_tokens
 from tests.sstoken.in_loop.small import collate, make_examples, make_model
 
 
@@ -18,25 +18,25 @@ class Keeper:
 
     measures = True
 
-    def __init__(self, layout, capture, history):
-        self.layout, self.capture, self.history = layout, capture, history
-        self.num_kept = sum(layout.quotas(0.4))
+    def __init__(self, tokens, capture, history):
+        self.tokens, self.capture, self.history = tokens, capture, history
+        self.num_kept = sum(tokens.quotas(0.4))
 
     def prepare(self, model, inputs):
-        self.capture.expect(self.layout.response_mask, self.layout.segments)
+        self.capture.expect(self.tokens.response_mask, self.tokens.segments)
 
     def select(self, losses):
-        attention = self.layout.gather(self.capture.take())
-        history = self.layout.gather(self.history)
-        keep = keep_tokens(losses, history, attention, self.layout, rho=0.4, gamma=0.5)
+        attention = self.tokens.gather(self.capture.take())
+        history = self.tokens.gather(self.history)
+        keep = keep_tokens(losses, history, attention, self.tokens, rho=0.4, gamma=0.5)
         self.seen = losses, attention, keep
         return keep
 
 
 def step(model, batch, history):
-    layout = layout_of_batch(batch)
-    keeper = Keeper(layout, AttentionCapture(model), history)
-    selecting = SelectingModel(model, HeadLosses(model), layout, keeper)
+    tokens = find_response_tokens(batch)
+    keeper = Keeper(tokens, AttentionCapture(model), history)
+    selecting = SelectingModel(model, HeadLosses(model), tokens, keeper)
     loss = selecting(**batch, num_items_in_batch=keeper.num_kept).loss
     loss.backward()
     return *keeper.seen, loss.detach()

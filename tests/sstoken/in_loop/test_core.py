@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.core import keep_tokens, kept_loss, self_modulated_loss, token_loss
-from sstoken.in_loop.layout import Layout, find_segments, layout_of_batch
+from sstoken.in_loop.response_tokens import ResponseTokens, find_response_tokens, find_segments
 from sstoken.methods import METHODS, Signals
 from sstoken.selection import (
     keep_per_example,
@@ -95,19 +95,19 @@ def test_a_dropped_tokens_nan_reaches_neither_loss_nor_gradient():
 
 def test_the_first_token_of_a_sequence_is_predicted_from_nothing():
     mask = torch.ones(1, 6, dtype=torch.bool)
-    layout = Layout.of(mask, [(0, 0, 3), (0, 3, 6)])
-    assert layout.response_mask.tolist() == [[False, True, True, False, True, True]]
-    assert layout.offsets == (0, 2, 4)
-    assert layout.quotas(0.6) == [2, 2]
-    assert layout.quotas(0.6, "batch") == [3]
+    tokens = ResponseTokens.of(mask, [(0, 0, 3), (0, 3, 6)])
+    assert tokens.response_mask.tolist() == [[False, True, True, False, True, True]]
+    assert tokens.offsets == (0, 2, 4)
+    assert tokens.quotas(0.6) == [2, 2]
+    assert tokens.quotas(0.6, "batch") == [3]
 
 
 def test_a_signal_that_gamma_needs_is_asked_for():
-    layout = Layout.of(torch.ones(1, 3, dtype=torch.bool))
+    tokens = ResponseTokens.of(torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(UsageError, match="history_loss"):
-        keep_tokens(torch.zeros(2), None, torch.zeros(2), layout, rho=0.5, gamma=0.5)
+        keep_tokens(torch.zeros(2), None, torch.zeros(2), tokens, rho=0.5, gamma=0.5)
     with pytest.raises(UsageError, match="attention"):
-        keep_tokens(torch.zeros(2), torch.zeros(2), None, layout, rho=0.5, gamma=0.5)
+        keep_tokens(torch.zeros(2), torch.zeros(2), None, tokens, rho=0.5, gamma=0.5)
     with pytest.raises(UsageError, match="rho is"):
         self_modulated_loss(*[torch.zeros(1, 3)] * 3, torch.ones(1, 3, dtype=torch.bool), rho=1.5)
     with pytest.raises(UsageError, match="gamma is -1"):
@@ -158,14 +158,14 @@ def test_sequences_of_a_flattened_batch():
 def test_a_batch_that_does_not_say_where_its_sequences_stand_is_refused():
     ids = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(SstokenError, match="no labels"):
-        layout_of_batch({"input_ids": ids})
+        find_response_tokens({"input_ids": ids})
     with pytest.raises(SstokenError, match="4 dimensions"):
-        layout_of_batch({"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 1, 3, 3)})
+        find_response_tokens({"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 1, 3, 3)})
 
 
-def test_a_layout_gathers_and_scatters():
+def test_response_tokens_are_gathered_and_scattered():
     mask = torch.tensor([[False, True, True], [False, False, True]])
-    layout = Layout.of(mask)
+    tokens = ResponseTokens.of(mask)
     grid = torch.arange(6.0).view(2, 3)
-    assert layout.gather(grid).tolist() == [1.0, 2.0, 5.0]
-    assert layout.scatter(torch.tensor([9.0, 8.0, 7.0])).tolist() == [[0.0, 9.0, 8.0], [0.0, 0.0, 7.0]]
+    assert tokens.gather(grid).tolist() == [1.0, 2.0, 5.0]
+    assert tokens.scatter(torch.tensor([9.0, 8.0, 7.0])).tolist() == [[0.0, 9.0, 8.0], [0.0, 0.0, 7.0]]

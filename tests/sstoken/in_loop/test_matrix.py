@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 
-from sstoken import AttentionCapture, SstokenError
-from sstoken.in_loop.layout import find_segments
+from sstoken import AttentionCapture, SstokenError, find_segments
 from tests.sstoken.in_loop import matrix
 from tests.sstoken.in_loop.small import flatten, make_model, make_scored_examples, save_tokenizer
 from tests.support import needs_compiler

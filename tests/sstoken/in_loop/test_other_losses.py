@@ -24,7 +24,7 @@ from sstoken import (
     SelfModulation,
     UsageError,
 )
-from sstoken.in_loop.layout import layout_of_batch
+from sstoken.in_loop.response_tokens import find_response_tokens
 from tests.sstoken.in_loop.small import (
     SETTINGS,
     Watcher,
@@ -183,11 +183,11 @@ def test_kernels_that_replace_the_loss_are_refused_and_layer_kernels_are_not(tmp
 def test_flex_attention_is_measured_as_sdpa(tmp_path):
     """Its mask is no tensor. It trains on a GPU alone, so that what is compared is a forward pass."""
     batch, found = collate_left(make_scored_examples(4)), []
-    layout = layout_of_batch(batch)
+    tokens = find_response_tokens(batch)
     for implementation in ("sdpa", "flex_attention"):
         model = make_model(implementation)
         capture = AttentionCapture(model)
-        capture.expect(layout.response_mask, layout.segments)
+        capture.expect(tokens.response_mask, tokens.segments)
         with torch.no_grad():
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         found.append(capture.take())

@@ -1,0 +1,144 @@
+"""The response tokens of a batch and their places, found on the host before the forward pass.
+
+Shapes: B rows, T positions, E examples (segments) of the batch, N response tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sstoken.errors import SstokenError
+from sstoken.measure.prompt_attention import Segment
+from sstoken.selection import num_kept
+
+IGNORED = -100
+"""Label of a token that is not a response token."""
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The response tokens of a batch, example by example."""
+
+    segments: tuple[Segment, ...]
+    """E examples: row, first position, one past the last."""
+    response_mask: Tensor
+    """[B, T] bool; False at each example's first token, which nothing predicts."""
+    positions: Tensor
+    """[N] index of each response token in the flattened batch."""
+    example: Tensor
+    """[N] index of each response token's example."""
+    offsets: tuple[int, ...]
+    """[E + 1]: example e has the tokens `offsets[e]:offsets[e + 1]` of the N."""
+
+    @classmethod
+    def of(
+        cls, response_mask: Tensor, segments: Sequence[Segment] | None = None, device: Any = None
+    ) -> "ResponseTokens":
+        """Find the response tokens of a batch.
+
+        Args:
+            response_mask: [B, T] bool, on any device. A sequence's first token is predicted from nothing, so it is
+                not a response token whatever the mask says.
+            segments: the sequences, in the order of the batch; None: each row is one.
+            device: of the tensors; None: that of the mask.
+        """
+        device = response_mask.device if device is None else device
+        mask_BT = response_mask.cpu().numpy()
+        if segments is None:
+            segments = [(row, 0, mask_BT.shape[1]) for row in range(mask_BT.shape[0])]
+        example_BT = np.full(mask_BT.shape, -1, dtype=np.int64)
+        for index, (row, start, stop) in enumerate(segments):
+            example_BT[row, start + 1 : stop] = index
+        mask_BT = mask_BT & (example_BT >= 0)
+        counts = np.bincount(example_BT[mask_BT], minlength=len(segments))
+        return cls(
+            segments=tuple(segments),
+            response_mask=torch.from_numpy(mask_BT).to(device),
+            positions=torch.from_numpy(np.flatnonzero(mask_BT)).to(device),
+            example=torch.from_numpy(example_BT[mask_BT]).to(device),
+            offsets=(0, *np.cumsum(counts).tolist()),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.offsets[-1]
+
+    def quotas(self, rho: float, scope: str = "sample") -> list[int]:
+        """Number of tokens to keep of each example, or of all together (scope "batch": one number)."""
+        offsets = self.offsets if scope == "sample" else (0, self.num_tokens)
+        return [num_kept(b - a, rho) for a, b in pairwise(offsets)]
+
+    def gather(self, values_BT: Tensor) -> Tensor:
+        """Gather the response tokens' values [N] from [B, T]."""
+        return values_BT.reshape(-1)[self.positions]
+
+    def scatter(self, values_N: Tensor) -> Tensor:
+        """Scatter the response tokens' values [N] to [B, T], 0 or False elsewhere."""
+        flat = values_N.new_zeros(self.response_mask.numel())
+        return flat.index_copy(0, self.positions, values_N).view(self.response_mask.shape)
+
+
+def find_response_tokens(batch: Mapping[str, Any], device: Any = None) -> ResponseTokens:
+    """Find the response tokens of a collated batch from its `labels` and sequence boundaries.
+
+    Raises:
+        SstokenError: the batch has no labels, or an attention mask that is not [B, T].
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        raise SstokenError("the batch has no labels; the data collator must give them, -100 off the response")
+    return ResponseTokens.of(
+        labels.cpu() != IGNORED, find_segments(batch), labels.device if device is None else device
+    )
+
+
+def find_segments(batch: Mapping[str, Any]) -> list[Segment]:
+    """Find the sequences of a batch: row, first position, one past the last.
+
+    Padding-free batches mark them by `cu_seq_lens_q` or by `position_ids` that start again; padded ones, on either
+    side, by `attention_mask`. Without any of these each row is one sequence.
+
+    Args:
+        batch: `input_ids` [B, T] and any of `cu_seq_lens_q` [S + 1], `attention_mask` [B, T], `position_ids`
+            [B or 1, T].
+
+    Raises:
+        SstokenError: `attention_mask` has more than two dimensions.
+    """
+    num_rows, length = batch["input_ids"].shape
+    attention_mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
+    if batch.get("cu_seq_lens_q") is not None and num_rows == 1:
+        offsets = batch["cu_seq_lens_q"].tolist()
+        return [(0, a, b) for a, b in pairwise(offsets) if b > a]
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            raise SstokenError(
+                f"attention_mask has {attention_mask.ndim} dimensions; in-loop selection needs [rows, positions], or "
+                "none and position_ids"
+            )
+        return _runs(attention_mask.cpu().numpy().astype(bool), None)
+    everywhere = np.ones((num_rows, length), dtype=bool)
+    if position_ids is None:
+        return _runs(everywhere, None)
+    return _runs(everywhere, position_ids.expand(num_rows, -1).cpu().numpy())
+
+
+def _runs(real_BT: NDArray[np.bool_], positions_BT: NDArray[np.int64] | None) -> list[Segment]:
+    """Return the runs of real tokens whose positions, if given, go up by one."""
+    begins = real_BT.copy()
+    begins[:, 1:] &= ~real_BT[:, :-1]
+    if positions_BT is not None:
+        begins[:, 1:] |= real_BT[:, 1:] & (np.diff(positions_BT) != 1)
+    ends = real_BT.copy()
+    ends[:, :-1] &= ~real_BT[:, 1:] | begins[:, 1:]
+    return [
+        (int(row), int(start), int(stop) + 1)
+        for (row, start), (_, stop) in zip(np.argwhere(begins), np.argwhere(ends), strict=True)
+    ]
