@@ -121,18 +121,18 @@ def measure(
     for role, checkpoint in (("history", history), ("current", current)):
         backend = hf.HFBackend(
             BackendOptions(
-                checkpoint=checkpoint, attention=role == "current", layer=-1, dtype=dtype, device=device,
-                batch_tokens=batch_tokens, trust_remote_code=False,
+                checkpoint=checkpoint, signals=("loss", "attention")[: 1 + (role == "current")], layer=-1,
+                dtype=dtype, device=device, batch_tokens=batch_tokens, trust_remote_code=False,
             )
         )  # fmt: skip
         list(backend.measure(sequences[:2], masks[:2]))
         start = time.perf_counter()
         found = dict(backend.measure(sequences, masks))
         seconds += time.perf_counter() - start
-        in_order = [(found[i], mask) for i, mask in enumerate(masks)]
-        values[f"{role}_loss"] = np.concatenate([signals.loss[mask] for signals, mask in in_order])
+        in_order = [found[i] for i in range(len(masks))]
+        values[f"{role}_loss"] = np.concatenate([signals["loss"] for signals in in_order])
         if role == "current":
-            values["attention"] = np.concatenate([signals.attention[mask] for signals, mask in in_order])
+            values["attention"] = np.concatenate([signals["attention"] for signals in in_order])
     return seconds, {name: array.astype(np.float64) for name, array in values.items()}
 
 

@@ -138,7 +138,7 @@ def measure_ours(
 
     backend = hf.HFBackend(
         BackendOptions(
-            checkpoint=str(folder), attention=True, layer=-1, dtype="bfloat16", device=device,
+            checkpoint=str(folder), signals=("loss", "attention"), layer=-1, dtype="bfloat16", device=device,
             batch_tokens=batch_tokens, trust_remote_code=False,
         )
     )  # fmt: skip

@@ -90,13 +90,18 @@ def run_steps(config: RunConfig) -> Iterator[Step]:
 
 
 def score_job(ref: str, attention: bool, options: Mapping[str, object], tokens: Path, out: Path) -> Job:
-    """The job that scores one checkpoint; scores that hold attention too are as good as those without."""
-    job = Job(Score(checkpoint=ref, attention=attention, **options), {"tokens": tokens}, out, seed=0)
+    """The job that scores one checkpoint; finished scores that hold more signals are as good."""
+    stage = Score(checkpoint=ref, attention=attention, **options)
+    job = Job(stage, {"tokens": tokens}, out, seed=0)
     finished = read_manifest(out)
-    if attention or finished is None or not finished.settings.get("attention"):
+    if (
+        finished is None
+        or finished.stage != stage.name
+        or (more := stage.holding(finished.settings)) == stage
+    ):
         return job
-    with_attention = replace(job, stage=Score(checkpoint=ref, attention=True, **options))
-    return with_attention if state(with_attention, Digests()) is State.FINISHED else job
+    with_more = replace(job, stage=more)
+    return with_more if state(with_more, Digests()) is State.FINISHED else job
 
 
 def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
@@ -202,7 +207,9 @@ def _only_or_last(names: list[str]) -> str | None:
 
 def _has_attention(folder: Path) -> bool:
     manifest = read_manifest(folder)
-    return manifest is not None and bool(manifest.settings.get("attention"))
+    return manifest is not None and bool(
+        manifest.settings.get("attention") or "attention" in manifest.settings.get("signals", ())
+    )
 
 
 def _roles(

@@ -1,17 +1,15 @@
-"""`score`: the loss of every response token under one checkpoint, and its attention importance if asked."""
+"""`score`: signals of every response token under one checkpoint."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import SstokenError
+from sstoken.signals import ATTENTION, LOSS, get_signal, get_signals
 from sstoken.stages import checkpoints, joins, tables
 from sstoken.stages.backends import (
     Backend,
@@ -23,7 +21,7 @@ from sstoken.stages.backends import (
     make_backend,
     resolve_backend,
 )
-from sstoken.stages.scores_file import summarize_scores, write_scores
+from sstoken.stages.scores_file import Column, summarize_scores, write_scores
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
 from sstoken.stages.vocabularies import check_vocabulary
 
@@ -31,8 +29,10 @@ from sstoken.stages.vocabularies import check_vocabulary
 class ScoreOptions(Stage):
     """How checkpoints are scored, whichever they are."""
 
+    signals: tuple[str, ...] = ()
+    """What is measured under every checkpoint, by name: loss, attention, entropy, rank, ... None: the loss."""
     layer: int | None = None
-    """Decoder layer whose attention is measured; negative counts from the last. None: the last layer that has softmax
+    """Decoder layer of the signal `attention`; negative counts from the last. None: the last layer that has softmax
     attention."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Of the weights; softmax and loss are fp32 whatever it is. auto: as the checkpoint stores them."""
@@ -62,10 +62,25 @@ class Score(ScoreOptions):
     checkpoint: Annotated[str, BY_CONTENT]
     """A folder, a LoRA adapter's folder, or a Hub id."""
     attention: bool = False
-    """Measure attention importance in the same forward pass."""
+    """Measure the signal `attention` too."""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of all signals that are measured, in the order of their columns."""
+        names = self.signals or (LOSS,)
+        return tuple(s.name for s in get_signals((*names, ATTENTION) if self.attention else names))
+
+    def holding(self, settings: Mapping[str, Any]) -> "Score":
+        """This stage with all the signals that finished scores hold, if these are at least its own.
+
+        Args:
+            settings: the fields of the stage that made them, as its manifest has them.
+        """
+        there = (*(settings.get("signals") or (LOSS,)), *((ATTENTION,) if settings.get("attention") else ()))
+        return self.model_copy(update={"signals": there}) if {*there} > {*self.measured} else self
 
     def check(self) -> None:
-        """Refuse a checkpoint that is not whole, or that the backend does not take."""
+        """Refuse an unknown signal, a checkpoint that is not whole, or one that the backend does not take."""
         checkpoints.check_whole(self.checkpoint)
         check_backend(self.backend, self.for_backend(), self.workers)
 
@@ -81,15 +96,21 @@ class Score(ScoreOptions):
         del fields["backend_options"]
         if deciding := deciding_settings(backend, options):
             fields["backend_options"] = deciding
-        if not self.attention:
+        measured = set(self.measured)
+        fields["attention"] = ATTENTION in measured
+        if not fields["attention"]:
             del fields["layer"]
+        # With the signals that there always were, it stays what it always was: finished scores stay finished.
+        del fields["signals"]
+        if measured - {ATTENTION} != {LOSS}:
+            fields["signals"] = sorted(measured)
         return fields
 
     def for_backend(self, log_folder: Path | None = None) -> BackendOptions:
         """What the backend gets to know."""
         return BackendOptions(
             checkpoint=self.checkpoint,
-            attention=self.attention,
+            signals=self.measured,
             layer=self.layer,
             dtype=self.dtype,
             device=self.device,
@@ -106,8 +127,8 @@ class Score(ScoreOptions):
         check_vocabulary(self.checkpoint, own, context.inputs["tokens"])
         total = sum(tables.num_rows(p) for p in token_parts)
         todo = [p for p in token_parts if not (context.out / p.name).exists()]
-        score_shard = _ScoreShard(self, context, todo if self.workers == 1 else [])
-        with score_shard, context.progress("examples", total) as progress:
+        score_shard = _ScoreShard(self, context.out, context.fingerprint)
+        with context.progress("examples", total) as progress:
             progress.advance(total - sum(tables.num_rows(p) for p in todo))
             for rows in context.map(score_shard, todo, workers=self.workers):
                 progress.advance(rows)
@@ -124,92 +145,78 @@ def _backend(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Back
 
 
 class _ScoreShard:
-    """Scores one shard of tokens; pickles into worker processes.
+    """Scores one shard of tokens; pickles into worker processes."""
 
-    In one process, the next shard is read and the last one written while this one is computed.
-    """
-
-    def __init__(self, stage: Score, context: Context, in_order: Sequence[Path]) -> None:
-        self._stage, self._out, self._run = stage, context.out, context.fingerprint
-        self._following = dict(pairwise(in_order))
-        self._files: ThreadPoolExecutor | None = None
-        self._reading: dict[Path, Future[pa.Table]] = {}
-        self._writing: Future[None] | None = None
-
-    def __enter__(self) -> None:
-        if self._following:
-            self._files = ThreadPoolExecutor(2)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._files is not None:
-            self._files.shutdown()
-            self._files = None
-        if self._writing is not None and kind is None:
-            self._writing.result()
+    def __init__(self, stage: Score, out: Path, run: str) -> None:
+        self._stage, self._out, self._run = stage, out, run
 
     def __call__(self, tokens: Path) -> int:
-        """Write the scores of the shard, or begin to; return its number of rows."""
+        """Write the scores of the shard; return its number of rows."""
         stage = self._stage
         options = stage.for_backend(log_folder=self._out.parent)
         backend = _backend(stage.backend, options, checkpoints.stamp(stage.checkpoint))
-        table = self._read(tokens)
+        table = tables.read_table(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()
         _check_lengths(stage, tokens, backend, example_ids, sequences)
+        response, offsets = tables.flatten(table["response_mask"])
+        columns = self._measure(tokens.name, backend, example_ids, sequences, masks)
+        provenance = self._provenance(backend) | {joins.TOKENS: joins.measured_fingerprint(tokens, table)}
+        write_scores(
+            self._out / tokens.name, example_ids, offsets, response.astype(bool), columns, provenance
+        )
+        return len(sequences)
+
+    def _measure(
+        self,
+        shard: str,
+        backend: Backend,
+        example_ids: list[str],
+        sequences: list[NDArray[np.int32]],
+        masks: list[NDArray[np.bool_]],
+    ) -> dict[str, Column]:
+        """The signals of all examples, compact and one after the other."""
+        stage = self._stage
+        named = {name: get_signal(name) for name in stage.measured}
+        counts = np.array([mask.sum() for mask in masks], dtype=np.int64)
+        starts = {
+            name: np.concatenate([[0], np.cumsum(np.maximum(counts - signal.from_second, 0))])
+            for name, signal in named.items()
+        }
         # Flat from the start: thousands of small arrays would keep the heap in pieces.
-        ids, offsets = tables.flatten(table["input_ids"])
-        loss = np.full(ids.size, np.nan, np.float32)
-        attention = np.full(ids.size, np.nan, np.float32) if stage.attention else None
+        columns: dict[str, Column] = {
+            name: np.zeros(starts[name][-1], np.dtype(signal.dtype)) for name, signal in named.items()
+        }
         left = set(range(len(sequences)))
-        for index, signal in backend.measure(sequences, masks):
-            if not np.isfinite(signal.loss[masks[index]]).all():
-                raise SstokenError(
-                    f"{stage.checkpoint}: NaN or infinite loss in {tokens.name}, example "
-                    f"{example_ids[index]!r}; the checkpoint or its dtype ({stage.dtype}) is broken"
-                )
-            row = slice(offsets[index], offsets[index + 1])
-            loss[row] = signal.loss
-            if attention is not None:
-                if signal.attention is None:
-                    continue
-                attention[row] = signal.attention
+        for index, signals in backend.measure(sequences, masks):
+            if not named.keys() <= signals.keys():
+                continue
+            for name, column in columns.items():
+                if not np.isfinite(signals[name]).all():
+                    raise SstokenError(
+                        f"{stage.checkpoint}: NaN or infinite {name} in {shard}, example {example_ids[index]!r}; the "
+                        f"checkpoint or its dtype ({stage.dtype}) is broken"
+                    )
+                column[starts[name][index] : starts[name][index + 1]] = signals[name]
             left.discard(index)
         if left:
             raise SstokenError(
                 f"backend {stage.backend!r} did not measure all that was asked for: {len(left)} of {len(sequences)} "
-                f"examples of {tokens.name} are missing ({example_ids[min(left)]!r}); report it to its authors"
+                f"examples of {shard} are missing ({example_ids[min(left)]!r}); report it to its authors"
             )
-        provenance = self._provenance(backend) | {joins.TOKENS: joins.measured_fingerprint(tokens, table)}
-        self._write(self._out / tokens.name, example_ids, offsets, loss, attention, provenance)
-        return len(sequences)
+        return columns
 
     def _provenance(self, backend: Backend) -> dict[str, Any]:
         stage = self._stage
+        layers = backend.attention_layers
         return {
             "checkpoint": stage.checkpoint,
-            "layer": (backend.attention_layer if backend.attention_layer is not None else stage.layer)
-            if stage.attention
-            else None,
+            "layer": layers.get(ATTENTION, stage.layer) if ATTENTION in stage.measured else None,
+            "layers": layers,
             "dtype": stage.dtype,
             "computed_with": backend.remark,
             joins.RUN: self._run,
         }
-
-    def _read(self, tokens: Path) -> pa.Table:
-        ahead = self._reading.pop(tokens, None)
-        table = tables.read_table(tokens) if ahead is None else ahead.result()
-        following = self._following.get(tokens)
-        if following is not None and self._files is not None:
-            self._reading[following] = self._files.submit(tables.read_table, following)
-        return table
-
-    def _write(self, *what: Any) -> None:
-        if self._files is None:
-            write_scores(*what)
-            return
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._files.submit(write_scores, *what)
 
 
 def _check_lengths(

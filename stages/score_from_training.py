@@ -27,7 +27,7 @@ class Observed(Stage):
     recorded: Annotated[str, BY_CONTENT]
     """The folder given to `ObservedLosses`."""
     attention: bool = True
-    """Attention importance too, which training measured unless gamma was 1."""
+    """Prompt attention too, which training measured unless gamma was 1."""
 
     def check(self) -> None:
         """Refuse a folder that holds nothing observed."""
@@ -79,8 +79,10 @@ class Observed(Stage):
                 f"{missing[0]!r}); train at least one epoch on all of them, with a max_length that cuts none"
             )
         offsets = tables.flatten(table["input_ids"])[1]
-        loss = _flat([row.loss for row in rows])
-        attention = _flat([row.attention for row in rows]) if self.attention else None
+        response = tables.flatten(table["response_mask"])[0].astype(bool)
+        signals = {"loss": _flat([row.loss for row in rows])[response]}
+        if self.attention:
+            signals["attention"] = _flat([row.attention for row in rows])[response]
         provenance = {
             "checkpoint": self._checkpoint,
             "layer": None,
@@ -88,7 +90,7 @@ class Observed(Stage):
             joins.TOKENS: joins.measured_fingerprint(part, table),
             joins.RUN: run,
         }
-        write_scores(out, example_ids, offsets, loss, attention, provenance)
+        write_scores(out, example_ids, offsets, response, signals, provenance)
 
 
 def _flat(rows: list[Any]) -> NDArray[np.float32]:

@@ -8,41 +8,78 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sstoken.signals import Signal, get_signal
 from sstoken.stages import tables
+
+Column = NDArray[np.float32] | NDArray[np.int32]
 
 
 def write_scores(
     path: Path,
     example_ids: Sequence[str],
     offsets: NDArray[np.integer[Any]],
-    loss: NDArray[np.float32],
-    attention: NDArray[np.float32] | None,
+    response: NDArray[np.bool_],
+    signals: Mapping[str, Column],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write it, with the sums that a summary needs.
+    """Write it, with the sums that a summary needs and each signal's unit and meaning.
 
     Args:
         path: of the shard.
         example_ids: of each of E rows.
-        offsets: [E + 1]; row i has the values `offsets[i]:offsets[i + 1]`.
-        loss: [M], of every token of the shard, row after row; NaN where there is none.
-        attention: likewise; None: not measured.
+        offsets: [E + 1]; row i has the tokens `offsets[i]:offsets[i + 1]`.
+        response: [M] over all tokens of the shard, row after row.
+        signals: by name, compact: a value for each token that `measured_tokens` gives.
         provenance: `checkpoint`, `layer`, `dtype`, the fingerprints of the shard of tokens and of the run (see
             `sstoken.stages.joins`) and, if known, `computed_with`, for the file's metadata.
     """
-    columns = [pa.array(example_ids, pa.string()), tables.lists(loss, offsets, tables.VALUES)]
-    stats: dict[str, Any] = {
-        "examples": len(example_ids),
-        "response_tokens": int(np.isfinite(loss).sum()),
-        "loss_sum": _sum(loss),
-    }
-    schema = tables.SCORES
-    if attention is not None:
-        schema = tables.SCORES_WITH_ATTENTION
-        columns.append(tables.lists(attention, offsets, tables.VALUES))
-        stats["attention_sum"] = _sum(attention)
-    metadata = {"kind": "scores", **provenance, "stats": stats}
-    tables.write_part(path, pa.Table.from_arrays(columns, schema=schema), metadata)
+    named = {name: get_signal(name) for name in signals}
+    columns: list[pa.Array] = [pa.array(example_ids, pa.string())]
+    fields = [pa.field("example_id", pa.string())]
+    stats: dict[str, Any] = {"examples": len(example_ids), "response_tokens": int(response.sum())}
+    for name, values in signals.items():
+        kind = tables.SIGNAL_COLUMNS[named[name].dtype]
+        columns.append(_scatter(values, measured_tokens(named[name], response, offsets), offsets, kind))
+        fields.append(pa.field(name, kind))
+        stats[f"{name}_sum"] = float(values.sum(dtype=np.float64))
+        if named[name].from_second:
+            stats[f"{name}_count"] = len(values)
+    about = {name: {"unit": s.unit, "meaning": s.meaning} for name, s in named.items()}
+    metadata = {"kind": "scores", "signals": about, **provenance, "stats": stats}
+    tables.write_part(path, pa.Table.from_arrays(columns, schema=pa.schema(fields)), metadata)
+
+
+def measured_tokens(
+    signal: Signal, response: NDArray[np.bool_], offsets: NDArray[np.integer[Any]]
+) -> NDArray[np.bool_]:
+    """The tokens of a shard that have that signal.
+
+    Args:
+        signal: which.
+        response: [M] over all tokens of the shard.
+        offsets: [E + 1], where its examples start.
+
+    Returns:
+        [M].
+    """
+    if not signal.from_second:
+        return response
+    places = np.flatnonzero(response)
+    firsts = np.searchsorted(places, offsets[:-1])  # of each example; that of an empty one is another's
+    ends = np.searchsorted(places, offsets[1:])
+    measured = response.copy()
+    measured[places[firsts[firsts < ends]]] = False
+    return measured
+
+
+def _scatter(
+    values: Column, measured: NDArray[np.bool_], offsets: NDArray[np.integer[Any]], kind: pa.ListType
+) -> pa.ListArray:
+    """Compact values as a list column that is null wherever nothing was measured."""
+    full = np.zeros(measured.size, values.dtype)
+    full[measured] = values
+    flat = pa.array(full, kind.value_type, mask=~measured)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
 
 
 def summarize_scores(folder: Path, checkpoint: str) -> dict[str, Any]:
@@ -54,14 +91,11 @@ def summarize_scores(folder: Path, checkpoint: str) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "examples": sum(s["examples"] for s in stats),
         "response_tokens": num_tokens,
-        "mean_loss": sum(s["loss_sum"] for s in stats) / max(1, num_tokens),
     }
-    if all("attention_sum" in s for s in stats):
-        summary["mean_attention"] = sum(s["attention_sum"] for s in stats) / max(1, num_tokens)
+    for key in (key for key in stats[0] if key.endswith("_sum")) if stats else ():
+        name = key.removesuffix("_sum")
+        count = sum(s.get(f"{name}_count", s["response_tokens"]) for s in stats)
+        summary[f"mean_{name}"] = sum(s[key] for s in stats) / max(1, count)
     if remarks := sorted({m["computed_with"] for m in metadata if m.get("computed_with")}):
         summary["computed_with"] = "; ".join(remarks)
     return summary
-
-
-def _sum(values: NDArray[np.float32]) -> float:
-    return float(np.nansum(values, dtype=np.float64))

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
+from sstoken.signals import get_signal, is_signal
 from sstoken.stages import folders
 from sstoken.stages.files import whole_file
 
@@ -26,8 +27,8 @@ MASK = pa.list_(pa.bool_())
 VALUES = pa.list_(pa.float32())
 
 TOKENS = pa.schema([("example_id", pa.string()), ("input_ids", IDS), ("response_mask", MASK)])
-SCORES = pa.schema([("example_id", pa.string()), ("loss", VALUES)])
-SCORES_WITH_ATTENTION = SCORES.append(pa.field("attention", VALUES))
+SIGNAL_COLUMNS = {"float32": VALUES, "int32": IDS}
+"""A scores folder has `example_id` and a column for each signal, by the signal's dtype."""
 MASKED_LEAN = pa.schema(
     [("example_id", pa.string()), ("input_ids", IDS), ("labels", IDS), ("keep_mask", MASK)]
 )
@@ -188,8 +189,12 @@ def is_sound(path: Path) -> bool:
         fields = read_table(path).schema.remove_metadata()
     except SstokenError:
         return False
-    known = [field for schema in (TOKENS, SCORES_WITH_ATTENTION, MASKED) for field in schema]
-    return all(any(field.equals(other) for other in known) for field in fields)
+    known = [field for schema in (TOKENS, MASKED) for field in schema]
+    return all(_is_signal(field) or any(field.equals(other) for other in known) for field in fields)
+
+
+def _is_signal(field: pa.Field) -> bool:
+    return is_signal(field.name) and field.type == SIGNAL_COLUMNS[get_signal(field.name).dtype]
 
 
 def num_rows(path: Path) -> int:

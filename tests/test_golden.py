@@ -126,15 +126,19 @@ def write_folders(golden: pl.DataFrame, folder: Path) -> dict[str, Path]:
         }
         tables.write_part(inputs["tokens"] / tables.part_name(part), table, about)
         offsets = tables.flatten(table["input_ids"])[1]
+        response = tables.flatten(table["response_mask"])[0].astype(bool)
         loss = {role: np.concatenate(rows[f"loss_{role}"].to_list()) for role in ("history", "current")}
         attention = np.concatenate(rows["attention"].to_list())
         for role in ("history", "current", "attention"):
+            measured = {"loss": loss.get(role, loss["current"])}
+            if role == "attention":
+                measured["attention"] = attention
             write_scores(
                 inputs[role] / tables.part_name(part),
                 table["example_id"].to_pylist(),
                 offsets,
-                loss.get(role, loss["current"]).astype(np.float32),
-                attention.astype(np.float32) if role == "attention" else None,
+                response,
+                {name: values[response].astype(np.float32) for name, values in measured.items()},
                 {"checkpoint": role, "layer": -1, "dtype": "float32", **said},
             )
     return inputs

@@ -67,7 +67,7 @@ def measure_side(side: str, work: Path, model: str, tokens: str) -> dict[str, fl
         from sstoken.stages.backends import BackendOptions, hf
 
         options = BackendOptions(
-            checkpoint=str(work / model), attention=True, layer=-1, dtype="float32", device="cpu",
+            checkpoint=str(work / model), signals=("loss", "attention"), layer=-1, dtype="float32", device="cpu",
             batch_tokens=BATCH_TOKENS, trust_remote_code=False,
         )  # fmt: skip
         hf.HFBackend(options)  # loads the model, which the stage then finds in memory

@@ -32,7 +32,7 @@ def time_by_kind(work: Path, model: str, rows: int) -> dict[str, float]:
     write_tokens(work / "warm-up", [(8, 8), (12, 20)])
     backend = hf.HFBackend(
         BackendOptions(
-            checkpoint=str(work / "model"), attention=True, layer=-1, dtype="float32", device="cpu",
+            checkpoint=str(work / "model"), signals=("loss", "attention"), layer=-1, dtype="float32", device="cpu",
             batch_tokens=None, trust_remote_code=False,
         )
     )  # fmt: skip

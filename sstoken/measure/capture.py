@@ -67,10 +67,7 @@ class AttentionCapture:
         """
         config: Any = model.config.get_text_config()
         num_layers = config.num_hidden_layers
-        if not -num_layers <= layer < num_layers:
-            raise UsageError(
-                f"layer {layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
-            )
+        check_layer(layer, num_layers)
         _observe(config._attn_implementation)
         self.layer, self._name = layer % num_layers, type(model).__name__
         self._modules = [m for m in model.modules() if getattr(m, "layer_idx", None) == self.layer]
@@ -159,6 +156,18 @@ class AttentionCapture:
     def due(self) -> Tensor | None:
         """The response mask, [B, T], of a measurement that is due."""
         return self._response_mask if self._importance is None else None
+
+
+def check_layer(layer: int, num_layers: int) -> None:
+    """Refuse a decoder layer that the model does not have; negative counts from the end.
+
+    Raises:
+        UsageError: the layer, and what is legal.
+    """
+    if not -num_layers <= layer < num_layers:
+        raise UsageError(
+            f"layer {layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
+        )
 
 
 def _by_kernel(

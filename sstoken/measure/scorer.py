@@ -1,4 +1,4 @@
-"""Both signals of many sequences, from a model in memory: planned batches, one forward pass each.
+"""Signals of many sequences, from a model in memory: planned batches, one forward pass each.
 
 Batches are padded on the right, which needs no mask in a causal model, or packed without padding, where the
 model takes that and a GPU attends to them well.
@@ -8,7 +8,7 @@ Shapes: B rows, T positions, N response tokens of a batch, D hidden size.
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure.architecture import Findings, examine
 from sstoken.measure.batching import by_class, plan_packed, plan_padded
-from sstoken.measure.capture import AttentionCapture, ForwardStopped
+from sstoken.measure.capture import AttentionCapture, ForwardStopped, check_layer
 from sstoken.measure.cuda.packed import (
     IMPLEMENTATION_PACKED,
     check_packed,
@@ -32,31 +32,35 @@ from sstoken.measure.decoder import decoder_layers, last_mlp, wanted_rows
 from sstoken.measure.prompt_attention import Segment
 from sstoken.measure.rope import length_class, reset
 from sstoken.measure.token_loss import ROWS_PER_TILE, intercept_head, measure_token_losses, read_head
+from sstoken.signals import get_signals
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
-Values = NDArray[np.float32]
-Signals = tuple[Values | None, Values | None]
-"""Loss and attention importance of one sequence, [T] each, NaN off the response; None where not measured."""
+Measured = dict[str, NDArray[np.float32] | NDArray[np.int32]]
+"""Signals of one sequence by name, a value for each response token."""
+
+MEASURABLE = frozenset({"loss", "attention"})
+"""What a `Scorer` measures, by name without argument."""
 
 _MOST_PASSED = 16
 """Batches that wait for their losses, at most."""
 
 
 class Scorer:
-    """Measures the signals of sequences under one model.
+    """Measures signals of sequences under one model.
 
     Example:
-        >>> scorer = Scorer(model, layer=-1)
-        >>> for index, (loss, attention) in scorer.measure(sequences, response_masks): ...
+        >>> scorer = Scorer(model, signals=["loss", "attention@-1"])
+        >>> for index, signals in scorer.measure(sequences, response_masks):
+        ...     signals["loss"]  # one value for each response token
     """
 
     def __init__(
         self,
         model: Any,
         *,
-        layer: int | Literal["last"] | None = None,
-        loss: bool = True,
+        signals: Iterable[str] = ("loss",),
+        layer: int | None = None,
         batch_tokens: int = 2048,
         layout: Literal["padded", "packed"] | None = None,
         compiled: bool = False,
@@ -65,19 +69,23 @@ class Scorer:
 
         Args:
             model: in eval mode, on its device.
-            layer: decoder layer whose attention importance is measured, negative from the end; "last": the last with
-                softmax attention; None: it is not measured.
-            loss: measure the loss; without it, the forward pass ends at `layer`.
+            signals: what to measure, by name (`sstoken.signals`). Where attention alone is wanted, the forward pass
+                ends at its last layer.
+            layer: decoder layer of the signal `attention`, negative from the end; None: the last with softmax
+                attention.
             batch_tokens: positions in a batch, at most; halved whenever a batch does not fit in memory.
             layout: how sequences share a batch; None: packed on CUDA where the model can, else padded.
             compiled: compile the decoder layers, but those that are looked into.
 
         Raises:
-            UsageError: there is no such layer, or its attention cannot be measured.
+            UsageError: there is no such signal or layer, or its attention cannot be measured.
             SstokenError: the model is not causal, its output head is not understood, or it cannot be packed and that
                 was asked for.
         """
         self._model, self.batch_tokens = model, batch_tokens
+        wanted = get_signals(signals)
+        if unknown := [s.name for s in wanted if s.base not in MEASURABLE]:
+            raise UsageError(f"a forward pass does not give {', '.join(unknown)}")
         self._device: torch.device = model.get_input_embeddings().weight.device
         blocks = decoder_layers(model)
         for block in blocks:
@@ -85,20 +93,23 @@ class Scorer:
         self._length_class = length_class(model)
         reset(model)
         found = examine(model)
-        if layer is not None:
-            layer = _measurable(model, layer, found)
+        self.layers = {
+            s.name: _measurable(model, layer if s.layer is None else s.layer, found)
+            for s in wanted
+            if s.needs == "attention"
+        }
+        """The decoder layer of each attention signal, counted from 0."""
         self._together = found.rows_agree
         self.layout, self.remark = self._choose_layout(layout, found)
         if self.layout == "packed":
             model.set_attn_implementation(IMPLEMENTATION_PACKED)
+        loss = any(s.needs == "distribution" for s in wanted)
         self._head = read_head(model) if loss else None
         self._mlp = last_mlp(model) if loss else None
-        self._capture = None if layer is None else AttentionCapture(model, layer)
-        self.layer = None if self._capture is None else self._capture.layer
-        """The decoder layer that is measured, counted from 0."""
+        self._captures = {n: AttentionCapture(model, n) for n in sorted(set(self.layers.values()))}
         if compiled:
             for index, block in enumerate(blocks[:-1]):  # the last one's MLP has hooks
-                if self._capture is None or index != self._capture.layer:
+                if index not in self._captures:
                     block.compile(dynamic=True)
 
     def _choose_layout(self, layout: str | None, found: Findings) -> tuple[str, str]:
@@ -125,8 +136,8 @@ class Scorer:
     @torch.inference_mode()
     def measure(
         self, sequences: Sequence[Ids], response_masks: Sequence[Mask]
-    ) -> Iterator[tuple[int, Signals]]:
-        """Yield `(index, (loss, attention))` for every sequence, in any order.
+    ) -> Iterator[tuple[int, Measured]]:
+        """Yield `(index, signals)` for every sequence, in any order.
 
         Args:
             sequences: token ids, [T] each.
@@ -201,8 +212,9 @@ class Scorer:
         response_BT = self._to_device(batch.response)
         # What predicts token t stands at t - 1.
         rows = self._to_device(batch.response.flatten().nonzero()[:, 0] - 1)
-        if self._capture is not None:
-            self._capture.expect(response_BT, batch.segments, stop=self._head is None)
+        for number, capture in self._captures.items():
+            stop = self._head is None and number == max(self._captures)
+            capture.expect(response_BT, batch.segments, stop=stop)
         if self.layout == "packed":
             inputs = packed_inputs([batch.ids[r, a:b] for r, a, b in batch.segments], self._device)
         else:
@@ -219,21 +231,29 @@ class Scorer:
                 self._model(**inputs)
             assert head_input.hidden is not None
             hidden = head_input.hidden.flatten(0, 1).index_select(0, rows)
-        return _Passed(batch, rows, hidden, None if self._capture is None else self._capture.take())
+        attention = {
+            number: capture.take().flatten().index_select(0, rows + 1)
+            for number, capture in self._captures.items()
+        }
+        return _Passed(batch, rows, hidden, attention)
 
     def _finish(self, passed: list["_Passed"]) -> "_Measured":
-        """The losses of batches that went through the model; rows of several make a product worth its while."""
-        loss = None
+        """The signals of batches that went through the model; rows of several make a product worth its while."""
+        signals = {
+            name: _to_host(torch.cat([p.attention[number] for p in passed]))
+            for name, number in self.layers.items()
+        }
         if self._head is not None:
             hidden_ND = torch.cat([p.hidden for p in passed if p.hidden is not None])
             targets_N = torch.cat([p.batch.ids.flatten()[p.batch.response.flatten()] for p in passed])
-            loss = _to_host(measure_token_losses(hidden_ND, self._to_device(targets_N), self._head))
-        importance = [None if p.importance is None else _to_host(p.importance) for p in passed]
+            signals["loss"] = _to_host(
+                measure_token_losses(hidden_ND, self._to_device(targets_N), self._head)
+            )
         copied = None
         if self._device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        return _Measured([p.batch for p in passed], loss, importance, copied)
+        return _Measured([p.batch for p in passed], signals, copied)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._device.type == "cuda":
@@ -241,23 +261,24 @@ class Scorer:
         return tensor.to(self._device)
 
 
-def _measurable(model: Any, layer: int | Literal["last"], found: Findings) -> int:
-    """The layer to capture, if its attention can be."""
+def _measurable(model: Any, layer: int | None, found: Findings) -> int:
+    """The layer to capture, counted from 0, if its attention can be; None: the last that has softmax attention."""
     name, layers = type(model).__name__, found.softmax_layers
     if not layers:
         raise UsageError(
             f"{name}: its attention cannot be measured, as it does not go through transformers' attention interface; "
             "score its losses alone (--attention-from none), or take the attention of another checkpoint"
         )
-    if layer == "last":
+    if layer is None:
         return layers[-1]
     number = int(model.config.get_text_config().num_hidden_layers)
-    if -number <= layer < number and layer % number not in layers:
+    check_layer(layer, number)
+    if layer % number not in layers:
         raise UsageError(
             f"layer {layer}: layer {layer % number} of {name} has no softmax attention; legal is "
             f"{', '.join(map(str, layers))}"
         )
-    return layer
+    return layer % number
 
 
 @dataclass(frozen=True)
@@ -280,9 +301,9 @@ class _Passed:
     rows: Tensor
     """[N] positions of the batch laid flat, whose states predict the response tokens."""
     hidden: Tensor | None
-    """[N, D], those states; None where the loss is not wanted."""
-    importance: Tensor | None
-    """[B, T]."""
+    """[N, D], those states; None where no distribution is wanted."""
+    attention: dict[int, Tensor]
+    """[N] of the response tokens, by decoder layer."""
 
 
 @dataclass(frozen=True)
@@ -290,26 +311,21 @@ class _Measured:
     """Signals on their way to the host."""
 
     batches: list[_Batch]
-    loss: Tensor | None
-    """[N] of all batches together."""
-    importance: list[Tensor | None]
+    by_name: dict[str, Tensor]
+    """[N] each, of the response tokens of all batches together."""
     copied: "torch.cuda.Event | None"
 
-    def signals(self) -> Iterator[tuple[int, Signals]]:
+    def signals(self) -> Iterator[tuple[int, Measured]]:
         """By sequence."""
         if self.copied is not None:
             self.copied.synchronize()
         at = 0
-        for batch, importance in zip(self.batches, self.importance, strict=True):
+        arrays = {name: values.numpy() for name, values in self.by_name.items()}
+        for batch in self.batches:
             for index, (row, start, stop) in zip(batch.indices, batch.segments, strict=True):
-                mask = batch.response[row, start:stop].numpy()
-                count = int(mask.sum())
-                loss = None if self.loss is None else _scatter(self.loss[at : at + count].numpy(), mask)
-                at += count
-                attention = None
-                if importance is not None:
-                    attention = _scatter(importance[row, start:stop].numpy()[mask], mask)
-                yield index, (loss, attention)
+                until = at + int(batch.response[row, start:stop].sum())
+                yield index, {name: values[at:until] for name, values in arrays.items()}
+                at = until
 
 
 def _lay_out(
@@ -330,12 +346,6 @@ def _lay_out(
 def _to_host(tensor: Tensor) -> Tensor:
     # Only on CUDA does anybody wait for the copy (`_Measured.copied`).
     return tensor.float().to("cpu", non_blocking=tensor.is_cuda)
-
-
-def _scatter(values: Values, mask: Mask) -> Values:
-    scattered = np.full(mask.size, np.nan, dtype=np.float32)
-    scattered[mask] = values
-    return scattered
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from sstoken.errors import UsageError
+from sstoken.signals import ATTENTION, LOSS, Signal, get_signals
 from sstoken.stages.checkpoints import check_content
 from sstoken.stages.stage import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
-FloatArray = NDArray[np.float32]
+Measured = dict[str, NDArray[np.float32] | NDArray[np.int32]]
+"""An example's signals by name, compact: one value for each of its response tokens, in order. A signal that an
+example's first response token has none of (`Signal.from_second`) has one value less."""
 Setting = str | int | float | bool | None
 
 
@@ -31,10 +34,10 @@ class BackendOptions:
     """How a backend runs a checkpoint. Hashable: a process keeps the backend it has built."""
 
     checkpoint: str
-    attention: bool
-    """Measure attention importance beside the loss."""
+    signals: tuple[str, ...]
+    """What to measure, by name (`sstoken.signals`)."""
     layer: int | None
-    """Negative counts from the last; None: the last layer with softmax attention."""
+    """Of the signal `attention`; negative counts from the last; None: the last layer with softmax attention."""
     dtype: str
     """`float32`, `bfloat16`, or `auto` for the checkpoint's own."""
     device: str
@@ -46,23 +49,22 @@ class BackendOptions:
     """The backend's own settings that were given, by name; `read_settings` checks them."""
     log_folder: Path | None = None
     """Where an engine that talks leaves its log, `<backend>.log`; None: it leaves none."""
-    loss: bool = True
-    """Measure the loss; without it, nothing beyond `layer` is computed."""
 
+    @property
+    def attention_signals(self) -> list[Signal]:
+        """Those of the signals that are read from attention weights."""
+        return [s for s in get_signals(self.signals) if s.needs == "attention"]
 
-@dataclass(frozen=True)
-class TokenSignals:
-    """The signals of one sequence of T tokens."""
-
-    loss: FloatArray
-    """[T], nats; NaN off the response, and all over where it was not asked for."""
-    attention: FloatArray | None
-    """[T], in [0, 1]; NaN off the response. None where not asked for."""
+    def layer_of(self, signal: Signal) -> int | None:
+        """The decoder layer of an attention signal: the one it names, or `layer`."""
+        return self.layer if signal.layer is None else signal.layer
 
 
 class Backend(ABC):
     """One checkpoint, ready to measure. It is let go by dropping it: what it holds ends with it."""
 
+    signals: ClassVar[frozenset[str]] = frozenset({LOSS, ATTENTION})
+    """What it can measure, by name without argument."""
     settings: ClassVar[type[Settings]] = Settings
     """Its own settings (`backend_options`); those marked SPEED_ONLY stay out of the fingerprint."""
     several_workers: ClassVar[bool] = True
@@ -100,14 +102,14 @@ class Backend(ABC):
         return ""
 
     @property
-    def attention_layer(self) -> int | None:
-        """The decoder layer whose attention it measures, counted from 0; None: not known, or none is."""
-        return None
+    def attention_layers(self) -> dict[str, int]:
+        """The decoder layer, counted from 0, of each attention signal that it measures, where that is known."""
+        return {}
 
     @abstractmethod
     def measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
-    ) -> Iterator[tuple[int, TokenSignals]]:
+    ) -> Iterator[tuple[int, Measured]]:
         """Yield `(index, signals)` for every sequence, in any order.
 
         Args:
@@ -201,6 +203,11 @@ def check_backend(name: str, options: BackendOptions, workers: int = 1) -> None:
         return  # it refuses nothing unseen, and its module loads torch
     read_settings(name, options)
     backend = backend_class(name)
+    if left := [s.name for s in get_signals(options.signals) if s.base not in backend.signals]:
+        raise UsageError(
+            f"{name} does not measure {', '.join(left)}; it measures {', '.join(sorted(backend.signals))}; use "
+            f"--backend {DEFAULT}"
+        )
     if workers > 1 and not backend.several_workers:
         raise UsageError(f"workers is {workers}; {name} spreads over the devices itself, legal is 1")
     reason = backend.refusal(options)

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from sstoken.measure.rope import longest
-from sstoken.measure.scorer import Scorer
-from sstoken.stages.backends import Backend, BackendOptions, TokenSignals
+from sstoken.measure.scorer import MEASURABLE, Scorer
+from sstoken.stages.backends import Backend, BackendOptions, Measured
 from sstoken.stages.backends.base_models import pick_device, shared_base
 from sstoken.stages.checkpoints import adapter_base, stamp
 from sstoken.stages.stage import SPEED_ONLY, Settings
@@ -32,6 +32,7 @@ class HFSettings(Settings):
 class HFBackend(Backend):
     """Signals from a transformers causal language model."""
 
+    signals = MEASURABLE
     settings = HFSettings
 
     def __init__(self, options: BackendOptions) -> None:
@@ -46,8 +47,8 @@ class HFBackend(Backend):
         self._model, self._unused = shared.model, shared.unused
         self._scorer = Scorer(
             shared.model,
-            layer=None if not options.attention else "last" if options.layer is None else options.layer,
-            loss=options.loss,
+            signals=options.signals,
+            layer=options.layer,
             batch_tokens=options.batch_tokens or _budget(shared.model, device),
             compiled=HFSettings.model_validate(dict(options.settings)).compile,
         )
@@ -71,18 +72,15 @@ class HFBackend(Backend):
         return f"{self._scorer.remark}; weights that are not used: {len(self._unused)}, such as {self._unused[0]}"
 
     @property
-    def attention_layer(self) -> int | None:
-        """See `Backend.attention_layer`."""
-        return self._scorer.layer
+    def attention_layers(self) -> dict[str, int]:
+        """See `Backend.attention_layers`."""
+        return self._scorer.layers
 
     def measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
-    ) -> Iterator[tuple[int, TokenSignals]]:
+    ) -> Iterator[tuple[int, Measured]]:
         """See `Backend.measure`."""
-        for index, (loss, attention) in self._scorer.measure(sequences, response_masks):
-            if loss is None:
-                loss = np.full(len(sequences[index]), np.nan, np.float32)
-            yield index, TokenSignals(loss, attention)
+        return self._scorer.measure(sequences, response_masks)
 
 
 @cache  # once a process

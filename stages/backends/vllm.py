@@ -1,4 +1,4 @@
-"""The vLLM backend: losses and attention importance from the engine that people serve with.
+"""The vLLM backend: losses and prompt attention from the engine that people serve with.
 
 What it takes stands in `vllm_limits`; what vLLM is told in `vllm_engine`, which runs in a process of its own
 (`vllm_process`); how attention is captured in `vllm_attention`.
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sstoken.stages.backends import Backend, BackendOptions, FloatArray, Latest, TokenSignals, read_settings
+from sstoken.signals import LOSS
+from sstoken.stages.backends import Backend, BackendOptions, Latest, Measured, read_settings
 from sstoken.stages.backends import vllm_limits as limits
 from sstoken.stages.backends.vllm_engine import EngineSpec, Request
 from sstoken.stages.backends.vllm_process import Engine
@@ -48,7 +49,8 @@ class VllmBackend(Backend):
         self._config = limits.load_config(full, options.trust_remote_code)
         self._options = options
         self._batch_tokens = options.batch_tokens or _BATCH_TOKENS
-        captured = options.attention and settings.attention == "vllm"
+        self._attention = [signal.name for signal in options.attention_signals]
+        captured = bool(self._attention) and settings.attention == "vllm"
         folder = local_folder(full)
         model, revision = split_revision(full) if folder is None else (str(folder), None)
         spec = EngineSpec(
@@ -73,10 +75,10 @@ class VllmBackend(Backend):
         self._engine = _engine(spec, options.device, log, stamp(full))
         self._adapter = None if base is None else (next(_adapters), str(local_folder(options.checkpoint)))
         self._other: Backend | None = None
-        if options.attention and not captured:
+        if self._attention and not captured:
             from sstoken.stages.backends.hf import HFBackend
 
-            self._other = HFBackend(replace(options, settings=(), loss=False))
+            self._other = HFBackend(replace(options, settings=(), signals=tuple(self._attention)))
 
     @property
     def vocab_size(self) -> int:
@@ -90,42 +92,44 @@ class VllmBackend(Backend):
         return length
 
     @property
-    def attention_layer(self) -> int | None:
-        """See `Backend.attention_layer`."""
+    def attention_layers(self) -> dict[str, int]:
+        """See `Backend.attention_layers`."""
         if self._other is not None:
-            return self._other.attention_layer
-        return limits.attention_layer(self._options, self._config) if self._options.attention else None
+            return self._other.attention_layers
+        layer = limits.attention_layer(self._options, self._config) if self._attention else None
+        return {} if layer is None else dict.fromkeys(self._attention, layer)
 
     def measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
-    ) -> Iterator[tuple[int, TokenSignals]]:
+    ) -> Iterator[tuple[int, Measured]]:
         """See `Backend.measure`."""
         if self._other is None:
             yield from self._measure(sequences, response_masks)
             return
-        losses = {index: signals.loss for index, signals in self._measure(sequences, response_masks)}
+        measured = dict(self._measure(sequences, response_masks))
         for index, signals in self._other.measure(sequences, response_masks):
-            yield index, TokenSignals(losses.pop(index), signals.attention)
+            yield index, measured.pop(index) | signals
 
     def _measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
-    ) -> Iterator[tuple[int, TokenSignals]]:
-        captured = self._options.attention and self._other is None
+    ) -> Iterator[tuple[int, Measured]]:
+        loss = LOSS in self._options.signals
+        captured = self._attention if self._other is None else []
         for i, mask in enumerate(response_masks):
             if not mask.any():
-                nothing = np.full(mask.size, np.nan, np.float32)
-                yield i, TokenSignals(nothing, nothing if captured else None)
+                names = [LOSS, *captured] if loss else captured
+                yield i, {name: np.zeros(0, np.float32) for name in names}
         room = self._room(max((ids.size for ids in sequences), default=0))
         for indices in self._calls(sequences, response_masks):
             masks = [response_masks[i] for i in indices]
-            request = Request([sequences[i] for i in indices], masks, self._adapter, self._options.loss)
-            reply = self._engine.score(request, room)
-            for row, (i, mask) in enumerate(zip(indices, masks, strict=True)):
-                loss = np.full(mask.size, np.nan, np.float32)
-                if reply.losses is not None:
-                    loss = _scatter(reply.losses[row], mask)
-                attention = None if reply.importance is None else _scatter(reply.importance[row], mask)
-                yield i, TokenSignals(loss, attention)
+            reply = self._engine.score(
+                Request([sequences[i] for i in indices], masks, self._adapter, loss), room
+            )
+            for row, i in enumerate(indices):
+                signals: Measured = {} if reply.losses is None else {LOSS: reply.losses[row]}
+                if reply.importance is not None:
+                    signals |= dict.fromkeys(captured, reply.importance[row])
+                yield i, signals
 
     def _calls(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
@@ -177,9 +181,3 @@ def _settings(options: BackendOptions) -> limits.VllmSettings:
     settings = read_settings("vllm", options)
     assert isinstance(settings, limits.VllmSettings)
     return settings
-
-
-def _scatter(values: FloatArray, mask: NDArray[np.bool_]) -> FloatArray:
-    scattered = np.full(mask.size, np.nan, dtype=np.float32)
-    scattered[mask] = values
-    return scattered

@@ -46,7 +46,7 @@ class VllmSettings(Settings):
     quantization: str | None = None
     """How vLLM quantises weights as it loads them, such as fp8; None: as the checkpoint says."""
     attention: Literal["vllm", "hf"] = "vllm"
-    """Who measures attention importance; hf: transformers, with the model in memory a second time."""
+    """Who measures prompt attention; hf: transformers, with the model in memory a second time."""
     allow_untested_version: Annotated[bool, SPEED_ONLY] = False
     """Use a vLLM that this backend was not tested with."""
 
@@ -96,8 +96,9 @@ def cache_bytes(config: Any, num_tokens: int) -> int:
 def attention_layer(options: BackendOptions, config: Any) -> int | None:
     """The decoder layer to measure, counted from 0; None: none has softmax attention."""
     number = int(config.num_hidden_layers)
-    if options.layer is not None:
-        return options.layer % number
+    asked = next((options.layer_of(signal) for signal in options.attention_signals), None)
+    if asked is not None:
+        return asked % number
     kinds = getattr(config, "layer_types", None) or [_SOFTMAX[0]] * number
     return max((i for i, kind in enumerate(kinds[:number]) if kind in _SOFTMAX), default=None)
 
@@ -179,14 +180,17 @@ def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
         return f"a multimodal model ({config.model_type}); {_INSTEAD}"
     if kinds := set(_rope_types(config)) & set(_LENGTH_DEPENDENT):
         return f"its rotary embedding ({kinds.pop()}) depends on a sequence's length, vLLM's does not; {_INSTEAD}"
-    if not options.attention or settings.attention == "hf":
+    if not options.attention_signals or settings.attention == "hf":
         return None
+    if len(names := [signal.name for signal in options.attention_signals]) > 1:
+        return f"vLLM captures the attention of one layer in a run, not {' and '.join(names)}; {_INSTEAD}"
+    asked = options.layer_of(options.attention_signals[0])
     num_layers = config.num_hidden_layers
     layer = attention_layer(options, config)
     if layer is None:
         return f"none of its layers has softmax attention ({config.model_type}); {_INSTEAD}"
-    if options.layer is not None and not -num_layers <= options.layer < num_layers:
-        return f"layer {options.layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
+    if asked is not None and not -num_layers <= asked < num_layers:
+        return f"layer {asked}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
     instead = f"set the backend option attention=hf, or {_INSTEAD}"
     if getattr(config, "kv_lora_rank", None):
         return (
@@ -195,7 +199,7 @@ def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
     kinds_of_layers = getattr(config, "layer_types", None)
     if kinds_of_layers and kinds_of_layers[layer] not in _SOFTMAX:
         kind = kinds_of_layers[layer]
-        return f"layer {options.layer} is {kind}, not softmax attention; choose another layer, {instead}"
+        return f"layer {asked} is {kind}, not softmax attention; choose another layer, {instead}"
     return None
 
 

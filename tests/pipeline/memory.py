@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sstoken.pipeline.cli import set_up_libraries
-from sstoken.stages.backends import BACKENDS, Backend, BackendOptions, TokenSignals
+from sstoken.stages.backends import BACKENDS, Backend, BackendOptions, Measured
 
 
 class IdleBackend(Backend):
@@ -28,11 +28,11 @@ class IdleBackend(Backend):
 
     def measure(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
-    ) -> Iterator[tuple[int, TokenSignals]]:
+    ) -> Iterator[tuple[int, Measured]]:
         for index, (ids, mask) in enumerate(zip(sequences, response_masks, strict=True)):
-            loss = np.where(mask, ids * self._scale, np.nan).astype(np.float32)
-            place = np.arange(ids.size, dtype=np.float32) / ids.size
-            yield index, TokenSignals(loss, np.where(mask, place, np.nan).astype(np.float32))
+            loss = (ids[mask] * self._scale).astype(np.float32)
+            place = np.flatnonzero(mask).astype(np.float32) / ids.size
+            yield index, {"loss": loss, "attention": place}
 
 
 def peak_mib() -> float:

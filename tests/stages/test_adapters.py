@@ -129,9 +129,9 @@ def trained(base, folder, config, rows=VOCABULARY):
 
 
 def measured(path):
-    options = BackendOptions(str(path), True, -1, "float32", "cpu", 512, False)
+    options = BackendOptions(str(path), ("loss", "attention"), -1, "float32", "cpu", 512, False)
     [(_, signals)] = list(make_backend("hf", options).measure([IDS], [MASK]))
-    return signals.loss[MASK], signals.attention[MASK]
+    return signals["loss"], signals["attention"]
 
 
 def state():

@@ -83,7 +83,7 @@ def test_what_the_model_does_without_is_said(name, model):
     rewrite(model, more(name, 32))
     loaded, unused = load_whole(str(model))
     assert unused == [name]
-    options = BackendOptions(str(model), False, None, "float32", "cpu", 64, False)
+    options = BackendOptions(str(model), ("loss",), None, "float32", "cpu", 64, False)
     assert f"weights that are not used: 1, such as {name}" in make_backend("hf", options).remark
 
 

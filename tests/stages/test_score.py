@@ -105,11 +105,11 @@ def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
     seen, bases = [], set()
     for name in ("base", "first", "second", "base"):
         path = model if name == "base" else tmp_path / name
-        options = BackendOptions(str(path), True, -1, "float32", "cpu", 512, False)
+        options = BackendOptions(str(path), ("loss", "attention"), -1, "float32", "cpu", 512, False)
         [(_, signals)] = list(make_backend("hf", options).measure([ids], [mask]))
         expected = direct_losses(references[name], row["input_ids"])
-        np.testing.assert_allclose(signals.loss[mask], np.array(expected, dtype=float)[mask], atol=1e-5)
-        seen.append(signals.loss[mask])
+        np.testing.assert_allclose(signals["loss"], np.array(expected, dtype=float)[mask], atol=1e-5)
+        seen.append(signals["loss"])
         bases.update(map(id, base_models.shared_base.held.values()))
     assert np.abs(seen[0] - seen[1]).max() > 1e-3
     assert np.abs(seen[1] - seen[2]).max() > 1e-3
@@ -207,7 +207,9 @@ def test_a_layer_out_of_range_is_refused(tokens, model, tmp_path):
 
 def test_an_unknown_backend_is_refused(model):
     with pytest.raises(UsageError, match="backend 'tgi' is not known; legal: auto, hf"):
-        make_backend("tgi", BackendOptions(str(model), True, -1, "float32", "cpu", 512, False))
+        make_backend(
+            "tgi", BackendOptions(str(model), ("loss", "attention"), -1, "float32", "cpu", 512, False)
+        )
 
 
 def test_the_default_layer_is_the_last_with_softmax_attention(tokens, tmp_path):
@@ -237,3 +239,38 @@ def test_attention_that_cannot_be_measured_is_refused_by_the_architectures_name(
     Score(checkpoint=str(tmp_path / kind), device="cpu").run(
         make_context(tmp_path / "losses", {"tokens": tokens})
     )
+
+
+def test_the_fingerprint_of_the_old_settings_is_the_old_one(model):
+    """Scores that users hold stay finished: no field came, however the same signals are asked for."""
+    loss = Score(checkpoint=str(model), device="cpu").fingerprinted()
+    assert loss == {"attention": False, "backend": "hf", "dtype": "float32", "trust_remote_code": False}
+    both = Score(checkpoint=str(model), attention=True).fingerprinted()
+    assert both == loss | {"attention": True, "layer": None}
+    assert Score(checkpoint=str(model), signals=("loss",)).fingerprinted() == loss
+    assert Score(checkpoint=str(model), signals=("attention", "loss")).fingerprinted() == both
+    more = Score(checkpoint=str(model), signals=("loss", "attention@1")).fingerprinted()
+    assert more == loss | {"signals": ["attention@1", "loss"]}
+
+
+def test_signals_asked_for_by_name_are_columns(tokens, model, tmp_path):
+    stage = Score(checkpoint=str(model), signals=("attention@0", "attention@-1", "loss"), device="cpu")
+    metrics = stage.run(make_context(tmp_path / "scores", {"tokens": tokens}))
+    part = tables.parts(tmp_path / "scores")[0]
+    assert pq.read_table(part).column_names == ["example_id", "loss", "attention@-1", "attention@0"]
+    assert tables.read_metadata(part)["layers"] == {"attention@-1": 1, "attention@0": 0}
+    assert {"mean_loss", "mean_attention@-1", "mean_attention@0"} <= metrics.keys()
+
+
+def test_more_signals_than_asked_for_are_as_good(model):
+    few = Score(checkpoint=str(model), signals=("loss", "attention@1"))
+    many = Score(checkpoint=str(model), signals=("attention@1",), attention=True).model_dump(mode="json")
+    assert few.holding(many) is few  # no loss there
+    many["signals"].append("loss")
+    assert few.holding(many).fingerprinted() == Score.model_validate(many).fingerprinted()
+    assert few.holding({"attention": True}) is few
+
+
+def test_an_unknown_signal_is_refused_before_any_work(model):
+    with pytest.raises(UsageError, match="signal 'los' is not known"):
+        Score(checkpoint=str(model), signals=("los",)).check()

@@ -46,11 +46,15 @@ def inputs(tmp_path_factory):
 
         provenance = {"kind": "scores", "checkpoint": "c", "dtype": "float32", "layer": -1, **said}
         for role in ("history", "current"):
-            loss = pa.table([ids, values(8)], schema=tables.SCORES)
-            tables.write_part(folders[role] / name, loss, provenance)
-        both = pa.table([ids, values(8), values(4)], schema=tables.SCORES_WITH_ATTENTION)
+            tables.write_part(folders[role] / name, scores(ids, loss=values(8)), provenance)
+        both = scores(ids, loss=values(8), attention=values(4))
         tables.write_part(folders["attention"] / name, both, provenance)
     return folders
+
+
+def scores(ids, **signals):
+    """A shard of scores, as `score` writes it."""
+    return pa.table({"example_id": ids} | {n: pa.array(v, tables.VALUES) for n, v in signals.items()})
 
 
 def select(inputs, out, seed=0, **fields):

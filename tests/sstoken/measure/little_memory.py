@@ -16,7 +16,7 @@ def main() -> None:
         vocab_size=500, hidden_size=256, intermediate_size=8192, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=4,
     )  # fmt: skip
-    scorer = Scorer(LlamaForCausalLM(config).eval(), layer=-1, batch_tokens=8192)
+    scorer = Scorer(LlamaForCausalLM(config).eval(), signals=["loss", "attention"], batch_tokens=8192)
     random = np.random.default_rng(0)
     sequences = [random.integers(0, 500, 256).astype(np.int32) for _ in range(40)]
     masks = [np.arange(256) > 100 for _ in sequences]
@@ -26,7 +26,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + (300 << 20), resource.RLIM_INFINITY))
     found = dict(scorer.measure(sequences, masks))
     assert found.keys() == set(range(len(sequences)))
-    assert all(np.isfinite(loss[mask]).all() for (loss, _), mask in zip(found.values(), masks, strict=True))
+    assert all(np.isfinite(signals["loss"]).all() for signals in found.values())
     print(scorer.batch_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Losses and attention importance against eager attention and full logits, architecture by architecture."""
+"""Losses and prompt attention against eager attention and full logits, architecture by architecture."""
 
 import subprocess
 import sys
@@ -18,6 +18,8 @@ from sstoken.measure.token_loss import OutputHead, read_head, token_losses
 from sstoken.stages.backends import BackendOptions
 from tests.sstoken.measure.models import ARCHITECTURES, VOCABULARY, make_model
 from tests.support import needs_compiler
+
+BOTH = ("loss", "attention")
 
 
 def eager_signals(model, ids, mask, layer):
@@ -51,13 +53,14 @@ def random_examples(seed, lengths):
 def check(model, name, layer, sequences, masks, **how):
     """What the scorer measures is what eager attention and full logits give."""
     seen = set()
-    for index, (loss, attention) in Scorer(model, layer=layer, **how).measure(sequences, masks):
+    for index, signals in Scorer(model, signals=BOTH, layer=layer, **how).measure(sequences, masks):
         seen.add(index)
         expected_loss, expected_attention = eager_signals(
             name, sequences[index].tolist(), masks[index], layer
         )
-        np.testing.assert_allclose(loss, expected_loss, atol=1e-5, rtol=0)
-        np.testing.assert_allclose(attention, expected_attention, atol=1e-5, rtol=0)
+        mask = masks[index]
+        np.testing.assert_allclose(signals["loss"], expected_loss[mask], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(signals["attention"], expected_attention[mask], atol=1e-5, rtol=0)
     assert seen == set(range(len(sequences)))
 
 
@@ -87,11 +90,24 @@ def test_what_cannot_be_packed_is_refused_or_padded():
 
 def test_attention_alone_equals_attention_beside_the_loss():
     sequences, masks = random_examples(5, [40, 7, 33])
-    both = dict(Scorer(make_model("llama"), layer=1).measure(sequences, masks))
-    alone = dict(Scorer(make_model("llama"), layer=1, loss=False).measure(sequences, masks))
-    for index, (loss, attention) in alone.items():
-        assert loss is None
-        np.testing.assert_array_equal(attention, both[index][1])
+    both = dict(Scorer(make_model("llama"), signals=BOTH, layer=1).measure(sequences, masks))
+    alone = dict(Scorer(make_model("llama"), signals=["attention"], layer=1).measure(sequences, masks))
+    for index, signals in alone.items():
+        assert list(signals) == ["attention"]
+        np.testing.assert_array_equal(signals["attention"], both[index]["attention"])
+
+
+def test_several_layers_in_one_pass():
+    sequences, masks = random_examples(5, [40, 7, 33])
+    names = ["attention", "attention@0", "attention@-1", "attention@1", "loss"]
+    scorer = Scorer(make_model("llama"), signals=names, layer=0)
+    together = dict(scorer.measure(sequences, masks))
+    last = make_model("llama").config.num_hidden_layers - 1
+    assert scorer.layers == {"attention": 0, "attention@0": 0, "attention@-1": last, "attention@1": 1}
+    for name, number in scorer.layers.items():
+        alone = Scorer(make_model("llama"), signals=["attention"], layer=number)
+        for index, signals in alone.measure(sequences, masks):
+            np.testing.assert_array_equal(together[index][name], signals["attention"])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -109,7 +125,7 @@ def test_a_last_mlp_that_mixes_positions_is_left_alone():
 
 def test_a_batch_that_does_not_fit_is_halved_and_a_sequence_that_does_not_is_an_error(monkeypatch):
     sequences, masks = random_examples(7, [40, 30, 20, 10, 40])
-    expected = dict(Scorer(make_model("llama"), layer=-1).measure(sequences, masks))
+    expected = dict(Scorer(make_model("llama"), signals=BOTH).measure(sequences, masks))
     model, most = make_model("llama"), 50
     forward = model.forward
 
@@ -119,12 +135,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_sequence_that_does_not_is_an_
         return forward(input_ids=input_ids, **how)
 
     monkeypatch.setattr(model, "forward", small_memory)
-    scorer = Scorer(model, layer=-1, batch_tokens=256)
+    scorer = Scorer(model, signals=BOTH, batch_tokens=256)
     found = dict(scorer.measure(sequences, masks))
     assert scorer.batch_tokens <= most
     assert found.keys() == expected.keys()
     for index, signals in found.items():
-        np.testing.assert_allclose(signals, expected[index], atol=1e-5, rtol=0)
+        for name in BOTH:
+            np.testing.assert_allclose(signals[name], expected[index][name], atol=1e-5, rtol=0)
     most = 30
     with pytest.raises(SstokenError, match="a sequence of 40 tokens does not fit in memory"):
         list(scorer.measure(sequences, masks))
@@ -155,20 +172,19 @@ def test_a_model_is_compiled_for_those_who_ask_only():
     for compiled in (True, False):
         torch._dynamo.reset()
         counters.clear()
-        list(Scorer(model, layer=-1, compiled=compiled).measure(sequences, masks))
+        list(Scorer(model, signals=BOTH, compiled=compiled).measure(sequences, masks))
         assert (counters["stats"]["calls_captured"] > 0) == compiled
 
 
 def test_bfloat16_stays_close():
     sequences, masks = random_examples(2, [50, 31])
-    for index, (loss, attention) in Scorer(make_model("llama").bfloat16(), layer=-1).measure(
-        sequences, masks
-    ):
+    for index, signals in Scorer(make_model("llama").bfloat16(), signals=BOTH).measure(sequences, masks):
         expected_loss, expected_attention = eager_signals(
             "llama", sequences[index].tolist(), masks[index], -1
         )
-        assert np.nanmean(np.abs(loss - expected_loss)) < 0.3
-        assert np.nanmax(np.abs(attention - expected_attention)) < 0.2
+        mask = masks[index]
+        assert np.abs(signals["loss"] - expected_loss[mask]).mean() < 0.3
+        assert np.abs(signals["attention"] - expected_attention[mask]).max() < 0.2
 
 
 def test_losses_by_tiles_equal_one_softmax():
@@ -324,4 +340,4 @@ def test_detach_leaves_the_model_as_it_was():
 
 
 def test_options_are_hashable():
-    assert hash(BackendOptions("m", True, -1, "float32", "cpu", 1, False))
+    assert hash(BackendOptions("m", ("loss", "attention"), -1, "float32", "cpu", 1, False))

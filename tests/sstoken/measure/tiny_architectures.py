@@ -132,7 +132,7 @@ def classify(kind: str) -> str:
         expected = None
     try:
         try:
-            scorer = Scorer(model, layer="last", batch_tokens=100)
+            scorer = Scorer(model, signals=["loss", "attention"], batch_tokens=100)
         except UsageError:
             scorer = Scorer(model, batch_tokens=100)
         measured = dict(scorer.measure(sequences, masks))
@@ -143,24 +143,21 @@ def classify(kind: str) -> str:
     if expected is None:
         return f"{WRONG}: measured what the model does not run"
     for i, mask in enumerate(masks):
-        apart = np.abs(measured[i][0][mask] - expected[i][mask]).max()
+        apart = np.abs(measured[i]["loss"] - expected[i][mask]).max()
         if not apart < TOLERANCE:
             return f"{WRONG}: losses {apart:.2g} nats apart"
-    if scorer.layer is None:
+    layer = scorer.layers.get("attention")
+    if layer is None:
         return "losses"
     number = model.config.get_text_config().num_hidden_layers
-    where = (
-        ""
-        if scorer.layer == number - 1
-        else f" of layer {scorer.layer} of {number}, the last with softmax attention"
-    )
+    where = "" if layer == number - 1 else f" of layer {layer} of {number}, the last with softmax attention"
     if kind in _WITHOUT_SINKS:
         return f"losses and attention{where}"
     again = make_tiny(kind)
     again.load_state_dict(model.state_dict())
     again.set_attn_implementation("eager")
     for i, (ids, mask) in enumerate(zip(sequences, masks, strict=True)):
-        apart = np.abs(measured[i][1][mask] - _attention(again, ids, mask, scorer.layer)[mask]).max()
+        apart = np.abs(measured[i]["attention"] - _attention(again, ids, mask, layer)[mask]).max()
         if not apart < TOLERANCE:
             return f"{WRONG}: attention {apart:.2g} apart"
     return f"losses and attention{where}"

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import backends, checkpoints, tables
-from sstoken.stages.backends import Backend, BackendOptions, TokenSignals, make_backend, read_settings
+from sstoken.stages.backends import Backend, BackendOptions, make_backend, read_settings
 from sstoken.stages.score import Score
 from sstoken.stages.stage import SPEED_ONLY, Settings
 from tests.stages.tiny import save_model
@@ -43,7 +43,7 @@ class TableBackend(Backend):
 
     def measure(self, sequences, response_masks):
         for i, (ids, mask) in enumerate(zip(sequences, response_masks, strict=True)):
-            yield i, TokenSignals(np.where(mask, self._scale * ids, np.nan).astype(np.float32), None)
+            yield i, {"loss": (self._scale * ids[mask]).astype(np.float32)}
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def model(tmp_path_factory):
 
 
 def options(checkpoint, dtype="float32", **settings):
-    return BackendOptions(checkpoint, False, -1, dtype, "cpu", 512, False, tuple(settings.items()))
+    return BackendOptions(checkpoint, ("loss",), -1, dtype, "cpu", 512, False, tuple(settings.items()))
 
 
 def test_another_packages_backend_is_found_by_its_entry_point(installed, model):
     backend = make_backend("table", options(model, scale="2.5"))
     [(_, signals)] = backend.measure([np.array([1, 2, 3], np.int32)], [np.array([False, True, True])])
-    np.testing.assert_array_equal(signals.loss, np.array([np.nan, 5, 7.5], np.float32))
+    np.testing.assert_array_equal(signals["loss"], np.array([5, 7.5], np.float32))
 
 
 def test_without_the_package_its_name_is_not_known(model):
