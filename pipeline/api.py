@@ -72,7 +72,7 @@ def score(
     listener: Callable[[str, Result], None] | None = None,
     **fields: Any,
 ) -> Result:
-    """Measure the loss of every response token under each checkpoint, and attention importance under one.
+    """Measure signals of every response token under each checkpoint: the loss, and prompt attention under one.
 
     Args:
         tokens: a finished tokens folder.

@@ -17,7 +17,7 @@ VERBS = {
     "plan": "What `run` would do, and why, without doing it.",
     "encode": "Turn a dataset into tokens with response masks.",
     "anchor": "Fine-tune, and keep snapshots of the way.",
-    "score": "Loss and attention importance of every response token.",
+    "score": "Signals of every response token: loss, prompt attention, entropy, rank, ...",
     "select": "Write the token-masked dataset.",
     "methods": "Every selection method: signals, formula, cost, source.",
     "export": "Write the masked dataset as a trainer takes it.",

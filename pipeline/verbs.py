@@ -101,7 +101,7 @@ def score(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Loss and attention importance of every response token, into OUT/<checkpoint>.
+    """Signals of every response token (--signal: loss, attention, entropy, rank, ...), into OUT/<checkpoint>.
 
     \b
     Example:

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure import cpu_attention
+from sstoken.measure.decoder import check_layer
 from sstoken.measure.precision import cast_as_autocast
 from sstoken.measure.prompt_attention import (
     BLOCK_ELEMENTS,
@@ -156,18 +157,6 @@ class AttentionCapture:
     def due(self) -> Tensor | None:
         """The response mask, [B, T], of a measurement that is due."""
         return self._response_mask if self._importance is None else None
-
-
-def check_layer(layer: int, num_layers: int) -> None:
-    """Refuse a decoder layer that the model does not have; negative counts from the end.
-
-    Raises:
-        UsageError: the layer, and what is legal.
-    """
-    if not -num_layers <= layer < num_layers:
-        raise UsageError(
-            f"layer {layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
-        )
 
 
 def _by_kernel(

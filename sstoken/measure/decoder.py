@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sstoken.errors import UsageError
 from sstoken.measure.token_loss import intercept_head
 
 _NAMES = ("mlp", "feed_forward", "block_sparse_moe")
@@ -61,6 +62,18 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     """The decoder layers of a transformers model, in order; none where it is laid out otherwise."""
     lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
     return list(lists[0]) if lists else []
+
+
+def check_layer(layer: int, num_layers: int) -> None:
+    """Refuse a decoder layer that the model does not have; negative counts from the end.
+
+    Raises:
+        UsageError: the layer, and what is legal.
+    """
+    if not -num_layers <= layer < num_layers:
+        raise UsageError(
+            f"layer {layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
+        )
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure.architecture import Findings, examine
 from sstoken.measure.batching import by_class, plan_packed, plan_padded
-from sstoken.measure.capture import AttentionCapture, ForwardStopped, check_layer
+from sstoken.measure.capture import AttentionCapture, ForwardStopped
 from sstoken.measure.cuda.packed import (
     IMPLEMENTATION_PACKED,
     check_packed,
@@ -28,7 +28,7 @@ from sstoken.measure.cuda.packed import (
     packed_inputs,
     segments_of,
 )
-from sstoken.measure.decoder import decoder_layers, last_mlp, wanted_rows
+from sstoken.measure.decoder import check_layer, decoder_layers, last_mlp, wanted_rows
 from sstoken.measure.prompt_attention import Segment
 from sstoken.measure.rope import length_class, reset
 from sstoken.measure.token_loss import ROWS_PER_TILE, intercept_head, measure_token_losses, read_head
