@@ -1,0 +1,92 @@
+"""A study, as its YAML file describes it."""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+STUDIES = Path(__file__).parent / "studies"
+
+
+class Strict(BaseModel):
+    """A model that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Seed(Strict):
+    """What is drawn: given apart, so that the sources of variance can be told apart."""
+
+    data: int
+    """Of the training questions."""
+    noise: int
+    """Of the noise planted in their answers."""
+    order: int
+    """Of the batches, of LoRA's first weights and of `random`."""
+
+    @property
+    def key(self) -> str:
+        """For file names."""
+        return f"d{self.data}-n{self.noise}-o{self.order}"
+
+
+class MethodRun(Strict):
+    """One way to select."""
+
+    method: str
+    """One of `scores.SCORES`, or `full`, `random`, `noise` (drops exactly what was planted), `worst`."""
+    rho: float = Field(default=0.6, gt=0, le=1)
+    """The share of response tokens kept."""
+    scope: Literal["sample", "global"] = "sample"
+    """The share of each answer, or of all together."""
+    protect: bool = False
+    """Keep the tokens that end a turn, whatever their score."""
+    protocol: Literal["equal-steps", "equal-tokens"] = "equal-steps"
+    """As many steps as `full`, or as many kept tokens."""
+
+    @property
+    def key(self) -> str:
+        """The row's name in tables and files."""
+        if self.method == "full":
+            return "full"
+        scope = "" if self.scope == "sample" else " global"
+        protect = " protected" if self.protect else ""
+        tokens = " equal tokens" if self.protocol == "equal-tokens" else ""
+        share = "" if self.method == "noise" else f" {self.rho:g}"
+        return f"{self.method}{share}{scope}{protect}{tokens}"
+
+
+class Study(Strict):
+    """What is trained on what, and how it is judged."""
+
+    name: str
+    about: str
+    base: Literal["smollm2", "small"]
+    upper_layers: int | None = None
+    """Train LoRA in so many of the last layers; None trains all weights."""
+    data: Literal["gsm8k", "families"]
+    num_train: int
+    noise_rate: float = Field(ge=0, le=1)
+    """The probability of each kind of noise in each answer; 0 is clean data."""
+    batch_size: int
+    epochs: int = 1
+    learning_rate: float
+    num_held_out: int
+    """Clean held-out answers whose loss is measured."""
+    num_greedy: int = 0
+    """Held-out questions that are answered greedily."""
+    max_new_tokens: int = 80
+    num_forgetting: int = 0
+    """Roleplay answers whose loss is measured, with and without the chat template."""
+    max_length: int = 512
+    methods: tuple[MethodRun, ...]
+    seeds: tuple[Seed, ...]
+    variance: tuple[Seed, ...] = ()
+    """Seeds with which `full` alone is trained, too: they differ in one source at a time."""
+
+
+def read_study(name: str) -> Study:
+    """The study of a name in `studies/`, or of a path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
+    return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -1,0 +1,78 @@
+"""What a checkpoint says of each response token: everything that any score of `scores.py` reads, in two passes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.quality.student import Student
+from benchmarks.quality.tokens import Encoded
+
+FloatArray = NDArray[np.float64]
+Signals = dict[str, FloatArray]
+"""Flat arrays [N] of the response tokens of all examples, one after the other, by `role.signal`; nats."""
+
+
+@torch.no_grad()
+def measure(
+    student: Student, examples: Sequence[Encoded], role: str, *, attention: bool, layers: bool = False
+) -> Signals:
+    """The signals of one checkpoint.
+
+    Args:
+        student: loaded with eager attention where `attention` is asked for.
+        examples: measured one by one, without padding.
+        role: the first half of the signals' names, such as `history`.
+        attention: measure attention, too: `attention` is the last layer's mass on the prompt in the token's own row,
+            mean over heads; `attention_predictor` in the row that predicts the token; `attention_no_sink` without
+            the sequence's first token.
+        layers: also `attention@K`, that of every layer K.
+
+    Returns:
+        `loss`, `entropy`, `log_rank`, `loss_unconditional` (of the response alone; its first token has none and
+        gets `loss`, so that the difference is 0), and attention.
+    """
+    student.model.eval()
+    found: dict[str, list[FloatArray]] = {}
+
+    def add(name: str, values: torch.Tensor) -> None:
+        found.setdefault(f"{role}.{name}", []).append(values.double().cpu().numpy())
+
+    for example in examples:
+        hidden = None
+        if attention:
+            hidden = _add_attention(student, example, add, layers)
+        loss, entropy, rank = _statistics(*student.response_logits([example], hidden=hidden))
+        add("loss", loss)
+        add("entropy", entropy)
+        add("log_rank", rank.log1p())
+        alone = Encoded(example.ids[example.start :], 1, example.kinds[1:], example.classes[1:])
+        add("loss_unconditional", torch.cat([loss[:1], _statistics(*student.response_logits([alone]))[0]]))
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def _statistics(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, entropy and rank (0: the likeliest), [N] each."""
+    log_p = logits.log_softmax(-1)
+    own = log_p.gather(1, targets[:, None])[:, 0]
+    return -own, -(log_p.exp() * log_p).sum(-1), (log_p > own[:, None]).sum(-1).float()
+
+
+def _add_attention(student: Student, example: Encoded, add: Any, layers: bool) -> torch.Tensor:
+    """Attention of one example; returns its last hidden states [1, T, D], so that they need no second pass."""
+    ids = torch.from_numpy(example.ids)[None].to(student.device)
+    outputs = student.model.model(ids, output_attentions=True, use_cache=False)
+    weights = outputs.attentions
+    start = example.start
+    mass = [w[0, :, start - 1 :, :start].float().mean(0) for w in weights]  # [1 + n, prompt]
+    add("attention", mass[-1][1:].sum(-1))
+    add("attention_predictor", mass[-1][:-1].sum(-1))
+    add("attention_no_sink", mass[-1][1:, 1:].sum(-1))
+    if layers:
+        for k, rows in enumerate(mass):
+            add(f"attention@{k}", rows[1:].sum(-1))
+    return outputs.last_hidden_state

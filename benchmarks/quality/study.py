@@ -1,0 +1,185 @@
+"""Runs a study cell by cell (a method and a seed); a cell whose file is there is not run again."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.quality import data
+from benchmarks.quality.marking import right
+from benchmarks.quality.planting import Example, plant
+from benchmarks.quality.scores import SCORES
+from benchmarks.quality.settings import MethodRun, Seed, Study
+from benchmarks.quality.signals import Signals, measure
+from benchmarks.quality.student import Student, load_tokenizer
+from benchmarks.quality.tokens import CONTENT, END, Encoded, encode, end_token, prompt_text
+from benchmarks.quality.training import answer_greedily, losses_by_class, train
+from sstoken.selection import keep_per_example
+
+Say = Callable[[str], None]
+
+
+class Cells:
+    """The cells of one study in a folder.
+
+    Args:
+        study: what to run.
+        folder: `signals/` and `cells/` are kept in it.
+        say: called with a line on what is done.
+    """
+
+    def __init__(self, study: Study, folder: Path, say: Say) -> None:
+        self.study, self.folder, self.say = study, folder, say
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+        (folder / "signals").mkdir(exist_ok=True)
+        self.tokenizer = load_tokenizer(study.base)
+        self._below: dict[bytes, Tensor] = {}
+
+    def run(self) -> None:
+        """Run what is missing: for each seed `full` first, since its model is the signals' current one."""
+        full = MethodRun(method="full")
+        for seed in self.study.seeds:
+            for method in sorted(self.study.methods, key=lambda m: m.method != "full"):
+                self.cell(method, seed)
+        for seed in self.study.variance:
+            self.cell(full, seed)
+
+    def path(self, method: MethodRun, seed: Seed) -> Path:
+        """Where a cell's result is kept."""
+        return self.folder / "cells" / f"{method.key.replace(' ', '_')}-{seed.key}.json"
+
+    def cell(self, method: MethodRun, seed: Seed) -> None:
+        """Train on one method's mask with one seed; measure what comes of it."""
+        path = self.path(method, seed)
+        if path.exists():
+            return
+        began = time.monotonic()
+        training = self.training_set(seed)
+        keep, share = self.keep(method, seed, training)
+        student = self._student(seed)
+        num_steps = self.study.epochs * len(training) // self.study.batch_size
+        if method.protocol == "equal-tokens":
+            num_steps = round(num_steps / max(share["all"], 1e-9))
+        trained = train(
+            student,
+            training,
+            keep,
+            num_steps=num_steps,
+            batch_size=self.study.batch_size,
+            learning_rate=self.study.learning_rate,
+            seed=seed.order,
+        )
+        found = {
+            "method": method.key,
+            "seed": seed.model_dump(),
+            "steps": num_steps,
+            "trained_tokens": trained,
+            "kept": share,
+            **self.evaluate(student),
+        }
+        if method.method == "full" and seed in self.study.seeds:
+            self._measure_current(student, seed, training)
+        found["seconds"] = round(time.monotonic() - began, 1)
+        path.with_suffix(".partial").write_text(json.dumps(found), encoding="utf-8")
+        path.with_suffix(".partial").rename(path)
+        loss = sum(r["loss_all"] for r in found["held_out"]) / sum(r["tokens_all"] for r in found["held_out"])
+        self.say(f"{self.study.name}  {seed.key}  {method.key}: loss {loss:.3f}, {found['seconds']} s")
+
+    def _student(self, seed: Seed, attention: str = "sdpa") -> Student:
+        return Student(self.study.base, self.study.upper_layers, seed.order, attention, self._below)
+
+    def training_set(self, seed: Seed) -> list[Encoded]:
+        """The training examples of a seed, with noise in them."""
+        rows = data.draw(self.study.data, "train", self.study.num_train, seed.data)
+        examples = plant(rows, rows, rate=self.study.noise_rate, seed=seed.noise)
+        return encode(self.tokenizer, examples, self.study.max_length)
+
+    def keep(
+        self, method: MethodRun, seed: Seed, training: Sequence[Encoded]
+    ) -> tuple[list[NDArray[np.bool_]], dict[str, float]]:
+        """The mask of each example, and the share of each class of tokens that it keeps."""
+        offsets = np.concatenate([[0], np.cumsum([e.num_response for e in training])]).astype(np.int64)
+        kinds = np.concatenate([e.kinds for e in training])
+        classes = np.concatenate([e.classes for e in training])
+        content = (kinds == CONTENT) | (kinds == END)
+        if method.method == "full":
+            kept = np.ones(len(kinds), dtype=bool)
+        elif method.method == "noise":
+            kept = content
+        else:
+            scores = self._scores(method.method, seed, training, offsets)
+            whole = np.array([0, len(scores)], dtype=np.int64)
+            kept = keep_per_example(scores, offsets if method.scope == "sample" else whole, method.rho)
+        if method.protect:
+            kept = kept | (kinds == END)
+        share = {"all": float(kept.mean())}
+        groups = {"content": kinds == CONTENT, "noise": ~content, END: kinds == END}
+        groups |= {f"kind {k}": kinds == k for k in sorted(set(kinds) - {CONTENT, END})}
+        groups |= {f"class {c}": content & (classes == c) for c in sorted(set(classes) - {END})}
+        share |= {name: float(kept[group].mean()) for name, group in groups.items() if group.any()}
+        return np.split(kept, offsets[1:-1]), share
+
+    def _scores(
+        self, name: str, seed: Seed, training: Sequence[Encoded], offsets: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        if name == "random":
+            return np.random.default_rng([seed.data, seed.noise, seed.order]).random(int(offsets[-1]))
+        if name == "worst":
+            return -SCORES["pmi-band"](self.signals(seed, training), offsets)
+        return SCORES[name](self.signals(seed, training), offsets)
+
+    def signals(self, seed: Seed, training: Sequence[Encoded]) -> Signals:
+        """The history's signals (the base model's) and the current's, where `full` has been trained."""
+        path = self.folder / "signals" / f"history-{seed.key}.npz"
+        if not path.exists():
+            student = self._student(seed, "eager")
+            self._save(path, measure(student, training, "history", attention=True))
+        current = self.folder / "signals" / f"current-{seed.key}.npz"
+        return {**np.load(path), **(np.load(current) if current.exists() else {})}
+
+    def _measure_current(self, student: Student, seed: Seed, training: Sequence[Encoded]) -> None:
+        student.model.set_attn_implementation("eager")
+        path = self.folder / "signals" / f"current-{seed.key}.npz"
+        self._save(path, measure(student, training, "current", attention=True))
+
+    @staticmethod
+    def _save(path: Path, signals: Signals) -> None:
+        with open(path.with_suffix(".partial"), "wb") as file:
+            np.savez_compressed(file, **{k: v.astype(np.float32) for k, v in signals.items()})
+        path.with_suffix(".partial").rename(path)
+
+    @cached_property
+    def _held_out(self) -> list[Encoded]:
+        rows = data.draw(self.study.data, "test", self.study.num_held_out, 0)
+        return encode(self.tokenizer, [Example(r, r.answer) for r in rows], self.study.max_length)
+
+    @cached_property
+    def _others(self) -> list[Encoded]:
+        rows = data.roleplay(self.study.num_forgetting)
+        return encode(self.tokenizer, [Example(r, r.answer) for r in rows], min(self.study.max_length, 256))
+
+    def evaluate(self, student: Student) -> dict[str, Any]:
+        """Held-out losses by class, greedy answers, and the loss on other data."""
+        found: dict[str, Any] = {"held_out": losses_by_class(student, self._held_out)}
+        if self.study.num_greedy:
+            rows = data.draw(self.study.data, "test", self.study.num_greedy, 0)
+            answers = answer_greedily(
+                student,
+                self.tokenizer,
+                [prompt_text(self.tokenizer, row.question) for row in rows],
+                self.tokenizer.convert_tokens_to_ids(end_token(self.tokenizer)),
+                self.study.max_new_tokens,
+            )
+            found["greedy"] = [
+                {"right": right(row, text), "ended": ended, "length": length, "text": text}
+                for row, (text, ended, length) in zip(rows, answers, strict=True)
+            ]
+        if self.study.num_forgetting:
+            found["forgetting"] = losses_by_class(student, self._others)
+        return found

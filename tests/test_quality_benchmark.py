@@ -1,0 +1,194 @@
+"""The quality benchmark: what it plants, how it marks and counts, and a small study from end to end."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.quality import data
+from benchmarks.quality.intervals import auroc, average_precision, over_examples, paired_difference
+from benchmarks.quality.marking import right
+from benchmarks.quality.planting import KINDS, PHRASES, Row, plant
+from benchmarks.quality.scores import ranks, without_position
+from benchmarks.quality.settings import STUDIES, MethodRun, Seed, Study, read_study
+from benchmarks.quality.student import BASES, load_tokenizer
+from benchmarks.quality.tokens import CONTENT, END, encode
+
+NO_DEADLINE = settings(deadline=None, max_examples=60)
+needs_shared = pytest.mark.skipif(not data.SHARED.is_dir(), reason="needs ../shared")
+
+
+def rows(seed=0, number=6):
+    return data.families("train", number, seed)
+
+
+@NO_DEADLINE
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_without_its_spans_an_answer_is_clean_but_for_what_was_replaced(seed, rate):
+    inserted = [k for k in KINDS if k not in ("shuffled", "typo", "wrong")]
+    for example in plant(rows(), rows(), rate=rate, seed=seed, kinds=inserted):
+        text = example.answer
+        for span in reversed(example.spans):
+            text = text[: span.start] + text[span.end :]
+        assert text.split() == example.row.answer.split()
+
+
+@NO_DEADLINE
+@given(st.integers(0, 10**6))
+def test_what_is_replaced_differs_from_what_was_there(seed):
+    for example in plant(rows(), rows(), rate=1.0, seed=seed, kinds=("shuffled", "typo", "wrong")):
+        assert example.spans
+        assert example.answer != example.row.answer
+        for span in example.spans:
+            planted = example.answer[span.start : span.end]
+            if span.kind == "wrong":
+                assert planted.isdigit()
+            elif span.kind == "shuffled":
+                assert sorted(planted.split()) != planted.split() or len(set(planted.split())) > 1
+
+
+def test_each_kind_occurs_and_its_phrases_are_of_the_half_asked_for():
+    for half in ("tune", "held"):
+        found = set()
+        for example in plant(rows(number=80), rows(number=80), rate=0.5, seed=1, half=half):
+            for span in example.spans:
+                found.add(span.kind)
+                text = example.answer[span.start : span.end].strip()
+                assert (span.kind, half) not in PHRASES or text in PHRASES[span.kind, half]
+        assert found == set(KINDS)
+    assert not set(PHRASES["opening", "tune"]) & set(PHRASES["opening", "held"])
+
+
+def test_more_rows_leave_those_before_as_they_are():
+    few, many = (plant(rows(number=n), rows(), rate=0.5, seed=3) for n in (4, 6))
+    assert many[:4] == few
+
+
+def test_held_out_questions_are_never_trained_on():
+    trained = {row.question for row in data.families("train", 500, 0)}
+    assert not trained & {row.question for row in data.families("test", 200, 0)}
+
+
+@needs_shared
+def test_tokens_know_what_they_are():
+    tokenizer = load_tokenizer("small")
+    row = Row("x", "What is 2 + 3?", ("Adding gives 2 + 3 = 5.", "It is 5."), "5", " ")
+    (example,) = plant([row], [row], rate=1.0, seed=0, kinds=("opening",), half="tune")
+    (encoded,) = encode(tokenizer, [example], 512)
+    texts = [tokenizer.decode([i]) for i in encoded.ids[encoded.start :]]
+    planted = "".join(t for t, kind in zip(texts, encoded.kinds, strict=True) if kind == "opening")
+    assert planted.strip() == example.answer[: example.spans[0].end].strip()
+    assert encoded.kinds[-1] == END == encoded.classes[-1]
+    assert texts[-1] == "<|im_end|>"
+    result = [i for i, c in enumerate(encoded.classes) if c == "result"]
+    assert [texts[i].strip() for i in result] == ["5"]
+    assert result[0] > max(i for i, t in enumerate(texts) if t.strip() == "3")
+    assert set(encoded.kinds) == {CONTENT, END, "opening"}
+
+
+@pytest.mark.parametrize(
+    ("row_id", "result", "text", "is_right"),
+    [
+        ("gsm8k-test-0", "18", "2 + 16 = 18\n#### 18", True),
+        ("gsm8k-test-0", "18", "2 + 16 = 18\n#### 19", False),
+        ("gsm8k-test-0", "1,800", "So $1800 are left.", True),
+        ("families-test-0-0", "18", "It is 18. I hope this helps!", True),
+        ("families-test-0-0", "18", "First 18. Then 20. Ada now has 118 eggs.", False),
+        ("families-test-0-0", "18", "", False),
+    ],
+)
+def test_marking(row_id, result, text, is_right):
+    assert right(Row(row_id, "?", ("",), result), text) == is_right
+
+
+@NO_DEADLINE
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40))
+def test_auroc_is_the_share_of_pairs(drawn):
+    scores = np.array([s for s, _ in drawn], dtype=np.float64)
+    noise = np.array([n for _, n in drawn])
+    if noise.all() or not noise.any():
+        return
+    pairs = [(c > n) + (c == n) / 2 for c in scores[~noise] for n in scores[noise]]
+    found = over_examples(auroc, scores, ~noise, noise, np.array([0, len(scores)]), num_resamples=2)
+    assert found.value == pytest.approx(np.mean(pairs))
+
+
+def test_average_precision_by_hand():
+    # dropped in this order: noise, content, noise
+    assert average_precision((np.array([0.0, 1, 0]), np.array([1.0, 0, 1]))) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_a_paired_interval_holds_the_difference_and_not_what_both_share():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0, 10, (5, 1)) + rng.normal(0, 10, (1, 60))
+    ones = np.ones((5, 60))
+    better = shared - 0.5 + rng.normal(0, 0.1, (5, 60))
+    value, low, high = paired_difference(better, ones, shared, ones)
+    assert low < -0.5 < high < 0
+    assert high - low < 0.1
+    assert value == pytest.approx((better - shared).mean())
+
+
+def test_ranks_and_position_by_hand():
+    np.testing.assert_allclose(
+        ranks(np.array([3.0, 1, 9, 5]), np.array([0, 3, 4])), [1.5 / 3, 0.5 / 3, 2.5 / 3, 0.5]
+    )
+    values = np.array([4.0, 1, 2, 3])
+    np.testing.assert_allclose(without_position(values, np.array([0, 2, 4]), width=1), [1, -1, -1, 1])
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_can_tell(path):
+    study = read_study(path.stem)
+    assert study.name == path.stem
+    methods = {method.method for method in study.methods}
+    assert {"full", "random", "prefix", "worst"} <= methods
+    assert study.base in BASES
+
+
+@needs_shared
+def test_a_study_from_end_to_end_and_again(tmp_path):
+    from benchmarks.quality.report import write_report
+    from benchmarks.quality.study import Cells
+
+    seeds = (Seed(data=0, noise=0, order=0), Seed(data=1, noise=1, order=1))
+    methods = tuple(MethodRun(method=m) for m in ("full", "random", "sstoken", "pmi-band", "noise"))
+    study = Study(
+        name="tiny", about="A test.", base="small", data="families", num_train=6, noise_rate=0.5, batch_size=3,
+        learning_rate=1e-3, num_held_out=4, num_greedy=2, max_new_tokens=4, num_forgetting=2, max_length=128,
+        methods=methods, seeds=seeds,
+    )  # fmt: skip
+    said: list[str] = []
+    cells = Cells(study, tmp_path / "cells", said.append)
+    cells.run()
+    assert len(said) == len(methods) * len(seeds)
+    figures = write_report(cells, tmp_path / "results", "a command")
+    kept = {name: f["kept"] for name, f in figures["methods"].items()}
+    assert kept["full"]["noise"] == 1
+    assert kept["noise"]["noise"] == 0
+    assert kept["noise"]["content"] == 1
+    assert kept["random 0.6"]["all"] == pytest.approx(0.6, abs=0.02)
+    assert figures["found"]["sstoken"]["auroc"]["all"][0] > 0
+    table = pq.read_table(tmp_path / "results" / "tiny.parquet")
+    assert table.num_rows == len(methods) * len(seeds) * (4 + 2 + 2)
+    assert "| noise |" in (tmp_path / "results" / "tiny.md").read_text()
+    first = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    Cells(study, tmp_path / "cells", said.append).run()
+    assert len(said) == len(methods) * len(seeds), "a finished cell ran again"
+    cells.path(methods[1], seeds[0]).unlink()
+    Cells(study, tmp_path / "cells", said.append).run()
+    write_report(cells, tmp_path / "results", "a command")
+    again = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert again["methods"] == first["methods"], "another result from the same seeds"
+
+
+def test_the_folder_of_results_names_its_commands():
+    for path in (Path(data.__file__).parent / "results").glob("*.json"):
+        figures = json.loads(path.read_text())
+        assert figures["command"].startswith("python benchmarks/quality")
+        assert {"torch", "transformers"} <= set(figures["versions"])
+        assert len(figures["seeds"]) >= 5, f"{path.name}: a claim needs five seeds"
