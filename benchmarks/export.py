@@ -20,6 +20,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from sstoken.labels import labels_from_mask
 from sstoken.pipeline import api
 from sstoken.stages import tables
 from tests.stages.tiny import save_tokenizer
@@ -46,7 +47,7 @@ def save_masked(folder: Path, shards: int) -> tuple[Path, float]:
         columns = {
             "example_id": pa.array([f"{part}-{i}" for i in range(ROWS_PER_SHARD)]),
             "input_ids": tables.lists(ids, offsets, tables.IDS),
-            "labels": tables.lists(np.where(keep, ids, -100), offsets, tables.IDS),
+            "labels": tables.lists(labels_from_mask(ids, keep), offsets, tables.IDS),
             "keep_mask": tables.lists(keep, offsets, tables.MASK),
             "response_mask": tables.lists(response, offsets, tables.MASK),
             "rel": score,

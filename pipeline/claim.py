@@ -10,7 +10,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.config import RunConfig
 from sstoken.pipeline.writing import check_writable
 from sstoken.stages.encoding.sources import shown
-from sstoken.stages.files import UNFINISHED, write_whole
+from sstoken.stages.files import UNFINISHED, write_atomic
 from sstoken.stages.manifest import Digests
 
 _RUN_FILE = "run.json"
@@ -55,7 +55,7 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in filter(_is_unfinished, folder.iterdir()):
             leftover.unlink(missing_ok=True)
-        write_whole(path, json.dumps(identity, indent=1))
+        write_atomic(path, json.dumps(identity, indent=1))
     digests.save()
 
 

@@ -47,7 +47,7 @@ def check_run(config: RunConfig) -> None:
 
     Raises:
         UsageError: a section's field, or a checkpoint's name.
-        SstokenError: a checkpoint that is not whole.
+        SstokenError: an incomplete checkpoint.
     """
     for section in (config.encode, config.anchor, config.select):
         if section is not None:

@@ -1,7 +1,7 @@
 """The runner: one stage, from finished input folders to one finished output folder, or to none at all.
 
 A stage works in `<out>.partial`; its manifest is the last file written, then the folder is renamed. A killed
-run leaves the partial folder, whose whole shards the next run with the same fingerprint goes on from.
+run leaves the partial folder, whose complete shards the next run with the same fingerprint goes on from.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from sstoken.pipeline.writing import check_writable, naming_full_disk, one_run_a
 from sstoken.stages import joins, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.checkpoints import read_ahead
-from sstoken.stages.files import UNFINISHED, write_whole
+from sstoken.stages.files import UNFINISHED, write_atomic
 from sstoken.stages.manifest import MANIFEST, Digests, Manifest
 from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.stage import Context, Stage
 from sstoken.version import __version__
 
 _FINGERPRINT_FILE = ".fingerprint"
-_WHOLE_WORK = ("part-*.parquet", "*.safetensors")
+_COMPLETE_WORK = ("part-*.parquet", "*.safetensors")
 """What is worth keeping of a stage that failed."""
 _MADE_BY = {
     "tokens": ("encode",),
@@ -176,7 +176,7 @@ def execute(
                 metrics = _run(job, identity)
                 _finish(job, identity, metrics, time.monotonic() - start)
         except Exception as error:
-            kept = any(next(job.partial.rglob(pattern), None) for pattern in _WHOLE_WORK)
+            kept = any(next(job.partial.rglob(pattern), None) for pattern in _COMPLETE_WORK)
             if isinstance(error, NothingLeftError) or not kept:
                 _discard(job.partial)
             raise
@@ -273,7 +273,7 @@ def _prepare(job: Job, identity: _Identity, *, fresh: bool) -> None:
         else:
             leftover.unlink(missing_ok=True)
     _remove_damaged(job.partial)
-    write_whole(job.partial / _FINGERPRINT_FILE, identity.fingerprint)
+    write_atomic(job.partial / _FINGERPRINT_FILE, identity.fingerprint)
 
 
 def _remove_damaged(partial: Path) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure.rope import longest
 from sstoken.stages import checkpoints, joins
-from sstoken.stages.files import write_whole
+from sstoken.stages.files import write_atomic
 from sstoken.stages.hub_models import split_revision
 from sstoken.stages.loading import load_model
 from sstoken.stages.processes import is_main_process, num_processes
@@ -193,7 +193,7 @@ class Anchor(Stage):
         checkpoint = resumable.last_whole(folder)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if arguments.process_index == 0:
-            write_whole(context.out / _LOG, _log_lines(trainer.state.log_history))
+            write_atomic(context.out / _LOG, _log_lines(trainer.state.log_history))
         trainer.accelerator.wait_for_everyone()
 
     def _arguments(self, folder: Path, seed: int) -> "TrainingArguments":

@@ -12,7 +12,7 @@ from sstoken.stages.exporting import TARGETS, get_target
 from sstoken.stages.exporting.base import DATA, FAST, SCORES, Facts
 from sstoken.stages.exporting.card import card
 from sstoken.stages.exporting.rows import merge_counts, prepare
-from sstoken.stages.files import write_whole
+from sstoken.stages.files import write_atomic
 from sstoken.stages.stage import SPEED_ONLY, Context, Stage
 
 
@@ -62,8 +62,8 @@ class Export(Stage):
         shards = [target.shard_name(i, len(parts)) for i, c in enumerate(found) if c["examples"]]
         facts = Facts(counts["examples"], counts["longest"], context.fingerprint, self.weights, shards)
         for name, content in target.files(facts).items():
-            write_whole(out / name, content)
-        write_whole(out / "README.md", card(target, facts, counts, self.model_dump()))
+            write_atomic(out / name, content)
+        write_atomic(out / "README.md", card(target, facts, counts, self.model_dump()))
         folders.copy_folder(masked / "tokenizer", out / "tokenizer")
         return {"to": self.to, **counts}
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, also after a kill or a power cut."""
+"""Atomic writes: a file is complete or not there, also after a kill or a power cut."""
 
 import os
 import secrets
@@ -12,7 +12,7 @@ UNFINISHED = ".tmp"
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which takes its name when the context ends well.
 
     Until then its name is its own: a process left over from an earlier attempt cannot move it half-written.
@@ -31,9 +31,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     os.replace(temporary, path)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write or replace a text file (UTF-8) in one step."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode())
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from sstoken.errors import SstokenError
 from sstoken.stages import folders, tables
-from sstoken.stages.files import write_whole
+from sstoken.stages.files import write_atomic
 
 TOKENS = "tokens"
 """Key in the metadata of a shard, of tokens or scores: the fingerprint of the shard of tokens; in that of a masked
@@ -118,7 +118,7 @@ def check_one_run(folder: Path, run: str | None = None) -> None:
 
 def note_training(history: Path, tokens: Path) -> None:
     """Have a folder of snapshots say which tokens they were trained on."""
-    write_whole(history / _TRAINED_ON, json.dumps({TOKENS: folder_fingerprint(tokens)}))
+    write_atomic(history / _TRAINED_ON, json.dumps({TOKENS: folder_fingerprint(tokens)}))
 
 
 def trained_on_others(checkpoint: str, tokens: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Manifests: the last file written into a folder says that it is whole, what made it and what is in it."""
+"""Manifests: the last file written into a folder says that it is complete, what made it and what is in it."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.files import write_whole
+from sstoken.stages.files import write_atomic
 from sstoken.stages.folders import MANIFEST as MANIFEST
 from sstoken.stages.folders import (
     NO_DIGEST,
@@ -85,10 +85,10 @@ def finished(folder: Path, what: str) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it whole or not at all."""
+    """Write the manifest atomically."""
     text = manifest.model_copy(update={"digest": NO_DIGEST}).model_dump_json(indent=1)
     start, _, end = text.rpartition(NO_DIGEST)
-    write_whole(folder / MANIFEST, f"{start}{seal(text.encode())}{end}")
+    write_atomic(folder / MANIFEST, f"{start}{seal(text.encode())}{end}")
 
 
 def list_files(folder: Path) -> list[FileEntry]:

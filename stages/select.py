@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import NothingLeftError, SstokenError
+from sstoken.labels import labels_from_mask
 from sstoken.methods import Signals, get_method
 from sstoken.selection import (
     BoolArray,
@@ -218,7 +219,7 @@ def _masked_table(shard: Shard, kept: BoolArray, scores: FloatArray, schema: pa.
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         "example_id": shard.table["example_id"],
         "input_ids": shard.table["input_ids"],
-        "labels": tables.lists(np.where(keep, ids, tables.IGNORED_LABEL), offsets, tables.IDS),
+        "labels": tables.lists(labels_from_mask(ids, keep), offsets, tables.IDS),
         "keep_mask": tables.lists(keep, offsets, tables.MASK),
         "response_mask": shard.table["response_mask"],
     }

@@ -56,7 +56,7 @@ class Context:
     inputs: Mapping[str, Path]
     """Finished folders by name (`tokens`, `scores`, ...). Read-only."""
     out: Path
-    """The folder under construction. Shards already in it are whole: an interrupted run left them."""
+    """The folder under construction. Shards already in it are complete: an interrupted run left them."""
     seed: int
     fingerprint: str
     """Of this stage with these settings and inputs, for provenance."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sstoken.errors import SstokenError
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages import folders
-from sstoken.stages.files import whole_file
+from sstoken.stages.files import atomic_file
 
 IDS = pa.list_(pa.int32())
 MASK = pa.list_(pa.bool_())
@@ -45,7 +45,6 @@ MASKED = pa.schema(
 METADATA_KEY = b"sstoken"
 _DIGEST = "digest"
 """Key in the metadata, of their own digest: they are read alone, without the file whose digest the manifest has."""
-IGNORED_LABEL = -100
 
 
 def part_name(index: int) -> str:
@@ -69,7 +68,7 @@ def parts(folder: Path) -> list[Path]:
 def write_part(
     path: Path, table: pa.Table, metadata: Mapping[str, Any] | None, *, compression_level: int = 3
 ) -> None:
-    """Write one shard so that it is either whole or not there; `metadata` goes into the file as JSON.
+    """Write one shard atomically; `metadata` goes into the file as JSON.
 
     Only our own key is written, and without `metadata` none: no library's feature metadata, so that every reader
     takes the file.
@@ -97,7 +96,7 @@ def write_row_groups(
         if f.name in ("input_ids", "labels")
     ]
     with (
-        whole_file(path) as file,
+        atomic_file(path) as file,
         pq.ParquetWriter(
             file,
             schema,
@@ -174,7 +173,7 @@ def read_batches(path: Path, num_rows: int, columns: list[str]) -> Iterator[pa.R
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A shard whose content is checked as a whole against its folder's manifest, and page by page."""
+    """A shard whose content is checked against its folder's manifest, and page by page."""
     with _readable(path):
         content = pa.BufferReader(folders.read_file(path))
         # Each thread that reads ahead keeps memory of its own: their peak would differ from run to run.

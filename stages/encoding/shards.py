@@ -26,7 +26,7 @@ from sstoken.stages.encoding.messages import (
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.time_limit import limited
 from sstoken.stages.encoding.token_stats import Stats, no_stats
-from sstoken.stages.files import UNFINISHED, write_whole
+from sstoken.stages.files import UNFINISHED, write_atomic
 from sstoken.stages.tables import TOKENS, part_name, read_metadata, write_part
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
     if bad:
         lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
         lines.parent.mkdir(exist_ok=True)
-        write_whole(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
+        write_atomic(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
     table = pa.table(columns, schema=TOKENS)
     about = {joins.RUN: settings.fingerprint, joins.TOKENS: joins.tokens_fingerprint(table), "stats": stats}
     write_part(path, table, _metadata(settings, encoder) | about)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from sstoken.stages import tables
 from sstoken.stages.exporting.rows import Rows
-from sstoken.stages.files import whole_file
+from sstoken.stages.files import atomic_file
 
 DATA = "data"
 """The folder of an export that its trainer reads. Nothing else is in it."""
@@ -49,7 +49,7 @@ class Target(ABC):
 
     @abstractmethod
     def write(self, path: Path, rows: Rows) -> None:
-        """Write one shard so that it is whole or not there."""
+        """Write one shard atomically."""
 
     @abstractmethod
     def read(self, folder: Path) -> Iterator[pa.Table]:
@@ -68,7 +68,7 @@ class Target(ABC):
         return row["input_ids"], row["labels"], row.get("weights")
 
     def front_matter(self) -> str:
-        """By which `datasets` finds the rows in the folder as a whole; empty where it need not."""
+        """Return the card's lines by which `datasets` finds the rows; empty where it needs none."""
         return ""
 
 
@@ -112,7 +112,7 @@ class JsonLinesTarget(Target):
 
     def write(self, path: Path, rows: Rows) -> None:
         """One file; a row at a time."""
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             for line in self.lines(rows):
                 file.write(line + b"\n")
 

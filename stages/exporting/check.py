@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from sstoken.errors import SstokenError
+from sstoken.labels import IGNORED_LABEL, labels_from_mask
 from sstoken.stages import tables
 from sstoken.stages.exporting.base import Target
-from sstoken.stages.exporting.rows import IGNORED, SMALLEST_RANGE
+from sstoken.stages.exporting.rows import SMALLEST_RANGE
 
 Expected = tuple[str, list[int], list[int], list[float]]
 """Example id, ids, labels, weights."""
@@ -37,12 +38,12 @@ def check_export(
             what = "more" if expected is None else "fewer"
             raise SstokenError(f"{folder}: {what} rows than the {row} of {masked}; export it again (--force)")
         name, ids, labels, weights = expected
-        wanted = (ids, labels, weights if weighted else [float(label != IGNORED) for label in labels])
+        wanted = (ids, labels, weights if weighted else [float(label != IGNORED_LABEL) for label in labels])
         for what, ours, theirs in zip(("input_ids", "labels", "weights"), wanted, seen, strict=True):
             _compare(folder, row, name, what, ours, theirs)
         counts["examples"] += 1
         counts["tokens"] += len(ids)
-        counts["kept"] += sum(label != IGNORED for label in labels)
+        counts["kept"] += sum(label != IGNORED_LABEL for label in labels)
     return counts
 
 
@@ -52,9 +53,8 @@ def _expected(masked: Path, max_length: int | None, weighted: bool) -> Iterator[
         for batch in tables.read_table(path, columns).to_batches(1000):
             for row in batch.to_pylist():
                 ids, keep = row["input_ids"][:max_length], row["keep_mask"][:max_length]
-                labels = [i if kept else IGNORED for i, kept in zip(ids, keep, strict=True)]
-                labels[:1] = [IGNORED] * len(labels[:1])
-                if all(label == IGNORED for label in labels):
+                labels = labels_from_mask(ids, keep, skip_first=True).tolist()
+                if all(label == IGNORED_LABEL for label in labels):
                     continue
                 weights = _weights(row, labels) if weighted else []
                 yield row["example_id"], ids, labels, weights
@@ -64,7 +64,9 @@ def _weights(row: dict[str, Any], labels: list[int]) -> list[float]:
     scores = [s for s, r in zip(row["score"], row["response_mask"], strict=True) if r]
     lowest, highest = min(scores), max(scores)
     return [
-        0.0 if label == IGNORED else (score - lowest + SMALLEST_RANGE) / (highest - lowest + SMALLEST_RANGE)
+        0.0
+        if label == IGNORED_LABEL
+        else (score - lowest + SMALLEST_RANGE) / (highest - lowest + SMALLEST_RANGE)
         for label, score in zip(labels, row["score"], strict=False)
     ]
 

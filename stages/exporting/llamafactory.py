@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from sstoken.stages.exporting.base import DATA, Facts, Target, ones
 from sstoken.stages.exporting.rows import Rows
-from sstoken.stages.files import whole_file
+from sstoken.stages.files import atomic_file
 from sstoken.stages.tables import IDS, lists
 
 ROWS_PER_BATCH = 1000
@@ -57,7 +57,7 @@ class LlamaFactory(Target):
             "labels": lists(rows.labels, rows.offsets, IDS),
         }
         table = pa.table(columns)
-        with whole_file(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
+        with atomic_file(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
 
     def read(self, folder: Path) -> Iterator[pa.Table]:

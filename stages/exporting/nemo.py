@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sstoken.labels import IGNORED_LABEL
 from sstoken.stages import tables
 from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget, ones
-from sstoken.stages.exporting.rows import IGNORED, Rows
+from sstoken.stages.exporting.rows import Rows
 
 
 class NeMo(ParquetTarget):
@@ -21,14 +22,14 @@ class NeMo(ParquetTarget):
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
         """Labels shifted within each row; its last is -100."""
-        shifted = np.append(rows.labels[1:], IGNORED).astype(np.int32)
-        shifted[rows.offsets[1:] - 1] = IGNORED
+        shifted = np.append(rows.labels[1:], IGNORED_LABEL).astype(np.int32)
+        shifted[rows.offsets[1:] - 1] = IGNORED_LABEL
         labels = tables.lists(shifted, rows.offsets, tables.IDS)
         return super().columns(rows) | {"labels": labels, "attention_mask": ones(rows)}
 
     def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], None]:
         """The labels moved back."""
-        return row["input_ids"], [IGNORED, *row["labels"][:-1]], None
+        return row["input_ids"], [IGNORED_LABEL, *row["labels"][:-1]], None
 
     def usage(self, facts: Facts) -> str:
         """The section `dataset` of a recipe."""

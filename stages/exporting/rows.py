@@ -10,9 +10,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sstoken.errors import UsageError
+from sstoken.labels import IGNORED_LABEL, labels_from_mask
 from sstoken.stages import tables
 
-IGNORED = tables.IGNORED_LABEL
 SMALLEST_RANGE = 1e-8
 """Added to the range of an example's scores: a kept token's weight is never 0, and 1 where all scores are equal."""
 TRAINED_COLUMNS = ("input_ids", "labels")
@@ -36,7 +36,7 @@ class Rows:
     @property
     def kept(self) -> NDArray[np.bool_]:
         """[M]"""
-        return self.labels != IGNORED
+        return self.labels != IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared
 
     rest = table.drop_columns([c for c in TRAINED_COLUMNS if c in table.column_names])
     sidecar = rest if all_taken else pa.table({name: cut(rest[name]) for name in rest.column_names})
-    labels = np.where(trained, ids, IGNORED)[taken_M].astype(np.int32)
+    labels = labels_from_mask(ids, trained)[taken_M]
     rows = Rows(
         example_id=sidecar["example_id"].combine_chunks(),
         ids=ids[taken_M].astype(np.int32),

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import orjson
 
+from sstoken.labels import labels_from_mask
 from sstoken.stages.exporting.base import Facts, JsonLinesTarget
-from sstoken.stages.exporting.rows import IGNORED, Rows
+from sstoken.stages.exporting.rows import Rows
 
 PLUGIN = '''"""A template that adds nothing: no start, no end, no turn, so that the tokens of a row are all there is."""
 
@@ -42,8 +43,7 @@ class Swift(JsonLinesTarget):
         """A token is a label where its scale is positive."""
         content = row["messages"][0]["content"]
         ids, scale = content["token_ids"], content["loss_scale"]
-        labels = [i if s > 0 else IGNORED for i, s in zip(ids, scale, strict=True)]
-        return ids, labels, scale
+        return ids, labels_from_mask(ids, scale).tolist(), scale
 
     def files(self, facts: Facts) -> dict[str, str]:
         """The template."""

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sstoken.labels import labels_from_mask
 from sstoken.stages import tables
 from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget
-from sstoken.stages.exporting.rows import IGNORED, Rows
+from sstoken.stages.exporting.rows import Rows
 
 MODULE = '''"""The rows of `data/` as a verl dataset."""
 
@@ -62,7 +63,7 @@ class Verl(ParquetTarget):
     def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[float]]:
         """A token is a label where its mask is positive."""
         ids, mask = row["input_ids"], row["loss_mask"]
-        return ids, [i if m > 0 else IGNORED for i, m in zip(ids, mask, strict=True)], mask
+        return ids, labels_from_mask(ids, mask).tolist(), mask
 
     def files(self, facts: Facts) -> dict[str, str]:
         """The dataset class."""

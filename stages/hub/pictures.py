@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sstoken.stages import tables
-from sstoken.stages.files import whole_file
+from sstoken.stages.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def draw_scores(masked: Path, metrics: dict[str, Any], path: Path) -> None:
             each.grid(axis="y", color=_GRID, alpha=0.4, linewidth=0.6)
             each.set_axisbelow(True)
             each.spines[["top", "right"]].set_visible(False)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
 
 

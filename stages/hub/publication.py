@@ -18,7 +18,7 @@ from pydantic import Field
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import folders, tables
 from sstoken.stages import manifest as manifests
-from sstoken.stages.files import write_whole
+from sstoken.stages.files import write_atomic
 from sstoken.stages.hub.card import Shards, card
 from sstoken.stages.hub.provenance import PROVENANCE, Provenance, as_json, hub_names, public
 from sstoken.stages.hub.remote import check_repo
@@ -86,11 +86,11 @@ class Publication(Stage):
         self._draw(masked, metrics, out)
         license = self.license or self.origin.get("license")
         text = card(self.repo, facts, metrics, self.origin, license, _measured(tables.parts(out / SHARDS)))
-        write_whole(out / CARD, text)
+        write_atomic(out / CARD, text)
         (out / PROVENANCE).unlink(missing_ok=True)
         files = [f for f in manifests.list_files(out) if not f.path.startswith(".")]
         provenance = Provenance(masked=facts, metrics=metrics, origin=self.origin, files=files)
-        write_whole(out / PROVENANCE, as_json(provenance))
+        write_atomic(out / PROVENANCE, as_json(provenance))
         return metrics
 
     def _draw(self, masked: Path, metrics: dict[str, Any], out: Path) -> None:
@@ -177,4 +177,4 @@ def _copy_tokenizer(source: Path, out: Path) -> None:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if any(key in settings for key in _LOCAL_SETTINGS):
             kept = {key: value for key, value in settings.items() if key not in _LOCAL_SETTINGS}
-            write_whole(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sstoken.errors import SstokenError
+from sstoken.labels import labels_from_mask
 from sstoken.stages import tables
 from sstoken.stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 from sstoken.stages.folders import hash_file
@@ -187,7 +188,7 @@ def _contradiction(path: Path, stats: Mapping[str, Any]) -> str | None:
     if any(not np.array_equal(other, offsets) for _, other in columns.values()):
         return "has lists of unequal lengths in a row"
     keep = columns["keep_mask"][0].astype(bool)
-    if not np.array_equal(columns["labels"][0], np.where(keep, ids, tables.IGNORED_LABEL)):
+    if not np.array_equal(columns["labels"][0], labels_from_mask(ids, keep)):
         return "has labels that its keep mask does not give"
     if "response_mask" in columns and (keep & ~columns["response_mask"][0].astype(bool)).any():
         return "keeps tokens that are not of a response"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.checkpoints import lasting_reference
-from sstoken.stages.files import flush_to_disk, write_whole
+from sstoken.stages.files import flush_to_disk, write_atomic
 from sstoken.stages.hub_models import split_revision
 from sstoken.stages.training.history_index import INDEX, Entry, Kind, read_index, reference, write_index
 from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json
@@ -266,7 +266,7 @@ def _name_base(adapter: Path, base: str) -> None:
         if path.is_file():
             name, revision = (base, None) if Path(base).is_absolute() else split_revision(base)
             config = read_json(path) | {"base_model_name_or_path": name, "revision": revision}
-            write_whole(path, json.dumps(config, indent=2, sort_keys=True))
+            write_atomic(path, json.dumps(config, indent=2, sort_keys=True))
 
 
 def _refuse_sharded(model: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.files import write_whole
+from sstoken.stages.files import write_atomic
 from sstoken.stages.folders import read_file
 
 INDEX = "history.json"
@@ -108,4 +108,4 @@ def read_index(folder: Path) -> list[Entry]:
 def write_index(folder: Path, entries: Iterable[Entry]) -> None:
     """Replace the file in one move: a reader sees the old one or the new one."""
     lines = ",\n".join(" " + json.dumps(asdict(entry)) for entry in entries)
-    write_whole(Path(folder) / INDEX, f"[\n{lines}\n]\n")
+    write_atomic(Path(folder) / INDEX, f"[\n{lines}\n]\n")

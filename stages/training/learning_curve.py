@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sstoken.stages.files import whole_file
+from sstoken.stages.files import atomic_file
 from sstoken.stages.training.history_index import Entry
 
 _INK, _FAINT, _ACCENT = "#1f2933", "#b8c4d0", "#c2410c"
@@ -59,7 +59,7 @@ def draw(log: Sequence[dict[str, Any]], entries: Sequence[Entry], path: Path) ->
     axes.grid(axis="y", color=_FAINT, alpha=0.4, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=150)
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError
-from sstoken.stages.files import flush_to_disk, write_whole
+from sstoken.stages.files import flush_to_disk, write_atomic
 from sstoken.stages.processes import num_processes
 from sstoken.stages.stage import Progress
 from sstoken.stages.training.history import HistorySnapshots
@@ -74,7 +74,7 @@ class Resumable(TrainerCallback):
             return
         saved = self._folder / f"checkpoint-{state.global_step}"
         flush_to_disk(saved)
-        write_whole(saved / _WHOLE, json.dumps({"processes": num_processes()}))
+        write_atomic(saved / _WHOLE, json.dumps({"processes": num_processes()}))
         for earlier in self._folder.glob("checkpoint-*"):
             if earlier != saved:
                 (earlier / _WHOLE).unlink(missing_ok=True)  # first, so that a half-removed one is not whole

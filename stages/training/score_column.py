@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.labels import labels_from_mask
 from sstoken.stages import joins, tables
 
 if TYPE_CHECKING:
@@ -68,4 +69,4 @@ def _responds(response_masks: list[list[bool]]) -> list[bool]:
 
 def _labelled(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     pairs = zip(rows["input_ids"], rows["response_mask"], strict=True)
-    return {"labels": [np.where(mask, ids, tables.IGNORED_LABEL) for ids, mask in pairs]}
+    return {"labels": [labels_from_mask(ids, mask) for ids, mask in pairs]}

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sstoken.errors import SstokenError
+from sstoken.labels import labels_from_mask
 from sstoken.stages import tables
 from sstoken.stages.files import UNFINISHED
 
@@ -87,8 +88,7 @@ class TokenDataset:
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         ids = self._table["input_ids"][index].values.to_numpy()
         mask = self._table["response_mask"][index].values.to_numpy(zero_copy_only=False)
-        labels = np.where(mask, ids, tables.IGNORED_LABEL)
-        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        return {"input_ids": ids.tolist(), "labels": labels_from_mask(ids, mask).tolist()}
 
     def __getstate__(self) -> dict[str, Path]:
         return {"_file": self._file}  # a worker process maps the file itself
