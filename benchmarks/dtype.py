@@ -36,10 +36,9 @@ CASES = {
     "float16": ("float16", None),
 }
 """dtype and batch budget; the first is what the others are compared with."""
-METHODS = ("sstoken", "rel")
-RHO, GAMMA = 0.6, 0.5
+METHODS = {"sstoken": {"rho": 0.6, "gamma": 0.5}, "rel": {"rho": 0.6}}
 Values = dict[str, "np.ndarray[Any, Any]"]
-"""`history_loss`, `current_loss` and `attention` of all response tokens, [N] each."""
+"""`history.loss`, `current.loss` and `current.attention` of all response tokens, [N] each."""
 
 
 def main() -> None:
@@ -130,30 +129,28 @@ def measure(
         found = dict(backend.measure(sequences, masks))
         seconds += time.perf_counter() - start
         in_order = [found[i] for i in range(len(masks))]
-        values[f"{role}_loss"] = np.concatenate([signals["loss"] for signals in in_order])
+        values[f"{role}.loss"] = np.concatenate([signals["loss"] for signals in in_order])
         if role == "current":
-            values["attention"] = np.concatenate([signals["attention"] for signals in in_order])
+            values["current.attention"] = np.concatenate([signals["attention"] for signals in in_order])
     return seconds, {name: array.astype(np.float64) for name, array in values.items()}
 
 
 def differences(expected: Values, found: Values, offsets: "np.ndarray[Any, Any]") -> dict[str, float]:
     """Largest and mean difference of each signal, and the share of tokens whose keep mask differs."""
-    from sstoken.methods import Signals, get_method
-    from sstoken.selection import keep_per_example
+    from sstoken.methods import decide
 
-    left, right = Signals(offsets, **expected), Signals(offsets, **found)
+    def rel(side: Values) -> "np.ndarray[Any, Any]":
+        return side["history.loss"] - side["current.loss"]
+
     facts = {}
-    for name, a, b in (
-        ("loss", left.current_loss, right.current_loss),
-        ("rel", left.rel, right.rel),
-        ("attention", left.attention, right.attention),
+    for name, apart in (
+        ("loss", np.abs(expected["current.loss"] - found["current.loss"])),
+        ("rel", np.abs(rel(expected) - rel(found))),
+        ("attention", np.abs(expected["current.attention"] - found["current.attention"])),
     ):
-        apart = np.abs(a - b)
         facts |= {f"{name}_max": float(apart.max()), f"{name}_mean": float(apart.mean())}
-    for name in METHODS:
-        masks = [
-            keep_per_example(get_method(name).score(side, GAMMA), offsets, RHO) for side in (left, right)
-        ]
+    for name, params in METHODS.items():
+        masks = [decide(name, offsets, side, **params).keep for side in (expected, found)]
         facts[f"mask_{name}"] = float((masks[0] != masks[1]).mean())
     return facts
 

@@ -50,8 +50,7 @@ from transformers import (
 )
 
 from sstoken import SelfModulatedTrainer, SelfModulation
-from sstoken.methods import METHODS, Signals
-from sstoken.selection import keep_per_example
+from sstoken.methods import decide
 
 warnings.filterwarnings("ignore", "in-loop selection")  # random weights and histories mean nothing
 
@@ -255,13 +254,12 @@ class ScriptTrainer(Trainer):
             weights = outputs.attentions[-1][row].float().mean(0)
             attention = (weights * ~response).sum(1)
             mask = response.cpu().numpy()
-            signals = Signals(
-                offsets=np.array([0, mask.sum()]),
-                history_loss=self.history[tuple(ids.tolist())][mask],
-                current_loss=loss.detach().cpu().numpy()[mask].astype(np.float64),
-                attention=attention.detach().cpu().numpy()[mask].astype(np.float64),
-            )
-            keep = keep_per_example(METHODS["sstoken"].score(signals, GAMMA), signals.offsets, RHO)
+            signals = {
+                "history.loss": self.history[tuple(ids.tolist())][mask],
+                "current.loss": loss.detach().cpu().numpy()[mask].astype(np.float64),
+                "current.attention": attention.detach().cpu().numpy()[mask].astype(np.float64),
+            }
+            keep = decide("sstoken", np.array([0, mask.sum()]), signals, rho=RHO, gamma=GAMMA).keep
             losses.append(loss[response][torch.from_numpy(keep).to(ids.device)].mean())
         return torch.stack(losses).mean()
 

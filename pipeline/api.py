@@ -4,7 +4,7 @@ All raise `UsageError` for a wrong request and `SstokenError` where the work fai
 A call that finds its output finished returns at once (`result.skipped`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -130,14 +130,32 @@ def select(
     out: str | Path,
     history: str | None = None,
     current: str | None = None,
+    roles: Mapping[str, str] | None = None,
     seed: int = 0,
     force: bool = False,
     **fields: Any,
 ) -> Result:
-    """Write the masked dataset. `fields`: those of `sstoken.stages.select.Select` (method, rho, gamma, ...)."""
+    """Write the masked dataset.
+
+    Args:
+        tokens: a finished tokens folder.
+        scores: holds a folder of scores for each checkpoint.
+        out: a fresh folder.
+        history: short for `roles={"history": NAME}`.
+        current: short for `roles={"current": NAME}`.
+        roles: the name of the checkpoint in each role that the method asks for.
+        seed: of the method `random`.
+        force: select again what is finished.
+        fields: those of `sstoken.stages.select.Select` (method, params, scope, ...).
+    """
     stage = _stage(Select, **fields)
     stage.check()
-    inputs = select_inputs(stage.method, _place(scores), history, current)
+    given = {"history": history, "current": current}
+    for role, name in (roles or {}).items():
+        if given.setdefault(role, name) not in (None, name):
+            raise UsageError(f"role {role!r} is given twice: {given[role]!r} and {name!r}; give it once")
+        given[role] = name
+    inputs = select_inputs(stage.method, _place(scores), given)
     return execute(
         Job(stage, {"tokens": _place(tokens), **inputs}, _place(out), seed), Digests(), force=force
     )

@@ -50,7 +50,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(list(get_args(kind))), **settings)
     if get_origin(kind) is dict:
-        settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": _pairs}
+        settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": pairs}
         singular = flag.removesuffix("s")
         return click.option(singular, name, **settings)
     if get_origin(kind) is tuple:  # tuple[X, ...]: given once for each
@@ -95,7 +95,12 @@ def _plain_type(annotation: Any, metadata: Iterable[Any]) -> tuple[Any, list[str
     return annotation, [f"x{signs[name]}{found[name]}" for name in signs if name in found]
 
 
-def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+def pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    """Options given as NAME=VALUE, as a mapping; None where there is none.
+
+    Raises:
+        click.BadParameter: one without `=`.
+    """
     pairs = {}
     for value in values:
         name, separator, content = value.partition("=")

@@ -138,14 +138,14 @@ def _enter(named: dict[str, str], name: str, ref: str) -> None:
         raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
 
 
-def select_inputs(method: str, scores: Path, history: str | None, current: str | None) -> dict[str, Path]:
+def select_inputs(method: str, scores: Path, given: Mapping[str, str | None]) -> dict[str, Path]:
     """The score folders that a selection reads, by role, found below `scores`.
 
     Args:
-        method: its signals decide what has to be there.
+        method: its roles decide what has to be there.
         scores: holds a folder for each scored checkpoint.
-        history: name, or None: `base`, `step-0`, or the one that is not current.
-        current: name, or None: the only other one, or the one of the highest step.
+        given: the checkpoint's name by role. Where there is none, `history` is `base`, `step-0` or the one that is not
+            current, and `current` the only other one, or the one of the highest step.
 
     Raises:
         UsageError: a name that is not there, or several that could be meant.
@@ -161,37 +161,46 @@ def select_inputs(method: str, scores: Path, history: str | None, current: str |
     listed = f"there are: {', '.join(there) or 'none'}"
     if len(there) < len(folders):
         listed += f" (unfinished: {', '.join(p.name for p in folders if p.name not in there)})"
-    for name in (history, current):
-        if name is not None and name not in there:
+    found = {role: name for role, name in given.items() if name is not None}
+    for name in found.values():
+        if name not in there:
             raise UsageError(f"{scores}: no finished scores of {name!r}; {listed}")
-    with_attention = [name for name in there if _has_attention(scores / name)]
-    needed = set(get_method(method).signals)
-    if history is None:
+    needed = get_method(method).roles
+    _guess_roles(found, needed, there)
+    attended = [name for name in there if _has_attention(scores / name)]
+    if found.get("current") in attended:
+        found.setdefault("attention", found["current"])
+    elif len(attended) == 1:
+        found.setdefault("attention", attended[0])
+    for role in needed:
+        if role not in found:
+            raise UsageError(
+                f"{scores}: method {method!r} needs a checkpoint in the role {role!r}, and which one is not clear; "
+                f"{listed}; say --role {role}=NAME"
+            )
+    _check_compared(method, found.get("history"), found.get("current"))
+    return {role: scores / name for role, name in found.items()}
+
+
+def _guess_roles(found: dict[str, str], needed: Iterable[str], there: list[str]) -> None:
+    """Add `history` and `current` where the names leave no doubt."""
+    history, current = found.get("history"), found.get("current")
+    if history is None and ("history" in needed or "current" in needed):
         history = next((n for n in ("base", "step-0") if n in there and n != current), None)
     if current is None:
         current = _only_or_last([n for n in there if n != history])
-    if history is None and "history_loss" in needed:
-        history = _only_or_last([n for n in there if n != current])
-    attention = current if current in with_attention else None
-    if attention is None and len(with_attention) == 1:
-        attention = with_attention[0]
-    found = {"history": history, "current": current, "attention": attention}
-    for signal, role in (
-        ("history_loss", "history"),
-        ("current_loss", "current"),
-        ("attention", "attention"),
-    ):
-        if signal in needed and found[role] is None:
-            raise UsageError(
-                f"{scores}: method {method!r} needs {signal}, and which scores give it is not clear; {listed}; "
-                "say --history and --current, or score with --attention-from"
-            )
-    _check_compared(method, history, current)
-    return {role: scores / name for role, name in found.items() if name is not None}
+        if current is None and "current" in needed and "history" not in needed and "history" not in found:
+            current = _only_or_last(there)
+    if history is None and "history" in needed:
+        alone = "current" not in needed and "current" not in found
+        history = _only_or_last([n for n in there if n != current]) or (
+            _only_or_last(there) if alone else None
+        )
+    found |= {r: n for r, n in (("history", history), ("current", current)) if n is not None}
 
 
 def _check_compared(method: str, history: str | None, current: str | None) -> None:
-    if history == current and {"history_loss", "current_loss"} <= set(get_method(method).signals):
+    if history == current and {"history", "current"} <= set(get_method(method).roles):
         raise UsageError(
             f"history and current are both {current!r}; method {method!r} compares two checkpoints, name another"
         )
@@ -257,7 +266,7 @@ def _roles(
     roles = {"history": history, "current": current}
     if score.attention_from != NO_ATTENTION:
         roles["attention"] = role(score.attention_from, current)
-    elif "attention" in get_method(select.method).signals:
+    elif "current.attention" in get_method(select.method).inputs:
         raise UsageError(
             f"score.attention_from is {NO_ATTENTION!r}, and method {select.method!r} needs attention; name a "
             "checkpoint, or choose a method without it"
@@ -268,5 +277,5 @@ def _roles(
 def _fields(
     of: type[ScoreOptions] | type[Select], section: ScoreSection | SelectSection
 ) -> dict[str, object]:
-    """The fields of a section that the stage itself has."""
-    return {name: getattr(section, name) for name in of.model_fields}
+    """The fields of a section that were given and that the stage itself has."""
+    return {name: getattr(section, name) for name in of.model_fields if name in section.model_fields_set}

@@ -31,14 +31,8 @@ from sstoken.version import __version__
 _FINGERPRINT_FILE = ".fingerprint"
 _COMPLETE_WORK = ("part-*.parquet", "*.safetensors")
 """What is worth keeping of a stage that failed."""
-_MADE_BY = {
-    "tokens": ("encode",),
-    "history": ("score", "observed"),
-    "current": ("score", "observed"),
-    "attention": ("score", "observed"),
-    "masked": ("select", "pull"),
-}
-"""Which stages an input can come from."""
+_MADE_BY = {"tokens": ("encode",), "masked": ("select", "pull")}
+"""Which stages an input can come from; any other one is a checkpoint's scores."""
 
 
 class State(Enum):
@@ -200,7 +194,7 @@ def _identify(job: Job, digests: Digests) -> _Identity:
 
 def _input(name: str, folder: Path) -> Manifest:
     manifest = manifests.finished(folder, name)
-    expected = _MADE_BY.get(name, (manifest.stage,))
+    expected = _MADE_BY.get(name, ("score", "observed"))
     if manifest.stage not in expected:
         raise UsageError(
             f"{folder}: written by {manifest.stage!r}; {name} has to be what {expected[0]!r} wrote"

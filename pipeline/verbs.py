@@ -7,7 +7,7 @@ import click
 
 from sstoken.pipeline import api
 from sstoken.pipeline.cli_options import force_option as _force
-from sstoken.pipeline.cli_options import given, stage_options
+from sstoken.pipeline.cli_options import given, pairs, stage_options
 from sstoken.pipeline.cli_options import json_option as _json
 from sstoken.pipeline.cli_options import out_option as _out
 from sstoken.pipeline.config import LARGEST_SEED
@@ -124,6 +124,14 @@ def score(
 @click.option("--tokens", required=True, help="A finished tokens folder.")
 @click.option("--scores", required=True, help="The folder that holds the checkpoints' scores.")
 @stage_options(Select)
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=pairs,
+    help="Which checkpoint in SCORES plays a role that the method names.",
+)
 @click.option("--history", help="Name of the history checkpoint in SCORES.  [default: base, or step-0]")
 @click.option("--current", help="Name of the current checkpoint in SCORES.  [default: the other one]")
 @_out
@@ -238,14 +246,12 @@ def methods(as_json: bool) -> None:
     Example:
       sstoken-curate methods
     """
-    from sstoken.methods import METHODS
+    from sstoken.methods.listing import facts, print_rows
 
-    rows = [(m.name, ", ".join(m.signals) or "none", m.formula, m.cost, m.source) for m in METHODS.values()]
-    names = ("method", "signals", "formula", "cost", "source")
     if as_json:
-        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+        click.echo(json.dumps(facts()))
     else:
-        print_table(names, rows)
+        print_table(*print_rows())
 
 
 @click.command()

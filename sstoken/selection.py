@@ -8,7 +8,7 @@ go to the earlier token, so that every engine agrees.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from sstoken.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor  # selecting offline loads no torch
 
-FloatArray = NDArray[np.float64]
+Float64Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
@@ -42,7 +42,7 @@ def num_kept(num_tokens: int, rho: float) -> int:
     return math.ceil(Fraction(str(rho)) * num_tokens)
 
 
-def minmax(values: FloatArray, offsets: IntArray) -> FloatArray:
+def minmax(values: Float64Array, offsets: IntArray) -> Float64Array:
     """Each example's values scaled to [0, 1) by their own minimum and range (paper, equation 6).
 
     Args:
@@ -78,7 +78,41 @@ def minmax_tensor(values: "Tensor", example: "Tensor", num_examples: int) -> "Te
     return (values - low[example]) / ((high - low)[example] + MINMAX_EPSILON)
 
 
-def keep_per_example(scores: FloatArray, offsets: IntArray, rho: float) -> BoolArray:
+def minmax_units(values: Any, units: IntArray, unit: Any) -> Any:
+    """`minmax` or `minmax_tensor`, whichever the values are for.
+
+    Args:
+        values: [N] float64, numpy or torch.
+        units: [U + 1] on the host.
+        unit: [N] index of each token's unit.
+    """
+    if isinstance(values, np.ndarray):
+        return minmax(values, units)
+    return minmax_tensor(values, unit, len(units) - 1)
+
+
+def keep_top(scores: Any, units: IntArray, quotas: Sequence[int], unit: Any) -> Any:
+    """Keep the `quotas[u]` highest scores of each unit, numpy or torch; ties go to the earlier token.
+
+    Args:
+        scores: [N] float64, finite.
+        units: [U + 1] on the host, where each unit starts.
+        quotas: [U].
+        unit: [N] index of each token's unit, ascending.
+
+    Returns:
+        [N] bool.
+    """
+    if not isinstance(scores, np.ndarray):
+        return keep_per_example_tensor(scores, unit, quotas)
+    # lexsort is stable: equal scores stay in the order of the tokens.
+    order = np.lexsort((-scores, unit))
+    rank_N = np.empty(scores.size, dtype=np.int64)
+    rank_N[order] = np.arange(scores.size) - np.repeat(units[:-1], np.diff(units))
+    return rank_N < np.asarray(quotas, dtype=np.int64)[unit]
+
+
+def keep_per_example(scores: Float64Array, offsets: IntArray, rho: float) -> BoolArray:
     """Keep the `ceil(rho * n)` highest scores of each example.
 
     Args:
@@ -91,13 +125,8 @@ def keep_per_example(scores: FloatArray, offsets: IntArray, rho: float) -> BoolA
     """
     counts = np.diff(offsets)
     lengths, inverse = np.unique(counts, return_inverse=True)  # exact arithmetic, once a length
-    quota = np.array([num_kept(int(n), rho) for n in lengths], dtype=np.int64)[inverse]
-    example_N = np.repeat(np.arange(counts.size), counts)
-    # lexsort is stable: equal scores stay in the order of the tokens.
-    order = np.lexsort((-scores, example_N))
-    rank_N = np.empty(scores.size, dtype=np.int64)
-    rank_N[order] = np.arange(scores.size) - np.repeat(offsets[:-1], counts)
-    return rank_N < quota[example_N]
+    quotas = np.array([num_kept(int(n), rho) for n in lengths], dtype=np.int64)[inverse]
+    return keep_top(scores, offsets, quotas.tolist(), np.repeat(np.arange(counts.size), counts))
 
 
 def keep_per_example_tensor(scores: "Tensor", example: "Tensor", quotas: Sequence[int]) -> "Tensor":
@@ -126,38 +155,65 @@ class Cut(NamedTuple):
     key: int
     num_ties: int
 
+    @property
+    def value(self) -> float:
+        """The score that stands at the cut."""
+        key, sign = np.uint64(self.key), np.uint64(1 << 63)
+        bits = key ^ sign if key & sign else ~key
+        return float(np.array(bits, dtype=np.uint64).view(np.float64))
 
-def global_cut(chunks: Callable[[], Iterable[FloatArray]], k: int) -> Cut:
-    """The cut that keeps the k highest of all scores, in memory that does not depend on how many there are.
+
+Chunks = Callable[[], Iterable[Float64Array]]
+"""Called once a pass; yields all scores, [n] float64 each, in the order of the dataset."""
+
+
+def global_cuts(chunks: Chunks, ks: Sequence[int]) -> list[Cut]:
+    """The cuts that keep the k highest of all scores, in memory that does not depend on how many there are.
 
     A radix selection: four passes over the scores, each settling 16 of the key's 64 bits.
 
     Args:
-        chunks: called once a pass; yields all scores, [n] float64 each, in the order of the dataset.
-        k: how many to keep, at least 1 and at most the number of scores.
+        chunks: the scores.
+        ks: how many to keep, each at most the number of scores; 0 keeps none.
     """
-    prefix, remaining = np.uint64(0), k
+    prefixes, remaining = [np.uint64(0)] * len(ks), list(ks)
     for shift in (48, 32, 16, 0):
-        histogram = np.zeros(1 << 16, dtype=np.int64)
+        histograms = [np.zeros(1 << 16, dtype=np.int64) for _ in ks]
         for scores in chunks():
-            keys = sortable_keys(scores)
-            if shift < 48:
-                keys = keys[(keys >> np.uint64(shift + 16)) == prefix]
-            digits = (keys >> np.uint64(shift)) & np.uint64(0xFFFF)
-            histogram += np.bincount(digits.astype(np.int64), minlength=1 << 16)
-        at_least = np.cumsum(histogram[::-1])[::-1]  # number of scores whose digit is >= d
-        digit = int(np.flatnonzero(at_least >= remaining)[-1])
-        remaining -= int(at_least[digit] - histogram[digit])
-        prefix = (prefix << np.uint64(16)) | np.uint64(digit)
-    return Cut(int(prefix), remaining)
+            all_keys = sortable_keys(scores)
+            for prefix, histogram in zip(prefixes, histograms, strict=True):
+                keys = all_keys
+                if shift < 48:
+                    keys = keys[(keys >> np.uint64(shift + 16)) == prefix]
+                digits = (keys >> np.uint64(shift)) & np.uint64(0xFFFF)
+                histogram += np.bincount(digits.astype(np.int64), minlength=1 << 16)
+        for i, histogram in enumerate(histograms):
+            if not ks[i]:
+                continue
+            at_least = np.cumsum(histogram[::-1])[::-1]  # number of scores whose digit is >= d
+            digit = int(np.flatnonzero(at_least >= remaining[i])[-1])
+            remaining[i] -= int(at_least[digit] - histogram[digit])
+            prefixes[i] = (prefixes[i] << np.uint64(16)) | np.uint64(digit)
+    nothing = Cut((1 << 64) - 1, 0)
+    return [Cut(int(p), r) if k else nothing for p, r, k in zip(prefixes, remaining, ks, strict=True)]
 
 
-def keep_above(scores: FloatArray, cut: Cut, ties_before: int) -> tuple[BoolArray, int]:
+def global_quantile(chunks: Chunks, q: float) -> float:
+    """The quantile of all scores, interpolated as `numpy.quantile` does; 0 where there is none."""
+    total = sum(scores.size for scores in chunks())
+    if not total:
+        return 0.0
+    below = math.floor((total - 1) * q)
+    low, high = global_cuts(chunks, [total - below, max(1, total - below - 1)])
+    return float(np.quantile([low.value, high.value], (total - 1) * q - below))
+
+
+def keep_above(scores: Float64Array, cut: Cut, ties_before: int) -> tuple[BoolArray, int]:
     """Apply a global cut to the next chunk.
 
     Args:
         scores: [n], the chunk.
-        cut: from `global_cut`.
+        cut: from `global_cuts`.
         ties_before: how many scores equal to the cut's stood in the chunks before.
 
     Returns:
@@ -169,7 +225,7 @@ def keep_above(scores: FloatArray, cut: Cut, ties_before: int) -> tuple[BoolArra
     return (keys > np.uint64(cut.key)) | (tied & (tie_rank <= cut.num_ties)), ties_before + int(tied.sum())
 
 
-def sortable_keys(scores: FloatArray) -> NDArray[np.uint64]:
+def sortable_keys(scores: Float64Array) -> NDArray[np.uint64]:
     """Unsigned integers in the same order as the scores."""
     bits = (scores + 0.0).view(np.uint64)  # + 0.0 makes -0.0 and 0.0 the same
     sign = np.uint64(1 << 63)

@@ -17,6 +17,8 @@ def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]
         f"| {markdown(role)} | {markdown(facts['name'])} |"
         for role, facts in sorted(provenance["checkpoints"].items())
     )
+    params = "\n".join(f"| {markdown(k)} | {markdown(str(v))} |" for k, v in provenance["params"].items())
+    settings = f"{params}\n" if params else ""
     front_matter = json.dumps([{"config_name": "default", "data_files": "part-*.parquet"}])
     (folder / "README.md").write_text(
         f"""---
@@ -32,9 +34,7 @@ tags: [token-masked, sstoken]
 | setting | value |
 |---|---|
 | method | {markdown(provenance["method"])} |
-| rho | {provenance["rho"]} |
-| gamma | {provenance["gamma"]} |
-| scope | {markdown(provenance["scope"])} |
+{settings}| scope | {markdown(provenance["scope"])} |
 {checkpoints}
 | tokenizer fingerprint | {markdown(provenance["tokenizer"]["fingerprint"])} |
 | sstoken | {markdown(provenance["version"])} |

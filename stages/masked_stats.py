@@ -4,16 +4,16 @@ from typing import Any
 
 import numpy as np
 
-from sstoken.methods import Signals
+from sstoken.methods import Tokens
 from sstoken.selection import BoolArray, keep_per_example
 
 NUM_DECILES = 10
 
 
-def shard_stats(signals: Signals, kept: BoolArray, rho: float) -> dict[str, Any]:
+def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str, Any]:
     """Counts of one shard that add up over shards."""
-    counts = np.diff(signals.offsets)
-    position = np.arange(kept.size) - np.repeat(signals.offsets[:-1], counts)
+    counts = np.diff(tokens.offsets)
+    position = np.arange(kept.size) - np.repeat(tokens.offsets[:-1], counts)
     decile = position * NUM_DECILES // np.maximum(1, np.repeat(counts, counts))
     stats: dict[str, Any] = {
         "examples": int((counts > 0).sum()),
@@ -23,9 +23,9 @@ def shard_stats(signals: Signals, kept: BoolArray, rho: float) -> dict[str, Any]
         "decile_tokens": np.bincount(decile, minlength=NUM_DECILES).tolist(),
         "decile_kept": np.bincount(decile[kept], minlength=NUM_DECILES).tolist(),
     }
-    if signals.rel is not None and signals.attention is not None:
-        by_rel = keep_per_example(signals.rel, signals.offsets, rho)
-        by_attention = keep_per_example(signals.attention, signals.offsets, rho)
+    if rho and all(name in tokens for name in ("history.loss", "current.loss", "current.attention")):
+        by_rel = keep_per_example(tokens.rel, tokens.offsets, rho)
+        by_attention = keep_per_example(tokens["current.attention"], tokens.offsets, rho)
         stats["by_either_signal"] = int(by_rel.sum())
         stats["by_both_signals"] = int((by_rel & by_attention).sum())
     return stats

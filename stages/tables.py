@@ -41,6 +41,15 @@ MASKED = pa.schema(
         ("score", VALUES),
     ]
 )
+WEIGHT = pa.field("weight", VALUES)
+"""What a token's loss is multiplied by: null off the response, 0 where it is not learned, below 0 to be unlearned."""
+
+
+def masked_schema(weighted: bool, lean: bool) -> pa.Schema:
+    """The columns of a masked dataset; `weight` only where the method gives weights."""
+    schema = MASKED_LEAN if lean else MASKED
+    return schema.append(WEIGHT) if weighted else schema
+
 
 METADATA_KEY = b"sstoken"
 _DIGEST = "digest"
@@ -141,6 +150,16 @@ def _digest(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def columns(path: Path) -> list[str]:
+    """The names of a shard's columns.
+
+    Raises:
+        SstokenError: it is damaged.
+    """
+    with _readable(path):
+        return list(pq.read_schema(path).names)
+
+
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A shard, or some of its columns.
 
@@ -188,7 +207,7 @@ def is_sound(path: Path) -> bool:
         fields = read_table(path).schema.remove_metadata()
     except SstokenError:
         return False
-    known = [field for schema in (TOKENS, MASKED) for field in schema]
+    known = [field for schema in (TOKENS, MASKED.append(WEIGHT)) for field in schema]
     return all(_is_signal(field) or any(field.equals(other) for other in known) for field in fields)
 
 

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.quality.intervals import auroc, average_precision, over_examples, spearman
 from benchmarks.quality.planting import KINDS
 from benchmarks.quality.scores import SCORES, position, rel
-from benchmarks.quality.intervals import auroc, average_precision, over_examples, spearman
 from benchmarks.quality.tokens import CONTENT, END
 from sstoken.selection import minmax
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.quality.detection import causes, found_noise
-from benchmarks.quality.settings import MethodRun, Seed
 from benchmarks.quality.intervals import Interval, paired_difference
+from benchmarks.quality.settings import MethodRun, Seed
 from benchmarks.quality.study import Cells
 from benchmarks.quality.tokens import CLASSES
 

@@ -20,9 +20,10 @@ COLUMNS = {
     "response_mask": "true where the token is part of an assistant's turn, and so could be kept",
     "rel": "loss under the history checkpoint minus loss under the current one, in nats",
     "attention": "attention that the token pays to the prompt, in [0, 1]",
-    "score": "what tokens were ranked by; higher is kept first",
+    "score": "what the method judged the token by",
+    "weight": "what the token's loss is multiplied by",
 }
-"""What each column holds; the last three are null off the response."""
+"""What each column holds; measured values are null off the response."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,11 @@ def settings(facts: Mapping[str, Any], origin: Mapping[str, Any]) -> Iterable[tu
     yield "method", facts["method"]
     if method is not None:
         yield "score", method.formula
-    for key in ("rho", "gamma", "scope", "seed", "layer", "max_length"):
+    params = facts.get("params") or {key: facts.get(key) for key in ("rho", "gamma")}
+    for key, value in params.items():
+        if value is not None:
+            yield key, str(value)
+    for key in ("scope", "seed", "layer", "max_length"):
         if facts.get(key) is not None:
             yield key.replace("_", " "), str(facts[key])
     checkpoints = origin.get("checkpoints") or {}

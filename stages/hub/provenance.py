@@ -27,8 +27,8 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     method: str
-    rho: float
-    gamma: float
+    rho: float | None
+    gamma: float | None
     scope: str
     checkpoints: dict[str, dict[str, str]]
     tokenizer: dict[str, str | int]

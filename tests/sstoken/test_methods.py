@@ -4,30 +4,35 @@ import numpy as np
 import pytest
 
 from sstoken.errors import UsageError
-from sstoken.methods import METHODS, Signals, get_method
+from sstoken.methods import METHODS, Input, Tokens, get_method
 
-SIGNALS = Signals(
-    offsets=np.array([0, 3, 5]),
-    history_loss=np.array([3.0, 2.0, 1.0, 4.0, 4.0]),
-    current_loss=np.array([1.0, 1.5, 2.0, 1.0, 1.0]),
-    attention=np.array([0.1, 0.4, 0.3, 0.2, 0.6]),
-)
+OFFSETS = np.array([0, 3, 5])
+SIGNALS = {
+    "history.loss": np.array([3.0, 2.0, 1.0, 4.0, 4.0]),
+    "current.loss": np.array([1.0, 1.5, 2.0, 1.0, 1.0]),
+    "current.attention": np.array([0.1, 0.4, 0.3, 0.2, 0.6]),
+}
+TOKENS = Tokens(OFFSETS, SIGNALS)
+
+
+def score(name, tokens=TOKENS, **params):
+    method = get_method(name)
+    return method.score(tokens, method.read_params(params))
 
 
 def test_rel_is_history_minus_current():
-    np.testing.assert_allclose(SIGNALS.rel, [2.0, 0.5, -1.0, 3.0, 3.0])
+    np.testing.assert_allclose(TOKENS.rel, [2.0, 0.5, -1.0, 3.0, 3.0])
 
 
 def test_sstoken_by_hand():
     # min-max of REL: example 0 spans -1 to 2, example 1 is constant.
     expected = [0.3 * 1 + 0.7 * 0.1, 0.3 * 0.5 + 0.7 * 0.4, 0.7 * 0.3, 0.7 * 0.2, 0.7 * 0.6]
-    np.testing.assert_allclose(METHODS["sstoken"].score(SIGNALS, 0.3), expected, atol=1e-8)
+    np.testing.assert_allclose(score("sstoken", gamma=0.3), expected, atol=1e-8)
 
 
 @pytest.mark.parametrize(("gamma", "alone"), [(1.0, "rel"), (0.0, "attention")])
 def test_the_ends_of_gamma_rank_like_one_signal(gamma, alone):
-    both = METHODS["sstoken"].score(SIGNALS, gamma)
-    single = METHODS[alone].score(SIGNALS, gamma)
+    both, single = score("sstoken", gamma=gamma), score(alone)
     for a, b in ((0, 3), (3, 5)):
         np.testing.assert_array_equal(
             np.argsort(-both[a:b], kind="stable"), np.argsort(-single[a:b], kind="stable")
@@ -35,25 +40,46 @@ def test_the_ends_of_gamma_rank_like_one_signal(gamma, alone):
 
 
 def test_random_is_seeded():
-    offsets = np.array([0, 100])
-    draw = METHODS["random"].score
-    first = draw(Signals(offsets, seed=(1, 0)), 0.5)
-    np.testing.assert_array_equal(first, draw(Signals(offsets, seed=(1, 0)), 0.5))
-    assert (first != draw(Signals(offsets, seed=(1, 1)), 0.5)).any()
-    assert (first != draw(Signals(offsets, seed=(2, 0)), 0.5)).any()
+    def draw(*seed):
+        return score("random", Tokens(np.array([0, 100]), {}, seed=seed))
 
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_needs_exactly_the_signals_it_names(name):
-    method = METHODS[name]
-    given = {signal: getattr(SIGNALS, signal) for signal in method.signals}
-    assert method.score(Signals(SIGNALS.offsets, **given), 0.5).shape == (5,)
-    for signal in method.signals:
-        fewer = {k: v for k, v in given.items() if k != signal}
-        with pytest.raises(UsageError, match="missing"):
-            method.score(Signals(SIGNALS.offsets, **fewer), 0.5)
+    np.testing.assert_array_equal(draw(1, 0), draw(1, 0))
+    assert (draw(1, 0) != draw(1, 1)).any()
+    assert (draw(1, 0) != draw(2, 0)).any()
 
 
 def test_an_unknown_method_lists_the_known_ones():
-    with pytest.raises(UsageError, match=r"'ssotken' is not known; legal: sstoken, rel"):
+    with pytest.raises(UsageError, match=r"'ssotken' is not known; legal: sstoken, rel.*'sstoken'"):
         get_method("ssotken")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("sstoken", {"rho": 0}, r"rho is 0; legal is 0 < rho <= 1 \(the share of response tokens to keep\)"),
+        ("sstoken", {"gamma": "much"}, r"gamma is much; legal is 0 <= gamma <= 1"),
+        ("sstoken", {"tau": 1}, r"'sstoken' has no parameter 'tau'; it has rho, gamma"),
+        ("full", {"tau": 1}, r"'full' has no parameter 'tau'; it has none"),
+    ],
+)
+def test_wrong_parameters_are_one_line(name, given, message):
+    with pytest.raises(UsageError, match=message) as raised:
+        get_method(name).read_params(given)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_old_methods_take_the_options_of_a_sweep():
+    assert METHODS["rel"].read_params({"rho": 0.3, "gamma": 0.9}).model_dump() == {"rho": 0.3}
+    assert METHODS["full"].read_params({"rho": 0.3, "gamma": 0.9}).model_dump() == {}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_it_is(name):
+    method = METHODS[name]
+    assert method.name == name.lower() == name.replace("_", "-")
+    assert method.formula
+    assert method.source
+    assert all(Input(i).role and Input(i).signal for i in method.inputs)
+    for field, about in method.params.model_fields.items():
+        assert about.description, field
+        assert about.default is not None, field

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sstoken.errors import UsageError
 from sstoken.selection import (
     MINMAX_EPSILON,
-    global_cut,
+    global_cuts,
+    global_quantile,
     keep_above,
     keep_per_example,
     minmax,
@@ -59,12 +60,20 @@ def test_global_cut_equals_sorting_everything(rows, rho):
         return
     k = num_kept(values.size, rho)
     chunks = [np.array(row, dtype=np.float64) for row in rows]
-    cut = global_cut(lambda: chunks, k)
+    [cut] = global_cuts(lambda: chunks, [k])
     kept, ties = [], 0
     for chunk in chunks:
         mask, ties = keep_above(chunk, cut, ties)
         kept += mask.tolist()
     assert kept == reference_keep(values.tolist(), k)
+
+
+@given(st.lists(st.lists(st.floats(-9, 9), max_size=9), max_size=5), st.floats(0, 1))
+def test_global_quantile_equals_numpys(rows, q):
+    values, _ = flat(rows)
+    chunks = [np.array(row, dtype=np.float64) for row in rows]
+    expected = np.quantile(values, q) if values.size else 0.0
+    assert global_quantile(lambda: chunks, q) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 @given(st.floats(allow_nan=False), st.floats(allow_nan=False))

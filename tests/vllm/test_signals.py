@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError
-from sstoken.methods import Signals, sstoken_score
-from sstoken.selection import keep_per_example
+from sstoken.methods import decide
 from sstoken.stages.backends import BackendOptions, make_backend
 from tests.vllm.models import ARCHITECTURES, POSITIONS, VOCABULARY, save_model
 
@@ -74,8 +73,8 @@ def kept(losses, attentions):
     offsets = np.cumsum([0, *map(len, losses)])
     current, attention = (np.concatenate(rows).astype(np.float64) for rows in (losses, attentions))
     history = current.round(2) + random.gamma(2.0, size=current.size)
-    signals = Signals(offsets=offsets, history_loss=history, current_loss=current, attention=attention)
-    return keep_per_example(sstoken_score(signals, 0.5), offsets, 0.6)
+    signals = {"history.loss": history, "current.loss": current, "current.attention": attention}
+    return decide("sstoken", offsets, signals).keep
 
 
 def agree(checkpoint, layer=-1, **settings):

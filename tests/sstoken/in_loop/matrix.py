@@ -30,8 +30,7 @@ from sstoken import (
     token_loss,
 )
 from sstoken.in_loop.observation import Observation
-from sstoken.methods import METHODS, Signals
-from sstoken.selection import keep_per_example
+from sstoken.methods import decide
 from tests.sstoken.in_loop.small import (
     SETTINGS,
     Watcher,
@@ -253,10 +252,13 @@ def compare(case, watcher, logged):
             if case["history"] in ("ema", "snapshot") and not step:
                 continue
             mask = seen.response_mask
-            signals = Signals(
-                np.array([0, mask.sum()]), history[mask], loss[mask], attention[mask].astype(float)
-            )
-            expected = keep_per_example(METHODS["sstoken"].score(signals, GAMMA), signals.offsets, RHO)
+            signals = {
+                "history.loss": history[mask],
+                "current.loss": loss[mask],
+                "current.attention": attention[mask].astype(float),
+            }
+            offsets = np.array([0, mask.sum()])
+            expected = decide("sstoken", offsets, signals, rho=RHO, gamma=GAMMA).keep
             wrong += int((expected != seen.keep_mask[mask]).sum())
             number += int(mask.sum())
         errors.append(abs(np.mean(kept) - logged[step]))

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
-from sstoken.methods import METHODS, Signals
-from sstoken.selection import keep_per_example
+from sstoken.methods import decide
 from tests.stages.tiny import VOCABULARY
 
 SETTINGS = {
@@ -176,12 +175,11 @@ def recompute(model, weights, example, rho, gamma, layer=-1):
     loss = np.array([0.0] + [-float(log_probs[i - 1, t]) for i, t in enumerate(ids[0].tolist()) if i])
     weights_TT = output.attentions[layer][0].mean(0).numpy()
     attention = (weights_TT * ~response).sum(1)
-    signals = Signals(
-        offsets=np.array([0, response.sum()]),
-        history_loss=np.array(example["history_loss"], dtype=np.float64)[response],
-        current_loss=loss[response],
-        attention=attention[response].astype(np.float64),
-    )
+    signals = {
+        "history.loss": np.array(example["history_loss"], dtype=np.float64)[response],
+        "current.loss": loss[response],
+        "current.attention": attention[response].astype(np.float64),
+    }
     keep = np.zeros(response.size, dtype=bool)
-    keep[response] = keep_per_example(METHODS["sstoken"].score(signals, gamma), signals.offsets, rho)
+    keep[response] = decide("sstoken", np.array([0, response.sum()]), signals, rho=rho, gamma=gamma).keep
     return keep.tolist()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.core import keep_tokens, kept_loss, self_modulated_loss, token_loss
 from sstoken.in_loop.response_tokens import ResponseTokens, find_response_tokens, find_segments
-from sstoken.methods import METHODS, Signals
+from sstoken.methods import decide
 from sstoken.selection import (
     keep_per_example,
     keep_per_example_tensor,
@@ -39,13 +39,14 @@ def batch_of(rows):
 
 def offline(signals, mask, rho, gamma, scope="sample"):
     """`select` as it runs: numpy, float32 columns read as float64."""
-    flat = [s.numpy()[mask.numpy()].astype(np.float64) for s in signals]
+    flat = {
+        name: s.numpy()[mask.numpy()].astype(np.float64)
+        for name, s in zip(("history.loss", "current.loss", "current.attention"), signals, strict=True)
+    }
     offsets = np.concatenate([[0], np.cumsum(mask.numpy().sum(1))])
-    scores = METHODS["sstoken"].score(Signals(offsets, *flat), gamma)
-    if scope == "batch":
-        offsets = np.array([0, offsets[-1]])
     kept = np.zeros(mask.shape, dtype=bool)
-    kept[mask.numpy()] = keep_per_example(scores, offsets, rho)
+    together = "global" if scope == "batch" else None
+    kept[mask.numpy()] = decide("sstoken", offsets, flat, together, rho=rho, gamma=gamma).keep
     return kept
 
 

@@ -1,0 +1,126 @@
+"""What a method reads: the response tokens of some examples, flat, with their signals.
+
+The arrays are numpy's (offline) or torch tensors (in a training loop). A method is written once for both: it takes
+functions from `tokens.xp`, which is `numpy` or `torch`, and what runs over units from the helpers here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from sstoken.errors import UsageError
+from sstoken.selection import IntArray, keep_top, minmax_units
+
+Array = Any
+"""A numpy array or a torch tensor; float64 unless it says otherwise."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """E examples with N response tokens, one example after the other."""
+
+    offsets: IntArray
+    """[E + 1] on the host; where each example starts."""
+    signals: Mapping[str, Array]
+    """By `role.signal`, such as `history.loss`: [N] float64."""
+    own_units: IntArray | None = None
+    """[U + 1] on the host; where each unit of the scope starts: a turn, or everything. None: each example is one."""
+    statistics: Mapping[str, Array] = field(default_factory=dict)
+    """By name, what the method asks of the whole scope: a number, or [N] where each unit has its own."""
+    seed: tuple[int, ...] = (0,)
+    """What `random` draws from."""
+    positions: Array = None
+    """[N] integers: each token's place in its sequence, prompt included; None: not known."""
+    lengths: IntArray | None = None
+    """[E]: the length of each sequence, prompt included; None: not known."""
+
+    def __getitem__(self, name: str) -> Array:
+        """The signal `role.signal`.
+
+        Raises:
+            UsageError: it was not measured.
+        """
+        values = self.signals.get(name)
+        if values is None:
+            raise UsageError(f"the signal {name!r} is missing; score the checkpoint that gives it")
+        return values
+
+    def __contains__(self, name: str) -> bool:
+        return self.signals.get(name) is not None
+
+    def with_(self, **fields: Any) -> "Tokens":
+        """A copy with other fields."""
+        return replace(self, **fields)
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return int(self.offsets[-1])
+
+    @cached_property
+    def xp(self) -> Any:
+        """`numpy`, or `torch` where the signals are tensors."""
+        if all(isinstance(values, np.ndarray) for values in self.signals.values()):
+            return np
+        import torch
+
+        return torch
+
+    @property
+    def rel(self) -> Array:
+        """REL [N], nats: history loss minus current loss, positive where the model has learned."""
+        return self["history.loss"] - self["current.loss"]
+
+    @property
+    def units(self) -> IntArray:
+        """[U + 1] on the host; where each unit of the scope starts."""
+        return self.offsets if self.own_units is None else self.own_units
+
+    @cached_property
+    def counts(self) -> IntArray:
+        """[U] on the host: how many tokens each unit has."""
+        return np.diff(self.units)
+
+    @cached_property
+    def index(self) -> Array:
+        """[N] integers: each token's place among the response tokens of its example, from 0."""
+        return self.like(np.arange(self.num_tokens) - np.repeat(self.offsets[:-1], np.diff(self.offsets)))
+
+    @cached_property
+    def example(self) -> Array:
+        """[N] integers, ascending: the example of each token."""
+        return self.like(np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets)))
+
+    def like(self, values: Any) -> Array:
+        """A host array as the signals are: a tensor on their device, or as it is."""
+        if self.xp is np:
+            return values
+        return self.xp.as_tensor(values, device=next(iter(self.signals.values())).device)
+
+    def zeros(self) -> Array:
+        """[N] float64."""
+        return self.like(np.zeros(self.num_tokens))
+
+    def minmax(self, values: Array) -> Array:
+        """Each example's values scaled to [0, 1) by their own minimum and range (ssToken, equation 6)."""
+        return minmax_units(values, self.offsets, self.example)
+
+    def mean(self, values: Array) -> Array:
+        """Each example's mean [E]; 0 where it has no token."""
+        num = len(self.offsets) - 1
+        counts = self.like(np.maximum(1, np.diff(self.offsets)).astype(np.float64))
+        if self.xp is np:
+            return np.bincount(self.example, weights=values, minlength=num) / counts
+        return values.new_zeros(num).index_add(0, self.example, values) / counts
+
+    def in_top(self, values: Array, quota: Callable[[int], int]) -> Array:
+        """[N] bool: whether a token is among its unit's `quota(n)` highest; ties go to the earlier token."""
+        return self.top(values, [quota(int(n)) for n in self.counts])
+
+    def top(self, values: Array, quotas: Sequence[int]) -> Array:
+        """As `in_top`, with the number for each of the U units given."""
+        unit = self.like(np.repeat(np.arange(len(self.counts)), self.counts))
+        return keep_top(values, self.units, quotas, unit)

@@ -1,0 +1,140 @@
+"""A shard of tokens with the row-aligned shards of scores, as a method reads it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sstoken.errors import SstokenError
+from sstoken.methods import Input, Tokens
+from sstoken.selection import BoolArray, Float64Array, IntArray
+from sstoken.signals import get_signal
+from sstoken.stages import joins, tables
+
+SHOWN = ("history.loss", "current.loss", "current.attention")
+"""Signals that a masked dataset shows where they were measured, whether or not the method reads them."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard; read when first looked at."""
+
+    index: int
+    tokens: Path
+    scores: Mapping[str, Path]
+    """Folder of scores by role. A role named like a signal supplies that signal in the place of another role's."""
+    inputs: tuple[str, ...]
+    """The signals to read, as `role.signal`."""
+    scope: str
+    """What stands together: `turn`, or examples."""
+    seed: int
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The tokens."""
+        return tables.read_table(self.tokens)
+
+    @cached_property
+    def response(self) -> BoolArray:
+        """[M] over all tokens of the shard."""
+        return tables.flatten(self.table["response_mask"])[0].astype(bool)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tokens that were read."""
+        return joins.measured_fingerprint(self.tokens, self.table)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int32]:
+        """[E + 1] into the shard's tokens, prompts included."""
+        return tables.flatten(self.table["response_mask"])[1]
+
+    @cached_property
+    def turns(self) -> IntArray:
+        """[U + 1] into the response tokens: where each turn starts, a run of response tokens in one example."""
+        before = np.concatenate([[False], self.response[:-1]])
+        begins = self.response & ~before
+        begins[self.offsets[:-1][self.offsets[:-1] < begins.size]] |= True
+        return np.append(np.flatnonzero(begins[self.response]), self.response.sum()).astype(np.int64)
+
+    @cached_property
+    def measured(self) -> Tokens:
+        """The response tokens with the signals asked for."""
+        counts = np.concatenate([[0], np.cumsum(self.response)])
+        offsets = counts[self.offsets].astype(np.int64)
+        wanted: dict[str, list[str]] = {}
+        for name in dict.fromkeys([*self.inputs, *SHOWN]):
+            if (supplier := supplier_of(Input(name), self.scores)) is not None:
+                wanted.setdefault(supplier, []).append(name)
+        signals: dict[str, Float64Array] = {}
+        for role, names in wanted.items():
+            signals |= self._read(role, names)
+        lengths = np.diff(self.offsets).astype(np.int64)
+        place = np.arange(self.response.size) - np.repeat(self.offsets[:-1], lengths)
+        return Tokens(
+            offsets=offsets,
+            signals=signals,
+            own_units=self.turns if self.scope == "turn" else None,
+            seed=(self.seed, self.index),
+            positions=place[self.response],
+            lengths=lengths,
+        )
+
+    def _read(self, role: str, names: list[str]) -> dict[str, Float64Array]:
+        path = self.scores[role] / self.tokens.name
+        there = set(tables.columns(path))
+        columns = {name: column_of(Input(name), self.scores) for name in names}
+        columns = {name: column for name, column in columns.items() if column in there}
+        table = tables.read_table(path, ["example_id", *dict.fromkeys(columns.values())])
+        if not table["example_id"].equals(self.table["example_id"]):
+            raise SstokenError(f"{path}: not row-aligned with {self.tokens}; score these tokens again")
+        joins.check_shard(self.tokens, self.fingerprint, path)
+        found = {}
+        for name, column in columns.items():
+            values, offsets = tables.flatten(table[column])
+            if not np.array_equal(offsets, self.offsets):
+                raise SstokenError(f"{path}: not row-aligned with {self.tokens}; score these tokens again")
+            found[name] = values[self.response].astype(np.float64)
+            if not get_signal(column).from_second and not np.isfinite(found[name]).all():
+                raise SstokenError(
+                    f"{path}: column {column!r} has no value for a response token; score again"
+                )
+        return found
+
+
+def supplier_of(name: Input, scores: Mapping[str, Path]) -> str | None:
+    """The role whose scores hold a signal; None: no folder was given for it."""
+    return next((role for role in (name.signal, name.role) if role in scores), None)
+
+
+def column_of(name: Input, scores: Mapping[str, Path]) -> str:
+    """The column of a signal: `kl@history` is `kl@` and the name of the checkpoint in that role."""
+    kind, separator, role = name.signal.partition("@")
+    return f"{kind}@{scores[role].name}" if separator and role in scores else name.signal
+
+
+def check_measured(method: str, inputs: tuple[str, ...], scores: Mapping[str, Path], tokens: Path) -> None:
+    """Refuse a selection whose signals were not all measured.
+
+    Raises:
+        SstokenError: names the signal and the command that measures it.
+    """
+    for name in map(Input, inputs):
+        role = supplier_of(name, scores)
+        if role is None:
+            raise SstokenError(f"method {method!r} needs {name}, and no scores were given for {name.role!r}")
+        folder, column = scores[role], column_of(name, scores)
+        parts = tables.parts(folder)
+        if parts and column not in tables.columns(parts[0]):
+            facts = tables.read_metadata(parts[0])
+            there = [c for c in tables.columns(parts[0]) if c != "example_id"]
+            signals = " ".join(f"--signal {signal}" for signal in [*there, column])
+            raise SstokenError(
+                f"{folder}: method {method!r} needs {name}, which was not measured; there are {', '.join(there)}; "
+                f"run sstoken-curate score --tokens {tokens} --ckpt {folder.name}={facts['checkpoint']} {signals} "
+                f"--out {folder.parent} --force"
+            )
