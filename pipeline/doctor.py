@@ -1,4 +1,4 @@
-"""`doctor`: what this machine can do."""
+"""`doctor`: what this machine can run."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ _PACKAGES = {
 
 
 def examine() -> dict[str, Any]:
-    """Devices, backends, versions and memory."""
+    """Return devices, backends, versions and memory."""
     import psutil
     import torch
 
@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
 
 
 def missing(facts: dict[str, Any]) -> dict[str, str]:
-    """What is not installed, and what it would be for."""
+    """Return what is not installed, and what each would enable."""
     return {name: _PACKAGES[name] for name, version in facts["packages"].items() if version is None}
 
 

@@ -1,4 +1,4 @@
-"""Which kinds of peft's adapters can be scored."""
+"""The kinds of peft adapters that can be scored."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +29,7 @@ SUPPORTED = (
     "VERA",
     "WAVEFT",
 )
-"""Kinds that were tested: their whole effect lies in the modules of the base."""
+"""Tested kinds: their effect is confined to the modules of the base."""
 _UNSUPPORTED_SETTINGS = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA)",
     "arrow_config": "an Arrow router",
@@ -39,10 +39,10 @@ _UNSUPPORTED_SETTINGS = {
 
 
 def check_kind(ref: str, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter by its adapter_config.json.
+    """Refuse an unsupported adapter, by its adapter_config.json.
 
     Raises:
-        SstokenError: it is of a kind that is not supported.
+        SstokenError: its kind is not supported.
     """
     kind = config.get("peft_type")
     if kind not in SUPPORTED:

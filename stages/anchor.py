@@ -103,7 +103,7 @@ class Anchor(Stage):
                 )
         if checkpoints.adapter_base(self.model) is not None:
             raise UsageError(f"model {self.model!r} is a LoRA adapter; merge it into its base model first")
-        checkpoints.check_whole(self.model)
+        checkpoints.check_loadable(self.model)
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
         """See `Stage.sources`."""
@@ -190,7 +190,7 @@ class Anchor(Stage):
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = resumable.last_whole(folder)
+        checkpoint = resumable.last_complete(folder)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if arguments.process_index == 0:
             write_atomic(context.out / _LOG, _log_lines(trainer.state.log_history))

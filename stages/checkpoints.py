@@ -1,7 +1,7 @@
-"""Checkpoints: what a reference names, whether it is whole, its identity, and loading it.
+"""Checkpoints: resolve a reference, check that it is complete, identify it, and load its tokenizer.
 
-A reference is a folder in the Hugging Face format, an adapter's folder, or a Hub id (`user/name`, with
-`@revision` if wanted). Weights load from safetensors only.
+A reference is a folder in the Hugging Face format, an adapter's folder, or a Hub id (`user/name`, optionally with
+`@revision`). Weights load from safetensors only.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    "generation_config.json",  # on which tokens generation stops
-    # what a tokenizer.json is made from where there is none
+    "generation_config.json",  # the tokens that stop generation
+    # used to build a missing tokenizer.json
     "*.model",
     "vocab.json",
     "vocab.txt",
@@ -42,17 +42,17 @@ _OTHER_TASKS = (
     "ForQuestionAnswering",
     "ForRewardModel",
 )
-"""Ends of the names of classes: their weights load into a causal language model whose output means nothing."""
+"""Suffixes of class names whose weights load into a causal language model with meaningless output."""
 _READ_AHEAD = 1 << 24
 _CODE = "*.py"
-"""Runs under `trust_remote_code`, and decides what is computed."""
+"""Code that runs under `trust_remote_code` and decides what is computed."""
 
 
 def local_folder(ref: str) -> Path | None:
-    """The folder that `ref` names, or None where it is a Hub id; of an adapter on the Hub, its copy in the cache.
+    """Return the folder that `ref` names, or None for a Hub id; for an adapter on the Hub, its copy in the cache.
 
     Raises:
-        UsageError: it looks like a path and there is no such folder.
+        UsageError: it looks like a path, and there is no such folder.
     """
     if not ref:
         raise UsageError("the name of a checkpoint is empty; name a folder or a Hub id")
@@ -67,7 +67,8 @@ def local_folder(ref: str) -> Path | None:
 
 
 def lasting_reference(ref: str, commit: str | None = None) -> str:
-    """A full checkpoint's reference for any working directory: an absolute path, or a Hub id at its commit."""
+    """Return a full checkpoint's reference that is valid in any working directory: an absolute path, or a Hub id at
+    its commit."""
     folder = Path(ref).expanduser()
     if folder.is_dir():
         return str(folder.resolve())
@@ -76,12 +77,12 @@ def lasting_reference(ref: str, commit: str | None = None) -> str:
 
 
 def adapter_base(ref: str) -> str | None:
-    """The base model of an adapter's folder, or None where `ref` is no adapter.
+    """Return the base model of an adapter's folder, or None if `ref` is not an adapter.
 
-    A relative path counts from the working directory, as peft has it, else from the adapter's folder.
+    A relative path is resolved against the working directory, as in peft, or else against the adapter's folder.
 
     Raises:
-        SstokenError: the adapter names no base, or a folder that is not here.
+        SstokenError: the adapter names no base, or a folder that does not exist.
     """
     folder = local_folder(ref)
     if folder is None or not (folder / ADAPTER_CONFIG).is_file():
@@ -114,7 +115,7 @@ def adapter_base(ref: str) -> str | None:
 
 
 def _check_no_adapter(folder: Path, base: Path) -> None:
-    """Refuse a base that is an adapter too: of one adapter on another, the first would have to be merged."""
+    """Refuse a base that is itself an adapter: its weights would have to be merged first."""
     if not (base / ADAPTER_CONFIG).is_file():
         return
     if base.resolve() == folder.resolve():
@@ -130,7 +131,7 @@ def _check_no_adapter(folder: Path, base: Path) -> None:
 
 @contextlib.contextmanager
 def _named_by(adapter: Path) -> Iterator[None]:
-    """Say of what is wrong with a base which adapter names it."""
+    """Add to an error about a base which adapter names it."""
     try:
         yield
     except SstokenError as error:
@@ -139,11 +140,12 @@ def _named_by(adapter: Path) -> Iterator[None]:
         ) from error
 
 
-def check_whole(ref: str) -> None:
+def check_loadable(ref: str) -> None:
     """Refuse a local checkpoint that cannot load, without loading it. Hub ids pass.
 
     Raises:
-        SstokenError: weights or config.json are missing or cut, or an adapter's base is, or its kind is unsupported.
+        SstokenError: weights or config.json are missing or truncated, an adapter's base is, or its kind is
+            unsupported.
     """
     folder = local_folder(ref)
     if folder is None:
@@ -153,7 +155,7 @@ def check_whole(ref: str) -> None:
     if base is not None:
         check_kind(ref, read_json(folder / ADAPTER_CONFIG))
         with _named_by(folder):
-            check_whole(base)
+            check_loadable(base)
     elif not (folder / "config.json").is_file():
         raise SstokenError(f"{folder}: no config.json; name the folder of a Hugging Face checkpoint")
     else:
@@ -161,7 +163,7 @@ def check_whole(ref: str) -> None:
 
 
 def _check_task(folder: Path) -> None:
-    """Refuse a model that its config.json says was trained for something else than predicting tokens."""
+    """Refuse a model whose config.json says it was trained for something other than predicting tokens."""
     named = read_json(folder / "config.json").get("architectures") or []
     if named and all(str(name).endswith(_OTHER_TASKS) for name in named):
         raise SstokenError(
@@ -170,7 +172,7 @@ def _check_task(folder: Path) -> None:
 
 
 def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """What decides a checkpoint's content: the hashes of its weights and settings, or its Hub commit."""
+    """Return what identifies a checkpoint's content: the hashes of its weights and settings, or its Hub commit."""
     folder = local_folder(ref)
     if folder is None:
         return {"hub": split_revision(ref)[0], "commit": hub_commit(ref)}
@@ -186,7 +188,7 @@ def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
 
 
 def tokenizer_identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """What decides how `ref` tokenizes: the hashes of its tokenizer files, or its Hub commit."""
+    """Return what identifies the tokenization of `ref`: the hashes of its tokenizer files, or its Hub commit."""
     folder = local_folder(ref)
     if folder is None:
         return {"hub": split_revision(ref)[0], "commit": hub_commit(ref)}
@@ -199,7 +201,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def check_content(ref: str) -> None:
-    """Refuse a snapshot that was damaged since `anchor` wrote it, or its base; other checkpoints pass.
+    """Refuse a snapshot, or its base, that was damaged since `anchor` wrote it; other checkpoints pass.
 
     Raises:
         SstokenError: names the file.
@@ -214,11 +216,11 @@ def check_content(ref: str) -> None:
 
 
 def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint, to encode with.
+    """Load the tokenizer of a checkpoint for encoding.
 
     Raises:
-        SstokenError: there is none, it cannot load, it has no EOS token, or it is not a fast one (character
-            offsets are what response masks are made from).
+        SstokenError: there is none, it does not load, it has no EOS token, or it is not a fast one (response masks
+            need character offsets).
     """
     tokenizer = _any_tokenizer(ref, trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -239,7 +241,7 @@ def _any_tokenizer(ref: str, trust_remote_code: bool) -> "PreTrainedTokenizerBas
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own types
         reason = first_line(error)
         if local_folder(ref) is not None and not (Path(name) / "tokenizer.json").is_file():
             reason = "no tokenizer.json there"
@@ -252,7 +254,7 @@ def _any_tokenizer(ref: str, trust_remote_code: bool) -> "PreTrainedTokenizerBas
 
 
 def stop_tokens(ref: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The tokens on which a checkpoint's generation stops, as its generation_config.json says; its EOS token else."""
+    """Return the tokens that stop a checkpoint's generation, by its generation_config.json, or else its EOS token."""
     from transformers import GenerationConfig
 
     name, revision = place(ref)
@@ -269,15 +271,15 @@ def stop_tokens(ref: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A hash of the vocabulary: equal for tokenizers that give every id the same meaning."""
+    """Hash a vocabulary: equal for tokenizers that map every id to the same token."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def own_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer that comes with a checkpoint (an adapter without one: its base's), if any does.
+    """Return the tokenizer that ships with a checkpoint (for an adapter without one: its base's), if any.
 
-    To look at its vocabulary: it need not be fit to encode with.
+    It serves to compare vocabularies and need not be usable for encoding.
     """
     folder = local_folder(ref)
     if folder is not None and not _matching(folder, ("tokenizer_config.json", "tokenizer.json")):
@@ -287,7 +289,7 @@ def own_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTo
 
 
 def stamp(ref: str) -> tuple[Any, ...]:
-    """Changes when a local checkpoint's files do, its base's included: what a cache of loaded checkpoints goes by."""
+    """Return a value that changes when a local checkpoint's files change, including its base's: a cache key."""
     folder = local_folder(ref)
     if folder is None:
         return ()
@@ -298,20 +300,20 @@ def stamp(ref: str) -> tuple[Any, ...]:
     ]
     own = tuple(
         (str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        for name, stat in files  # nobody can set ctime back, as copying sets back mtime
+        for name, stat in files  # copying can set mtime back, but nothing can set ctime back
     )
     base = adapter_base(ref)
     return own if base is None else own + stamp(base)
 
 
 def place(ref: str) -> tuple[str, str | None]:
-    """What `from_pretrained` takes: a folder, or a Hub id and its revision."""
+    """Return the arguments for `from_pretrained`: a folder, or a Hub id and its revision."""
     folder = local_folder(ref)
     return split_revision(ref) if folder is None else (str(folder), None)
 
 
 def read_ahead(ref: str) -> None:
-    """Have the operating system read a local checkpoint's weights into its cache; what is wrong shows when it loads."""
+    """Let the operating system read a local checkpoint's weights into its cache; errors surface when it loads."""
     with contextlib.suppress(SstokenError, OSError):
         folder = local_folder(ref)
         for path in [] if folder is None else weight_files(folder):

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: which commit a reference means, and whether it is an adapter."""
+"""Checkpoints on the Hub: resolve a reference to a commit, and detect adapters."""
 
 from functools import cache
 from pathlib import Path
@@ -8,14 +8,15 @@ from sstoken.stages.weight_files import ADAPTER_CONFIG
 
 
 def split_revision(ref: str) -> tuple[str, str | None]:
-    """`user/name@revision` as its two parts."""
+    """Split `user/name@revision`."""
     name, _, revision = ref.partition("@")
     return name, revision or None
 
 
-@cache  # asked of the Hub once a process
+@cache  # ask the Hub once per process
 def hub_adapter(ref: str, besides: tuple[str, ...]) -> Path | None:
-    """The folder of an adapter on the Hub, downloaded; None where there is none, or the Hub does not answer.
+    """Return the folder of an adapter on the Hub, downloaded; None if it is not an adapter or the Hub does not
+    answer.
 
     `besides`: patterns of other files to download.
     """
@@ -31,22 +32,22 @@ def hub_adapter(ref: str, besides: tuple[str, ...]) -> Path | None:
             return None
         wanted = ["adapter_*", *besides]
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
-    except Exception:  # no answer, missing, private: what is asked for next says which
+    except Exception:  # no answer, missing or private: the next request tells which
         return None
 
 
 def hub_commit(ref: str) -> str:
-    """The commit that a Hub id means now; without a network, that of the copy in the cache.
+    """Return the commit that a Hub id means now; offline, that of the cached copy.
 
     Raises:
-        UsageError: it is no Hub id.
+        UsageError: not a Hub id.
         SstokenError: the Hub does not answer for it.
     """
     from huggingface_hub import constants, model_info, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     name, revision = split_revision(ref)
-    if constants.HF_HUB_OFFLINE:  # what loads then is what the cache holds
+    if constants.HF_HUB_OFFLINE:  # loading will use the cached copy
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent.name
@@ -56,13 +57,13 @@ def hub_commit(ref: str) -> str:
         raise UsageError(
             f"checkpoint {ref!r}: neither a folder nor a Hub id ({first_line(error)})"
         ) from error
-    except Exception as error:  # offline, missing, private: all mean the same to the user
+    except Exception as error:  # offline, missing or private: the remedy is the same
         raise SstokenError(
             f"{ref}: no such folder, and the Hub does not answer for it ({first_line(error)})"
         ) from error
 
 
 def first_line(error: BaseException) -> str:
-    """The kind and first line of an error, for a one-line message."""
+    """The type and first line of an error, for a one-line message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Loading a model, and whether it is what its files hold: transformers goes on where they and config.json disagree."""
+"""Load a model and check that it matches its files: transformers carries on where they contradict config.json."""
 
 import re
 from collections import defaultdict
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
-from sstoken.stages.checkpoints import check_content, check_whole, local_folder, place
+from sstoken.stages.checkpoints import check_content, check_loadable, local_folder, place
 from sstoken.stages.hub_models import first_line
 from sstoken.stages.weight_files import read_json
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NUMBERED = re.compile(r"^(.*?\.)(\d+)\.(.*)$")
-"""A weight of one layer of a stack: the stack, the layer's number, and the weight's name in it."""
+"""A weight in one layer of a stack: the stack, the layer's number, and the weight's name within it."""
 _OF_ACTIVATIONS = re.compile(r"\.(?:[kvq]|input|output)_scale$")
-"""Scales of quantised activations: no part of the weights."""
+"""Scales of quantized activations, which are not weights."""
 
 
 def load_model(
@@ -27,31 +27,31 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """The causal language model of a full checkpoint (for an adapter: load its base, then the adapter).
+    """Load the causal language model of a full checkpoint (for an adapter: load its base, then the adapter).
 
     Args:
         ref: a folder or Hub id.
         dtype: a torch dtype, or "auto" for the checkpoint's own.
-        attention: the name of an attention function of transformers' attention interface.
+        attention: the name of an attention function in transformers' attention interface.
         trust_remote_code: run the checkpoint's own Python code.
 
     Raises:
-        SstokenError: it does not load, or is not what its files hold; the reason in one line.
+        SstokenError: it does not load, or does not match its files; one line with the reason.
     """
-    return load_whole(ref, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)[0]
+    return load_with_unused(ref, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)[0]
 
 
-def load_whole(
+def load_with_unused(
     ref: str,
     *,
     dtype: "torch.dtype | str" = "auto",
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> "tuple[PreTrainedModel, list[str]]":
-    """As `load_model`; with the names of weights in the files that the model makes no use of."""
+    """Like `load_model`; also return the names of weights in the files that the model does not use."""
     from transformers import AutoModelForCausalLM
 
-    check_whole(ref)
+    check_loadable(ref)
     check_content(ref)
     name, revision = place(ref)
     try:
@@ -63,15 +63,15 @@ def load_whole(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are named: `check_loaded` refuses them
+            ignore_mismatched_sizes=True,  # `check_loaded` then refuses them by name
         )
-    except Exception as error:  # transformers and safetensors raise many kinds
+    except Exception as error:  # transformers and safetensors raise many types
         raise SstokenError(f"{ref}: the model does not load ({_why_not(ref, error)})") from error
     return model, check_loaded(ref, model, report)
 
 
 def _why_not(ref: str, error: Exception) -> str:
-    """Why a model does not load; what to do where its architecture is not known."""
+    """Return why a model does not load, and what to do if its architecture is unknown."""
     folder = local_folder(ref)
     config = {} if folder is None else read_json(folder / "config.json")
     kind = config.get("model_type")
@@ -87,18 +87,18 @@ def _why_not(ref: str, error: Exception) -> str:
 
 
 def check_loaded(ref: str, model: Any, report: Mapping[str, Any]) -> list[str]:
-    """Refuse a model that is not what its files hold.
+    """Refuse a model that does not match its files.
 
     Args:
         ref: the checkpoint, for the message.
-        model: as `from_pretrained` gave it.
+        model: from `from_pretrained`.
         report: its loading info.
 
     Returns:
-        Names in the files that this model makes no use of (another task's head, say), sorted.
+        Sorted names in the files that this model does not use (for example another task's head).
 
     Raises:
-        SstokenError: weights are missing or of other shapes, or some that belong to the model have no place in it.
+        SstokenError: weights are missing, have other shapes, or belong to the model but have no place in it.
     """
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
@@ -107,7 +107,7 @@ def check_loaded(ref: str, model: Any, report: Mapping[str, Any]) -> list[str]:
             f"config.json ({len(mismatched)} such weights); copy or download the checkpoint again"
         )
     unused = sorted(report["unexpected_keys"])
-    if missing := report["missing_keys"]:  # transformers would go on with random numbers
+    if missing := report["missing_keys"]:  # transformers would continue with random values
         instead = f"; its files hold {unused[0]} and others in their place" if unused else ""
         raise SstokenError(
             f"{ref}: {len(missing)} weights are missing (first: {min(missing)}){instead}; copy or download the "
@@ -122,7 +122,8 @@ def check_loaded(ref: str, model: Any, report: Mapping[str, Any]) -> list[str]:
 
 
 def _belonging(unused: Iterable[str], used: Iterable[str]) -> list[str]:
-    """The unused weights without which the model is another: more of a module that it has, or one layer more."""
+    """Return the unused weights without which the model is a different one: more of a module it has, or another
+    layer."""
     used = list(used)
     modules = {name.rpartition(".")[0] for name in used if name.endswith(".weight")}
     numbers, names = defaultdict(set), defaultdict(set)
@@ -133,7 +134,7 @@ def _belonging(unused: Iterable[str], used: Iterable[str]) -> list[str]:
     for match in filter(None, map(_NUMBERED.match, unused)):
         if match[1] in numbers and match[2] not in numbers[match[1]]:
             layers[match[1], match[2]].add(match[3])
-    # a layer with other weights too is one for predicting several tokens, which the model does without
+    # a layer with other weights as well is a multi-token prediction layer, which the model does not use
     more = {f"{stack}{number}." for (stack, number), own in layers.items() if own <= names[stack]}
 
     def belongs(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The README.md of a masked dataset: what it is, and the front matter by which `datasets` finds its shards."""
+"""The README.md of a masked dataset: its settings, and the front matter by which `datasets` finds its shards."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,7 @@ from sstoken.stages.token_text import markdown
 def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]) -> None:
     """Write `folder/README.md`.
 
-    The folder holds JSON files beside the shards; without the front matter `load_dataset(folder)` would take
-    those for the data.
+    The folder also holds JSON files; without the front matter `load_dataset(folder)` would load those as the data.
     """
     checkpoints = "\n".join(
         f"| {markdown(role)} | {markdown(facts['name'])} |"
@@ -28,7 +27,7 @@ tags: [token-masked, sstoken]
 # Token-masked dataset
 
 {summary["examples"]:,} examples; {summary["kept"]:,} of {summary["response_tokens"]:,} response tokens kept
-({summary["kept_share"]:.1%}). `labels` is -100 where a token is not to be learned; any SFT trainer takes
+({summary["kept_share"]:.1%}). `labels` is -100 where a token is not trained on; any SFT trainer takes
 `input_ids` and `labels` as they are.
 
 | setting | value |

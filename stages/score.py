@@ -81,7 +81,7 @@ class Score(ScoreOptions):
 
     def check(self) -> None:
         """Refuse an unknown signal, a checkpoint that is not whole, or one that the backend does not take."""
-        checkpoints.check_whole(self.checkpoint)
+        checkpoints.check_loadable(self.checkpoint)
         check_backend(self.backend, self.for_backend(), self.workers)
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:

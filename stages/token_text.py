@@ -1,4 +1,4 @@
-"""The text of single tokens, and how text from a dataset is made safe to look at."""
+"""The text of single tokens, and escaping of untrusted text for display."""
 
 import re
 import unicodedata
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|&~$])")
-_JOINERS = "\u200c\u200d"  # shape letters and emoji, and cannot reorder or hide text
+_JOINERS = "\u200c\u200d"  # these shape letters and emoji, and cannot reorder or hide text
 
 
 def visible(text: str, newline: str = "⏎\n") -> str:
-    """`text` with what a terminal would obey, or not draw, spelled out.
+    """Return `text` with everything that a terminal would obey or not draw spelled out.
 
-    A newline becomes `newline`; every other control, format, private or unassigned character its Python escape.
+    A newline becomes `newline`; any other control, format, private or unassigned character its Python escape.
     """
     named = {"\n": newline, "\t": "⇥   "}
 
@@ -30,15 +30,15 @@ def visible(text: str, newline: str = "⏎\n") -> str:
 
 
 def markdown(value: object) -> str:
-    """Text for a line or a table cell of Markdown, where nothing of it is markup, HTML or a formula."""
+    """Escape text for a line or table cell of Markdown: no markup, HTML or formula remains."""
     return _MARKDOWN.sub(r"\\\1", visible(str(value), newline=" "))
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; joined, the text of the whole.
+    """Return the text that each token adds; joined, they give the decoded text.
 
-    A character spread over several tokens stands at the token that completes it, and the earlier ones add
-    nothing. Bytes that never make a character become U+FFFD, at the token after them.
+    A character spread over several tokens appears at the token that completes it, and the earlier ones add nothing.
+    Bytes that never form a character become U+FFFD at the token after them.
     """
 
     def decode(some: Sequence[int]) -> str:
@@ -46,7 +46,7 @@ def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> lis
         return str(text)
 
     texts: list[str] = []
-    start, done = 0, 0  # ids[start:done] are decoded, and give the next ones their left context
+    start, done = 0, 0  # ids[start:done] are decoded and serve as left context for the next
     for i in range(len(ids)):
         before, now = decode(ids[start:done]), decode(ids[start : i + 1])
         unfinished = now.endswith("\ufffd") and i + 1 < len(ids)

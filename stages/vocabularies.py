@@ -1,4 +1,4 @@
-"""Whether a checkpoint gives the token ids that are used the meaning they were encoded with."""
+"""Check that a checkpoint gives the used token ids the meaning they were encoded with."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MADE_WITH = "tokenizer"
-"""The folder beside the shards of tokens."""
+"""The folder with the tokenizer, beside the shards of tokens."""
 
 
 def check_vocabulary(ref: str, own: "PreTrainedTokenizerBase | None", tokens: Path) -> None:
-    """Refuse a checkpoint whose own tokenizer has another meaning for an id that the tokens use.
+    """Refuse a checkpoint whose own tokenizer gives an id in the tokens another meaning.
 
-    Tokens that one of the two tokenizers has more (`<pad>`, as trainers add it) do no harm where no example has them.
-    The examples are looked at only where the vocabularies differ.
+    Extra tokens in one of the tokenizers (`<pad>`, as trainers add it) are harmless if no example has them. Examples
+    are read only if the vocabularies differ.
 
     Args:
         ref: the checkpoint, for the message.
-        own: its tokenizer; None: it brings none, and nothing can be said.
+        own: its tokenizer; None: it has none, and nothing can be checked.
         tokens: a folder of tokens, with the tokenizer that made them.
 
     Raises:
-        SstokenError: an id that is used means something else, or nothing.
+        SstokenError: a used id has another meaning, or none.
     """
     parts = tables.parts(tokens)
     expected = tables.read_metadata(parts[0])["tokenizer"]
@@ -58,7 +58,7 @@ def check_vocabulary(ref: str, own: "PreTrainedTokenizerBase | None", tokens: Pa
 
 
 def _used_ids(parts: list[Path], size: int) -> NDArray[np.bool_]:
-    """Which ids below `size` any example has, [size]."""
+    """Return which ids below `size` occur in the examples, [size]."""
     used = np.zeros(size, np.bool_)
     for part in parts:
         ids, _ = tables.flatten(tables.read_table(part, ["input_ids"])["input_ids"])

@@ -12,7 +12,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000
-"""Of a safetensors file, in bytes, as the format has it."""
+"""Bytes of a safetensors file's header length."""
 _TRAINER_STATE = (
     "optimizer.*",
     "optimizer_*",
@@ -26,13 +26,15 @@ _NO_WEIGHTS = (*_TRAINER_STATE, "training_args.bin", "*_states.pt")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that loading the folder reads: an adapter's, or a model's as transformers prefers them.
+    """Return the files that loading the folder reads: an adapter's, or a model's in transformers' order of
+    preference.
 
-    `model.safetensors` goes before a shard index, whose shards may be those of an older model; other weight files
-    do not count.
+    `model.safetensors` takes precedence over a shard index, whose shards may belong to an older model; other weight
+    files do not count.
 
     Raises:
-        SstokenError: there are none, with what the folder holds instead and what to do; or one is missing or cut.
+        SstokenError: there are none (says what the folder holds instead and what to do), or one is missing or
+            truncated.
     """
     files = _adapter_files(folder) if (folder / ADAPTER_CONFIG).is_file() else _model_files(folder)
     for file in files:
@@ -41,10 +43,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
+    """Read a JSON object of a checkpoint.
 
     Raises:
-        SstokenError: the file is not readable, or holds something else.
+        SstokenError: the file is unreadable or holds something else.
     """
     try:
         text = path.read_text()
@@ -82,7 +84,7 @@ def _model_files(folder: Path) -> list[Path]:
         if (folder / "config.json").is_file()
         else None
     )
-    if named is not None:  # transformers' own setting goes first
+    if named is not None:  # transformers' own setting takes precedence
         if not (folder / named).is_file():
             raise SstokenError(
                 f"{folder}: config.json names weights {named!r}, which are not there; copy them again"
@@ -110,7 +112,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that a shard index names."""
+    """Return the files named by a shard index."""
     held = read_json(index)
     names = held.get("weight_map")
     named = list(names.values()) if isinstance(names, dict) else []
@@ -131,7 +133,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _check_file(folder: Path, file: Path) -> None:
-    """Refuse a safetensors file that is cut, or holds the empty placeholders of sharded training."""
+    """Refuse a safetensors file that is truncated or holds the empty placeholders of sharded training."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -155,14 +157,14 @@ def _check_file(folder: Path, file: Path) -> None:
         raise SstokenError(f"{file}: {size:,} bytes where its header says {end:,}; copy or download it again")
     if 2 * len(empty) > len(
         tensors
-    ):  # ZeRO-3 leaves the small ones whole; a few empty ones are a quantiser's
+    ):  # ZeRO-3 does not shard small tensors; a few empty tensors come from quantizers
         raise _without_weights(
             folder, f"{file.name} holds empty tensors; gather the weights of sharded training"
         )
 
 
 def _without_weights(folder: Path, otherwise: str) -> SstokenError:
-    """The error for a folder that has no weights to load: what it holds, and what to run or name instead."""
+    """Return the error for a folder without loadable weights: what it holds, and what to run or name instead."""
 
     def names(*patterns: str) -> list[str]:
         return sorted(
@@ -238,5 +240,5 @@ def _without_weights(folder: Path, otherwise: str) -> SstokenError:
 
 
 def _by_number(name: str) -> tuple[int, str]:
-    """`checkpoint-1000` after `checkpoint-500`."""
+    """Sort key that puts `checkpoint-1000` after `checkpoint-500`."""
     return int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdigit() else -1, name

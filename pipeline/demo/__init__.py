@@ -1,1 +1,1 @@
-"""The whole pipeline on a small example that it makes itself."""
+"""The complete pipeline on a small, self-generated example."""

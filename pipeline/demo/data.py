@@ -1,8 +1,8 @@
-"""The instruction set of `sstoken-curate demo`: computed answers, and noise planted at known places.
+"""The instruction set of `sstoken-curate demo`: computed answers, with noise planted at known places.
 
-Eight task families (arithmetic in words, sorting, reversing, counting letters, units, weekdays, comparing,
-capitals), some rows with several turns. Three kinds of noise are planted in the answers: an opening that says
-nothing, a filler sentence between two sentences, and one value replaced by a wrong one.
+Eight task families (word problems, sorting, reversing, counting letters, units, weekdays, comparing, capitals); some
+rows have several turns. Three kinds of noise are planted in the answers: a meaningless opening, a filler sentence
+between two sentences, and one value replaced by a wrong one.
 """
 
 import json
@@ -19,11 +19,11 @@ Kind = Literal["boilerplate", "filler", "wrong"]
 KINDS: tuple[Kind, ...] = ("boilerplate", "filler", "wrong")
 
 BOILERPLATE_SHARE = 0.35
-"""Share of the assistant turns that open with boilerplate."""
+"""Share of assistant turns that open with boilerplate."""
 FILLER_SHARE = 0.35
-"""Share of the assistant turns with a filler sentence."""
+"""Share of assistant turns with a filler sentence."""
 WRONG_SHARE = 0.25
-"""Share of the assistant turns with one wrong value."""
+"""Share of assistant turns with one wrong value."""
 MULTI_TURN_SHARE = 0.2
 SYSTEM_SHARE = 0.15
 
@@ -58,25 +58,25 @@ SYSTEMS = (
 
 
 class Noise(NamedTuple):
-    """A planted span: characters [start, end) of the content of message `message`."""
+    """A span of planted noise: characters [start, end) of the content of message `message`."""
 
     message: int
     start: int
     end: int
     kind: Kind
     clean: str
-    """What belongs there: the right value, or nothing where text was inserted."""
+    """The right text: the true value, or nothing where text was inserted."""
 
 
 @dataclass(frozen=True)
 class DemoExample:
-    """One row, with what the pipeline does not get to see: the noise and the right answers."""
+    """One row, with the noise and the right answers, which are hidden from the pipeline."""
 
     example_id: str
     messages: tuple[dict[str, str], ...]
     noise: tuple[Noise, ...]
     answers: tuple[str, ...]
-    """The right answer of each assistant turn, as its last sentence states it."""
+    """The right answer of each assistant turn, as stated in its last sentence."""
 
 
 class _Piece(NamedTuple):
@@ -86,14 +86,14 @@ class _Piece(NamedTuple):
 
 
 def generate(num_examples: int, seed: int) -> Iterator[DemoExample]:
-    """The first `num_examples` rows of the sequence that `seed` determines."""
+    """Generate the first `num_examples` rows of the sequence determined by `seed`."""
     rng = random.Random(seed)
     for index in range(num_examples):
         yield _example(f"demo-{index:05d}", rng)
 
 
 def clean_messages(example: DemoExample) -> list[dict[str, str]]:
-    """The messages with the noise taken out and the right values put back."""
+    """Return the messages with the noise removed and the right values restored."""
     contents = [m["content"] for m in example.messages]
     for span in sorted(example.noise, key=lambda s: s.start, reverse=True):
         text = contents[span.message]
@@ -102,14 +102,14 @@ def clean_messages(example: DemoExample) -> list[dict[str, str]]:
 
 
 def write_jsonl(path: Path, examples: Iterable[DemoExample]) -> None:
-    """What the pipeline reads: one `{"example_id", "messages"}` a line, without a trace of the noise."""
+    """Write the pipeline's input: one `{"example_id", "messages"}` per line, without any trace of the noise."""
     with open(path, "w", encoding="utf-8") as file:
         for example in examples:
             file.write(json.dumps({"example_id": example.example_id, "messages": example.messages}) + "\n")
 
 
 def write_noise(path: Path, examples: Iterable[DemoExample]) -> None:
-    """What was planted: one `{"example_id", "noise"}` a line."""
+    """Write what was planted: one `{"example_id", "noise"}` per line."""
     with open(path, "w", encoding="utf-8") as file:
         for example in examples:
             spans = [span._asdict() for span in example.noise]
@@ -139,7 +139,7 @@ def _example(example_id: str, rng: random.Random) -> DemoExample:
 
 
 def _answer(task: Task, rng: random.Random) -> list[_Piece]:
-    """The response in pieces. Inserted text carries its separating space: taking it out leaves no trace."""
+    """Return the response in pieces. Inserted text includes its separating space, so removing it leaves no trace."""
     sentences = [[_Piece(s if i == 0 else " " + s)] for i, s in enumerate(task.sentences)]
     if rng.random() < WRONG_SHARE:
         index, match = rng.choice(_values(task, [s[0].text for s in sentences]))
@@ -154,13 +154,13 @@ def _answer(task: Task, rng: random.Random) -> list[_Piece]:
 
 
 def _values(task: Task, sentences: list[str]) -> list[tuple[int, re.Match[str]]]:
-    """Where a value stands that can be made wrong: every number and every mention of the answer."""
+    """Yield where values that can be falsified are: every number and every mention of the answer."""
     pattern = rf"\b(?:{re.escape(task.answer)}|\d+)\b" if task.wrong_answers else r"\b\d+\b"
     return [(i, match) for i, s in enumerate(sentences) for match in re.finditer(pattern, s)]
 
 
 def _other_number(number: str, rng: random.Random) -> str:
-    """Another number with as many digits: the length does not give it away."""
+    """Return another number with as many digits, so that the length does not give it away."""
     low = 10 ** (len(number) - 1)
     other = rng.randrange(low, 10 * low - 1)
     return str(other + (other >= int(number)))

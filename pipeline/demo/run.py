@@ -1,6 +1,7 @@
-"""`sstoken-curate demo`: a base model, the real pipeline, and what each method kept of noise that was planted.
+"""`sstoken-curate demo`: train a base model, run the real pipeline, and report how much planted noise each method
+kept.
 
-Everything is made here: the data in code, a tiny model from random weights. No network, minutes on two cores.
+Everything is generated here: the data by code, a tiny model from random weights. No network, minutes on two cores.
 """
 
 import json
@@ -35,13 +36,13 @@ from sstoken.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The sizes follow from the time budget (four minutes on two cores) and from nothing else.
+# The sizes follow from the time budget alone: four minutes on two cores.
 NUM_BASE = 1500
-"""Examples that the base model is made from."""
+"""Examples to train the base model on."""
 NUM_PIPELINE = 1000
-"""Examples that go through the pipeline."""
+"""Examples that pass through the pipeline."""
 TRAINING: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
-"""Of the base model, and of the anchor run."""
+"""Settings of the base model's training and of the anchor run."""
 RHO = 0.6
 METHODS = ("sstoken", "rel", "attention", "loss", "random", "full")
 
@@ -61,7 +62,7 @@ def run_demo(
     num_base: int = NUM_BASE,
     num_pipeline: int = NUM_PIPELINE,
 ) -> dict[str, Any]:
-    """Run the demo in `out` and print its findings; what an earlier call finished is not run again.
+    """Run the demo in `out` and print its findings; parts finished by an earlier call are not repeated.
 
     Returns:
         `tokens`: response tokens by class; `kept`: by method, the share of each class kept, in [0, 1];
@@ -97,7 +98,7 @@ def run_demo(
 def _pipeline(
     out: Path, base: Path, examples: Sequence[DemoExample], seed: int, say: Callable[[str], None]
 ) -> dict[str, Result]:
-    """The stages, as a user runs them. Returns the selection of each method."""
+    """Run the stages as a user would. Return the selection of each method."""
     write_jsonl(out / "data.jsonl", examples)
     write_noise(out / "noise.jsonl", examples)
     say(f"encode: {len(examples):,} other examples, with noise planted in their answers")
@@ -123,11 +124,11 @@ def _pipeline(
 
 
 def count_kept(masked: dict[str, Path], examples: Iterable[DemoExample]) -> dict[str, Any]:
-    """How many response tokens each class has, and which share of them each method kept.
+    """Count the response tokens of each class, and the share of them that each method kept.
 
     Args:
-        masked: a masked folder by method.
-        examples: what they were made from, with the planted noise.
+        masked: the masked folder of each method.
+        examples: the examples they were made from, with the planted noise.
 
     Returns:
         `tokens`: class to number; `kept`: method to class to share, in [0, 1].
@@ -159,10 +160,10 @@ def token_classes(
     input_ids: Sequence[int],
     response_mask: Sequence[bool],
 ) -> list[str | None]:
-    """The class of each of T tokens: one of `CLASSES`, or None off the response.
+    """Return the class of each of T tokens: one of `CLASSES`, or None outside the response.
 
-    A token is noise if it shares a character other than space with a planted span. All else of a response, its
-    end-of-turn token included, is content.
+    A token is noise if it shares a non-space character with a planted span. Every other response token, including the
+    end-of-turn token, is content.
     """
     text = str(tokenizer.apply_chat_template(list(example.messages), tokenize=False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -188,7 +189,7 @@ def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed:
     """Make the checkpoint `folder`: random weights, trained on `examples` by the pipeline's own stages in `work`."""
     random_model = work / "random"
     if not random_model.is_dir():
-        with _whole(random_model) as partial:
+        with _atomic(random_model) as partial:
             partial.mkdir(parents=True)
             build_model(partial, examples, seed)
     write_jsonl(work / "data.jsonl", examples)
@@ -202,14 +203,14 @@ def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed:
         **TRAINING,
     )
     if not folder.is_dir():
-        with _whole(folder) as partial:
+        with _atomic(folder) as partial:
             copy_folder(trained.folder / trained.metrics["snapshots"][-1], partial)
     return folder
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A place to write `folder`, which then appears at once or, where the writing fails, not at all."""
+def _atomic(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that atomically becomes `folder` when the block succeeds."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
@@ -217,7 +218,7 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def _claim(out: Path, seed: int) -> None:
-    """Refuse a folder that is not this demo's; mark it."""
+    """Mark a folder as this demo's; refuse one that holds something else."""
     marker = out / "demo.json"
     facts = {"seed": seed, "version": __version__}
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
@@ -254,7 +255,7 @@ def _findings(found: dict[str, Any]) -> Table:
 
 
 def _print_examples(masked: Path, examples: Sequence[DemoExample], console: Console) -> None:
-    """The first example of each kind of noise among those of one turn; chosen without a look at the masks."""
+    """Print the first single-turn example of each kind of noise; chosen without looking at the masks."""
     chosen: list[str] = []
     for kind in KINDS:
         of_kind = (e for e in examples if len(e.answers) == 1 and any(n.kind == kind for n in e.noise))

@@ -1,4 +1,4 @@
-"""Task families with known answers: a question, a short explanation, the answer."""
+"""Task families with known answers: a question, a short explanation and the answer."""
 
 import random
 from collections.abc import Callable
@@ -38,14 +38,14 @@ CAPITALS = (
 
 
 class Task(NamedTuple):
-    """A question with its worked answer."""
+    """A question with a worked answer."""
 
     question: str
     sentences: list[str]
-    """The explanation, two sentences at least; the last one states the answer."""
+    """The explanation, at least two sentences; the last one states the answer."""
     answer: str
     wrong_answers: tuple[str, ...] = ()
-    """Plausible wrong words to put in its place; a number needs none."""
+    """Plausible wrong words to replace it with; numbers need none."""
 
 
 def _bags(rng: random.Random) -> Task:

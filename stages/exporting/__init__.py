@@ -1,4 +1,4 @@
-"""One small file for each trainer that `export` writes for. To add one: a class here, and a line in `TARGETS`."""
+"""One small module per trainer that `export` supports. To add one: write a class here and list it in `TARGETS`."""
 
 import difflib
 
@@ -35,10 +35,10 @@ TARGETS: dict[str, Target] = {
 
 
 def get_target(name: str) -> Target:
-    """The target that `--to` calls `name`.
+    """Return the target that `--to` calls `name`.
 
     Raises:
-        UsageError: there is none; names the nearest and all.
+        UsageError: there is none; suggests the nearest name and lists all.
     """
     if name not in TARGETS:
         near = difflib.get_close_matches(name.lower(), TARGETS, n=1)

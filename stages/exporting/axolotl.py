@@ -26,24 +26,25 @@ lr_scheduler: cosine
 
 
 class Axolotl(ParquetTarget):
-    """Exactly `input_ids, attention_mask, labels`: by these it knows tokenized data, and packing takes no others."""
+    """Exactly `input_ids, attention_mask, labels`: Axolotl detects tokenized data by them, and packing accepts no
+    others."""
 
     name = "axolotl"
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
-        """With an attention mask of ones."""
+        """Add an attention mask of ones."""
         columns = super().columns(rows)
         labels = columns.pop("labels")
         return columns | {"attention_mask": ones(rows), "labels": labels}
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """A whole configuration, whose paths are relative to the export."""
+        """Return a complete configuration with paths relative to the export."""
         return {
             "axolotl.yaml": CONFIG.format(data=DATA, fingerprint=facts.fingerprint, longest=facts.longest)
         }
 
     def usage(self, facts: Facts) -> str:
-        """`axolotl.yaml` is a whole configuration."""
+        """Explain how to run `axolotl.yaml`."""
         return f"""```bash
 axolotl train axolotl.yaml --base-model MODEL
 axolotl train axolotl.yaml --base-model MODEL --sample-packing --sequence-len 4096
@@ -52,7 +53,7 @@ axolotl train axolotl.yaml --base-model MODEL --sample-packing --sequence-len 40
 In a configuration of your own:
 
 - `type:` stays empty. With a type, Axolotl would look for text to tokenize.
-- `sequence_len` has to be at least {facts.longest}, the longest row: longer ones are dropped.
-- `dataset_prepared_path` has to be a fresh folder for each export. Axolotl's cache goes by the path and the settings,
+- `sequence_len` must be at least {facts.longest}, the longest row: longer rows are dropped.
+- `dataset_prepared_path` must be a new folder for each export. Axolotl's cache is keyed by the path and the settings,
   not by the content: another export at the same path would train on the old one.
 """

@@ -6,18 +6,18 @@ from sstoken.stages.exporting.base import DATA, SCORES, Facts, Target
 
 
 def card(target: Target, facts: Facts, counts: dict[str, int], settings: dict[str, Any]) -> str:
-    """What it is, how to train on it, what is where."""
+    """Return the README: what the export is, how to train on it, what each file is."""
     max_length = settings["max_length"]
     matter = target.front_matter()
     head = f"---\n{matter}\ntags: [token-masked, sstoken]\n---\n" if matter else ""
     notes = [
-        f"{counts['examples']:,} examples, {counts['tokens']:,} tokens, {counts['kept']:,} of them to be learned; the "
+        f"{counts['examples']:,} examples, {counts['tokens']:,} tokens, {counts['kept']:,} of them trained on; the "
         f"longest has {counts['longest']:,} tokens."
     ]
     if max_length:
         notes.append(f"Cut at {max_length:,} tokens: {counts['truncated']:,} examples were longer.")
     if counts["dropped"]:
-        notes.append(f"Left out {counts['dropped']:,} examples in which no token is to be learned.")
+        notes.append(f"Left out {counts['dropped']:,} examples without a token to train on.")
     if counts["kept_lost"]:
         notes.append(
             f"{counts['kept_lost']:,} kept tokens are not trained: cut off, or the first of their example, which "

@@ -1,4 +1,4 @@
-"""`export --check`: the export read back as its trainer would, against the masked dataset, token by token."""
+"""`export --check`: read an export back as its trainer would and compare it with the masked dataset token by token."""
 
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -14,7 +14,7 @@ from sstoken.stages.exporting.base import Target
 from sstoken.stages.exporting.rows import SMALLEST_RANGE
 
 Expected = tuple[str, list[int], list[int], list[float]]
-"""Example id, ids, labels, weights."""
+"""Example id, ids, labels and weights."""
 
 
 def check_export(
@@ -22,13 +22,13 @@ def check_export(
 ) -> dict[str, int]:
     """Compare every token of an export with the masked dataset.
 
-    What is expected is worked out from the keep mask, a row at a time, by none of the code that wrote the export.
+    The expected rows are derived from the keep mask, row by row, without using any code that wrote the export.
 
     Returns:
         examples, tokens, kept: how many were compared.
 
     Raises:
-        SstokenError: names the first row that differs, or cannot be read.
+        SstokenError: names the first row that differs or cannot be read.
     """
     counts = {"examples": 0, "tokens": 0, "kept": 0}
     for row, (expected, seen) in enumerate(
@@ -78,7 +78,7 @@ def _seen(folder: Path, target: Target) -> Iterator[tuple[list[int], list[int], 
                 yield target.seen(row)
     except (
         Exception
-    ) as error:  # each loader has errors of its own, and all say that it does not take the export
+    ) as error:  # each loader raises its own types, and all mean that it cannot read the export
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SstokenError(
             f"{folder}: {target.name} cannot read it ({reason}); export it again (--force)"
@@ -86,7 +86,7 @@ def _seen(folder: Path, target: Target) -> Iterator[tuple[list[int], list[int], 
 
 
 def _compare(folder: Path, row: int, name: str, what: str, ours: list[Any], theirs: list[Any] | None) -> None:
-    if theirs is None:  # a trainer that takes no weights
+    if theirs is None:  # a trainer without weights
         return
     if len(ours) != len(theirs):
         where = f"{what} has {len(theirs)} tokens, the masked dataset has {len(ours)}"

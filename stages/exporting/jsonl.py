@@ -1,4 +1,4 @@
-"""JSON Lines, for a loop of one's own."""
+"""JSON Lines, for your own training loop."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ class JsonLines(JsonLinesTarget):
     weights = True
 
     def lines(self, rows: Rows) -> Iterator[bytes]:
-        """One object a row."""
+        """Yield one object per row."""
         for i, name in enumerate(rows.example_id.to_pylist()):
             part = slice(rows.offsets[i], rows.offsets[i + 1])
             document: dict[str, Any] = {
@@ -29,7 +29,7 @@ class JsonLines(JsonLinesTarget):
             yield orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def usage(self, facts: Facts) -> str:
-        """Two lines of Python."""
+        """Show how to load it."""
         weights = "`weights` (0 where the label is -100, else in (0, 1]), " if facts.weights else ""
         return f"""```python
 from datasets import load_dataset

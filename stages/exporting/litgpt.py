@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Rows(Dataset):
-    """Gives `input_ids` and `labels`; -100 where a token is not to be learned. The loss shifts them."""
+    """Yields `input_ids` and `labels`; -100 where a token is not trained on. The loss shifts them."""
 
     def __init__(self, data_files, tokenizer):
         self.rows = load_dataset("parquet", data_files=data_files, split="train").with_format("torch")
@@ -69,17 +69,17 @@ class LitGPT(ParquetTarget):
     name = "litgpt"
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """The data module."""
+        """Return the data module."""
         return {"masked_data.py": MODULE}
 
     def usage(self, facts: Facts) -> str:
-        """One command."""
+        """Show the command."""
         return f"""```bash
 PYTHONPATH=. litgpt finetune_full CHECKPOINT --data masked_data.MaskedData \\
     --data.data_files '{DATA}/*.parquet'
 ```
 
-CHECKPOINT is a folder that `litgpt convert_to_litgpt` or `litgpt download` made of MODEL; `finetune_lora` works alike.
+CHECKPOINT is MODEL converted by `litgpt convert_to_litgpt` or `litgpt download`; `finetune_lora` works the same way.
 
 - Without `--data.val_files` it validates on the rows it trains on.
 - `--train.max_seq_length` below {facts.longest}, the longest row, cuts rows.

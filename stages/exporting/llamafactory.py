@@ -21,7 +21,7 @@ stage: sft
 do_train: true
 finetuning_type: full
 tokenized_path: {data}
-dataset: masked    # has to be there, is not read
+dataset: masked    # required but not read
 template: empty
 cutoff_len: {longest}
 remove_unused_columns: false
@@ -36,21 +36,21 @@ report_to: none
 
 
 class LlamaFactory(Target):
-    """A folder for `datasets.load_from_disk`, as `tokenized_path`.
+    """A folder for `datasets.load_from_disk`, named by `tokenized_path`.
 
-    LLaMA-Factory pins datasets to 4.0 at most, which cannot read the feature type `List` that newer versions write. So
-    the files are written here, not by `datasets`: Arrow IPC streams without metadata, and features of the old
-    type `Sequence`, which every version reads.
+    LLaMA-Factory pins datasets to at most 4.0, which cannot read the feature type `List` that newer versions write.
+    So the files are written here rather than by `datasets`: Arrow IPC streams without metadata, and features of the
+    old type `Sequence`, which every version reads.
     """
 
     name = "llamafactory"
 
     def shard_name(self, index: int, shards: int) -> str:
-        """As `save_to_disk` names them."""
+        """Use the names of `save_to_disk`."""
         return f"data-{index:05d}-of-{shards:05d}.arrow"
 
     def write(self, path: Path, rows: Rows) -> None:
-        """An Arrow IPC stream."""
+        """Write an Arrow IPC stream."""
         columns = {
             "input_ids": lists(rows.ids, rows.offsets, IDS),
             "attention_mask": ones(rows),
@@ -61,14 +61,14 @@ class LlamaFactory(Target):
             writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
 
     def read(self, folder: Path) -> Iterator[pa.Table]:
-        """As LLaMA-Factory does."""
+        """Read as LLaMA-Factory does."""
         from datasets import load_from_disk
 
         rows = load_from_disk(str(folder / DATA)).with_format("arrow")
         yield from rows.iter(batch_size=ROWS_PER_BATCH)
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """What `load_from_disk` looks for, and a whole configuration."""
+        """Return what `load_from_disk` needs, and a complete configuration."""
         features = {
             name: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "Sequence"}
             for name, dtype in TYPES.items()
@@ -89,7 +89,7 @@ class LlamaFactory(Target):
         }
 
     def usage(self, facts: Facts) -> str:
-        """`llamafactory.yaml` is a whole configuration."""
+        """Explain how to run `llamafactory.yaml`."""
         return f"""```bash
 llamafactory-cli train llamafactory.yaml model_name_or_path=MODEL
 ```

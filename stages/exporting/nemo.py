@@ -12,27 +12,27 @@ from sstoken.stages.exporting.rows import Rows
 
 
 class NeMo(ParquetTarget):
-    """`input_ids, labels, attention_mask`, the labels moved one to the left.
+    """`input_ids, labels, attention_mask`, with labels shifted left by one.
 
-    Position i of the labels holds what position i predicts: its datasets do that themselves, its loss does not.
-    Labels as everybody else takes them would train the model to copy its input, without an error.
+    Label i is what position i predicts: NeMo's datasets shift the labels, its loss does not. Unshifted labels, as
+    other trainers expect them, would silently train the model to copy its input.
     """
 
     name = "nemo"
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
-        """Labels shifted within each row; its last is -100."""
+        """Shift labels within each row; the last label is -100."""
         shifted = np.append(rows.labels[1:], IGNORED_LABEL).astype(np.int32)
         shifted[rows.offsets[1:] - 1] = IGNORED_LABEL
         labels = tables.lists(shifted, rows.offsets, tables.IDS)
         return super().columns(rows) | {"labels": labels, "attention_mask": ones(rows)}
 
     def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], None]:
-        """The labels moved back."""
+        """Undo the shift."""
         return row["input_ids"], [IGNORED_LABEL, *row["labels"][:-1]], None
 
     def usage(self, facts: Facts) -> str:
-        """The section `dataset` of a recipe."""
+        """Show the `dataset` section of a recipe."""
         return f"""In a recipe (such as `llama3_2_1b_squad.yaml` of its examples), replace `dataset`, and take out
 `validation_dataset` or give it an export of its own:
 

@@ -1,6 +1,6 @@
-"""Rows on their way into a trainer: cut to length, without those that teach nothing, their weights.
+"""Prepare rows for a trainer: truncate them, drop those with nothing to train on, compute weights.
 
-E rows of M tokens in all; every array of tokens is flat, `offsets` [E + 1] says where rows begin.
+E rows with M tokens in all; token arrays are flat, and `offsets` [E + 1] holds where each row starts.
 """
 
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from sstoken.labels import IGNORED_LABEL, labels_from_mask
 from sstoken.stages import tables
 
 SMALLEST_RANGE = 1e-8
-"""Added to the range of an example's scores: a kept token's weight is never 0, and 1 where all scores are equal."""
+"""Added to the range of an example's scores, so that kept tokens never weigh 0, and 1 if all scores are equal."""
 TRAINED_COLUMNS = ("input_ids", "labels")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a trainer is given of one shard."""
+    """The rows of one shard, as given to a trainer."""
 
     example_id: pa.Array
     """[E]"""
     ids: NDArray[np.int32]
     """[M]"""
     labels: NDArray[np.int32]
-    """[M]: the token's own id where it is kept, else -100; the first of each row is -100."""
+    """[M]: the token's own id if kept, else -100; the first of each row is always -100."""
     offsets: NDArray[np.int32]
     """[E + 1]"""
     weights: NDArray[np.float32] | None
-    """[M] in [0, 1]: positive where kept, 0 elsewhere. None: not asked for."""
+    """[M] in [0, 1]: positive if kept, else 0. None: not requested."""
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -41,25 +41,25 @@ class Rows:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A masked shard made ready."""
+    """A masked shard prepared for a trainer."""
 
     rows: Rows
     sidecar: pa.Table
-    """What no trainer reads (example_id, masks, signals, score), row by row beside `rows`."""
+    """Columns that no trainer reads (example_id, masks, signals, score), row-aligned with `rows`."""
     counts: dict[str, int]
-    """Add up over shards, but `longest`."""
+    """Counts that add up over shards, except `longest`."""
 
 
 def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared:
-    """Make a shard of the masked dataset ready for a trainer.
+    """Prepare a shard of the masked dataset for a trainer.
 
     Args:
-        table: as `select` wrote it.
-        max_length: tokens beyond it are cut; None: none are.
+        table: as written by `select`.
+        max_length: truncate to this many tokens; None: no limit.
         weighted: compute weights.
 
     Raises:
-        UsageError: weights are asked for and the dataset has no scores.
+        UsageError: weights are requested and the dataset has no scores.
     """
     ids, offsets = tables.flatten(table["input_ids"])
     keep = tables.flatten(table["keep_mask"])[0].astype(bool)
@@ -67,7 +67,7 @@ def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared
     position = np.arange(ids.size) - np.repeat(offsets[:-1], lengths)
     weights = token_weights(table, keep) if weighted else None
 
-    trained = keep & (position > 0)  # nothing predicts the first token; in a pack, another document would
+    trained = keep & (position > 0)  # nothing predicts the first token, except another document in a pack
     inside = np.ones(ids.size, bool) if max_length is None else position < max_length
     per_row = _sums(trained & inside, offsets)
     taken_E = per_row > 0
@@ -105,10 +105,10 @@ def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared
 
 
 def token_weights(table: pa.Table, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The weight of each token, [M]: of kept ones their score, min-max over the example's response; others 0.
+    """Return token weights [M]: the score, min-max scaled over the example's response, for kept tokens; others 0.
 
-    w = (score - lowest + 1e-8) / (highest - lowest + 1e-8), lowest and highest over the response tokens of the whole
-    example, also where it is cut: the best token weighs 1, and a kept one more than 0.
+    w = (score - lowest + 1e-8) / (highest - lowest + 1e-8), with the extremes taken over all response tokens of the
+    example before truncation: the best token weighs 1, and every kept token more than 0.
     """
     if "score" not in table.column_names:
         raise UsageError("--weights needs scores, and this masked dataset is lean; select it without --lean")
@@ -128,12 +128,12 @@ def token_weights(table: pa.Table, keep: NDArray[np.bool_]) -> NDArray[np.float6
 
 
 def _sums(values: NDArray[np.bool_], offsets: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Of each row, [E]."""
+    """Return the sum of each row, [E]."""
     totals = np.concatenate([[0], np.cumsum(values)])
     return totals[offsets[1:]] - totals[offsets[:-1]]
 
 
 def merge_counts(counts: list[dict[str, int]]) -> dict[str, int]:
-    """Of all shards."""
+    """Add up the counts of all shards."""
     merged = {key: sum(c[key] for c in counts) for key in counts[0]}
     return merged | {"longest": max(c["longest"] for c in counts)}

@@ -21,18 +21,18 @@ register_template(
 
 
 class Swift(JsonLinesTarget):
-    """`messages`, of which the only one is the assistant's, and has `token_ids` and a `loss_scale` for each.
+    """`messages` with a single assistant message that has `token_ids` and a `loss_scale` for each token.
 
-    A real template would add its turns around the tokens and shift them all. Even `dummy` adds the tokenizer's BOS and
-    trains an EOS after the last token, and turns a masked EOS after trained tokens into a trained one. So a
-    template without any comes with the export.
+    A real template would add its turns around the tokens and shift them. Even `dummy` adds the tokenizer's BOS,
+    trains an EOS after the last token, and trains a masked EOS that follows trained tokens. So the export ships a
+    template that adds nothing.
     """
 
     name = "swift"
     weights = True
 
     def lines(self, rows: Rows) -> Iterator[bytes]:
-        """One object a row."""
+        """Yield one object per row."""
         scale = rows.kept.astype(np.float32) if rows.weights is None else rows.weights
         for a, b in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
             content = {"token_ids": rows.ids[a:b], "loss_scale": scale[a:b]}
@@ -40,17 +40,17 @@ class Swift(JsonLinesTarget):
             yield orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[float]]:
-        """A token is a label where its scale is positive."""
+        """Treat a token with a positive scale as a label."""
         content = row["messages"][0]["content"]
         ids, scale = content["token_ids"], content["loss_scale"]
         return ids, labels_from_mask(ids, scale).tolist(), scale
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """The template."""
+        """Return the template."""
         return {"masked_template.py": PLUGIN}
 
     def usage(self, facts: Facts) -> str:
-        """One command."""
+        """Show the command."""
         more = " --is_binary_loss_scale false" if facts.weights else ""
         weights = (
             "- Without `--is_binary_loss_scale false` the weights are read as 0 and 1.\n"

@@ -12,7 +12,7 @@ from torchtune.datasets import PackedDataset
 
 
 class MaskedDataset(Dataset):
-    """Gives `tokens` and `labels`; -100 where a token is not to be learned. The recipe shifts them."""
+    """Gives `tokens` and `labels`; -100 where a token is not trained on. The recipe shifts them."""
 
     def __init__(self, data_files):
         self.rows = load_dataset("parquet", data_files=data_files, split="train")
@@ -45,25 +45,25 @@ class NoTokenizer:
 class Torchtune(ParquetTarget):
     """`input_ids, labels`, and a dataset class.
 
-    The transforms of torchtune speak of a `mask` that is True where a token is *not* trained; the class gives labels,
-    which can be read in one way only.
+    torchtune's transforms use a `mask` that is True where a token is *not* trained; the class yields labels, which
+    are unambiguous.
     """
 
     name = "torchtune"
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """The dataset class."""
+        """Return the dataset class."""
         return {"masked_dataset.py": MODULE}
 
     def usage(self, facts: Facts) -> str:
-        """Two sections of a recipe's configuration."""
+        """Show two sections of a recipe's configuration."""
         return f"""Take a configuration of your model (`tune cp ...`) and replace these sections:
 
 ```yaml
 tokenizer:
   _component_: masked_dataset.NoTokenizer
   pad_id: 0
-  max_seq_len: {facts.longest}       # the longest row, at least; how long a pack is
+  max_seq_len: {facts.longest}       # at least the longest row; the length of a pack
 dataset:
   _component_: masked_dataset.masked_dataset
   data_files: {DATA}/*.parquet

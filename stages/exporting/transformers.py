@@ -1,4 +1,4 @@
-"""The Trainer of transformers."""
+"""transformers' Trainer."""
 
 from sstoken.stages.exporting.base import Facts, ParquetTarget
 
@@ -39,16 +39,16 @@ class Transformers(ParquetTarget):
     name = "transformers"
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """A whole script."""
+        """Return a complete script."""
         return {"train.py": SCRIPT}
 
     def usage(self, facts: Facts) -> str:
-        """`train.py` is a whole script."""
+        """Explain how to run `train.py`."""
         return """```bash
 python train.py MODEL --output_dir ../trained
 ```
 
 In a script of your own, the collator is `DataCollatorForSeq2Seq`, or
-`DataCollatorWithFlattening` (packs a batch; for models with FlashAttention). `DataCollatorForLanguageModeling` writes
-labels of its own over these: it trains on every token and says nothing.
+`DataCollatorWithFlattening` (packs a batch; for models with FlashAttention). `DataCollatorForLanguageModeling`
+overwrites these labels: it silently trains on every token.
 """

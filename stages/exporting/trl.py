@@ -34,29 +34,29 @@ trainer.save_model()
 
 
 class TRL(ParquetTarget):
-    """`input_ids, labels`, and the mask once more in `assistant_masks`.
+    """`input_ids, labels`, and the mask again as `assistant_masks`.
 
-    From TRL 1.7 on, labels are packed with the ids. Up to 1.6, packing keeps only ids and masks: without
-    `assistant_masks` it would train on every token and say nothing.
+    TRL 1.7 and later pack labels with the ids. Up to 1.6, packing keeps only ids and masks: without `assistant_masks`
+    it would silently train on every token.
     """
 
     name = "trl"
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
-        """And the keep mask as int8."""
+        """Add the keep mask as int8."""
         mask = tables.lists(rows.kept.astype(np.int8), rows.offsets, INT8)
         return super().columns(rows) | {"assistant_masks": mask}
 
     def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[float]]:
-        """The second mask in the weights' place, so that both are compared."""
+        """Return the second mask as weights, so that both are compared."""
         return row["input_ids"], row["labels"], row["assistant_masks"]
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """`max_length` is the longest row: TRL would cut at 1,024."""
+        """Return a script with `max_length` set to the longest row: TRL would truncate at 1,024."""
         return {"train.py": SCRIPT.format(longest=facts.longest)}
 
     def usage(self, facts: Facts) -> str:
-        """`train.py` is a whole script."""
+        """Explain how to run `train.py`."""
         return f"""```bash
 python train.py MODEL --output_dir ../trained
 python train.py MODEL --output_dir ../trained --packing True --max_length 4096
@@ -65,7 +65,7 @@ python train.py MODEL --output_dir ../trained --packing True --max_length 4096
 On a CPU add `--bf16 False --use_cpu True`. In a script of your own:
 
 - `max_length` has to be None or at least {facts.longest}, the longest row: the default cuts at 1,024.
-- Leave the data collator to TRL. The one called `DataCollatorForLanguageModeling` in transformers (not TRL's) writes
-  labels of its own over these.
-- Up to TRL 1.6, packing drops `labels`; the column `assistant_masks` is what carries the mask there. Keep it.
+- Leave the data collator to TRL. `DataCollatorForLanguageModeling` of transformers (not TRL's) overwrites
+  these labels.
+- Up to TRL 1.6, packing drops `labels`; the column `assistant_masks` carries the mask instead. Keep it.
 """

@@ -31,16 +31,16 @@ trainer.save_model()
 
 
 class Unsloth(TRL):
-    """The columns of `trl`: Unsloth patches its trainer, and takes TRL versions on both sides of 1.7."""
+    """The columns of `trl`: Unsloth patches its trainer, and supports TRL before and after 1.7."""
 
     name = "unsloth"
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """A whole script."""
+        """Return a complete script."""
         return {"train.py": SCRIPT.format(longest=facts.longest)}
 
     def usage(self, facts: Facts) -> str:
-        """`train.py` is a whole script."""
+        """Explain how to run `train.py`."""
         return f"""```bash
 python train.py MODEL --output_dir ../trained
 ```
@@ -48,6 +48,6 @@ python train.py MODEL --output_dir ../trained
 It needs a GPU. In a script of your own:
 
 - `max_length` and `max_seq_length` have to be at least {facts.longest}, the longest row.
-- No `train_on_responses_only`, and no `DataCollatorForLanguageModeling`: both write labels of their own.
+- No `train_on_responses_only`, and no `DataCollatorForLanguageModeling`: both overwrite the labels.
 - Keep the column `assistant_masks`: with TRL up to 1.6, packing drops `labels` and this carries the mask.
 """

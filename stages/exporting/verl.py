@@ -44,8 +44,8 @@ class MaskedDataset(Dataset):
 class Verl(ParquetTarget):
     """`input_ids, loss_mask`, and a dataset class.
 
-    The loss lays a batch's masks end to end and rolls them by one. A mask of 1 at a row's first token would fall upon
-    the last token of the row before it; ours is 0 there.
+    verl concatenates the masks of a batch and rolls them by one, so a mask of 1 at a row's first token would train
+    the last token of the row before. Ours is 0 there.
     """
 
     name = "verl"
@@ -61,16 +61,16 @@ class Verl(ParquetTarget):
         }
 
     def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[float]]:
-        """A token is a label where its mask is positive."""
+        """Treat a token with a positive mask as a label."""
         ids, mask = row["input_ids"], row["loss_mask"]
         return ids, labels_from_mask(ids, mask).tolist(), mask
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """The dataset class."""
+        """Return the dataset class."""
         return {"masked_dataset.py": MODULE}
 
     def usage(self, facts: Facts) -> str:
-        """One command."""
+        """Show the command."""
         return f"""```bash
 torchrun --nproc_per_node 1 -m verl.trainer.sft_trainer model.path=MODEL \\
     'data.train_files={DATA}/*.parquet' \\
@@ -79,6 +79,6 @@ torchrun --nproc_per_node 1 -m verl.trainer.sft_trainer model.path=MODEL \\
 ```
 
 - `data.max_token_len_per_gpu` has to be at least {facts.longest}, the longest row.
-- `loss_mask` is 0 at the first token of each row and has to stay so: verl lays the rows of a batch end to end and
-  moves the masks by one, so a 1 there would train the last token of the row before.
+- Keep `loss_mask` 0 at the first token of each row: verl concatenates the rows of a batch and shifts the masks by
+  one, so a 1 there would train the last token of the row before.
 """

@@ -1,1 +1,1 @@
-"""Publishing masked datasets to the Hugging Face Hub, and fetching them."""
+"""Publish masked datasets to the Hugging Face Hub, and fetch them."""

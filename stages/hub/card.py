@@ -1,4 +1,4 @@
-"""The dataset card: README.md of a published masked dataset, with the front matter that the Hub's viewer reads."""
+"""The dataset card: README.md of a published masked dataset, with the front matter for the Hub's viewer."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ COLUMNS = {
     "score": "what the method judged the token by",
     "weight": "what the token's loss is multiplied by",
 }
-"""What each column holds; measured values are null off the response."""
+"""What each column holds; measured values are null outside the response."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """What the published Parquet files hold."""
+    """The contents of the published Parquet files."""
 
     schema: pa.Schema
     examples: int
     tokens: int
     arrow_bytes: int
-    """Of the rows in memory, about."""
+    """Estimated size of the rows in memory."""
     file_bytes: int
 
 
@@ -46,14 +46,14 @@ def card(
     license: str | list[str] | None,
     shards: Shards,
 ) -> str:
-    """The text of the card. The same arguments give the same bytes.
+    """Return the card's text. The same arguments give the same bytes.
 
     Args:
         repo: user/name.
-        facts: what the shards' metadata says (see `Provenance.masked`).
+        facts: the shards' metadata (see `Provenance.masked`).
         metrics: the summary of `select`.
         origin: see `find_origin`.
-        license: the Hub's name of it, or several; None: not known.
+        license: one or several license names as on the Hub; None: unknown.
         shards: what is published.
     """
     source, title, fields = _source(origin), _title(origin, repo), shards.schema
@@ -79,7 +79,7 @@ def card(
 def front_matter(
     title: str, origin: Mapping[str, Any], license: str | list[str] | None, shards: Shards
 ) -> dict[str, Any]:
-    """What the Hub reads: licence, tags, where the shards are and what is in them."""
+    """Return what the Hub reads: licence, tags, and the shards with their columns."""
     front: dict[str, Any] = {"license": license} if license else {}
     front |= {"pretty_name": title, "task_categories": ["text-generation"], "tags": list(TAGS)}
     front["size_categories"] = [_SIZES[min(len(_SIZES) - 1, max(0, len(str(shards.examples)) - 3))]]
@@ -100,7 +100,7 @@ def front_matter(
 
 
 def base_models(origin: Mapping[str, Any]) -> list[str]:
-    """The models on the Hub that the dataset was encoded and scored with: the base of an adapter, not the adapter."""
+    """Return the Hub models used to encode and score the dataset: the base of an adapter, not the adapter."""
     checkpoints = (origin.get("checkpoints") or {}).values()
     identities = [origin.get("tokenizer"), *((c or {}).get("base", c) for c in checkpoints)]
     named = [identity["hub"] for identity in identities if identity and isinstance(identity.get("hub"), str)]
@@ -108,7 +108,7 @@ def base_models(origin: Mapping[str, Any]) -> list[str]:
 
 
 def settings(facts: Mapping[str, Any], origin: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Name and value of everything that decided the mask."""
+    """Return name and value of every setting that decided the mask."""
     method = METHODS.get(facts["method"])
     yield "method", facts["method"]
     if method is not None:
@@ -158,7 +158,7 @@ def _licence(license: str | list[str] | None) -> str:
 
 
 def _feature(field: pa.Field) -> dict[str, Any]:
-    # `sequence` is read by every version of `datasets`, `list` by those from 4.0 on
+    # every version of `datasets` reads `sequence`, but only 4.0 and later read `list`
     if pa.types.is_list(field.type):
         return {"name": field.name, "sequence": _dtype(field.type.value_type)}
     return {"name": field.name, "dtype": _dtype(field.type)}
@@ -234,9 +234,9 @@ This needs TRL 1.7 or later: older ones drop the labels when packing. With trans
 
 ## Limits
 
-- The ids belong to the tokenizer in `tokenizer/`: train a model of that vocabulary.
+- The ids belong to the tokenizer in `tokenizer/`: train a model with that vocabulary.
 - The mask says what was worth learning for the checkpoints above. How far it helps another model or another task
-  has to be tried: compare with a random choice of as many tokens.
+  must be measured: compare with a random choice of as many tokens.
 - Response tokens that open an answer have only the prompt to attend to, so a score that counts attention ranks
   them high.
 - {licence}

@@ -1,4 +1,4 @@
-"""The picture of a masked dataset: how its scores are distributed, and where in the response tokens are kept."""
+"""Pictures of a masked dataset: the distribution of its scores, and the share kept along the response."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 _KEPT, _DROPPED, _GRID = "#21918c", "#b4b4b4", "#b8c4d0"
 _FINE_BINS, _BARS = 6000, 60
 _SHOWN = 0.998
-"""Share of the tokens whose scores are within the picture: a few far outliers would flatten it."""
+"""Share of tokens whose scores the picture shows: a few far outliers would flatten it."""
 
 
 def draw_scores(masked: Path, metrics: dict[str, Any], path: Path) -> None:
-    """Draw the scores of kept and of dropped tokens, and the share kept along the response, as an SVG.
+    """Draw the scores of kept and dropped tokens, and the share kept along the response, as an SVG.
 
-    Reads a shard's scores at a time. Without scores (a lean dataset) the second panel stands alone. The same
+    Reads one shard's scores at a time. Without scores (a lean dataset) only the second panel is drawn. The same
     dataset gives the same bytes.
     """
     import matplotlib as mpl
@@ -46,9 +46,9 @@ def draw_scores(masked: Path, metrics: dict[str, Any], path: Path) -> None:
 
 
 def score_histogram(parts: Sequence[Path]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None:
-    """Bin edges [B + 1] of the scores, and how many kept [B] and dropped [B] tokens fall between them.
+    """Return bin edges [B + 1] of the scores, and how many kept [B] and dropped [B] tokens fall into each bin.
 
-    None where no token has a score. The outermost `1 - _SHOWN` of the tokens is left out.
+    None if no token has a score. The outermost `1 - _SHOWN` of the tokens is left out.
     """
     if not parts or "score" not in pq.read_schema(parts[0]).names:
         return None
@@ -79,7 +79,7 @@ def score_histogram(parts: Sequence[Path]) -> tuple[NDArray[Any], NDArray[Any], 
 
 
 def _scores(parts: Sequence[Path]) -> Any:
-    """Of each shard: the keep flags and scores of the tokens that have one."""
+    """Yield the keep flags and scores of each shard's tokens that have a score."""
     for part in parts:
         table = tables.read_table(part, ["keep_mask", "score"])
         keep = tables.flatten(table["keep_mask"])[0].astype(bool)

@@ -1,7 +1,7 @@
-"""`provenance.json`: what a published masked dataset says of itself, so that `pull` can check what it gets.
+"""`provenance.json`: a published masked dataset's description of itself, against which `pull` checks it.
 
-Nothing of the machine that made the dataset is in it: a path is reduced to its last part, and of a name with a slash
-only that of a Hub repository is kept whole.
+It reveals nothing about the machine that made the dataset: a path is reduced to its last part, and a name with a
+slash is kept complete only if it is a Hub repository.
 """
 
 import json
@@ -22,7 +22,7 @@ PROVENANCE = "provenance.json"
 
 
 class _Facts(BaseModel):
-    """What every masked dataset says of its making, and more."""
+    """What every masked dataset records about its making; extra keys are allowed."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -42,11 +42,11 @@ class Provenance(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     masked: dict[str, Any]
-    """What each shard's own metadata says too: method, rho, gamma, checkpoints, tokenizer, run fingerprint."""
+    """The metadata that each shard also holds: method, rho, gamma, checkpoints, tokenizer, run fingerprint."""
     metrics: dict[str, Any]
     """The summary of `select`."""
     origin: dict[str, Any]
-    """Content identities of the data, the tokenizer and the checkpoints, as far as they are known."""
+    """Content identities of the data, the tokenizer and the checkpoints, if known."""
     files: list[FileEntry]
     """Every other published file."""
 
@@ -58,10 +58,10 @@ class Provenance(BaseModel):
 
 
 def read_provenance(path: Path) -> Provenance:
-    """The provenance in a file.
+    """Parse the provenance in a file.
 
     Raises:
-        SstokenError: it is not one.
+        SstokenError: it is not a provenance.
     """
     try:
         return Provenance.model_validate_json(path.read_bytes())
@@ -72,10 +72,10 @@ def read_provenance(path: Path) -> Provenance:
 
 
 def find_origin(masked: Path, manifest: Manifest) -> dict[str, Any]:
-    """Content identities of what a masked folder was made from.
+    """Return content identities of what a masked folder was made from.
 
-    Those that it was pulled with; else those in the manifests of its inputs, where they still stand in the run's
-    folder. JSON-ready, without places on this machine; empty where nothing is known.
+    They come from the provenance the folder was pulled with, or else from the manifests of its inputs, if these are
+    still in the run's folder. JSON-ready, without local paths; empty if nothing is known.
     """
     if (masked / PROVENANCE).is_file():
         return read_provenance(masked / PROVENANCE).origin
@@ -97,7 +97,7 @@ def _manifests(run: Path, pattern: str) -> list[Manifest]:
     for path in sorted(run.glob(f"{pattern}/{manifests.MANIFEST}")):
         try:
             manifest = manifests.read_manifest(path.parent)
-        except SstokenError:  # somebody else's, or damaged: it is only looked at
+        except SstokenError:  # foreign or damaged: it is only informative
             continue
         if manifest is not None:
             found.append(manifest)
@@ -105,7 +105,7 @@ def _manifests(run: Path, pattern: str) -> list[Manifest]:
 
 
 def hub_names(origin: Any) -> set[str]:
-    """The Hub repositories that `find_origin` names."""
+    """Return the Hub repositories named by `find_origin`."""
     if not isinstance(origin, Mapping):
         return set()
     named = {origin["hub"]} if isinstance(origin.get("hub"), str) else set()
@@ -113,7 +113,7 @@ def hub_names(origin: Any) -> set[str]:
 
 
 def public(value: Any, hub: Collection[str]) -> Any:
-    """`value` with every text that could be a path reduced to its last part, but for the names in `hub`."""
+    """Return `value` with every possible path reduced to its last part, except the names in `hub`."""
     if isinstance(value, Mapping):
         return {key: public(item, hub) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -128,5 +128,5 @@ def _last_part(text: str) -> str:
 
 
 def as_json(provenance: Provenance) -> str:
-    """The same provenance gives the same bytes."""
+    """Serialize a provenance deterministically."""
     return json.dumps(provenance.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,6 +1,6 @@
-"""A masked dataset as it is published: shards without what only its maker needs, a card, pictures, the provenance.
+"""Prepare a masked dataset for publication: shards without private columns, a card, pictures, the provenance.
 
-The same masked folder and settings give the same bytes, so that what a killed upload brought over is known again.
+The same masked folder and settings give the same bytes, so what a killed upload transferred is not uploaded again.
 """
 
 import json
@@ -34,11 +34,11 @@ from sstoken.stages.masked_stats import merge_stats
 from sstoken.stages.stage import SPEED_ONLY, Context, Stage
 
 _LOCAL_SETTINGS = ("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "cache_dir")
-"""Keys under which some versions of transformers write places on this machine into tokenizer_config.json."""
+"""Keys under which some versions of transformers write local paths into tokenizer_config.json."""
 _ID_BYTES = 16
-"""An example's id, about: what the Hub shows as the size in memory is an estimate."""
+"""Estimated bytes of an example's id; the Hub shows the size in memory as an estimate."""
 _BEST_LENGTH = 120
-"""Tokens of an example that is drawn: enough to see something, and still one picture."""
+"""Preferred length of the example that is drawn, in tokens: informative, and still one picture."""
 
 
 class Publication(Stage):
@@ -50,22 +50,22 @@ class Publication(Stage):
     repo: str
     """The dataset's name on the Hub: user/name."""
     include_scores: bool = False
-    """Publish the columns rel, attention and score too (several times the size)."""
+    """Also publish the columns rel, attention and score (several times the size)."""
     license: str | None = None
     """The Hub's name of a licence, such as cc-by-4.0. Default: the source dataset's, where it is on the Hub."""
     shard_tokens: Annotated[int, Field(ge=1)] = 8_000_000
-    """Shards are joined until a published file holds as many tokens (then about 16 MB, without scores)."""
+    """Join shards until a published file holds this many tokens (about 16 MB without scores)."""
     workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
-    """Processes."""
+    """Number of processes."""
     origin: dict[str, Any] = Field(default_factory=dict)
-    """Found by `publish`: see `find_origin`."""
+    """Set by `publish`: see `find_origin`."""
 
     def check(self) -> None:
-        """Refuse what cannot be a dataset's name."""
+        """Refuse an invalid dataset name."""
         check_repo(self.repo)
 
     def run(self, context: Context) -> dict[str, Any]:
-        """Write shard by shard; shards that are there already are kept."""
+        """Write shard by shard; keep shards that already exist."""
         masked, out = context.inputs["masked"], context.out
         sources = tables.parts(masked)
         names = pq.read_schema(sources[0]).names
@@ -102,7 +102,7 @@ class Publication(Stage):
 
 
 def _groups(sources: Iterable[Path], shard_tokens: int) -> list[list[Path]]:
-    """Neighbours that become one published file; none is without rows if any shard has one."""
+    """Group neighbouring shards into published files; no file is empty if any shard has rows."""
     groups: list[list[Path]] = []
     sizes: list[int] = []
     for path in sources:
@@ -121,7 +121,7 @@ def _num_tokens(path: Path) -> int:
 
 
 def _num_values(footer: pq.FileMetaData) -> dict[str, int]:
-    """How many values each column holds, lists or not."""
+    """Return how many values each column holds, counting list elements."""
     names = [footer.schema.column(i).path.partition(".")[0] for i in range(footer.num_columns)]
     groups = range(footer.num_row_groups)
     return {
@@ -162,7 +162,7 @@ def _measured(parts: list[Path]) -> Shards:
 
 
 def _typical_row(parts: Iterable[Path]) -> int:
-    """Of the first shard that has rows: the row whose length is nearest to `_BEST_LENGTH`."""
+    """Return the row whose length is nearest to `_BEST_LENGTH`, from the first shard that has rows."""
     for path in parts:
         lengths = [len(ids) for ids in tables.rows(tables.read_table(path, ["input_ids"])["input_ids"])]
         if lengths:

@@ -1,7 +1,7 @@
-"""A published masked dataset back into a folder, everything in it checked against its provenance.
+"""Fetch a published masked dataset into a folder, and check everything in it against its provenance.
 
-What is checked says that the files belong together and are whole. Who published them is said by the repository
-alone: name a commit as the revision where that matters.
+The checks prove that the files are complete and belong together. Only the repository vouches for the publisher: give
+a commit as the revision if that matters.
 """
 
 import re
@@ -37,7 +37,7 @@ _CONNECTIONS = 8
 
 
 class Pull(Stage):
-    """Writes a masked folder, as `select` would have."""
+    """Writes a masked folder like that of `select`."""
 
     name: ClassVar[str] = "pull"
     folder: ClassVar[str] = "masked"
@@ -45,10 +45,10 @@ class Pull(Stage):
     repo: str
     """The dataset's name on the Hub: user/name."""
     commit: str
-    """The commit that is pulled."""
+    """The commit to pull."""
 
     def run(self, context: Context) -> dict[str, Any]:
-        """Download what is not there yet, check it, and lay it out as a masked folder."""
+        """Download what is missing, check it, and arrange it as a masked folder."""
         out = context.out
         provenance = self._provenance(out / _DOWNLOADS)
         files = [f for f in provenance.files if f.path.startswith((SHARDS + "/", TOKENIZER + "/"))]
@@ -95,7 +95,7 @@ class Pull(Stage):
             raise self._tampered(path, f"is not what {PROVENANCE} says (size or checksum differs)")
 
     def _downloaded(self, out: Path, files: list[FileEntry]) -> Iterator[tuple[FileEntry, Path | None]]:
-        """Each file with where it was downloaded to and checked; None: an interrupted run had put it in place."""
+        """Yield each file with the path of its checked download; None: an interrupted run had put it in place."""
 
         def fetch(file: FileEntry) -> tuple[FileEntry, Path | None]:
             name = PurePosixPath(file.path).name
@@ -134,7 +134,7 @@ class Pull(Stage):
         return Path(place)
 
     def _check_shards(self, out: Path, provenance: Provenance) -> None:
-        """Refuse shards of another run, masks that contradict each other, and counts that do not add up."""
+        """Refuse shards of another run, contradictory masks, and counts that do not add up."""
         stats = []
         for path in tables.parts(out):
             try:
@@ -168,7 +168,7 @@ class Pull(Stage):
 
 
 def _is_safe(path: str) -> bool:
-    """Whether a listed file may be written below a folder: ours, and no way out of it."""
+    """Whether a listed file may be written: it is one of ours, and its path stays inside the folder."""
     parts = path.split("/")
     if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
         return False
@@ -176,7 +176,7 @@ def _is_safe(path: str) -> bool:
 
 
 def _contradiction(path: Path, stats: Mapping[str, Any]) -> str | None:
-    """What is wrong within a shard: its columns, its masks, its counts."""
+    """Return what is wrong within a shard: its columns, masks or counts."""
     schema = pq.read_schema(path).remove_metadata()
     allowed = [tables.MASKED, tables.MASKED_LEAN, UNSCORED]
     if not any(schema.equals(each) for each in allowed):

@@ -1,4 +1,4 @@
-"""Asking the Hub: every way in which it can refuse or fail becomes one line, never with a token in it."""
+"""Call the Hub: every refusal or failure becomes a one-line error that never contains a token."""
 
 import json
 import re
@@ -18,15 +18,15 @@ _REFUSALS = {
     401: "the Hub does not take the token (401); log in again with `hf auth login`, or set HF_TOKEN",
     402: "the account's storage is used up (402); free some, or publish under another account",
     403: "the token has no right to do this (403); use one that may write to it",
-    409: "the Hub is busy with another change to it (409); do it again",
-    412: "somebody else changed the repository meanwhile (412); do it again",
-    413: "the Hub takes no files this large (413)",
-    429: "the Hub asks to wait (429, too many requests); do it again later",
+    409: "the repository is being changed by someone else (409); try again",
+    412: "somebody else changed the repository meanwhile (412); try again",
+    413: "the Hub does not accept files this large (413)",
+    429: "the Hub rate-limits you (429, too many requests); try again later",
 }
 
 
 def connect(*, write: bool = False) -> "HfApi":
-    """The client, with the token that `hf auth login` or HF_TOKEN left.
+    """Return the client, with the token saved by `hf auth login` or in HF_TOKEN.
 
     Raises:
         SstokenError: `write`, and there is no token.
@@ -41,7 +41,7 @@ def connect(*, write: bool = False) -> "HfApi":
 
 
 def check_repo(repo: str) -> None:
-    """Refuse what cannot be the name of a dataset.
+    """Refuse an invalid dataset name.
 
     Raises:
         UsageError: not of the form user/name.
@@ -58,10 +58,10 @@ def check_repo(repo: str) -> None:
 
 
 def check_branch(branch: str) -> None:
-    """Refuse what cannot be the name of a branch.
+    """Refuse an invalid branch name.
 
     Raises:
-        UsageError: as git says it.
+        UsageError: by git's rules.
     """
     if not _BRANCH.fullmatch(branch) or branch.startswith("refs/"):
         raise UsageError(f"branch {branch!r}: legal are letters, digits and . _ / - within, such as rho-0.4")
@@ -69,7 +69,7 @@ def check_branch(branch: str) -> None:
 
 @contextmanager
 def asking(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub and its HTTP client raise into one line about `repo`.
+    """Turn what huggingface_hub and its HTTP client raise into a one-line error about `repo`.
 
     Raises:
         SstokenError: what happened and what to do.
@@ -80,19 +80,19 @@ def asking(repo: str) -> Iterator[None]:
         yield
     except SstokenError:
         raise
-    except Exception as error:  # huggingface_hub, httpx and the upload threads raise many kinds
+    except Exception as error:  # huggingface_hub, httpx and the upload threads raise many types
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            raise  # of this machine's disk
+            raise  # a local disk error
         said = explain(error).replace(get_token() or "***", "***")
         raise SstokenError(f"{repo}: {_SECRET.sub('***', said)}") from error
 
 
 def explain(error: BaseException) -> str:
-    """The reason and the remedy."""
+    """Return the reason and the remedy."""
     from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload thread
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # from an upload thread
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, RevisionNotFoundError):
@@ -103,7 +103,7 @@ def explain(error: BaseException) -> str:
     if status in _REFUSALS:
         return f"{_REFUSALS[status]}{f': {said}' if status in (403, 413) and said else ''}"
     if status is not None and status >= 500:
-        return f"the Hub failed ({status}); what was uploaded is kept, do it again"
+        return f"the Hub failed ({status}); what was uploaded is kept, try again"
     if status is not None:
         return f"the Hub refused ({status}): {said}"
     if isinstance(error, json.JSONDecodeError):
@@ -111,10 +111,12 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ValueError):
         return " ".join(str(error).split())[:300]
     reason = first_line(error)
-    return f"the Hub does not answer at {constants.ENDPOINT} ({reason}); do it again, what was transferred is kept"
+    return (
+        f"the Hub does not answer at {constants.ENDPOINT} ({reason}); try again, what was transferred is kept"
+    )
 
 
 def _message(error: Any) -> str:
-    """What the server itself said."""
+    """Return the server's own message."""
     lines = str(getattr(error, "server_message", None) or "").split()
     return " ".join(lines)[:200]

@@ -1,4 +1,4 @@
-"""A prepared folder onto the Hub: what is there already is left alone, the rest goes up, then one commit."""
+"""Upload a prepared folder to the Hub in one commit; files that are already there are not sent again."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 MAIN = "main"
 _OWNED_BY_ANYBODY = (".gitattributes", ".gitignore", CARD)
-"""A repository that holds only these is taken as a new one."""
+"""A repository that holds only these counts as empty."""
 _BATCH_FILES = 16
-"""Uploaded between two steps of the progress bar."""
+"""Files uploaded per step of the progress bar."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What came of a publication."""
+    """The outcome of a publication."""
 
     url: str
-    """Of the dataset's page."""
+    """URL of the dataset's page."""
     commit: str
     """The commit that holds the files."""
     changed: list[str]
-    """Files that this commit wrote; empty: all was there already and no commit was made."""
+    """Files that this commit wrote; empty: everything was already there, and no commit was made."""
     removed: list[str]
-    """Files of an earlier publication that it removed."""
+    """Files of an earlier publication that this commit removed."""
 
 
 def upload(
@@ -48,16 +48,16 @@ def upload(
     title: str,
     progress: ProgressBar,
 ) -> Upload:
-    """Make the branch hold these files, in one commit; make the repository and the branch where they are missing.
+    """Make the branch hold exactly these files, in one commit; create the repository and the branch if needed.
 
     Args:
         api: see `connect`.
         folder: the prepared folder.
-        files: those to publish, with their checksums.
+        files: the files to publish, with their checksums.
         repo: user/name.
-        branch: an existing one or a new one, which starts at `main`.
-        private: only you may see it. An existing public repository is refused.
-        title: of the commit.
+        branch: an existing branch, or a new one, which starts at `main`.
+        private: make the repository private. An existing public repository is refused.
+        title: the commit's title.
         progress: opens the progress bar.
 
     Raises:
@@ -67,7 +67,7 @@ def upload(
     with asking(repo):
         head, exists = _head(api, repo, branch, private)
         there = _tree(api, repo, head)
-        removed = _leftovers(api, repo, head, there, files)
+        removed = _superseded(api, repo, head, there, files)
         if not exists:
             api.create_branch(repo, branch=branch, revision=head, repo_type="dataset", exist_ok=True)
         changed = [file for file in files if not _same(there.get(file.path), folder, file)]
@@ -79,7 +79,7 @@ def upload(
 
 
 def _head(api: "HfApi", repo: str, branch: str, private: bool) -> tuple[str, bool]:
-    """The commit at the branch's head, or where it would start, and whether the branch exists."""
+    """Return the commit at the branch's head (or where it would start), and whether the branch exists."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -107,13 +107,13 @@ def _tree(api: "HfApi", repo: str, commit: str) -> dict[str, "RepoFile"]:
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def _leftovers(
+def _superseded(
     api: "HfApi", repo: str, commit: str, there: dict[str, "RepoFile"], files: Sequence[FileEntry]
 ) -> list[str]:
-    """Files there that an earlier publication wrote and this one has not.
+    """Return files that an earlier publication wrote and this one does not.
 
     Raises:
-        UsageError: files that no publication of ours wrote.
+        UsageError: there are files that no publication of ours wrote.
     """
     ours: set[str] = set()
     if PROVENANCE in there:
@@ -127,7 +127,7 @@ def _leftovers(
         )
     if others and (mixed := [path for path in others if path.split("/")[0] in _folders(files)]):
         raise UsageError(
-            f"{repo}: {mixed[0]} is not of an earlier publication; remove it from the repository"
+            f"{repo}: {mixed[0]} is not from an earlier publication; remove it from the repository"
         )
     return sorted((ours & set(there)) - {file.path for file in files})
 
@@ -145,7 +145,7 @@ def _same(there: "RepoFile | None", folder: Path, file: FileEntry) -> bool:
 
 
 def _git_oid(path: Path) -> str:
-    """What git calls a file of this content."""
+    """Return git's object id of a file with this content."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -164,10 +164,10 @@ def _commit(
     title: str,
     progress: ProgressBar,
 ) -> str:
-    """Upload and commit; its id. Large files that an earlier, killed call had brought over are not sent again."""
+    """Upload and commit; return the commit id. Large files sent by an earlier, killed call are not sent again."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard
 
-    DatasetCard.load(folder / CARD).validate()  # a refusal comes before the upload, not after it
+    DatasetCard.load(folder / CARD).validate()  # fail before the upload rather than after it
     additions = [CommitOperationAdd(file.path, folder / file.path) for file in changed]
     with progress("files", len(additions)) as bar:
         for start in range(0, len(additions), _BATCH_FILES):
@@ -183,5 +183,5 @@ def _commit(
         parent_commit=head,
     )
     if info.oid == head:
-        raise SstokenError(f"{repo}: the Hub made no commit; do it again")
+        raise SstokenError(f"{repo}: the Hub made no commit; try again")
     return str(info.oid)

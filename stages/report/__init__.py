@@ -1,1 +1,1 @@
-"""Looking at masked datasets."""
+"""Show masked datasets."""

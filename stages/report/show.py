@@ -1,6 +1,7 @@
 """`sstoken-curate show`: the tokens of a masked dataset in the terminal, kept and dropped, coloured by score.
 
-Text from a dataset is data: control characters, terminal escape sequences and rich markup are shown, never obeyed.
+Text from a dataset is untrusted: control characters, terminal escape sequences and rich markup are displayed, never
+interpreted.
 """
 
 import io
@@ -33,20 +34,20 @@ PROMPT_STYLE = Style(dim=True)
 DROPPED_STYLE = Style(color="#8a8a8a", strike=True)
 DROPPED_MARKS = ("[-", "-]")
 RESPONSE_MARKS = ("«", "»")
-"""What stands for the colours where there are none; `[-...-]` as in `wdiff` and `git diff --word-diff`."""
+"""What replaces the colours where there are none; `[-...-]` as in `wdiff` and `git diff --word-diff`."""
 
 _ROW_COLUMNS = ("example_id", "input_ids", "response_mask", "keep_mask", "score")
 
 
 @dataclass(frozen=True)
 class MaskedExample:
-    """One row of a masked dataset; the per-token sequences are as long as `input_ids`."""
+    """One row of a masked dataset; per-token sequences are as long as `input_ids`."""
 
     row: int
     example_id: str
     input_ids: list[int]
     response_mask: list[bool] | None
-    """None in a lean dataset: a dropped token cannot be told from the prompt."""
+    """None in a lean dataset, where dropped tokens cannot be told from the prompt."""
     keep_mask: list[bool]
     scores: list[float | None]
     provenance: dict[str, Any]
@@ -70,7 +71,7 @@ def show(masked: Path, row: int | None = None, num_examples: int = 1, console: C
 def save_svg(
     masked: Path, file: Path, row: int | None = None, num_examples: int = 1, width: int = 100
 ) -> None:
-    """Save what `show` prints as an SVG picture, `width` characters wide. The same rows give the same bytes.
+    """Save the output of `show` as an SVG picture, `width` characters wide. The same rows give the same bytes.
 
     Raises:
         SstokenError: as for `show`; or the file cannot be written.
@@ -88,7 +89,7 @@ def save_svg(
 
 
 def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", console: Console) -> None:
-    """A header line, then the tokens."""
+    """Print a header line, then the tokens."""
     facts = example.provenance
     kept, response = sum(example.keep_mask), sum(example.response_mask or ())
     counts = f"kept {kept} of {response} response tokens" if response else f"kept {kept} tokens"
@@ -115,7 +116,7 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
 
 
 def print_legend(console: Console, *, lean: bool = False) -> None:
-    """What the colours, or the marks in their place, mean."""
+    """Print what the colours, or the marks that replace them, mean."""
     legend = Text()
     if is_plain(console):
         legend.append("prompt or dropped «kept»" if lean else "prompt «kept [-dropped-]»")
@@ -138,14 +139,14 @@ def render_example(
     *,
     plain: bool = False,
 ) -> Text:
-    """The tokens of one example as styled text: prompt dim, kept on a background by score, dropped struck out.
+    """Style the tokens of one example: prompt dim, kept on a background by score, dropped struck out.
 
     Args:
-        tokens: T strings (see `token_texts`), as they are in the dataset: they are made visible here.
+        tokens: T strings (see `token_texts`), unescaped; control characters are made visible here.
         response_mask: T flags.
-        keep_mask: T flags, true on response tokens only.
-        scores: T values, None where there is none. Only their rank among the kept tokens shows.
-        plain: marks instead of colours.
+        keep_mask: T flags, true only on response tokens.
+        scores: T values, None for no score. Only their rank among the kept tokens shows.
+        plain: use marks instead of colours.
     """
     kinds = [
         ("kept" if keep else "dropped") if response else "prompt"
@@ -162,11 +163,12 @@ def render_example(
 
 
 def read_examples(masked: Path, row: int, num_examples: int = 1) -> list[MaskedExample]:
-    """Rows `row` to `row + num_examples - 1` of a masked folder, or up to its last; reads their row groups only.
+    """Return rows `row` to `row + num_examples - 1` of a masked folder, or fewer at its end; reads only their row
+    groups.
 
     Raises:
         UsageError: no such folder, not a masked one, or `row` out of range.
-        SstokenError: it is unfinished or damaged.
+        SstokenError: the folder is unfinished or damaged.
     """
     parts = tables.parts(masked)
     if not (masked / "manifest.json").is_file():
@@ -202,7 +204,7 @@ def _footer(part: Path) -> Any:
 
 
 def _read_rows(part: Path, group: int, local: Iterable[int], first: int) -> list[MaskedExample]:
-    """The rows `local` of one row group, whose first row is row `first` of the folder."""
+    """Read the rows `local` of one row group, whose first row is row `first` of the folder."""
     provenance = tables.read_metadata(part)
     table = tables.read_row_group(part, group, _ROW_COLUMNS)
     rows = ((i, table.slice(i, 1).to_pylist()[0]) for i in local)
@@ -216,14 +218,14 @@ def _read_rows(part: Path, group: int, local: Iterable[int], first: int) -> list
 
 
 def _ranks(scores: Sequence[float | None]) -> list[float]:
-    """The rank of each score among the given ones, in [0, 1]; equal scores are equal; 0.5 where there is none."""
+    """Return each score's rank among those present, in [0, 1]; ties share a rank; None ranks 0.5."""
     order = sorted({s for s in scores if s is not None and not math.isnan(s)})
     rank = {s: i / (len(order) - 1) if len(order) > 1 else 0.5 for i, s in enumerate(order)}
     return [rank.get(s, 0.5) if s is not None else 0.5 for s in scores]
 
 
 def _shade(rank: float) -> Style:
-    """A background of the ramp, with whichever of black and white reads better on it."""
+    """Return a background from the ramp, with black or white text, whichever contrasts better."""
     background = RAMP[min(int(rank * len(RAMP)), len(RAMP) - 1)]
     red, green, blue = (int(background[i : i + 2], 16) / 255 for i in (1, 3, 5))
     luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
@@ -231,7 +233,7 @@ def _shade(rank: float) -> Style:
 
 
 def _marked(texts: Sequence[str], kinds: Sequence[str]) -> str:
-    """The texts joined, each response between its marks and what was dropped of it between its own."""
+    """Join the texts, with marks around each response and around dropped stretches within it."""
     pairs = [(text, kind) for text, kind in zip(texts, kinds, strict=True) if text]
     marked = ""
     for prompt, turn in groupby(pairs, key=lambda pair: pair[1] == "prompt"):
@@ -243,23 +245,23 @@ def _marked(texts: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def default_console() -> Console:
-    """Standard output, where a character that its encoding lacks is spelled out rather than an error."""
+    """Return standard output; a character that its encoding lacks is escaped rather than an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return Console()
 
 
 def is_plain(console: Console) -> bool:
-    """Whether colours will not show: no terminal, a dumb one, or NO_COLOR."""
+    """Whether colours would not show: no terminal, a dumb one, or NO_COLOR."""
     return console.no_color or console.color_system is None
 
 
 def _print(console: Console, text: Text) -> None:
-    """One paragraph; lines are folded on a terminal only, so that a pipe gets the text as it is."""
+    """Print one paragraph; wrap lines only on a terminal, so that a pipe gets the text unchanged."""
     console.print(text, soft_wrap=not console.is_terminal)
 
 
-# rich's own template loads a font from the network; this one takes what the reader has.
+# rich's own template loads a font from the network; this one uses a local font.
 _SVG = """\
 <svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>

@@ -1,1 +1,1 @@
-"""What `anchor` is made of: the resumable training run, its tokens, and the history that it leaves behind."""
+"""The parts of `anchor`: the resumable training run, its tokens, and the history it leaves behind."""

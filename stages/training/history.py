@@ -25,23 +25,23 @@ from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json
 class HistorySnapshots(TrainerCallback):
     """Saves the model at even points of training, each as a folder that `from_pretrained` loads.
 
-    Writes `out/step-<K>/` (safetensors; for a PEFT model the adapter alone; the tokenizer beside it) and
-    `out/history.json`, whose first entry, `step-0`, refers to the base model without copying it. The last step
-    is always among the snapshots. A step's loss is logged where a snapshot is due, whatever `logging_steps`.
+    Writes `out/step-<K>/` (safetensors; for a PEFT model only the adapter; with the tokenizer) and
+    `out/history.json`, whose first entry, `step-0`, refers to the base model without copying it. The last step is
+    always a snapshot. The loss is logged at every snapshot, whatever `logging_steps`.
 
     Weights are saved in the dtype they are trained in. In a distributed run the main process writes.
 
     Args:
         out: the history's folder.
-        num_snapshots: so many, at even distances, the last at the last step (4 unless `every_steps` is given).
-        every_steps: instead: every so many optimizer steps, and at the last.
-        ema_decay: in (0, 1): keep also an exponential moving average of the trained weights, in float32,
-            `average = ema_decay * average + (1 - ema_decay) * weights` after each step, starting from the weights
-            before the first; saved as `step-<K>-ema`. To resume, resume at a snapshot's step.
+        num_snapshots: how many, evenly spaced, the last at the last step (default 4 unless `every_steps` is given).
+        every_steps: alternatively: every this many optimizer steps, and at the last.
+        ema_decay: in (0, 1): also keep an exponential moving average of the trained weights in float32,
+            `average = ema_decay * average + (1 - ema_decay) * weights` after each step, starting from the initial
+            weights; saved as `step-<K>-ema`. Training can then resume only at a snapshot's step.
         base: what `step-0` refers to. By default, where the model was loaded from.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value is out of range.
         SstokenError: during training: the weights are sharded, or the average cannot be resumed.
     """
 
@@ -64,7 +64,7 @@ class HistorySnapshots(TrainerCallback):
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise UsageError(f"ema_decay is {ema_decay}; it must lie between 0 and 1, for example 0.99")
         self.steps: frozenset[int] = frozenset()
-        """Where snapshots are due; known once training has begun."""
+        """The steps of the snapshots; known once training has begun."""
         self._out = Path(out)
         self._num_snapshots = num_snapshots
         self._every_steps = every_steps
@@ -80,7 +80,7 @@ class HistorySnapshots(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Plan the snapshots; forget the entries that training will make again."""
+        """Plan the snapshots; drop the entries that training will create again."""
         self.steps = snapshot_steps(state.max_steps, self._num_snapshots, self._every_steps)
         self._last_step = state.global_step
         self._last_loss = self._tokens_seen = None
@@ -89,8 +89,8 @@ class HistorySnapshots(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._out.mkdir(parents=True, exist_ok=True)
-        for leftover in self._out.glob(".step-*.partial"):
-            shutil.rmtree(leftover)
+        for partial in self._out.glob(".step-*.partial"):
+            shutil.rmtree(partial)
         earlier = read_index(self._out) if (self._out / INDEX).exists() else []
         self._entries = [e for e in earlier if 0 < e.step <= state.global_step]
         base, self._lasting_base = self._base or _loaded_from(model), None
@@ -106,11 +106,11 @@ class HistorySnapshots(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Follow the average; ask for the loss where a snapshot is due."""
+        """Update the average; request the loss if a snapshot is due."""
         if self._average is not None:
             self._average.update(_unwrap(kwargs["model"]))
         if state.global_step in self.steps:
-            control.should_log = True  # on every process: the loss is gathered from all
+            control.should_log = True  # on every process, since the loss is gathered from all of them
         return control
 
     def on_log(
@@ -121,7 +121,7 @@ class HistorySnapshots(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take the snapshot that is due. The trainer logs before it saves, so no checkpoint comes first."""
+        """Take the snapshot that is due. The trainer logs before it saves, so no checkpoint precedes the snapshot."""
         logs = logs or {}
         self._last_loss = logs.get("loss", self._last_loss)
         self._tokens_seen = (
@@ -133,7 +133,7 @@ class HistorySnapshots(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Training that stops early ends here, before a best model might be loaded instead of the last."""
+        """Take the last snapshot of a run that stops early, before a best model replaces the last one."""
         if control.should_training_stop:
             self._take(state, kwargs)
 
@@ -161,7 +161,7 @@ class HistorySnapshots(TrainerCallback):
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         flush_to_disk(partial)
-        if final.exists():  # from an interrupted run that came further than its resumable state
+        if final.exists():  # from an interrupted run that got further than its last checkpoint
             shutil.rmtree(final)
         partial.rename(final)
         tokens_seen = None if self._tokens_seen is None else int(self._tokens_seen)
@@ -178,7 +178,7 @@ class HistorySnapshots(TrainerCallback):
 
 
 def snapshot_steps(max_steps: int, num_snapshots: int | None, every_steps: int | None) -> frozenset[int]:
-    """The steps at which snapshots are taken: at even points or at every so many steps, and the last."""
+    """Return the steps at which snapshots are taken: evenly spaced or every so many steps, and the last."""
     if every_steps is not None:
         return frozenset([*range(every_steps, max_steps, every_steps), max_steps])
     count = num_snapshots or 1
@@ -186,21 +186,21 @@ def snapshot_steps(max_steps: int, num_snapshots: int | None, every_steps: int |
 
 
 class _Average:
-    """An exponential moving average of the trained parameters, in float32."""
+    """An exponential moving average of the trained parameters in float32."""
 
     def __init__(self, model: Any, decay: float) -> None:
         weights = _float_weights(model)
         self._shadow = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self._shadow.update_parameters(
             weights
-        )  # the first update copies: the average starts from these weights
+        )  # the first update copies: the average starts from the initial weights
 
     def update(self, model: Any) -> None:
         self._shadow.update_parameters(_float_weights(model))
 
     @contextmanager
     def installed_in(self, model: Any) -> Iterator[None]:
-        """The model has the averaged weights, and its own again afterwards, to the bit."""
+        """Put the averaged weights into the model; restore its own exactly afterwards."""
         parameters = list(_trained(model).values())
         own = [p.data for p in parameters]
         try:
@@ -212,7 +212,7 @@ class _Average:
                 parameter.data = data
 
     def load(self, model: Any, folder: Path) -> None:
-        """Go on from an average that was saved."""
+        """Resume from a saved average."""
         if isinstance(model, PreTrainedModel):
             saved = type(model).from_pretrained(folder, dtype=torch.float32).to(model.device)
             weights = dict(saved.named_parameters())
@@ -231,7 +231,7 @@ def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def _float_weights(model: Any) -> torch.nn.ParameterList:
-    """The trained parameters in float32, without a copy where they are so already."""
+    """Yield the trained parameters in float32, without a copy if they already are."""
     weights = (p.detach().float() for p in _trained(model).values())
     return torch.nn.ParameterList(torch.nn.Parameter(w, requires_grad=False) for w in weights)
 
@@ -247,21 +247,21 @@ def _is_adapted(model: Any) -> bool:
 
 
 def _loaded_from(model: Any) -> str | None:
-    """Where the base weights came from; None for a model made from nothing."""
+    """Return where the base weights were loaded from; None for a model built from scratch."""
     if _is_adapted(model):
         model = model.get_base_model()
     return getattr(model, "name_or_path", None) or None
 
 
 def _commit(model: Any) -> str | None:
-    """The Hub commit that the base weights came from; None for a folder's."""
+    """Return the Hub commit of the base weights; None for a local folder."""
     if _is_adapted(model):
         model = model.get_base_model()
     return getattr(model.config, "_commit_hash", None)
 
 
 def _name_base(adapter: Path, base: str) -> None:
-    """Have an adapter's folder name its base so that it is found from any working directory."""
+    """Make an adapter's folder name its base so that it is found from any working directory."""
     for path in (adapter / ADAPTER_CONFIG, *adapter.glob(f"*/{ADAPTER_CONFIG}")):
         if path.is_file():
             name, revision = (base, None) if Path(base).is_absolute() else split_revision(base)

@@ -1,4 +1,4 @@
-"""`history.json`: which checkpoints a training run left behind, in the order of training."""
+"""`history.json`: the checkpoints of a training run, in training order."""
 
 import json
 import os
@@ -23,25 +23,25 @@ class Entry:
     name: str
     """`step-<K>`, or `step-<K>-ema`."""
     path: str
-    """Where it is: in the file relative to the history's folder; of a reference also a Hub id, with its commit."""
+    """Its path, in the file relative to the history's folder; for a reference also a Hub id with its commit."""
     step: int
-    """Optimizer steps taken when it was saved. 0: the base model."""
+    """Optimizer steps taken before it was saved. 0: the base model."""
     tokens_seen: int | None
-    """Tokens of the batches until then, padding left out. None: the trainer did not count them."""
+    """Tokens trained on so far, without padding. None: the trainer did not count them."""
     loss: float | None
-    """Training loss in nats, mean over the steps since the log line before. None for the base model."""
+    """Training loss in nats, mean over the steps since the previous log line. None for the base model."""
     kind: Kind
     """`reference`: the base model, not copied. `full`: all weights. `lora`: an adapter. `ema`: averaged weights."""
     absolute: str | None = None
-    """Of a reference to a folder: where it was, for a history that was moved without it."""
+    """For a reference to a folder: its original path, in case the history was moved without it."""
 
 
 def read_history(folder: Path) -> list[Entry]:
-    """The checkpoints of a history, with paths that can be loaded.
+    """Return the checkpoints of a history with loadable paths.
 
     Raises:
-        UsageError: there is no history in `folder`.
-        SstokenError: its index is damaged, or a checkpoint that it names is gone.
+        UsageError: `folder` has no history.
+        SstokenError: its index is damaged, or a checkpoint in it is missing.
     """
     entries = []
     for entry in read_index(folder):
@@ -59,7 +59,7 @@ def read_history(folder: Path) -> list[Entry]:
 
 
 def reference(folder: Path, base: str) -> Entry:
-    """The entry of the base model: a Hub id, or an absolute path, which is kept relative to the history as well."""
+    """Return the base model's entry: a Hub id, or an absolute path that is also stored relative to the history."""
     if not Path(base).is_absolute():
         return Entry("step-0", base, 0, 0, None, "reference")
     relative = Path(os.path.relpath(base, Path(folder).resolve())).as_posix()
@@ -67,7 +67,7 @@ def reference(folder: Path, base: str) -> Entry:
 
 
 def _found(folder: Path, entry: Entry) -> str:
-    """Where the base of a history is now: moved together with it, or where it was."""
+    """Return where a history's base is now: moved together with it, or at its original path."""
     beside = folder.resolve() / entry.path
     if entry.absolute is not None:
         return str(beside.resolve()) if beside.is_dir() else entry.absolute
@@ -75,7 +75,7 @@ def _found(folder: Path, entry: Entry) -> str:
 
 
 def find_checkpoint(folder: Path, name: str) -> Entry:
-    """The checkpoint called `name`.
+    """Return the checkpoint called `name`.
 
     Raises:
         UsageError: there is none of that name.
@@ -90,10 +90,10 @@ def find_checkpoint(folder: Path, name: str) -> Entry:
 
 
 def read_index(folder: Path) -> list[Entry]:
-    """The entries as they stand in the file.
+    """Return the entries as stored.
 
     Raises:
-        UsageError: there is no history in `folder`.
+        UsageError: `folder` has no history.
         SstokenError: the file is damaged.
     """
     path = Path(folder) / INDEX
@@ -106,6 +106,6 @@ def read_index(folder: Path) -> list[Entry]:
 
 
 def write_index(folder: Path, entries: Iterable[Entry]) -> None:
-    """Replace the file in one move: a reader sees the old one or the new one."""
+    """Replace the file atomically."""
     lines = ",\n".join(" " + json.dumps(asdict(entry)) for entry in entries)
     write_atomic(Path(folder) / INDEX, f"[\n{lines}\n]\n")

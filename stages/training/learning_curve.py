@@ -1,4 +1,4 @@
-"""The picture of an anchor run: its loss, and where the snapshots are."""
+"""A picture of an anchor run: its loss and its snapshots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ def draw(log: Sequence[dict[str, Any]], entries: Sequence[Entry], path: Path) ->
 
     Args:
         log: lines with `step` and `loss` (nats per token), in order.
-        entries: of the history; the base model and the averaged weights are not marked.
+        entries: of the history; the base model and averaged weights are not marked.
         path: of the PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -64,7 +64,7 @@ def draw(log: Sequence[dict[str, Any]], entries: Sequence[Entry], path: Path) ->
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean over up to `window` neighbours on either side, fewer at the ends."""
+    """Return the mean over up to `window` neighbours on either side, fewer at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     centre = np.arange(len(values))
     first, last = np.maximum(centre - window, 0), np.minimum(centre + window + 1, len(values))

@@ -1,4 +1,4 @@
-"""`ObservedLosses`: keeps what training sees of each token's loss, so that one epoch in the loop scores the data.
+"""`ObservedLosses`: records each token's loss during in-loop training, so that one epoch also scores the data.
 
 trainer = SelfModulatedTrainer(..., observers=[ObservedLosses("runs/observed")])
 """
@@ -21,26 +21,26 @@ PATTERN = "observed-*.sqlite"
 
 
 class Seen(NamedTuple):
-    """An example's signals as training saw them last; n tokens."""
+    """An example's signals as last seen in training; n tokens."""
 
     step: int
     loss: NDArray[np.float32]
-    """[n] nats; NaN off the response."""
+    """[n] nats; NaN outside the response."""
     attention: NDArray[np.float32] | None
     """[n]; None: not measured."""
 
 
 class ObservedLosses:
-    """An observer of in-loop training that keeps each example's last losses in a file of its process.
+    """An in-loop training observer that stores each example's last losses in a file per process.
 
-    Examples are known by their tokens, however they are batched; one that training cuts short counts as another.
+    Examples are identified by their tokens, however they are batched; a truncated example counts as a different one.
 
     Args:
-        folder: for the files; made if it is not there.
-        resume: go on with what is there, where training is resumed.
+        folder: for the files; created if missing.
+        resume: continue an earlier recording, when training is resumed.
 
     Raises:
-        UsageError: it holds what an earlier training saw.
+        UsageError: the folder holds an earlier recording and `resume` is false.
     """
 
     def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
@@ -51,7 +51,7 @@ class ObservedLosses:
             )
 
     def __call__(self, observation: Observation) -> None:
-        """Keep it."""
+        """Store the losses of one step."""
         attention = None if observation.attention is None else observation.attention.tobytes()
         self._database.execute(
             "INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?)",
@@ -65,13 +65,13 @@ class ObservedLosses:
 
 
 class SeenExamples:
-    """What all processes of a training kept. A context."""
+    """The recordings of all processes of a training run. A context manager."""
 
     def __init__(self, folder: Path) -> None:
-        """Open it.
+        """Open the recordings.
 
         Raises:
-            UsageError: nothing was kept there.
+            UsageError: there are none.
         """
         paths = sorted(folder.glob(PATTERN))
         if not paths:
@@ -88,7 +88,7 @@ class SeenExamples:
             database.close()
 
     def last(self, key: bytes) -> Seen | None:
-        """What was seen last of an example; None: it was never seen."""
+        """Return what was last seen of an example; None: it was never seen."""
         return max(self._found(key), key=lambda seen: seen.step, default=None)
 
     def _found(self, key: bytes) -> Iterator[Seen]:
@@ -105,7 +105,7 @@ class SeenExamples:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    """Each statement is committed at once: a killed process loses nothing."""
+    """Commit each statement at once: a killed process loses nothing."""
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     database.execute("PRAGMA journal_mode = TRUNCATE")
     database.execute("PRAGMA synchronous = OFF")

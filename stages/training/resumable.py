@@ -1,4 +1,4 @@
-"""The trainer's own checkpoints, from which an interrupted run goes on: whole ones only, at snapshots only."""
+"""The trainer's own checkpoints for resuming an interrupted run: taken at snapshots only, and used only if complete."""
 
 import json
 import math
@@ -17,27 +17,27 @@ from sstoken.stages.processes import num_processes
 from sstoken.stages.stage import Progress
 from sstoken.stages.training.history import HistorySnapshots
 
-_WHOLE = "whole.json"
+_COMPLETE = "whole.json"
 
 
 def clean(folder: Path) -> None:
-    """Remove checkpoints whose saving was interrupted."""
+    """Remove checkpoints that were interrupted while being saved."""
     for checkpoint in folder.glob("checkpoint-*"):
-        if not (checkpoint / _WHOLE).exists():
+        if not (checkpoint / _COMPLETE).exists():
             shutil.rmtree(checkpoint)
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The checkpoint to go on from.
+def last_complete(folder: Path) -> Path | None:
+    """Return the checkpoint to resume from, or None.
 
     Raises:
-        SstokenError: it was made by another number of processes, which see the data in another order.
+        SstokenError: it was made by a different number of processes, which see the data in another order.
     """
-    whole = [c for c in folder.glob("checkpoint-*") if (c / _WHOLE).exists()]
-    if not whole:
+    complete = [c for c in folder.glob("checkpoint-*") if (c / _COMPLETE).exists()]
+    if not complete:
         return None
-    last = max(whole, key=lambda c: int(c.name.rpartition("-")[2]))
-    then, now = json.loads((last / _WHOLE).read_text())["processes"], num_processes()
+    last = max(complete, key=lambda c: int(c.name.rpartition("-")[2]))
+    then, now = json.loads((last / _COMPLETE).read_text())["processes"], num_processes()
     if then != now:
         raise SstokenError(
             f"{last}: made by {then} processes, and now there are {now}; go on with {then}, or remove {folder.parent} "
@@ -47,9 +47,9 @@ def last_whole(folder: Path) -> Path | None:
 
 
 class Resumable(TrainerCallback):
-    """Has the trainer save itself wherever a snapshot was taken, and keeps the last whole checkpoint.
+    """Makes the trainer save itself at every snapshot, and keeps only the last complete checkpoint.
 
-    There is none at the last step: there, nothing is left to go on with.
+    It does not save at the last step, where nothing is left to resume.
     """
 
     def __init__(self, folder: Path, snapshots: HistorySnapshots) -> None:
@@ -59,7 +59,7 @@ class Resumable(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save at a snapshot: it is taken while logging, before the trainer saves."""
+        """Save at a snapshot, which is taken while logging, before the trainer saves."""
         if state.global_step in self._snapshots.steps and state.global_step < state.max_steps:
             control.should_save = True
         return control
@@ -67,22 +67,23 @@ class Resumable(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Mark the checkpoint as whole once every process has written its part; drop the one before."""
+        """Mark the checkpoint as complete once every process has written its part; delete the previous one."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if not state.is_world_process_zero:
             return
         saved = self._folder / f"checkpoint-{state.global_step}"
         flush_to_disk(saved)
-        write_atomic(saved / _WHOLE, json.dumps({"processes": num_processes()}))
+        write_atomic(saved / _COMPLETE, json.dumps({"processes": num_processes()}))
         for earlier in self._folder.glob("checkpoint-*"):
             if earlier != saved:
-                (earlier / _WHOLE).unlink(missing_ok=True)  # first, so that a half-removed one is not whole
+                # first, so that a half-deleted checkpoint is never resumed
+                (earlier / _COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(earlier)
 
 
 class Watch(TrainerCallback):
-    """Shows progress, and stops the run where the loss is not a number. Goes before the snapshots."""
+    """Shows progress, and stops the run if the loss is not finite. Must come before the snapshots."""
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar, with what an earlier run did counted as done."""
+        """Open the progress bar at the step the run resumes from."""
         if state.is_world_process_zero:
             self._progress = self._stack.enter_context(self._open("steps", state.max_steps))
             self._progress.advance(state.global_step)
@@ -118,10 +119,10 @@ class Watch(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse to go on, or to save anything, after a loss or gradient that is NaN or infinite.
+        """Stop before anything is saved after a loss or gradient that is NaN or infinite.
 
         Raises:
-            SstokenError: it is.
+            SstokenError: the loss or gradient norm is not finite.
         """
         for what, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
             value = (logs or {}).get(key, 0.0)

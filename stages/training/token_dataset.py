@@ -1,4 +1,4 @@
-"""Tokens as a map-style dataset for a trainer, memory-mapped: the examples never all lie in memory."""
+"""Tokens as a memory-mapped, map-style dataset for a trainer."""
 
 import os
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Extent:
-    """What a model must be able to take in."""
+    """What a model must be able to process."""
 
     examples: int
-    """That train something: with a response token after the first token."""
+    """The number of examples to train on: they have a response token after the first token."""
     skipped: int
-    """Examples without one."""
+    """The number of examples without one."""
     largest_id: int
     longest: int
     """In tokens."""
 
 
 def build(tokens: Path, file: Path) -> None:
-    """Copy the examples that train something from Parquet into one Arrow file that can be memory-mapped.
+    """Copy the examples to train on from Parquet into one Arrow file that can be memory-mapped.
 
-    An example without a response token would only add nothing, or, alone in a batch, a division by zero.
+    An example without response tokens would contribute nothing, or, alone in a batch, a division by zero.
 
     Raises:
-        SstokenError: `tokens` holds no shards or no such example, or a shard is damaged or not ours.
+        SstokenError: `tokens` has no shards or no such example, or a shard is damaged or not ours.
     """
     parts = tables.parts(tokens)
     if not parts:
@@ -63,17 +63,17 @@ def build(tokens: Path, file: Path) -> None:
 
 
 def read_extent(file: Path) -> Extent:
-    """What `build` counted."""
+    """Return what `build` counted."""
     return Extent(*map(int, file.with_suffix(".extent").read_text().split()))
 
 
 def _trains(masks: pa.ListArray) -> pa.Array:
-    """Which rows have a response token that is predicted from one before it."""
+    """Return which rows have a response token that a preceding token predicts."""
     return pa.array([bool(np.asarray(mask.values)[1:].any()) for mask in masks], pa.bool_())
 
 
 class TokenDataset:
-    """Rows of a file that `build` wrote: `input_ids`, and `labels` that are -100 off the response."""
+    """Rows of a file that `build` wrote: `input_ids`, and `labels` that are -100 outside the response."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -91,4 +91,4 @@ class TokenDataset:
         return {"input_ids": ids.tolist(), "labels": labels_from_mask(ids, mask).tolist()}
 
     def __getstate__(self) -> dict[str, Path]:
-        return {"_file": self._file}  # a worker process maps the file itself
+        return {"_file": self._file}  # each worker process maps the file itself

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from sstoken.errors import SstokenError
 from sstoken.stages.adapter_kinds import SUPPORTED
 from sstoken.stages.backends import BackendOptions, base_models, make_backend
-from sstoken.stages.checkpoints import check_whole
+from sstoken.stages.checkpoints import check_loadable
 from tests.stages.tiny import VOCABULARY, save_tokenizer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -155,7 +155,7 @@ def test_an_adapter_gives_its_losses_and_leaves_the_base(kind, base, tmp_path):
     before = state()
     expected = trained(base, tmp_path / "adapter", KINDS[kind]())
     assert np.abs(expected - alone[0]).max() > 1e-4
-    check_whole(str(tmp_path / "adapter"))
+    check_loadable(str(tmp_path / "adapter"))
     np.testing.assert_allclose(measured(tmp_path / "adapter")[0], expected, atol=2e-5)
     assert_base_is_itself(base, before, alone)
 
@@ -176,7 +176,7 @@ def test_plain_adapters_do_not_load_the_base_again(base, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("loaded again")
 
-    monkeypatch.setattr(base_models, "load_whole", refuse)
+    monkeypatch.setattr(base_models, "load_with_unused", refuse)
     for path in (tmp_path / "plain", tmp_path / "DoRA", base, tmp_path / "rsLoRA", base):
         measured(path)
 
@@ -280,7 +280,7 @@ def test_other_kinds_are_refused_by_name_before_any_work(kind, base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(SstokenError, match=f"adapters of the kind {kind} are not supported, legal is LORA"):
-        check_whole(str(tmp_path))
+        check_loadable(str(tmp_path))
 
 
 @pytest.mark.parametrize("setting", ["alora_invocation_tokens", "layer_replication", "use_bdlora"])
@@ -289,7 +289,7 @@ def test_settings_that_peft_alone_can_run_are_refused(setting, base, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {setting: [[0, 1]]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(SstokenError, match=setting):
-        check_whole(str(tmp_path))
+        check_loadable(str(tmp_path))
 
 
 def test_every_supported_kind_is_tested():

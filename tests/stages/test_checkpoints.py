@@ -7,7 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from sstoken.errors import SstokenError
-from sstoken.stages.checkpoints import adapter_base, check_whole, identity, local_folder, tokenizer_identity
+from sstoken.stages.checkpoints import (
+    adapter_base,
+    check_loadable,
+    identity,
+    local_folder,
+    tokenizer_identity,
+)
 from sstoken.stages.folders import hash_file
 from sstoken.stages.hub_models import hub_adapter
 from tests.stages.tiny import save_model
@@ -78,12 +84,12 @@ def test_an_adapter_on_the_hub_is_one_like_any_other(hub_cache, tmp_path):
     for ref in ("user/adapter", "user/adapter@main", f"user/adapter@{'a' * 40}"):
         assert local_folder(ref) == snapshot
         assert adapter_base(ref) == str(base)
-        check_whole(ref)
+        check_loadable(ref)
     before = identity("user/adapter", hash_file)
     assert before["base"] == identity(str(base), hash_file)
     (snapshot / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "XLORA"}))
     with pytest.raises(SstokenError, match="adapters of the kind XLORA"):
-        check_whole("user/adapter")
+        check_loadable("user/adapter")
 
 
 def test_a_model_on_the_hub_is_no_adapter(hub_cache):

@@ -130,14 +130,14 @@ def test_the_last_checkpoint_is_let_go_before_the_next_is_loaded(tokens, model, 
     other = save_model(tmp_path / "other")
     score(tokens, tmp_path / "first", model)
     loaded = weakref.ref(next(iter(base_models.shared_base.held.values())).model)
-    load_whole, gone = base_models.load_whole, []
+    load_with_unused, gone = base_models.load_with_unused, []
 
     def load(*args, **kwargs):
         gc.collect()
         gone.append(loaded() is None)
-        return load_whole(*args, **kwargs)
+        return load_with_unused(*args, **kwargs)
 
-    monkeypatch.setattr(base_models, "load_whole", load)
+    monkeypatch.setattr(base_models, "load_with_unused", load)
     score(tokens, tmp_path / "second", other)
     assert gone == [True]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError
-from sstoken.stages.checkpoints import adapter_base, check_whole, identity, load_tokenizer, stamp
+from sstoken.stages.checkpoints import adapter_base, check_loadable, identity, load_tokenizer, stamp
 from sstoken.stages.folders import hash_file
 from sstoken.stages.loading import load_model
 from sstoken.stages.weight_files import weight_files
@@ -60,7 +60,7 @@ def test_an_index_whose_shards_are_gone_does_not_matter(model):
     sharded(model)
     for shard in model.glob("model-0*"):
         shard.unlink()
-    check_whole(str(model))
+    check_loadable(str(model))
     load_model(str(model))
 
 
@@ -142,7 +142,7 @@ def test_a_folder_without_weights_gets_the_line_that_helps(kind, configured, mod
     for place in places:
         touch(place, b"version https://git-lfs.github.com/spec/v1\n")(model)
     with pytest.raises(SstokenError, match=words) as refused:
-        check_whole(str(model))
+        check_loadable(str(model))
     assert "\n" not in str(refused.value)
 
 
@@ -150,31 +150,31 @@ def test_placeholders_of_sharded_training_are_no_weights(model):
     names = list(load_file(model / "model.safetensors"))
     save_file({name: torch.zeros(0) for name in names}, model / "model.safetensors")
     with pytest.raises(SstokenError, match="holds empty tensors; gather the weights"):
-        check_whole(str(model))
+        check_loadable(str(model))
     touch("zero_to_fp32.py")(model)
     with pytest.raises(SstokenError, match=r"run zero_to_fp32.py"):
-        check_whole(str(model))
+        check_loadable(str(model))
 
 
 def test_a_cut_file_is_refused_before_any_work(model):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(SstokenError, match="bytes where its header says"):
-        check_whole(str(model))
+        check_loadable(str(model))
 
 
 def test_more_bytes_than_the_header_says_are_refused_too(model):
     with (model / "model.safetensors").open("ab") as file:
         file.write(b"rest")
     with pytest.raises(SstokenError, match="bytes where its header says"):
-        check_whole(str(model))
+        check_loadable(str(model))
 
 
 def test_a_link_to_nothing_is_called_one(model):
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to(model / "gone")
     with pytest.raises(SstokenError, match=r"model.safetensors: a link to a file that is gone"):
-        check_whole(str(model))
+        check_loadable(str(model))
     stamp(str(model))
 
 
@@ -191,14 +191,14 @@ def test_an_index_that_cannot_be_used_gets_a_line(index, words, model):
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SstokenError, match=words):
-        check_whole(str(model))
+        check_loadable(str(model))
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
 def test_a_pointer_in_place_of_a_configuration_is_called_one(name, model):
     touch(name, b"version https://git-lfs.github.com/spec/v1\n")(model)
     with pytest.raises(SstokenError, match=f"{name}: a Git LFS pointer; run git lfs pull"):
-        check_whole(str(model))
+        check_loadable(str(model))
 
 
 def test_an_adapter_without_a_tokenizer_is_nothing_to_encode_with(model, tmp_path):
@@ -210,7 +210,7 @@ def test_a_tokenizer_alone_is_no_model(model):
     for name in ("model.safetensors", "config.json", "generation_config.json"):
         (model / name).unlink()
     with pytest.raises(SstokenError, match="a tokenizer and no model"):
-        check_whole(str(model))
+        check_loadable(str(model))
 
 
 def adapter_of(folder: Path, base: str) -> Path:
@@ -224,7 +224,7 @@ def adapter_of(folder: Path, base: str) -> Path:
 def test_an_adapter_of_an_adapter_is_refused(model, tmp_path):
     adapter_of(tmp_path / "first", str(model))
     second = adapter_of(tmp_path / "second", "../first")
-    for use in (check_whole, stamp, lambda ref: identity(ref, hash_file)):
+    for use in (check_loadable, stamp, lambda ref: identity(ref, hash_file)):
         with pytest.raises(SstokenError, match=r"names another adapter, .*merge that one into its base"):
             use(str(second))
 
@@ -234,7 +234,7 @@ def test_adapters_that_name_themselves_or_each_other_are_refused(base, tmp_path)
     adapter_of(tmp_path / "b", "../a")
     words = "names another adapter" if base == "../b" else "names its own folder; move the adapter's files"
     with pytest.raises(SstokenError, match=words):
-        check_whole(str(adapter_of(tmp_path / "a", base)))
+        check_loadable(str(adapter_of(tmp_path / "a", base)))
 
 
 def test_a_relative_base_is_a_model_wherever_the_command_runs(model, tmp_path, monkeypatch):
@@ -252,7 +252,7 @@ def test_a_relative_base_is_a_model_wherever_the_command_runs(model, tmp_path, m
 
 def test_an_adapter_inside_its_bases_folder_is_refused(model):
     with pytest.raises(SstokenError, match="names its own folder"):
-        check_whole(str(adapter_of(model, str(model))))
+        check_loadable(str(adapter_of(model, str(model))))
 
 
 @pytest.mark.parametrize("base_path", ["/home/someone/models/llama", "../gone", "gone"])
@@ -263,4 +263,4 @@ def test_an_adapter_whose_base_is_elsewhere_names_the_field(base_path, tmp_path)
     with pytest.raises(
         SstokenError, match=r"adapter_config.json: base_model_name_or_path names a base .* set it to"
     ):
-        check_whole(str(tmp_path))
+        check_loadable(str(tmp_path))

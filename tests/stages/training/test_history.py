@@ -273,7 +273,7 @@ def test_the_base_is_found_from_anywhere(adapted, tmp_path, monkeypatch):
     """Trained with a path as typed; read from another directory, and after both were moved."""
     from peft import LoraConfig, get_peft_model
 
-    from sstoken.stages.checkpoints import adapter_base, check_whole
+    from sstoken.stages.checkpoints import adapter_base, check_loadable
 
     place = tmp_path / "place"
     tiny.save_model(place / "base")
@@ -288,7 +288,7 @@ def test_the_base_is_found_from_anywhere(adapted, tmp_path, monkeypatch):
     assert find_checkpoint(history, "step-0").path == str(place / "base")
     if adapted:
         assert adapter_base(str(history / "step-1")) == str(place / "base")
-        check_whole(str(history / "step-1"))
+        check_loadable(str(history / "step-1"))
     (tmp_path / "later").mkdir()
     history.rename(tmp_path / "later" / "history")
     assert find_checkpoint(tmp_path / "later" / "history", "step-0").path == str(place / "base"), (
