@@ -10,8 +10,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
-from sstoken import Schedule, SelfModulatedTrainer, SelfModulation
-from sstoken.pipeline import api
+from sstoken import Schedule, SelfModulatedTrainer, SelfModulation, curate
 from sstoken.stages.training.observed_losses import ObservedLosses
 from sstoken.stages.training.score_column import with_history
 
@@ -23,8 +22,8 @@ parser.add_argument("--max-steps", type=int, default=-1, help="default: one epoc
 options = parser.parse_args()
 tokens, scores = options.out / "tokens", options.out / "scores"
 
-api.encode(data=options.data, model=options.model, out=tokens)
-api.score(tokens=tokens, checkpoints=[f"base={options.model}"], out=scores, attention_from="none")
+curate.encode(data=options.data, model=options.model, out=tokens)
+curate.score(tokens=tokens, checkpoints=[f"base={options.model}"], out=scores, attention_from="none")
 
 tokenizer = AutoTokenizer.from_pretrained(tokens / "tokenizer")
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -49,5 +48,5 @@ trainer.train()
 trainer.save_model()
 
 if options.max_steps < 0:  # every example was seen
-    api.observed(recorded=options.out / "observed", tokens=tokens, out=scores / "epoch-1")
-    print(api.select(tokens=tokens, scores=scores, out=options.out / "masked").metrics)
+    curate.observed(recorded=options.out / "observed", tokens=tokens, out=scores / "epoch-1")
+    print(curate.select(tokens=tokens, scores=scores, out=options.out / "masked").metrics)

@@ -9,24 +9,10 @@ from importlib import import_module
 import click
 
 from sstoken.errors import SstokenError
+from sstoken.pipeline.verbs import index, verbs
 from sstoken.version import __version__
 
-VERBS = {
-    "demo": "The whole pipeline on an embedded example, on a laptop CPU.",
-    "run": "Run what is not finished of a configuration.",
-    "plan": "What `run` would do, and why, without doing it.",
-    "encode": "Turn a dataset into tokens with response masks.",
-    "anchor": "Fine-tune, and keep snapshots of the way.",
-    "score": "Signals of every response token: loss, prompt attention, entropy, rank, ...",
-    "select": "Write the token-masked dataset.",
-    "methods": "Every selection method: signals, formula, cost, source.",
-    "export": "Write the masked dataset as a trainer takes it.",
-    "publish": "Publish a masked dataset on the Hugging Face Hub, with its card.",
-    "pull": "Fetch a published masked dataset into a folder, and check it.",
-    "show": "Tokens in the terminal: kept and dropped, coloured by score.",
-    "verify": "Re-check every manifest and checksum.",
-    "doctor": "What this machine can do: devices, backends, versions.",
-}
+VERBS = verbs()
 _GOES_ON = "what is finished is kept, the same command goes on from there"
 
 
@@ -37,8 +23,10 @@ class _Verbs(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        command: click.Command = getattr(import_module("sstoken.pipeline.verbs"), name)
-        return command
+        import_module(index()[name].module)
+        from sstoken.pipeline.verbs.command import COMMANDS
+
+        return COMMANDS[name]
 
     def resolve_command(
         self, context: click.Context, arguments: list[str]

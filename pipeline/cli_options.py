@@ -1,7 +1,8 @@
 """Command-line options made from the fields of a stage: one place documents both."""
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
@@ -12,21 +13,34 @@ from pydantic_core import PydanticUndefined
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON on standard output.")
-force_option = click.option("--force", is_flag=True, help="Run again though it is finished.")
-out_option = click.option(
-    "--out",
-    required=True,
-    help="Output folder, or a link to one; unfinished work stands beside it in OUT.partial.",
-)
 
 
-def stage_options(stage: type[BaseModel], *, skip: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """Add an option for each field of `stage`. The command gets the values given, and only those."""
+@dataclass(frozen=True)
+class Option:
+    """How a field shows on the command line; stands in its `Annotated[...]`."""
+
+    flag: str | None = None
+    """Instead of the field's name; a boolean's own flag has no `--no-` form."""
+    value: str | None = None
+    """What the help calls the value."""
+    argument: bool = False
+    """It is given by its place, not by a flag."""
+    shown: bool = True
+    """False: the command line does not have it."""
+
+
+def stage_options(stage: type[BaseModel]) -> Callable[[F], F]:
+    """Add an option for each field of `stage`, its own before those it inherits; one not given is None."""
 
     def decorate(command: F) -> F:
-        for name, field in reversed(stage.model_fields.items()):
-            if name not in skip:
-                command = _option(name, field)(command)
+        own = set(stage.__annotations__)
+        fields = sorted(stage.model_fields.items(), key=lambda item: item[0] not in own)
+        for name, field in reversed(fields):
+            asked = next((m for m in _metadata(field) if isinstance(m, Option)), Option())
+            if asked.argument:
+                command = click.argument(field.alias or name, metavar=asked.value)(command)
+            elif asked.shown:
+                command = _option(field.alias or name, field, asked)(command)
         return command
 
     return decorate
@@ -37,14 +51,18 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
+def _option(name: str, field: FieldInfo, asked: Option) -> Callable[[F], F]:
     kind, bounds = _plain_type(field.annotation, field.metadata)
-    flag = "--" + name.replace("_", "-")
+    flag = asked.flag or "--" + name.replace("_", "-")
     about = " ".join((field.description or "").split()).replace("None: ", "Default: ")
+    if kind is bool and asked.flag is not None:
+        return click.option(flag, name, is_flag=True, default=None, help=about)
     facts = [*_default(flag, field), *bounds]
     settings: dict[str, Any] = {"help": about + (f"  [{'; '.join(facts)}]" if facts else "")} | (
         {"required": True} if field.is_required() else {"default": None}
     )
+    if asked.value is not None:
+        settings["metavar"] = asked.value
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
     if get_origin(kind) is Literal:
@@ -53,7 +71,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": pairs}
         singular = flag.removesuffix("s")
         return click.option(singular, name, **settings)
-    if get_origin(kind) is tuple:  # tuple[X, ...]: given once for each
+    if get_origin(kind) in (tuple, Sequence):  # given once for each
         each = get_args(kind)[0]
         if get_origin(each) is Literal:
             settings["type"] = click.Choice(list(get_args(each)))
@@ -77,6 +95,11 @@ def _default(flag: str, field: FieldInfo) -> list[str]:
         or (isinstance(default, (dict, tuple, str)) and not default)
     )
     return [] if empty else [f"default: {default}"]
+
+
+def _metadata(field: FieldInfo) -> list[Any]:
+    """What stands in the field's `Annotated`, also below a union with None."""
+    return [*field.metadata, *(m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ()))]
 
 
 def _plain_type(annotation: Any, metadata: Iterable[Any]) -> tuple[Any, list[str]]:

@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
 
     out: str
     """The run's folder."""
-    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Of the anchor run, and of the method `random`."""
     encode: Encode
     anchor: Anchor | None = None

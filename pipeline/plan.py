@@ -138,7 +138,20 @@ def _enter(named: dict[str, str], name: str, ref: str) -> None:
         raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
 
 
-def select_inputs(method: str, scores: Path, given: Mapping[str, str | None]) -> dict[str, Path]:
+def given_roles(roles: Mapping[str, str], history: str | None, current: str | None) -> dict[str, str]:
+    """The checkpoint's name by role, of those given.
+
+    Raises:
+        UsageError: a role that is given twice, with two names.
+    """
+    found = dict(roles)
+    for role, name in (("history", history), ("current", current)):
+        if name is not None and found.setdefault(role, name) != name:
+            raise UsageError(f"role {role!r} is given twice: {name!r} and {found[role]!r}; give it once")
+    return found
+
+
+def select_inputs(method: str, scores: Path, given: Mapping[str, str]) -> dict[str, Path]:
     """The score folders that a selection reads, by role, found below `scores`.
 
     Args:
@@ -161,7 +174,7 @@ def select_inputs(method: str, scores: Path, given: Mapping[str, str | None]) ->
     listed = f"there are: {', '.join(there) or 'none'}"
     if len(there) < len(folders):
         listed += f" (unfinished: {', '.join(p.name for p in folders if p.name not in there)})"
-    found = {role: name for role, name in given.items() if name is not None}
+    found = dict(given)
     for name in found.values():
         if name not in there:
             raise UsageError(f"{scores}: no finished scores of {name!r}; {listed}")

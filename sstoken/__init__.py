@@ -1,6 +1,7 @@
 """Token-level data selection for LLM fine-tuning: the method itself. No input or output happens here.
 
-What trains in the loop (`SelfModulatedTrainer`, ...) is imported when it is first asked for.
+What trains in the loop (`SelfModulatedTrainer`, ...) and the pipeline's Python API (`curate`) are imported when they
+are first asked for.
 """
 
 from importlib import import_module
@@ -10,6 +11,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.version import __version__
 
 if TYPE_CHECKING:
+    from sstoken import curate
     from sstoken.in_loop.column import CarryHistory
     from sstoken.in_loop.core import self_modulated_loss, token_loss
     from sstoken.in_loop.response_tokens import find_segments
@@ -29,6 +31,7 @@ __all__ = [
     "SstokenError",
     "UsageError",
     "__version__",
+    "curate",
     "find_segments",
     "self_modulated_loss",
     "token_loss",
@@ -49,6 +52,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "curate":
+        return import_module("sstoken.curate")
     if name not in _LAZY:
         raise AttributeError(f"module 'sstoken' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

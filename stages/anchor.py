@@ -53,23 +53,23 @@ class Anchor(Stage):
     """Instead: optimizer steps between snapshots."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step, in (0, 1), of a moving average of the weights kept beside each snapshot. None: no average."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the data."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps, whatever `epochs` says."""
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
     """Peak of AdamW's learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps, in [0, 1), over which the learning rate rises from 0."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Examples per device and forward pass."""
-    gradient_accumulation: int = Field(1, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
     """Forward passes per optimizer step."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Norm at which gradients are clipped. 0: they are not."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, and needs less memory."""
@@ -77,9 +77,9 @@ class Anchor(Stage):
     """Of the forward pass; full weights are always trained in float32. auto: bfloat16 on a GPU that has it."""
     lora_rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of LoRA adapters on every linear layer. None: train all weights."""
-    lora_alpha: float = Field(32, gt=0)
+    lora_alpha: float = Field(default=32, gt=0)
     """LoRA's scale is alpha / rank."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share, in [0, 1), of the adapters' inputs dropped in training."""
     trust_remote_code: bool = False
     """Run the model's own Python code."""

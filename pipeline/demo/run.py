@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sstoken import curate
 from sstoken.errors import UsageError
-from sstoken.pipeline import api
 from sstoken.pipeline.demo.data import KINDS, DemoExample, Noise, generate, write_jsonl, write_noise
 from sstoken.pipeline.demo.model import build_model
 from sstoken.pipeline.runner import Result
@@ -102,12 +102,12 @@ def _pipeline(
     write_jsonl(out / "data.jsonl", examples)
     write_noise(out / "noise.jsonl", examples)
     say(f"encode: {len(examples):,} other examples, with noise planted in their answers")
-    tokens = api.encode(data=str(out / "data.jsonl"), model=str(base), out=out / "tokens").folder
+    tokens = curate.encode(data=str(out / "data.jsonl"), model=str(base), out=out / "tokens").folder
     say(f"anchor: {TRAINING['epochs']} epochs of fine-tuning on them")
-    history = api.anchor(tokens=tokens, model=str(base), out=out / "history", seed=seed, **TRAINING)
+    history = curate.anchor(tokens=tokens, model=str(base), out=out / "history", seed=seed, **TRAINING)
     current = history.folder / history.metrics["snapshots"][-1]
     say(f"score: their tokens under the base and under {current.name}")
-    scores = api.score(
+    scores = curate.score(
         tokens=tokens,
         checkpoints=[str(base), str(current)],
         out=out / "scores",
@@ -116,7 +116,7 @@ def _pipeline(
     say(f"select: {', '.join(METHODS)}")
     choice: dict[str, Any] = {"rho": RHO, "history": "base", "current": current.name, "seed": seed}
     return {
-        method: api.select(
+        method: curate.select(
             tokens=tokens, scores=scores, out=out / f"masked-{method}", method=method, **choice
         )
         for method in METHODS
@@ -193,8 +193,8 @@ def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed:
             partial.mkdir(parents=True)
             build_model(partial, examples, seed)
     write_jsonl(work / "data.jsonl", examples)
-    tokens = api.encode(data=str(work / "data.jsonl"), model=str(random_model), out=work / "tokens")
-    trained = api.anchor(
+    tokens = curate.encode(data=str(work / "data.jsonl"), model=str(random_model), out=work / "tokens")
+    trained = curate.anchor(
         tokens=tokens.folder,
         model=str(random_model),
         out=work / "history",

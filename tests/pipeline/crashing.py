@@ -23,7 +23,8 @@ NEVER = 1 << 60
 def main(config: str, run: str, seed: str, overrides: list[str]) -> int:
     import transformers  # noqa: F401
 
-    from sstoken.pipeline import cli, verbs  # noqa: F401
+    from sstoken.pipeline import cli
+    from sstoken.pipeline.verbs import runs  # noqa: F401
 
     random_ = random.Random(seed)
     kills = 0

@@ -11,8 +11,8 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from sstoken.pipeline import verbs
 from sstoken.pipeline.cli import VERBS
+from sstoken.pipeline.cli import cli as entry
 from sstoken.pipeline.cli_options import stage_options
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
@@ -21,7 +21,7 @@ from sstoken.stages.hub.publication import Publication
 from sstoken.stages.score import ScoreOptions
 from sstoken.stages.select import Select
 from sstoken.version import __version__
-from tests.pipeline.small_run import PIPELINE, environment
+from tests.pipeline.small_run import PIPELINE, ROOT, environment
 from tests.pipeline.worlds import CommandLine, World, make_world
 from tests.support import messages
 
@@ -46,7 +46,8 @@ def cli(capfd: pytest.CaptureFixture[str]) -> CommandLine:
 
 
 def command(verb: str) -> click.Command:
-    found: click.Command = getattr(verbs, verb)
+    found = entry.get_command(click.Context(entry), verb)
+    assert found is not None
     return found
 
 
@@ -110,9 +111,41 @@ def test_the_examples_use_options_that_are() -> None:
         assert {word for word in text.split() if word.startswith("--")} <= known, verb
 
 
-def test_short_help_says_what_the_verb_does() -> None:
-    for verb, about in VERBS.items():
-        assert (command(verb).help or "").startswith(about.rstrip(".")[:20]), verb
+def test_a_verb_added_to_one_file_is_in_the_help_and_the_api(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the packages with a verb more in one file."""
+    for name in ("sstoken", "pipeline", "stages"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    looking = tmp_path / "pipeline/verbs/looking.py"
+    added = '''
+
+def greet(whom: str) -> str:
+    """Say hello."""
+    return f"hello {whom}"
+
+
+@command(greet, click.argument("whom"))
+def _greet(whom: str) -> None:
+    click.echo(greet(whom))
+'''
+    looking.write_text(looking.read_text().replace("__all__ = [", '__all__ = ["greet", ') + added)
+    code = (
+        "import sys\nfrom sstoken import curate\nassert curate.greet('you') == 'hello you'\n"
+        "from sstoken.pipeline.cli import main\nmain(sys.argv[1:])"
+    )
+    for arguments, printed in ((["--help"], "greet    Say hello."), (["greet", "me"], "hello me")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=environment() | {"PYTHONPATH": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert printed in done.stdout
 
 
 def test_without_a_verb(cli: CommandLine) -> None:

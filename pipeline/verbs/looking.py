@@ -1,0 +1,151 @@
+"""The verbs that look: at a masked dataset, a finished run, the methods, this machine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline.cli_options import json_option
+from sstoken.pipeline.printing import print_table
+from sstoken.pipeline.verbs.command import Place, command, place
+from sstoken.stages import manifest as manifests
+from sstoken.stages.manifest import MANIFEST
+
+__all__ = ["doctor", "methods", "show", "verify"]
+
+
+def show(masked: Place, *, row: int | None = None, rows: int = 1, svg: Place | None = None) -> None:
+    """Tokens in the terminal: kept and dropped, coloured by score.
+
+    Example:
+      sstoken-curate show runs/demo/masked-sstoken --row 2
+
+    Args:
+        masked: a finished masked folder.
+        row: number of the row, from 0; None: the first.
+        rows: how many.
+        svg: write the picture to this file instead.
+    """
+    from sstoken.stages.report.show import save_svg
+    from sstoken.stages.report.show import show as show_examples
+
+    if svg is not None:
+        save_svg(place(masked), place(svg), row, rows)
+    else:
+        show_examples(place(masked), row, rows)
+
+
+@command(
+    show,
+    click.argument("masked"),
+    click.option("--row", type=int, help="Number of the row, from 0.  [default: the first]"),
+    click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="How many."),
+    click.option("--svg", help="Write the picture to this file instead."),
+)
+def _show(masked: str, row: int | None, rows: int, svg: str | None) -> None:
+    show(masked, row=row, rows=rows, svg=svg)
+    if svg is not None:
+        click.echo(f"written: {svg}")
+
+
+def methods() -> list[dict[str, Any]]:
+    """Every selection method: its signals, formula, cost and source.
+
+    Example:
+      sstoken-curate methods
+    """
+    from sstoken.methods.listing import facts
+
+    return facts()
+
+
+@command(methods, json_option)
+def _methods(as_json: bool) -> None:
+    from sstoken.methods.listing import print_rows
+
+    if as_json:
+        click.echo(json.dumps(methods()))
+    else:
+        print_table(*print_rows())
+
+
+def verify(folder: Place) -> tuple[list[Path], list[str]]:
+    """Re-check every manifest and checksum below a folder.
+
+    Example:
+      sstoken-curate verify runs/demo
+
+    Returns:
+        The finished folders that were checked, and a line for each thing that is wrong.
+    """
+    root = place(folder)
+    if not root.is_dir():
+        raise UsageError(f"{folder}: no such folder; name a run or a stage's output")
+    checked = sorted(path.parent for path in root.rglob(MANIFEST))
+    if not checked:
+        raise SstokenError(f"{folder}: no finished work below it (no {MANIFEST})")
+    wrong: list[str] = []
+    for finished in checked:
+        try:
+            manifest = manifests.read_manifest(finished)
+        except SstokenError as error:
+            wrong.append(str(error))
+        else:
+            assert manifest is not None
+            wrong += manifests.problems(finished, manifest)
+            wrong += [
+                f"{path}: not in {finished / MANIFEST}, so it is never read; move it out of the folder"
+                for path in manifests.unlisted(finished, manifest)
+            ]
+    return checked, wrong
+
+
+@command(verify, click.argument("folder", metavar="RUN"), json_option)
+def _verify(folder: str, as_json: bool) -> None:
+    checked, wrong = verify(folder)
+    if as_json:
+        click.echo(json.dumps({"checked": [str(path) for path in checked], "wrong": wrong}))
+    else:
+        for line in wrong:
+            click.echo(line)
+        click.echo(f"{len(checked)} finished folders checked, {len(wrong)} problems")
+    if wrong:
+        raise click.exceptions.Exit(1)
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine can do: devices, backends, versions.
+
+    Example:
+      sstoken-curate doctor
+    """
+    from sstoken.pipeline.doctor import examine
+
+    return examine()
+
+
+@command(doctor, json_option)
+def _doctor(as_json: bool) -> None:
+    from sstoken.pipeline.doctor import missing
+
+    facts = doctor()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    devices = "; ".join(", ".join(f"{k} {v}" for k, v in device.items()) for device in facts["devices"])
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
+    rows = [
+        ("sstoken", f"{facts['sstoken']} on Python {facts['python']}, {facts['platform']}"),
+        (
+            "machine",
+            f"{facts['cores']} cores, {facts['memory_available_gib']} of {facts['memory_gib']} GiB free",
+        ),
+        ("devices", devices),
+        ("used", facts["default_device"]),
+        ("backends", ", ".join(facts["backends"])),
+        ("packages", packages),
+        *(("not installed", f"{name} ({purpose})") for name, purpose in missing(facts).items()),
+    ]
+    print_table(("", ""), rows)

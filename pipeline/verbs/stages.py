@@ -1,0 +1,229 @@
+"""The verbs that run one stage: finished folders in, one finished folder out.
+
+All raise `UsageError` for a wrong request and `SstokenError` where the work fails, with one line to show.
+A call that finds its output finished returns at once (`result.skipped`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Annotated, Any
+
+import click
+from pydantic import Field
+
+from sstoken.errors import SstokenError
+from sstoken.pipeline.cli_options import Option
+from sstoken.pipeline.plan import NO_ATTENTION, given_roles, named_checkpoints, score_job, select_inputs
+from sstoken.pipeline.printing import print_result
+from sstoken.pipeline.runner import Job, Result, execute
+from sstoken.pipeline.verbs.command import (
+    Internal,
+    Place,
+    Seed,
+    api_only,
+    place,
+    print_finished,
+    stage_of,
+    verb,
+)
+from sstoken.stages import manifest as manifests
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.encode import Encode
+from sstoken.stages.export import Export
+from sstoken.stages.exporting import get_target
+from sstoken.stages.exporting.check import check_export
+from sstoken.stages.manifest import Digests
+from sstoken.stages.score import ScoreOptions
+from sstoken.stages.score_from_training import Observed
+from sstoken.stages.select import Select
+from sstoken.stages.stage import Settings
+
+__all__ = ["Result", "anchor", "encode", "export", "observed", "score", "select"]
+
+
+class _Output(Settings):
+    """What every verb that writes a folder takes."""
+
+    out: Place
+    """Output folder, or a link to one; unfinished work stands beside it in OUT.partial."""
+    force: Annotated[bool, Option(flag="--force")] = False
+    """Run again though it is finished."""
+
+
+class EncodeCall(_Output, Encode):
+    """Turn a dataset into tokens with response masks.
+
+    Example:
+      sstoken-curate encode --data runs/demo/data.jsonl --model runs/demo/base --out runs/tokens
+    """
+
+    def do(self) -> Result:
+        job = Job(stage_of(self, Encode), {}, place(self.out), seed=0)
+        return execute(job, Digests(), force=self.force)
+
+
+encode = verb(EncodeCall)
+
+
+class AnchorCall(_Output, Anchor):
+    """Fine-tune, and keep snapshots along the way.
+
+    Runs in several processes under torchrun: `torchrun --no-python --nproc-per-node 2 sstoken-curate anchor ...`.
+
+    Example:
+      sstoken-curate anchor --tokens runs/tokens --model runs/demo/base --out runs/history --max-steps 20
+    """
+
+    tokens: Place
+    """A finished tokens folder."""
+    seed: Seed = 0
+    """Seed of everything random."""
+
+    def do(self) -> Result:
+        job = Job(stage_of(self, Anchor), {"tokens": place(self.tokens)}, place(self.out), self.seed)
+        return execute(job, Digests(), force=self.force)
+
+
+anchor = verb(AnchorCall)
+
+
+class ScoreCall(_Output, ScoreOptions):
+    """Signals of every response token (--signal: loss, attention, entropy, rank, ...), into OUT/<checkpoint>.
+
+    Example:
+      sstoken-curate score --tokens runs/tokens --ckpt runs/demo/base --ckpt runs/history/step-20 --out runs/scores
+    """
+
+    tokens: Place
+    """A finished tokens folder."""
+    checkpoints: Annotated[Sequence[str], Option(flag="--ckpt", value="[NAME=]M")]
+    """A checkpoint: folder, LoRA adapter or Hub id. Give it once for each."""
+    attention_from: Annotated[str | None, Option(value="M")] = None
+    """The checkpoint whose attention is measured, by name or path; `none`: no attention.  [default: the last --ckpt]"""
+    listener: Annotated[Callable[[str, Result], None] | None, Internal] = None
+    """Called with `(name, result)` after each checkpoint."""
+
+    def do(self) -> Result:
+        """`metrics` holds each checkpoint's, by name."""
+        named = named_checkpoints(self.checkpoints)
+        attended = self.attention_from or list(named)[-1]
+        if attended not in named and attended != NO_ATTENTION:
+            same = [name for name, ref in named.items() if ref == attended]
+            extra = {} if same else named_checkpoints([attended])
+            attended = (same or list(extra))[0]
+            named |= extra
+        options = stage_of(self, ScoreOptions).model_dump()
+        out, digests = place(self.out), Digests()
+        jobs = {
+            name: score_job(ref, name == attended, options, place(self.tokens), out / name)
+            for name, ref in named.items()
+        }
+        for job in jobs.values():  # refuse before the first forward pass
+            job.stage.check()
+        results = {}
+        following = dict(pairwise(named))
+        for name, job in jobs.items():
+            ahead = named.get(following.get(name, ""))
+            results[name] = execute(job, digests, force=self.force, next_checkpoint=ahead)
+            if self.listener is not None:
+                self.listener(name, results[name])
+        metrics = {name: result.metrics for name, result in results.items()}
+        return Result(out, metrics, all(result.skipped for result in results.values()))
+
+
+def _show_scores(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_finished("score", score(**values), as_json)
+    else:
+        score(**values, listener=lambda name, result: print_result(f"score/{name}", result))
+
+
+score = verb(ScoreCall, _show_scores)
+
+
+class ObservedCall(_Output, Observed):
+    """Make scores of the losses that in-loop training saw, such as `scores/epoch-1`."""
+
+    tokens: Place
+    """A finished tokens folder."""
+
+    def do(self) -> Result:
+        job = Job(stage_of(self, Observed), {"tokens": place(self.tokens)}, place(self.out), seed=0)
+        return execute(job, Digests(), force=self.force)
+
+
+observed = api_only(ObservedCall)
+
+
+class SelectCall(_Output, Select):
+    """Write the token-masked dataset.
+
+    Example:
+      sstoken-curate select --tokens runs/tokens --scores runs/scores --out runs/masked --rho 0.5
+    """
+
+    tokens: Place
+    """A finished tokens folder."""
+    scores_folder: Place = Field(alias="scores")
+    """The folder that holds the checkpoints' scores."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """Which checkpoint in SCORES plays a role that the method names: ROLE=CHECKPOINT."""
+    history: str | None = None
+    """Short for `--role history=NAME`.  [default: base, or step-0]"""
+    current: str | None = None
+    """Short for `--role current=NAME`.  [default: the other one]"""
+    seed: Seed = 0
+    """Seed of everything random."""
+
+    def do(self) -> Result:
+        stage = stage_of(self, Select)
+        stage.check()
+        roles = given_roles(self.roles, self.history, self.current)
+        inputs = select_inputs(stage.method, place(self.scores_folder), roles)
+        job = Job(stage, {"tokens": place(self.tokens), **inputs}, place(self.out), self.seed)
+        return execute(job, Digests(), force=self.force)
+
+
+select = verb(SelectCall)
+
+
+class ExportCall(_Output, Export):
+    """Write the masked dataset as a trainer takes it.
+
+    OUT/README.md has the command that trains on it.
+
+    Example:
+      sstoken-curate export runs/masked --to trl --out runs/export-trl --check
+    """
+
+    masked: Annotated[Place, Option(argument=True)]
+    """A finished masked folder."""
+    read_back: Annotated[bool, Option(flag="--check")] = Field(default=False, alias="check")
+    """Read it back as the trainer would, also where it was finished already, and compare every token."""
+
+    def do(self) -> Result:
+        """With `check`, `metrics["checked"]` counts what was compared."""
+        stage, masked = stage_of(self, Export), place(self.masked)
+        result = execute(Job(stage, {"masked": masked}, place(self.out), seed=0), Digests(), force=self.force)
+        if not self.read_back:
+            return result
+        for problem in manifests.problems(result.folder, manifests.finished(result.folder, "export")):
+            raise SstokenError(f"{problem}; export it again (--force)")
+        checked = check_export(
+            masked, result.folder, get_target(self.to), stage.max_length, weighted=stage.weights
+        )
+        return replace(result, metrics={**result.metrics, "checked": checked})
+
+
+def _show_export(values: dict[str, Any], as_json: bool) -> None:
+    result = export(**values)
+    print_finished("export", result, as_json)
+    if "checked" in result.metrics and not as_json:
+        c = result.metrics["checked"]
+        click.echo(
+            f"check: {c['examples']:,} examples read back; all {c['tokens']:,} tokens and {c['kept']:,} labels agree"
+        )
+
+
+export = verb(ExportCall, _show_export)

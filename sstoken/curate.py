@@ -1,0 +1,38 @@
+"""The Python API: every verb of the command line as a function.
+
+    from sstoken import curate
+
+    curate.score(tokens="runs/tokens", checkpoints=["runs/base", "runs/sft"], out="runs/scores")
+
+Functions take the same settings as the verbs' options and the YAML's sections, by name. They raise `UsageError` for a
+wrong request and `SstokenError` where the work fails, with one line to show. A call that finds its output finished
+returns at once. Nothing is imported before it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sstoken.pipeline.verbs import index
+
+if TYPE_CHECKING:
+    from sstoken.pipeline.config import RunConfig as RunConfig
+    from sstoken.pipeline.config import load_config as load_config
+    from sstoken.pipeline.verbs.hub import *
+    from sstoken.pipeline.verbs.looking import *
+    from sstoken.pipeline.verbs.runs import *
+    from sstoken.pipeline.verbs.stages import *
+
+_CONFIG = {"RunConfig", "load_config"}
+
+if not TYPE_CHECKING:  # who checks types reads the imports above
+    __all__ = sorted({*index(), *_CONFIG})
+
+    def __getattr__(name: str) -> Any:
+        if name in _CONFIG:
+            return getattr(import_module("sstoken.pipeline.config"), name)
+        if name not in index():
+            raise AttributeError(f"module 'sstoken.curate' has no attribute {name!r}")
+        return getattr(import_module(index()[name].module), name)
+
+    def __dir__() -> list[str]:
+        return __all__
