@@ -102,7 +102,9 @@ def command(function: Callable[..., Any], *options: Callable[[F], F]) -> Callabl
 
 def stage_of(call: Settings, stage: type[S]) -> S:
     """The stage whose fields are among those of the call; what was not given is not given to it either."""
-    return stage(**{name: getattr(call, name) for name in stage.model_fields if name in call.model_fields_set})
+    return stage(
+        **{name: getattr(call, name) for name in stage.model_fields if name in call.model_fields_set}
+    )
 
 
 def place(path: Place) -> Path:
