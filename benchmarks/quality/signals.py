@@ -17,7 +17,7 @@ Signals = dict[str, FloatArray]
 
 @torch.no_grad()
 def measure(
-    student: Student, examples: Sequence[Encoded], role: str, *, attention: bool, layers: bool = False
+    student: Student, examples: Sequence[Encoded], role: str, *, attention: bool, unconditional: bool = True
 ) -> Signals:
     """The signals of one checkpoint.
 
@@ -28,7 +28,7 @@ def measure(
         attention: measure attention, too: `attention` is the last layer's mass on the prompt in the token's own row,
             mean over heads; `attention_predictor` in the row that predicts the token; `attention_no_sink` without
             the sequence's first token.
-        layers: also `attention@K`, that of every layer K.
+        unconditional: measure the loss of the response alone, too.
 
     Returns:
         `loss`, `entropy`, `log_rank`, `loss_unconditional` (of the response alone; its first token has none and
@@ -43,11 +43,13 @@ def measure(
     for example in examples:
         hidden = None
         if attention:
-            hidden = _add_attention(student, example, add, layers)
+            hidden = _add_attention(student, example, add)
         loss, entropy, rank = _statistics(*student.response_logits([example], hidden=hidden))
         add("loss", loss)
         add("entropy", entropy)
         add("log_rank", rank.log1p())
+        if not unconditional:
+            continue
         alone = Encoded(example.ids[example.start :], 1, example.kinds[1:], example.classes[1:])
         add("loss_unconditional", torch.cat([loss[:1], _statistics(*student.response_logits([alone]))[0]]))
     return {name: np.concatenate(values) for name, values in found.items()}
@@ -62,17 +64,12 @@ def _statistics(
     return -own, -(log_p.exp() * log_p).sum(-1), (log_p > own[:, None]).sum(-1).float()
 
 
-def _add_attention(student: Student, example: Encoded, add: Any, layers: bool) -> torch.Tensor:
+def _add_attention(student: Student, example: Encoded, add: Any) -> torch.Tensor:
     """Attention of one example; returns its last hidden states [1, T, D], so that they need no second pass."""
-    ids = torch.from_numpy(example.ids)[None].to(student.device)
-    outputs = student.model.model(ids, output_attentions=True, use_cache=False)
-    weights = outputs.attentions
+    hidden, weights = student.attend(example)
     start = example.start
-    mass = [w[0, :, start - 1 :, :start].float().mean(0) for w in weights]  # [1 + n, prompt]
-    add("attention", mass[-1][1:].sum(-1))
-    add("attention_predictor", mass[-1][:-1].sum(-1))
-    add("attention_no_sink", mass[-1][1:, 1:].sum(-1))
-    if layers:
-        for k, rows in enumerate(mass):
-            add(f"attention@{k}", rows[1:].sum(-1))
-    return outputs.last_hidden_state
+    mass = weights[:, start - 1 :, :start].float().mean(0)  # [1 + n, prompt]
+    add("attention", mass[1:].sum(-1))
+    add("attention_predictor", mass[:-1].sum(-1))
+    add("attention_no_sink", mass[1:, 1:].sum(-1))
+    return hidden

@@ -98,6 +98,17 @@ class Student:
         return self._upper(inputs_embeds=below, use_cache=False).last_hidden_state
 
     @torch.no_grad()
+    def attend(self, example: Encoded) -> tuple[Tensor, Tensor]:
+        """The last hidden states [1, T, D] and the last layer's attention [H, T, T]. Needs eager attention."""
+        if self._lower is None:
+            ids = torch.from_numpy(example.ids)[None].to(self.device)
+            found = self.model.model(ids, output_attentions=True, use_cache=False)
+        else:
+            below = self._below(example)[None]
+            found = self._upper(inputs_embeds=below, output_attentions=True, use_cache=False)
+        return found.last_hidden_state, found.attentions[-1][0]
+
+    @torch.no_grad()
     def _below(self, example: Encoded) -> Tensor:
         """[T, D]: what the frozen layers give, computed once for each example."""
         key = example.ids.tobytes()

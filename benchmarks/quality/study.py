@@ -91,8 +91,8 @@ class Cells:
         loss = sum(r["loss_all"] for r in found["held_out"]) / sum(r["tokens_all"] for r in found["held_out"])
         self.say(f"{self.study.name}  {seed.key}  {method.key}: loss {loss:.3f}, {found['seconds']} s")
 
-    def _student(self, seed: Seed, attention: str = "sdpa") -> Student:
-        return Student(self.study.base, self.study.upper_layers, seed.order, attention, self._below)
+    def _student(self, seed: Seed) -> Student:
+        return Student(self.study.base, self.study.upper_layers, seed.order, below=self._below)
 
     def training_set(self, seed: Seed) -> list[Encoded]:
         """The training examples of a seed, with noise in them."""
@@ -138,15 +138,20 @@ class Cells:
         """The history's signals (the base model's) and the current's, where `full` has been trained."""
         path = self.folder / "signals" / f"history-{seed.key}.npz"
         if not path.exists():
-            student = self._student(seed, "eager")
-            self._save(path, measure(student, training, "history", attention=True))
+            student = self._student(seed)
+            self._save(path, measure(student, training, "history", attention=False))
         current = self.folder / "signals" / f"current-{seed.key}.npz"
         return {**np.load(path), **(np.load(current) if current.exists() else {})}
 
     def _measure_current(self, student: Student, seed: Seed, training: Sequence[Encoded]) -> None:
         student.model.set_attn_implementation("eager")
         path = self.folder / "signals" / f"current-{seed.key}.npz"
-        self._save(path, measure(student, training, "current", attention=True))
+        self._save(
+            path,
+            measure(
+                student, training, "current", attention=True, unconditional=self.study.upper_layers is None
+            ),
+        )
 
     @staticmethod
     def _save(path: Path, signals: Signals) -> None:

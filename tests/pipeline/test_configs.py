@@ -11,6 +11,7 @@ from sstoken.stages.encoding.sources import check_source
 from tests.pipeline.worlds import World, make_world
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+PAPER = sorted((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"))
 MADE_BY_THE_DEMO = ("runs/demo/data.jsonl", "runs/demo/base")
 
 
@@ -24,7 +25,7 @@ def places(config: RunConfig) -> list[str]:
     return [config.encode.data, config.encode.model, config.anchor.model]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *PAPER], ids=lambda path: path.stem)
 def test_what_it_reads_is_there_for_everybody(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,7 +36,7 @@ def test_what_it_reads_is_there_for_everybody(
             assert not place.startswith((".", "/")), place
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, PAPER[0]], ids=lambda path: path.stem)
 def test_it_runs(path: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert set(yaml.safe_load(path.read_text())) >= {"out", "encode", "anchor", "select"}
@@ -50,3 +51,16 @@ def test_it_runs(path: Path, world: World, tmp_path: Path, monkeypatch: pytest.M
     assert list(results) == ["encode", "anchor", "score/step-0", "score/step-4", "select"]
     assert results["select"].metrics["examples"] == 24
     assert all(result.skipped for result in api.run(path, overrides=here).values())
+
+
+def test_the_papers_settings_are_the_same_for_each_model() -> None:
+    assert len(PAPER) == 4
+    for path in PAPER:
+        config = load_config(path)
+        assert config.anchor is not None
+        anchor = config.anchor
+        assert (anchor.lora_rank, anchor.lora_alpha, anchor.lora_dropout) == (64, 16, 0.1)
+        assert (anchor.learning_rate, anchor.schedule, anchor.epochs) == (1e-4, "linear", 1)
+        assert anchor.batch_size * anchor.gradient_accumulation * 8 == 48
+        assert config.encode.max_length == 2048
+        assert (config.select.method, config.select.rho, config.select.gamma) == ("sstoken", 0.6, 0.5)
