@@ -54,6 +54,7 @@ class Decider:
 
     def decide(self, tokens: Tokens, whole: Whole) -> Decided:
         """What the method decides about the tokens of a shard."""
+        tokens = tokens.with_(statistics=whole.statistics)
         scores, policy = self.scores(tokens, whole), self.of.policy
         if whole.cuts is not None and isinstance(policy, Top):
             above = [

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from sstoken.methods.base import Method, Params
-from sstoken.methods.policies import Top
+from sstoken.methods.policies import Top, Where
 from sstoken.methods.tokens import Array, Tokens
 from sstoken.selection import num_kept
 
@@ -25,6 +25,22 @@ class SstokenParams(Share):
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The weight of REL against attention."""
+
+
+class TossParams(Params):
+    """TOSS's."""
+
+    discard: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """The share of response tokens to drop."""
+
+
+class ForgettingParams(Params):
+    """Forgetting's."""
+
+    rho: Rho = 0.7
+    """The share of response tokens to learn; the others are forgotten."""
+    forget: Annotated[float, Field(ge=0)] = 0.25
+    """Minus the weight of a token to forget; the authors raise it from 0 to 0.25 during training."""
 
 
 KEEP_SHARE = Top("keeps the ceil(rho n) highest", lambda n, p: num_kept(n, p.rho))
@@ -65,5 +81,67 @@ METHODS = (
         scopes=("sample", "turn", "global"),
         evidence="A",
         ignores=("gamma",),
+    ),
+    Method(
+        name="rho-1",
+        family="excess loss",
+        inputs=("history.loss", "current.loss"),
+        formula="current_loss - history_loss; history is the reference",
+        source="Rho-1, Lin et al. 2024, arXiv 2404.07965; share and scope second-hand",
+        score=lambda tokens, params: -tokens.rel,
+        policy=KEEP_SHARE,
+        params=Share,
+        scopes=("global", "sample", "turn"),
+        evidence="S",
+    ),
+    Method(
+        name="token-cleaning",
+        family="excess loss",
+        inputs=("history.loss", "current.loss"),
+        formula="history_loss - current_loss; history is the base, current the warmed-up reference",
+        source="Token Cleaning, Pang et al. 2025, arXiv 2502.01968; UCSC-REAL/TokenCleaning",
+        score=lambda tokens, params: tokens.rel,
+        policy=Top("keeps the int(n * rho) highest", lambda n, p: int(n * p.rho)),
+        params=Share,
+        scopes=("global", "sample", "turn"),
+        evidence="A",
+    ),
+    Method(
+        name="toss",
+        family="excess loss",
+        inputs=("history.loss", "current.loss"),
+        formula="history_loss - current_loss; history is the utility model, current the safety-degraded one",
+        source="TOSS 2026, arXiv 2603.01185; Polly-LYP/TOSS",
+        score=lambda tokens, params: tokens.rel,
+        policy=Top("drops the int(n * discard) highest", lambda n, p: int(n * p.discard), drop=True),
+        params=TossParams,
+        scopes=("global",),
+        evidence="A",
+    ),
+    Method(
+        name="forgetting",
+        family="excess loss",
+        inputs=("history.loss", "current.loss"),
+        formula="history_loss - current_loss",
+        source="Forgetting 2025, arXiv 2508.04329; AliTaheri2002/Forgetting-...",
+        score=lambda tokens, params: tokens.rel,
+        policy=Top(
+            "weight 1 for the int(n * rho) highest, -forget for the int(n * (1 - rho)) after them",
+            lambda n, p: int(n * p.rho),
+            negative=lambda n, p: (int(n * (1 - p.rho)), -p.forget),
+        ),
+        params=ForgettingParams,
+        scopes=("global",),
+        evidence="A",
+    ),
+    Method(
+        name="t3s",
+        family="excess loss",
+        inputs=("history.loss", "current.loss"),
+        formula="history_loss - current_loss; current is the checkpoint of lowest training accuracy",
+        source="T3S 2026, arXiv 2601.10348",
+        score=lambda tokens, params: tokens.rel,
+        policy=Where("drops what is above 0", lambda scores, tokens, params: scores <= 0),
+        evidence="S",
     ),
 )

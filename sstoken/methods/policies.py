@@ -77,12 +77,12 @@ class Top(Policy):
 class Where(Policy):
     """Keep the tokens whose score passes a test."""
 
-    test: Callable[[Array, Any], Array]
-    """`test(scores, params) -> [N] bool`."""
+    test: Callable[[Array, Tokens, Any], Array]
+    """`test(scores, tokens, params) -> [N] bool`."""
 
     def apply(self, scores: Array, tokens: Tokens, params: Any) -> Outcome:
         """Test each token."""
-        return Outcome(self.test(scores, params), None)
+        return Outcome(self.test(scores, tokens, params), None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,188 @@
+"""Methods that look at the entropy of the distribution that predicts the token."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sstoken.methods.base import Method, Params, Statistic
+from sstoken.methods.policies import Top, Weight, Where
+from sstoken.methods.probability import probability
+from sstoken.methods.tokens import Array, Tokens
+from sstoken.selection import num_kept
+
+_EAFT = "EAFT 2026, arXiv 2601.02151"
+_TRL = "Wang et al. 2025, arXiv 2506.01939; TRL; an analogy for fine-tuning"
+
+
+class EaftParams(Params):
+    """EAFT's."""
+
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    """The exponent."""
+
+
+class QuantileParams(Params):
+    """EAFT's hard masks'."""
+
+    quantile: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """The lower quantile."""
+
+
+class ShareParams(Params):
+    """A share of the tokens."""
+
+    rho: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The share of response tokens to keep."""
+
+
+class EksftParams(Params):
+    """EKSFT's."""
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """The share that each signal excludes."""
+    combine: Literal["union", "intersection", "kl", "entropy"] = "union"
+    """Exclude what either, both or one of the signals chooses."""
+
+
+def _pilot(tokens: Tokens, params: Params) -> Array:
+    unsure = tokens["current.entropy"] <= tokens.statistics["entropy"]
+    dropped = unsure & (probability(tokens) <= tokens.statistics["p"])
+    return tokens.xp.where(dropped, 0.0, tokens.xp.ones_like(tokens["current.entropy"]))
+
+
+def _above(name: str) -> Any:
+    def score(tokens: Tokens, params: Params) -> Array:
+        return tokens["current.entropy"] - tokens.statistics[name]
+
+    return score
+
+
+def _quantile(params: QuantileParams) -> float:
+    return params.quantile
+
+
+def _eksft(kl: str, entropy: str) -> Any:
+    def score(tokens: Tokens, params: EksftParams) -> Array:
+        by_kl = tokens.in_top(tokens[kl], lambda n: int(params.share * n))
+        by_entropy = tokens.in_top(tokens[entropy], lambda n: int(params.share * n))
+        chosen = {
+            "union": by_kl | by_entropy,
+            "intersection": by_kl & by_entropy,
+            "kl": by_kl,
+            "entropy": by_entropy,
+        }[params.combine]
+        return tokens.xp.where(chosen, 0.0, tokens.xp.ones_like(tokens[kl]))
+
+    return score
+
+
+def _entropy(tokens: Tokens, params: Params) -> Array:
+    return tokens["current.entropy"]
+
+
+METHODS = (
+    Method(
+        name="eaft",
+        family="entropy",
+        inputs=("current.entropy_top20",),
+        formula="(entropy_top20 / 3)^alpha",
+        source=f"{_EAFT}; LLaMA-Factory, ymxyll/ms-swift-EAFT",
+        score=lambda tokens, params: (tokens["current.entropy_top20"] / 3) ** params.alpha,
+        policy=Weight(),
+        params=EaftParams,
+        evidence="A",
+    ),
+    Method(
+        name="eaft-axolotl",
+        family="entropy",
+        inputs=("current.entropy_top20",),
+        formula="entropy_top20^alpha",
+        source=f"{_EAFT}; Axolotl, which does not divide by 3",
+        score=lambda tokens, params: tokens["current.entropy_top20"] ** params.alpha,
+        policy=Weight(),
+        params=EaftParams,
+        evidence="T",
+    ),
+    Method(
+        name="eaft-pilot",
+        family="entropy",
+        inputs=("current.entropy", "current.loss"),
+        formula="0 where both the entropy and p are within their lowest quantile, 1 elsewhere",
+        source=f"{_EAFT}, pilot study",
+        score=_pilot,
+        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        params=QuantileParams,
+        scopes=("global",),
+        statistics={
+            "entropy": Statistic(_entropy, _quantile),
+            "p": Statistic(lambda t, _: probability(t), _quantile),
+        },
+        evidence="F",
+    ),
+    Method(
+        name="eaft-masked",
+        family="entropy",
+        inputs=("current.entropy",),
+        formula="entropy - its lower quantile",
+        source=f"{_EAFT}, Masked SFT",
+        score=_above("low"),
+        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        params=QuantileParams,
+        scopes=("global",),
+        statistics={"low": Statistic(_entropy, _quantile)},
+        evidence="F",
+    ),
+    Method(
+        name="token-entropy",
+        family="entropy",
+        inputs=("current.entropy",),
+        formula="entropy - its (1 - rho) quantile",
+        source=_TRL,
+        score=_above("high"),
+        policy=Where("keeps what is at least 0", lambda scores, tokens, params: scores >= 0),
+        params=ShareParams,
+        scopes=("global",),
+        statistics={"high": Statistic(_entropy, lambda params: 1 - params.rho)},
+        evidence="T",
+        aliases=("80-20",),
+    ),
+    Method(
+        name="se-kd",
+        family="entropy",
+        inputs=("current.entropy",),
+        formula="entropy of the student",
+        source="SE-KD 2026, arXiv 2602.01395; almogtavor/SE-KD3x",
+        score=_entropy,
+        policy=Top("keeps the max(1, ceil(rho n)) highest", lambda n, p: max(1, num_kept(n, p.rho))),
+        params=ShareParams,
+        scopes=("sample", "turn", "global"),
+        evidence="A",
+    ),
+    Method(
+        name="eksft",
+        family="entropy",
+        inputs=("current.kl_at@history", "current.entropy_at"),
+        formula="0 where KL(current || history) or the entropy is among the int(share * n) highest, 1 elsewhere; "
+        "of the distribution AT the token, as published",
+        source="EKSFT 2026, arXiv 2605.29303; MINE-USTC/EKSFT",
+        score=_eksft("current.kl_at@history", "current.entropy_at"),
+        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        params=EksftParams,
+        scopes=("sample", "turn"),
+        evidence="A",
+        in_loop=False,
+    ),
+    Method(
+        name="eksft-aligned",
+        family="entropy",
+        inputs=("current.kl@history", "current.entropy"),
+        formula="as eksft, of the distribution that predicts the token",
+        source="EKSFT 2026, arXiv 2605.29303, as presumably meant",
+        score=_eksft("current.kl@history", "current.entropy"),
+        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        params=EksftParams,
+        scopes=("sample", "turn"),
+        evidence="F",
+        in_loop=False,
+    ),
+)

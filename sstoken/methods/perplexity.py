@@ -1,0 +1,81 @@
+"""Methods that threshold a token's perplexity, exp(loss)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sstoken.methods.base import Method, Params
+from sstoken.methods.policies import Where
+from sstoken.methods.tokens import Array, Tokens
+
+_SOURCE = "STM, Wu et al. 2025, arXiv 2501.14315; appier-research/robust-llm-finetunes"
+_NOT_USABLE = 88888.0
+"""The perplexity that the authors give a token that tuning made less likely."""
+
+
+class Tau(Params):
+    """A threshold on perplexity."""
+
+    tau: Annotated[float, Field(allow_inf_nan=False)] = 2.5
+    """The highest perplexity kept; 0 or less keeps every token."""
+
+
+class StmParams(Tau):
+    """STM's."""
+
+    drop: Literal["highest", "lowest"] = "highest"
+    """Drop the tokens above tau, or, as the authors' ablation does, those below."""
+
+
+def _at_most(scores: Array, tokens: Tokens, params: Tau) -> Array:
+    return (scores <= params.tau) | (params.tau <= 0)
+
+
+def _stm(scores: Array, tokens: Tokens, params: StmParams) -> Array:
+    return scores >= params.tau if params.drop == "lowest" else _at_most(scores, tokens, params)
+
+
+def _stm_dpf(tokens: Tokens, params: Tau) -> Array:
+    before, after = tokens["history.loss"], tokens["current.loss"]
+    return tokens.xp.where(after > before, _NOT_USABLE, tokens.xp.exp(before))
+
+
+def _dpf(tokens: Tokens, params: Tau) -> Array:
+    return tokens.xp.exp(tokens["current.loss"]) - tokens.xp.exp(tokens["history.loss"])
+
+
+METHODS = (
+    Method(
+        name="stm",
+        family="perplexity",
+        inputs=("history.loss",),
+        formula="exp(history_loss)",
+        source=_SOURCE,
+        score=lambda tokens, params: tokens.xp.exp(tokens["history.loss"]),
+        policy=Where("keeps what is at most tau", _stm),
+        params=StmParams,
+        evidence="A",
+    ),
+    Method(
+        name="stm-dpf",
+        family="perplexity",
+        inputs=("history.loss", "current.loss"),
+        formula="exp(history_loss), or 88888 where current_loss > history_loss",
+        source=_SOURCE,
+        score=_stm_dpf,
+        policy=Where("keeps what is at most tau", _at_most),
+        params=Tau,
+        evidence="A",
+    ),
+    Method(
+        name="dpf",
+        family="perplexity",
+        inputs=("history.loss", "current.loss"),
+        formula="exp(current_loss) - exp(history_loss)",
+        source=_SOURCE,
+        score=_dpf,
+        policy=Where("keeps what is at most tau", _at_most),
+        params=Tau,
+        evidence="A",
+    ),
+)

@@ -1,0 +1,276 @@
+"""Methods that look at the token's own probability p = exp(-loss)."""
+
+import math
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from sstoken.methods.base import Method, Params, Statistic
+from sstoken.methods.policies import Weight, Where
+from sstoken.methods.tokens import Array, Tokens
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ProfitParams(Params):
+    """ProFit's."""
+
+    direction: Literal["higher", "lower", "middle"] = "higher"
+    """Keep probabilities from tau on, up to tau, or between tau and upper."""
+    tau: Share = 0.1
+    """The threshold, itself kept."""
+    upper: Share = 1.0
+    """The upper threshold of `middle`."""
+
+
+class MassParams(Params):
+    """PriFT-mass's."""
+
+    tau: Share = 0.5
+    """The least probability mass below the token."""
+
+
+class InfoParams(Params):
+    """InfoSFT's."""
+
+    P: Annotated[float, Field(gt=0.5, lt=1)] = 0.93
+    """From this probability on the weight is 0."""
+
+
+class TalrParams(Params):
+    """TALR's."""
+
+    median: Literal["sequence", "token"] = "sequence"
+    """tau is the median of the sequences' mean losses, or of all tokens' losses."""
+    w_min: Share = 0.01
+    """The least weight."""
+
+
+class PowerParams(Params):
+    """The p^q family's."""
+
+    form: Literal["power", "top", "bottom"] = "power"
+    """Weight p^q; or weight 1 from tau on (top) or up to tau (bottom), and 0 elsewhere."""
+    q: Annotated[float, Field(gt=0)] = 1.0
+    """The exponent."""
+    tau: Share = 0.1
+    """The threshold of `top` and `bottom`, itself kept."""
+
+
+class KnowledgeParams(Params):
+    """XTF's."""
+
+    tau: Share = 0.05
+    """The least improbability, 1 - p."""
+
+
+class AsftParams(Params):
+    """ASFT's."""
+
+    kl: Annotated[float, Field(ge=0)] = 0.1
+    """The weight of the KL penalty; 0.05 in the authors' README."""
+    loss: Literal["dft", "sft"] = "dft"
+    """What the penalty is added to: p * loss, or the plain loss."""
+
+
+def probability(tokens: Tokens, role: str = "current") -> Array:
+    """exp(-loss), [N]."""
+    return tokens.xp.exp(-tokens[f"{role}.loss"])
+
+
+def _profit(p: Array, tokens: Tokens, params: ProfitParams) -> Array:
+    if params.direction == "lower":
+        return p <= params.tau
+    return (p >= params.tau) & ((p <= params.upper) | (params.direction == "higher"))
+
+
+def _mass_below(tokens: Tokens, params: Params) -> Array:
+    tied = tokens["history.ties"] * probability(tokens, "history")
+    return 1 - tokens["history.mass_above"] - tied
+
+
+def _infosft(tokens: Tokens, params: InfoParams) -> Array:
+    xp, p = tokens.xp, probability(tokens)
+    below = xp.clip(p, None, params.P)  # from P on the weight is 0; p = 1 has no logit
+    logit = xp.log(below) - xp.log1p(-below)
+    scaled = 1 - logit / (math.log(params.P) - math.log1p(-params.P))
+    return xp.where(p >= params.P, 0.0, p * xp.clip(scaled, 0, None))
+
+
+def _losses(tokens: Tokens, params: TalrParams) -> Array:
+    loss = tokens["current.loss"]
+    if params.median == "token":
+        return loss
+    return tokens.mean(loss)[tokens.like(np.flatnonzero(np.diff(tokens.offsets)))]
+
+
+def _talr(tokens: Tokens, params: TalrParams) -> Array:
+    weight = tokens.xp.exp(-tokens["current.loss"] / tokens.statistics["tau"])
+    return tokens.xp.clip(weight, params.w_min, None)
+
+
+def _deft(tokens: Tokens, params: Params) -> Array:
+    a = tokens["current.sum_p2"]
+    return tokens.xp.exp(-tokens["current.loss"] * a) * a / (a + 1e-6)
+
+
+def _cayley(tokens: Tokens, params: Params) -> Array:
+    f, d = tokens.statistics["mean_p"] / 2, 1 - probability(tokens) + 1e-8
+    a = tokens.xp.clip(f + (1 - f) * (1 - d) / (1 + d + 1e-8), 0.001, 1)
+    return tokens.xp.exp(-tokens["current.loss"] * a) * a / (a + 1e-8)
+
+
+def _power(tokens: Tokens, params: PowerParams) -> Array:
+    p = probability(tokens)
+    if params.form == "power":
+        return p**params.q
+    kept = p >= params.tau if params.form == "top" else p <= params.tau
+    return tokens.xp.where(kept, tokens.xp.ones_like(p), 0.0)
+
+
+def _asft(tokens: Tokens, params: AsftParams) -> Array:
+    loss = tokens["current.loss"]
+    weight = probability(tokens) if params.loss == "dft" else 1
+    return weight * loss + params.kl * tokens["current.reverse_kl@history"]
+
+
+def _asft_weight(scores: Array, tokens: Tokens, params: AsftParams) -> Array:
+    p = probability(tokens)
+    return p if params.loss == "dft" else tokens.xp.ones_like(p)
+
+
+METHODS = (
+    Method(
+        name="dft",
+        family="probability",
+        inputs=("current.loss",),
+        formula="p",
+        source="DFT, Wu et al. 2025, arXiv 2508.05629; yongliang-wu/DFT; LLaMA-Factory, TRL",
+        score=lambda tokens, params: probability(tokens),
+        policy=Weight(),
+        evidence="A",
+    ),
+    Method(
+        name="asft",
+        family="probability",
+        inputs=("current.loss", "current.reverse_kl@history"),
+        formula="p * loss + kl * KL(history || current); the weight is p, the value is in `score`",
+        source="ASFT 2025, arXiv 2509.23753; zhuchichi56/ASFT",
+        score=_asft,
+        policy=Weight("soft weights; the penalty is no weight", of=_asft_weight),
+        params=AsftParams,
+        evidence="A",
+        in_loop=False,
+    ),
+    Method(
+        name="prift-prob",
+        family="probability",
+        inputs=("history.loss",),
+        formula="p of the pretrained model",
+        source="PriFT 2026, arXiv 2606.09396; wang-kee/PriFT",
+        score=lambda tokens, params: probability(tokens, "history"),
+        policy=Weight(),
+        evidence="A",
+    ),
+    Method(
+        name="prift-mass",
+        family="probability",
+        inputs=("history.loss", "history.mass_above", "history.ties"),
+        formula="1 - mass_above - ties * p: the mass of strictly less likely tokens",
+        source="PriFT 2026, arXiv 2606.09396; wang-kee/PriFT",
+        score=_mass_below,
+        policy=Where("keeps what is at least tau", lambda scores, tokens, params: scores >= params.tau),
+        params=MassParams,
+        evidence="A",
+    ),
+    Method(
+        name="profit",
+        family="probability",
+        inputs=("current.loss",),
+        formula="p",
+        source="ProFit 2026, arXiv 2601.09195; Utaotao/ProFit",
+        score=lambda tokens, params: probability(tokens),
+        policy=Where("keeps what is at least tau, at most tau, or between", _profit),
+        params=ProfitParams,
+        evidence="A",
+    ),
+    Method(
+        name="infosft",
+        family="probability",
+        inputs=("current.loss",),
+        formula="p * max(0, 1 - logit(p) / logit(P))",
+        source="InfoSFT 2026, arXiv 2605.14967; Helloworld10011/InfoSFT",
+        score=_infosft,
+        policy=Weight(),
+        params=InfoParams,
+        evidence="A",
+    ),
+    Method(
+        name="talr",
+        family="probability",
+        inputs=("current.loss",),
+        formula="max(p^(1 / tau), w_min), tau the median loss",
+        source="TALR 2025, arXiv 2509.20758; formula from notes",
+        score=_talr,
+        policy=Weight(),
+        params=TalrParams,
+        scopes=("global",),
+        statistics={"tau": Statistic(_losses, lambda params: 0.5)},
+        evidence="S",
+    ),
+    Method(
+        name="deft",
+        family="probability",
+        inputs=("current.loss", "current.sum_p2"),
+        formula="p^a * a / (a + 1e-6), a = sum of p^2 over the vocabulary",
+        source="DEFT 2026, arXiv 2602.11424; luludus/DEFT",
+        score=_deft,
+        policy=Weight(),
+        evidence="A",
+    ),
+    Method(
+        name="cayley",
+        family="probability",
+        inputs=("current.loss",),
+        formula="p^a * a / (a + 1e-8), a the Cayley transform of p with f = mean(p) / 2",
+        source="DEFT 2026, arXiv 2602.11424; luludus/DEFT",
+        score=_cayley,
+        policy=Weight(),
+        scopes=("global",),
+        statistics={"mean_p": Statistic(lambda tokens, params: probability(tokens))},
+        evidence="A",
+    ),
+    Method(
+        name="p-q",
+        family="probability",
+        inputs=("current.loss",),
+        formula="p^q; or 1 where p >= tau, or where p <= tau",
+        source="Beyond Log Likelihood 2025, arXiv 2510.00526; GaotangLi/Beyond-Log-Likelihood",
+        score=_power,
+        policy=Weight(),
+        params=PowerParams,
+        evidence="A",
+    ),
+    Method(
+        name="chord-phi",
+        family="probability",
+        inputs=("current.loss",),
+        formula="p * (1 - p)",
+        source="CHORD 2025, arXiv 2508.11408; ms-swift",
+        score=lambda tokens, params: probability(tokens) * (1 - probability(tokens)),
+        policy=Weight(),
+        evidence="T",
+    ),
+    Method(
+        name="xtf-kn",
+        family="probability",
+        inputs=("history.loss",),
+        formula="1 - p of the base model; the KN part of XTF alone",
+        source="XTF 2026, arXiv 2602.14536; from notes",
+        score=lambda tokens, params: 1 - probability(tokens, "history"),
+        policy=Where("drops what is below tau", lambda scores, tokens, params: scores >= params.tau),
+        params=KnowledgeParams,
+        evidence="S",
+    ),
+)

@@ -1,0 +1,86 @@
+"""Methods that weight by the likelihood ratio of two checkpoints, p_current / p_history = exp(rel)."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sstoken.methods.base import Method, Params
+from sstoken.methods.policies import Weight
+from sstoken.methods.tokens import Array, Tokens
+
+_IW_SFT = "iw-SFT 2025, arXiv 2507.12856; emmyqin/iw_sft"
+
+
+class SequenceParams(Params):
+    """iw-SFT's."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """What the mean is multiplied by."""
+    most: Annotated[float, Field(gt=0)] = 16.0
+    """The largest weight."""
+
+
+class ClipParams(Params):
+    """iw-SFT's per token."""
+
+    clip: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """The ratio is kept within 1 - clip and 1 + clip."""
+
+
+class PsftParams(Params):
+    """PSFT's."""
+
+    clip: Annotated[float, Field(ge=0)] = 0.28
+    """A ratio above 1 + clip gets weight 0."""
+
+
+def _sequence(tokens: Tokens, params: SequenceParams) -> Array:
+    weight = tokens.xp.exp(params.temperature * tokens.mean(tokens.rel))
+    return tokens.xp.clip(weight, None, params.most)[tokens.example]
+
+
+def _token(tokens: Tokens, params: ClipParams) -> Array:
+    return tokens.xp.clip(tokens.xp.exp(tokens.rel), 1 - params.clip, 1 + params.clip)
+
+
+def _psft(tokens: Tokens, params: PsftParams) -> Array:
+    ratio = tokens.xp.exp(tokens.rel)
+    return tokens.xp.where(ratio <= 1 + params.clip, ratio, 0.0)
+
+
+METHODS = (
+    Method(
+        name="iw-sft",
+        family="likelihood ratio",
+        inputs=("history.loss", "current.loss"),
+        formula="min(exp(temperature * mean over the example of rel), most)",
+        source=_IW_SFT,
+        score=_sequence,
+        policy=Weight("soft weights, one an example"),
+        params=SequenceParams,
+        scopes=("sample",),
+        evidence="A",
+    ),
+    Method(
+        name="iw-sft-token",
+        family="likelihood ratio",
+        inputs=("history.loss", "current.loss"),
+        formula="exp(rel) within 1 - clip and 1 + clip",
+        source=f"{_IW_SFT}, unused branch",
+        score=_token,
+        policy=Weight(),
+        params=ClipParams,
+        evidence="A",
+    ),
+    Method(
+        name="psft",
+        family="likelihood ratio",
+        inputs=("history.loss", "current.loss"),
+        formula="exp(rel), 0 above 1 + clip; history is the old policy",
+        source="PSFT 2025, arXiv 2508.17784; zwhong714/PSFT; meant for the loop",
+        score=_psft,
+        policy=Weight(),
+        params=PsftParams,
+        evidence="F",
+    ),
+)
