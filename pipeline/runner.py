@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any
 
 from sstoken.errors import NothingLeftError, SstokenError, UsageError
-from sstoken.pipeline.engines.local import local_map
+from sstoken.pipeline.engines import make_engine
 from sstoken.pipeline.progress import no_progress_bar, progress_bar
 from sstoken.pipeline.writing import check_writable, naming_full_disk, one_run_at_a_time
 from sstoken.stages import joins, tables
@@ -25,7 +25,8 @@ from sstoken.stages.checkpoints import read_ahead
 from sstoken.stages.files import UNFINISHED, write_atomic
 from sstoken.stages.manifest import MANIFEST, Digests, Manifest
 from sstoken.stages.processes import is_main_process, num_processes
-from sstoken.stages.stage import Context, Stage
+from sstoken.stages.sharded import ShardedStage
+from sstoken.stages.stage import Context, Engine, EngineOptions, Settings, Stage
 from sstoken.version import __version__
 
 _FINGERPRINT_FILE = ".fingerprint"
@@ -266,15 +267,7 @@ def _prepare(job: Job, identity: _Identity, *, fresh: bool) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
-    _remove_damaged(job.partial)
     write_atomic(job.partial / _FINGERPRINT_FILE, identity.fingerprint)
-
-
-def _remove_damaged(partial: Path) -> None:
-    """Have shards that were damaged since an interrupted run wrote them made again: no manifest lists them yet."""
-    for path in tables.parts(partial):
-        if not tables.is_sound(path):
-            path.unlink()
 
 
 def _discard(partial: Path) -> None:
@@ -291,10 +284,17 @@ def _run(job: Job, identity: _Identity) -> dict[str, Any]:
         out=job.partial,
         seed=job.seed,
         fingerprint=identity.fingerprint,
-        map=local_map,
+        engine=_engine(job.stage),
         progress=progress_bar if is_main_process() else no_progress_bar,
     )
     return job.stage.run(context)
+
+
+def _engine(stage: Settings) -> Engine:
+    options = stage if isinstance(stage, EngineOptions) else EngineOptions()
+    if isinstance(stage, ShardedStage):
+        return make_engine(options, stage.rank, stage.world_size)
+    return make_engine(options)
 
 
 def _finish(job: Job, identity: _Identity, metrics: dict[str, Any], seconds: float) -> None:

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -28,22 +28,25 @@ from sstoken.stages.encoding.messages import (
     TrainedTurns,
 )
 from sstoken.stages.encoding.preference import wanted
-from sstoken.stages.encoding.shards import BAD_ROWS, Settings, Task, encode_shard, save_tokenizer, stopped
+from sstoken.stages.encoding.shards import BAD_ROWS, Settings, Shard, encode_shard, save_tokenizer, stopped
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.templates import read_template, template_file
 from sstoken.stages.encoding.token_stats import Stats, merge, metrics, no_stats
-from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
-from sstoken.stages.tables import part_name
+from sstoken.stages.sharded import ShardedStage, Work
+from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task
+from sstoken.stages.tables import part_name, parts, read_metadata
 
 _ROWS_TRIED = 100
 """Bad rows at the head of a dataset, among which the first good one is looked for before any work."""
 
 
-class Encode(Stage):
+class Encode(ShardedStage):
     """Turn a dataset of conversations into token ids and response masks."""
 
     name: ClassVar[str] = "encode"
     folder: ClassVar[str] = "tokens"
+    unit: ClassVar[str] = "rows"
+    every_core: ClassVar[bool] = True
 
     data: Annotated[str, BY_CONTENT]
     """JSONL, JSON, Parquet or CSV (a file, a pattern, an s3:// or gs:// address), a folder written by
@@ -85,7 +88,7 @@ class Encode(Stage):
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint's tokenizer."""
     workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
-    """Processes. Default: the number of cores; a single shard is encoded without any."""
+    """Processes. Default: as many as there are cores; a single shard needs none."""
 
     def check(self) -> None:
         """See `Stage.check`."""
@@ -102,14 +105,12 @@ class Encode(Stage):
             "chat_template": digest(template_file(self.chat_template)) if self.chat_template else None,
         }
 
-    def run(self, context: Context) -> dict[str, Any]:
-        """Write `part-*.parquet` (schema `TOKENS`), the tokenizer, and the bad rows passed over.
+    def work(self, context: Context) -> Work:
+        """Prepare `part-*.parquet` (schema `TOKENS`), a task each; write the tokenizer.
 
         Raises:
             SstokenError: a bad row under `on_bad_row="stop"`; a source or tokenizer that fails; nothing left.
         """
-        from joblib import cpu_count  # knows the limits of a container
-
         self.check()
         settings = Settings(
             model=self.model,
@@ -126,14 +127,17 @@ class Encode(Stage):
             fingerprint=context.fingerprint,
         )
         save_tokenizer(settings)
-        tasks = self._tasks(context.out)
-        first = list(islice(tasks, 2))
-        workers = (self.workers or cpu_count()) if len(first) > 1 else 1
+        return Work(partial(encode_shard, settings), self._tasks(context.out), self.limit)
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Sum up the shards.
+
+        Raises:
+            SstokenError: nothing is left.
+        """
         total = no_stats()
-        with context.progress("rows", self.limit) as bar:
-            for stats in context.map(partial(encode_shard, settings), chain(first, tasks), workers=workers):
-                total = merge(total, stats)
-                bar.advance(stats["rows"])
+        for path in parts(context.out):
+            total = merge(total, read_metadata(path)["stats"])
         if not total["examples"]:
             what = "raise --max-length" if total["dropped"] else _first_bad(context.out)
             raise NothingLeftError(
@@ -179,11 +183,11 @@ class Encode(Stage):
         seen, _ = wanted(row, ignored, take=self.preference == "take")
         return detect_layout(seen, self.format, self.columns, ignored, self.preference)
 
-    def _tasks(self, out: Path) -> Iterator[Task]:
+    def _tasks(self, out: Path) -> Iterator[Task[Shard]]:
         rows = self._rows()
         index = 0
         while shard := list(islice(rows, self.shard_rows)):
-            yield index, None if (out / part_name(index)).exists() else shard
+            yield Task(out / part_name(index), len(shard), (index, shard))
             index += 1
 
 

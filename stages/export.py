@@ -1,5 +1,7 @@
 """`export`: the masked dataset as a trainer takes it."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -13,14 +15,19 @@ from sstoken.stages.exporting.base import DATA, FAST, SCORES, Facts
 from sstoken.stages.exporting.card import card
 from sstoken.stages.exporting.rows import merge_counts, prepare
 from sstoken.stages.files import write_atomic
-from sstoken.stages.stage import SPEED_ONLY, Context, Stage
+from sstoken.stages.sharded import ShardedStage, Work
+from sstoken.stages.stage import Context, Task, Worker
+
+_COUNTS = ".counts"
+"""Folder of unfinished work: what each shard holds, written when it is done."""
 
 
-class Export(Stage):
+class Export(ShardedStage):
     """Reads `masked`; writes `data/` for the trainer, `scores/` beside it, and a README with the command to run."""
 
     name: ClassVar[str] = "export"
     folder: ClassVar[str] = "export"
+    unit: ClassVar[str] = "examples"
 
     to: str
     """trl, transformers, unsloth, axolotl, llamafactory, nemo, swift, torchtune, verl, litgpt or jsonl."""
@@ -30,8 +37,6 @@ class Export(Stage):
     """Cut examples to this many tokens.  [default: not at all]"""
     scores: bool = True
     """Write the sidecar: ids, masks, signals and scores, row by row beside what the trainer reads."""
-    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
-    """Processes."""
 
     def check(self) -> None:
         """Refuse an unknown trainer, and weights where it has no use for them."""
@@ -42,18 +47,22 @@ class Export(Stage):
                 f"{self.to} takes no weight for a token; leave --weights out, or export to {able}"
             )
 
-    def run(self, context: Context) -> dict[str, Any]:
-        """Export shard by shard; shards that are there already are kept."""
+    def work(self, context: Context) -> Work:
+        """A task a shard."""
+        out, parts = context.out, tables.parts(context.inputs["masked"])
+        for folder in (DATA, SCORES, _COUNTS) if self.scores else (DATA, _COUNTS):
+            (out / folder).mkdir(exist_ok=True)
+        tasks = [
+            Task(out / _COUNTS / f"{path.stem}.json", tables.num_rows(path), (i, len(parts), path))
+            for i, path in enumerate(parts)
+        ]
+        return Work(_ExportShard(self, out), tasks)
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Write what the trainer needs beside the shards."""
         masked, out = context.inputs["masked"], context.out
         parts = tables.parts(masked)
-        for folder in (DATA, SCORES) if self.scores else (DATA,):
-            (out / folder).mkdir(exist_ok=True)
-        found = []
-        with context.progress("shards", len(parts)) as progress:
-            tasks = ((i, len(parts), path) for i, path in enumerate(parts))
-            for counts in context.map(_ExportShard(self, out), tasks, workers=self.workers):
-                found.append(counts)
-                progress.advance()
+        found = [json.loads((out / _COUNTS / f"{path.stem}.json").read_text()) for path in parts]
         counts = merge_counts(found)
         if not counts["examples"]:
             cut = f" within {self.max_length} tokens" if self.max_length else ""
@@ -65,6 +74,7 @@ class Export(Stage):
             write_atomic(out / name, content)
         write_atomic(out / "README.md", card(target, facts, counts, self.model_dump()))
         folders.copy_folder(masked / "tokenizer", out / "tokenizer")
+        shutil.rmtree(out / _COUNTS)
         return {"to": self.to, **counts}
 
 
@@ -74,7 +84,7 @@ class _ExportShard:
     def __init__(self, stage: Export, out: Path) -> None:
         self._stage, self._out = stage, out
 
-    def __call__(self, task: tuple[int, int, Path]) -> dict[str, int]:
+    def __call__(self, task: tuple[int, int, Path], worker: Worker) -> None:
         index, shards, path = task
         stage, target = self._stage, get_target(self._stage.to)
         needed = None if stage.scores else ["example_id", "input_ids", "keep_mask"]
@@ -83,8 +93,8 @@ class _ExportShard:
         ready = prepare(tables.read_table(path, needed), stage.max_length, stage.weights)
         data = self._out / DATA / target.shard_name(index, shards)
         if ready.counts["examples"]:  # not every loader takes a file without a row
-            if stage.scores and not (sidecar := self._out / SCORES / path.name).exists():
+            if stage.scores:
+                sidecar = self._out / SCORES / path.name
                 tables.write_part(sidecar, ready.sidecar, None, compression_level=FAST)
-            if not data.exists():
-                target.write(data, ready.rows)
-        return ready.counts
+            target.write(data, ready.rows)
+        write_atomic(self._out / _COUNTS / f"{path.stem}.json", json.dumps(ready.counts))

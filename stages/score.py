@@ -22,11 +22,12 @@ from sstoken.stages.backends import (
     resolve_backend,
 )
 from sstoken.stages.scores_file import Column, summarize_scores, write_scores
-from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
+from sstoken.stages.sharded import ShardedStage, Work
+from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task, Worker
 from sstoken.stages.vocabularies import check_vocabulary
 
 
-class ScoreOptions(Stage):
+class ScoreOptions(ShardedStage):
     """How checkpoints are scored, whichever they are."""
 
     signals: tuple[str, ...] = ()
@@ -45,9 +46,9 @@ class ScoreOptions(Stage):
     """Positions in a batch, at most (padding counted); a longer sequence runs alone. None: from the free memory. Halved
     when a batch does not fit."""
     device: Annotated[str, SPEED_ONLY] = "auto"
-    """cpu, cuda, mps, ...; auto: the best that is there."""
-    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
-    """Processes, each with the model in memory."""
+    """cpu, cuda, mps, ..., or a list with one for each worker: cuda:0,cuda:1. auto: the best that is there."""
+    workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
+    """Processes, each with the model in memory. Default: 1, or one for each device of a list."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
@@ -57,6 +58,7 @@ class Score(ScoreOptions):
 
     name: ClassVar[str] = "score"
     folder: ClassVar[str] = "scores"
+    unit: ClassVar[str] = "tokens"
     follows_sources: ClassVar[bool] = True  # a checkpoint folder that was trained further
 
     checkpoint: Annotated[str, BY_CONTENT]
@@ -82,7 +84,7 @@ class Score(ScoreOptions):
     def check(self) -> None:
         """Refuse an unknown signal, a checkpoint that is not whole, or one that the backend does not take."""
         checkpoints.check_loadable(self.checkpoint)
-        check_backend(self.backend, self.for_backend(), self.workers)
+        check_backend(self.backend, self.for_backend(), self.workers or 1)
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
         """The checkpoint's content; its place and name do not matter."""
@@ -106,32 +108,32 @@ class Score(ScoreOptions):
             fields["signals"] = sorted(measured)
         return fields
 
-    def for_backend(self, log_folder: Path | None = None) -> BackendOptions:
+    def for_backend(self, log_folder: Path | None = None, device: str | None = None) -> BackendOptions:
         """What the backend gets to know."""
         return BackendOptions(
             checkpoint=self.checkpoint,
             signals=self.measured,
             layer=self.layer,
             dtype=self.dtype,
-            device=self.device,
+            device=device or self.device.partition(",")[0],
             batch_tokens=self.batch_tokens,
             trust_remote_code=self.trust_remote_code,
             settings=tuple(sorted(self.backend_options.items())),
             log_folder=log_folder,
         )
 
-    def run(self, context: Context) -> dict[str, Any]:
-        """Score the shards that are not there yet."""
+    def work(self, context: Context) -> Work:
+        """A task a shard."""
         token_parts = tables.parts(context.inputs["tokens"])
         own = checkpoints.own_tokenizer(self.checkpoint, trust_remote_code=self.trust_remote_code)
         check_vocabulary(self.checkpoint, own, context.inputs["tokens"])
-        total = sum(tables.num_rows(p) for p in token_parts)
-        todo = [p for p in token_parts if not (context.out / p.name).exists()]
-        score_shard = _ScoreShard(self, context.out, context.fingerprint)
-        with context.progress("examples", total) as progress:
-            progress.advance(total - sum(tables.num_rows(p) for p in todo))
-            for rows in context.map(score_shard, todo, workers=self.workers):
-                progress.advance(rows)
+        return Work(
+            _ScoreShard(self, context.out, context.fingerprint),
+            [Task(context.out / path.name, tables.num_tokens(path), path) for path in token_parts],
+        )
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Sum up the shards."""
         summary = summarize_scores(context.out, self.checkpoint)
         if joins.trained_on_others(self.checkpoint, context.inputs["tokens"]):
             summary["trained_on_other_tokens"] = True
@@ -150,22 +152,21 @@ class _ScoreShard:
     def __init__(self, stage: Score, out: Path, run: str) -> None:
         self._stage, self._out, self._run = stage, out, run
 
-    def __call__(self, tokens: Path) -> int:
-        """Write the scores of the shard; return its number of rows."""
+    def __call__(self, tokens: Path, worker: Worker) -> None:
+        """Write the scores of the shard."""
         stage = self._stage
-        options = stage.for_backend(log_folder=self._out.parent)
+        options = stage.for_backend(self._out.parent, worker.device)
         backend = _backend(stage.backend, options, checkpoints.stamp(stage.checkpoint))
         table = tables.read_table(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()
         _check_lengths(stage, tokens, backend, example_ids, sequences)
         response, offsets = tables.flatten(table["response_mask"])
-        columns = self._measure(tokens.name, backend, example_ids, sequences, masks)
+        columns = self._measure(tokens.name, backend, example_ids, sequences, masks, worker)
         provenance = self._provenance(backend) | {joins.TOKENS: joins.measured_fingerprint(tokens, table)}
         write_scores(
             self._out / tokens.name, example_ids, offsets, response.astype(bool), columns, provenance
         )
-        return len(sequences)
 
     def _measure(
         self,
@@ -174,6 +175,7 @@ class _ScoreShard:
         example_ids: list[str],
         sequences: list[NDArray[np.int32]],
         masks: list[NDArray[np.bool_]],
+        worker: Worker,
     ) -> dict[str, Column]:
         """The signals of all examples, compact and one after the other."""
         stage = self._stage
@@ -199,6 +201,7 @@ class _ScoreShard:
                     )
                 column[starts[name][index] : starts[name][index + 1]] = signals[name]
             left.discard(index)
+            worker.advance(sequences[index].size)
         if left:
             raise SstokenError(
                 f"backend {stage.backend!r} did not measure all that was asked for: {len(left)} of {len(sequences)} "

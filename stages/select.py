@@ -15,15 +15,16 @@ from sstoken.stages import folders, joins, tables
 from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import merge_stats, shard_stats
 from sstoken.stages.selecting import Decided, Decider, Whole, WholeDataset
+from sstoken.stages.sharded import ShardedStage, Work
 from sstoken.stages.shards import Shard, check_measured
-from sstoken.stages.stage import SPEED_ONLY, Context, Stage
+from sstoken.stages.stage import Context, Task, Worker
 from sstoken.version import __version__
 
 OTHER_INPUTS = ("tokens",)
 """Inputs that are no checkpoint's scores."""
 
 
-class Select(Stage):
+class Select(ShardedStage):
     """Reads `tokens` and the scores of the checkpoints in the roles that its method names."""
 
     name: ClassVar[str] = "select"
@@ -42,8 +43,6 @@ class Select(Stage):
     """Keep the best share of each example, of the whole dataset, or of each turn.  [default: the method's own]"""
     lean: bool = False
     """Write only example_id, input_ids, labels, keep_mask and, of a weighting method, weight."""
-    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
-    """Processes."""
 
     def check(self) -> None:
         """Refuse an unknown method, a parameter that it does not have or out of range, and a scope it cannot take."""
@@ -85,11 +84,15 @@ class Select(Stage):
         }
         return fields | ({"params": params} if params else {})
 
-    def run(self, context: Context) -> dict[str, Any]:
-        """Select shard by shard; shards that are there already are kept."""
+    def outputs(self, context: Context) -> list[Path]:
+        """See `ShardedStage.outputs`; looks at no score."""
+        return [context.out / path.name for path in tables.parts(context.inputs["tokens"])]
+
+    def work(self, context: Context) -> Work:
+        """A task a shard."""
         tokens = context.inputs["tokens"]
         token_parts = tables.parts(tokens)
-        scores = {role: folder for role, folder in context.inputs.items() if role not in OTHER_INPUTS}
+        scores = _scores(context)
         for folder in scores.values():
             joins.check_scores(tokens, folder)
         check_measured(self.method, self.of.inputs, scores, tokens)
@@ -98,17 +101,21 @@ class Select(Stage):
             for index, path in enumerate(token_parts)
         ]
         decider = Decider(self.method, self.resolved, self.resolved_scope)
-        provenance = self._provenance(context, scores)
-        select_shard = _SelectShard(decider, context.out, provenance, self.lean)
-        tasks = WholeDataset(decider, shards).tasks()
-        with context.progress("shards", len(token_parts)) as progress:
-            for _ in context.map(select_shard, tasks, workers=self.workers):
-                progress.advance()
+        select_shard = _SelectShard(decider, context.out, self._provenance(context, scores), self.lean)
+        tasks = (
+            Task(context.out / shard.tokens.name, 1, (shard, whole))
+            for shard, whole in WholeDataset(decider, shards).tasks()
+        )
+        return Work(select_shard, tasks, len(token_parts))
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Sum up the shards; add the tokenizer and the card."""
+        tokens = context.inputs["tokens"]
         folders.copy_folder(tokens / "tokenizer", context.out / "tokenizer")
         summary = merge_stats([tables.read_metadata(p)["stats"] for p in tables.parts(context.out)])
         if not summary["examples"]:
             raise NothingLeftError(f"{tokens}: no example has a response token; nothing to select")
-        write_card(context.out, provenance, summary)
+        write_card(context.out, self._provenance(context, _scores(context)), summary)
         return summary
 
     def _provenance(self, context: Context, scores: dict[str, Path]) -> dict[str, Any]:
@@ -137,17 +144,20 @@ class Select(Stage):
         }
 
 
+def _scores(context: Context) -> dict[str, Path]:
+    """Folders of scores by role."""
+    return {role: folder for role, folder in context.inputs.items() if role not in OTHER_INPUTS}
+
+
 class _SelectShard:
     """Writes one masked shard; pickles into worker processes."""
 
     def __init__(self, decider: Decider, out: Path, provenance: dict[str, Any], lean: bool) -> None:
         self._decider, self._out, self._provenance, self._lean = decider, out, provenance, lean
 
-    def __call__(self, task: tuple[Shard, Whole]) -> None:
+    def __call__(self, task: tuple[Shard, Whole], worker: Worker) -> None:
         shard, whole = task
         path = self._out / shard.tokens.name
-        if path.exists():
-            return
         tokens = shard.measured
         decided = self._decider.decide(tokens, whole)
         table = _masked_table(shard, decided, tables.masked_schema(self._decider.of.weighted, self._lean))

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,21 +32,56 @@ class Progress(Protocol):
     """A progress bar under way."""
 
     def advance(self, amount: int = 1) -> None:
-        """Count `amount` more units as done."""
+        """Count `amount` more units as done; less where an attempt was in vain."""
 
 
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Progress]]
 """`bar(unit, total)` opens a progress bar; `total` None: not known beforehand."""
 
 
-class Map(Protocol):
-    """How an engine runs a function over shards: results in the order of `tasks`, which is read lazily.
+@dataclass(frozen=True)
+class Task(Generic[T]):
+    """One piece of a stage's work, independent of the others: usually a shard."""
 
-    `function` and the tasks must pickle when `workers > 1`.
+    output: Path
+    """The file that exists once the task is done. It is written last and atomically."""
+    size: int
+    """In units of the progress bar."""
+    work: T
+    """What the stage's function is given; it must pickle."""
+
+
+class Worker(Protocol):
+    """Where a task runs."""
+
+    device: str | None
+    """The device that is this worker's, such as `cuda:1`. None: whichever the stage names."""
+
+    def advance(self, amount: int) -> None:
+        """Count `amount` units of the task as done."""
+
+
+class Engine(Protocol):
+    """Maps a function over tasks: in this process, in several, or on several machines.
+
+    What makes that safe lies in the tasks: each has a name that does not depend on the engine, writes atomically, and
+    may be done twice.
     """
 
-    def __call__(self, function: Callable[[T], R], tasks: Iterable[T], *, workers: int = 1) -> Iterator[R]:
-        """Yield `function(task)` for each task."""
+    rank: int
+    """Which of `world_size` parts of the work is done here."""
+    world_size: int
+
+    def map(
+        self, function: Callable[[T, Worker], R], tasks: Iterable[Task[T]], progress: Progress
+    ) -> Iterator[R]:
+        """Yield `function(task.work, worker)` for each task, in order; tasks are read lazily.
+
+        `function` must pickle. A task whose worker process dies is done again, at most twice.
+
+        Raises:
+            SstokenError: names the tasks whose workers died each time; all others are done.
+        """
 
 
 @dataclass(frozen=True)
@@ -60,7 +95,7 @@ class Context:
     seed: int
     fingerprint: str
     """Of this stage with these settings and inputs, for provenance."""
-    map: Map
+    engine: Engine
     progress: ProgressBar
 
 
@@ -82,6 +117,17 @@ class Settings(BaseModel):
             name for name, field in fields if any(m in (SPEED_ONLY, BY_CONTENT) for m in field.metadata)
         }
         return self.model_dump(mode="json", exclude=left_out)
+
+
+class EngineOptions(Settings):
+    """What runs a stage's tasks, and on how many processes: the same for every stage, and never what is written."""
+
+    engine: Annotated[str, SPEED_ONLY] = "local"
+    """What runs the work: local (processes on this machine), or another package's engine."""
+    workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
+    """Processes. Default: 1."""
+    every_core: ClassVar[bool] = False
+    """Whether the default is a process for every core."""
 
 
 class Stage(Settings):

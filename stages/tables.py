@@ -225,6 +225,19 @@ def num_rows(path: Path) -> int:
         return int(pq.read_metadata(path).num_rows)
 
 
+def num_tokens(path: Path) -> int:
+    """Return the number of tokens in a shard, prompts included, without reading them.
+
+    Raises:
+        SstokenError: it is damaged.
+    """
+    with _readable(path):
+        footer = pq.read_metadata(path)
+        groups = (footer.row_group(i) for i in range(footer.num_row_groups))
+        columns = (group.column(i) for group in groups for i in range(group.num_columns))
+        return sum(column.num_values for column in columns if column.path_in_schema.startswith("input_ids."))
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:

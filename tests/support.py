@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sstoken.stages.stage import Context, Progress
+from sstoken.stages.stage import Context, Progress, Task, Worker
 
 PATIENCE = 1800
 """Seconds that a process may take. No test waits for the clock: on a busy machine only a hang takes longer."""
@@ -27,11 +27,26 @@ def messages(err: str) -> list[str]:
     return [line for line in err.splitlines() if line and not _PROGRESS.fullmatch(line)]
 
 
-def sequential_map(
-    function: Callable[[Any], Any], tasks: Iterable[Any], *, workers: int = 1
-) -> Iterator[Any]:
+class PlainWorker:
+    device = None
+
+    def advance(self, amount: int = 1) -> None:
+        pass
+
+
+class PlainEngine:
     """The plainest engine: one task after the other, in this process."""
-    return map(function, tasks)
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def map(
+        self, function: Callable[[Any, Worker], Any], tasks: Iterable[Task[Any]], progress: Progress
+    ) -> Iterator[Any]:
+        for task in tasks:
+            result = function(task.work, PlainWorker())
+            progress.advance(task.size)
+            yield result
 
 
 class NullProgress:
@@ -57,6 +72,6 @@ def make_context(
         out=out,
         seed=seed,
         fingerprint="0" * 16,
-        map=sequential_map,
+        engine=PlainEngine(),
         progress=progress,
     )

@@ -27,7 +27,8 @@ from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.time_limit import limited
 from sstoken.stages.encoding.token_stats import Stats, no_stats
 from sstoken.stages.files import UNFINISHED, write_atomic
-from sstoken.stages.tables import TOKENS, part_name, read_metadata, write_part
+from sstoken.stages.stage import Worker
+from sstoken.stages.tables import TOKENS, part_name, write_part
 
 if TYPE_CHECKING:
     from sstoken.stages.encoding.chat import ChatEncoder
@@ -37,8 +38,8 @@ BAD_ROWS = "bad_rows"
 TOKENIZER = "tokenizer"
 """Folder, in the output, with the tokenizer that was used."""
 
-Task = tuple[int, list[Row] | None]
-"""A shard's index and its rows; None: the shard is already written."""
+Shard = tuple[int, list[Row]]
+"""A shard's index and its rows."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,21 @@ class Settings:
             )
 
 
-def encode_shard(settings: Settings, task: Task) -> Stats:
-    """Encode one shard, write it and return its statistics.
+def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
+    """Encode one shard and write it, with its statistics in its metadata.
 
     The list of bad rows is written first, so a shard that exists is complete.
     """
-    index, rows = task
+    index, rows = shard
     path = settings.out / part_name(index)
-    if rows is None:
-        stats: Stats = read_metadata(path)["stats"]
-        return stats
     encoder = settings.encoder()
     columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
-    stats = no_stats() | {"rows": len(rows)}
+    stats: Stats = no_stats() | {"rows": len(rows)}
     bad: list[dict[str, Any]] = []
     unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
     with limited(str(path)) as start:
         for row in rows:
+            worker.advance(1)
             try:
                 conversation = read_row(row, settings.layout, settings.max_chars)
                 start(row.where)
@@ -132,7 +131,6 @@ def encode_shard(settings: Settings, task: Task) -> Stats:
     table = pa.table(columns, schema=TOKENS)
     about = {joins.RUN: settings.fingerprint, joins.TOKENS: joins.tokens_fingerprint(table), "stats": stats}
     write_part(path, table, _metadata(settings, encoder) | about)
-    return stats
 
 
 def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:

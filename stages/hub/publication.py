@@ -31,7 +31,7 @@ from sstoken.stages.hub.repository import (
     TOKENIZER,
 )
 from sstoken.stages.masked_stats import merge_stats
-from sstoken.stages.stage import SPEED_ONLY, Context, Stage
+from sstoken.stages.stage import Context, EngineOptions, Stage, Task, Worker
 
 _LOCAL_SETTINGS = ("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "cache_dir")
 """Keys under which some versions of transformers write local paths into tokenizer_config.json."""
@@ -41,7 +41,7 @@ _BEST_LENGTH = 120
 """Preferred length of the example that is drawn, in tokens: informative, and still one picture."""
 
 
-class Publication(Stage):
+class Publication(Stage, EngineOptions):
     """Reads `masked`; writes the folder that is uploaded."""
 
     name: ClassVar[str] = "publish"
@@ -55,8 +55,6 @@ class Publication(Stage):
     """The Hub's name of a licence, such as cc-by-4.0. Default: the source dataset's, where it is on the Hub."""
     shard_tokens: Annotated[int, Field(ge=1)] = 8_000_000
     """Join shards until a published file holds this many tokens (about 16 MB without scores)."""
-    workers: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
-    """Number of processes."""
     origin: dict[str, Any] = Field(default_factory=dict)
     """Set by `publish`: see `find_origin`."""
 
@@ -77,8 +75,12 @@ class Publication(Stage):
         publish_shard = partial(_publish_shard, out / SHARDS, columns, hub)
         groups = _groups(sources, self.shard_tokens)
         with context.progress("files", len(groups)) as progress:
-            for _ in context.map(publish_shard, enumerate(groups), workers=self.workers):
-                progress.advance()
+            tasks = [
+                Task(out / SHARDS / tables.part_name(index), 1, (index, group))
+                for index, group in enumerate(groups)
+            ]
+            for _ in context.engine.map(publish_shard, tasks, progress):
+                pass
         metadata = [tables.read_metadata(path) for path in tables.parts(out / SHARDS)]
         metrics = merge_stats([m["stats"] for m in metadata])
         facts = {key: value for key, value in metadata[0].items() if key != "stats"}
@@ -130,8 +132,10 @@ def _num_values(footer: pq.FileMetaData) -> dict[str, int]:
     }
 
 
-def _publish_shard(out: Path, columns: list[str], hub: set[str], task: tuple[int, list[Path]]) -> None:
-    index, sources = task
+def _publish_shard(
+    out: Path, columns: list[str], hub: set[str], group: tuple[int, list[Path]], worker: Worker
+) -> None:
+    index, sources = group
     path = out / tables.part_name(index)
     if path.exists():
         return

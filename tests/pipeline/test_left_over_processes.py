@@ -13,24 +13,25 @@ import pytest
 
 from sstoken.errors import SstokenError
 from sstoken.pipeline import api
-from sstoken.pipeline.engines.local import local_map
+from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.pipeline.runner import Job, execute
 from sstoken.stages.manifest import Digests
 from sstoken.stages.select import Select
-from sstoken.stages.stage import Context
+from sstoken.stages.stage import Context, EngineOptions, Task, Worker
 from tests.pipeline.worlds import make_world
-from tests.support import PATIENCE
+from tests.support import PATIENCE, NullProgress
 
 ROOT = Path(__file__).parents[2]
 
 
-def mark_and_sleep(folder: Path) -> None:
+def mark_and_sleep(folder: Path, worker: Worker) -> None:
     (folder / str(os.getpid())).touch()
     time.sleep(PATIENCE)
 
 
 def start_two_workers(folder: str) -> None:
-    for _ in local_map(mark_and_sleep, [Path(folder)] * 4, workers=2):
+    tasks = [Task(Path(folder), 1, Path(folder))] * 4
+    for _ in LocalEngine(EngineOptions(workers=2)).map(mark_and_sleep, tasks, NullProgress()):
         pass
 
 

@@ -3,10 +3,8 @@
 import json
 import pickle
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding import shards
 from sstoken.stages.encoding.token_stats import merge, metrics, no_stats
@@ -92,19 +91,11 @@ def test_writes_shards_with_provenance(model, data, tmp_path) -> None:
     assert not list(out.rglob("*.tmp"))
 
 
-def parallel_map(function, tasks, *, workers=1) -> Iterator:
-    if workers == 1:
-        yield from map(function, tasks)
-        return
-    with get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(function, tasks)
-
-
 def test_workers_do_not_change_the_result(model, data, tmp_path) -> None:
     found = []
     for workers in (1, 2):
-        context = replace(make_context(tmp_path / str(workers)), map=parallel_map)
-        found.append(Encode(data=data, model=model, shard_rows=10, workers=workers).run(context))
+        stage = Encode(data=data, model=model, shard_rows=10, workers=workers)
+        found.append(stage.run(replace(make_context(tmp_path / str(workers)), engine=LocalEngine(stage))))
     assert found[0] == found[1]
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     settings = [Encode(data=data, model=model, workers=w).fingerprinted() for w in (1, 2)]

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.stages import tables
 from sstoken.stages.backends import BackendOptions, base_models, make_backend
 from sstoken.stages.score import Score
@@ -157,12 +158,11 @@ def test_shards_that_are_there_are_not_scored_again(tokens, model, tmp_path):
 
 
 def test_several_processes_write_the_same_bytes(tokens, model, tmp_path):
-    from sstoken.pipeline.engines.local import local_map
-
     score(tokens, tmp_path / "one", model)
     context = make_context(tmp_path / "two", {"tokens": tokens})
-    object.__setattr__(context, "map", local_map)
-    Score(checkpoint=str(model), attention=True, device="cpu", workers=2).run(context)
+    stage = Score(checkpoint=str(model), attention=True, device="cpu", workers=2)
+    object.__setattr__(context, "engine", LocalEngine(stage))
+    stage.run(context)
     for part in tables.parts(tmp_path / "one"):
         assert part.read_bytes() == (tmp_path / "two" / part.name).read_bytes()
 

@@ -9,6 +9,7 @@ import pytest
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
+from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.selection import num_kept
 from sstoken.stages import joins, tables
 from sstoken.stages.select import Select
@@ -156,12 +157,11 @@ def test_methods_without_signals_need_no_scores(inputs, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_method_runs_in_any_number_of_processes(inputs, tmp_path, method, workers):
-    from sstoken.pipeline.engines.local import local_map
-
     context = make_context(tmp_path / "out", inputs)
-    object.__setattr__(context, "map", local_map)
     scope = "global" if "global" in METHODS[method].scopes else None
-    metrics = Select(method=method, scope=scope, workers=workers).run(context)
+    stage = Select(method=method, scope=scope, workers=workers)
+    object.__setattr__(context, "engine", LocalEngine(stage))
+    metrics = stage.run(context)
     select(inputs, tmp_path / "plain", method=method, scope=scope)
     for part in tables.parts(tmp_path / "plain"):
         assert part.read_bytes() == (tmp_path / "out" / part.name).read_bytes()

@@ -1,0 +1,76 @@
+"""Stages whose work is a task a shard: any engine runs it, and several ranks may share it."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from sstoken.stages import tables
+from sstoken.stages.stage import SPEED_ONLY, Context, EngineOptions, Progress, Stage, Task, Worker
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do."""
+
+    function: Callable[[Any, Worker], None]
+    """Does one task; must pickle."""
+    tasks: Iterable[Task[Any]]
+    """The same, in the same order, in every call."""
+    total: int | None = None
+    """Sum of the tasks' sizes where `tasks` is lazy and it is known anyway."""
+
+
+class ShardedStage(Stage, EngineOptions):
+    """A stage of three parts: what there is to do, doing it shard by shard, and what follows when all are there."""
+
+    unit: ClassVar[str] = "shards"
+    """Of the progress bar."""
+
+    rank: Annotated[int, Field(ge=0), SPEED_ONLY] = 0
+    """Which part of the work is done here, from 0 to world-size - 1."""
+    world_size: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
+    """Parts that the work is cut into, each run by itself, for example by a SLURM array; `commit` ends it."""
+
+    def work(self, context: Context) -> Work:
+        """Check the inputs and say what there is to do."""
+        raise NotImplementedError
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Write what follows from the finished shards; return the metrics. Cheap, and run once."""
+        raise NotImplementedError
+
+    def outputs(self, context: Context) -> list[Path]:
+        """Return the file of each task, in order."""
+        return [task.output for task in self.work(context).tasks]
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do the tasks of this rank that are not done yet; a single rank finishes, too."""
+        engine, work = context.engine, self.work(context)
+        tasks, total = work.tasks, work.total
+        if engine.world_size > 1:
+            tasks, total = _own(tasks, engine.rank, engine.world_size), None
+        if isinstance(work.tasks, Sequence):
+            tasks = list(tasks)
+            total = sum(task.size for task in tasks)
+        with context.progress(self.unit, total) as bar:
+            for _ in engine.map(work.function, _left(tasks, bar), bar):
+                pass
+        return self.finish(context) if engine.world_size == 1 else {}
+
+
+def _own(tasks: Iterable[Task[Any]], rank: int, world_size: int) -> Iterator[Task[Any]]:
+    return (task for index, task in enumerate(tasks) if index % world_size == rank)
+
+
+def _left(tasks: Iterable[Task[Any]], bar: Progress) -> Iterator[Task[Any]]:
+    """The tasks that are not done. No manifest lists their files yet, so a damaged one is made again."""
+    for task in tasks:
+        if task.output.exists():
+            if task.output.suffix != ".parquet" or tables.is_sound(task.output):
+                bar.advance(task.size)
+                continue
+            task.output.unlink()
+        yield task
