@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.quality.signals import FloatArray, Signals
-from sstoken.pmi_band import pmi_band
+from sstoken.methods.prompt_gain import pmi_band
 from sstoken.selection import IntArray, minmax
 
 Score = Callable[[Signals, IntArray], FloatArray]

@@ -11,26 +11,43 @@ about what kind of word it is than about where it stands:
 Plain arithmetic that works on numpy arrays and on torch tensors, on their device.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-WINDOW = 4
-CLIP = 2.0
-LEVEL = 1.0
-WEIGHT = 0.5
+import numpy as np
+from pydantic import Field
+
+from sstoken.methods.base import Method
+from sstoken.methods.excess_loss import KEEP_SHARE, Share
+from sstoken.methods.tokens import Array, Tokens
+from sstoken.selection import IntArray
+
 MOST_LOSS = 8.0
 """Nats: a token's loss counts for no more, so that one token does not rule its window."""
 
 
+class PmiBandParams(Share):
+    """pmi-band's."""
+
+    window: Annotated[int, Field(ge=0)] = 4
+    """How many tokens on either side a mean takes in."""
+    clip: Annotated[float, Field(gt=0)] = 2.0
+    """The most nats that one token's gain from the prompt counts for."""
+    level: Annotated[float, Field(ge=0)] = 1.0
+    """The mean loss, in nats, that costs nothing."""
+    weight: Annotated[float, Field(ge=0)] = 0.5
+    """What a nat of distance from `level` costs."""
+
+
 def pmi_band(
-    loss: Any,
-    loss_unconditional: Any,
-    offsets: Any,
+    loss: Array,
+    loss_unconditional: Array,
+    offsets: IntArray,
     *,
-    window: int = WINDOW,
-    clip: float = CLIP,
-    level: float = LEVEL,
-    weight: float = WEIGHT,
-) -> Any:
+    window: int = 4,
+    clip: float = 2.0,
+    level: float = 1.0,
+    weight: float = 0.5,
+) -> Array:
     """The score of each response token, nats; higher is kept first. Comparable across examples.
 
     Args:
@@ -53,17 +70,14 @@ def pmi_band(
     return window_mean(gain, offsets, window) - weight * abs(near - level)
 
 
-def window_mean(values: Any, offsets: Any, window: int) -> Any:
+def window_mean(values: Array, offsets: IntArray, window: int) -> Array:
     """The mean of the values at most `window` places away, within the example: [N], of the type of `values`.
 
     Summed in the order of the tokens: the same bits on numpy and torch, whatever examples stand beside.
     """
-    import numpy as np
-
-    starts = np.asarray(offsets)
-    counts = np.diff(starts)
-    at = np.arange(starts[-1])
-    first, end = np.repeat(starts[:-1], counts), np.repeat(starts[1:], counts)
+    counts = np.diff(offsets)
+    at = np.arange(offsets[-1])
+    first, end = np.repeat(offsets[:-1], counts), np.repeat(offsets[1:], counts)
     total, num = 0.0 * values, 0.0 * values
     for distance in range(-window, window + 1):
         inside: Any = ((at + distance >= first) & (at + distance < end)).astype(np.float64)
@@ -75,3 +89,30 @@ def window_mean(values: Any, offsets: Any, window: int) -> Any:
         total = total + values[near] * inside
         num = num + inside
     return total / num
+
+
+def _score(tokens: Tokens, params: PmiBandParams) -> Array:
+    return pmi_band(
+        tokens["history.loss"],
+        tokens["history.loss_unconditional"],
+        tokens.offsets,
+        window=params.window,
+        clip=params.clip,
+        level=params.level,
+        weight=params.weight,
+    )
+
+
+METHODS = (
+    Method(
+        name="pmi-band",
+        family="instruction",
+        inputs=("history.loss", "history.loss_unconditional"),
+        formula="mean(clip(loss_unconditional - loss)) - weight * |mean(loss) - level|, means over a window of tokens",
+        source="this project; measured in docs/choosing.md",
+        score=_score,
+        policy=KEEP_SHARE,
+        params=PmiBandParams,
+        scopes=("global", "sample"),
+    ),
+)
