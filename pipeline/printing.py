@@ -84,6 +84,10 @@ def _select(m: dict[str, Any]) -> list[str]:
     ]
     if m["left_out"]:
         lines.append(f"left out {m['left_out']:,} examples without a response token")
+    if "protected" in m:
+        found = ", ".join(f"{name} {count:,}" for name, count in m["protected"].items())
+        lines.append(f"protected: {found}; {m['protected_added']:,} of them kept against their score")
+    lines += [f"note: {note}" for note in m.get("notes", ())]
     if "signal_overlap" in m:
         lines.append(
             f"of the tokens that REL alone would keep, attention alone keeps {m['signal_overlap']:.1%}"

@@ -52,6 +52,10 @@ def merge_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
     summary["kept_share_by_decile"] = [
         round(float(k / n), 4) if n else None for k, n in zip(kept_D, tokens_D, strict=True)
     ]
+    if all("protected" in s for s in stats):
+        names = stats[0]["protected"] if stats else {}
+        summary["protected"] = {name: sum(s["protected"][name] for s in stats) for name in names}
+        summary["protected_added"] = total("protected_added")
     if all("by_both_signals" in s for s in stats):
         summary["signal_overlap"] = total("by_both_signals") / max(1, total("by_either_signal"))
     return summary

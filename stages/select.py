@@ -10,10 +10,11 @@ from pydantic import Field
 
 from sstoken.errors import NothingLeftError, UsageError
 from sstoken.labels import labels_from_mask
-from sstoken.methods import Method, Params, get_method
+from sstoken.methods import Method, Params, Top, get_method
 from sstoken.stages import folders, joins, tables
 from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import merge_stats, shard_stats
+from sstoken.stages.response_text import check_protect
 from sstoken.stages.selecting import Decided, Decider, Whole, WholeDataset
 from sstoken.stages.sharded import ShardedStage, Work
 from sstoken.stages.shards import Shard, check_measured
@@ -41,12 +42,30 @@ class Select(ShardedStage):
     """Short for `--param gamma=X`: the weight of REL against attention, in [0, 1]."""
     scope: Literal["turn", "sample", "global"] | None = None
     """Keep the best share of each example, of the whole dataset, or of each turn.  [default: the method's own]"""
+    budget: Annotated[int, Field(ge=1)] | None = None
+    """Keep this many tokens of the whole dataset, in the place of a share."""
+    pool: Literal["token", "word", "sentence"] = "token"
+    """Judge words or sentences as one, by the mean over their tokens; they are kept or dropped whole."""
+    protect: tuple[str, ...] = ()
+    """Keep these tokens whatever their score: end_of_turn, tool_calls, code or regex:PATTERN."""
     lean: bool = False
     """Write only example_id, input_ids, labels, keep_mask and, of a weighting method, weight."""
 
     def check(self) -> None:
         """Refuse an unknown method, a parameter that it does not have or out of range, and a scope it cannot take."""
+        if self.budget is not None:
+            self._check_budget()
         self.resolved_scope, self.resolved  # noqa: B018
+        check_protect(self.protect)
+
+    def _check_budget(self) -> None:
+        policy = self.of.policy
+        if not isinstance(policy, Top) or policy.drop or policy.negative is not None:
+            raise UsageError(
+                f"budget is {self.budget}, and method {self.method!r} does not rank tokens to keep; leave budget out"
+            )
+        if "rho" in {*self.params, *self.model_fields_set} or self.scope not in (None, "global"):
+            raise UsageError("budget is a number of tokens of the whole dataset; leave rho and scope out")
 
     @cached_property
     def of(self) -> Method:
@@ -68,7 +87,7 @@ class Select(ShardedStage):
     @property
     def resolved_scope(self) -> str:
         """The scope asked for, or the method's own."""
-        return self.of.check_scope(self.scope)
+        return self.of.check_scope(self.scope if self.budget is None else "global")
 
     def fingerprinted(self) -> dict[str, Any]:
         """The same for every way to write a selection, and for an old one what it was before methods had parameters."""
@@ -82,7 +101,9 @@ class Select(ShardedStage):
             "scope": "sample" if scope == "token" else scope,
             "lean": self.lean,
         }
-        return fields | ({"params": params} if params else {})
+        more: dict[str, Any] = {"params": params, "budget": self.budget, "protect": list(self.protect)}
+        more["pool"] = None if self.pool == "token" else self.pool
+        return fields | {name: value for name, value in more.items() if value}
 
     def outputs(self, context: Context) -> list[Path]:
         """See `ShardedStage.outputs`; looks at no score."""
@@ -100,7 +121,9 @@ class Select(ShardedStage):
             Shard(index, path, scores, self.of.inputs, self.resolved_scope, context.seed)
             for index, path in enumerate(token_parts)
         ]
-        decider = Decider(self.method, self.resolved, self.resolved_scope)
+        decider = Decider(
+            self.method, self.resolved, self.resolved_scope, self.budget, self.pool, self.protect
+        )
         select_shard = _SelectShard(decider, context.out, self._provenance(context, scores), self.lean)
         tasks = (
             Task(context.out / shard.tokens.name, 1, (shard, whole))
@@ -132,6 +155,7 @@ class Select(ShardedStage):
             "rho": params.get("rho", self.rho if "rho" in self.of.ignores else None),
             "gamma": params.get("gamma", self.gamma if "gamma" in self.of.ignores else None),
             "scope": self.resolved_scope,
+            **{k: getattr(self, k) for k in ("budget", "pool", "protect") if k in self.model_fields_set},
             "seed": context.seed,
             "checkpoints": {
                 role: {"name": scores[role].name, "checkpoint": facts["checkpoint"], "dtype": facts["dtype"]}
@@ -159,10 +183,13 @@ class _SelectShard:
         shard, whole = task
         path = self._out / shard.tokens.name
         tokens = shard.measured
-        decided = self._decider.decide(tokens, whole)
+        decided = self._decider.decide(shard, whole)
         table = _masked_table(shard, decided, tables.masked_schema(self._decider.of.weighted, self._lean))
         has_response = np.diff(tokens.offsets) > 0
         stats = shard_stats(tokens, decided.keep, self._provenance["rho"])
+        if self._decider.protect:
+            stats["protected"] = {name: int(mask.sum()) for name, mask in decided.protected.items()}
+            stats["protected_added"] = decided.added
         tables.write_part(path, table.filter(pa.array(has_response)), {**self._provenance, "stats": stats})
 
 

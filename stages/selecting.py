@@ -6,8 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from sstoken.methods import Method, Params, Statistic, Tokens, Top, get_method
-from sstoken.selection import BoolArray, Cut, Float64Array, global_cuts, global_quantile, keep_above
+from sstoken.methods import Method, Params, Statistic, Top, get_method
+from sstoken.selection import BoolArray, Cut, Float64Array, IntArray, global_cuts, global_quantile, keep_above
 from sstoken.stages.shards import Shard
 
 HELD = 1 << 22
@@ -32,6 +32,10 @@ class Decided:
     scores: Float64Array
     keep: BoolArray
     weight: Float64Array | None
+    protected: dict[str, BoolArray]
+    """By name: the tokens kept whatever their score."""
+    added: int
+    """How many of those the method would not have kept."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +45,36 @@ class Decider:
     method: str
     params: Params
     scope: str
+    budget: int | None = None
+    """How many tokens of the whole dataset are kept, in the place of a share."""
+    pool: str = "token"
+    """`word` or `sentence`: its tokens share their mean score, and are kept or dropped together."""
+    protect: tuple[str, ...] = ()
 
     @property
     def of(self) -> Method:
         """The method."""
         return get_method(self.method)
 
-    def scores(self, tokens: Tokens, whole: Whole) -> Float64Array:
-        """The method's scores [N]."""
-        scores: Float64Array = self.of.score(tokens.with_(statistics=whole.statistics), self.params)
-        return scores
+    def scores(self, shard: Shard, whole: Whole) -> Float64Array:
+        """What the policy judges by, [N]."""
+        tokens = shard.measured.with_(statistics=whole.statistics)
+        scores: Float64Array = self.of.score(tokens, self.params)
+        if self.pool == "token" or self.of.weighted:
+            return scores
+        return _span_mean(scores, shard.text.spans(self.pool))
 
-    def decide(self, tokens: Tokens, whole: Whole) -> Decided:
-        """What the method decides about the tokens of a shard."""
-        tokens = tokens.with_(statistics=whole.statistics)
-        scores, policy = self.scores(tokens, whole), self.of.policy
+    def quotas(self, num_tokens: int) -> list[int]:
+        """At which ranks of the whole dataset the outcome changes."""
+        assert isinstance(self.of.policy, Top)
+        if self.budget is not None:
+            return [min(self.budget, num_tokens)]
+        return self.of.policy.quotas(num_tokens, self.params)
+
+    def decide(self, shard: Shard, whole: Whole) -> Decided:
+        """What is decided about the tokens of a shard."""
+        tokens, policy = shard.measured.with_(statistics=whole.statistics), self.of.policy
+        scores = self.scores(shard, whole)
         if whole.cuts is not None and isinstance(policy, Top):
             above = [
                 keep_above(scores, cut, ties)[0] for cut, ties in zip(whole.cuts, whole.ties, strict=True)
@@ -63,11 +82,33 @@ class Decider:
             keep, weight = policy.decide(above, scores, tokens, self.params)
         else:
             keep, weight = policy.apply(scores, tokens, self.params)
-        return Decided(scores, keep, weight)
+        if self.pool != "token":
+            spans = shard.text.spans(self.pool)
+            if weight is not None:
+                weight = _span_mean(weight, spans)
+                keep = weight > 0 if isinstance(policy, Top) else weight != 0
+            else:
+                keep = _span_mean(keep.astype(np.float64), spans) > 0
+        protected = shard.text.protected(self.protect) if self.protect else {}
+        forced = np.logical_or.reduce([np.zeros(keep.size, bool), *protected.values()])
+        added = int((forced & ~keep).sum())
+        if weight is not None and forced.any():
+            weight = np.where(forced, 1.0, weight)
+        return Decided(scores, keep | forced, weight, protected, added)
 
 
-def _values(statistic: Statistic, params: Params, tokens: Tokens) -> Float64Array:
-    values: Float64Array = statistic.values(tokens, params)
+def _span_mean(values: Float64Array, spans: IntArray) -> Float64Array:
+    """The mean over its span in the place of each value; NaN counts for nothing."""
+    lengths, known = np.diff(spans), np.isfinite(values)
+    span = np.repeat(np.arange(lengths.size), lengths)
+    counts = np.bincount(span[known], minlength=lengths.size)
+    sums = np.bincount(span[known], weights=values[known], minlength=lengths.size)
+    means = np.divide(sums, counts, out=np.full(lengths.size, np.nan), where=counts > 0)
+    return means[span]
+
+
+def _values(statistic: Statistic, params: Params, shard: Shard) -> Float64Array:
+    values: Float64Array = statistic.values(shard.measured, params)
     return values
 
 
@@ -94,22 +135,21 @@ class WholeDataset:
             for shard in self.shards:
                 yield shard, whole
             return
-        assert isinstance(method.policy, Top)
-        stream = self._stream(lambda tokens: self.decider.scores(tokens, whole))
+        stream = self._stream(lambda shard: self.decider.scores(shard, whole))
         total = sum(scores.size for scores in stream())
-        cuts = tuple(global_cuts(stream, method.policy.quotas(total, params) if total else ()))
+        cuts = tuple(global_cuts(stream, self.decider.quotas(total) if total else ()))
         ties = [0] * len(cuts)
         for shard, scores in zip(self.shards, stream(), strict=True):
             yield shard, replace(whole, cuts=cuts, ties=tuple(ties))
             ties = [keep_above(scores, cut, before)[1] for cut, before in zip(cuts, ties, strict=True)]
 
-    def _stream(self, values: Callable[[Tokens], Float64Array]) -> Callable[[], Iterator[Float64Array]]:
+    def _stream(self, values: Callable[[Shard], Float64Array]) -> Callable[[], Iterator[Float64Array]]:
         """Values of all shards, as often as they are asked for."""
         held: list[Float64Array] = []
 
         def made() -> Iterator[Float64Array]:
             for shard in self.shards:
-                yield np.asarray(values(replace(shard).measured), dtype=np.float64)
+                yield np.asarray(values(replace(shard)), dtype=np.float64)
 
         def stream() -> Iterator[Float64Array]:
             if held:

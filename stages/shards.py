@@ -14,6 +14,7 @@ from sstoken.methods import Input, Tokens
 from sstoken.selection import BoolArray, Float64Array, IntArray
 from sstoken.signals import get_signal
 from sstoken.stages import joins, tables
+from sstoken.stages.response_text import ResponseText
 
 SHOWN = ("history.loss", "current.loss", "current.attention")
 """Signals that a masked dataset shows where they were measured, whether or not the method reads them."""
@@ -60,6 +61,12 @@ class Shard:
         begins = self.response & ~before
         begins[self.offsets[:-1][self.offsets[:-1] < begins.size]] |= True
         return np.append(np.flatnonzero(begins[self.response]), self.response.sum()).astype(np.int64)
+
+    @cached_property
+    def text(self) -> ResponseText:
+        """What the response tokens say."""
+        ids = tables.flatten(self.table["input_ids"])[0][self.response]
+        return ResponseText(ids, self.turns, self.tokens.parent / "tokenizer")
 
     @cached_property
     def measured(self) -> Tokens:

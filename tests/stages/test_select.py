@@ -205,3 +205,76 @@ def test_scores_of_other_tokens_are_refused(inputs, tmp_path):
 def test_what_is_out_of_range_is_refused_before_any_work(fields):
     with pytest.raises(UsageError, match="legal"):
         Select(**fields).check()
+
+
+def masks(rows):
+    """The keep masks over the response tokens."""
+    return [[k for k, r in zip(row["keep_mask"], row["response_mask"], strict=True) if r] for row in rows]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+def test_a_budget_keeps_the_best_tokens_of_the_dataset(inputs, tmp_path, budget):
+    rows, metrics = select(inputs, tmp_path, budget=budget)
+    scores = reference_scores(inputs, 0.5)
+    expected = set(sorted(scores, key=lambda at: -scores[at])[:budget])
+    assert {(r["example_id"], i) for r in rows for i, keep in enumerate(r["keep_mask"]) if keep} == expected
+    assert metrics["kept"] == min(budget, len(scores))
+
+
+def test_each_turn_is_selected_by_itself(tmp_path):
+    folders = {name: tmp_path / name for name in ("tokens", "current")}
+    for folder in folders.values():
+        folder.mkdir()
+    save_tokenizer(folders["tokens"] / "tokenizer")
+    mask = [False, True, True, True, True, False, True, True, False]
+    loss = [None, 4.0, 3.0, 2.0, 1.0, None, 0.1, 0.2, None]
+    table = pa.table([["a"], [list(range(1, 10))], [mask]], schema=tables.TOKENS)
+    said = {joins.TOKENS: joins.tokens_fingerprint(table)}
+    facts = {"kind": "tokens", "tokenizer": {"fingerprint": "f", "name": "t"}, "stats": {}} | said
+    tables.write_part(folders["tokens"] / tables.part_name(0), table, facts)
+    scores = pa.table({"example_id": ["a"], "loss": pa.array([loss], tables.VALUES)})
+    about = {"kind": "scores", "checkpoint": "c", "dtype": "float32"} | said
+    tables.write_part(folders["current"] / tables.part_name(0), scores, about)
+    by_turn, _ = select(folders, tmp_path / "turn", method="loss", rho=0.5, scope="turn")
+    assert masks(by_turn) == [[True, True, False, False, False, True]]
+    by_example, _ = select(folders, tmp_path / "sample", method="loss", rho=0.5)
+    assert masks(by_example) == [[True, True, True, False, False, False]]
+
+
+def test_protected_tokens_are_kept_and_counted(inputs, tmp_path):
+    plain, _ = select(inputs, tmp_path / "plain", rho=0.2)
+    rows, metrics = select(inputs, tmp_path / "protected", rho=0.2, protect=("end_of_turn", "regex:w7"))
+    added = 0
+    for before, after in zip(masks(plain), masks(rows), strict=True):
+        assert after[-1]
+        assert all(b or not a for a, b in zip(before, after, strict=True))
+        added += sum(after) - sum(before)
+    assert metrics["protected"]["end_of_turn"] == len(rows)
+    assert metrics["protected"]["regex:w7"] > 0
+    assert metrics["protected_added"] == added > 0
+
+
+@pytest.mark.parametrize("scope", ["sample", "global"])
+def test_pooled_sentences_are_kept_or_dropped_as_one(inputs, tmp_path, scope):
+    """No text here ends a sentence: each turn is one."""
+    rows, _ = select(inputs, tmp_path, method="loss", pool="sentence", scope=scope, rho=0.3)
+    found = masks(rows)
+    assert all(len(set(mask)) == 1 for mask in found)
+    assert {mask[0] for mask in found} == ({True} if scope == "sample" else {True, False})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": 5, "rho": 0.5}, "leave rho and scope out"),
+        ({"budget": 5, "method": "dft"}, "does not rank tokens"),
+        ({"scope": "global", "method": "dft"}, "judges each token alone; leave scope out"),
+        ({"scope": "turn", "method": "toss"}, "takes scope global"),
+        ({"protect": ("eos",)}, "legal is end_of_turn"),
+        ({"method": "dft", "rho": 0.4}, "'dft' has no parameter 'rho'; it has none"),
+        ({"rho": 0.4, "params": {"rho": 0.5}}, "give it once"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields, message):
+    with pytest.raises(UsageError, match=message):
+        Select(**fields).check()

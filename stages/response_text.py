@@ -1,0 +1,175 @@
+"""What response tokens say: words, sentences, and the tokens to keep whatever their score."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.errors import UsageError
+from sstoken.selection import BoolArray, IntArray
+from sstoken.stages.checkpoints import load_tokenizer
+from sstoken.stages.token_text import token_texts
+
+END_OF_TURN = "end_of_turn"
+_PATTERNS = {
+    "tool_calls": (
+        r"<tool_call>.*?(?:</tool_call>|\Z)",
+        r"<function_call>.*?(?:</function_call>|\Z)",
+        r"<function=.*?(?:</function>|\Z)",
+        r"\[TOOL_CALLS\].*",
+        r"<\|python_tag\|>.*",
+        r"<\|action_start\|>.*?(?:<\|action_end\|>|\Z)",
+        r"<\|tool_calls_section_begin\|>.*?(?:<\|tool_calls_section_end\|>|\Z)",
+        r"<｜tool▁calls▁begin｜>.*?(?:<｜tool▁calls▁end｜>|\Z)",
+        r"\A\s*\{\s*\"(?:name|function)\"\s*:.*\"(?:arguments|parameters)\"\s*:.*\}",
+    ),
+    "code": (r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)",),
+}
+"""What `protect` knows by name, in the text of a turn."""
+_REGEX = "regex:"
+_UNKNOWN = "\ufffd"
+
+
+def check_protect(names: Sequence[str]) -> None:
+    """Refuse what `protect` does not know.
+
+    Raises:
+        UsageError: names the legal words, or what is wrong with a regular expression.
+    """
+    for name in names:
+        if name.startswith(_REGEX):
+            try:
+                re.compile(name.removeprefix(_REGEX))
+            except re.error as error:
+                raise UsageError(
+                    f"protect is {name!r}; it is no regular expression ({error}); legal is Python's syntax"
+                ) from None
+        elif name not in (END_OF_TURN, *_PATTERNS):
+            raise UsageError(
+                f"protect is {name!r}; legal is {END_OF_TURN}, {', '.join(_PATTERNS)} or {_REGEX}PATTERN"
+            )
+
+
+@dataclass(frozen=True)
+class ResponseText:
+    """The response tokens of some turns, one after the other."""
+
+    ids: NDArray[np.int32]
+    """[N]"""
+    turns: IntArray
+    """[U + 1], where each turn starts."""
+    tokenizer: Path
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """The text of each token; joined, they give the turns' text."""
+        texts = _pieces_of(self.tokenizer)
+        found = [texts(int(i)) for i in self.ids]
+        for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
+            if any(_UNKNOWN in piece for piece in found[a:b]):  # a character of several tokens
+                tokenizer = load_tokenizer(str(self.tokenizer))
+                found[a:b] = token_texts(tokenizer, self.ids[a:b].tolist())
+        return found
+
+    def spans(self, pool: str) -> IntArray:
+        """[S + 1], where each word or sentence starts; none crosses a turn.
+
+        A word is what stands between white space; a sentence ends with `.`, `!` or `?` before white space, with their
+        full-width forms, or with a line.
+        """
+        begins = np.zeros(len(self.ids), dtype=bool)
+        begins[self.turns[:-1][np.diff(self.turns) > 0]] = True
+        last = ""
+        for i, piece in enumerate(self.pieces):
+            if begins[i]:
+                last = ""
+            if piece and last:
+                begins[i] |= _new_word(last, piece) if pool == "word" else _new_sentence(last, piece)
+            if pool == "sentence" and not piece.strip() and not begins[i]:
+                last += piece  # what ended before it is still what ended last
+            else:
+                last = piece or last
+        return np.append(np.flatnonzero(begins), len(self.ids)).astype(np.int64)
+
+    def protected(self, names: Sequence[str]) -> dict[str, BoolArray]:
+        """[N] for each name: which tokens it keeps."""
+        return {
+            name: self._ends() if name == END_OF_TURN else self._matching(name)
+            for name in dict.fromkeys(names)
+        }
+
+    def _ends(self) -> BoolArray:
+        """Each turn's last token, with the special tokens and white space that it ends with."""
+        special = _special_ids(self.tokenizer)
+        ends = np.zeros(len(self.ids), dtype=bool)
+        for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
+            at, found = b - 1, b - 1
+            while at >= a and (int(self.ids[at]) in special or not self.pieces[at].strip()):
+                if int(self.ids[at]) in special:
+                    found = at
+                at -= 1
+            ends[max(a, found) : b] = True
+        return ends
+
+    def _matching(self, name: str) -> BoolArray:
+        given = (name.removeprefix(_REGEX),) if name.startswith(_REGEX) else _PATTERNS[name]
+        flags = re.MULTILINE if name.startswith(_REGEX) else re.MULTILINE | re.DOTALL
+        patterns = [re.compile(pattern, flags) for pattern in given]
+        kept = np.zeros(len(self.ids), dtype=bool)
+        for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
+            starts = np.cumsum([0, *(len(piece) for piece in self.pieces[a:b])])
+            for start, stop in _matches(patterns, "".join(self.pieces[a:b])):
+                first = int(np.searchsorted(starts[1:], start, side="right"))
+                end = int(np.searchsorted(starts[:-1], stop, side="left"))
+                kept[a + first : a + end] = True
+        return kept
+
+
+def _matches(patterns: Sequence[re.Pattern[str]], text: str) -> Iterator[tuple[int, int]]:
+    for pattern in patterns:
+        yield from (match.span() for match in pattern.finditer(text) if match.end() > match.start())
+
+
+def _new_word(last: str, piece: str) -> bool:
+    if piece[0].isspace():
+        return not last[-1].isspace()
+    return last[-1].isspace() and bool(last.strip())
+
+
+def _new_sentence(last: str, piece: str) -> bool:
+    ended = last.rstrip()
+    if ended.endswith(("。", "！", "？")):
+        return True
+    if "\n" in last:
+        return bool(piece.strip())
+    ended = ended.rstrip("\"')]}*_”’")
+    return ended.endswith((".", "!", "?")) and (piece[0].isspace() or last[-1].isspace())
+
+
+@lru_cache(maxsize=2)
+def _pieces_of(folder: Path) -> Callable[[int], str]:
+    """The text of one token after others, by id."""
+    tokenizer = load_tokenizer(str(folder))
+    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    skipped = len(decode(before))
+
+    @cache
+    def text(index: int) -> str:
+        return decode([*before, index])[skipped:]
+
+    return text
+
+
+@lru_cache(maxsize=2)
+def _special_ids(folder: Path) -> frozenset[int]:
+    tokenizer = load_tokenizer(str(folder))
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
