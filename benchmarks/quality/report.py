@@ -25,13 +25,17 @@ def write_report(cells: Cells, out: Path, command: str) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     name = cells.study.name
     rows = _read(cells, [*cells.study.seeds])
-    pq.write_table(_table(rows), out / f"{name}.parquet", compression="zstd")
+    if rows:
+        pq.write_table(_table(rows), out / f"{name}.parquet", compression="zstd")
     figures: dict[str, Any] = {
         "about": cells.study.about,
         "command": command,
         "versions": _versions(),
         "seconds_of_cells": round(sum(row["seconds"] for row in rows)),
-        "seeds": sorted({tuple(row["seed"].values()) for row in rows}),
+        "seeds": sorted(
+            {tuple(row["seed"].values()) for row in rows}
+            or {tuple(s.model_dump().values()) for s in cells.study.seeds}
+        ),
         "methods": _compare(rows),
         "variance": _variance(cells),
         "found": found_noise(cells) if cells.study.noise_rate else {},
@@ -39,7 +43,8 @@ def write_report(cells: Cells, out: Path, command: str) -> dict[str, Any]:
     }
     (out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(_markdown(cells, figures), encoding="utf-8")
-    _figure(figures, out / f"{name}.svg", name)
+    if rows:
+        _figure(figures, out / f"{name}.svg", name)
     return {k: figures[k] for k in ("methods", "found", "variance", "causes")}
 
 
@@ -136,15 +141,16 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
         "",
     ]
     lines += [", ".join(f"{k} {v}" for k, v in figures["versions"].items()) + ".", ""]
-    lines += [
-        f"{study.num_train} training answers, {study.num_held_out} clean held-out answers, seeds (data, noise, order) "
-        + ", ".join(str(tuple(s)) for s in figures["seeds"])
-        + ". Held-out loss less that of `full`, nats a token, 95 % interval (paired bootstrap over seeds and answers); "
-        "below 0 is better than `full`.",
-        "",
-        "| method | seeds | kept: content, noise, end | all tokens | result | numbers | words | end | other data |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    seeds = ", ".join(str(tuple(s)) for s in figures["seeds"])
+    lines += [f"{study.num_train} training answers a seed; seeds (data, noise, order) {seeds}.", ""]
+    if figures["methods"]:
+        lines += [
+            f"{study.num_held_out} clean held-out answers. Their loss less that of `full`, nats a token, with a 95 % "
+            "interval (paired bootstrap over seeds and answers); below 0 is better than `full`.",
+            "",
+            "| method | seeds | kept: content, noise, end | all tokens | result | numbers | words | end | other data |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
     for method, f in figures["methods"].items():
         kept = (
             f"{f['kept']['content']:.0%}, {f['kept'].get('noise', float('nan')):.0%}, {f['kept']['end']:.0%}"

@@ -69,10 +69,12 @@ class Study(Strict):
     num_train: int
     noise_rate: float = Field(ge=0, le=1)
     """The probability of each kind of noise in each answer; 0 is clean data."""
-    batch_size: int
+    phrases: Literal["tune", "held"] | None = None
+    """Of which half the planted stock phrases are; None: of both."""
+    batch_size: int = 8
     epochs: int = 1
-    learning_rate: float
-    num_held_out: int
+    learning_rate: float = 1e-3
+    num_held_out: int = 0
     """Clean held-out answers whose loss is measured."""
     num_greedy: int = 0
     """Held-out questions that are answered greedily."""
@@ -80,7 +82,8 @@ class Study(Strict):
     num_forgetting: int = 0
     """Roleplay answers whose loss is measured, with and without the chat template."""
     max_length: int = 512
-    methods: tuple[MethodRun, ...]
+    methods: tuple[MethodRun, ...] = ()
+    """None: nothing is trained; the base model's signals alone are measured, and how they find the noise."""
     seeds: tuple[Seed, ...]
     variance: tuple[Seed, ...] = ()
     """Seeds with which `full` alone is trained, too: they differ in one source at a time."""

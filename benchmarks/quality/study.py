@@ -47,6 +47,9 @@ class Cells:
         for seed in self.study.seeds:
             for method in sorted(self.study.methods, key=lambda m: m.method != "full"):
                 self.cell(method, seed)
+            if not self.study.methods:
+                self.signals(seed, self.training_set(seed))
+                self.say(f"{self.study.name}  {seed.key}: measured")
         for seed in self.study.variance:
             self.cell(full, seed)
 
@@ -97,7 +100,7 @@ class Cells:
     def training_set(self, seed: Seed) -> list[Encoded]:
         """The training examples of a seed, with noise in them."""
         rows = data.draw(self.study.data, "train", self.study.num_train, seed.data)
-        examples = plant(rows, rows, rate=self.study.noise_rate, seed=seed.noise)
+        examples = plant(rows, rows, rate=self.study.noise_rate, seed=seed.noise, half=self.study.phrases)
         return encode(self.tokenizer, examples, self.study.max_length)
 
     def keep(
