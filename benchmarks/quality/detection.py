@@ -1,21 +1,40 @@
 """How well each score tells planted noise from content, and why."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.quality.intervals import auroc, average_precision, over_examples, spearman
+from benchmarks.quality.intervals import (
+    Interval,
+    auroc,
+    average_precision,
+    over_examples,
+    paired_difference,
+    spearman,
+)
 from benchmarks.quality.planting import KINDS
 from benchmarks.quality.scores import SCORES, position, rel
 from benchmarks.quality.tokens import CONTENT, END
-from sstoken.selection import minmax
+from sstoken.selection import keep_per_example, minmax
 
 if TYPE_CHECKING:
     from benchmarks.quality.study import Cells
 
 
-def _pooled(cells: "Cells") -> tuple[dict[str, Any], np.ndarray, np.ndarray] | None:
-    """Signals, kinds and offsets of the first training sets of all seeds that have been measured."""
+RHO = 0.6
+"""The share of each answer that the masks keep whose content is counted."""
+
+
+class Pooled(NamedTuple):
+    """The training answers of all seeds that have been measured, together."""
+
+    signals: dict[str, Any]
+    kinds: np.ndarray
+    classes: np.ndarray
+    offsets: np.ndarray
+
+
+def _pooled(cells: "Cells") -> Pooled | None:
     parts = []
     for seed in cells.study.seeds:
         if not (cells.folder / "signals" / f"history-{seed.key}.npz").exists():
@@ -28,7 +47,8 @@ def _pooled(cells: "Cells") -> tuple[dict[str, Any], np.ndarray, np.ndarray] | N
     signals = {name: np.concatenate([s[name] for s, _ in parts]).astype(np.float64) for name in sorted(names)}
     examples = [e for _, training in parts for e in training]
     offsets = np.concatenate([[0], np.cumsum([e.num_response for e in examples])]).astype(np.int64)
-    return signals, np.concatenate([e.kinds for e in examples]), offsets
+    kinds, classes = (np.concatenate([getattr(e, what) for e in examples]) for what in ("kinds", "classes"))
+    return Pooled(signals, kinds, classes, offsets)
 
 
 def found_noise(cells: "Cells") -> dict[str, Any]:
@@ -36,7 +56,7 @@ def found_noise(cells: "Cells") -> dict[str, Any]:
     pooled = _pooled(cells)
     if pooled is None:
         return {}
-    signals, kinds, offsets = pooled
+    signals, kinds, classes, offsets = pooled
     content, noise = kinds == CONTENT, (kinds != CONTENT) & (kinds != END)
     found: dict[str, Any] = {}
     for name, score in SCORES.items():
@@ -54,17 +74,33 @@ def found_noise(cells: "Cells") -> dict[str, Any]:
         found[name] = {
             "auroc": own,
             "held_back_kinds": float(np.mean(held)) if held else None,
+            "kept": _kept(values, kinds, classes, offsets),
             "average_precision": over_examples(average_precision, values, content, noise, offsets),
         }
+    return found
+
+
+def _kept(
+    scores: np.ndarray, kinds: np.ndarray, classes: np.ndarray, offsets: np.ndarray
+) -> dict[str, Interval]:
+    """Which share of the ends of turns, the digits of the result, the content and the noise a mask at RHO keeps."""
+    keep = keep_per_example(np.asarray(scores, dtype=np.float64), offsets, RHO)
+    content = kinds == CONTENT
+    groups = {END: kinds == END, "result": content & (classes == "result"), "content": content}
+    groups |= {"noise": ~content & (kinds != END)}
+    starts, found = offsets[:-1], {}
+    for name, group in groups.items():
+        kept, number = (np.add.reduceat(x.astype(float), starts)[None] for x in (keep & group, group))
+        found[name] = paired_difference(kept, number, np.zeros_like(kept), np.ones_like(kept))
     return found
 
 
 def causes(cells: "Cells") -> dict[str, float]:
     """Why ssToken ranks as it does: figures of its two halves."""
     pooled = _pooled(cells)
-    if pooled is None or "current.attention" not in pooled[0]:
+    if pooled is None or "current.attention" not in pooled.signals:
         return {}
-    signals, _, offsets = pooled
+    signals, offsets = pooled.signals, pooled.offsets
     place, gain = position(offsets), rel(signals)
     scaled = minmax(gain, offsets)
     spans = list(zip(offsets[:-1], offsets[1:], strict=True))

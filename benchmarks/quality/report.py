@@ -202,6 +202,18 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
                 f"| {score} | {value:.3f} ({low:.3f} to {high:.3f}) | {f['auroc']['mean of kinds'][0]:.3f} | "
                 f"{f['average_precision'][0]:.3f} | {cells_} |"
             )
+        lines += [
+            "",
+            "Kept by a mask of 60 % of each answer, without protection, 95 % interval over answers:",
+            "",
+            "| score | end of turn | digits of the result | content | noise |",
+            "|---|---|---|---|---|",
+        ]
+        for score, f in figures["found"].items():
+            shares = (f["kept"][what] for what in ("end", "result", "content", "noise"))
+            lines.append(
+                f"| {score} | " + " | ".join(f"{v:.0%} ({a:.0%} to {b:.0%})" for v, a, b in shares) + " |"
+            )
     if figures["causes"]:
         lines += ["", "Causes:", ""] + [f"- {what}: {value:.3f}" for what, value in figures["causes"].items()]
     if figures["variance"]:
