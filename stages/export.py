@@ -32,7 +32,8 @@ class Export(ShardedStage):
     to: str
     """trl, transformers, unsloth, axolotl, llamafactory, nemo, swift, torchtune, verl, litgpt or jsonl."""
     weights: bool = False
-    """Give each kept token a weight in (0, 1] by its score, where the trainer takes one: swift, verl, jsonl."""
+    """Give each kept token a weight, where the trainer takes one (swift, verl, jsonl): the method's, or one in (0, 1]
+    by its score. What a weighting method selected has them unless --no-weights."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Cut examples to this many tokens.  [default: not at all]"""
     scores: bool = True
@@ -47,16 +48,40 @@ class Export(ShardedStage):
                 f"{self.to} takes no weight for a token; leave --weights out, or export to {able}"
             )
 
+    def fingerprinted(self) -> dict[str, Any]:
+        """Weights that were refused are not those that were not asked for."""
+        refused = "weights" in self.model_fields_set and not self.weights
+        return super().fingerprinted() | ({"weights": "none"} if refused else {})
+
+    def with_weights(self, masked: Path) -> bool:
+        """Whether weights are exported.
+
+        Raises:
+            UsageError: the dataset has weights that the trainer cannot take, and nobody said to leave them out.
+        """
+        if "weights" in self.model_fields_set:
+            return self.weights
+        if not has_weights(masked):
+            return False
+        if not get_target(self.to).weights:
+            able = ", ".join(name for name, other in TARGETS.items() if other.weights)
+            raise UsageError(
+                f"{masked}: its method gives each token a weight, and {self.to} takes none; export to {able}, or train "
+                "on all kept tokens alike (--no-weights)"
+            )
+        return True
+
     def work(self, context: Context) -> Work:
         """A task a shard."""
         out, parts = context.out, tables.parts(context.inputs["masked"])
+        weighted = self.with_weights(context.inputs["masked"])
         for folder in (DATA, SCORES, _COUNTS) if self.scores else (DATA, _COUNTS):
             (out / folder).mkdir(exist_ok=True)
         tasks = [
             Task(out / _COUNTS / f"{path.stem}.json", tables.num_rows(path), (i, len(parts), path))
             for i, path in enumerate(parts)
         ]
-        return Work(_ExportShard(self, out), tasks)
+        return Work(_ExportShard(self, out, weighted), tasks)
 
     def finish(self, context: Context) -> dict[str, Any]:
         """Write what the trainer needs beside the shards."""
@@ -69,28 +94,37 @@ class Export(ShardedStage):
             raise NothingLeftError(f"{masked}: no example has a token to learn{cut}; nothing to export")
         target = get_target(self.to)
         shards = [target.shard_name(i, len(parts)) for i, c in enumerate(found) if c["examples"]]
-        facts = Facts(counts["examples"], counts["longest"], context.fingerprint, self.weights, shards)
+        weighted = self.with_weights(masked)
+        facts = Facts(counts["examples"], counts["longest"], context.fingerprint, weighted, shards)
         for name, content in target.files(facts).items():
             write_atomic(out / name, content)
-        write_atomic(out / "README.md", card(target, facts, counts, self.model_dump()))
+        write_atomic(
+            out / "README.md", card(target, facts, counts, self.model_dump(), of_method=has_weights(masked))
+        )
         folders.copy_folder(masked / "tokenizer", out / "tokenizer")
         shutil.rmtree(out / _COUNTS)
         return {"to": self.to, **counts}
 
 
+def has_weights(masked: Path) -> bool:
+    """Whether the method that selected a masked dataset gave each token a weight."""
+    parts = tables.parts(masked)
+    return bool(parts) and "weight" in tables.columns(parts[0])
+
+
 class _ExportShard:
     """Writes one shard; pickles into worker processes."""
 
-    def __init__(self, stage: Export, out: Path) -> None:
-        self._stage, self._out = stage, out
+    def __init__(self, stage: Export, out: Path, weighted: bool) -> None:
+        self._stage, self._out, self._weighted = stage, out, weighted
 
     def __call__(self, task: tuple[int, int, Path], worker: Worker) -> None:
         index, shards, path = task
         stage, target = self._stage, get_target(self._stage.to)
         needed = None if stage.scores else ["example_id", "input_ids", "keep_mask"]
-        if needed and stage.weights:
-            needed += [c for c in ("response_mask", "score") if c in pq.read_schema(path).names]
-        ready = prepare(tables.read_table(path, needed), stage.max_length, stage.weights)
+        if needed and self._weighted:
+            needed += [c for c in ("response_mask", "score", "weight") if c in pq.read_schema(path).names]
+        ready = prepare(tables.read_table(path, needed), stage.max_length, self._weighted)
         data = self._out / DATA / target.shard_name(index, shards)
         if ready.counts["examples"]:  # not every loader takes a file without a row
             if stage.scores:

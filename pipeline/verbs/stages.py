@@ -211,7 +211,7 @@ class ExportCall(_Output, Export):
         for problem in manifests.problems(result.folder, manifests.finished(result.folder, "export")):
             raise SstokenError(f"{problem}; export it again (--force)")
         checked = check_export(
-            masked, result.folder, get_target(self.to), stage.max_length, weighted=stage.weights
+            masked, result.folder, get_target(self.to), stage.max_length, weighted=stage.with_weights(masked)
         )
         return replace(result, metrics={**result.metrics, "checked": checked})
 

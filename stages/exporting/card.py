@@ -5,8 +5,13 @@ from typing import Any
 from sstoken.stages.exporting.base import DATA, SCORES, Facts, Target
 
 
-def card(target: Target, facts: Facts, counts: dict[str, int], settings: dict[str, Any]) -> str:
-    """Return the README: what the export is, how to train on it, what each file is."""
+def card(
+    target: Target, facts: Facts, counts: dict[str, int], settings: dict[str, Any], *, of_method: bool = False
+) -> str:
+    """Return the README: what the export is, how to train on it, what each file is.
+
+    `of_method`: the weights, if any, are those that the method gave.
+    """
     max_length = settings["max_length"]
     matter = target.front_matter()
     head = f"---\n{matter}\ntags: [token-masked, sstoken]\n---\n" if matter else ""
@@ -23,7 +28,13 @@ def card(target: Target, facts: Facts, counts: dict[str, int], settings: dict[st
             f"{counts['kept_lost']:,} kept tokens are not trained: cut off, or the first of their example, which "
             "nothing predicts."
         )
-    if facts.weights:
+    if of_method:
+        notes.append(
+            "Weights: what the method gave each kept token; the others' is 0, also where the method gave less than 0."
+            if facts.weights
+            else "The method's weights were left out: all kept tokens are trained alike."
+        )
+    elif facts.weights:
         notes.append(
             "Weights: a kept token's is (score - lowest + 1e-8) / (highest - lowest + 1e-8) over the response tokens "
             "of its example; the others' is 0."

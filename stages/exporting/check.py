@@ -48,8 +48,11 @@ def check_export(
 
 
 def _expected(masked: Path, max_length: int | None, weighted: bool) -> Iterator[Expected]:
-    columns = ["example_id", "input_ids", "keep_mask", *(["response_mask", "score"] if weighted else [])]
+    columns = ["example_id", "input_ids", "keep_mask"]
     for path in tables.parts(masked):
+        if weighted:
+            given = "weight" in tables.columns(path)
+            columns = [*columns[:3], *(["weight"] if given else ["response_mask", "score"])]
         for batch in tables.read_table(path, columns).to_batches(1000):
             for row in batch.to_pylist():
                 ids, keep = row["input_ids"][:max_length], row["keep_mask"][:max_length]
@@ -61,6 +64,11 @@ def _expected(masked: Path, max_length: int | None, weighted: bool) -> Iterator[
 
 
 def _weights(row: dict[str, Any], labels: list[int]) -> list[float]:
+    if "weight" in row:
+        return [
+            0.0 if label == IGNORED_LABEL else weight
+            for label, weight in zip(labels, row["weight"], strict=False)
+        ]
     scores = [s for s, r in zip(row["score"], row["response_mask"], strict=True) if r]
     lowest, highest = min(scores), max(scores)
     return [

@@ -31,7 +31,7 @@ class Rows:
     offsets: NDArray[np.int32]
     """[E + 1]"""
     weights: NDArray[np.float32] | None
-    """[M] in [0, 1]: positive if kept, else 0. None: not requested."""
+    """[M]: positive if kept, else 0. None: not requested."""
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -105,11 +105,14 @@ def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared
 
 
 def token_weights(table: pa.Table, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return token weights [M]: the score, min-max scaled over the example's response, for kept tokens; others 0.
+    """Return token weights [M]: the method's where it gave them, else by the score; 0 where a token is not kept.
 
-    w = (score - lowest + 1e-8) / (highest - lowest + 1e-8), with the extremes taken over all response tokens of the
-    example before truncation: the best token weighs 1, and every kept token more than 0.
+    By the score: w = (score - lowest + 1e-8) / (highest - lowest + 1e-8), with the extremes taken over all response
+    tokens of the example before truncation: the best token weighs 1, and every kept token more than 0.
     """
+    if "weight" in table.column_names:
+        given = tables.flatten(table["weight"])[0].astype(np.float64)
+        return np.where(keep, given, 0.0)
     if "score" not in table.column_names:
         raise UsageError("--weights needs scores, and this masked dataset is lean; select it without --lean")
     score, offsets = tables.flatten(table["score"])

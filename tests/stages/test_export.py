@@ -160,6 +160,47 @@ def test_weights_are_refused_elsewhere(masked: Path, tmp_path: Path, cli: Comman
     no_trace(tmp_path / "out")
 
 
+@pytest.fixture(scope="module")
+def weighted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("weighted") / "masked"
+    return api.select(tokens=world.tokens, scores=world.scores, out=out, method="psft").folder
+
+
+@every_target
+def test_the_weights_of_a_method(weighted: Path, tmp_path: Path, target: str) -> None:
+    out = tmp_path / "out"
+    if target in WEIGHTED:
+        api.export(masked=weighted, to=target, out=out, check=True)
+        assert "what the method gave each kept token" in (out / "README.md").read_text()
+    else:
+        with pytest.raises(
+            UsageError, match=rf"{target} takes none; export to swift, verl, jsonl, or .*--no-weights"
+        ):
+            api.export(masked=weighted, to=target, out=out)
+    alike = tmp_path / "alike"
+    api.export(masked=weighted, to=target, out=alike, weights=False, check=True)
+    assert "weights were left out" in (alike / "README.md").read_text()
+
+
+def test_each_kept_token_carries_the_weight_of_its_method(weighted: Path, tmp_path: Path) -> None:
+    api.export(masked=weighted, to="jsonl", out=tmp_path / "out")
+    lines = [
+        json.loads(line)
+        for path in sorted((tmp_path / "out/data").iterdir())
+        for line in path.read_text().splitlines()
+    ]
+    masked = pl.read_parquet(weighted / "part-*.parquet")
+    found = {row["example_id"]: row["weights"] for row in lines}
+    values = []
+    for row in masked.iter_rows(named=True):
+        if row["example_id"] not in found:
+            continue
+        for i, keep in enumerate(row["keep_mask"]):
+            assert found[row["example_id"]][i] == pytest.approx(row["weight"][i] if keep and i else 0.0)
+            values.append(found[row["example_id"]][i])
+    assert len(set(values)) > 5
+
+
 def test_weights_need_scores(world: World, tmp_path: Path, cli: CommandLine) -> None:
     lean = api.select(tokens=world.tokens, scores=world.scores, out=tmp_path / "lean", lean=True).folder
     line = cli.fails(2, "export", lean, "--to", "jsonl", "--weights", "--out", tmp_path / "out")
