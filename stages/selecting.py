@@ -6,7 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from sstoken.methods import Method, Params, Statistic, Top, get_method
+from sstoken.errors import SstokenError
+from sstoken.methods import Method, Params, Statistic, Tokens, Top, get_method
 from sstoken.selection import BoolArray, Cut, Float64Array, IntArray, global_cuts, global_quantile, keep_above
 from sstoken.stages.shards import Shard
 
@@ -59,10 +60,32 @@ class Decider:
     def scores(self, shard: Shard, whole: Whole) -> Float64Array:
         """What the policy judges by, [N]."""
         tokens = shard.measured.with_(statistics=whole.statistics)
-        scores: Float64Array = self.of.score(tokens, self.params)
+        scores = self._score(tokens)
         if self.pool == "token" or self.of.weighted:
             return scores
         return _span_mean(scores, shard.text.spans(self.pool))
+
+    def _score(self, tokens: Tokens) -> Float64Array:
+        """The method's own scores, checked: a stranger's code may have written them.
+
+        Raises:
+            SstokenError: it failed, or did not give a finite number for each token that it ranks.
+        """
+        try:
+            scores = np.asarray(self.of.score(tokens, self.params), dtype=np.float64)
+        except SstokenError:
+            raise
+        except Exception as error:
+            raise SstokenError(
+                f"method {self.method!r} failed on these signals ({type(error).__name__}: {error})"
+            ) from error
+        if scores.shape != (tokens.num_tokens,):
+            raise SstokenError(
+                f"method {self.method!r} gave scores of shape {scores.shape} for {tokens.num_tokens} tokens"
+            )
+        if self.of.policy.ranks and not np.isfinite(scores).all():
+            raise SstokenError(f"method {self.method!r} gave a score that is not finite; it cannot be ranked")
+        return scores
 
     def quotas(self, num_tokens: int) -> list[int]:
         """At which ranks of the whole dataset the outcome changes."""

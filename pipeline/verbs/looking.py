@@ -51,7 +51,7 @@ def _show(masked: str, row: int | None, rows: int, svg: str | None) -> None:
 
 
 def methods() -> list[dict[str, Any]]:
-    """Every selection method: its signals, formula, cost and source.
+    """Every selection method: signals, formula, policy, parameters and source.
 
     Example:
       sstoken-curate methods
@@ -64,11 +64,14 @@ def methods() -> list[dict[str, Any]]:
 @command(methods, json_option)
 def _methods(as_json: bool) -> None:
     from sstoken.methods.listing import print_rows
+    from sstoken.methods.registry import broken_entry_points
 
     if as_json:
         click.echo(json.dumps(methods()))
     else:
         print_table(*print_rows())
+    for line in broken_entry_points():
+        click.echo(line, err=True)
 
 
 def verify(folder: Place) -> tuple[list[Path], list[str]]:

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sstoken.methods.base import EVIDENCE, Method, Params, legal, parameter_type
-from sstoken.methods.registry import METHODS
+from sstoken.methods.registry import METHODS, own_methods
 
 
 def parameters(params: type[Params]) -> list[dict[str, Any]]:
@@ -66,3 +66,134 @@ def print_rows() -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         for m in METHODS.values()
     ]
     return names, rows
+
+
+def page() -> str:
+    """docs/methods.md."""
+    methods = own_methods()
+    families = list(dict.fromkeys(m.family for m in methods))
+    table = "\n".join(
+        f"| [`{m.name}`](#{m.name}) | {m.family} | {', '.join(f'`{i}`' for i in m.inputs) or 'none'} | "
+        f"{m.policy.text} | {m.scope} | {'yes' if m.in_loop else 'no'} | {_evidence(m)} |"
+        for family in families
+        for m in methods
+        if m.family == family
+    )
+    entries = "\n".join(_entry(m) for family in families for m in methods if m.family == family)
+    return _PAGE.replace("TABLE", table).replace("ENTRIES", entries)
+
+
+def _evidence(method: Method) -> str:
+    return "second-hand" if method.evidence == "S" else method.evidence
+
+
+def _entry(method: Method) -> str:
+    lines = [f"### {method.name}", "", f"{method.formula}. {method.source}."]
+    if len(method.scopes) > 1:
+        lines[-1] += f" Scopes: {', '.join(method.scopes)}."
+    if method.aliases:
+        lines[-1] += f" Also called {', '.join(method.aliases)}."
+    described = parameters(method.params)
+    if described:
+        lines += ["", "| parameter | range | default | |", "|---|---|---|---|"]
+        lines += [f"| `{p['name']}` | {p['range']} | {p['default']} | {p['about']} |" for p in described]
+    return "\n".join([*lines, ""])
+
+
+_PAGE = """\
+# Methods
+
+`sstoken-curate methods` prints this table, `methods --json` all of it for programs. This page is written by
+`python -m sstoken.methods.listing`.
+
+```
+sstoken-curate select --tokens T --scores S --out M --method eaft --param alpha=2 --role current=sft
+```
+
+A method reads signals, each as `role.signal`: `history.loss` is the loss under the checkpoint in the role `history`.
+`history` is the frozen checkpoint (base, reference, pretrained), `current` the one trained or compared. `--role` (or
+`--history`, `--current`) says which of the scored checkpoints plays it. `kl@history` is measured beside the checkpoint
+in that role. Signals that are missing are named with the `score` command that measures them.
+
+Offline, what a method would recompute at each step is frozen at the checkpoint, and what it takes together from a
+batch it takes from the whole dataset (scope `global`).
+
+Evidence: A, checked against the authors' published code; T, against someone else's; F, against the formula as
+published; second-hand, the formula is known from summaries alone; -, this project's own.
+
+| method | family | signals | policy | scope | in the loop | evidence |
+|---|---|---|---|---|---|---|
+TABLE
+
+## What is written
+
+`keep_mask` and `labels` say which tokens are learned; `score` is what the method judged by. A method of soft or signed
+weights adds the column `weight`: what the token's loss is multiplied by. Tokens of weight 0 or below are not kept.
+`export` hands weights to the trainers that take them (swift, verl, jsonl); the others refuse, unless `--no-weights`.
+
+With any method:
+
+| option | |
+|---|---|
+| `--scope sample`, `global`, `turn` | what stands together, where the method ranks |
+| `--budget N` | keep N tokens of the whole dataset in the place of a share |
+| `--pool word`, `sentence` | judge words or sentences as one, by the mean of their tokens |
+| `--protect NAME` | keep these whatever their score: `end_of_turn`, `tool_calls`, `code`, `regex:PATTERN` |
+
+A pooled share is exceeded by less than one word or sentence a unit. Protected tokens come on top of the share, with
+weight 1.
+
+## Add a method
+
+In this repository: write it into the file of its family in `sstoken/methods/`. From a package of your own, by entry
+point:
+
+```toml
+[project]
+name = "surprise"
+version = "0.1"
+dependencies = ["sstoken"]
+
+[project.entry-points."sstoken.methods"]
+surprise = "surprise:METHOD"
+```
+
+```python
+from typing import Annotated
+
+from pydantic import Field
+
+from sstoken.methods import Method, Params, Top
+from sstoken.selection import num_kept
+
+
+class SurpriseParams(Params):
+    rho: Annotated[float, Field(gt=0, le=1)] = 0.5
+    \"\"\"The share of response tokens to keep.\"\"\"
+
+
+METHOD = Method(
+    name="surprise",
+    family="examples",
+    inputs=("current.loss", "current.entropy"),
+    formula="loss - entropy: how much rarer the token is than expected",
+    source="docs/methods.md",
+    score=lambda tokens, params: tokens["current.loss"] - tokens["current.entropy"],
+    policy=Top("keeps the ceil(rho n) highest", lambda n, params: num_kept(n, params.rho)),
+    params=SurpriseParams,
+    scopes=("sample", "global"),
+)
+```
+
+`score` is given flat arrays of the response tokens, numpy's offline and torch's in a training loop; functions come from
+`tokens.xp`, and `tokens.mean`, `tokens.minmax` and `tokens.in_top` work within examples. Other policies: `Where` (a
+test of the score), `Weight` (the score is the weight).
+
+## Each method
+
+ENTRIES\
+"""
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -79,7 +79,8 @@ def decide(
 
 
 def broken_entry_points() -> list[str]:
-    """A line for each entry point that could not be imported."""
+    """A line for each method that an installed package offers and that cannot be used."""
+    _found()
     return list(_broken().values())
 
 
@@ -94,8 +95,17 @@ def _found() -> dict[str, Method]:
         family = getattr(import_module(f"{package.__name__}.{name}"), "METHODS", None)
         if isinstance(family, tuple):
             own |= {method.name: method for method in family}
-    loaded, _ = _third_party()
+    loaded, broken = _third_party()
+    for name in own.keys() & loaded.keys():
+        broken[f"{name} of a package"] = (
+            f"method {name!r} of an installed package has the name of one here; rename it"
+        )
     return own | {name: method for name, method in loaded.items() if name not in own}
+
+
+def own_methods() -> list[Method]:
+    """Those of this package."""
+    return [m for m in METHODS.values() if m.name not in _third_party()[0]]
 
 
 @cache

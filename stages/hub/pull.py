@@ -178,7 +178,8 @@ def _is_safe(path: str) -> bool:
 def _contradiction(path: Path, stats: Mapping[str, Any]) -> str | None:
     """Return what is wrong within a shard: its columns, masks or counts."""
     schema = pq.read_schema(path).remove_metadata()
-    allowed = [tables.MASKED, tables.MASKED_LEAN, UNSCORED]
+    plain = (tables.MASKED, tables.MASKED_LEAN, UNSCORED)
+    allowed = [*plain, *(each.append(tables.WEIGHT) for each in plain)]
     if not any(schema.equals(each) for each in allowed):
         return f"has columns that no masked dataset has ({', '.join(schema.names)})"
     names = [name for name in ("input_ids", "labels", "keep_mask", "response_mask") if name in schema.names]
