@@ -32,7 +32,7 @@ from sstoken.version import __version__
 _FINGERPRINT_FILE = ".fingerprint"
 _COMPLETE_WORK = ("part-*.parquet", "*.safetensors")
 """What is worth keeping of a stage that failed."""
-_MADE_BY = {"tokens": ("encode",), "masked": ("select", "pull")}
+_MADE_BY = {"tokens": ("encode", "part"), "masked": ("select", "pull")}
 """Which stages an input can come from; any other one is a checkpoint's scores."""
 
 

@@ -35,7 +35,9 @@ _TRAINER = "trainer"
 
 
 class Anchor(Stage):
-    """Fine-tune `model` on the response tokens; keep snapshots.
+    """Fine-tune `model` on the response tokens, or on what a masked dataset keeps of them; keep snapshots.
+
+    Reads `tokens` or `masked`. The weights of a masked dataset, where it has them, multiply the tokens' losses.
 
     Under `torchrun` or `accelerate launch`, every process calls `run` with the same context (data parallelism).
     """
@@ -132,7 +134,7 @@ class Anchor(Stage):
         log = context.out / _LOG
         if not log.exists():
             if is_main_process():
-                joins.note_training(context.out, context.inputs["tokens"])
+                joins.note_training(context.out, _data(context))
             with _quiet(), ExitStack() as stack:
                 self._train(context, stack)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -164,24 +166,30 @@ class Anchor(Stage):
         folder = context.out / _TRAINER
         folder.mkdir(parents=True, exist_ok=True)
         arguments = self._arguments(folder, context.seed)  # joins the other processes
-        data = folder / "tokens.arrow"
+        source, data = _data(context), folder / "examples.arrow"
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 resumable.clean(folder)
                 if not data.exists():
-                    token_dataset.build(context.inputs["tokens"], data)
-        tokenizer = self._tokenizer(context.inputs["tokens"])
+                    token_dataset.build(source, data)
+        tokenizer = self._tokenizer(source)
         set_seed(context.seed)
-        model = self._model(token_dataset.read_extent(data), context.inputs["tokens"], arguments.bf16)
+        model = self._model(token_dataset.read_extent(data), source, arguments.bf16)
         rows = model.get_input_embeddings().weight.shape[0]
         snapshots = HistorySnapshots(
             context.out, self.snapshots, self.snapshot_every, ema_decay=self.ema_decay, base=self.model
         )
-        trainer = Trainer(
+        dataset = token_dataset.TokenDataset(data)
+        collate, trainer_of = DataCollatorForSeq2Seq(_padding(tokenizer, rows)), Trainer
+        if dataset.weighted:
+            from sstoken.stages.training.weighted import WeightedTrainer, with_weights
+
+            collate, trainer_of = with_weights(collate), WeightedTrainer
+        trainer = trainer_of(
             model,
             arguments,
-            data_collator=DataCollatorForSeq2Seq(_padding(tokenizer, rows)),
-            train_dataset=token_dataset.TokenDataset(data),
+            data_collator=collate,
+            train_dataset=dataset,
             processing_class=tokenizer,
             callbacks=[
                 resumable.Watch(stack, context.progress, self.learning_rate),
@@ -286,6 +294,11 @@ class Anchor(Stage):
             ),
         )
         return adapter
+
+
+def _data(context: Context) -> Path:
+    """What is trained on: the labels of a masked dataset, or all responses of tokens."""
+    return context.inputs["masked"] if "masked" in context.inputs else context.inputs["tokens"]
 
 
 def _join() -> None:

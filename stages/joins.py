@@ -116,9 +116,12 @@ def check_one_run(folder: Path, run: str | None = None) -> None:
             )
 
 
-def note_training(history: Path, tokens: Path) -> None:
-    """Have a folder of snapshots say which tokens they were trained on."""
-    write_atomic(history / _TRAINED_ON, json.dumps({TOKENS: folder_fingerprint(tokens)}))
+def note_training(history: Path, source: Path) -> None:
+    """Have a folder of snapshots say which tokens, or whose masked dataset, they were trained on."""
+    part = tables.parts(source)[0]
+    facts = tables.read_metadata(part)
+    whole = _said(part, source, facts) if facts.get("kind") == "masked" else folder_fingerprint(source)
+    write_atomic(history / _TRAINED_ON, json.dumps({TOKENS: whole}))
 
 
 def trained_on_others(checkpoint: str, tokens: Path) -> bool:

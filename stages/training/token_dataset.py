@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,25 +31,36 @@ class Extent:
     """In tokens."""
 
 
-def build(tokens: Path, file: Path) -> None:
+def build(source: Path, file: Path) -> None:
     """Copy the examples to train on from Parquet into one Arrow file that can be memory-mapped.
 
-    An example without response tokens would contribute nothing, or, alone in a batch, a division by zero.
+    A masked dataset trains its labels, and its weights where it has them; tokens train their responses. An example
+    with nothing to learn would contribute nothing, or, alone in a batch, a division by zero.
+
+    Args:
+        source: a folder of tokens or a masked dataset.
+        file: written.
 
     Raises:
-        SstokenError: `tokens` has no shards or no such example, or a shard is damaged or not ours.
+        SstokenError: `source` has no shards or no such example, or a shard is damaged or not ours.
     """
-    parts = tables.parts(tokens)
+    parts = tables.parts(source)
     if not parts:
-        raise SstokenError(f"{tokens}: no part-*.parquet; name the folder that `encode` wrote")
-    schema = pa.schema([tables.TOKENS.field("input_ids"), tables.TOKENS.field("response_mask")])
+        raise SstokenError(f"{source}: no part-*.parquet; name the folder that `encode` or `select` wrote")
+    there = tables.columns(parts[0])
+    masked, weighted = "keep_mask" in there, tables.WEIGHT.name in there
+    names = ["input_ids", _SOURCE[weighted, masked]]
+    schema = pa.schema(
+        [("input_ids", tables.IDS), ("trained", tables.MASK), *([tables.WEIGHT] if weighted else [])]
+    )
     examples = skipped = largest_id = longest = 0
     temporary = file.with_name(file.name + UNFINISHED)
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for part in parts:
             tables.read_metadata(part)
-            for batch in tables.read_batches(part, _ROWS_AT_ONCE, schema.names):
-                kept = batch.cast(schema).filter(_trains(batch["response_mask"]))
+            for batch in tables.read_batches(part, _ROWS_AT_ONCE, names):
+                prepared = _prepared(batch, names[1], schema)
+                kept = prepared.filter(_trains(prepared["trained"]))
                 skipped += batch.num_rows - kept.num_rows
                 if kept.num_rows:
                     examples += kept.num_rows
@@ -56,7 +68,7 @@ def build(tokens: Path, file: Path) -> None:
                     longest = max(longest, pc.max(pc.list_value_length(kept["input_ids"])).as_py())
                     writer.write_batch(kept)
     if not examples:
-        raise SstokenError(f"{tokens}: none of its {skipped} examples has a response token to train on")
+        raise SstokenError(f"{source}: none of its {skipped} examples has a token to train on")
     with open(file.with_suffix(".extent"), "w") as note:
         note.write(f"{examples} {skipped} {largest_id} {longest}")
     os.replace(temporary, file)
@@ -67,13 +79,32 @@ def read_extent(file: Path) -> Extent:
     return Extent(*map(int, file.with_suffix(".extent").read_text().split()))
 
 
+_SOURCE = {
+    (False, False): "response_mask",
+    (False, True): "keep_mask",
+    (True, True): "weight",
+    (True, False): "weight",
+}
+"""The column that says what is trained: by whether there are weights, and whether the folder is masked."""
+
+
+def _prepared(batch: pa.RecordBatch, column: str, schema: pa.Schema) -> pa.RecordBatch:
+    """The ids, which tokens are trained and, of a weighting method, their weights: 0 where there is none."""
+    ids, given = batch["input_ids"], batch[column]
+    if column != tables.WEIGHT.name:
+        return pa.record_batch([ids, given], schema=schema)
+    weights = np.nan_to_num(given.values.to_numpy(zero_copy_only=False)).astype(np.float32)
+    lists = [tables.lists(values, given.offsets.to_numpy(), kind) for values, kind in ((weights != 0, tables.MASK), (weights, tables.VALUES))]
+    return pa.record_batch([ids, *lists], schema=schema)
+
+
 def _trains(masks: pa.ListArray) -> pa.Array:
     """Return which rows have a response token that a preceding token predicts."""
     return pa.array([bool(np.asarray(mask.values)[1:].any()) for mask in masks], pa.bool_())
 
 
 class TokenDataset:
-    """Rows of a file that `build` wrote: `input_ids`, and `labels` that are -100 outside the response."""
+    """Rows of a file that `build` wrote: `input_ids`, `labels` that are -100 where nothing is trained, and `weights`."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -85,10 +116,18 @@ class TokenDataset:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    @property
+    def weighted(self) -> bool:
+        """Whether rows have `weights`."""
+        return tables.WEIGHT.name in self._table.column_names
+
+    def __getitem__(self, index: int) -> dict[str, list[Any]]:
         ids = self._table["input_ids"][index].values.to_numpy()
-        mask = self._table["response_mask"][index].values.to_numpy(zero_copy_only=False)
-        return {"input_ids": ids.tolist(), "labels": labels_from_mask(ids, mask).tolist()}
+        mask = self._table["trained"][index].values.to_numpy(zero_copy_only=False)
+        row = {"input_ids": ids.tolist(), "labels": labels_from_mask(ids, mask).tolist()}
+        if self.weighted:
+            row["weights"] = self._table[tables.WEIGHT.name][index].values.to_numpy().tolist()
+        return row
 
     def __getstate__(self) -> dict[str, Path]:
         return {"_file": self._file}  # each worker process maps the file itself

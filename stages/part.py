@@ -1,0 +1,82 @@
+"""`part`: every T-th example of a tokens folder, for methods that work through a dataset part by part."""
+
+from collections import Counter
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from sstoken.errors import NothingLeftError, UsageError
+from sstoken.stages import folders, joins, tables
+from sstoken.stages.encoding.token_stats import merge, metrics, no_stats
+from sstoken.stages.stage import Context, Stage
+
+
+class Part(Stage):
+    """Reads `tokens`; writes a tokens folder that holds one part of its examples."""
+
+    name: ClassVar[str] = "part"
+    folder: ClassVar[str] = "tokens"
+
+    part: Annotated[int, Field(ge=0)]
+    """Which part, from 0."""
+    parts: Annotated[int, Field(ge=1)]
+    """The number of parts. Example i belongs to part i modulo this number, so every part is a fair sample."""
+
+    def check(self) -> None:
+        """See `Stage.check`."""
+        if self.part >= self.parts:
+            raise UsageError(f"part is {self.part} of {self.parts}; legal: 0 to {self.parts - 1}")
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Write the shards that are not there yet.
+
+        Raises:
+            NothingLeftError: no example belongs to the part.
+        """
+        tokens = context.inputs["tokens"]
+        sources = tables.parts(tokens)
+        first = 0
+        with context.progress("shards", len(sources)) as progress:
+            for path in sources:
+                rows = tables.num_rows(path)
+                if not (context.out / path.name).exists():
+                    self._write(path, first, context)
+                first += rows
+                progress.advance()
+        folders.copy_folder(tokens / "tokenizer", context.out / "tokenizer")
+        stats = [tables.read_metadata(path)["stats"] for path in tables.parts(context.out)]
+        total = reduce(merge, stats, no_stats())
+        if not total["examples"]:
+            raise NothingLeftError(
+                f"{tokens}: {first} examples, none of them in part {self.part} of {self.parts}; make fewer parts"
+            )
+        return metrics(total)
+
+    def _write(self, path: Path, first: int, context: Context) -> None:
+        table = tables.read_table(path)
+        joins.measured_fingerprint(path, table)  # refuses tokens that were edited
+        taken = np.flatnonzero((first + np.arange(len(table))) % self.parts == self.part)
+        table = table.take(pa.array(taken)).combine_chunks()
+        facts = tables.read_metadata(path) | {
+            joins.TOKENS: joins.tokens_fingerprint(table),
+            joins.RUN: context.fingerprint,
+            "stats": _stats(table),
+        }
+        tables.write_part(context.out / path.name, table, facts)
+
+
+def _stats(table: pa.Table) -> dict[str, Any]:
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+    response = tables.flatten(table["response_mask"])[0]
+    return no_stats() | {
+        "rows": len(table),
+        "examples": len(table),
+        "tokens": int(lengths.sum()),
+        "response_tokens": int(np.count_nonzero(response)),
+        "lengths": dict(Counter(str(n) for n in sorted(lengths))),
+    }
