@@ -9,6 +9,8 @@ from typing import Any
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.config import RunConfig
 from sstoken.pipeline.writing import check_writable
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.sources import shown
 from sstoken.stages.files import UNFINISHED, write_atomic
 from sstoken.stages.manifest import Digests
@@ -65,11 +67,18 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def _identity(config: RunConfig, digests: Digests) -> dict[str, dict[str, str]]:
-    sources = config.encode.sources(digests)
-    trained = config.anchor.sources(digests) if config.anchor is not None else None
+    encodes = [section for section in config.named.values() if isinstance(section, Encode)]
+    trained = [
+        section.sources(digests)
+        for section in config.named.values()
+        if isinstance(section, Anchor) and section.model.partition("/")[0] not in config.named
+    ]
+    if not encodes:
+        raise UsageError("no step encodes data; a run begins with one of `stage: encode`")
+    sources = encodes[0].sources(digests)
     found = {
-        "data": (config.encode.data, sources["data"]),
-        "model": (config.encode.model, [sources["tokenizer"], trained]),
+        "data": (encodes[0].data, sources["data"]),
+        "model": (encodes[0].model, [sources["tokenizer"], trained[0] if trained else None]),
     }
     return {
         key: {"place": _place(name, config.folder), "content": _digest(content)}

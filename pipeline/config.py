@@ -5,65 +5,85 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.plain_yaml import read_yaml, short
-from sstoken.stages.anchor import Anchor
+from sstoken.pipeline.sections import KINDS, AnchorSection, ScoreSection, SelectSection
+from sstoken.pipeline.yaml_steps import beside_the_file, repeated, swept
 from sstoken.stages.encode import Encode
-from sstoken.stages.score import ScoreOptions
-from sstoken.stages.select import Select
+from sstoken.stages.sharded import ShardedStage
+from sstoken.stages.stage import Stage
 
 LARGEST_SEED = 2**32 - 1
 """The largest that numpy takes."""
 M = TypeVar("M", bound=BaseModel)
-
-
-class ScoreSection(ScoreOptions):
-    """Section `score`: which checkpoints, and how."""
-
-    checkpoints: dict[str, str] | list[str] | None = None
-    """Names in the run's history (`step-0`, `last`), folders or Hub ids, or `{name: folder}`.
-    None: those that `select` compares."""
-    attention_from: str | None = None
-    """The one whose attention is measured too; None: the current one. `none`: no attention."""
-
-
-class SelectSection(Select):
-    """Section `select`: the method and what it compares."""
-
-    history: str | None = None
-    """Name of the history checkpoint; None: the first of the run's history or of `score.checkpoints`."""
-    current: str | None = None
-    """Name of the current checkpoint; None: the last."""
+_FOLDERS = {"encode": "tokens", "anchor": "history", "score": "scores", "select": "masked"}
+"""Where the four sections write; a named step writes into a folder of its name."""
 
 
 class RunConfig(BaseModel):
-    """A whole run."""
+    """A whole run: four sections, or any number of named steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     out: str
     """The run's folder."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Of the anchor run, and of the method `random`."""
-    encode: Encode
-    anchor: Anchor | None = None
+    """Of the anchor runs, and of the method `random`."""
+    encode: Encode | None = None
+    anchor: AnchorSection | None = None
     """None: no anchor run; `score.checkpoints` names checkpoints that are there already."""
     score: ScoreSection = ScoreSection()
     select: SelectSection = SelectSection()
+    steps: dict[str, SerializeAsAny[Stage]] = Field(default_factory=dict)
+    """Instead of the four sections: steps by name, in the order in which they run."""
+    _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "RunConfig":
+        if bool(self.steps) == bool(self.encode):
+            raise ValueError("a run has the section `encode`, or `steps`, and not both")
+        return self
 
     @property
     def folder(self) -> Path:
         """Where the run stands."""
         return Path(self.out).expanduser()
 
+    @property
+    def file(self) -> Path | None:
+        """The file that it was read from."""
+        return self._file
+
+    @property
+    def named(self) -> dict[str, Stage]:
+        """Every step by name, in order; the four sections are steps of their names."""
+        if self.steps:
+            return self.steps
+        assert self.encode is not None, "checked when it was made"
+        anchor = {} if self.anchor is None else {"anchor": self.anchor}
+        return {"encode": self.encode, **anchor, "score": self.score, "select": self.select}
+
+    def place(self, step: str) -> Path:
+        """The folder of a step."""
+        return self.folder / (step if self.steps else _FOLDERS[step])
+
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML file.
 
     Args:
-        path: the file. Relative paths in it are relative to the working directory.
+        path: the file. Relative paths in it are found from its folder, else from the working directory; `out` and what
+            `overrides` names are relative to the working directory.
         overrides: `section.field=value`, the value in YAML.
 
     Raises:
@@ -75,15 +95,43 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     values = read_yaml(file.read_bytes(), str(file))
     if not isinstance(values, dict):
         raise UsageError(f"{path}: empty, or not a mapping; sections are {', '.join(RunConfig.model_fields)}")
+    beside_the_file(values, file.parent)
     for override in overrides:
         _override(values, override)
-    for section in ("encode", "anchor", "score", "select"):
+    for section in _FOLDERS:
         if section in values and values[section] is None:  # nothing under it asks for the defaults
             values[section] = {}
-    encode, anchor = values.get("encode"), values.get("anchor")
-    if isinstance(encode, dict) and isinstance(anchor, dict) and "model" in encode:
-        anchor.setdefault("model", encode["model"])
-    return validated(RunConfig, values, str(path))
+    if "steps" in values:
+        values["steps"] = _steps(repeated(values["steps"], str(path)), str(path))
+    else:
+        encode, anchor = values.get("encode"), values.get("anchor")
+        if isinstance(encode, dict) and isinstance(anchor, dict) and "model" in encode:
+            anchor.setdefault("model", encode["model"])
+        if isinstance(values.get("select"), dict):
+            values["select"] = swept(values["select"], SelectSection)
+        if "out" in values and "encode" not in values:
+            raise UsageError(f"{path}: 'encode' is missing; set it")
+    config = validated(RunConfig, values, str(path))
+    config._file = file
+    return config
+
+
+def _steps(values: Any, where: str) -> dict[str, Stage]:
+    if not isinstance(values, dict) or not values:
+        raise UsageError(f"{where}: steps is {short(values)}; it has to be a mapping of names to steps")
+    found: dict[str, Stage] = {}
+    for name, body in values.items():
+        place = f"{where}: steps.{name}"
+        if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\"):
+            raise UsageError(f"{where}: step {short(name)}: the name cannot be a folder's; choose another")
+        kind = body.get("stage") if isinstance(body, dict) else None
+        if kind not in KINDS:
+            raise UsageError(f"{place}: stage is {short(kind)}; legal: {', '.join(KINDS)}")
+        fields = {key: value for key, value in body.items() if key != "stage"}
+        if KINDS[kind] is SelectSection:
+            fields = swept(fields, SelectSection)
+        found[name] = validated(KINDS[kind], fields, place)
+    return found
 
 
 def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
@@ -104,17 +152,24 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"] if "[" not in str(part)]
     name = short(".".join(location))[1:-1]
     if error["type"] == "extra_forbidden":
-        legal = list(_owner(model, location[:-1]).model_fields)
+        legal = _fields(_owner(model, location[:-1]))
         near = difflib.get_close_matches(location[-1], legal, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(legal)}"
         return f"unknown key {name!r}; {hint}"
     if error["type"] == "missing":
         return f"{name!r} is missing; set it"
     if error["type"] == "model_type":
-        legal = list(_owner(model, location).model_fields)
+        legal = _fields(_owner(model, location))
         return f"{name} is {short(error['input'])}; it has to be a section with the fields {', '.join(legal)}"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if not location:
+        return message
     return f"{name} is {short(error['input'])}; {message[:1].lower()}{message[1:]}"
+
+
+def _fields(model: type[BaseModel]) -> list[str]:
+    """The fields of a section, what only says where it runs last."""
+    return sorted(model.model_fields, key=lambda name: name in ShardedStage.model_fields)
 
 
 def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:

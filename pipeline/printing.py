@@ -21,7 +21,7 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def print_result(name: str, result: Result) -> None:
+def print_result(name: str, result: Result, kind: str | None = None) -> None:
     """A step's summary, or that it was finished already; once, if several processes did it together."""
     if not is_main_process():
         return
@@ -29,8 +29,7 @@ def print_result(name: str, result: Result) -> None:
         print(f"{name}: finished already, in {result.folder}")
         return
     print(f"{name}: done, in {result.folder}")
-    stage = name.partition("/")[0]
-    for line in _SUMMARIES.get(stage, _plain)(result.metrics):
+    for line in _SUMMARIES.get(kind or name.partition("/")[0], _plain)(result.metrics):
         print(f"  {line}")
 
 

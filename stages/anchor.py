@@ -35,9 +35,7 @@ _TRAINER = "trainer"
 
 
 class Anchor(Stage):
-    """Fine-tune `model` on the response tokens, or on what a masked dataset keeps of them; keep snapshots.
-
-    Reads `tokens` or `masked`. The weights of a masked dataset, where it has them, multiply the tokens' losses.
+    """Fine-tune `model` on `tokens`' responses or on what `masked` keeps, with its weights if it has any; keep snapshots.
 
     Under `torchrun` or `accelerate launch`, every process calls `run` with the same context (data parallelism).
     """

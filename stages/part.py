@@ -1,6 +1,7 @@
 """`part`: every T-th example of a tokens folder, for methods that work through a dataset part by part."""
 
 from collections import Counter
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -13,10 +14,11 @@ from pydantic import Field
 from sstoken.errors import NothingLeftError, UsageError
 from sstoken.stages import folders, joins, tables
 from sstoken.stages.encoding.token_stats import merge, metrics, no_stats
-from sstoken.stages.stage import Context, Stage
+from sstoken.stages.sharded import ShardedStage, Work
+from sstoken.stages.stage import Context, Task, Worker
 
 
-class Part(Stage):
+class Part(ShardedStage):
     """Reads `tokens`; writes a tokens folder that holds one part of its examples."""
 
     name: ClassVar[str] = "part"
@@ -32,42 +34,52 @@ class Part(Stage):
         if self.part >= self.parts:
             raise UsageError(f"part is {self.part} of {self.parts}; legal: 0 to {self.parts - 1}")
 
-    def run(self, context: Context) -> dict[str, Any]:
-        """Write the shards that are not there yet.
+    def work(self, context: Context) -> Work:
+        """See `ShardedStage.work`."""
+        tasks, first = [], 0
+        for path in tables.parts(context.inputs["tokens"]):
+            tasks.append(Task(context.out / path.name, 1, (path, first)))
+            first += tables.num_rows(path)
+        return Work(_TakePart(self.part, self.parts, context.out, context.fingerprint), tasks)
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Copy the tokenizer; add up what the shards hold.
 
         Raises:
             NothingLeftError: no example belongs to the part.
         """
         tokens = context.inputs["tokens"]
-        sources = tables.parts(tokens)
-        first = 0
-        with context.progress("shards", len(sources)) as progress:
-            for path in sources:
-                rows = tables.num_rows(path)
-                if not (context.out / path.name).exists():
-                    self._write(path, first, context)
-                first += rows
-                progress.advance()
         folders.copy_folder(tokens / "tokenizer", context.out / "tokenizer")
         stats = [tables.read_metadata(path)["stats"] for path in tables.parts(context.out)]
         total = reduce(merge, stats, no_stats())
         if not total["examples"]:
             raise NothingLeftError(
-                f"{tokens}: {first} examples, none of them in part {self.part} of {self.parts}; make fewer parts"
+                f"{tokens}: no example in part {self.part} of {self.parts}; make fewer parts"
             )
         return metrics(total)
 
-    def _write(self, path: Path, first: int, context: Context) -> None:
+
+@dataclass(frozen=True)
+class _TakePart:
+    """Writes the part of one shard."""
+
+    part: int
+    parts: int
+    out: Path
+    fingerprint: str
+
+    def __call__(self, shard: tuple[Path, int], worker: Worker) -> None:
+        path, first = shard
         table = tables.read_table(path)
         joins.measured_fingerprint(path, table)  # refuses tokens that were edited
         taken = np.flatnonzero((first + np.arange(len(table))) % self.parts == self.part)
         table = table.take(pa.array(taken)).combine_chunks()
         facts = tables.read_metadata(path) | {
             joins.TOKENS: joins.tokens_fingerprint(table),
-            joins.RUN: context.fingerprint,
+            joins.RUN: self.fingerprint,
             "stats": _stats(table),
         }
-        tables.write_part(context.out / path.name, table, facts)
+        tables.write_part(self.out / path.name, table, facts)
 
 
 def _stats(table: pa.Table) -> dict[str, Any]:

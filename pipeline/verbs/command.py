@@ -24,7 +24,6 @@ from sstoken.stages.stage import Settings
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
-S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Callable[..., Any])
 
 COMMANDS: dict[str, click.Command] = {}
@@ -98,13 +97,6 @@ def command(function: Callable[..., Any], *options: Callable[[F], F]) -> Callabl
         return body
 
     return decorate
-
-
-def stage_of(call: Settings, stage: type[S]) -> S:
-    """The stage whose fields are among those of the call; what was not given is not given to it either."""
-    return stage(
-        **{name: getattr(call, name) for name in stage.model_fields if name in call.model_fields_set}
-    )
 
 
 def place(path: Place) -> Path:

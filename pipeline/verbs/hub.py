@@ -13,7 +13,8 @@ from sstoken.pipeline.cli_options import Option
 from sstoken.pipeline.config import validated
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.runner import Job, Result, execute
-from sstoken.pipeline.verbs.command import Internal, Place, place, stage_of, verb
+from sstoken.pipeline.sections import stage_of
+from sstoken.pipeline.verbs.command import Internal, Place, place, verb
 from sstoken.stages import manifest as manifests
 from sstoken.stages.hub.provenance import PROVENANCE, find_origin, read_provenance
 from sstoken.stages.hub.publication import Publication

@@ -16,6 +16,7 @@ from sstoken.pipeline.plan import Step, check_run, run_steps
 from sstoken.pipeline.printing import print_result, print_table
 from sstoken.pipeline.runner import Result, State, execute, state, superseded
 from sstoken.pipeline.verbs.command import Place, command, place
+from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
 
 __all__ = ["Planned", "Step", "demo", "plan", "run"]
@@ -84,32 +85,32 @@ def run(
     Args:
         config: a YAML file or a configuration.
         overrides: `section.field=value`.
-        until: the last stage to run.
-        force: stages to run again though they are finished.
+        until: the last step to run.
+        force: steps to run again though they are finished.
         listener: called after each step.
 
     Returns:
         The result of each step, by name.
     """
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
-    stages = ["encode", *(["anchor"] if config.anchor else []), "score", "select"]
+    names = list(config.named)
     forced = set(force)
     for name in [*forced, *([until] if until else [])]:
-        if name not in stages:
-            raise UsageError(f"stage {name!r} is not in this run; legal: {', '.join(stages)}")
+        if name not in names:
+            raise UsageError(f"stage {name!r} is not in this run; legal: {', '.join(names)}")
     check_run(config)
     digests = Digests(config.folder / _DIGESTS)
-    claim(config, digests, anew="encode" in forced)
+    claim(config, digests, anew=bool(forced & {n for n, s in config.named.items() if isinstance(s, Encode)}))
     results: dict[str, Result] = {}
     for step in run_steps(config):
-        if until is not None and stages.index(step.stage) > stages.index(until):
+        if until is not None and names.index(step.step) > names.index(until):
             break
         assert step.job is not None, "a finished anchor run leaves a history"
         results[step.name] = execute(
             step.job,
             digests,
             replace=True,
-            force=step.stage in forced,
+            force=step.step in forced,
             next_checkpoint=step.next_checkpoint,
         )
         if listener is not None:
@@ -132,7 +133,7 @@ def _run(
 ) -> None:
     def report(step: Step, result: Result) -> None:
         if not as_json:
-            print_result(step.name, result)
+            print_result(step.name, result, step.kind)
 
     results = run(config, overrides=overrides, until=until, force=force, listener=report)
     if as_json:
@@ -169,18 +170,14 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
     check_run(config)
     digests = Digests(config.folder / _DIGESTS)
     planned: list[Planned] = []
-    waiting: dict[Path, str] = {}
+    waiting: set[str] = set()
     for step in run_steps(config):
-        awaited = [
-            waiting[folder] for folder in (step.job.inputs.values() if step.job else ()) if folder in waiting
-        ]
-        if step.stage in ("score", "select") and "anchor" in waiting.values():
-            awaited = ["anchor"]  # it decides which checkpoints there are
+        awaited = [name for name in step.after if name in waiting]
         why = f"waits for {awaited[0]}" if awaited else ""
         if step.job is not None:
             why = why or state(step.job, digests).value
-            if why != State.FINISHED.value:
-                waiting[step.job.out] = step.name
+        if why != State.FINISHED.value:
+            waiting.add(step.name)
         other = superseded(step.job, digests) if step.job is not None and not awaited else None
         planned.append(Planned(step.name, step.job.out if step.job else None, why, other))
     return planned

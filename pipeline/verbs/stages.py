@@ -12,11 +12,14 @@ from typing import Annotated, Any
 import click
 from pydantic import Field
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline.checkpoint_names import given_roles, named_checkpoints, select_inputs
 from sstoken.pipeline.cli_options import Option
-from sstoken.pipeline.plan import NO_ATTENTION, given_roles, named_checkpoints, score_job, select_inputs
+from sstoken.pipeline.plan import score_job
 from sstoken.pipeline.printing import print_result
+from sstoken.pipeline.roles import NO_ATTENTION
 from sstoken.pipeline.runner import Job, Result, execute
+from sstoken.pipeline.sections import stage_of
 from sstoken.pipeline.verbs.command import (
     Internal,
     Place,
@@ -24,7 +27,6 @@ from sstoken.pipeline.verbs.command import (
     api_only,
     place,
     print_finished,
-    stage_of,
     verb,
 )
 from sstoken.stages import manifest as manifests
@@ -69,20 +71,29 @@ encode = verb(EncodeCall)
 class AnchorCall(_Output, Anchor):
     """Fine-tune, and keep snapshots along the way.
 
-    Runs in several processes under torchrun: `torchrun --no-python --nproc-per-node 2 sstoken-curate anchor ...`.
+    Trains on the responses of --tokens, or on what the masked dataset --masked keeps. Runs in several processes under
+    torchrun: `torchrun --no-python --nproc-per-node 2 sstoken-curate anchor ...`.
 
     Example:
       sstoken-curate anchor --tokens runs/tokens --model runs/demo/base --out runs/history --max-steps 20
     """
 
-    tokens: Place
+    tokens: Place | None = None
     """A finished tokens folder."""
+    masked: Place | None = None
+    """Instead: a finished masked folder. Its weights, if it has any, multiply the tokens' losses."""
     seed: Seed = 0
     """Seed of everything random."""
 
     def do(self) -> Result:
-        job = Job(stage_of(self, Anchor), {"tokens": place(self.tokens)}, place(self.out), self.seed)
-        return execute(job, Digests(), force=self.force)
+        given = {"tokens": self.tokens, "masked": self.masked}
+        inputs = {name: place(folder) for name, folder in given.items() if folder is not None}
+        if len(inputs) != 1:
+            said = ", ".join(f"{name} is {str(folder)!r}" for name, folder in given.items() if folder)
+            raise UsageError(f"{said or 'neither tokens nor masked is given'}; name one of them to train on")
+        return execute(
+            Job(stage_of(self, Anchor), inputs, place(self.out), self.seed), Digests(), force=self.force
+        )
 
 
 anchor = verb(AnchorCall)

@@ -94,7 +94,10 @@ def _prepared(batch: pa.RecordBatch, column: str, schema: pa.Schema) -> pa.Recor
     if column != tables.WEIGHT.name:
         return pa.record_batch([ids, given], schema=schema)
     weights = np.nan_to_num(given.values.to_numpy(zero_copy_only=False)).astype(np.float32)
-    lists = [tables.lists(values, given.offsets.to_numpy(), kind) for values, kind in ((weights != 0, tables.MASK), (weights, tables.VALUES))]
+    lists = [
+        tables.lists(values, given.offsets.to_numpy(), kind)
+        for values, kind in ((weights != 0, tables.MASK), (weights, tables.VALUES))
+    ]
     return pa.record_batch([ids, *lists], schema=schema)
 
 

@@ -286,7 +286,6 @@ def test_defaults_are_the_stages_own(verb: str) -> None:
         ("encode", "--data"),
         ("encode", "--model"),
         ("anchor", "--model"),
-        ("anchor", "--tokens"),
         ("score", "--ckpt"),
         ("select", "--scores"),
         ("select", "--out"),

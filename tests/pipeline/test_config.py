@@ -12,8 +12,8 @@ import pytest
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import api
+from sstoken.pipeline.checkpoint_names import named_checkpoints
 from sstoken.pipeline.config import load_config
-from sstoken.pipeline.plan import named_checkpoints
 from sstoken.stages import tables
 from tests.pipeline.worlds import SHARD_ROWS, World, copy_model, make_world, snapshot
 from tests.stages import tiny

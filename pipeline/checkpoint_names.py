@@ -1,0 +1,152 @@
+"""Checkpoints by name, and which of them plays which role of a method."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from sstoken.errors import UsageError
+from sstoken.methods import get_method
+from sstoken.stages.manifest import MANIFEST, read_manifest
+
+
+def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
+    """Checkpoints by name from `PATH` (named after its folder) or `NAME=PATH`; a name holds no slash.
+
+    Raises:
+        UsageError: two of one name, or a name that cannot be a folder's.
+    """
+    named: dict[str, str] = {}
+    for given in refs:
+        name, separator, ref = given.partition("=")
+        if not separator or ("/" in name and not _names_a_folder(given, ref)):
+            ref, name = given, Path(given.partition("@")[0]).name or Path(given).resolve().name
+        check_name(name, given, ref)
+        enter(named, name, ref)
+    if not named:
+        raise UsageError("no checkpoint given; name at least one")
+    return named
+
+
+def _names_a_folder(given: str, ref: str) -> bool:
+    """Whether `NAME=PATH` was meant though NAME holds a slash; a path may hold `=` itself: runs/lr=1e-5/step-100."""
+    return not Path(given).expanduser().is_dir() and Path(ref).expanduser().is_dir()
+
+
+def check_name(name: str, given: str, ref: str) -> None:
+    """Refuse a checkpoint's name that cannot be a folder's.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not name or "/" in name or name.startswith("."):
+        raise UsageError(f"checkpoint {given!r}: {name!r} cannot be a folder's name; write NAME={ref}")
+
+
+def enter(named: dict[str, str], name: str, ref: str) -> None:
+    """Add a checkpoint.
+
+    Raises:
+        UsageError: another one has that name.
+    """
+    if named.setdefault(name, ref) != ref:
+        raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
+
+
+def given_roles(roles: Mapping[str, str], history: str | None, current: str | None) -> dict[str, str]:
+    """The checkpoint's name by role, of those given.
+
+    Raises:
+        UsageError: a role that is given twice, with two names.
+    """
+    found = dict(roles)
+    for role, name in (("history", history), ("current", current)):
+        if name is not None and found.setdefault(role, name) != name:
+            raise UsageError(f"role {role!r} is given twice: {name!r} and {found[role]!r}; give it once")
+    return found
+
+
+def select_inputs(method: str, scores: Path, given: Mapping[str, str]) -> dict[str, Path]:
+    """The score folders that a selection reads, by role, found below `scores`.
+
+    Args:
+        method: its roles decide what has to be there.
+        scores: holds a folder for each scored checkpoint.
+        given: the checkpoint's name by role. Where there is none, `history` is `base`, `step-0` or the one that is not
+            current, and `current` the only other one, or the one of the highest step.
+
+    Raises:
+        UsageError: a name that is not there, or several that could be meant.
+    """
+    if not scores.is_dir():
+        raise UsageError(f"{scores}: no such folder; name the one that holds the checkpoints' scores")
+    if (scores / MANIFEST).is_file():
+        raise UsageError(
+            f"{scores}: the scores of one checkpoint, or other work; name the folder above scores"
+        )
+    folders = sorted(p for p in scores.iterdir() if p.is_dir())
+    there = [p.name for p in folders if (p / MANIFEST).is_file()]
+    listed = f"there are: {', '.join(there) or 'none'}"
+    if len(there) < len(folders):
+        listed += f" (unfinished: {', '.join(p.name for p in folders if p.name not in there)})"
+    found = dict(given)
+    for name in found.values():
+        if name not in there:
+            raise UsageError(f"{scores}: no finished scores of {name!r}; {listed}")
+    needed = get_method(method).roles
+    _guess_roles(found, needed, there)
+    attended = [name for name in there if _has_attention(scores / name)]
+    if found.get("current") in attended:
+        found.setdefault("attention", found["current"])
+    elif len(attended) == 1:
+        found.setdefault("attention", attended[0])
+    for role in needed:
+        if role not in found:
+            raise UsageError(
+                f"{scores}: method {method!r} needs a checkpoint in the role {role!r}, and which one is not clear; "
+                f"{listed}; say --role {role}=NAME"
+            )
+    check_compared(method, found.get("history"), found.get("current"))
+    return {role: scores / name for role, name in found.items()}
+
+
+def _guess_roles(found: dict[str, str], needed: Iterable[str], there: list[str]) -> None:
+    """Add `history` and `current` where the names leave no doubt."""
+    history, current = found.get("history"), found.get("current")
+    if history is None and ("history" in needed or "current" in needed):
+        history = next((n for n in ("base", "step-0") if n in there and n != current), None)
+    if current is None:
+        current = _only_or_last([n for n in there if n != history])
+        if current is None and "current" in needed and "history" not in needed and "history" not in found:
+            current = _only_or_last(there)
+    if history is None and "history" in needed:
+        alone = "current" not in needed and "current" not in found
+        history = _only_or_last([n for n in there if n != current]) or (
+            _only_or_last(there) if alone else None
+        )
+    found |= {r: n for r, n in (("history", history), ("current", current)) if n is not None}
+
+
+def check_compared(method: str, history: str | None, current: str | None) -> None:
+    """Refuse to compare a checkpoint with itself.
+
+    Raises:
+        UsageError: the method compares history and current, and they are one.
+    """
+    if history == current and {"history", "current"} <= set(get_method(method).roles):
+        raise UsageError(
+            f"history and current are both {current!r}; method {method!r} compares two checkpoints, name another"
+        )
+
+
+def _only_or_last(names: list[str]) -> str | None:
+    """The only name; or, of `step-*` names, the highest step."""
+    if len(names) == 1:
+        return names[0]
+    steps = [n for n in names if n.removeprefix("step-").isdigit()]
+    return max(steps, key=lambda n: int(n.removeprefix("step-"))) if steps else None
+
+
+def _has_attention(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and bool(
+        manifest.settings.get("attention") or "attention" in manifest.settings.get("signals", ())
+    )
