@@ -35,7 +35,7 @@ _TRAINER = "trainer"
 
 
 class Anchor(Stage):
-    """Fine-tune `model` on `tokens`' responses or on what `masked` keeps, with its weights if it has any; keep snapshots.
+    """Fine-tune `model` on `tokens`' responses or on what `masked` keeps, times its weights; keep snapshots.
 
     Under `torchrun` or `accelerate launch`, every process calls `run` with the same context (data parallelism).
     """

@@ -73,6 +73,7 @@ def test_all_stages_are_found():
     found = {module.rpartition(".")[2] for module in stages()}
     assert {
         "encode",
+        "part",
         "anchor",
         "score",
         "score_from_training",
@@ -139,6 +140,7 @@ def test_heavy_libraries_are_imported_where_they_are_used():
         "history.py",
         "resumable.py",
         "token_dataset.py",
+        "weighted.py",
     }
     for package in LAYERS[1:]:
         for path in files(package):

@@ -144,7 +144,7 @@ class _Spread:
         slot = attempt.slot
         self._done[slot] = self._shown[slot] = 0
         device = self._devices[slot % len(self._devices)]
-        place = (os.getpid(), str(self._board), self._workers, slot, device)
+        place = (os.getpid(), os.getcwd(), str(self._board), self._workers, slot, device)
         future = _process(slot).submit(_in_worker, place, function, attempt.task.work)
         self._running[future] = attempt
 
@@ -205,9 +205,10 @@ class _Board:
 
 
 def _in_worker(
-    place: tuple[int, str, int, int, str | None], function: Callable[[Any, Worker], R], work: Any
+    place: tuple[int, str, str, int, int, str | None], function: Callable[[Any, Worker], R], work: Any
 ) -> R:
-    parent, board, workers, slot, device = place
+    parent, folder, board, workers, slot, device = place
+    os.chdir(folder)  # a process that was kept warm may have begun elsewhere
     end_with(parent)
     return function(work, _Board(board, workers, slot, device))
 

@@ -107,7 +107,7 @@ def _trains(masks: pa.ListArray) -> pa.Array:
 
 
 class TokenDataset:
-    """Rows of a file that `build` wrote: `input_ids`, `labels` that are -100 where nothing is trained, and `weights`."""
+    """Rows of a file that `build` wrote: `input_ids`, `labels` (-100 where nothing is trained), perhaps `weights`."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

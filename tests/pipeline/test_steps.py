@@ -60,10 +60,11 @@ def write(world: World, text: str, name: str = "run.yaml") -> Path:
 
 
 def ran(config: Path, **options: Any) -> list[str]:
-    """The steps that were not skipped. `plan` must have said so."""
+    """The steps that were not skipped. `plan` must have said so (some only wait, and turn out to be finished)."""
     planned = [p.step for p in curate.plan(config) if p.state != "finished"]
     again = [name for name, result in curate.run(config, **options).items() if not result.skipped]
-    assert {name.partition("/")[0] for name in planned} == {name.partition("/")[0] for name in again}
+    assert {name.partition("/")[0] for name in planned} >= {name.partition("/")[0] for name in again}
+    assert bool(planned) == bool(again)
     return again
 
 
@@ -85,7 +86,8 @@ def self_evolving(world: World, parts: int, out: str) -> Path:
     text = text.replace(model, str(world.base)).replace(values["steps"]["tokens"]["data"], str(world.data))
     text = text.replace("&parts 3", f"&parts {parts}").replace("t: [1, 2]", f"t: {list(range(1, parts))}")
     text = text.replace("max_length: 512", "max_length: 64\n    shard_rows: 7").replace(values["out"], out)
-    text = text.replace("snapshots: 1", "snapshots: 1\n{indent}learning_rate: 1.0e-2\n{indent}epochs: 2\n{indent}warmup_ratio: 0")
+    training = ("snapshots: 1", "learning_rate: 1.0e-2", "epochs: 2", "warmup_ratio: 0")
+    text = text.replace("snapshots: 1", "\n{indent}".join(training))
     lines = []
     for line in text.splitlines():
         if "{indent}" in line:
