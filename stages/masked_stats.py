@@ -1,11 +1,12 @@
 """Counts of a masked dataset: per shard, and added up."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from sstoken.methods import Tokens
-from sstoken.selection import BoolArray, keep_per_example
+from sstoken.selection import BoolArray, Float64Array, IntArray, keep_per_example
 
 NUM_DECILES = 10
 
@@ -29,6 +30,70 @@ def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str,
         stats["by_either_signal"] = int(by_rel.sum())
         stats["by_both_signals"] = int((by_rel & by_attention).sum())
     return stats
+
+
+def signal_stats(tokens: Tokens, kept: BoolArray, inputs: Sequence[str], turns: IntArray) -> dict[str, Any]:
+    """What `notes_on` needs of one shard; it adds up over shards.
+
+    Args:
+        tokens: N response tokens.
+        kept: [N].
+        inputs: the signals that the method reads.
+        turns: [U + 1], where each turn starts.
+    """
+    ends = turns[1:][np.diff(turns) > 0] - 1
+    stats: dict[str, Any] = {
+        "turns": int(ends.size),
+        "turn_ends_kept": int(kept[ends].sum()),
+        "range": {name: _range(tokens[name]) for name in inputs},
+    }
+    if {"history.loss", "current.loss"} <= set(inputs):
+        stats["rel_sum"], stats["rel_range"] = float(tokens.rel.sum()), _range(tokens.rel)
+    return stats
+
+
+def _range(values: Float64Array) -> list[float] | None:
+    known = values[np.isfinite(values)]
+    return [float(known.min()), float(known.max())] if known.size else None
+
+
+def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
+    """What looks wrong with a selection though nothing forbids it, a line each.
+
+    Args:
+        stats: of all shards, with those of `signal_stats`.
+        method: its name.
+    """
+
+    def whole_range(ranges: Iterable[list[float] | None]) -> tuple[float, float] | None:
+        known = [r for r in ranges if r is not None]
+        return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+    notes = []
+    num_tokens, num_turns = (sum(s[key] for s in stats) for key in ("response_tokens", "turns"))
+    compared = all("rel_sum" in s for s in stats)
+    if compared and whole_range(s["rel_range"] for s in stats) == (0.0, 0.0):
+        notes.append(
+            "history and current give every token the same loss; they look like one checkpoint, name another"
+        )
+    elif compared and sum(s["rel_sum"] for s in stats) < 0:
+        mean = sum(s["rel_sum"] for s in stats) / max(1, num_tokens)
+        notes.append(
+            f"mean REL is {mean:.3f} nats: history fits these responses better than current; they may be exchanged"
+        )
+    for name in stats[0]["range"] if stats else ():
+        found = whole_range(s["range"][name] for s in stats)
+        if found is not None and found[0] == found[1] and num_tokens > 1:
+            notes.append(
+                f"{name} is {found[0]:g} on every token: {method} learns nothing from it; score it again"
+            )
+    dropped = num_turns - sum(s["turn_ends_kept"] for s in stats)
+    if 2 * dropped > num_turns:
+        notes.append(
+            f"the last token of {dropped:,} of {num_turns:,} turns is dropped: a model may not learn to stop; keep it "
+            "with --protect end_of_turn"
+        )
+    return notes
 
 
 def merge_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:

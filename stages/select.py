@@ -13,7 +13,7 @@ from sstoken.labels import labels_from_mask
 from sstoken.methods import Method, Params, Top, get_method
 from sstoken.stages import folders, joins, tables
 from sstoken.stages.masked_card import write_card
-from sstoken.stages.masked_stats import merge_stats, shard_stats
+from sstoken.stages.masked_stats import merge_stats, notes_on, shard_stats, signal_stats
 from sstoken.stages.response_text import check_protect
 from sstoken.stages.selecting import Decided, Decider, Whole, WholeDataset
 from sstoken.stages.sharded import ShardedStage, Work
@@ -135,9 +135,12 @@ class Select(ShardedStage):
         """Sum up the shards; add the tokenizer and the card."""
         tokens = context.inputs["tokens"]
         folders.copy_folder(tokens / "tokenizer", context.out / "tokenizer")
-        summary = merge_stats([tables.read_metadata(p)["stats"] for p in tables.parts(context.out)])
+        stats = [tables.read_metadata(p)["stats"] for p in tables.parts(context.out)]
+        summary = merge_stats(stats)
         if not summary["examples"]:
             raise NothingLeftError(f"{tokens}: no example has a response token; nothing to select")
+        if notes := notes_on(stats, self.method):
+            summary["notes"] = notes
         write_card(context.out, self._provenance(context, _scores(context)), summary)
         return summary
 
@@ -187,6 +190,7 @@ class _SelectShard:
         table = _masked_table(shard, decided, tables.masked_schema(self._decider.of.weighted, self._lean))
         has_response = np.diff(tokens.offsets) > 0
         stats = shard_stats(tokens, decided.keep, self._provenance["rho"])
+        stats |= signal_stats(tokens, decided.keep, self._decider.of.inputs, shard.turns)
         if self._decider.protect:
             stats["protected"] = {name: int(mask.sum()) for name, mask in decided.protected.items()}
             stats["protected_added"] = decided.added

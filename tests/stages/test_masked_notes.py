@@ -1,0 +1,115 @@
+"""What `select` says where a selection looks wrong though nothing forbids it, and what it refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from sstoken.errors import SstokenError
+from sstoken.stages import joins, tables
+from sstoken.stages.scores_file import write_scores
+from sstoken.stages.select import Select
+from tests.stages.tiny import VOCABULARY, save_tokenizer
+from tests.support import make_context
+
+ROWS, LENGTH, PROMPT = 12, 10, 4
+
+
+def write(folder: Path, history: dict[str, np.ndarray], current: dict[str, np.ndarray]) -> dict[str, Path]:
+    """Tokens in two shards, and the signals of both checkpoints: each [ROWS * response]."""
+    inputs = {name: folder / name for name in ("tokens", "history", "current")}
+    for place in inputs.values():
+        place.mkdir(parents=True)
+    save_tokenizer(inputs["tokens"] / "tokenizer")
+    ids = np.random.default_rng(0).integers(1, VOCABULARY, (ROWS, LENGTH))
+    mask = np.arange(LENGTH) >= PROMPT
+    half = ROWS // 2
+    for part in (0, 1):
+        rows = range(part * half, (part + 1) * half)
+        columns = [[f"e{r}" for r in rows], [ids[r].tolist() for r in rows], [mask.tolist() for _ in rows]]
+        table = pa.table(columns, schema=tables.TOKENS)
+        said = {joins.TOKENS: joins.tokens_fingerprint(table)}
+        about = {"kind": "tokens", "tokenizer": {"fingerprint": "f", "name": "t"}, "stats": {}, **said}
+        tables.write_part(inputs["tokens"] / tables.part_name(part), table, about)
+        per_part = half * (LENGTH - PROMPT)
+        for role, signals in (("history", history), ("current", current)):
+            compact = {
+                name: values[part * per_part : (part + 1) * per_part].astype(np.float32)
+                for name, values in signals.items()
+            }
+            write_scores(
+                inputs[role] / tables.part_name(part),
+                columns[0],
+                np.arange(half + 1, dtype=np.int32) * LENGTH,
+                np.tile(mask, half),
+                compact,
+                {"checkpoint": f"models/{role}", "layer": -1, "dtype": "float32", **said},
+            )
+    return inputs
+
+
+def losses(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(1, 3, ROWS * (LENGTH - PROMPT))
+
+
+def notes(inputs: dict[str, Path], out: Path, **fields: object) -> list[str]:
+    return Select(**fields).run(make_context(out, inputs)).get("notes", [])
+
+
+def test_nothing_is_said_where_nothing_is_wrong(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0) + 1}, {"loss": losses(1)})
+    assert notes(inputs, tmp_path / "out", method="rel", protect=("end_of_turn",)) == []
+
+
+def test_one_checkpoint_in_two_roles(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(0)})
+    found = notes(inputs, tmp_path / "out", method="rel")
+    assert any("look like one checkpoint" in line for line in found)
+
+
+def test_exchanged_checkpoints(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(1)}, {"loss": losses(0) + 1})
+    [line] = [n for n in notes(inputs, tmp_path / "out", method="rel") if "REL" in n]
+    assert line.startswith("mean REL is -")
+    assert "may be exchanged" in line
+
+
+def test_a_constant_signal(tmp_path: Path) -> None:
+    constant = np.full(ROWS * (LENGTH - PROMPT), 0.25)
+    inputs = write(tmp_path / "in", {"loss": losses(0) + 1}, {"loss": losses(1), "attention": constant})
+    found = notes(inputs, tmp_path / "out", method="sstoken")
+    assert any(line.startswith("current.attention is 0.25 on every token") for line in found)
+
+
+def test_turn_ends_that_are_dropped(tmp_path: Path) -> None:
+    loss = np.tile(np.arange(LENGTH - PROMPT, 0, -1.0), ROWS)
+    inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": loss})
+    [line] = notes(inputs, tmp_path / "out", method="loss", rho=0.5)
+    assert line.startswith(f"the last token of {ROWS} of {ROWS} turns is dropped")
+    assert notes(inputs, tmp_path / "kept", method="loss", rho=0.5, protect=("end_of_turn",)) == []
+
+
+def test_a_signal_that_was_not_measured_names_the_command_that_measures_it(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
+    with pytest.raises(SstokenError) as raised:
+        notes(inputs, tmp_path / "out", method="eaft")
+    line = str(raised.value)
+    assert "\n" not in line
+    assert "method 'eaft' needs current.entropy_top20, which was not measured; there are loss" in line
+    assert f"score --tokens {inputs['tokens']} --ckpt current=models/current" in line
+    assert "--signal loss --signal entropy_top20" in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_comparison_that_was_not_measured_names_the_other_checkpoint(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
+    with pytest.raises(SstokenError, match=r"--signal kl@history"):
+        notes(inputs, tmp_path / "out", method="eksft-aligned")
+
+
+def test_a_role_without_scores(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
+    del inputs["history"]
+    with pytest.raises(SstokenError, match=r"needs history\.loss, and no scores were given for 'history'"):
+        notes(inputs, tmp_path / "out", method="rel")
