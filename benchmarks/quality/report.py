@@ -137,7 +137,7 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
         "",
         study.about,
         "",
-        f"`{figures['command']}` ({figures['seconds_of_cells']} s in all)",
+        f"`{figures['command']}`{_seconds(figures)}",
         "",
     ]
     lines += [", ".join(f"{k} {v}" for k, v in figures["versions"].items()) + ".", ""]
@@ -226,6 +226,10 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
 
 def _cell(interval: Any) -> str:
     return "" if interval is None else str(Interval(*interval))
+
+
+def _seconds(figures: dict[str, Any]) -> str:
+    return f" ({figures['seconds_of_cells']} s in all)" if figures["seconds_of_cells"] else ""
 
 
 def _versions() -> dict[str, str]:
