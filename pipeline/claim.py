@@ -12,8 +12,8 @@ from sstoken.pipeline.writing import check_writable
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.sources import shown
-from sstoken.stages.files import UNFINISHED, write_atomic
 from sstoken.stages.manifest import Digests
+from sstoken.stages.storage import UNFINISHED, write_atomic
 
 _RUN_FILE = "run.json"
 

@@ -5,13 +5,12 @@ What is scored can depend on what an anchor run left behind, so the jobs are mad
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.config import RunConfig, validated
+from sstoken.pipeline.job import Job, State, state
 from sstoken.pipeline.roles import History, Promised, Resolver, Scored, scored_for
-from sstoken.pipeline.runner import Job, State, state
 from sstoken.pipeline.sections import (
     AnchorSection,
     ExportSection,
@@ -43,8 +42,6 @@ class Step:
     """None: not known before an earlier step has run."""
     after: tuple[str, ...] = ()
     """The steps whose results it needs."""
-    next_checkpoint: str | None = None
-    """What the step after it loads."""
 
     @property
     def step(self) -> str:
@@ -189,7 +186,6 @@ class _Planner:
             return
         scored = scored_for(name, section, selections, resolver, short=not self._config.steps)
         self._scored[name] = scored
-        following = dict(pairwise(scored.refs))
         base = stage_of(section, ScoreOptions)
         for checkpoint, ref in scored.refs.items():
             options = base.model_dump()
@@ -205,9 +201,7 @@ class _Planner:
             else:
                 job = score_job(ref, attended, options, self._places[tokens], place)
             after = (*resolver.asked(section, checkpoint), tokens)
-            yield Step(
-                f"{name}/{checkpoint}", Score.name, job, after, scored.refs.get(following.get(checkpoint, ""))
-            )
+            yield Step(f"{name}/{checkpoint}", Score.name, job, after)
 
     def _selections(self, score: str) -> list[tuple[str, SelectSection]]:
         """The selections that read the scores of a step."""

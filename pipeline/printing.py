@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sstoken.pipeline.runner import Result
+from sstoken.pipeline.job import Result
 from sstoken.stages.processes import is_main_process
 
 
@@ -27,6 +27,10 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
         return
     if result.skipped:
         print(f"{name}: finished already, in {result.folder}")
+        return
+    if "world_size" in result.metrics:
+        rank, world_size = result.metrics["rank"], result.metrics["world_size"]
+        print(f"{name}: rank {rank} of {world_size} done, in {result.folder}; `commit` finishes when all are")
         return
     print(f"{name}: done, in {result.folder}")
     for line in _SUMMARIES.get(kind or name.partition("/")[0], _plain)(result.metrics):

@@ -34,21 +34,63 @@ def _writable(folder: Path) -> bool:
         return False
 
 
+RANKS = "rank-*-of-*"
+"""Parts of the work on a folder, as `one_run_at_a_time` and `at_work` have them."""
+
+
 @contextmanager
-def one_run_at_a_time(out: Path) -> Iterator[None]:
-    """One run at a time on an output folder; released when the process ends, however it ends."""
+def one_run_at_a_time(out: Path, part: str = "", wait: float = 0) -> Iterator[None]:
+    """Let one run at a time work on an output folder, or on a part of it; a process's end releases it.
+
+    Args:
+        out: the folder.
+        part: such as `rank-00003-of-00007`; empty: all of it.
+        wait: seconds to wait for another one.
+
+    Raises:
+        SstokenError: another run works on it.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    lock = FileLock(_lock_file(out, part))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout:
         raise SstokenError(
-            f"{out}: another run is writing it; wait for that, or choose another folder"
+            f"{out}: another run is writing {part or 'it'}; wait for that, or choose another folder"
         ) from None
     try:
         yield
     finally:
         lock.release()  # its file stays: unlinking it would let two runs lock two files of that name
+
+
+def at_work(out: Path, parts: str) -> list[str]:
+    """Return the parts of an output folder that a run works on now, of those that a pattern names."""
+    return [_part_of(out, file) for file in out.parent.glob(_lock_file(out, parts).name) if _is_held(file)]
+
+
+def forget_parts(out: Path, parts: str) -> None:
+    """Delete what marked the parts, once the folder is finished."""
+    for file in out.parent.glob(_lock_file(out, parts).name):
+        file.unlink(missing_ok=True)
+
+
+def _lock_file(out: Path, part: str) -> Path:
+    return out.with_name(f".{out.name}.{part}.lock" if part else f".{out.name}.lock")
+
+
+def _part_of(out: Path, file: Path) -> str:
+    return file.name.removeprefix(f".{out.name}.").removesuffix(".lock")
+
+
+def _is_held(file: Path) -> bool:
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -4,7 +4,6 @@ import atexit
 import copy
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,12 +14,12 @@ from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure.rope import longest
-from sstoken.stages import checkpoints, joins
-from sstoken.stages.files import write_atomic
+from sstoken.stages import checkpoints, joins, storage
 from sstoken.stages.hub_models import split_revision
 from sstoken.stages.loading import load_model
 from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
+from sstoken.stages.storage import write_atomic
 from sstoken.stages.training.history_index import read_index
 from sstoken.stages.vocabularies import check_vocabulary
 
@@ -146,7 +145,7 @@ class Anchor(Stage):
             from sstoken.stages.training.learning_curve import draw
 
             draw(lines, entries, context.out / "learning_curve.png")
-            shutil.rmtree(context.out / _TRAINER, ignore_errors=True)
+            storage.of(context.out).delete(context.out / _TRAINER)
         return {
             "steps": lines[-1]["step"],
             "tokens_seen": lines[-1]["tokens_seen"],
@@ -162,7 +161,7 @@ class Anchor(Stage):
         from sstoken.stages.training.history import HistorySnapshots
 
         folder = context.out / _TRAINER
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.of(folder).make_folder(folder)
         arguments = self._arguments(folder, context.seed)  # joins the other processes
         source, data = _data(context), folder / "examples.arrow"
         with arguments.main_process_first(local=False):

@@ -43,7 +43,6 @@ _OTHER_TASKS = (
     "ForRewardModel",
 )
 """Suffixes of class names whose weights load into a causal language model with meaningless output."""
-_READ_AHEAD = 1 << 24
 _CODE = "*.py"
 """Code that runs under `trust_remote_code` and decides what is computed."""
 
@@ -310,13 +309,3 @@ def place(ref: str) -> tuple[str, str | None]:
     """Return the arguments for `from_pretrained`: a folder, or a Hub id and its revision."""
     folder = local_folder(ref)
     return split_revision(ref) if folder is None else (str(folder), None)
-
-
-def read_ahead(ref: str) -> None:
-    """Let the operating system read a local checkpoint's weights into its cache; errors surface when it loads."""
-    with contextlib.suppress(SstokenError, OSError):
-        folder = local_folder(ref)
-        for path in [] if folder is None else weight_files(folder):
-            with path.open("rb") as file:
-                while file.read(_READ_AHEAD):
-                    pass

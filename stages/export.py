@@ -1,7 +1,6 @@
 """`export`: the masked dataset as a trainer takes it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -9,14 +8,14 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from sstoken.errors import NothingLeftError, UsageError
-from sstoken.stages import folders, tables
+from sstoken.stages import folders, storage, tables
 from sstoken.stages.exporting import TARGETS, get_target
 from sstoken.stages.exporting.base import DATA, FAST, SCORES, Facts
 from sstoken.stages.exporting.card import card
 from sstoken.stages.exporting.rows import merge_counts, prepare
-from sstoken.stages.files import write_atomic
 from sstoken.stages.sharded import ShardedStage, Work
 from sstoken.stages.stage import Context, Task, Worker
+from sstoken.stages.storage import write_atomic
 
 _COUNTS = ".counts"
 """Folder of unfinished work: what each shard holds, written when it is done."""
@@ -76,7 +75,7 @@ class Export(ShardedStage):
         out, parts = context.out, tables.parts(context.inputs["masked"])
         weighted = self.with_weights(context.inputs["masked"])
         for folder in (DATA, SCORES, _COUNTS) if self.scores else (DATA, _COUNTS):
-            (out / folder).mkdir(exist_ok=True)
+            storage.of(out).make_folder(out / folder)
         tasks = [
             Task(out / _COUNTS / f"{path.stem}.json", tables.num_rows(path), (i, len(parts), path))
             for i, path in enumerate(parts)
@@ -102,7 +101,7 @@ class Export(ShardedStage):
             out / "README.md", card(target, facts, counts, self.model_dump(), of_method=has_weights(masked))
         )
         folders.copy_folder(masked / "tokenizer", out / "tokenizer")
-        shutil.rmtree(out / _COUNTS)
+        storage.of(out).delete(out / _COUNTS)
         return {"to": self.to, **counts}
 
 

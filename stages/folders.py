@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sstoken.errors import SstokenError
+from sstoken.stages import storage
 
 MANIFEST = "manifest.json"
 _OWN_DIGEST = re.compile(rb'"digest": ?"([0-9a-f]{64})"\s*\}\s*\Z')
@@ -136,8 +137,9 @@ def copy_folder(source: Path, target: Path) -> None:
     found = listed_in(source)
     for path in sorted(p for p in source.rglob("*") if p.is_file()) if found is None else found:
         place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(read_file(path))
+        storage.of(place).make_folder(place.parent)
+        with storage.atomic_file(place) as file:
+            file.write(read_file(path))
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from sstoken.errors import SstokenError
 from sstoken.stages import folders, tables
-from sstoken.stages.files import write_atomic
+from sstoken.stages.storage import write_atomic
 
 TOKENS = "tokens"
 """Key in the metadata of a shard, of tokens or scores: the fingerprint of the shard of tokens; in that of a masked

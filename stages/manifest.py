@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.files import write_atomic
 from sstoken.stages.folders import MANIFEST as MANIFEST
 from sstoken.stages.folders import (
     NO_DIGEST,
@@ -21,6 +20,7 @@ from sstoken.stages.folders import (
     seal,
     sha256,
 )
+from sstoken.stages.storage import write_atomic
 
 
 class FileEntry(BaseModel):
@@ -163,7 +163,8 @@ class Digests:
         """Write what is new into the cache file, if its folder is there."""
         if self._unsaved and self._cache is not None and self._cache.parent.is_dir():
             with suppress(OSError):  # a disk that takes no files
-                self._cache.write_text(json.dumps({"digest": _digest_of(self._known), "known": self._known}))
+                text = json.dumps({"digest": _digest_of(self._known), "known": self._known})
+                write_atomic(self._cache, text)
             self._unsaved = False
 
     @contextmanager

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sstoken.stages.storage import write_atomic
 from sstoken.stages.token_text import markdown
 
 
@@ -22,7 +23,8 @@ def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]
         if name in provenance:
             settings += f"| {name} | {markdown(str(provenance[name]))} |\n"
     front_matter = json.dumps([{"config_name": "default", "data_files": "part-*.parquet"}])
-    (folder / "README.md").write_text(
+    write_atomic(
+        folder / "README.md",
         f"""---
 configs: {front_matter}
 tags: [token-masked, sstoken]
@@ -41,5 +43,5 @@ tags: [token-masked, sstoken]
 | tokenizer fingerprint | {markdown(provenance["tokenizer"]["fingerprint"])} |
 | sstoken | {markdown(provenance["version"])} |
 | run fingerprint | {markdown(provenance["fingerprint"])} |
-"""
+""",
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from sstoken.stages import tables
+from sstoken.stages import storage, tables
 from sstoken.stages.stage import SPEED_ONLY, Context, EngineOptions, Progress, Stage, Task, Worker
 
 
@@ -72,5 +72,5 @@ def _left(tasks: Iterable[Task[Any]], bar: Progress) -> Iterator[Task[Any]]:
             if task.output.suffix != ".parquet" or tables.is_sound(task.output):
                 bar.advance(task.size)
                 continue
-            task.output.unlink()
+            storage.of(task.output).delete(task.output)
         yield task

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sstoken.errors import SstokenError
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages import folders
-from sstoken.stages.files import atomic_file
+from sstoken.stages.storage import atomic_file
 
 IDS = pa.list_(pa.int32())
 MASK = pa.list_(pa.bool_())

@@ -26,7 +26,7 @@ from sstoken import curate
 from sstoken.errors import UsageError
 from sstoken.pipeline.demo.data import KINDS, DemoExample, Noise, generate, write_jsonl, write_noise
 from sstoken.pipeline.demo.model import build_model
-from sstoken.pipeline.runner import Result
+from sstoken.pipeline.job import Result
 from sstoken.stages import tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.folders import copy_folder

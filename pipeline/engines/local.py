@@ -207,9 +207,12 @@ class _Board:
 def _in_worker(
     place: tuple[int, str, str, int, int, str | None], function: Callable[[Any, Worker], R], work: Any
 ) -> R:
+    from joblib.externals.loky import process_executor
+
     parent, folder, board, workers, slot, device = place
     os.chdir(folder)  # a process that was kept warm may have begun elsewhere
     end_with(parent)
+    process_executor._USE_PSUTIL = False  # it would take a model that was loaded for a leak, and start anew
     return function(work, _Board(board, workers, slot, device))
 
 

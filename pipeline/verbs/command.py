@@ -17,8 +17,8 @@ from pydantic import Field
 
 from sstoken.pipeline.cli_options import Option, given, json_option, stage_options
 from sstoken.pipeline.config import LARGEST_SEED, validated
+from sstoken.pipeline.job import Result
 from sstoken.pipeline.printing import print_result
-from sstoken.pipeline.runner import Result
 from sstoken.stages.stage import Settings
 
 P = ParamSpec("P")

@@ -11,8 +11,9 @@ from pydantic import Field
 from sstoken.errors import SstokenError
 from sstoken.pipeline.cli_options import Option
 from sstoken.pipeline.config import validated
+from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.progress import progress_bar
-from sstoken.pipeline.runner import Job, Result, execute
+from sstoken.pipeline.runner import execute
 from sstoken.pipeline.sections import stage_of
 from sstoken.pipeline.verbs.command import Internal, Place, place, verb
 from sstoken.stages import manifest as manifests

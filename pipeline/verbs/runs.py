@@ -12,9 +12,10 @@ from sstoken.errors import UsageError
 from sstoken.pipeline.claim import claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
+from sstoken.pipeline.job import Result, State, state, superseded
 from sstoken.pipeline.plan import Step, check_run, run_steps
 from sstoken.pipeline.printing import print_result, print_table
-from sstoken.pipeline.runner import Result, State, execute, state, superseded
+from sstoken.pipeline.runner import execute
 from sstoken.pipeline.verbs.command import Place, command, place
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
@@ -111,7 +112,6 @@ def run(
             digests,
             replace=True,
             force=step.step in forced,
-            next_checkpoint=step.next_checkpoint,
         )
         if listener is not None:
             listener(step, results[step.name])

@@ -4,9 +4,9 @@ All raise `UsageError` for a wrong request and `SstokenError` where the work fai
 A call that finds its output finished returns at once (`result.skipped`).
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Annotated, Any
 
 import click
@@ -14,17 +14,19 @@ from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.checkpoint_names import given_roles, named_checkpoints, select_inputs
-from sstoken.pipeline.cli_options import Option
+from sstoken.pipeline.cli_options import Option, json_option
+from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.plan import score_job
 from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.roles import NO_ATTENTION
-from sstoken.pipeline.runner import Job, Result, execute
+from sstoken.pipeline.runner import execute
 from sstoken.pipeline.sections import stage_of
 from sstoken.pipeline.verbs.command import (
     Internal,
     Place,
     Seed,
     api_only,
+    command,
     place,
     print_finished,
     verb,
@@ -41,7 +43,7 @@ from sstoken.stages.score_from_training import Observed
 from sstoken.stages.select import Select
 from sstoken.stages.stage import Settings
 
-__all__ = ["Result", "anchor", "encode", "export", "observed", "score", "select"]
+__all__ = ["Result", "anchor", "commit", "encode", "export", "observed", "score", "select"]
 
 
 class _Output(Settings):
@@ -133,10 +135,8 @@ class ScoreCall(_Output, ScoreOptions):
         for job in jobs.values():  # refuse before the first forward pass
             job.stage.check()
         results = {}
-        following = dict(pairwise(named))
         for name, job in jobs.items():
-            ahead = named.get(following.get(name, ""))
-            results[name] = execute(job, digests, force=self.force, next_checkpoint=ahead)
+            results[name] = execute(job, digests, force=self.force)
             if self.listener is not None:
                 self.listener(name, results[name])
         metrics = {name: result.metrics for name, result in results.items()}
@@ -238,3 +238,35 @@ def _show_export(values: dict[str, Any], as_json: bool) -> None:
 
 
 export = verb(ExportCall, _show_export)
+
+
+def commit(out: Place) -> dict[str, Result]:
+    """Finish what ranks (--rank, --world-size) have done: check that all shards are there, write the manifest.
+
+    Example:
+      sstoken-curate commit runs/tokens
+
+    Args:
+        out: the --out of the ranks.
+
+    Returns:
+        The result of each folder, by name; of `score`, one for each checkpoint.
+    """
+    from sstoken.pipeline.ranks import commit
+
+    return commit(place(out))
+
+
+@command(commit, click.argument("out"), json_option)
+def _commit(out: str, as_json: bool) -> None:
+    results = commit(out)
+    if as_json:
+        facts = {
+            name: {"folder": str(result.folder), "skipped": result.skipped, "metrics": result.metrics}
+            for name, result in results.items()
+        }
+        click.echo(json.dumps(facts))
+        return
+    for name, result in results.items():
+        stage = manifests.finished(result.folder, name).stage
+        print_result(f"{stage}/{name}", result)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
-from sstoken.stages import checkpoints, joins
+from sstoken.stages import checkpoints, joins, storage
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout
 from sstoken.stages.encoding.messages import (
@@ -26,8 +25,8 @@ from sstoken.stages.encoding.messages import (
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.time_limit import limited
 from sstoken.stages.encoding.token_stats import Stats, no_stats
-from sstoken.stages.files import UNFINISHED, write_atomic
 from sstoken.stages.stage import Worker
+from sstoken.stages.storage import write_atomic
 from sstoken.stages.tables import TOKENS, part_name, write_part
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
     stats |= {"unused": dict(unused), "notes": dict(notes), "passed_over": dict(passed_over)}
     if bad:
         lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
-        lines.parent.mkdir(exist_ok=True)
+        storage.of(lines).make_folder(lines.parent)
         write_atomic(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
     table = pa.table(columns, schema=TOKENS)
     about = {joins.RUN: settings.fingerprint, joins.TOKENS: joins.tokens_fingerprint(table), "stats": stats}
@@ -165,15 +164,14 @@ def save_tokenizer(settings: Settings) -> None:
     if folder.exists():
         return
     encoder = settings.encoder()
-    temporary = folder.with_name(folder.name + UNFINISHED)
     tokenizer = encoder.tokenizer
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = own if own and settings.chat_template is None else encoder.template()
-        tokenizer.save_pretrained(temporary)
+        with storage.of(folder).put_folder(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
     finally:
         tokenizer.chat_template = own
-    os.replace(temporary, folder)
 
 
 def _metadata(settings: Settings, encoder: "ChatEncoder") -> dict[str, Any]:

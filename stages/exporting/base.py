@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from sstoken.stages import tables
 from sstoken.stages.exporting.rows import Rows
-from sstoken.stages.files import atomic_file
+from sstoken.stages.storage import atomic_file
 
 DATA = "data"
 """The folder of an export that the trainer reads; it holds nothing else."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from sstoken.stages.exporting.base import DATA, Facts, Target, ones
 from sstoken.stages.exporting.rows import Rows
-from sstoken.stages.files import atomic_file
+from sstoken.stages.storage import atomic_file
 from sstoken.stages.tables import IDS, lists
 
 ROWS_PER_BATCH = 1000

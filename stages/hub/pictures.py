@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sstoken.stages import tables
-from sstoken.stages.files import atomic_file
+from sstoken.stages.storage import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

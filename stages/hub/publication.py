@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages import folders, tables
+from sstoken.stages import folders, storage, tables
 from sstoken.stages import manifest as manifests
-from sstoken.stages.files import write_atomic
 from sstoken.stages.hub.card import Shards, card
 from sstoken.stages.hub.provenance import PROVENANCE, Provenance, as_json, hub_names, public
 from sstoken.stages.hub.remote import check_repo
@@ -32,6 +31,7 @@ from sstoken.stages.hub.repository import (
 )
 from sstoken.stages.masked_stats import merge_stats
 from sstoken.stages.stage import Context, EngineOptions, Stage, Task, Worker
+from sstoken.stages.storage import write_atomic
 
 _LOCAL_SETTINGS = ("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "cache_dir")
 """Keys under which some versions of transformers write local paths into tokenizer_config.json."""
@@ -71,7 +71,7 @@ class Publication(Stage, EngineOptions):
             raise UsageError(f"{masked}: a lean dataset, it holds no scores; leave --include-scores out")
         hub = hub_names(self.origin)
         columns = [name for name in names if self.include_scores or name not in SIGNALS]
-        (out / SHARDS).mkdir(exist_ok=True)
+        storage.of(out).make_folder(out / SHARDS)
         publish_shard = partial(_publish_shard, out / SHARDS, columns, hub)
         groups = _groups(sources, self.shard_tokens)
         with context.progress("files", len(groups)) as progress:
@@ -89,7 +89,7 @@ class Publication(Stage, EngineOptions):
         license = self.license or self.origin.get("license")
         text = card(self.repo, facts, metrics, self.origin, license, _measured(tables.parts(out / SHARDS)))
         write_atomic(out / CARD, text)
-        (out / PROVENANCE).unlink(missing_ok=True)
+        storage.of(out).delete(out / PROVENANCE)
         files = [f for f in manifests.list_files(out) if not f.path.startswith(".")]
         provenance = Provenance(masked=facts, metrics=metrics, origin=self.origin, files=files)
         write_atomic(out / PROVENANCE, as_json(provenance))

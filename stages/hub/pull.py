@@ -5,7 +5,6 @@ a commit as the revision if that matters.
 """
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from sstoken.errors import SstokenError
 from sstoken.labels import labels_from_mask
-from sstoken.stages import tables
+from sstoken.stages import storage, tables
 from sstoken.stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 from sstoken.stages.folders import hash_file
 from sstoken.stages.hub.provenance import PROVENANCE, Provenance, read_provenance
@@ -56,13 +55,12 @@ class Pull(Stage):
             for file, downloaded in self._downloaded(out, files):
                 place = out / (PurePosixPath(file.path).name if _SHARD.fullmatch(file.path) else file.path)
                 if downloaded is not None:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    downloaded.replace(place)
+                    storage.of(out).take(downloaded, place)
                 progress.advance()
         self._check_shards(out, provenance)
         self._check_tokenizer(out, provenance)
-        (out / _DOWNLOADS / PROVENANCE).replace(out / PROVENANCE)
-        shutil.rmtree(out / _DOWNLOADS)
+        storage.of(out).take(out / _DOWNLOADS / PROVENANCE, out / PROVENANCE)
+        storage.of(out).delete(out / _DOWNLOADS)
         write_card(out, provenance.masked, provenance.metrics)
         return provenance.metrics
 

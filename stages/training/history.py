@@ -4,7 +4,6 @@ trainer = SFTTrainer(..., callbacks=[HistorySnapshots("history", num_snapshots=4
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import storage
 from sstoken.stages.checkpoints import lasting_reference
-from sstoken.stages.files import flush_to_disk, write_atomic
 from sstoken.stages.hub_models import split_revision
+from sstoken.stages.storage import write_atomic
 from sstoken.stages.training.history_index import INDEX, Entry, Kind, read_index, reference, write_index
 from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json
 
@@ -88,9 +88,8 @@ class HistorySnapshots(TrainerCallback):
         _refuse_sharded(model)
         if not state.is_world_process_zero:
             return
-        self._out.mkdir(parents=True, exist_ok=True)
-        for partial in self._out.glob(".step-*.partial"):
-            shutil.rmtree(partial)
+        storage.of(self._out).make_folder(self._out)
+        storage.of(self._out).sweep(self._out)
         earlier = read_index(self._out) if (self._out / INDEX).exists() else []
         self._entries = [e for e in earlier if 0 < e.step <= state.global_step]
         base, self._lasting_base = self._base or _loaded_from(model), None
@@ -153,17 +152,13 @@ class HistorySnapshots(TrainerCallback):
         write_index(self._out, self._entries)
 
     def _save(self, name: str, kind: Kind, model: Any, tokenizer: Any, state: TrainerState) -> None:
-        partial, final = self._out / f".{name}.partial", self._out / name
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        if _is_adapted(model) and self._lasting_base is not None:
-            _name_base(partial, self._lasting_base)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        flush_to_disk(partial)
-        if final.exists():  # from an interrupted run that got further than its last checkpoint
-            shutil.rmtree(final)
-        partial.rename(final)
+        # An interrupted run that got further than its last checkpoint may have left one of that name.
+        with storage.of(self._out).put_folder(self._out / name) as folder:
+            model.save_pretrained(folder)
+            if _is_adapted(model) and self._lasting_base is not None:
+                _name_base(folder, self._lasting_base)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         tokens_seen = None if self._tokens_seen is None else int(self._tokens_seen)
         self._entries.append(Entry(name, name, state.global_step, tokens_seen, self._last_loss, kind))
 

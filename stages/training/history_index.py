@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.files import write_atomic
 from sstoken.stages.folders import read_file
+from sstoken.stages.storage import write_atomic
 
 INDEX = "history.json"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sstoken.stages.files import atomic_file
+from sstoken.stages.storage import atomic_file
 from sstoken.stages.training.history_index import Entry
 
 _INK, _FAINT, _ACCENT = "#1f2933", "#b8c4d0", "#c2410c"

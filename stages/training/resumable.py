@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError
-from sstoken.stages.files import flush_to_disk, write_atomic
+from sstoken.stages import storage
 from sstoken.stages.processes import num_processes
 from sstoken.stages.stage import Progress
+from sstoken.stages.storage import write_atomic
 from sstoken.stages.training.history import HistorySnapshots
 
 _COMPLETE = "whole.json"
@@ -24,7 +24,7 @@ def clean(folder: Path) -> None:
     """Remove checkpoints that were interrupted while being saved."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / _COMPLETE).exists():
-            shutil.rmtree(checkpoint)
+            storage.of(checkpoint).delete(checkpoint)
 
 
 def last_complete(folder: Path) -> Path | None:
@@ -73,13 +73,11 @@ class Resumable(TrainerCallback):
         if not state.is_world_process_zero:
             return
         saved = self._folder / f"checkpoint-{state.global_step}"
-        flush_to_disk(saved)
+        storage.of(saved).flush(saved)
         write_atomic(saved / _COMPLETE, json.dumps({"processes": num_processes()}))
         for earlier in self._folder.glob("checkpoint-*"):
             if earlier != saved:
-                # first, so that a half-deleted checkpoint is never resumed
-                (earlier / _COMPLETE).unlink(missing_ok=True)
-                shutil.rmtree(earlier)
+                storage.of(earlier).delete(earlier)
 
 
 class Watch(TrainerCallback):

@@ -1,6 +1,5 @@
 """Tokens as a memory-mapped, map-style dataset for a trainer."""
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow.compute as pc
 from sstoken.errors import SstokenError
 from sstoken.labels import labels_from_mask
 from sstoken.stages import tables
-from sstoken.stages.files import UNFINISHED
+from sstoken.stages.storage import atomic_file, write_atomic
 
 _ROWS_AT_ONCE = 1024
 
@@ -54,8 +53,7 @@ def build(source: Path, file: Path) -> None:
         [("input_ids", tables.IDS), ("trained", tables.MASK), *([tables.WEIGHT] if weighted else [])]
     )
     examples = skipped = largest_id = longest = 0
-    temporary = file.with_name(file.name + UNFINISHED)
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with atomic_file(file) as sink, pa.ipc.new_file(sink, schema) as writer:
         for part in parts:
             tables.read_metadata(part)
             for batch in tables.read_batches(part, _ROWS_AT_ONCE, names):
@@ -67,11 +65,9 @@ def build(source: Path, file: Path) -> None:
                     largest_id = max(largest_id, pc.max(kept["input_ids"].flatten()).as_py())
                     longest = max(longest, pc.max(pc.list_value_length(kept["input_ids"])).as_py())
                     writer.write_batch(kept)
-    if not examples:
-        raise SstokenError(f"{source}: none of its {skipped} examples has a token to train on")
-    with open(file.with_suffix(".extent"), "w") as note:
-        note.write(f"{examples} {skipped} {largest_id} {longest}")
-    os.replace(temporary, file)
+        if not examples:
+            raise SstokenError(f"{source}: none of its {skipped} examples has a token to train on")
+        write_atomic(file.with_suffix(".extent"), f"{examples} {skipped} {largest_id} {longest}")
 
 
 def read_extent(file: Path) -> Extent:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sstoken.pipeline import api
-from sstoken.pipeline.runner import Result
+from sstoken.pipeline.job import Result
 from tests.pipeline.worlds import World, copy_model, make_world
 
 

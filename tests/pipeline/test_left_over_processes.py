@@ -14,7 +14,8 @@ import pytest
 from sstoken.errors import SstokenError
 from sstoken.pipeline import api
 from sstoken.pipeline.engines.local import LocalEngine
-from sstoken.pipeline.runner import Job, execute
+from sstoken.pipeline.job import Job
+from sstoken.pipeline.runner import execute
 from sstoken.stages.manifest import Digests
 from sstoken.stages.select import Select
 from sstoken.stages.stage import Context, EngineOptions, Task, Worker

@@ -241,9 +241,9 @@ def test_model_from_nothing_has_no_reference(tmp_path):
 
 
 def test_partial_snapshot_is_swept_away(base, tmp_path):
-    (tmp_path / ".step-3.partial").mkdir()
+    (tmp_path / "step-3.0123abcd.tmp").mkdir()
     trainer(load(base), tmp_path / "t", HistorySnapshots(tmp_path, 1)).train()
-    assert not list(tmp_path.glob(".step-*"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_index_errors_are_one_line(tmp_path):

@@ -1,0 +1,222 @@
+"""Where folders lie: the one place through which stages and the runner write, publish and delete.
+
+An address is anything with pathlib's pure operations (`/`, `name`, `parent`): a `Path` is on a local disk. A storage
+for object stores brings addresses of a kind of its own, and `of` finds it by that kind.
+
+A file is complete or not there, also after a kill or a power cut. A folder is published by its manifest, which is
+written last: readers go by what the manifest lists, never by what happens to lie there.
+"""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+MARKS = ("manifest.json", ".fingerprint", "whole.json")
+"""Files that make a folder usable: of finished work, of unfinished work, of a trainer's checkpoint."""
+UNFINISHED = ".tmp"
+"""Suffix of a file or folder being written."""
+_OURS = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}$")
+
+
+class Storage(Protocol):
+    """One kind of place. An object store needs no rename, and no folder before its first file."""
+
+    def open(self, file: Path) -> BinaryIO:
+        """Open a complete file for reading; it can seek."""
+
+    def list(self, folder: Path) -> list[Path]:
+        """Return every file below a folder, sorted; none where there is no folder."""
+
+    def size(self, file: Path) -> int | None:
+        """Return a file's bytes; None where there is no such file."""
+
+    def put(self, file: Path) -> AbstractContextManager[BinaryIO]:
+        """Open a file for writing: it appears, or replaces an earlier one, when the context ends well."""
+
+    def put_if_absent(self, file: Path, content: bytes) -> bool:
+        """Write a small file unless there is one; return whether it was written. Of several writers, one wins."""
+
+    def put_folder(self, folder: Path) -> AbstractContextManager[Path]:
+        """Give a local folder to fill: its files appear as `folder` when the context ends well.
+
+        Where `folder` is there already, it is replaced.
+        """
+
+    def take(self, local: Path, file: Path) -> None:
+        """Put a finished file of the local disk, which is given up."""
+
+    def make_folder(self, folder: Path) -> None:
+        """Have a folder to put files into."""
+
+    def flush(self, folder: Path) -> None:
+        """Make files that a library wrote into a folder survive a power cut."""
+
+    def delete(self, place: Path) -> None:
+        """Delete a file or a folder, its marks first: a half-deleted folder is never taken for work to go on from."""
+
+    def sweep(self, folder: Path) -> None:
+        """Delete what writers that were killed left below a folder. None may be at work."""
+
+    def workplace(self, place: Path) -> Path:
+        """Return where the folder `place` is made."""
+
+    def publish(self, place: Path) -> None:
+        """Put what was made in the workplace, its manifest written, at `place`, in the place of what is there."""
+
+    def recover(self, place: Path) -> None:
+        """Finish or undo a `publish` that was interrupted."""
+
+    def is_interrupted(self, place: Path) -> bool:
+        """Whether there is something to `recover`."""
+
+
+class LocalDisk:
+    """A file system with atomic renames."""
+
+    def open(self, file: Path) -> BinaryIO:
+        """See `Storage`."""
+        return open(file, "rb")
+
+    def list(self, folder: Path) -> list[Path]:
+        """See `Storage`."""
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def size(self, file: Path) -> int | None:
+        """See `Storage`."""
+        return file.stat().st_size if file.is_file() else None
+
+    @contextmanager
+    def put(self, file: Path) -> Iterator[BinaryIO]:
+        """See `Storage`. Until it is complete its name is its own: no left-over process can move it half-written."""
+        temporary = _temporary(file)
+        try:
+            with open(temporary, "wb") as opened:
+                yield opened
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.replace(temporary, file)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = str(file)  # the system does not say which
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            raise
+
+    def put_if_absent(self, file: Path, content: bytes) -> bool:
+        """See `Storage`."""
+        if file.exists():
+            return False
+        temporary = _temporary(file)
+        with self.put(temporary) as opened:
+            opened.write(content)
+        try:
+            os.link(temporary, file)  # fails where there is one, unlike a rename
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    @contextmanager
+    def put_folder(self, folder: Path) -> Iterator[Path]:
+        """See `Storage`."""
+        temporary = _temporary(folder)
+        temporary.mkdir()
+        try:
+            yield temporary
+            self.flush(temporary)
+            self.delete(folder)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        finally:
+            self.delete(temporary)  # nothing there, unless the writing failed or another was first
+
+    def take(self, local: Path, file: Path) -> None:
+        """See `Storage`."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(local, file)
+
+    def make_folder(self, folder: Path) -> None:
+        """See `Storage`."""
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def delete(self, place: Path) -> None:
+        """See `Storage`."""
+        if place.is_dir() and not place.is_symlink():
+            for mark in MARKS:
+                (place / mark).unlink(missing_ok=True)
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+
+    def sweep(self, folder: Path) -> None:
+        """See `Storage`."""
+        for left in list(folder.rglob(f"*{UNFINISHED}")):
+            if _OURS.search(left.name):
+                self.delete(left)
+
+    def workplace(self, place: Path) -> Path:
+        """See `Storage`. Beside it, so on the same disk."""
+        return place.with_name(place.name + ".partial")
+
+    def publish(self, place: Path) -> None:
+        """See `Storage`."""
+        if place.exists():
+            place.rename(_replaced(place))
+        self.workplace(place).rename(place)
+        with suppress(OSError):
+            self.delete(_replaced(place))
+
+    def recover(self, place: Path) -> None:
+        """See `Storage`."""
+        if not self.is_interrupted(place):
+            return
+        if place.exists():
+            self.delete(_replaced(place))
+        else:
+            _replaced(place).rename(place)
+
+    def is_interrupted(self, place: Path) -> bool:
+        """See `Storage`."""
+        return _replaced(place).exists()
+
+    def flush(self, folder: Path) -> None:
+        """See `Storage`."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+
+
+def _temporary(place: Path) -> Path:
+    return place.with_name(f"{place.name}.{secrets.token_hex(4)}{UNFINISHED}")
+
+
+def _replaced(place: Path) -> Path:
+    return place.with_name(place.name + ".replaced")
+
+
+_LOCAL = LocalDisk()
+
+
+def of(address: Path) -> Storage:
+    """Return the storage that holds an address."""
+    return _LOCAL
+
+
+def atomic_file(file: Path) -> AbstractContextManager[BinaryIO]:
+    """Open a file for writing: it appears, or replaces an earlier one, when the context ends well."""
+    return of(file).put(file)
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Write or replace a text file (UTF-8) in one step."""
+    with atomic_file(file) as opened:
+        opened.write(text.encode())

@@ -1,0 +1,109 @@
+"""The local engine: order, progress, devices, and processes that die."""
+
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline import engines
+from sstoken.pipeline.engines.local import ATTEMPTS, LocalEngine
+from sstoken.stages.stage import EngineOptions, Task, Worker
+
+
+class Counting:
+    def __init__(self) -> None:
+        self.done, self.steps = 0, 0
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+        self.steps += amount != 0
+
+
+class Devices(EngineOptions):
+    device: str = "cuda:0,cuda:1"
+
+
+def square(number: int, worker: Worker) -> tuple[int, str | None]:
+    worker.advance(number)
+    return number * number, worker.device
+
+
+def die(work: tuple[Path, int, int], worker: Worker) -> int:
+    """Die as often as asked for, after half of the work."""
+    folder, number, deaths = work
+    worker.advance(5)
+    mine = folder / str(number)
+    tries = int(mine.read_text()) if mine.exists() else 0
+    mine.write_text(str(tries + 1))
+    if tries < deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    worker.advance(5)
+    return number
+
+
+def tasks_of(folder: Path, deaths: dict[int, int], count: int) -> list[Task[Any]]:
+    return [Task(folder / f"part-{i}", 10, (folder, i, deaths.get(i, 0))) for i in range(count)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_come_in_order_and_all_is_counted(workers: int) -> None:
+    bar = Counting()
+    tasks = (Task(Path(str(i)), i, i) for i in range(20))  # read lazily
+    found = list(LocalEngine(EngineOptions(workers=workers)).map(square, tasks, bar))
+    assert found == [(i * i, None) for i in range(20)]
+    assert bar.done == sum(range(20))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_what_a_dead_worker_left_is_done_again(tmp_path: Path) -> None:
+    bar = Counting()
+    deaths = {1: 1, 4: ATTEMPTS - 1}
+    found = list(LocalEngine(EngineOptions(workers=2)).map(die, tasks_of(tmp_path, deaths, 6), bar))
+    assert found == list(range(6))
+    assert {i: int((tmp_path / str(i)).read_text()) for i in range(6)} == {
+        i: deaths.get(i, 0) + 1 for i in range(6)
+    }
+    assert bar.done == 60, "progress of an attempt in vain is taken back"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_task_that_kills_its_worker_is_named_after_all_others_are_done(tmp_path: Path) -> None:
+    bar, found = Counting(), []
+    results = LocalEngine(EngineOptions(workers=2)).map(die, tasks_of(tmp_path, {2: 99}, 6), bar)
+    with pytest.raises(SstokenError, match=r"part-2: the process that made it died 3 times") as caught:
+        found.extend(results)
+    assert caught.value.exit_code == 1
+    assert found == [0, 1, 3, 4, 5]
+    assert (tmp_path / "2").read_text() == str(ATTEMPTS)
+    assert bar.done == 50
+
+
+def test_an_error_in_a_worker_ends_the_call(tmp_path: Path) -> None:
+    tasks = [Task(tmp_path, 1, None)] * 4
+    with pytest.raises(TypeError):
+        list(LocalEngine(EngineOptions(workers=2)).map(square, tasks, Counting()))
+
+
+def test_each_worker_has_its_device() -> None:
+    found = LocalEngine(Devices()).map(square, [Task(Path(str(i)), 1, i) for i in range(8)], Counting())
+    assert {device for _, device in found} == {"cuda:0", "cuda:1"}
+
+
+def test_another_engine_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(LocalEngine):
+        pass
+
+    module = types.ModuleType("an_engine_of_ones_own")
+    vars(module)["Own"] = Own
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(engines.ENGINES, "own", f"{module.__name__}:Own")
+    engine = engines.make_engine(EngineOptions(engine="own"), 1, 3)
+    assert isinstance(engine, Own)
+    assert (engine.rank, engine.world_size) == (1, 3)
+    with pytest.raises(UsageError, match="engine 'slurm' is not known; legal: local"):
+        engines.make_engine(EngineOptions(engine="slurm"))

@@ -1,0 +1,163 @@
+"""Ranks share a stage's work: seven of them, one killed and run again, write what a single run writes."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline import verbs
+from sstoken.pipeline.job import Result
+from sstoken.pipeline.verbs import stages as api
+from sstoken.pipeline.writing import one_run_at_a_time
+from sstoken.stages import tables
+from tests.pipeline.small_run import PIPELINE, environment, leftovers, save_conversations
+from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.support import PATIENCE
+
+WORLD_SIZE = 7
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+def calls(
+    world: World, out: Path, tokens: Path, scores: Path, masked: Path
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every verb that ranks can share, each with what it needs beside rank and place."""
+    yield (
+        api.encode,
+        {"data": str(world.data), "model": str(world.base), "shard_rows": 2, "out": out / "tokens"},
+    )
+    yield (
+        api.score,
+        {"tokens": tokens, "checkpoints": [str(world.base), f"later={world.later}"], "out": out / "scores"},
+    )
+    yield api.select, {"tokens": tokens, "scores": scores, "out": out / "masked"}
+    yield api.export, {"masked": masked, "to": "llamafactory", "out": out / "export"}
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """All that a folder holds but its manifest, whose times differ."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def test_seven_ranks_write_what_one_run_writes(world: World, tmp_path: Path) -> None:
+    one, seven = tmp_path / "one", tmp_path / "seven"
+    for run, given in calls(world, one, one / "tokens", one / "scores", one / "masked"):
+        run(**given)
+    # From the single run's inputs, so that the paths in the provenance are the same.
+    for run, given in calls(world, seven, one / "tokens", one / "scores", one / "masked"):
+        for rank in reversed(range(WORLD_SIZE)):
+            run(**given, rank=rank, world_size=WORLD_SIZE)
+        assert not any(path.name == "manifest.json" for path in given["out"].rglob("*"))
+        committed = api.commit(given["out"])
+        assert not any(result.skipped for result in committed.values())
+        assert all(result.skipped for result in api.commit(given["out"]).values())
+        skipped: Result = run(**given)
+        assert skipped.skipped, "a single run takes the ranks' work as its own"
+    assert written(seven) == written(one)
+    metrics = [json.loads((run / "tokens/manifest.json").read_text())["metrics"] for run in (one, seven)]
+    assert metrics[0] == metrics[1]
+    assert not leftovers(seven)
+    assert not list(seven.rglob("*rank-*"))
+
+
+def test_a_rank_that_was_killed_is_run_again(world: World, tmp_path: Path) -> None:
+    data, one, seven = save_conversations(tmp_path / "data.jsonl", 2000), tmp_path / "one", tmp_path / "seven"
+    given = {"data": str(data), "model": str(world.base), "shard_rows": 10}
+    api.encode(**given, out=one, workers=1)
+    killed = 3
+    command = [
+        *PIPELINE,
+        "encode",
+        "--data",
+        data,
+        "--model",
+        world.base,
+        "--shard-rows",
+        "10",
+        "--workers",
+        "1",
+    ]
+    command += ["--out", seven, "--rank", str(killed), "--world-size", str(WORLD_SIZE)]
+    process = subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.DEVNULL)
+    partial = tmp_path / "seven.partial"
+    while len(list(partial.glob("part-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(PATIENCE)
+    for rank in set(range(WORLD_SIZE)) - {killed}:
+        api.encode(**given, out=seven, workers=1, rank=rank, world_size=WORLD_SIZE)
+    with pytest.raises(
+        SstokenError, match=rf"of 200 shards are missing: part-.*\(rank {killed} of {WORLD_SIZE}\)"
+    ):
+        api.commit(seven)
+    kept = {path: path.stat().st_mtime_ns for path in partial.glob("part-*")}
+    api.encode(**given, out=seven, workers=2, rank=killed, world_size=WORLD_SIZE)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "nothing is made twice"
+    api.commit(seven)
+    shards = [path.name for path in tables.parts(one)]
+    assert len(shards) == 200
+    for name in shards:  # a tokenizer's files say how it was loaded
+        assert (seven / name).read_bytes() == (one / name).read_bytes()
+
+
+def test_work_begun_by_a_single_run_is_finished_by_ranks(world: World, tmp_path: Path) -> None:
+    given = {"tokens": world.tokens, "scores": world.scores}
+    api.select(**given, out=tmp_path / "one")
+    api.select(**given, out=tmp_path / "two", rank=1, world_size=2)
+    assert not api.select(**given, out=tmp_path / "two").skipped
+    assert written(tmp_path / "two") == written(tmp_path / "one")
+
+
+def test_what_a_rank_refuses(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"tokens": world.tokens, "scores": world.scores, "out": tmp_path / "masked"}
+    with pytest.raises(UsageError, match="rank is 2 and world_size is 2; legal is 0 to 1"):
+        api.select(**given, rank=2, world_size=2)
+    with pytest.raises(UsageError, match="no rank has worked on it"):
+        api.commit(tmp_path / "masked")
+    with one_run_at_a_time(tmp_path / "masked", "rank-00000-of-00002"):
+        with pytest.raises(SstokenError, match="another run is writing rank-00000-of-00002"):
+            api.select(**given, rank=0, world_size=2)
+        api.select(**given, rank=1, world_size=2)
+        with pytest.raises(SstokenError, match="rank-00000-of-00002 works on it with other settings"):
+            api.select(**given, rank=1, world_size=2, rho=0.3)
+        with pytest.raises(SstokenError, match="rank-00000-of-00002 is still at work"):
+            api.commit(tmp_path / "masked")
+        with pytest.raises(SstokenError, match="rank-00000-of-00002 is writing it"):
+            api.select(**given)
+    cli = CommandLine(capsys)
+    out = ("--tokens", world.tokens, "--scores", world.scores, "--out", tmp_path / "masked")
+    assert "rank 0 of 2 done" in cli.works("select", *out, "--rank", 0, "--world-size", 2)
+    assert "select/masked: done" in cli.works("commit", tmp_path / "masked")
+    assert tables.parts(tmp_path / "masked")
+
+
+def test_a_commit_sees_that_inputs_changed(world: World, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(world.data.read_bytes())
+    api.encode(data=str(data), model=str(world.base), out=tmp_path / "tokens", rank=0, world_size=1)
+    for rank in (0, 1):
+        api.encode(data=str(data), model=str(world.base), out=tmp_path / "other", rank=rank, world_size=2)
+    os.utime(data)
+    data.write_bytes(world.data.read_bytes() * 2)
+    with pytest.raises(SstokenError, match="settings or inputs have changed since the ranks began"):
+        api.commit(tmp_path / "other")
+
+
+def test_commit_is_a_verb() -> None:
+    assert "commit" in verbs.verbs()
