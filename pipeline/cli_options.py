@@ -67,7 +67,7 @@ def _option(name: str, field: FieldInfo, asked: Option) -> Callable[[F], F]:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(list(get_args(kind))), **settings)
-    if get_origin(kind) is dict:
+    if get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
         settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": pairs}
         singular = flag.removesuffix("s")
         return click.option(singular, name, **settings)

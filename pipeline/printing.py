@@ -87,6 +87,8 @@ def _select(m: dict[str, Any]) -> list[str]:
     ]
     if m["left_out"]:
         lines.append(f"left out {m['left_out']:,} examples without a response token")
+    if "passed_over" in m:
+        lines.append(f"passed over {m['passed_over']:,} examples that were not chosen")
     if "protected" in m:
         found = ", ".join(f"{name} {count:,}" for name, count in m["protected"].items())
         lines.append(f"protected: {found}; {m['protected_added']:,} of them kept against their score")

@@ -19,7 +19,7 @@ def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]
     )
     params = "\n".join(f"| {markdown(k)} | {markdown(str(v))} |" for k, v in provenance["params"].items())
     settings = f"{params}\n" if params else ""
-    for name in ("budget", "pool", "protect"):
+    for name in ("examples", "budget", "pool", "protect"):
         if name in provenance:
             settings += f"| {name} | {markdown(str(provenance[name]))} |\n"
     front_matter = json.dumps([{"config_name": "default", "data_files": "part-*.parquet"}])

@@ -117,6 +117,8 @@ def merge_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
     summary["kept_share_by_decile"] = [
         round(float(k / n), 4) if n else None for k, n in zip(kept_D, tokens_D, strict=True)
     ]
+    if stats and all("passed_over" in s for s in stats):
+        summary["passed_over"] = total("passed_over")
     if all("protected" in s for s in stats):
         names = stats[0]["protected"] if stats else {}
         summary["protected"] = {name: sum(s["protected"][name] for s in stats) for name in names}

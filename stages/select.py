@@ -1,5 +1,6 @@
 """`select`: from scores to the masked dataset. No model, no GPU: a sweep over a parameter takes seconds."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,6 +13,7 @@ from sstoken.errors import NothingLeftError, UsageError
 from sstoken.labels import labels_from_mask
 from sstoken.methods import Method, Params, Top, get_method
 from sstoken.stages import folders, joins, tables
+from sstoken.stages.choosing_examples import ExampleChoice, choose_examples
 from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import merge_stats, notes_on, shard_stats, signal_stats
 from sstoken.stages.response_text import check_protect
@@ -48,6 +50,8 @@ class Select(ShardedStage):
     """Judge words or sentences as one, by the mean over their tokens; they are kept or dropped whole."""
     protect: tuple[str, ...] = ()
     """Keep these tokens whatever their score: end_of_turn, tool_calls, code or regex:PATTERN."""
+    examples: ExampleChoice | None = None
+    """Choose examples first, by T-SHIRT: method=t-shirt, keep=0.05 (a share, or a number), ratio=0.5, draws=0."""
     lean: bool = False
     """Write only example_id, input_ids, labels, keep_mask and, of a weighting method, weight."""
 
@@ -102,6 +106,7 @@ class Select(ShardedStage):
             "lean": self.lean,
         }
         more: dict[str, Any] = {"params": params, "budget": self.budget, "protect": list(self.protect)}
+        more["examples"] = self.examples and self.examples.model_dump(mode="json")
         more["pool"] = None if self.pool == "token" else self.pool
         return fields | {name: value for name, value in more.items() if value}
 
@@ -116,11 +121,16 @@ class Select(ShardedStage):
         scores = _scores(context)
         for folder in scores.values():
             joins.check_scores(tokens, folder)
+        of_examples = self.examples.inputs(scores) if self.examples else ()
         check_measured(self.method, self.of.inputs, scores, tokens)
+        check_measured("t-shirt", of_examples, scores, tokens)
         shards = [
-            Shard(index, path, scores, self.of.inputs, self.resolved_scope, context.seed)
+            Shard(index, path, scores, (*self.of.inputs, *of_examples), self.resolved_scope, context.seed)
             for index, path in enumerate(token_parts)
         ]
+        if self.examples is not None:
+            chosen = choose_examples(self.examples, shards, of_examples)
+            shards = [replace(shard, chosen=mask) for shard, mask in zip(shards, chosen, strict=True)]
         decider = Decider(
             self.method, self.resolved, self.resolved_scope, self.budget, self.pool, self.protect
         )
@@ -159,6 +169,7 @@ class Select(ShardedStage):
             "gamma": params.get("gamma", self.gamma if "gamma" in self.of.ignores else None),
             "scope": self.resolved_scope,
             **{k: getattr(self, k) for k in ("budget", "pool", "protect") if k in self.model_fields_set},
+            **({"examples": self.examples.model_dump(mode="json")} if self.examples else {}),
             "seed": context.seed,
             "checkpoints": {
                 role: {"name": scores[role].name, "checkpoint": facts["checkpoint"], "dtype": facts["dtype"]}
@@ -190,6 +201,9 @@ class _SelectShard:
         table = _masked_table(shard, decided, tables.masked_schema(self._decider.of.weighted, self._lean))
         has_response = np.diff(tokens.offsets) > 0
         stats = shard_stats(tokens, decided.keep, self._provenance["rho"])
+        if shard.chosen is not None:
+            stats["passed_over"] = shard.num_passed_over
+            stats["left_out"] -= shard.num_passed_over
         stats |= signal_stats(tokens, decided.keep, self._decider.of.inputs, shard.turns)
         if self._decider.protect:
             stats["protected"] = {name: int(mask.sum()) for name, mask in decided.protected.items()}

@@ -33,6 +33,8 @@ class Shard:
     scope: str
     """What stands together: `turn`, or examples."""
     seed: int
+    chosen: BoolArray | None = None
+    """[E]: the examples that are looked at; None: all."""
 
     @cached_property
     def table(self) -> pa.Table:
@@ -41,8 +43,17 @@ class Shard:
 
     @cached_property
     def response(self) -> BoolArray:
-        """[M] over all tokens of the shard."""
-        return tables.flatten(self.table["response_mask"])[0].astype(bool)
+        """[M] over all tokens of the shard: the response tokens of the examples that are looked at."""
+        response = tables.flatten(self.table["response_mask"])[0].astype(bool)
+        return response if self.chosen is None else response & np.repeat(self.chosen, np.diff(self.offsets))
+
+    @property
+    def num_passed_over(self) -> int:
+        """How many examples with a response token are not looked at."""
+        if self.chosen is None:
+            return 0
+        counts = np.concatenate([[0], np.cumsum(tables.flatten(self.table["response_mask"])[0].astype(bool))])
+        return int(((np.diff(counts[self.offsets]) > 0) & ~self.chosen).sum())
 
     @cached_property
     def fingerprint(self) -> str:

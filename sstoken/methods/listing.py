@@ -140,6 +140,9 @@ With any method:
 | `--pool word`, `sentence` | judge words or sentences as one, by the mean of their tokens |
 | `--protect NAME` | keep these whatever their score: `end_of_turn`, `tool_calls`, `code`, `regex:PATTERN` |
 
+`--example keep=0.05` chooses examples by T-SHIRT first (`ratio=0.5`; `draws=30` where `pmi_noisy@1` to `@30` were
+measured; the role `scorer`, else `current`), then the method chooses their tokens; `--method full` keeps them all.
+
 A pooled share is exceeded by less than one word or sentence a unit. Protected tokens come on top of the share, with
 weight 1.
 
