@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sstoken.labels import labels_from_mask
 from sstoken.pipeline import api
 from sstoken.stages import tables
-from tests.stages.tiny import save_tokenizer
+from tests.factories import save_tokenizer
 
 ROWS_PER_SHARD = 5000
 ROUNDS = 3

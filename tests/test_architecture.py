@@ -3,11 +3,11 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
+
 LAYERS = ["sstoken", "sstoken.stages", "sstoken.pipeline"]
 """From the lowest up; each its own folder at the root."""
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "vllm", "ray"}
@@ -67,6 +67,33 @@ def test_imports_run_one_way(layer):
     for path in files(layer):
         wrong = {name for name in imported(path) if layer_of(name) in above}
         assert not wrong, f"{path} imports {wrong}"
+
+
+def helpers_of(path):
+    """A test file with the helper modules of the tests that it imports, directly or not."""
+    reached, queue = set(), [path]
+    while queue:
+        path = queue.pop()
+        if path not in reached:
+            reached.add(path)
+            for name in imported(path):
+                helper = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+                if name.startswith("tests.") and helper.is_file():
+                    queue.append(helper)
+    return reached
+
+
+@pytest.mark.parametrize("layer", LAYERS[:-1])
+def test_the_tests_of_a_layer_import_nothing_from_above(layer):
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    folders = tuple(f"tests.{other.rpartition('.')[2]}." for other in above)
+    tests = sorted((ROOT / "tests" / layer.rpartition(".")[2]).rglob("*.py"))
+    assert tests
+    for test in tests:
+        for path in helpers_of(test):
+            names = set(imported(path))
+            wrong = {name for name in names if layer_of(name) in above or f"{name}.".startswith(folders)}
+            assert not wrong, f"{test} imports {wrong} by {path}"
 
 
 def test_all_stages_are_found():

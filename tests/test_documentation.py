@@ -10,15 +10,14 @@ import click
 import pytest
 
 from sstoken.pipeline.cli import VERBS, cli
-from tests.support import PATIENCE
+from tests.support import PATIENCE, ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 NOT_HERE = ("make ", "pip install ")
 """They set up what these tests run in; CI runs the make targets themselves."""
 NEEDS_THE_HUB = ("pull",)
-"""tests/stages/hub runs them; here there is no network, which they have to say."""
+"""tests/pipeline/hub runs them; here there is no network, which they have to say."""
 
 
 def blocks(language):

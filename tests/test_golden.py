@@ -18,11 +18,11 @@ from sstoken.stages import joins, tables
 from sstoken.stages.score import Score
 from sstoken.stages.scores_file import write_scores
 from sstoken.stages.select import Select
+from tests.factories import save_tokenizer
 from tests.golden import signals
-from tests.stages.tiny import save_tokenizer
-from tests.support import make_context
+from tests.stages.context import make_context
+from tests.support import SHARED
 
-SHARED = Path(__file__).parents[2] / "shared"
 CHOICES = [(0.5, 0.6), (0.3, 0.4), (1, 0.5), (0, 0.8)]
 """(gamma, rho), as in the names of the golden columns."""
 

@@ -1,9 +1,8 @@
 """docs/promises.md names tests that are there."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
 
 
 def test_each_promise_names_its_test():

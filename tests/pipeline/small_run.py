@@ -6,9 +6,9 @@ import random
 import sys
 from pathlib import Path
 
-from tests.stages.tiny import VOCABULARY, save_model
+from tests.factories import VOCABULARY, save_model
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 PIPELINE = [sys.executable, "-m", "sstoken.pipeline"]
 
 

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
+from tests import factories
 from tests.pipeline.small_run import PIPELINE, environment
 from tests.pipeline.worlds import (
     GOOD_ROW,
@@ -31,7 +32,6 @@ from tests.pipeline.worlds import (
     no_trace,
     snapshot,
 )
-from tests.stages import tiny
 from tests.support import PATIENCE, messages
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -287,7 +287,7 @@ def numbers_gone(value: float) -> Callable[[Path], None]:
 def smaller(**sizes: int) -> Callable[[Path], None]:
     def spoil(model: Path) -> None:
         shutil.rmtree(model)
-        tiny.save_model(model, **sizes)
+        factories.save_model(model, **sizes)
 
     return spoil
 
@@ -315,7 +315,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], int, tuple[str, ...]]] = {
     "config.json of nothing": (write("config.json", "{}"), FAILED, ("does not load", "model_type")),
     "NaN": (numbers_gone(float("nan")), FAILED, ("NaN", "part-00000.parquet", "example 'data-0'")),
     "infinite": (numbers_gone(float("inf")), FAILED, ("infinite", "part-00000.parquet", "example 'data-0'")),
-    "another tokenizer": (lambda m: tiny.save_tokenizer(m, "v"), FAILED, ("tokenizer", "encode with")),
+    "another tokenizer": (lambda m: factories.save_tokenizer(m, "v"), FAILED, ("tokenizer", "encode with")),
     "ids beyond the vocabulary": (without_tokenizer, FAILED, ("part-00000", "'data-", "vocabulary of 16", "encode")),
     "examples too long": (smaller(positions=8), FAILED, ("'data-0'", "11 tokens", "--max-length 8")),
 }  # fmt: skip

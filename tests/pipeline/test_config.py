@@ -15,8 +15,8 @@ from sstoken.pipeline import api
 from sstoken.pipeline.checkpoint_names import named_checkpoints
 from sstoken.pipeline.config import load_config
 from sstoken.stages import tables
+from tests import factories
 from tests.pipeline.worlds import SHARD_ROWS, World, copy_model, make_world, snapshot
-from tests.stages import tiny
 
 MINIMAL = "out: o\nencode: {data: d, model: m}\n"
 HISTORY = ("step-0", "step-1", "step-2")
@@ -339,9 +339,9 @@ def test_what_stands_at_a_path_now_is_used(world: World, tmp_path: Path) -> None
         api.score(tokens=world.tokens, checkpoints=[str(model)], out=out)
         found.append(losses(out / "model"))
     assert not np.allclose(found[0], found[1], equal_nan=True)
-    tiny.save_tokenizer(model, "w")  # of the words that are in the data
+    factories.save_tokenizer(model, "w")  # of the words that are in the data
     api.encode(data=str(world.data), model=str(model), out=tmp_path / "w", workers=1)
-    tiny.save_tokenizer(model, "v")  # of others
+    factories.save_tokenizer(model, "v")  # of others
     with pytest.raises(SstokenError, match="changed by the tokenizer"):
         api.encode(data=str(world.data), model=str(model), out=tmp_path / "v", workers=1)
 

@@ -9,9 +9,10 @@ from sstoken.pipeline import api
 from sstoken.pipeline.config import RunConfig, load_config
 from sstoken.stages.encoding.sources import check_source
 from tests.pipeline.worlds import World, make_world
+from tests.support import ROOT
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-PAPER = sorted((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 SECTIONS = [path for path in CONFIGS if "steps" not in yaml.safe_load(path.read_text())]
 """The others are run by tests/pipeline/test_steps.py."""
 MADE_BY_THE_DEMO = ("runs/demo/data.jsonl", "runs/demo/base")

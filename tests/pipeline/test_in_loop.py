@@ -16,10 +16,10 @@ from sstoken import SelfModulatedTrainer, SelfModulation, SstokenError, UsageErr
 from sstoken.pipeline import api
 from sstoken.stages.training.observed_losses import ObservedLosses
 from sstoken.stages.training.score_column import with_history
+from tests.factories import save_model
 from tests.pipeline.small_run import environment, save_conversations
 from tests.sstoken.in_loop.small import Watcher, arguments, dumping
-from tests.stages.tiny import save_model
-from tests.support import PATIENCE
+from tests.support import PATIENCE, ROOT
 
 EXAMPLES, BATCH, STEPS = 30, 5, 6
 
@@ -160,7 +160,7 @@ def test_scores_of_other_tokens_are_refused(world, tmp_path):
 
 def test_the_example_runs(world, tmp_path):
     """As a user runs it: with no more than what a clone and the demo's folders hold."""
-    root = Path(__file__).parents[2]
+    root = ROOT
     program = root / "configs" / "in_loop.py"
     assert len(program.read_text().splitlines()) < 60
     demo = tmp_path / "runs" / "demo"

@@ -20,9 +20,8 @@ from sstoken.stages.manifest import Digests
 from sstoken.stages.select import Select
 from sstoken.stages.stage import Context, EngineOptions, Task, Worker
 from tests.pipeline.worlds import make_world
-from tests.support import PATIENCE, NullProgress
-
-ROOT = Path(__file__).parents[2]
+from tests.stages.context import NullProgress
+from tests.support import PATIENCE, ROOT
 
 
 def mark_and_sleep(folder: Path, worker: Worker) -> None:

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from sstoken.pipeline import api
+from tests.factories import save_model
 from tests.pipeline.small_run import save_conversations
-from tests.stages.tiny import save_model
 
 EXAMPLES = 30
 Example = tuple[tuple[int, ...], tuple[int, ...]]

@@ -13,8 +13,8 @@ import pytest
 from sstoken.stages import joins, tables
 from sstoken.stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 from sstoken.stages.manifest import Manifest, list_files, write_manifest
+from tests.factories import VOCABULARY, save_model, save_tokenizer
 from tests.pipeline.small_run import environment, save_conversations
-from tests.stages.tiny import VOCABULARY, save_model, save_tokenizer
 from tests.support import PATIENCE
 
 TIMES = 8

@@ -14,6 +14,7 @@ import pytest
 from sstoken.pipeline import api, runner
 from sstoken.pipeline.config import load_config
 from sstoken.stages import tables
+from tests.factories import save_tokenizer
 from tests.pipeline.small_run import (
     PIPELINE,
     environment,
@@ -22,7 +23,6 @@ from tests.pipeline.small_run import (
     save_conversations,
     written,
 )
-from tests.stages.tiny import save_tokenizer
 from tests.support import PATIENCE
 
 STAGES = ("encode", "anchor", "score", "select")

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.stages.tiny import RUN, save_model, save_tokens
+from tests.factories import save_model
+from tests.stages.tokens_folder import RUN, save_tokens
 from tests.support import PATIENCE
 
 pytestmark = pytest.mark.slow

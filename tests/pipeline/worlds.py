@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from sstoken.pipeline import api, cli
 from sstoken.stages import manifest as manifests
-from tests.stages import tiny
+from tests import factories
 from tests.support import messages
 
 SHARD_ROWS = 10
@@ -54,7 +54,7 @@ def make_world() -> World:
     """The same one for every test of this process."""
     folder = Path(mkdtemp(prefix="sstoken-world-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    base = tiny.save_model(folder / "base")
+    base = factories.save_model(folder / "base")
     later = copy_model(
         base, folder / "later", lambda w: [v.add_(0.1 * torch.randn_like(v)) for v in w.values()]
     )

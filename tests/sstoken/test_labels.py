@@ -1,15 +1,14 @@
 """Labels come from the keep mask in one place."""
 
 import ast
-from pathlib import Path
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sstoken.labels import IGNORED_LABEL, labels_from_mask
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 TOKENS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans(), st.floats(0, 1)), max_size=20)
 
 

@@ -17,21 +17,20 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import joins, tables
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.training.history_index import find_checkpoint, read_history
-from tests.stages import tiny
-from tests.support import PATIENCE, make_context
-
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared"
+from tests import factories
+from tests.stages.context import make_context
+from tests.stages.tokens_folder import save_tokens
+from tests.support import PATIENCE, ROOT, SHARED, needs_shared
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny.save_model(tmp_path_factory.mktemp("model") / "base")
+    return factories.save_model(tmp_path_factory.mktemp("model") / "base")
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    return tiny.save_tokens(tmp_path_factory.mktemp("data") / "tokens")
+    return save_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
 class Interrupted(BaseException):
@@ -242,18 +241,18 @@ def test_loss_that_is_no_number_stops_the_run(model, tokens, tmp_path):
 
 
 def test_refuses_a_model_that_does_not_fit_the_tokens(model, tokens, tmp_path):
-    small = tiny.save_model(tmp_path / "small", vocabulary=50)
+    small = factories.save_model(tmp_path / "small", vocabulary=50)
     with pytest.raises(
         SstokenError, match=r"small: its vocabulary has 50 entries, but .*tokens holds token id 12\d"
     ):
         run(Anchor(model=str(small)), tmp_path / "a", tokens)
-    short = tiny.save_model(tmp_path / "short", positions=16)
+    short = factories.save_model(tmp_path / "short", positions=16)
     with pytest.raises(
         SstokenError, match=r"takes 16 tokens, .* of 24; encode the data with --max-length 16"
     ):
         run(Anchor(model=str(short)), tmp_path / "b", tokens)
-    other = tiny.save_model(tmp_path / "other")
-    tiny.save_tokenizer(other, first="v")
+    other = factories.save_model(tmp_path / "other")
+    factories.save_tokenizer(other, first="v")
     with pytest.raises(SstokenError, match=r"other: its tokenizer is not the one that made"):
         run(Anchor(model=str(other)), tmp_path / "c", tokens)
     for file in other.glob("tokenizer*"):
@@ -334,7 +333,7 @@ def test_two_processes_write_one_history_and_resume(model, tokens, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-@pytest.mark.skipif(not (SHARED / "models/base").is_dir(), reason="needs ../shared/models/base")
+@needs_shared
 def test_real_model_learns(tmp_path):
     from transformers import AutoTokenizer
 

@@ -16,7 +16,7 @@ from sstoken.stages.checkpoints import (
 )
 from sstoken.stages.folders import hash_file
 from sstoken.stages.hub_models import hub_adapter
-from tests.stages.tiny import save_model
+from tests.factories import save_model
 
 
 @pytest.mark.parametrize("name", ["config.json", "modeling_own.py", "model.safetensors"])

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding import shards
 from sstoken.stages.encoding.token_stats import merge, metrics, no_stats
 from sstoken.stages.tables import TOKENS, parts, read_metadata
-from tests.support import make_context
+from tests.factories import byte_tokenizer
+from tests.stages.context import make_context
 
 ROWS = [{"question": f"what is {i} plus {i}?", "answer": f"It is {i + i}." * (1 + i % 3)} for i in range(23)]
 
@@ -28,21 +27,14 @@ PAIR = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", model_max_length=512
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
-        "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    tokenizer = byte_tokenizer(
+        ["<|im_start|>", "<|im_end|>"],
+        eos_token="<|im_end|>",
+        model_max_length=512,
+        chat_template=(
+            "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+            "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        ),
     )
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -95,7 +87,7 @@ def test_workers_do_not_change_the_result(model, data, tmp_path) -> None:
     found = []
     for workers in (1, 2):
         stage = Encode(data=data, model=model, shard_rows=10, workers=workers)
-        found.append(stage.run(replace(make_context(tmp_path / str(workers)), engine=LocalEngine(stage))))
+        found.append(stage.run(replace(make_context(tmp_path / str(workers)), engine=ProcessEngine(2))))
     assert found[0] == found[1]
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     settings = [Encode(data=data, model=model, workers=w).fingerprinted() for w in (1, 2)]

@@ -14,7 +14,7 @@ from sstoken.stages.select import Select
 from tests.smollm2 import FOLDER, needs_smollm2
 from tests.sstoken.in_loop.recipe import trainer_of_the_first
 from tests.sstoken.in_loop.small import Watcher
-from tests.support import make_context
+from tests.stages.context import make_context
 
 STEPS, WARMUP, SAVED = 10, 2, (5, 9)
 TOLERANCE = 0.05

@@ -12,7 +12,7 @@ from sstoken.errors import SstokenError
 from sstoken.stages.backends import BackendOptions, make_backend
 from sstoken.stages.checkpoints import check_loadable
 from sstoken.stages.loading import load_model, load_with_unused
-from tests.stages.tiny import save_model
+from tests.factories import save_model
 
 
 @pytest.fixture(scope="module")

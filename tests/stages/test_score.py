@@ -11,12 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.stages import tables
 from sstoken.stages.backends import BackendOptions, base_models, make_backend
 from sstoken.stages.score import Score
-from tests.stages.tiny import VOCABULARY, save_model, save_tokenizer
-from tests.support import make_context
+from tests.factories import VOCABULARY, save_model, save_tokenizer
+from tests.stages.context import ProcessEngine, make_context
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +160,7 @@ def test_several_processes_write_the_same_bytes(tokens, model, tmp_path):
     score(tokens, tmp_path / "one", model)
     context = make_context(tmp_path / "two", {"tokens": tokens})
     stage = Score(checkpoint=str(model), attention=True, device="cpu", workers=2)
-    object.__setattr__(context, "engine", LocalEngine(stage))
+    object.__setattr__(context, "engine", ProcessEngine(2))
     stage.run(context)
     for part in tables.parts(tmp_path / "one"):
         assert part.read_bytes() == (tmp_path / "two" / part.name).read_bytes()

@@ -10,13 +10,12 @@ import pytest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
 from sstoken.methods.excess_loss import KEEP_SHARE
-from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.selection import num_kept
 from sstoken.stages import joins, tables
 from sstoken.stages.select import Select
 from sstoken.stages.shards import SHOWN
-from tests.stages.tiny import save_tokenizer
-from tests.support import make_context
+from tests.factories import save_tokenizer
+from tests.stages.context import ProcessEngine, make_context
 
 PARTS, ROWS = 3, 9
 
@@ -162,7 +161,7 @@ def test_every_method_runs_in_any_number_of_processes(inputs, tmp_path, method, 
     context = make_context(tmp_path / "out", inputs)
     scope = "global" if "global" in METHODS[method].scopes else None
     stage = Select(method=method, scope=scope, workers=workers)
-    object.__setattr__(context, "engine", LocalEngine(stage))
+    object.__setattr__(context, "engine", ProcessEngine(workers))
     metrics = stage.run(context)
     select(inputs, tmp_path / "plain", method=method, scope=scope)
     for part in tables.parts(tmp_path / "plain"):

@@ -13,8 +13,8 @@ from sstoken.stages.anchor import Anchor
 from sstoken.stages.checkpoints import tokenizer_fingerprint
 from sstoken.stages.score import Score
 from sstoken.stages.vocabularies import check_vocabulary
-from tests.stages import tiny
-from tests.support import make_context
+from tests import factories
+from tests.stages.context import make_context
 
 
 def with_pad(model):
@@ -48,7 +48,10 @@ def tokens_of(model, folder, rows):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {"base": tiny.save_model(folder / "base"), "tuned": with_pad(tiny.save_model(folder / "tuned"))}
+    return {
+        "base": factories.save_model(folder / "base"),
+        "tuned": with_pad(factories.save_model(folder / "tuned")),
+    }
 
 
 def score(model, tokens, out):
@@ -75,7 +78,7 @@ def test_a_used_id_that_the_checkpoint_lacks_is_refused_with_its_example(models,
 
 @pytest.mark.parametrize("used", [True, False])
 def test_an_id_with_another_meaning_counts_where_it_is_used(used, models, tmp_path):
-    other = tiny.save_model(tmp_path / "other")
+    other = factories.save_model(tmp_path / "other")
     file = other / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text())).replace('"w7"', '"renamed"'))
     tokens = tokens_of(models["base"], tmp_path / "tokens", [[1, 2], [3, 7 if used else 8]])
@@ -96,7 +99,7 @@ def test_training_pads_with_what_the_model_can_embed(models, tmp_path):
         make_context(tmp_path / "history", {"tokens": tokens})
     )
     kept = AutoTokenizer.from_pretrained(tmp_path / "history" / "step-1")
-    assert len(kept) == tiny.VOCABULARY
+    assert len(kept) == factories.VOCABULARY
     score(tmp_path / "history" / "step-1", tokens, tmp_path / "scores")
 
 
@@ -111,7 +114,7 @@ def without(field):
 @pytest.mark.parametrize("change", [without("eos_token"), lambda m: (m / "tokenizer_config.json").unlink()])
 @pytest.mark.parametrize("same", [True, False])
 def test_a_tokenizer_unfit_to_encode_with_still_tells_its_vocabulary(same, change, models, tmp_path):
-    tuned = tiny.save_model(tmp_path / "tuned")
+    tuned = factories.save_model(tmp_path / "tuned")
     change(tuned)
     if not same:
         file = tuned / "tokenizer.json"

@@ -15,7 +15,7 @@ from sstoken.stages.checkpoints import adapter_base, check_loadable, identity, l
 from sstoken.stages.folders import hash_file
 from sstoken.stages.loading import load_model
 from sstoken.stages.weight_files import weight_files
-from tests.stages.tiny import save_model
+from tests.factories import save_model
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sstoken.pipeline import api
+from tests.factories import save_model
 from tests.pipeline.small_run import save_conversations
-from tests.stages.tiny import save_model
 from tests.support import PATIENCE
 from tests.trainers.install import installed, interpreter
 

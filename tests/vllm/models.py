@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tests.factories import random_model
 
 VOCABULARY = 1300
 POSITIONS = 1000
@@ -46,10 +45,5 @@ def save_model(folder: Path, architecture: str, seed: int = 0, **changes: object
     sizes = _SIZES | ARCHITECTURES[architecture] | changes
     if architecture in _HEAD_IS_A_SHARE:
         sizes = {k: v for k, v in sizes.items() if k != "head_dim"} | {"hidden_size": 128}
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
+    random_model(architecture, seed, **sizes).save_pretrained(folder)
     return folder

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,11 +17,11 @@ from sstoken.errors import SstokenError
 from sstoken.pipeline import api
 from sstoken.stages import tables
 from sstoken.stages.score import Score
-from tests.stages.tiny import VOCABULARY, save_tokenizer, save_tokens
-from tests.support import PATIENCE, make_context
+from tests.factories import VOCABULARY, save_tokenizer
+from tests.stages.context import make_context
+from tests.stages.tokens_folder import save_tokens
+from tests.support import PATIENCE, ROOT, SHARED, needs_shared
 from tests.vllm.models import save_model
-
-SHARED = Path(__file__).parents[3] / "shared"
 
 
 def command_line(*arguments, **settings):
@@ -32,7 +31,7 @@ def command_line(*arguments, **settings):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         **settings,
     )
 
@@ -151,7 +150,7 @@ def test_nan_names_shard_and_example(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not there")
+@needs_shared
 def test_a_thousand_examples_of_gsm8k_get_the_same_masks(tmp_path):
     rows = (SHARED / "data/gsm8k/train.jsonl").read_text().splitlines()[:1000]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import itertools
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,8 +41,9 @@ from tests.sstoken.in_loop.small import (
     make_model,
     make_scored_examples,
 )
+from tests.support import ROOT
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "in-loop.md"
+DOCUMENT = ROOT / "docs" / "in-loop.md"
 AXES = {
     "loop": ("Trainer", "SFTTrainer", "own loop"),
     "precision": ("float32", "bfloat16 autocast", "bfloat16 weights", "float16 autocast"),

@@ -1,9 +1,10 @@
 """The programs of docs/in-loop.md, to be run on what is at hand."""
 
 import re
-from pathlib import Path
 
-DOCUMENT = (Path(__file__).parents[3] / "docs" / "in-loop.md").read_text()
+from tests.support import ROOT
+
+DOCUMENT = (ROOT / "docs" / "in-loop.md").read_text()
 
 
 def programs(text=DOCUMENT):

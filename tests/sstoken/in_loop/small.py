@@ -4,10 +4,11 @@ import copy
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from sstoken.methods import decide
-from tests.stages.tiny import VOCABULARY
+from tests import factories
+from tests.factories import VOCABULARY, tiny_llama
 
 SETTINGS = {
     "max_steps": 3,
@@ -30,23 +31,14 @@ def arguments(folder, **changes):
 
 def make_model(implementation="sdpa", layers=2):
     """Far from uniform attention and loss, so that errors show."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
+    return tiny_llama(
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=0,
         pad_token_id=0,
         initializer_range=0.2,
         attn_implementation=implementation,
     )
-    return LlamaForCausalLM(config)
 
 
 def make_examples(number=24, longest=24, seed=0):
@@ -127,9 +119,7 @@ def flatten(features):
 
 
 def save_tokenizer(folder):
-    from tests.stages.tiny import save_tokenizer as save
-
-    save(folder, pad=True)
+    factories.save_tokenizer(folder, pad=True)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -10,8 +10,8 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, B
 
 from sstoken import SelfModulatedMixin, SelfModulatedTrainer, SelfModulation, SstokenError, UsageError
 from sstoken.in_loop.settings import Schedule
+from tests.factories import VOCABULARY
 from tests.sstoken.in_loop.small import arguments, collate, make_examples, make_model
-from tests.stages.tiny import VOCABULARY
 
 
 def refused(match, *, folder, examples=None, model=None, error=UsageError, **trainer):

@@ -3,16 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support import PATIENCE
+from tests.support import PATIENCE, ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[3]
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 

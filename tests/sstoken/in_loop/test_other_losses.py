@@ -25,6 +25,7 @@ from sstoken import (
     UsageError,
 )
 from sstoken.in_loop.response_tokens import find_response_tokens
+from tests.factories import VOCABULARY
 from tests.sstoken.in_loop.small import (
     SETTINGS,
     Watcher,
@@ -35,7 +36,6 @@ from tests.sstoken.in_loop.small import (
     make_scored_examples,
     save_tokenizer,
 )
-from tests.stages.tiny import VOCABULARY
 
 ONE_STEP = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0}
 

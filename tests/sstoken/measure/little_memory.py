@@ -4,19 +4,23 @@ import resource
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sstoken.measure.scorer import Scorer
+from tests.factories import tiny_llama
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=500, hidden_size=256, intermediate_size=8192, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=4,
-    )  # fmt: skip
-    scorer = Scorer(LlamaForCausalLM(config).eval(), signals=["loss", "attention"], batch_tokens=8192)
+    model = tiny_llama(
+        vocab_size=500,
+        hidden_size=256,
+        intermediate_size=8192,
+        num_hidden_layers=1,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
+    scorer = Scorer(model.eval(), signals=["loss", "attention"], batch_tokens=8192)
     random = np.random.default_rng(0)
     sequences = [random.integers(0, 500, 256).astype(np.int32) for _ in range(40)]
     masks = [np.arange(256) > 100 for _ in sequences]

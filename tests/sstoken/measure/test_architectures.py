@@ -1,17 +1,16 @@
 """Every causal architecture of transformers: right values, or a refusal that names it; the documentation says which."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.sstoken.measure import tiny_architectures
 from tests.sstoken.measure.tiny_architectures import WRONG, architectures, classify
+from tests.support import ROOT
 
 CORE = (
     "bloom", "deepseek_v3", "falcon", "falcon_h1", "gemma2", "gpt_oss", "gptj", "granitemoe", "lfm2", "llama",
     "minimax", "mixtral", "mpt", "qwen3_5_text", "rwkv", "xlnet",
 )  # fmt: skip
-PAGE = Path(__file__).parents[3] / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "architectures.md"
 
 
 @pytest.fixture(autouse=True)

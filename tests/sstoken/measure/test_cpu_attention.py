@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sstoken.measure import cpu_attention
-from tests.sstoken.measure.models import ARCHITECTURES, make_model
+from tests.sstoken.measure.architectures import ARCHITECTURES, make_model
 from tests.sstoken.measure.test_signals import check, random_examples
 from tests.support import needs_compiler
 

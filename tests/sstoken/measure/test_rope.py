@@ -16,10 +16,10 @@ from transformers import (
 
 from sstoken.measure.rope import length_class, longest
 from sstoken.measure.scorer import Scorer
-from tests.sstoken.measure.models import _without
+from tests.sstoken.measure import architectures
 
 ORIGINAL = 16
-SIZES = _without("head_dim")
+SIZES = {name: size for name, size in architectures.SIZES.items() if name != "head_dim"}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

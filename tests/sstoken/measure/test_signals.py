@@ -15,8 +15,7 @@ from sstoken.measure.capture import IMPLEMENTATION, AttentionCapture, ForwardSto
 from sstoken.measure.decoder import last_mlp
 from sstoken.measure.scorer import Scorer
 from sstoken.measure.token_loss import OutputHead, read_head, token_losses
-from sstoken.stages.backends import BackendOptions
-from tests.sstoken.measure.models import ARCHITECTURES, VOCABULARY, make_model
+from tests.sstoken.measure.architectures import ARCHITECTURES, VOCABULARY, make_model
 from tests.support import needs_compiler
 
 BOTH = ("loss", "attention")
@@ -337,7 +336,3 @@ def test_detach_leaves_the_model_as_it_was():
     assert {id(m): set(vars(m)) for m in model.modules()} != before
     capture.detach()
     assert {id(m): set(vars(m)) for m in model.modules()} == before
-
-
-def test_options_are_hashable():
-    assert hash(BackendOptions("m", ("loss", "attention"), -1, "float32", "cpu", 1, False))

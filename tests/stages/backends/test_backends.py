@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -11,12 +10,13 @@ import pytest
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages import backends, checkpoints, tables
+from sstoken.stages import checkpoints, tables
 from sstoken.stages.backends import Backend, BackendOptions, make_backend, read_settings
 from sstoken.stages.score import Score
 from sstoken.stages.stage import SPEED_ONLY, Settings
-from tests.stages.tiny import save_model
-from tests.support import make_context
+from tests.factories import save_model
+from tests.stages.context import make_context
+from tests.support import ROOT
 
 
 class TableSettings(Settings):
@@ -126,9 +126,13 @@ def test_auto_is_transformers_here(model):
     assert Score(checkpoint=model).fingerprinted()["backend"] == "hf"
 
 
+def test_options_are_hashable():
+    assert hash(BackendOptions("m", ("loss", "attention"), -1, "float32", "cpu", 1, False))
+
+
 def test_the_registry_loads_no_heavy_library():
     code = (
-        "import sys; from stages import backends; backends.known_backends();"
+        "import sys; from sstoken.stages import backends; backends.known_backends();"
         "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(backends.__file__).parents[3])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

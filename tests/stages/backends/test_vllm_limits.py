@@ -12,8 +12,9 @@ from transformers import AutoConfig
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.backends import vllm_limits
 from sstoken.stages.score import Score
-from tests.stages.tiny import save_model, save_tokens
-from tests.support import make_context
+from tests.factories import save_model
+from tests.stages.context import make_context
+from tests.stages.tokens_folder import save_tokens
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is not None, reason="vLLM is installed: versions are made up here"

@@ -4,10 +4,10 @@ import re
 from functools import cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sstoken.stages.encoding.templates import trl_templates
+from tests.factories import byte_tokenizer
 
 _SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<[｜|][^<>]{1,40}[｜|]>|</?(?:start_of_turn|end_of_turn|end_of_utterance|bos|eos|s)>"
@@ -51,14 +51,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with the special tokens of a template."""
     end = next((token for start, token in _ENDS.items() if name.startswith(start)), "</s>")
     special = sorted(set(_SPECIAL.findall(source(name))) | {end, "<s>"})
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=end)
-    made.chat_template = source(name)
-    return made
+    return byte_tokenizer(special, bos_token="<s>", eos_token=end, chat_template=source(name))
 
 
 def write_model(name: str, folder: Path) -> Path:

@@ -2,20 +2,20 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from sstoken.stages.encoding.chat import DEFAULT_MAX_LENGTH, ChatEncoder, Encoded
 from sstoken.stages.encoding.messages import BadRow, Conversation
 from sstoken.stages.encoding.rendering import NO_END, SPEAKERS_LOST, TOOLS_IN_SYSTEM
 from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE
+from tests.factories import byte_tokenizer
+from tests.support import SHARED, needs_shared
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 SPECIAL = [
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]"),
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -83,23 +83,11 @@ def unmarked(template: str) -> str:
 def build_tokenizer(
     bos: str = "<s>", eos: str = "</s>", trim_offsets: bool = False
 ) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(
-        ["user assistant model system hello there \n\n my friend's answer is 42.\n"] * 4, trainer
-    )
+    text = ["user assistant model system hello there \n\n my friend's answer is 42.\n"] * 4
+    tokenizer = byte_tokenizer(SPECIAL, text, bos_token=bos, eos_token=eos)
     if trim_offsets:
-        from tokenizers import processors
-
-        backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -299,8 +287,6 @@ def test_no_chat_template_uses_the_plain_one(tokenizer) -> None:
 
 
 def test_plain_template_starts_with_bos_where_the_tokenizer_does() -> None:
-    from tokenizers import processors
-
     tokenizer = build_tokenizer()
     bos = ("<s>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -354,7 +340,7 @@ def test_any_text_is_masked_alike_with_and_without_markers(turns, style, tokeniz
         assert answer.strip() in rendered.text[start:end]
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+@needs_shared
 @pytest.mark.parametrize("markers", [True, False])
 def test_golden_tokens(markers: bool) -> None:
     import pyarrow.parquet as pq

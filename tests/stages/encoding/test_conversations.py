@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,8 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import check_columns, detect_layout
 from sstoken.stages.encoding.messages import BadRow
+from tests.support import SHARED, needs_shared
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 PAIR = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 PARTS = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in PAIR]
@@ -151,7 +150,7 @@ def test_too_long_names_numbers_and_remedy() -> None:
         convert({"question": "Q" * 3000, "answer": "A"}, max_chars=2000)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+@needs_shared
 def test_golden_messages() -> None:
     import pyarrow.parquet as pq
 

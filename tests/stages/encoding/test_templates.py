@@ -12,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sstoken.errors import UsageError
-from sstoken.pipeline import api
 from sstoken.stages import tables
+from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.chat import ChatEncoder
 from sstoken.stages.encoding.messages import BadRow, Conversation
 from sstoken.stages.encoding.rendering import NO_END
 from sstoken.stages.encoding.templates import template_file, training_variant
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
+from tests.stages.context import make_context
 from tests.stages.encoding import real_templates, template_table
 from tests.stages.encoding.conversation_kinds import MORE, SHOWN
+from tests.support import ROOT
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "templates.md"
+PAGE = ROOT / "docs" / "templates.md"
 ORIGINALS, TRAINING = real_templates.names(), real_templates.names(training=True)
 pytestmark = pytest.mark.skipif(not ORIGINALS, reason="the installed TRL ships no chat templates")
 
@@ -267,7 +269,7 @@ def test_a_template_of_trl_by_name(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"messages": SHOWN["reasoning in turns"].messages}) + "\n")
     out = tmp_path / "tokens"
-    api.encode(data=str(data), model=str(model), out=out, chat_template="trl:qwen3_training")
+    Encode(data=str(data), model=str(model), chat_template="trl:qwen3_training").run(make_context(out))
     (row,) = tables.read_table(out / "part-00000.parquet").to_pylist()
     kept = [t for t, m in zip(row["input_ids"], row["response_mask"], strict=True) if m]
     text = real_templates.tokenizer("qwen3").decode(kept)

@@ -11,25 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import tables
 from sstoken.stages.report.show import DROPPED_STYLE, RAMP, read_examples, render_example, save_svg, show
 from sstoken.stages.token_text import token_texts, visible
+from tests.factories import byte_tokenizer
 
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: every byte a token, so that most characters take several."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-TOKENIZER = byte_tokenizer()
+TOKENIZER = byte_tokenizer(["<eos>"], eos_token="<eos>")
+"""Every byte is a token, so most characters take several."""
 
 
 def row(example_id: str, prompt: str, response: str, keep: list[int]) -> dict[str, Any]:

@@ -23,17 +23,17 @@ from sstoken.stages.training.history_index import (
     read_index,
     write_index,
 )
-from tests.stages import tiny
+from tests import factories
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return tiny.save_model(tmp_path_factory.mktemp("model") / "base")
+    return factories.save_model(tmp_path_factory.mktemp("model") / "base")
 
 
 def rows(count=24):
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, tiny.VOCABULARY, (count, 8), generator=generator).tolist()
+    ids = torch.randint(1, factories.VOCABULARY, (count, 8), generator=generator).tolist()
     return [{"input_ids": i, "labels": i} for i in ids]
 
 
@@ -148,7 +148,7 @@ def test_in_an_sft_trainer(base, tmp_path):
     ]
     assert entries[0].path == str(base)
     assert all(e.tokens_seen > 0 and e.loss > 0 for e in entries[1:])
-    assert load(entries[-1].path).config.vocab_size == tiny.VOCABULARY
+    assert load(entries[-1].path).config.vocab_size == factories.VOCABULARY
     AutoTokenizer.from_pretrained(entries[-1].path)
 
 
@@ -234,7 +234,7 @@ def test_training_that_stops_early_keeps_its_last_step(base, tmp_path):
 
 
 def test_model_from_nothing_has_no_reference(tmp_path):
-    model = load(tiny.save_model(tmp_path / "base"))
+    model = load(factories.save_model(tmp_path / "base"))
     model.name_or_path = ""
     trainer(model, tmp_path, HistorySnapshots(tmp_path / "history", 1)).train()
     assert [e.name for e in read_history(tmp_path / "history")] == ["step-6"]
@@ -276,7 +276,7 @@ def test_the_base_is_found_from_anywhere(adapted, tmp_path, monkeypatch):
     from sstoken.stages.checkpoints import adapter_base, check_loadable
 
     place = tmp_path / "place"
-    tiny.save_model(place / "base")
+    factories.save_model(place / "base")
     monkeypatch.chdir(place)
     model = AutoModelForCausalLM.from_pretrained("base")
     if adapted:

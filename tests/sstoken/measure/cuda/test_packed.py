@@ -13,7 +13,7 @@ from sstoken.measure.cuda.packed import (
     packed_inputs,
     segments_of,
 )
-from tests.sstoken.measure.models import ARCHITECTURES, VOCABULARY, make_model
+from tests.sstoken.measure.architectures import ARCHITECTURES, VOCABULARY, make_model
 
 LENGTHS = [40, 7, 1, 61, 23, 2]  # longer and shorter than the window of 16
 

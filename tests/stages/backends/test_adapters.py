@@ -16,7 +16,7 @@ from sstoken.errors import SstokenError
 from sstoken.stages.adapter_kinds import SUPPORTED
 from sstoken.stages.backends import BackendOptions, base_models, make_backend
 from sstoken.stages.checkpoints import check_loadable
-from tests.stages.tiny import VOCABULARY, save_tokenizer
+from tests.factories import VOCABULARY, save_tokenizer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, 24).astype(np.int32)

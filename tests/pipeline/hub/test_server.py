@@ -8,8 +8,8 @@ import urllib.request
 
 import pytest
 
-from tests.stages.hub.server import READ, STRANGER, WRITE, serve
-from tests.stages.hub.store import LARGEST_REGULAR, Hub
+from tests.pipeline.hub.server import READ, STRANGER, WRITE, serve
+from tests.pipeline.hub.store import LARGEST_REGULAR, Hub
 from tests.support import PATIENCE
 
 

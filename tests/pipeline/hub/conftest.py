@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from sstoken.pipeline import api
+from tests.pipeline.hub.client import Client
+from tests.pipeline.hub.server import WRITE, serve
+from tests.pipeline.hub.store import Hub
 from tests.pipeline.worlds import make_world
-from tests.stages.hub.client import Client
-from tests.stages.hub.server import WRITE, serve
-from tests.stages.hub.store import Hub
 
 
 @pytest.fixture(scope="session")

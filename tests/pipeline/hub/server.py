@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-from tests.stages.hub.store import Hub, RefusedError
+from tests.pipeline.hub.store import Hub, RefusedError
 
 WRITE, READ, STRANGER = "hf_write_of_me", "hf_read_of_me", "hf_write_of_another"
 USERS = {WRITE: ("me", "write"), READ: ("me", "read"), STRANGER: ("another", "write")}

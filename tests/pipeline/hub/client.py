@@ -14,10 +14,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.stages.hub.store import Hub
-from tests.support import PATIENCE, messages
-
-ROOT = Path(__file__).parents[3]
+from tests.pipeline.hub.store import Hub
+from tests.support import PATIENCE, ROOT, messages
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Client:
             "HF_HUB_ETAG_TIMEOUT": str(PATIENCE),
             "HF_HUB_DOWNLOAD_TIMEOUT": str(PATIENCE),
         }
-        self._process = self._start("-m", "tests.stages.hub.client", stdin=subprocess.PIPE)
+        self._process = self._start("-m", "tests.pipeline.hub.client", stdin=subprocess.PIPE)
 
     def __call__(self, *arguments: object, token: str | None = None) -> Outcome:
         """Run a verb to its end, with that token ('': none) or the usual one."""

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import click
 import pytest
@@ -13,8 +12,9 @@ from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import OPTIONAL, REQUIRED
 from sstoken.stages.encoding.messages import BadRow
 from sstoken.stages.encoding.sources import Row
+from tests.support import ROOT
 
-PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+PAGE = (ROOT / "docs" / "data.md").read_text()
 BLOCK = re.compile(r"(?:^With `(--[^`]+)`[^\n]*:\n\n)?```(json|text)\n(.*?)```", re.DOTALL | re.MULTILINE)
 
 

@@ -11,9 +11,9 @@ import yaml
 
 from sstoken.pipeline import api
 from sstoken.stages import tables
+from tests.pipeline.hub.rows import identical, loaded, masked_table
+from tests.pipeline.hub.server import READ, STRANGER
 from tests.pipeline.worlds import list_anew, make_world
-from tests.stages.hub.rows import identical, loaded, masked_table
-from tests.stages.hub.server import READ, STRANGER
 from tests.support import PATIENCE, messages
 
 SPLIT = ("--shard-tokens", 1)

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from sstoken.stages import tables
-from tests.stages import tiny
-from tests.stages.hub.rows import identical, masked_table
-from tests.stages.hub.test_publish import SPLIT
+from tests import factories
+from tests.pipeline.hub.rows import identical, masked_table
+from tests.pipeline.hub.test_publish import SPLIT
 
 SHARD = "data/part-00001.parquet"
 
@@ -191,7 +191,7 @@ def test_changed_missing_and_added_files(hub, client, repo, prepared, tmp_path):
 
 
 def test_another_tokenizer(hub, client, repo, tmp_path):
-    tiny.save_tokenizer(tmp_path / "other", first="v")
+    factories.save_tokenizer(tmp_path / "other", first="v")
     listed_anew(hub, repo, "tokenizer/tokenizer.json", (tmp_path / "other/tokenizer.json").read_bytes())
     assert "not the one that made the tokens" in client.fails(1, "pull", repo, "--out", tmp_path / "out")
 

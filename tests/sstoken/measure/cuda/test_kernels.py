@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from sstoken.measure.cuda.choices import (
 from sstoken.measure.cuda.prompt_mass import prompt_mass
 from sstoken.measure.cuda.token_loss import fused_token_losses
 from sstoken.measure.prompt_attention import prompt_attention
+from tests.support import ROOT
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -155,11 +155,11 @@ def test_losses_fall_back_to_plain_torch(monkeypatch):
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.sstoken.measure.compiling"],
+        [sys.executable, "-m", "tests.sstoken.measure.cuda.compiling"],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,0 +1,74 @@
+"""Run a stage without the runner."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sstoken.stages.stage import Context, Progress, Task, Worker
+
+
+class PlainWorker:
+    device = None
+
+    def advance(self, amount: int = 1) -> None:
+        pass
+
+
+class PlainEngine:
+    """The simplest engine: one task after the other, in this process."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def map(
+        self, function: Callable[[Any, Worker], Any], tasks: Iterable[Task[Any]], progress: Progress
+    ) -> Iterator[Any]:
+        for task in tasks:
+            result = function(task.work, PlainWorker())
+            progress.advance(task.size)
+            yield result
+
+
+class ProcessEngine(PlainEngine):
+    """An engine that runs every task in a worker process."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self.workers = workers
+
+    def map(
+        self, function: Callable[[Any, Worker], Any], tasks: Iterable[Task[Any]], progress: Progress
+    ) -> Iterator[Any]:
+        import joblib
+
+        parallel = joblib.Parallel(n_jobs=self.workers, return_as="generator", batch_size=1)
+        yield from parallel(joblib.delayed(function)(task.work, PlainWorker()) for task in tasks)
+
+
+class NullProgress:
+    def advance(self, amount: int = 1) -> None:
+        pass
+
+
+@contextmanager
+def null_progress(unit: str, total: int | None) -> Iterator[Progress]:
+    yield NullProgress()
+
+
+def make_context(
+    out: Path,
+    inputs: Mapping[str, Path] | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int | None], AbstractContextManager[Progress]] = null_progress,
+) -> Context:
+    """Make a context as the runner would; creates `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    return Context(
+        inputs=dict(inputs or {}),
+        out=out,
+        seed=seed,
+        fingerprint="0" * 16,
+        engine=PlainEngine(),
+        progress=progress,
+    )
