@@ -17,8 +17,8 @@ from sstoken.signals import get_signal
 from sstoken.stages import joins, tables
 from sstoken.stages.scores_file import measured_tokens, write_scores
 from sstoken.stages.select import Select
-from tests.stages.tiny import save_tokenizer
-from tests.support import make_context
+from tests.factories import save_tokenizer
+from tests.stages.context import make_context
 
 GOLDEN = Path(__file__).parents[2] / "shared/golden/methods"
 SHARDS = (13, 19)

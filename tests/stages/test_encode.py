@@ -17,7 +17,7 @@ from sstoken.stages.encoding import shards
 from sstoken.stages.encoding.token_stats import merge, metrics, no_stats
 from sstoken.stages.tables import TOKENS, parts, read_metadata
 from tests.factories import byte_tokenizer
-from tests.stages.context import make_context
+from tests.stages.context import ProcessEngine, make_context
 
 ROWS = [{"question": f"what is {i} plus {i}?", "answer": f"It is {i + i}." * (1 + i % 3)} for i in range(23)]
 
@@ -87,7 +87,7 @@ def test_workers_do_not_change_the_result(model, data, tmp_path) -> None:
     found = []
     for workers in (1, 2):
         stage = Encode(data=data, model=model, shard_rows=10, workers=workers)
-        found.append(stage.run(replace(make_context(tmp_path / str(workers)), engine=ProcessEngine(2))))
+        found.append(stage.run(replace(make_context(tmp_path / str(workers)), engine=ProcessEngine(workers))))
     assert found[0] == found[1]
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     settings = [Encode(data=data, model=model, workers=w).fingerprinted() for w in (1, 2)]
