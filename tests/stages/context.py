@@ -1,6 +1,8 @@
 """Run a stage without the runner."""
 
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,9 @@ class ProcessEngine(PlainEngine):
     def map(
         self, function: Callable[[Any, Worker], Any], tasks: Iterable[Task[Any]], progress: Progress
     ) -> Iterator[Any]:
-        import joblib
-
-        parallel = joblib.Parallel(n_jobs=self.workers, return_as="generator", batch_size=1)
-        yield from parallel(joblib.delayed(function)(task.work, PlainWorker()) for task in tasks)
+        with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(function, task.work, PlainWorker()) for task in tasks]
+            yield from (future.result() for future in futures)
 
 
 class NullProgress:
