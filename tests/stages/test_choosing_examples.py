@@ -15,8 +15,8 @@ from sstoken.stages.choosing_examples import ExampleChoice, choose_examples, jud
 from sstoken.stages.scores_file import write_scores
 from sstoken.stages.select import Select
 from sstoken.stages.shards import Shard
-from tests.stages.tiny import save_tokenizer
-from tests.support import make_context
+from tests.factories import save_tokenizer
+from tests.stages.context import make_context
 
 GOLDEN = Path(__file__).parents[3] / "shared/golden/tshirt.json"
 

@@ -10,8 +10,8 @@ from sstoken.errors import SstokenError
 from sstoken.stages import joins, tables
 from sstoken.stages.scores_file import write_scores
 from sstoken.stages.select import Select
-from tests.stages.tiny import VOCABULARY, save_tokenizer
-from tests.support import make_context
+from tests.factories import VOCABULARY, save_tokenizer
+from tests.stages.context import make_context
 
 ROWS, LENGTH, PROMPT = 12, 10, 4
 
