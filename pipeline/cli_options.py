@@ -1,7 +1,7 @@
 """Command-line options made from the fields of a stage: one place documents both."""
 
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -29,8 +29,13 @@ class Option:
     """False: the command line does not have it."""
 
 
-def stage_options(stage: type[BaseModel]) -> Callable[[F], F]:
-    """Add an option for each field of `stage`, its own before those it inherits; one not given is None."""
+def stage_options(stage: type[BaseModel], *, sweep: Collection[str] = ()) -> Callable[[F], F]:
+    """Add an option for each field of `stage`, its own before those it inherits; one not given is None.
+
+    Args:
+        stage: its fields' descriptions are the help.
+        sweep: fields that may be given several times; several values come as a list.
+    """
 
     def decorate(command: F) -> F:
         own = set(stage.__annotations__)
@@ -40,7 +45,7 @@ def stage_options(stage: type[BaseModel]) -> Callable[[F], F]:
             if asked.argument:
                 command = click.argument(field.alias or name, metavar=asked.value)(command)
             elif asked.shown:
-                command = _option(field.alias or name, field, asked)(command)
+                command = _option(field.alias or name, field, asked, name in sweep)(command)
         return command
 
     return decorate
@@ -51,7 +56,7 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
-def _option(name: str, field: FieldInfo, asked: Option) -> Callable[[F], F]:
+def _option(name: str, field: FieldInfo, asked: Option, sweep: bool) -> Callable[[F], F]:
     kind, bounds = _plain_type(field.annotation, field.metadata)
     flag = asked.flag or "--" + name.replace("_", "-")
     about = " ".join((field.description or "").split()).replace("None: ", "Default: ")
@@ -63,12 +68,18 @@ def _option(name: str, field: FieldInfo, asked: Option) -> Callable[[F], F]:
     )
     if asked.value is not None:
         settings["metavar"] = asked.value
+    if sweep and get_origin(kind) is not dict:
+        settings |= {"multiple": True, "callback": _one_or_several}
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(list(get_args(kind))), **settings)
     if get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
-        settings |= {"multiple": True, "metavar": "NAME=VALUE", "callback": pairs}
+        settings |= {
+            "multiple": True,
+            "metavar": "NAME=VALUE",
+            "callback": pairs_or_lists if sweep else pairs,
+        }
         singular = flag.removesuffix("s")
         return click.option(singular, name, **settings)
     if get_origin(kind) in (tuple, Sequence):  # given once for each
@@ -122,12 +133,31 @@ def pairs(context: click.Context, option: click.Parameter, values: tuple[str, ..
     """Options given as NAME=VALUE, as a mapping; None where there is none.
 
     Raises:
+        click.BadParameter: one without `=`, or a name that is given twice.
+    """
+    found = pairs_or_lists(context, option, values) or {}
+    for name, content in found.items():
+        if isinstance(content, list):
+            raise click.BadParameter(f"{name!r} is given {len(content)} times; give it once")
+    return {name: str(content) for name, content in found.items()} or None
+
+
+def pairs_or_lists(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str | list[str]] | None:
+    """As `pairs`, but a name that is given several times has a list of its values.
+
+    Raises:
         click.BadParameter: one without `=`.
     """
-    pairs = {}
+    found: dict[str, list[str]] = {}
     for value in values:
         name, separator, content = value.partition("=")
         if not separator:
             raise click.BadParameter(f"{value!r}: legal is NAME=VALUE")
-        pairs[name] = content
-    return pairs or None
+        found.setdefault(name, []).append(content)
+    return {name: several if len(several) > 1 else several[0] for name, several in found.items()} or None
+
+
+def _one_or_several(context: click.Context, option: click.Parameter, values: tuple[Any, ...]) -> Any:
+    return list(values) if len(values) > 1 else (values[0] if values else None)

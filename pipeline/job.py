@@ -38,6 +38,8 @@ class Result:
     metrics: dict[str, Any]
     skipped: bool
     """It was finished already; nothing was done."""
+    replaced: tuple[str, ...] = ()
+    """How what stood there before differed, where a run made its step anew: `select.rho 0.6 -> 0.4`."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
         print(f"{name}: rank {rank} of {world_size} done, in {result.folder}; `commit` finishes when all are")
         return
     print(f"{name}: done, in {result.folder}")
+    if result.replaced:
+        print(f"  replaced what was there: {'; '.join(result.replaced)}")
     for line in _SUMMARIES.get(kind or name.partition("/")[0], _plain)(result.metrics):
         print(f"  {line}")
 

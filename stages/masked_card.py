@@ -1,11 +1,19 @@
 """The README.md of a masked dataset: its settings, and the front matter by which `datasets` finds its shards."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.token_text import markdown
+
+
+def decisive_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters and options that decided a mask, from a shard's metadata; older ones have rho and gamma alone."""
+    params = facts["params"] if "params" in facts else {name: facts.get(name) for name in ("rho", "gamma")}
+    found = {**params, **{name: facts.get(name) for name in ("examples", "budget", "pool", "protect")}}
+    return {name: value for name, value in found.items() if value not in (None, [])}
 
 
 def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -17,11 +25,10 @@ def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]
         f"| {markdown(role)} | {markdown(facts['name'])} |"
         for role, facts in sorted(provenance["checkpoints"].items())
     )
-    params = "\n".join(f"| {markdown(k)} | {markdown(str(v))} |" for k, v in provenance["params"].items())
-    settings = f"{params}\n" if params else ""
-    for name in ("examples", "budget", "pool", "protect"):
-        if name in provenance:
-            settings += f"| {name} | {markdown(str(provenance[name]))} |\n"
+    settings = "".join(
+        f"| {markdown(name)} | {markdown(str(value))} |\n"
+        for name, value in decisive_settings(provenance).items()
+    )
     front_matter = json.dumps([{"config_name": "default", "data_files": "part-*.parquet"}])
     write_atomic(
         folder / "README.md",

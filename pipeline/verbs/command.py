@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -44,12 +44,15 @@ class Does(Protocol[R_co]):
         """Do the work."""
 
 
-def verb(call: Callable[P, Does[R]], show: Callable[..., None] | None = None) -> Callable[P, R]:
+def verb(
+    call: Callable[P, Does[R]], show: Callable[..., None] | None = None, *, sweep: Collection[str] = ()
+) -> Callable[P, R]:
     """The function that takes the fields of `call` by name, checks them and does the work; and its command.
 
     Args:
         call: a class called `<Verb>Call` whose docstring is the verb's help.
         show: `show(values, as_json)` calls and prints; by default, the result's summary is printed.
+        sweep: fields that the command line takes several times; `show` gets a list then.
     """
     function = api_only(call)
     fields = cast(type[Settings], call)
@@ -62,7 +65,7 @@ def verb(call: Callable[P, Does[R]], show: Callable[..., None] | None = None) ->
             print_finished(name, cast(Result, cast(Any, function)(**given(values))), as_json)
 
     command_of = click.command(name, help=_help(call.__doc__))
-    COMMANDS[name] = command_of(stage_options(fields)(json_option(on_command_line)))
+    COMMANDS[name] = command_of(stage_options(fields, sweep=sweep)(json_option(on_command_line)))
     return function
 
 

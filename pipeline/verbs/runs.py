@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sstoken.errors import UsageError
+from sstoken.pipeline.changes import changes
 from sstoken.pipeline.claim import claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
@@ -107,12 +108,14 @@ def run(
         if until is not None and names.index(step.step) > names.index(until):
             break
         assert step.job is not None, "a finished anchor run leaves a history"
-        results[step.name] = execute(
+        replaced = changes(step.step, step.job, digests)
+        result = execute(
             step.job,
             digests,
             replace=True,
             force=step.step in forced,
         )
+        results[step.name] = result if result.skipped else replace(result, replaced=replaced)
         if listener is not None:
             listener(step, results[step.name])
     return results
@@ -154,6 +157,8 @@ class Planned:
     """`finished`, or why it runs."""
     superseded: Path | None = None
     """Unfinished work of other settings or inputs, which is in nobody's way; the step removes it when it runs."""
+    changed: tuple[str, ...] = ()
+    """How the finished output that is there differs: `select.rho 0.6 -> 0.4`."""
 
 
 def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> list[Planned]:
@@ -179,25 +184,28 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
         if why != State.FINISHED.value:
             waiting.add(step.name)
         other = superseded(step.job, digests) if step.job is not None and not awaited else None
-        planned.append(Planned(step.name, step.job.out if step.job else None, why, other))
+        differs: tuple[str, ...] = ()
+        if step.job is not None and not awaited and why != State.FINISHED.value:
+            differs = changes(step.step, step.job, digests)
+        planned.append(Planned(step.name, step.job.out if step.job else None, why, other, differs))
     return planned
 
 
 @command(plan, click.argument("config"), _overrides, json_option)
 def _plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     planned = plan(config, overrides=overrides)
-    rows = [(p.step, str(p.folder or ""), p.state) for p in planned]
-    left = [(str(p.superseded or ""),) for p in planned]
     if as_json:
-        names = ("step", "folder", "state", "superseded")
-        click.echo(
-            json.dumps([dict(zip(names, a + b, strict=True)) for a, b in zip(rows, left, strict=True)])
-        )
+        facts = [
+            vars(p) | {"folder": str(p.folder or ""), "superseded": str(p.superseded or "")} for p in planned
+        ]
+        click.echo(json.dumps(facts))
         return
+    rows = [
+        (p.step, str(p.folder or ""), f"{'; '.join(p.changed)}: runs again" if p.changed else p.state)
+        for p in planned
+    ]
     print_table(("step", "folder", "state"), rows)
-    for (folder,) in left:
-        if folder:
-            click.echo(
-                f"{folder}: unfinished work of other settings or inputs; go on with those, or remove it",
-                err=True,
-            )
+    for folder in (p.superseded for p in planned if p.superseded):
+        click.echo(
+            f"{folder}: unfinished work of other settings or inputs; go on with those, or remove it", err=True
+        )

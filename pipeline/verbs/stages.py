@@ -31,6 +31,7 @@ from sstoken.pipeline.verbs.command import (
     print_finished,
     verb,
 )
+from sstoken.pipeline.yaml_steps import chosen, combinations, label, swept
 from sstoken.stages import manifest as manifests
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
@@ -170,6 +171,9 @@ observed = api_only(ObservedCall)
 class SelectCall(_Output, Select):
     """Write the token-masked dataset.
 
+    --method, --param, --rho, --gamma and --scope may be given several times: every combination is selected, into
+    folders side by side (OUT-rho-0.4, OUT-rho-0.6).
+
     Example:
       sstoken-curate select --tokens runs/tokens --scores runs/scores --out runs/masked --rho 0.5
     """
@@ -196,7 +200,24 @@ class SelectCall(_Output, Select):
         return execute(job, Digests(), force=self.force)
 
 
-select = verb(SelectCall)
+def _show_selections(values: dict[str, Any], as_json: bool) -> None:
+    """Select once for every combination of values, into folders side by side: OUT-rho-0.4, OUT-rho-0.6."""
+    kept = swept(values, SelectCall)
+    choices = combinations(kept.pop("sweep", {}))
+    results = {}
+    for choice in choices:
+        name, out = "select", kept["out"]
+        if choice:
+            name, out = f"select/{label(choice)}", f"{str(out).rstrip('/')}-{label(choice)}"
+        results[name] = select(**chosen(kept, choice) | {"out": out})
+        if not as_json or len(choices) == 1:
+            print_finished(name, results[name], as_json)
+    if as_json and len(choices) > 1:
+        facts = {n: {"folder": str(r.folder), "skipped": r.skipped, **r.metrics} for n, r in results.items()}
+        click.echo(json.dumps(facts))
+
+
+select = verb(SelectCall, _show_selections, sweep=("method", "params", "rho", "gamma", "scope"))
 
 
 class ExportCall(_Output, Export):

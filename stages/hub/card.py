@@ -8,6 +8,7 @@ import pyarrow as pa
 import yaml
 
 from sstoken.methods import METHODS
+from sstoken.stages.masked_card import decisive_settings
 from sstoken.stages.token_text import markdown
 
 TAGS = ("token-masked", "sstoken")
@@ -113,10 +114,8 @@ def settings(facts: Mapping[str, Any], origin: Mapping[str, Any]) -> Iterable[tu
     yield "method", facts["method"]
     if method is not None:
         yield "score", method.formula
-    params = facts.get("params") or {key: facts.get(key) for key in ("rho", "gamma")}
-    for key, value in params.items():
-        if value is not None:
-            yield key, str(value)
+    for key, value in decisive_settings(facts).items():
+        yield key, str(value)
     for key in ("scope", "seed", "layer", "max_length"):
         if facts.get(key) is not None:
             yield key.replace("_", " "), str(facts[key])

@@ -27,6 +27,8 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     method: str
+    params: dict[str, Any] | None = None
+    """The method's parameters; older datasets have `rho` and `gamma` alone."""
     rho: float | None
     gamma: float | None
     scope: str
@@ -42,7 +44,7 @@ class Provenance(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     masked: dict[str, Any]
-    """The metadata that each shard also holds: method, rho, gamma, checkpoints, tokenizer, run fingerprint."""
+    """The metadata that each shard also holds: method, params, checkpoints, tokenizer, run fingerprint."""
     metrics: dict[str, Any]
     """The summary of `select`."""
     origin: dict[str, Any]

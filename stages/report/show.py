@@ -97,7 +97,7 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
         counts += f" ({kept / response:.0%})"
     name = str(facts.get("method", ""))
     ranked = name not in METHODS or METHODS[name].selective
-    method = f"{name} rho {facts['rho']}" if ranked and "rho" in facts else name
+    method = f"{name} rho {facts['rho']}" if ranked and facts.get("rho") is not None else name
     header = Text(f"row {example.row}  ", style="bold")
     header.append(visible(example.example_id, newline="\\n"))
     for part in filter(None, (counts, visible(method, newline="\\n"))):

@@ -381,6 +381,40 @@ def test_what_people_read(world: World, cli: CommandLine, tmp_path: Path) -> Non
     assert "w1" in cli.works("show", masked)
 
 
+def test_options_given_several_times_are_a_sweep(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    masked = tmp_path / "masked"
+    select = ("select", "--tokens", world.tokens, "--scores", world.scores, "--out", masked)
+    printed = cli.works(*select, "--rho", 0.4, "--rho", 0.6, "--method", "rel", "--method", "loss")
+    folders = [tmp_path / f"masked-rho-{rho}-method-{m}" for rho in (0.4, 0.6) for m in ("rel", "loss")]
+    for folder in folders:
+        assert f"done, in {folder}\n" in printed
+    assert not masked.exists()
+    assert json.loads((folders[0] / "manifest.json").read_text())["settings"]["rho"] == 0.4
+    again = json.loads(cli.works(*select, "--rho", 0.4, "--rho", 0.6, "--method", "rel", "--json"))
+    assert [Path(facts["folder"]).name for facts in again.values()] == ["masked-rho-0.4", "masked-rho-0.6"]
+    thresholds = ("--method", "profit", "--param", "tau=0.1", "--param", "tau=0.2")
+    assert "masked-tau-0.2" in cli.works(*select, *thresholds)
+    line = cli.fails(
+        2, "encode", "--data", "d", "--model", "m", "--out", "o", "--column", "a=b", "--column", "a=c"
+    )
+    assert "'a' is given 2 times" in line
+
+
+def test_run_says_what_it_replaces(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"out: {tmp_path / 'run'}\nencode: {{data: {world.data}, model: {world.base}}}\n"
+        f"score: {{checkpoints: {{a: {world.base}, b: {world.later}}}}}\n"
+    )
+    assert "replaced" not in cli.works("run", config)
+    assert "select.rho 0.6 -> 0.4: runs again" in " ".join(
+        cli.works("plan", config, "--set", "select.rho=0.4").split()
+    )
+    assert "replaced what was there: select.rho 0.6 -> 0.4" in cli.works(
+        "run", config, "--set", "select.rho=0.4"
+    )
+
+
 def test_verify_says_every_problem(world: World, cli: CommandLine, tmp_path: Path) -> None:
     masked = tmp_path / "masked"
     cli.works("select", "--tokens", world.tokens, "--scores", world.scores, "--out", masked)

@@ -351,6 +351,48 @@ def losses(folder: Path) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "step", "changed"),
+    [
+        (["select.rho=0.4"], "select", ["select.rho 0.6 -> 0.4"]),
+        (
+            ["select.method=rel", "select.gamma=0.25"],
+            "select",
+            ["select.method 'sstoken' -> 'rel'", "select.gamma 0.5 -> 0.25"],
+        ),
+        (["select.history=step-1"], "select", ["select reads another input history, now step-1"]),
+        (["anchor.max_steps=3", "seed=2"], "anchor", ["anchor.max_steps 2 -> 3", "seed 0 -> 2"]),
+        (["score.dtype=bfloat16"], "score/step-0", ["score.dtype 'float32' -> 'bfloat16'"]),
+        (
+            ["encode.data=other.jsonl", "encode.limit=9"],
+            "encode",
+            ["encode.limit none -> 9", "encode.data 'data.jsonl' -> 'other.jsonl'"],
+        ),
+    ],
+    ids=str,
+)
+def test_plan_and_run_say_what_changed(
+    overrides: list[str], step: str, changed: list[str], place: Path
+) -> None:
+    (place / "other.jsonl").write_text((place / "data.jsonl").read_text().replace("w9", "w10"))
+    planned = {p.step: p for p in api.plan("run.yaml", overrides=overrides)}
+    assert list(planned[step].changed) == changed
+    assert planned[step].state != "finished"
+    if step == "select":
+        results = api.run("run.yaml", overrides=overrides)
+        assert list(results["select"].replaced) == changed
+        assert not results["encode"].replaced
+        assert not any(p.changed for p in api.plan("run.yaml", overrides=overrides))
+
+
+def test_content_that_changed_is_said(place: Path) -> None:
+    data = place / "data.jsonl"
+    data.write_text(data.read_text().replace("w9", "w10"))
+    planned = {p.step: p for p in api.plan("run.yaml")}
+    assert planned["encode"].changed == ("encode.data, whose content changed",)
+    assert planned["select"].changed == ()
+
+
+@pytest.mark.parametrize(
     ("options", "again"),
     [
         ({"force": ["score"]}, SCORES),

@@ -108,6 +108,7 @@ def test_plan_names_unfinished_work_of_other_settings(
             "folder": "run/history",
             "state": "finished",
             "superseded": "run/history.partial",
+            "changed": [],
         }
         assert "run/history.partial: unfinished work of other settings" in cli("plan", config).err
         assert all(result.skipped for result in api.run(str(config)).values())
