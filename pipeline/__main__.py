@@ -1,4 +1,4 @@
-"""`python -m sstoken.pipeline`: the command line, for launchers such as torchrun."""
+"""`python -m sstoken.pipeline`: the command line, where the console script is not on the path."""
 
 from sstoken.pipeline.cli import main
 

@@ -63,6 +63,12 @@ def _encode(m: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _part(m: dict[str, Any]) -> list[str]:
+    return [
+        f"{m['examples']:,} examples, {m['tokens']:,} tokens, {m['response_share']:.1%} of them in responses"
+    ]
+
+
 def _anchor(m: dict[str, Any]) -> list[str]:
     loss = "" if m["loss"] is None else f", loss {m['loss']:.4f} nats at the end"
     return [
@@ -121,6 +127,7 @@ def _export(m: dict[str, Any]) -> list[str]:
 
 _SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "encode": _encode,
+    "part": _part,
     "anchor": _anchor,
     "score": _score,
     "select": _select,

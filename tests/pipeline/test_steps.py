@@ -1,11 +1,13 @@
 """Runs of named steps: the four sections as steps, iterated methods, sweeps, and what is refused."""
 
+import re
 import shutil
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from sstoken import curate
 from sstoken.errors import UsageError
+from sstoken.pipeline.cli import cli as entry
 from sstoken.pipeline.config import load_config
 from sstoken.pipeline.plan import run_steps
 from sstoken.stages import manifest as manifests
@@ -328,3 +331,30 @@ def test_paths_are_found_from_the_files_folder_first(world: World, cli: CommandL
     line = cli.fails(2, "plan", "project/run.yaml")
     assert "yours.jsonl" in line
     assert f"looked in {Path('project').resolve()} and {Path.cwd()}" in line
+
+
+def blocks(language: str) -> list[str]:
+    page = (SELF_EVOLVING.parents[1] / "docs" / "runs.md").read_text()
+    found: list[str] = re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+    return found
+
+
+def test_the_pages_configurations_are_read_and_planned(world: World) -> None:
+    shutil.copyfile(world.data, "my-data.jsonl")
+    configurations = blocks("yaml")
+    assert len(configurations) == 2
+    for text in configurations:
+        Path("run.yaml").write_text(text.replace("Qwen/Qwen3-0.6B", str(world.base)))
+        assert len(curate.plan("run.yaml")) >= 4
+
+
+def test_the_pages_commands_use_options_that_are() -> None:
+    lines = [line for block in blocks("bash") for line in block.strip().splitlines()]
+    assert lines
+    for line in lines:
+        program, verb, *words = line.split()
+        command = entry.get_command(click.Context(entry), verb)
+        assert command is not None, line
+        known = {name for parameter in command.params for name in parameter.opts}
+        assert program == "sstoken-curate"
+        assert {word for word in words if word.startswith("--")} <= known, line

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,8 @@ def torchrun(*arguments, cwd):
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "-m",
-        "sstoken.pipeline",
+        "--no-python",
+        str(Path(sys.executable).parent / "sstoken-curate"),
     ]
     return subprocess.run(
         [*launch, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE
