@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sstoken.errors import UsageError
-from sstoken.methods import get_method
+from sstoken.methods import Input, get_method
+from sstoken.signals import get_signal
+from sstoken.stages.critical import Critical
 from sstoken.stages.manifest import MANIFEST, read_manifest
 
 
@@ -92,7 +94,8 @@ def select_inputs(method: str, scores: Path, given: Mapping[str, str]) -> dict[s
         if name not in there:
             raise UsageError(f"{scores}: no finished scores of {name!r}; {listed}")
     needed = get_method(method).roles
-    _guess_roles(found, needed, there)
+    generated = any(get_signal(Input(i).signal).needs == "generation" for i in get_method(method).inputs)
+    _guess_roles(found, needed, [n for n in there if _is_generated(scores / n) == generated])
     attended = [name for name in there if _has_attention(scores / name)]
     if found.get("current") in attended:
         found.setdefault("attention", found["current"])
@@ -143,6 +146,12 @@ def _only_or_last(names: list[str]) -> str | None:
         return names[0]
     steps = [n for n in names if n.removeprefix("step-").isdigit()]
     return max(steps, key=lambda n: int(n.removeprefix("step-"))) if steps else None
+
+
+def _is_generated(folder: Path) -> bool:
+    """Whether the signals in a folder come from generation, and the others are elsewhere."""
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.stage == Critical.name
 
 
 def _has_attention(folder: Path) -> bool:

@@ -108,7 +108,7 @@ def identify(job: Job, digests: Digests) -> Identity:
 
 def _input(name: str, folder: Path) -> Manifest:
     manifest = manifests.finished(folder, name)
-    expected = _MADE_BY.get(name, ("score", "observed"))
+    expected = _MADE_BY.get(name, ("score", "observed", "critical"))
     if manifest.stage not in expected:
         raise UsageError(
             f"{folder}: written by {manifest.stage!r}; {name} has to be what {expected[0]!r} wrote"

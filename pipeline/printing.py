@@ -88,6 +88,26 @@ def _score(m: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _critical(m: dict[str, Any]) -> list[str]:
+    answers = ", ".join(f"{name} {count:,}" for name, count in m["outcomes"].items()) or "none"
+    lines = [
+        f"greedy answers to {m['examples']:,} examples: {answers}",
+        f"{m['critical']:,} of {m['tried']:,} response tokens that were tried are critical; not tried (null): "
+        + (", ".join(f"{name} {count:,}" for name, count in m["not_tried"].items()) or "none"),
+        "the method critical-tokens drops what was not tried, or keeps it with --param untried=keep",
+    ]
+    if m["answers_cut"] or m["continuations_cut"]:
+        lines.append(
+            f"cut at max_new_tokens and judged as they stood: {m['answers_cut']:,} answers, "
+            f"{m['continuations_cut']:,} continuations"
+        )
+    if m["first_wrong"] is not None:
+        lines.append(f"first example answered wrongly: {m['first_wrong']}")
+    if m["first_error"] is not None:
+        lines.append(f"warning: {m['first_error']}; where a checker raises, nothing is tried")
+    return lines
+
+
 def _select(m: dict[str, Any]) -> list[str]:
     lines = [
         f"kept {m['kept']:,} of {m['response_tokens']:,} response tokens ({m['kept_share']:.1%}), dropped "
@@ -130,6 +150,7 @@ _SUMMARIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "part": _part,
     "anchor": _anchor,
     "score": _score,
+    "critical": _critical,
     "select": _select,
     "pull": _select,
     "export": _export,

@@ -14,9 +14,9 @@ from typing import Literal
 
 from sstoken.errors import UsageError
 
-Need = Literal["distribution", "attention", "second look", "second checkpoint"]
+Need = Literal["distribution", "attention", "second look", "second checkpoint", "generation"]
 """What a signal is computed from: the distribution that predicts the token; attention weights of a layer; another pass
-over the data; another checkpoint beside the first."""
+over the data; another checkpoint beside the first; what the checkpoint generates (the verb `critical`)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Signal:
     from_second: bool = False
     """An example's first response token has none: null in its column."""
     argument: str | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether it may be null where it was not measured, within a budget."""
+        return self.needs == "generation"
 
     @property
     def base(self) -> str:
@@ -120,6 +125,14 @@ def _signals() -> list[Signal]:
             other,
             takes="checkpoint",
             bare=False,
+        ),
+        Signal(
+            "critical",
+            "0 or 1",
+            "1: without the token, every greedy continuation ends wrong; null: not tried",
+            0,
+            1,
+            "generation",
         ),
     ]  # fmt: skip
 

@@ -67,7 +67,15 @@ def load_with_unused(
         )
     except Exception as error:  # transformers and safetensors raise many types
         raise SstokenError(f"{ref}: the model does not load ({_why_not(ref, error)})") from error
+    if attention is None and _drops_capping(model):
+        model.set_attn_implementation("eager")
     return model, check_loaded(ref, model, report)
+
+
+def _drops_capping(model: Any) -> bool:
+    """Whether transformers chose an attention function that leaves out the model's soft-capping."""
+    config = model.config.get_text_config()
+    return bool(getattr(config, "attn_logit_softcapping", None)) and config._attn_implementation == "sdpa"
 
 
 def _why_not(ref: str, error: Exception) -> str:

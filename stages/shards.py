@@ -117,7 +117,8 @@ class Shard:
             if not np.array_equal(offsets, self.offsets):
                 raise SstokenError(f"{path}: not row-aligned with {self.tokens}; score these tokens again")
             found[name] = values[self.response].astype(np.float64)
-            if not get_signal(column).from_second and not np.isfinite(found[name]).all():
+            signal = get_signal(column)
+            if not (signal.from_second or signal.partial) and not np.isfinite(found[name]).all():
                 raise SstokenError(
                     f"{path}: column {column!r} has no value for a response token; score again"
                 )
@@ -149,6 +150,12 @@ def check_measured(method: str, inputs: tuple[str, ...], scores: Mapping[str, Pa
         parts = tables.parts(folder)
         if parts and column not in tables.columns(parts[0]):
             facts = tables.read_metadata(parts[0])
+            if get_signal(column).needs == "generation":
+                raise SstokenError(
+                    f"{folder}: method {method!r} needs {name}, which was not measured; run sstoken-curate {column} "
+                    f"--tokens {tokens} --ckpt {facts['checkpoint']} --out {folder.parent / column}, then select with "
+                    f"--role {role}={column}"
+                )
             there = [c for c in tables.columns(parts[0]) if c != "example_id"]
             signals = " ".join(f"--signal {signal}" for signal in [*there, column])
             raise SstokenError(

@@ -102,6 +102,7 @@ def test_all_stages_are_found():
         "encode",
         "part",
         "anchor",
+        "critical",
         "score",
         "score_from_training",
         "select",
@@ -150,13 +151,13 @@ def test_the_method_does_no_input_or_output():
         assert not names & {"pyarrow", "polars", "datasets", "pathlib", "os", "io", "json"}, path
 
 
-def test_transformers_is_imported_where_its_attention_interface_is_used():
+def test_transformers_is_imported_where_its_attention_interface_or_cache_is_used():
     with_transformers = [
         path.name
         for path in files("sstoken")
         if any(name.partition(".")[0] == "transformers" for name in imported(path))
     ]
-    assert set(with_transformers) == {"capture.py", "packed.py", "trainer.py"}
+    assert set(with_transformers) == {"capture.py", "generation.py", "packed.py", "trainer.py"}
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():

@@ -34,6 +34,7 @@ from sstoken.pipeline.verbs.command import (
 from sstoken.pipeline.yaml_steps import chosen, combinations, label, swept
 from sstoken.stages import manifest as manifests
 from sstoken.stages.anchor import Anchor
+from sstoken.stages.critical import Critical
 from sstoken.stages.encode import Encode
 from sstoken.stages.export import Export
 from sstoken.stages.exporting import get_target
@@ -44,7 +45,7 @@ from sstoken.stages.score_from_training import Observed
 from sstoken.stages.select import Select
 from sstoken.stages.stage import Settings
 
-__all__ = ["Result", "anchor", "commit", "encode", "export", "observed", "score", "select"]
+__all__ = ["Result", "anchor", "commit", "critical", "encode", "export", "observed", "score", "select"]
 
 
 class _Output(Settings):
@@ -152,6 +153,26 @@ def _show_scores(values: dict[str, Any], as_json: bool) -> None:
 
 
 score = verb(ScoreCall, _show_scores)
+
+
+class CriticalCall(_Output, Critical):
+    """Which tokens a right answer hangs on: the signal critical, by generation and a checker, into OUT.
+
+    Example:
+      sstoken-curate critical --tokens runs/tokens --ckpt runs/demo/base --checker exact --out runs/scores/critical
+    """
+
+    tokens: Place
+    """A finished tokens folder."""
+    checkpoint: Annotated[str, Option(flag="--ckpt", value="M")]
+    """The checkpoint: folder, LoRA adapter or Hub id."""
+
+    def do(self) -> Result:
+        job = Job(stage_of(self, Critical), {"tokens": place(self.tokens)}, place(self.out), seed=0)
+        return execute(job, Digests(), force=self.force)
+
+
+critical = verb(CriticalCall)
 
 
 class ObservedCall(_Output, Observed):

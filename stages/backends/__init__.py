@@ -198,6 +198,10 @@ def check_backend(name: str, options: BackendOptions, workers: int = 1) -> None:
     Raises:
         UsageError: an unknown backend or setting, or a checkpoint that it does not take.
     """
+    if made := [s.name for s in get_signals(options.signals) if s.needs == "generation"]:
+        raise UsageError(
+            f"score does not measure {made[0]}, which takes generation; run sstoken-curate {made[0]}"
+        )
     name = resolve_backend(name, options)
     if name == DEFAULT and not options.settings:
         return  # it refuses nothing unseen, and its module loads torch

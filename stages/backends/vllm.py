@@ -44,36 +44,21 @@ class VllmBackend(Backend):
     def __init__(self, options: BackendOptions) -> None:
         """vLLM starts with the first sequences: how long they are decides what it makes room for."""
         settings = _settings(options)
-        base = adapter_base(options.checkpoint)
-        full = base or options.checkpoint
+        full = adapter_base(options.checkpoint) or options.checkpoint
         self._config = limits.load_config(full, options.trust_remote_code)
         self._options = options
         self._batch_tokens = options.batch_tokens or _BATCH_TOKENS
         self._attention = [signal.name for signal in options.attention_signals]
         captured = bool(self._attention) and settings.attention == "vllm"
-        folder = local_folder(full)
-        model, revision = split_revision(full) if folder is None else (str(folder), None)
-        spec = EngineSpec(
-            model=model,
-            revision=revision,
+        spec = engine_spec(
+            options,
+            self._config,
+            settings,
             layer=limits.attention_layer(options, self._config) if captured else None,
-            dtype=limits.dtype_name(options, self._config),
-            longest=0,
-            batch_tokens=self._batch_tokens,
-            lora_rank=None if base is None else limits.lora_rank(options.checkpoint),
-            lora_modules=() if base is None else limits.lora_modules(options.checkpoint),
-            tensor_parallel_size=settings.tensor_parallel_size,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            quantization=settings.quantization,
-            trust_remote_code=options.trust_remote_code,
-            cpu_cache_bytes=max(
-                _SMALLEST_CACHE,
-                limits.cache_bytes(self._config, 2 * max(self._batch_tokens, self.max_length or 0)),
-            ),
+            cache_tokens=2 * max(self._batch_tokens, self.max_length or 0),
         )
-        log = None if options.log_folder is None else options.log_folder / "vllm.log"
-        self._engine = _engine(spec, options.device, log, stamp(full))
-        self._adapter = None if base is None else (next(_adapters), str(local_folder(options.checkpoint)))
+        self._engine = make_engine(spec, options)
+        self._adapter = numbered_adapter(options)
         self._other: Backend | None = None
         if self._attention and not captured:
             from sstoken.stages.backends.hf import HFBackend
@@ -122,7 +107,7 @@ class VllmBackend(Backend):
         room = self._room(max((ids.size for ids in sequences), default=0))
         for indices in self._calls(sequences, response_masks):
             masks = [response_masks[i] for i in indices]
-            reply = self._engine.score(
+            reply = self._engine.ask(
                 Request([sequences[i] for i in indices], masks, self._adapter, loss), room
             )
             for row, i in enumerate(indices):
@@ -175,6 +160,60 @@ def _engine(spec: EngineSpec, device: str, log: Path | None, stamp: tuple[Any, .
 
 _adapters = count(1)
 """vLLM knows adapters by number."""
+
+
+def engine_spec(
+    options: BackendOptions,
+    config: Any,
+    settings: limits.VllmSettings,
+    *,
+    layer: int | None,
+    cache_tokens: int,
+    prefix_caching: bool = False,
+) -> EngineSpec:
+    """What decides the engine of a checkpoint, for sequences of no length yet.
+
+    Args:
+        options: the checkpoint, and how it is to run.
+        config: its configuration.
+        settings: the backend's own.
+        layer: whose attention is captured; None: none.
+        cache_tokens: for how many tokens there is to be room for keys and values, on a CPU.
+        prefix_caching: see `EngineSpec`.
+    """
+    base = adapter_base(options.checkpoint)
+    full = base or options.checkpoint
+    folder = local_folder(full)
+    model, revision = split_revision(full) if folder is None else (str(folder), None)
+    return EngineSpec(
+        model=model,
+        revision=revision,
+        layer=layer,
+        dtype=limits.dtype_name(options, config),
+        longest=0,
+        batch_tokens=options.batch_tokens or _BATCH_TOKENS,
+        lora_rank=None if base is None else limits.lora_rank(options.checkpoint),
+        lora_modules=() if base is None else limits.lora_modules(options.checkpoint),
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        quantization=settings.quantization,
+        trust_remote_code=options.trust_remote_code,
+        cpu_cache_bytes=max(_SMALLEST_CACHE, limits.cache_bytes(config, cache_tokens)),
+        prefix_caching=prefix_caching,
+    )
+
+
+def make_engine(spec: EngineSpec, options: BackendOptions) -> Engine:
+    """The engine of that specification: the last one, if it was the same."""
+    log = None if options.log_folder is None else options.log_folder / "vllm.log"
+    return _engine(spec, options.device, log, stamp(adapter_base(options.checkpoint) or options.checkpoint))
+
+
+def numbered_adapter(options: BackendOptions) -> tuple[int, str] | None:
+    """A number of its own and the folder, where the checkpoint is an adapter."""
+    if adapter_base(options.checkpoint) is None:
+        return None
+    return next(_adapters), str(local_folder(options.checkpoint))
 
 
 def _settings(options: BackendOptions) -> limits.VllmSettings:

@@ -10,10 +10,13 @@ import sys
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from sstoken.stages.backends.vllm_generating import Generated, Prefixes
 
 MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
 """Of the layer's output computed anew from vLLM's, relative; in 16 bits the values and the output are rounded."""
@@ -41,6 +44,8 @@ class EngineSpec:
     trust_remote_code: bool
     cpu_cache_bytes: int
     """For keys and values, on a CPU; on a GPU they get what is left of its share."""
+    prefix_caching: bool = False
+    """For generation: keep the keys and values of prompts for those that begin alike. No attention is captured then."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Reply:
     """Of each sequence's response tokens; None where not asked for."""
     importance: list[NDArray[np.float32]] | None = None
     """Likewise."""
+    generated: "list[Generated] | None" = None
+    """After each prefix."""
 
 
 class EngineError(Exception):
@@ -82,8 +89,8 @@ class Scorer:
         settings: dict[str, Any] = {
             "max_model_len": spec.longest + 1,  # a request has to leave room for one new token
             "max_num_batched_tokens": max(spec.batch_tokens, spec.longest + 1),
-            "enable_chunked_prefill": False,  # attention is captured of whole sequences
-            "enable_prefix_caching": False,
+            "enable_chunked_prefill": spec.prefix_caching,  # attention is captured of whole sequences
+            "enable_prefix_caching": spec.prefix_caching,
             "enforce_eager": True,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
@@ -132,22 +139,23 @@ class Scorer:
                 f"the {total} heads are spread as {heads} over the workers; legal is an equal share each"
             )
 
+    def generate(self, prefixes: "Prefixes") -> Reply:
+        """Continuations or candidates."""
+        from sstoken.stages.backends.vllm_generating import generate
+
+        return Reply(generated=generate(self._llm, prefixes, _lora(prefixes.adapter)))
+
     def score(self, request: Request) -> Reply:
         """Losses, and importance if a layer is captured."""
         from vllm import TokensPrompt
-        from vllm.lora.request import LoRARequest
 
-        lora = None
-        if request.adapter is not None:
-            number, folder = request.adapter
-            lora = LoRARequest(f"adapter-{number}", number, folder)
         names = self._expect(request) if self._spec.layer is not None else []
         pairs = list(zip(request.sequences, request.response_masks, strict=True))
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in request.sequences],
             [self._sampling(ids, mask, request.loss) for ids, mask in pairs],
             use_tqdm=False,
-            lora_request=lora,
+            lora_request=_lora(request.adapter),
         )
         losses = None
         if request.loss:
@@ -220,6 +228,15 @@ class Scorer:
         return [np.mean(of_one, axis=0, dtype=np.float32) for of_one in zip(*shares, strict=True)]
 
 
+def _lora(adapter: tuple[int, str] | None) -> Any:
+    """vLLM's name of an adapter: its number and folder."""
+    if adapter is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"adapter-{adapter[0]}", *adapter)
+
+
 def _line(error: BaseException) -> str:
     errors = getattr(error, "errors", None)
     if callable(errors):  # pydantic's first line says only how many there are
@@ -236,8 +253,10 @@ def _answer(connection: Connection) -> None:
             if scorer is None:
                 scorer = Scorer(asked)
                 reply = Reply()
-            else:
+            elif isinstance(asked, Request):
                 reply = scorer.score(asked)
+            else:
+                reply = scorer.generate(asked)
         except Exception as error:  # vLLM raises anything
             import traceback
 

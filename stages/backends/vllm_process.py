@@ -9,9 +9,13 @@ import weakref
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sstoken.errors import SstokenError
 from sstoken.stages.backends.vllm_engine import EngineSpec, Reply, Request
+
+if TYPE_CHECKING:
+    from sstoken.stages.backends.vllm_generating import Prefixes
 
 _ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # else the first log-softmax compiles for seconds
@@ -46,11 +50,11 @@ class Engine:
         """Of the running process, if there is one."""
         return None if self._process is None else self._process.pid
 
-    def score(self, request: Request, longest: int) -> Reply:
-        """The signals of some sequences.
+    def ask(self, request: "Request | Prefixes", longest: int) -> Reply:
+        """The signals of some sequences, or what comes after some prefixes.
 
         Args:
-            request: what to score.
+            request: what to score, or to go on from.
             longest: tokens that a sequence of this checkpoint may have; an engine made for fewer starts anew.
 
         Raises:
@@ -94,7 +98,7 @@ class Engine:
         self._end = weakref.finalize(self, _end, process, self._connection)
         self._ask(self._spec)
 
-    def _ask(self, question: EngineSpec | Request) -> Reply:
+    def _ask(self, question: "EngineSpec | Request | Prefixes") -> Reply:
         assert self._connection is not None
         try:
             self._connection.send(question)
@@ -109,9 +113,10 @@ class Engine:
             hint = ""
             if "out of memory" in reply.problem.lower():
                 hint = "; lower the backend option gpu_memory_utilization, or --batch-tokens"
+            verb = "generate with" if self._spec.prefix_caching else "score"
             where = f"see {self._log}, or " if self._log is not None else ""
             raise SstokenError(
-                f"{self._spec.model}: vLLM does not score it ({reply.problem}){hint}; {where}use --backend hf"
+                f"{self._spec.model}: vLLM does not {verb} it ({reply.problem}){hint}; {where}use --backend hf"
             )
         return reply
 

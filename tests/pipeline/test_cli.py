@@ -136,7 +136,7 @@ def _greet(whom: str) -> None:
         "import sys\nfrom sstoken import curate\nassert curate.greet('you') == 'hello you'\n"
         "from sstoken.pipeline.cli import main\nmain(sys.argv[1:])"
     )
-    for arguments, printed in ((["--help"], "greet    Say hello."), (["greet", "me"], "hello me")):
+    for arguments, printed in ((["--help"], "greet Say hello."), (["greet", "me"], "hello me")):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env=environment() | {"PYTHONPATH": str(tmp_path)},

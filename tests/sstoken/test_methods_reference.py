@@ -31,6 +31,8 @@ def make_tokens(seed, counts):
             values = np.round(values * 4) / 4
         if kind == "loss_unconditional":
             values[offsets[:-1][np.array(counts) > 0]] = np.nan
+        if kind == "critical":
+            values = np.array([0.0, 1.0, np.nan])[(values * 3).astype(int)]
         signals[name] = values
     prompts = random.integers(1, 9, len(counts))
     positions = np.concatenate([[], *(np.arange(n) + p for n, p in zip(counts, prompts, strict=True))])
@@ -230,6 +232,7 @@ KEPT = {
     "eksft-aligned": eksft("current.kl@history", "current.entropy"),
     "t-shirt": tshirt,
     "prefix": prefix,
+    "critical-tokens": zipped(lambda critical: int(critical == 1), "current.critical"),
 }
 WEIGHTS = {
     "forgetting": forgetting,

@@ -1,0 +1,335 @@
+"""Greedy continuation with a transformers model: many branches of a few sequences, what they share computed once.
+
+Shapes: B rows of a batch, N cached positions, H key-value heads, D head size, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from sstoken.errors import SstokenError
+from sstoken.measure import rope
+from sstoken.measure.architecture import examine
+from sstoken.measure.branches import Branch, Continuation, IdArray
+
+_TIES = 16
+"""Candidates looked at beyond those asked for, so that of equally likely ones the lower ids are taken."""
+_MOST_ROWS = {"cpu": 64}
+_MOST_ROWS_ELSEWHERE = 512
+_KEPT_ROWS = 0.75
+"""When no larger share of a batch's rows is unfinished, the others are taken out."""
+
+
+class _ReservedLayer(DynamicLayer):
+    """Keys and values in a buffer with room for all tokens to come: `DynamicLayer` copies everything at each token."""
+
+    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+        """Take buffers [B, H, room, D] whose first `used` positions are filled."""
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._keys, self._values, self._used = keys, values, used
+        self.keys, self.values = keys[:, :, :used], values[:, :, :used]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append, and return all that is held."""
+        end = self._used + key_states.shape[-2]
+        self._keys[:, :, self._used : end] = key_states
+        self._values[:, :, self._used : end] = value_states
+        self._used = end
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep these rows of the batch alone."""
+        self._keys, self._values = self._keys[rows], self._values[rows]
+        self.keys, self.values = self._keys[:, :, : self._used], self._values[:, :, : self._used]
+
+
+class GreedyDecoder:
+    """A causal language model in evaluation mode that continues greedily."""
+
+    def __init__(self, model: Any, *, max_length: int | None, batch_tokens: int | None) -> None:
+        """Try the model, as before scoring: transformers' own attention may leave out soft-capping.
+
+        Args:
+            model: of transformers, in evaluation mode and on its device; its attention implementation is changed.
+            max_length: longest sequence in tokens that the model was made for; None: no limit.
+            batch_tokens: positions in a batch, prefixes and continuations counted; None: from the free memory.
+
+        Raises:
+            SstokenError: it cannot run on token ids alone, or is not causal.
+        """
+        self._model, self._max_length, self._batch_tokens = model, max_length, batch_tokens
+        rope.reset(model)
+        examine(model)
+        self._device = model.get_input_embeddings().weight.device
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._checked = False
+
+    @torch.inference_mode()
+    def candidates(self, ids: IdArray, positions: IdArray, count: int) -> IdArray:
+        """The likeliest tokens at some positions of a sequence, given what precedes them.
+
+        Args:
+            ids: [T].
+            positions: [P], each at least 1.
+            count: how many candidates.
+
+        Returns:
+            [P, count], likeliest first; of equally likely ones the lower id.
+        """
+        last = int(positions.max())
+        inputs = self._row(ids[:last])
+        keep = torch.as_tensor(positions - 1, dtype=torch.long, device=self._device)
+        logits = self._logits(keep, input_ids=inputs, use_cache=False)[0]
+        self._check_finite(logits)
+        values, tokens = logits.topk(min(count + _TIES, logits.shape[-1]))
+        order = np.lexsort((tokens.cpu().numpy(), -values.float().cpu().numpy()))[:, :count]
+        return np.take_along_axis(tokens.cpu().numpy(), order, 1).astype(np.int32)
+
+    def continue_greedily(
+        self,
+        sequences: Sequence[IdArray],
+        branches: Sequence[Branch],
+        stop: Collection[int],
+        max_new_tokens: int,
+    ) -> Iterator[tuple[int, Continuation]]:
+        """Yield `(index, continuation)` for every branch, in any order.
+
+        The keys and values of a sequence are computed once for all its branches of a batch. Batches take branches in
+        the order of their sequences, and are halved where they do not fit into memory.
+
+        Args:
+            sequences: token ids, [T] each.
+            branches: where to go on from.
+            stop: ids that end a continuation, none of which it keeps; a branch whose own token is one is at its end.
+            max_new_tokens: at which a continuation is cut; at the model's longest sequence too.
+        """
+        self._check_rope(branches, max_new_tokens)
+        order = sorted(range(len(branches)), key=lambda i: (branches[i].sequence, branches[i].length))
+        todo: list[int] = []
+        for i in order:
+            if branches[i].token is not None and branches[i].token in stop:
+                yield i, Continuation(np.zeros(0, np.int32), True)
+            elif self._room(branches[i], max_new_tokens) < 1:
+                yield i, Continuation(np.zeros(0, np.int32), False)
+            else:
+                todo.append(i)
+        most = len(todo)
+        while todo:
+            count = min(most, self._batch_rows(sequences, [branches[i] for i in todo], max_new_tokens))
+            batch = todo[:count]
+            try:
+                found = self._decode(sequences, [branches[i] for i in batch], stop, max_new_tokens)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if count == 1 or not _out_of_memory(error):
+                    raise
+                most = count // 2
+                continue
+            yield from zip(batch, found, strict=True)
+            todo = todo[count:]
+
+    def _room(self, branch: Branch, max_new_tokens: int) -> int:
+        """How many tokens may come after the branch."""
+        length = branch.length + (branch.token is not None)
+        return max_new_tokens if self._max_length is None else min(max_new_tokens, self._max_length - length)
+
+    def _batch_rows(self, sequences: Sequence[IdArray], branches: Sequence[Branch], new: int) -> int:
+        """How many of the branches, from the first, make a batch."""
+        most = _MOST_ROWS.get(self._device.type, _MOST_ROWS_ELSEWHERE)
+        room = self._batch_tokens
+        if room is None:
+            first = branches[0]
+            cache = self._prefill(sequences[first.sequence][: first.length])
+            bytes_a_position = (
+                sum(t.nbytes for layer in cache for t in layer if t is not None) // first.length
+            )
+            room = self._batch_tokens = max(1, _free_memory(self._device) // 3 // max(1, bytes_a_position))
+        longest = 0
+        for count, branch in enumerate(branches[:most]):
+            longest = max(longest, branch.length + 1 + new)
+            if count and (count + 1) * longest > room:
+                return count
+        return min(most, len(branches))
+
+    @torch.inference_mode()
+    def _prefill(self, ids: IdArray) -> list[tuple[Tensor | None, Tensor | None]]:
+        """The keys and values [1, H, N, D] of each layer; None where a layer uses another's."""
+        cache = DynamicCache()
+        inputs = self._row(ids)
+        try:
+            self._logits(inputs.new_tensor([ids.size - 1]), input_ids=inputs, past_key_values=cache)
+            layers = [
+                (layer.keys, layer.values) if layer.is_initialized else (None, None) for layer in cache.layers
+            ]
+            shapes = [keys.shape[-2] for keys, _ in layers if keys is not None]
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            raise self._without_cache() from error
+        if not shapes or set(shapes) != {ids.size}:
+            raise self._without_cache()
+        return layers
+
+    def _without_cache(self) -> SstokenError:
+        return SstokenError(
+            f"{type(self._model).__name__}: generation needs a model whose every layer caches keys and values for all "
+            "tokens, which this one's do not; use --backend vllm"
+        )
+
+    @torch.inference_mode()
+    def _decode(
+        self, sequences: Sequence[IdArray], branches: Sequence[Branch], stop: Collection[int], new: int
+    ) -> list[Continuation]:
+        """Rows are padded on the left, so that all write their next token at the same place."""
+        # The last token of each branch is fed to the model; what precedes it is cached.
+        cached = np.array([b.length - (b.token is None) for b in branches])
+        feed = [sequences[b.sequence][b.length - 1] if b.token is None else b.token for b in branches]
+        rooms = [self._room(b, new) for b in branches]
+        width = int(cached.max())
+        cache = self._branch_cache(sequences, branches, cached, width, width + max(rooms))
+        mask = torch.zeros(len(branches), width + max(rooms), dtype=torch.long, device=self._device)
+        for row, length in enumerate(cached):
+            mask[row, width - length :] = 1
+        positions = torch.as_tensor(cached, dtype=torch.long, device=self._device)[:, None]
+        top = None if self._max_length is None else self._max_length - 1  # a finished row goes on for a while
+        tokens = torch.as_tensor(np.array(feed), dtype=torch.long, device=self._device)[:, None]
+        said: list[list[int]] = [[] for _ in branches]
+        ended = [False] * len(branches)
+        rows = list(range(len(branches)))  # which branch each row of the batch is
+        for step in range(max(rooms)):
+            logits = self._logits(
+                tokens.new_tensor([0]),
+                input_ids=tokens,
+                position_ids=positions + step if top is None else (positions + step).clamp(max=top),
+                attention_mask=mask[:, : width + step + 1],
+                past_key_values=cache,
+            )
+            self._check_finite(logits)
+            if not self._checked:
+                self._check(sequences[branches[0].sequence], branches[0], logits[0, 0])
+            tokens = logits.argmax(-1)  # the lowest id of equally likely ones
+            unfinished = []
+            for place, (row, token) in enumerate(zip(rows, tokens[:, 0].tolist(), strict=True)):
+                if ended[row] or len(said[row]) == rooms[row]:
+                    continue
+                if token in stop:
+                    ended[row] = True
+                    continue
+                said[row].append(token)
+                if len(said[row]) < rooms[row]:
+                    unfinished.append(place)
+            if not unfinished:
+                break
+            if len(unfinished) <= _KEPT_ROWS * len(rows):
+                kept = torch.as_tensor(unfinished, device=self._device)
+                tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
+                rows = [rows[place] for place in unfinished]
+                for layer in cache.layers:
+                    if isinstance(layer, _ReservedLayer):
+                        layer.keep_rows(kept)
+        return [Continuation(np.array(ids, np.int32), end) for ids, end in zip(said, ended, strict=True)]
+
+    def _branch_cache(
+        self,
+        sequences: Sequence[IdArray],
+        branches: Sequence[Branch],
+        cached: NDArray[np.int64],
+        width: int,
+        room: int,
+    ) -> DynamicCache:
+        """The cache of a batch: each row holds the beginning of its sequence, at the right end of `width` positions."""
+        buffers: list[tuple[Tensor, Tensor] | None] = []
+        last = -1
+        computed: list[tuple[Tensor | None, Tensor | None]] = []
+        for row, branch in enumerate(branches):
+            if branch.sequence != last:
+                last = branch.sequence
+                of_sequence = [n for n, b in zip(cached, branches, strict=True) if b.sequence == last]
+                computed = self._prefill(sequences[last][: max(1, *of_sequence, 1)])
+            if not buffers:
+                for keys, values in computed:
+                    if keys is None or values is None:
+                        buffers.append(None)
+                        continue
+                    shapes = [(len(branches), t.shape[1], room, t.shape[3]) for t in (keys, values)]
+                    buffers.append((keys.new_zeros(shapes[0]), values.new_zeros(shapes[1])))
+            length = int(cached[row])
+            for buffer, (keys, values) in zip(buffers, computed, strict=True):
+                if buffer is not None and keys is not None and values is not None:
+                    buffer[0][row, :, width - length : width] = keys[0, :, :length]
+                    buffer[1][row, :, width - length : width] = values[0, :, :length]
+        cache = DynamicCache()
+        cache.layers = [DynamicLayer() if b is None else _ReservedLayer(*b, width) for b in buffers]
+        return cache
+
+    def _check(self, ids: IdArray, branch: Branch, found: Tensor) -> None:
+        """Compare a row of the first batch with the same tokens alone, without any cache.
+
+        Raises:
+            SstokenError: padding or the cache changes what this model says.
+        """
+        own = [] if branch.token is None else [branch.token]
+        alone = torch.as_tensor([[*ids[: branch.length].tolist(), *own]], device=self._device)
+        expected = self._logits(alone.new_tensor([alone.shape[1] - 1]), input_ids=alone, use_cache=False)[
+            0, 0
+        ]
+        difference = (expected.float() - found.float()).abs().max()
+        scale = expected.float().abs().max().clamp(min=1)
+        limit = 1e-3 if self._model.dtype in (torch.float32, torch.float64) else 5e-2
+        if not difference <= limit * scale:
+            raise SstokenError(
+                f"{type(self._model).__name__}: its logits in a padded batch with cached keys and values are not those "
+                f"of the same tokens alone (off by {float(difference):.3g}); use --backend vllm"
+            )
+        self._checked = True
+
+    def _check_finite(self, logits: Tensor) -> None:
+        if logits.amax(-1).isnan().any():
+            raise SstokenError(
+                f"{type(self._model).__name__}: NaN logits; the checkpoint or its dtype ({self._model.dtype}) is broken"
+            )
+
+    def _check_rope(self, branches: Sequence[Branch], new: int) -> None:
+        """Refuse continuations in whose course the rotary embedding changes: what is cached would be of another."""
+        kind = rope.length_class(self._model)
+        if kind is None:
+            return
+        rope.reset(self._model)
+        longest = max((b.length + 1 + self._room(b, new) for b in branches), default=1)
+        if kind(1) != kind(longest):
+            raise SstokenError(
+                f"{type(self._model).__name__}: its rotary embedding changes before {longest} tokens, within the "
+                "answers; lower max_new_tokens, or leave out the longest examples"
+            )
+
+    def _row(self, ids: IdArray) -> Tensor:
+        """[1, T]."""
+        return torch.as_tensor(ids.astype(np.int64), device=self._device)[None]
+
+    def _logits(self, positions: Tensor, **inputs: Any) -> Tensor:
+        """[B, len(positions), V]."""
+        if self._keeps:
+            logits: Tensor = self._model(**inputs, logits_to_keep=positions).logits
+            return logits
+        every: Tensor = self._model(**inputs).logits
+        return every[:, positions]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,288 @@
+"""`critical`: which response tokens a right answer hangs on, by generation and a checker."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from sstoken.errors import SstokenError
+from sstoken.signals import get_signal
+from sstoken.stages import checkpoints, joins, tables
+from sstoken.stages.backends import BackendOptions, Latest, Setting, deciding_settings, resolve_backend
+from sstoken.stages.backends.generation import Generator, check_generator, make_generator
+from sstoken.stages.checkers import Checker
+from sstoken.stages.criticality import NO_REFERENCE, OUTCOMES, RAISED, RIGHT, WRONG, Judge, Problem, Verdict
+from sstoken.stages.sharded import ShardedStage, Work
+from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task, Worker
+from sstoken.stages.vocabularies import check_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CRITICAL = "critical"
+_PROBLEMS_TOGETHER = 64
+_BUDGET, _EARLIER_TURN = "over max_positions", "earlier turn"
+_WHY_NOT = {WRONG: "answer wrong", NO_REFERENCE: "reference not accepted by the checker", RAISED: RAISED}
+
+
+class Critical(ShardedStage):
+    """Measure the signal `critical` of one checkpoint. Reads `tokens`; writes row-aligned shards of the same names."""
+
+    name: ClassVar[str] = "critical"
+    folder: ClassVar[str] = "scores"
+    unit: ClassVar[str] = "examples"
+    follows_sources: ClassVar[bool] = True
+
+    checkpoint: Annotated[str, BY_CONTENT]
+    """A folder, a LoRA adapter's folder, or a Hub id."""
+    checker: str = "final-number"
+    """What says whether an answer is right: final-number (the number after `####`, or the last one), exact (the same
+    text), or MODULE:FUNCTION, called as function(answer, reference)."""
+    max_positions: Annotated[int, Field(ge=0)] = 32
+    """Response tokens of an example that are tried, at even distances; the others are null. 0: all."""
+    alternatives: Annotated[int, Field(ge=1, le=8)] = 2
+    """How many other tokens replace a token, the likeliest first. It is critical if all of them end wrong."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """At which a continuation is cut, and judged as it stands."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Of the weights. auto: as the checkpoint stores them. In 16 bits, ties are common."""
+    backend: str = "auto"
+    """Inference backend: hf (transformers) or vllm. auto: vllm on a GPU where it is installed and takes the checkpoint,
+    else hf."""
+    backend_options: dict[str, Setting] = Field(default_factory=dict)
+    """The backend's own settings, such as vllm's `tensor_parallel_size`."""
+    batch_tokens: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
+    """Positions in a batch, at most, prefixes and continuations counted. None: from the free memory. Halved when a
+    batch does not fit."""
+    device: Annotated[str, SPEED_ONLY] = "auto"
+    """cpu, cuda, mps, ..., or a list with one for each worker: cuda:0,cuda:1. auto: the best that is there."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+
+    def check(self) -> None:
+        """Refuse a checker that is not there, a checkpoint that is not whole, and a backend that cannot generate."""
+        Checker(self.checker)
+        checkpoints.check_loadable(self.checkpoint)
+        check_generator(self.backend, self.for_backend(), self.workers or 1)
+
+    def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        """The checkpoint's content, and the file of the checker."""
+        found: dict[str, Any] = {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
+        if (source := Checker(self.checker).source) is not None:
+            found["checker"] = digest(source)
+        return found
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """The backend is the one that runs."""
+        options = self.for_backend()
+        backend = resolve_backend(self.backend, options)
+        fields = super().fingerprinted() | {"backend": backend}
+        del fields["backend_options"]
+        if deciding := deciding_settings(backend, options):
+            fields["backend_options"] = deciding
+        return fields
+
+    def for_backend(self, log_folder: Path | None = None, device: str | None = None) -> BackendOptions:
+        """What the backend gets to know."""
+        return BackendOptions(
+            checkpoint=self.checkpoint,
+            signals=(),
+            layer=None,
+            dtype=self.dtype,
+            device=device or self.device.partition(",")[0],
+            batch_tokens=self.batch_tokens,
+            trust_remote_code=self.trust_remote_code,
+            settings=tuple(sorted(self.backend_options.items())),
+            log_folder=log_folder,
+        )
+
+    def work(self, context: Context) -> Work:
+        """A task a shard."""
+        tokens = context.inputs["tokens"]
+        own = checkpoints.own_tokenizer(self.checkpoint, trust_remote_code=self.trust_remote_code)
+        check_vocabulary(self.checkpoint, own, tokens)
+        parts = tables.parts(tokens)
+        return Work(
+            _CriticalShard(self, context.out, context.fingerprint),
+            [Task(context.out / path.name, tables.num_rows(path), path) for path in parts],
+        )
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Sum up the shards."""
+        metadata = [tables.read_metadata(path) for path in tables.parts(context.out)]
+        stats = [m["stats"] for m in metadata]
+        summary: dict[str, Any] = {"checkpoint": self.checkpoint, "checker": self.checker}
+        for key, value in (stats[0] if stats else {}).items():
+            if isinstance(value, int):
+                summary[key] = sum(s[key] for s in stats)
+            elif isinstance(value, dict):
+                summary[key] = dict(sum((Counter(s[key]) for s in stats), Counter()))
+            else:
+                summary[key] = next((s[key] for s in stats if s[key] is not None), None)
+        if remarks := sorted({m["computed_with"] for m in metadata if m.get("computed_with")}):
+            summary["computed_with"] = "; ".join(remarks)
+        return summary
+
+
+@Latest
+def _generator(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Generator:
+    """One generator per process; `stamp` tells when the checkpoint's files have changed."""
+    return make_generator(name, options)
+
+
+class _CriticalShard:
+    """Judges one shard of tokens; pickles into worker processes."""
+
+    def __init__(self, stage: Critical, out: Path, run: str) -> None:
+        self._stage, self._out, self._run = stage, out, run
+
+    def __call__(self, tokens: Path, worker: Worker) -> None:
+        """Write what is critical in the shard."""
+        stage = self._stage
+        table = tables.read_table(tokens)
+        sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
+        example_ids = table["example_id"].to_pylist()
+        options = stage.for_backend(self._out.parent, worker.device)
+        generator = _generator(stage.backend, options, checkpoints.stamp(stage.checkpoint))
+        _check_lengths(stage, tokens, generator, example_ids, sequences)
+        problems = [_problem(ids, mask) for ids, mask in zip(sequences, masks, strict=True)]
+        tokenizer = checkpoints.load_tokenizer(str(tokens.parent / "tokenizer"))
+        judge = Judge(
+            generator=generator,
+            checker=Checker(stage.checker),
+            text=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            stop=_stop_tokens(stage.checkpoint, tokenizer, problems),
+            max_positions=stage.max_positions,
+            alternatives=stage.alternatives,
+            max_new_tokens=stage.max_new_tokens,
+            advance=worker.advance,
+        )
+        asked = [i for i, problem in enumerate(problems) if problem is not None]
+        verdicts: dict[int, Verdict] = {}
+        worker.advance(len(problems) - len(asked))
+        for start in range(0, len(asked), _PROBLEMS_TOGETHER):
+            some = asked[start : start + _PROBLEMS_TOGETHER]
+            judged = judge([problem for i in some if (problem := problems[i]) is not None])
+            verdicts |= zip(some, judged, strict=True)
+            if not start:
+                _check_not_all_raised(judged, [example_ids[i] for i in some])
+        offsets = tables.flatten(table["input_ids"])[1]
+        critical = np.full(offsets[-1], np.nan, np.float32)
+        for i, verdict in verdicts.items():
+            problem = problems[i]
+            assert problem is not None
+            begin = offsets[i] + problem.first
+            critical[begin : begin + verdict.critical.size] = verdict.critical
+        provenance = {
+            "checkpoint": stage.checkpoint,
+            "checker": stage.checker,
+            "layer": None,
+            "dtype": stage.dtype,
+            "computed_with": generator.remark,
+            joins.TOKENS: joins.measured_fingerprint(tokens, table),
+            joins.RUN: self._run,
+        }
+        signal = get_signal(CRITICAL)
+        about = {CRITICAL: {"unit": signal.unit, "meaning": signal.meaning}}
+        stats = _stats(example_ids, masks, verdicts)
+        columns = [pa.array(example_ids, pa.string()), tables.lists(critical, offsets, tables.VALUES)]
+        schema = pa.schema([("example_id", pa.string()), (CRITICAL, tables.VALUES)])
+        metadata = {"kind": "scores", "signals": about, **provenance, "stats": stats}
+        tables.write_part(self._out / tokens.name, pa.Table.from_arrays(columns, schema=schema), metadata)
+
+
+def _problem(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Problem | None:
+    """The last run of response tokens with all that precedes it; None: there is no response."""
+    places = np.flatnonzero(mask)
+    if not places.size:
+        return None
+    breaks = np.flatnonzero(np.diff(places) > 1)
+    return Problem(ids[: places[-1] + 1], int(places[breaks[-1] + 1] if breaks.size else places[0]))
+
+
+def _stop_tokens(
+    checkpoint: str, tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem | None]
+) -> frozenset[int]:
+    """What generation stops on by the checkpoint's configuration, and the special tokens that end these responses."""
+    base = checkpoints.adapter_base(checkpoint) or checkpoint
+    named = tokenizer.convert_tokens_to_ids(checkpoints.stop_tokens(base, tokenizer))
+    ends = {int(problem.ids[-1]) for problem in problems if problem is not None}
+    special = {
+        *tokenizer.all_special_ids,
+        *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special),
+    }
+    return frozenset({*(i for i in named if isinstance(i, int)), *(ends & special)})
+
+
+def _check_not_all_raised(verdicts: Sequence[Verdict], example_ids: Sequence[str]) -> None:
+    """Refuse to go on where the checker raised at every one of the first problems.
+
+    Raises:
+        SstokenError: what it raised first.
+    """
+    if verdicts and all(verdict.outcome == RAISED for verdict in verdicts):
+        raise SstokenError(
+            f"{verdicts[0].error} (example {example_ids[0]!r}, and all of the first {len(verdicts)}); mend the "
+            "checker, called as function(answer, reference), and run the same command again"
+        )
+
+
+def _stats(
+    example_ids: Sequence[str], masks: Sequence[NDArray[np.bool_]], verdicts: dict[int, Verdict]
+) -> dict[str, Any]:
+    """Count what a shard holds.
+
+    `tried` and `not_tried` add up to `response_tokens`, `outcomes` and `no_response` to `examples`.
+    """
+    outcomes, not_tried = Counter[str](), Counter[str]()
+    firsts: dict[str, str] = {}
+    errors = [f"{v.error} (example {example_ids[i]!r})" for i, v in verdicts.items() if v.error is not None]
+    for i, verdict in verdicts.items():
+        outcomes[verdict.outcome] += 1
+        firsts.setdefault(verdict.outcome, example_ids[i])
+        count = verdict.critical.size
+        not_tried[_EARLIER_TURN] += int(masks[i].sum()) - count
+        if verdict.outcome != RIGHT:
+            not_tried[_WHY_NOT[verdict.outcome]] += count
+            continue
+        not_tried[_BUDGET] += int((~verdict.tried).sum())
+        not_tried[RAISED] += int((verdict.tried & np.isnan(verdict.critical)).sum())
+    values = np.concatenate([np.zeros(0, np.float32), *(v.critical for v in verdicts.values())])
+    return {
+        "examples": len(masks),
+        "no_response": len(masks) - len(verdicts),
+        "outcomes": {name: outcomes[name] for name in OUTCOMES if outcomes[name]},
+        "response_tokens": sum(int(mask.sum()) for mask in masks),
+        "tried": int(np.isfinite(values).sum()),
+        "critical": int((values == 1).sum()),
+        "not_tried": {name: count for name, count in sorted(not_tried.items()) if count},
+        "answers_cut": sum(verdict.cut for verdict in verdicts.values()),
+        "continuations_cut": sum(verdict.cut_branches for verdict in verdicts.values()),
+        "first_wrong": firsts.get(WRONG),
+        "first_error": errors[0] if errors else None,
+    }
+
+
+def _check_lengths(
+    stage: Critical,
+    tokens: Path,
+    generator: Generator,
+    example_ids: Sequence[str],
+    sequences: Sequence[NDArray[np.int32]],
+) -> None:
+    for example_id, ids in zip(example_ids, sequences, strict=True):
+        if int(ids.max()) >= generator.vocab_size:
+            raise SstokenError(
+                f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has token id {int(ids.max())}, beyond the "
+                f"model's vocabulary of {generator.vocab_size}; encode with this model's tokenizer"
+            )
+        if generator.max_length is not None and ids.size > generator.max_length:
+            raise SstokenError(
+                f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has {ids.size} tokens, the model takes "
+                f"{generator.max_length}; encode with --max-length {generator.max_length}"
+            )
