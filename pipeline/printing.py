@@ -9,6 +9,7 @@ from rich.text import Text
 
 from sstoken.pipeline.job import Result
 from sstoken.stages.processes import is_main_process
+from sstoken.stages.token_text import visible
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -19,6 +20,36 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
+
+
+def print_comparison(facts: dict[str, Any]) -> None:
+    """What `compare` found."""
+    print(f"{facts['response_tokens']:,} response tokens of {facts['examples']:,} examples that all have")
+    left = {name: number for name, number in facts["left_out"].items() if number}
+    if left:
+        print(
+            "not compared: "
+            + ", ".join(f"{number:,} examples of {name} alone" for name, number in left.items())
+        )
+    print("kept: " + ", ".join(f"{name} {share:.1%}" for name, share in facts["kept"].items()))
+    for pair in facts["pairs"]:
+        a, b = pair["first"], pair["second"]
+        print(
+            f"\n{a} and {b}: Jaccard {pair['jaccard']:.3f}, kappa {pair['kappa']:.3f}; "
+            f"{pair['only_first']:,} tokens in {a} alone, {pair['only_second']:,} in {b} alone"
+        )
+        tenths = " ".join(f"{row['differ']:4.0%}" for row in pair["by_tenth"])
+        print(f"  differ by position in the response, first tenth to last: {tenths}")
+        classes = ", ".join(
+            f"{row['class']} {row['differ']:.1%} of {row['tokens']:,}" for row in pair["by_class"]
+        )
+        print(f"  differ by class: {classes}")
+        low, middle, high = pair["by_example"]["jaccard_quartiles"]
+        print(f"  Jaccard by example: quartiles {low:.3f}, {middle:.3f}, {high:.3f}")
+        for row in pair["by_example"]["most_different"]:
+            print(
+                f"    {visible(row['example_id'], newline=' ')}: {row['differ']:.1%} of {row['tokens']:,} tokens differ"
+            )
 
 
 def print_result(name: str, result: Result, kind: str | None = None) -> None:

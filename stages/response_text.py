@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +72,7 @@ class ResponseText:
         found = [texts(int(i)) for i in self.ids]
         for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
             if any(_UNKNOWN in piece for piece in found[a:b]):  # a character of several tokens
-                tokenizer = load_tokenizer(str(self.tokenizer))
-                found[a:b] = token_texts(tokenizer, self.ids[a:b].tolist())
+                found[a:b] = token_texts(_tokenizer(self.tokenizer), self.ids[a:b].tolist())
         return found
 
     def spans(self, pool: str) -> IntArray:
@@ -150,10 +150,34 @@ def _new_sentence(last: str, piece: str) -> bool:
     return ended.endswith((".", "!", "?")) and (piece[0].isspace() or last[-1].isspace())
 
 
+class _Core:
+    """A tokenizer of the `tokenizers` library alone: importing transformers takes longer than all the rest."""
+
+    def __init__(self, file: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._core = Tokenizer.from_file(str(file))
+        self.added_tokens_decoder = self._core.get_added_tokens_decoder()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool, **_: Any) -> str:
+        return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer that made the tokens."""
+    if (folder / "tokenizer.json").is_file():
+        return _Core(folder / "tokenizer.json")
+    return load_tokenizer(str(folder))
+
+
 @lru_cache(maxsize=2)
 def _pieces_of(folder: Path) -> Callable[[int], str]:
     """The text of one token after others, by id."""
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = _tokenizer(folder)
     before = tokenizer.encode("a", add_special_tokens=False)[-1:]
 
     def decode(ids: list[int]) -> str:
@@ -170,6 +194,6 @@ def _pieces_of(folder: Path) -> Callable[[int], str]:
 
 @lru_cache(maxsize=2)
 def _special_ids(folder: Path) -> frozenset[int]:
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = _tokenizer(folder)
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(added | set(tokenizer.all_special_ids))
+    return frozenset(added | set(getattr(tokenizer, "all_special_ids", ())))

@@ -1,6 +1,7 @@
 """The verbs that look: at a masked dataset, a finished run, the methods, this machine."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ import click
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.cli_options import json_option
-from sstoken.pipeline.printing import print_table
+from sstoken.pipeline.printing import print_comparison, print_table
 from sstoken.pipeline.verbs.command import Place, command, place
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import MANIFEST
 
-__all__ = ["doctor", "methods", "show", "verify"]
+__all__ = ["compare", "doctor", "methods", "show", "verify"]
 
 
 def show(masked: Place, *, row: int | None = None, rows: int = 1, svg: Place | None = None) -> None:
@@ -72,6 +73,48 @@ def _methods(as_json: bool) -> None:
         print_table(*print_rows())
     for line in broken_entry_points():
         click.echo(line, err=True)
+
+
+def compare(masked: Sequence[Place], *, examples: int = 5) -> dict[str, Any]:
+    """How far masked datasets of the same tokens agree, and where they differ.
+
+    Example:
+      sstoken-curate compare runs/demo/masked-sstoken runs/demo/masked-rel
+
+    Args:
+        masked: finished masked folders, two or more; `NAME=FOLDER` names one.
+        examples: how many of the examples that differ most are listed of each pair.
+
+    Returns:
+        `kept` by name; `pairs` with Jaccard, Cohen's kappa, and the differences by position, token class and example.
+    """
+    from sstoken.stages.report.compare import compare_masked
+
+    named: dict[str, Path] = {}
+    for given in map(str, masked):
+        name, separator, folder = given.partition("=")
+        if not separator or "/" in name or Path(given).is_dir():
+            name, folder = Path(given).name or given, given
+        if name in named:
+            raise UsageError(f"two masked datasets are called {name!r}; name one of them: NAME={folder}")
+        named[name] = place(folder)
+    return compare_masked(named, examples)
+
+
+@command(
+    compare,
+    click.argument("masked", nargs=-1, required=True),
+    click.option(
+        "--examples", type=click.IntRange(min=0), default=5, show_default=True, help="How many to list."
+    ),
+    json_option,
+)
+def _compare(masked: tuple[str, ...], examples: int, as_json: bool) -> None:
+    facts = compare(masked, examples=examples)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        print_comparison(facts)
 
 
 def verify(folder: Place) -> tuple[list[Path], list[str]]:
