@@ -145,7 +145,7 @@ def _greet(whom: str) -> None:
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert printed in done.stdout
+        assert printed in " ".join(done.stdout.split())
 
 
 def test_without_a_verb(cli: CommandLine) -> None:
