@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow smollm2 test-trainers test-vllm lint format bench clean
+.PHONY: setup demo test test-slow smollm2 test-trainers test-vllm test-mutants lint format bench clean
 
 setup: $(READY)
 
@@ -50,6 +50,12 @@ test-trainers: $(READY)
 	$(BIN)/python tests/trainers/install.py $(TRAINERS)
 	TRAINERS="$(TRAINERS)" $(BIN)/python -m pytest -m trainers tests/trainers
 
+# How many small changes to the code that decides no fast test notices; half an hour, not in CI.
+test-mutants: $(READY)
+	$(BIN)/python -m pip install --quiet 'mutmut==3.8.1'
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 2
+	$(BIN)/python tests/mutants.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,4 +69,4 @@ bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-trainers $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trainers $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

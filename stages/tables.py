@@ -99,11 +99,7 @@ def write_row_groups(
         ours = {METADATA_KEY: json.dumps({**metadata, _DIGEST: _digest(metadata)}, sort_keys=True)}
     schema = schema.with_metadata(ours)
     floats = [f"{name}.list.element" for name in _float_columns(schema)]
-    ids = [
-        f.name if f.name == "example_id" else f"{f.name}.list.element"
-        for f in schema
-        if f.name in ("input_ids", "labels")
-    ]
+    ids = [f"{f.name}.list.element" for f in schema if f.name in ("input_ids", "labels")]
     with (
         atomic_file(path) as file,
         pq.ParquetWriter(

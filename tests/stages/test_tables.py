@@ -1,0 +1,163 @@
+"""Shards: what is written is read, and damage is one line."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sstoken.errors import SstokenError
+from sstoken.stages import tables
+
+ROWS = [
+    {"example_id": "a", "input_ids": [1, 2, 3], "response_mask": [False, True, True]},
+    {"example_id": "b", "input_ids": [], "response_mask": []},
+    {"example_id": "c", "input_ids": [4], "response_mask": [False]},
+]
+TABLE = pa.Table.from_pylist(ROWS, schema=tables.TOKENS)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / tables.part_name(0)
+    tables.write_part(path, TABLE, {"kind": "tokens", "size": 3})
+    return path
+
+
+def test_names_sort_in_the_order_of_the_shards(tmp_path):
+    assert tables.part_name(7) == "part-00007.parquet"
+    names = [tables.part_name(i) for i in (100_000, 3, 99_999)]
+    for name in [*names, "other.parquet", "part-1.txt"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in tables.parts(tmp_path)] == [names[1], names[2], names[0]]
+
+
+def test_what_is_written_is_read(shard):
+    assert tables.read_table(shard).equals(TABLE)
+    assert tables.read_table(shard, ["example_id"]).column_names == ["example_id"]
+    assert tables.read_metadata(shard) == {"kind": "tokens", "size": 3}
+    assert tables.read_metadata(shard, with_digest=True) == {"kind": "tokens", "size": 3}
+    assert tables.num_rows(shard) == 3
+    assert tables.columns(shard) == TABLE.column_names
+    assert tables.is_sound(shard)
+    assert [batch.num_rows for batch in tables.read_batches(shard, 2, ["example_id"])] == [2, 1]
+
+
+def test_a_file_has_our_metadata_alone(shard, tmp_path):
+    assert set(pq.read_schema(shard).metadata) == {tables.METADATA_KEY}
+    plain = tmp_path / "plain.parquet"
+    tables.write_part(plain, TABLE, None)
+    assert not pq.read_schema(plain).metadata
+    with pytest.raises(
+        SstokenError, match=r"plain.parquet: not written by sstoken \(no 'sstoken' metadata\)"
+    ):
+        tables.read_metadata(plain)
+    assert not tables.is_sound(plain)
+
+
+def test_how_columns_are_stored(tmp_path):
+    path = tmp_path / "part.parquet"
+    schema = tables.TOKENS.append(pa.field("loss", tables.VALUES))
+    rows = [row | {"loss": [None] * len(row["input_ids"])} for row in ROWS]
+    tables.write_part(path, pa.Table.from_pylist(rows, schema=schema), {})
+    group = pq.read_metadata(path).row_group(0)
+    stored = {group.column(i).path_in_schema.split(".")[0]: group.column(i) for i in range(4)}
+    assert {column.compression for column in stored.values()} == {"ZSTD"}
+    assert "RLE_DICTIONARY" in stored["input_ids"].encodings
+    assert "RLE_DICTIONARY" not in stored["example_id"].encodings
+    assert "RLE_DICTIONARY" not in stored["response_mask"].encodings
+    assert "BYTE_STREAM_SPLIT" in stored["loss"].encodings
+
+
+def test_row_groups(tmp_path):
+    path = tmp_path / "part.parquet"
+    tables.write_row_groups(path, [TABLE, TABLE.slice(1)], tables.TOKENS, {"a": 1})
+    assert pq.read_metadata(path).num_row_groups == 2
+    assert tables.read_metadata(path) == {"a": 1}
+    second = tables.read_row_group(path, 1, ["input_ids", "no such column"])
+    assert second.to_pylist() == [{"input_ids": []}, {"input_ids": [4]}]
+
+
+def test_changed_metadata_are_damage(shard, tmp_path):
+    path = tmp_path / "changed.parquet"
+
+    def rewrite(text):
+        schema = TABLE.schema.with_metadata({tables.METADATA_KEY: text})
+        pq.write_table(TABLE.cast(schema), path)
+
+    text = pq.read_schema(shard).metadata[tables.METADATA_KEY]
+    rewrite(text.replace(b"tokens", b"tokons"))
+    with pytest.raises(SstokenError, match="its metadata were changed"):
+        tables.read_metadata(path)
+    rewrite(b'{"kind": "tokens"}')  # as older versions wrote them
+    assert tables.read_metadata(path) == {"kind": "tokens"}
+    with pytest.raises(SstokenError, match="its metadata were changed"):
+        tables.read_metadata(path, with_digest=True)
+    assert not tables.is_sound(path)
+
+
+@pytest.mark.parametrize("size", [0, 10, 300])
+def test_a_cut_shard_is_one_line(shard, size):
+    shard.write_bytes(shard.read_bytes()[:size])
+    for read in (
+        tables.read_table,
+        tables.read_metadata,
+        tables.num_rows,
+        tables.columns,
+        lambda path: list(tables.read_batches(path, 1, ["example_id"])),
+        lambda path: tables.read_row_group(path, 0, ["example_id"]),
+    ):
+        with pytest.raises(
+            SstokenError, match=r"not a readable Parquet file .*; make its folder again"
+        ) as raised:
+            read(shard)
+        assert "\n" not in str(raised.value)
+        assert str(raised.value).startswith(str(shard))
+    assert not tables.is_sound(shard)
+
+
+def test_a_flipped_byte_in_a_page_is_damage(shard):
+    content = bytearray(shard.read_bytes())
+    content[60] ^= 255
+    shard.write_bytes(content)
+    assert not tables.is_sound(shard)
+
+
+@pytest.mark.parametrize(
+    ("field", "sound"),
+    [
+        (pa.field("loss", tables.VALUES), True),
+        (pa.field("attention@12", tables.VALUES), True),
+        (pa.field("rank", tables.IDS), True),
+        (pa.field("loss", tables.IDS), False),
+        (pa.field("score", tables.VALUES), True),
+        (pa.field("weight", tables.VALUES), True),
+        (pa.field("strange", tables.VALUES), False),
+    ],
+)
+def test_columns_that_are_known(tmp_path, field, sound):
+    path = tmp_path / "part.parquet"
+    table = TABLE.append_column(field, pa.array([[None] * 3, [], [None]], field.type))
+    tables.write_part(path, table, {})
+    assert tables.is_sound(path) is sound
+
+
+def test_masked_columns():
+    assert tables.masked_schema(False, False) == tables.MASKED
+    assert tables.masked_schema(False, True) == tables.MASKED_LEAN
+    assert tables.masked_schema(True, True).names == [*tables.MASKED_LEAN.names, "weight"]
+    assert tables.masked_schema(True, False).names == [*tables.MASKED.names, "weight"]
+
+
+def test_lists_and_back():
+    values = np.array([1.0, np.nan, 3.0], np.float32)
+    offsets = np.array([0, 2, 2, 3])
+    made = tables.lists(values, offsets, tables.VALUES)
+    assert made.type == tables.VALUES
+    assert made.to_pylist() == [[1.0, None], [], [3.0]]
+    flat, bounds = tables.flatten(pa.chunked_array([made]))
+    np.testing.assert_array_equal(flat, values)
+    assert bounds.tolist() == offsets.tolist()
+    assert [row.tolist() for row in tables.rows(pa.chunked_array([made.slice(1)]))] == [[], [3.0]]
+    empty, bounds = tables.flatten(pa.chunked_array([], tables.IDS))
+    assert empty.size == 0
+    assert bounds.tolist() in ([], [0])
