@@ -12,8 +12,8 @@ from sstoken import curate
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import tables
 from sstoken.stages.criticality import chosen_positions
+from tests.factories import save_model
 from tests.pipeline.small_run import save_conversations
-from tests.stages.tiny import save_model
 
 NEW = 9
 CHECKERS = '''

@@ -7,8 +7,8 @@ import torch
 from sstoken.errors import SstokenError
 from sstoken.measure.branches import Branch
 from sstoken.measure.generation import GreedyDecoder
+from tests.sstoken.measure.architectures import ARCHITECTURES, VOCABULARY, make_model
 from tests.sstoken.measure.continuations import TIE, check_continuation, logits
-from tests.sstoken.measure.models import ARCHITECTURES, VOCABULARY, make_model
 from tests.sstoken.measure.test_rope import MODELS as BY_LENGTH
 
 
