@@ -118,9 +118,9 @@ def check_one_run(folder: Path, run: str | None = None) -> None:
 
 def note_training(history: Path, source: Path) -> None:
     """Have a folder of snapshots say which tokens, or whose masked dataset, they were trained on."""
-    part = tables.parts(source)[0]
-    facts = tables.read_metadata(part)
-    whole = _said(part, source, facts) if facts.get("kind") == "masked" else folder_fingerprint(source)
+    parts = tables.parts(source)
+    facts = tables.read_metadata(parts[0]) if parts else {}
+    whole = _said(parts[0], source, facts) if facts.get("kind") == "masked" else folder_fingerprint(source)
     write_atomic(history / _TRAINED_ON, json.dumps({TOKENS: whole}))
 
 

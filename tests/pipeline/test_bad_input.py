@@ -530,7 +530,7 @@ def test_scores_of_other_tokens(world: World, cli: CommandLine, tmp_path: Path) 
         (("--rho", "half"), ("--rho", "'half'")),
         (("--gamma", "-1"), ("gamma is -1", "0")),
         (("--gamma", "1.1"), ("gamma is 1.1", "1")),
-        (("--seed", "-1"), ("-1", "0<=x<=4294967295")),
+        (("--seed", "-1"), ("-1", "seed is -1")),
         (("--method", "sstokn"), ("'sstokn'", "sstoken", "random")),
         (("--scope", "all"), ("'all'", "'global'")),
         (("--history", "bse"), ("'bse'", "base, later")),
