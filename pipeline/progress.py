@@ -1,40 +1,48 @@
 """Progress bars: on a terminal, and as lines elsewhere."""
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sstoken.stages.stage import Progress
 
 if TYPE_CHECKING:
-    import rich.progress
+    from tqdm import tqdm
+
+_FIRST_LINE = 5.0
+"""Seconds until the first line; shorter work needs none."""
+_LONGEST_WAIT = 60.0
+"""Seconds between two lines, at most: they grow rarer, so that a log stays short."""
 
 
 @contextmanager
 def progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
-    """A progress bar with rate and remaining time on a terminal, a line now and then elsewhere."""
-    from rich.console import Console
+    """Show how much is done, how fast it goes and how long it will take."""
+    from tqdm import tqdm
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        plain = _PlainProgress(unit, total)
-        yield plain
-        plain.finish()
-        return
-    from rich import progress as rich_progress
-
-    columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn("{task.fields[rate]}"),
-        rich_progress.TimeRemainingColumn(),
+    counted = "{n_fmt}/{total_fmt}{unit}" if total is not None else "{n_fmt}{unit}"
+    figures = (
+        counted + ", {rate_noinv_fmt}" + (", {remaining} left" if total is not None else "") + "{postfix}"
     )
-    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(unit, total=total, rate="")
-        yield _RichProgress(bar, task)
+    common: dict[str, Any] = {
+        "total": total,
+        "unit": f" {unit}",
+        "unit_scale": True,
+        "miniters": 0,
+        "smoothing": 0.02,
+    }
+    tqdm.monitor_interval = 0  # no thread: what is shown comes with the work
+    if sys.stderr.isatty():
+        bar = tqdm(
+            **common, file=sys.stderr, leave=False, dynamic_ncols=True, bar_format="{l_bar}{bar}| " + figures
+        )
+    else:
+        lines = _Lines()
+        bar = tqdm(**common, file=lines, bar_format=figures, delay=_FIRST_LINE, mininterval=_FIRST_LINE)
+        lines.bar = bar
+    with bar:
+        yield _Bar(bar)
 
 
 @contextmanager
@@ -43,47 +51,45 @@ def no_progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
     yield _NoProgress()
 
 
+class _Bar:
+    """A `Progress` that tqdm shows."""
+
+    def __init__(self, bar: "tqdm[Any]") -> None:
+        self._bar = bar
+
+    def advance(self, amount: int = 1) -> None:
+        self._bar.update(amount)
+
+    def skip(self, amount: int) -> None:
+        self._bar.initial += amount
+        self._bar.n += amount
+        self._bar.last_print_n += amount
+
+    def note(self, text: str) -> None:
+        self._bar.set_postfix_str(text, refresh=False)
+
+
+class _Lines:
+    """Where tqdm writes its lines when there is no terminal."""
+
+    bar: Any = None
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr, flush=True)
+            if self.bar is not None:
+                self.bar.mininterval = min(_LONGEST_WAIT, 1.5 * self.bar.mininterval)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class _NoProgress:
     def advance(self, amount: int = 1) -> None:
         pass
 
+    def skip(self, amount: int) -> None:
+        pass
 
-class _RichProgress:
-    def __init__(self, bar: "rich.progress.Progress", task: "rich.progress.TaskID") -> None:
-        self._bar, self._task = bar, task
-
-    def advance(self, amount: int = 1) -> None:
-        self._bar.advance(self._task, amount)
-        speed = self._bar.tasks[0].speed
-        if speed:
-            self._bar.update(self._task, rate=f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s")
-
-
-class _PlainProgress:
-    def __init__(self, unit: str, total: int | None) -> None:
-        self._unit, self._total = unit, total
-        self._seconds_to_next_line = 5.0
-        self._done = self._printed = 0
-        self._start = self._last = time.monotonic()
-
-    def advance(self, amount: int = 1) -> None:
-        self._done += amount
-        if time.monotonic() - self._last >= self._seconds_to_next_line:
-            self._seconds_to_next_line = min(60.0, 1.5 * self._seconds_to_next_line)  # a log stays short
-            self._print()
-
-    def finish(self) -> None:
-        if self._last != self._start and self._printed != self._done:  # short work needs no line
-            self._print()
-
-    def _print(self) -> None:
-        self._last, self._printed = time.monotonic(), self._done
-        rate = self._done / (self._last - self._start)
-        line = f"{self._done:,} {self._unit}"
-        if self._total is not None:
-            line = f"{self._done:,}/{self._total:,} {self._unit}"
-        if rate > 0:
-            line += f", {rate:,.1f}/s"
-            if self._total is not None and self._done:
-                line += f", {(self._total - self._done) / rate:,.0f} s left"
-        print(line, file=sys.stderr, flush=True)
+    def note(self, text: str) -> None:
+        pass

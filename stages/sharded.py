@@ -70,7 +70,7 @@ def _left(tasks: Iterable[Task[Any]], bar: Progress) -> Iterator[Task[Any]]:
     for task in tasks:
         if task.output.exists():
             if task.output.suffix != ".parquet" or tables.is_sound(task.output):
-                bar.advance(task.size)
+                bar.skip(task.size)
                 continue
             storage.of(task.output).delete(task.output)
         yield task

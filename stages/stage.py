@@ -34,6 +34,12 @@ class Progress(Protocol):
     def advance(self, amount: int = 1) -> None:
         """Count `amount` more units as done; less where an attempt was in vain."""
 
+    def skip(self, amount: int) -> None:
+        """Count units that were done before: they say nothing about the speed."""
+
+    def note(self, text: str) -> None:
+        """Show `text` beside the figures."""
+
 
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Progress]]
 """`bar(unit, total)` opens a progress bar; `total` None: not known beforehand."""

@@ -14,7 +14,9 @@ SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="needs ../shared")
 PATIENCE = 1800
 """Seconds that a process may take. No test depends on the clock: even on a busy machine only a hang takes longer."""
-_PROGRESS = re.compile(r"[\d,]+(/[\d,]+)? \w+(, [\d,.]+/s)?(, [\d,]+ s left)?")
+_PROGRESS = re.compile(
+    r"[\d.]+[kMGT]?(/[\d.]+[kMGT]?)? \w+, (\?|[\d.]+[kMGT]?) \w+/s(, [\d:?]+ left)?(, .*)?"
+)
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and not os.environ.get("CI"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -93,6 +94,8 @@ class Watch(TrainerCallback):
         self._open = progress
         self._learning_rate = learning_rate
         self._progress: Progress | None = None
+        self._began = 0.0, 0
+        """When training began or went on, and how many tokens it had seen."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,7 +103,8 @@ class Watch(TrainerCallback):
         """Open the progress bar at the step the run resumes from."""
         if state.is_world_process_zero:
             self._progress = self._stack.enter_context(self._open("steps", state.max_steps))
-            self._progress.advance(state.global_step)
+            self._progress.skip(state.global_step)
+            self._began = time.monotonic(), state.num_input_tokens_seen
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,8 +126,13 @@ class Watch(TrainerCallback):
         Raises:
             SstokenError: the loss or gradient norm is not finite.
         """
+        logs = logs or {}
+        if self._progress is not None and "loss" in logs:
+            began, seen = self._began
+            rate = (state.num_input_tokens_seen - seen) / max(1e-9, time.monotonic() - began)
+            self._progress.note(f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s")
         for what, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
-            value = (logs or {}).get(key, 0.0)
+            value = logs.get(key, 0.0)
             if not math.isfinite(value):
                 raise SstokenError(
                     f"training failed at step {state.global_step}: the {what} is {value}; lower learning_rate "

@@ -13,9 +13,10 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import engines
 from sstoken.pipeline.engines.local import ATTEMPTS, LocalEngine
 from sstoken.stages.stage import EngineOptions, Task, Worker
+from tests.stages.context import NullProgress
 
 
-class Counting:
+class Counting(NullProgress):
     def __init__(self) -> None:
         self.done, self.steps = 0, 0
 

@@ -51,6 +51,12 @@ class NullProgress:
     def advance(self, amount: int = 1) -> None:
         pass
 
+    def skip(self, amount: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
 
 @contextmanager
 def null_progress(unit: str, total: int | None) -> Iterator[Progress]:

@@ -18,7 +18,7 @@ from sstoken.stages import joins, tables
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.training.history_index import find_checkpoint, read_history
 from tests import factories
-from tests.stages.context import make_context
+from tests.stages.context import NullProgress, make_context
 from tests.stages.tokens_folder import save_tokens
 from tests.support import PATIENCE, ROOT, SHARED, needs_shared
 
@@ -40,13 +40,16 @@ class Interrupted(BaseException):
 def interrupt_at(step, how):
     """A progress bar that calls `how` when so many steps are done."""
 
-    class Bar:
+    class Bar(NullProgress):
         done = 0
 
         def advance(self, amount=1):
             self.done += amount
             if self.done == step:
                 how()
+
+        def skip(self, amount):
+            self.done += amount
 
     @contextmanager
     def progress(unit, total):
@@ -156,9 +159,8 @@ def test_goes_on_at_the_last_snapshot(model, tokens, tmp_path):
 
     @contextmanager
     def progress(unit, total):
-        class Bar:
-            def advance(self, amount=1):
-                started.append(amount)
+        class Bar(NullProgress):
+            skip = advance = lambda self, amount=1: started.append(amount)
 
         assert (unit, total) == ("steps", 8)
         yield Bar()
@@ -268,7 +270,7 @@ def test_refuses_tokens_without_anything_to_train_on(model, tokens, tmp_path):
     table = pa.Table.from_pylist([row], schema=tables.TOKENS)
     about = {joins.TOKENS: joins.tokens_fingerprint(table)}
     tables.write_part(tmp_path / "empty" / tables.part_name(0), table, about)
-    with pytest.raises(SstokenError, match="none of its 1 examples has a response token"):
+    with pytest.raises(SstokenError, match="none of its 1 examples has a token to train on"):
         run(Anchor(model=str(model)), tmp_path / "b", tmp_path / "empty")
 
 

@@ -1,0 +1,42 @@
+"""Progress: figures in tokens with rate and time left, as lines where there is no terminal."""
+
+import re
+
+import pytest
+
+from sstoken.pipeline import progress
+from tests.support import messages
+
+
+def shown(capsys: pytest.CaptureFixture[str], total: int | None) -> list[str]:
+    with progress.progress_bar("tokens", total) as bar:
+        bar.skip(40_000)
+        for _ in range(6):
+            bar.note("loss 1.234")
+            bar.advance(10_000)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_lines_have_counts_rate_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_FIRST_LINE", 1e-9)
+    lines = shown(capsys, 100_000)
+    assert re.fullmatch(r"100k/100k tokens, [\d.]+[kMGT]? tokens/s, 00:00 left, loss 1.234", lines[-1])
+    assert lines[0].startswith("50.0k/100k tokens, ")
+    assert messages("\n".join(lines)) == []
+    assert all(" left" not in line for line in shown(capsys, None))
+
+
+def test_short_work_needs_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, 100_000) == []
+
+
+def test_lines_grow_rarer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST_LINE", 1e-9)
+    lines = progress._Lines()
+    lines.bar = type("Bar", (), {"mininterval": 50.0})()
+    for _ in range(3):
+        lines.write("\rsome figures\n")
+    assert lines.bar.mininterval == 60
+    assert capsys.readouterr().err == "some figures\n" * 3
