@@ -96,11 +96,18 @@ def _kept(
 
 
 def causes(cells: "Cells") -> dict[str, float]:
-    """Why ssToken ranks as it does: figures of its two halves."""
+    """The base's loss, and why ssToken ranks as it does: figures of its two halves."""
     pooled = _pooled(cells)
-    if pooled is None or "current.attention" not in pooled.signals:
+    if pooled is None:
         return {}
     signals, offsets = pooled.signals, pooled.offsets
+    level = {
+        "The base's loss of the answers' content, nats": float(
+            signals["history.loss"][pooled.kinds == CONTENT].mean()
+        )
+    }
+    if "current.attention" not in signals:
+        return level
     place, gain = position(offsets), rel(signals)
     scaled = minmax(gain, offsets)
     spans = list(zip(offsets[:-1], offsets[1:], strict=True))
@@ -108,7 +115,7 @@ def causes(cells: "Cells") -> dict[str, float]:
     def mean(values: list[float]) -> float:
         return float(np.mean(values))
 
-    return {
+    return level | {
         "Spearman correlation of attention with position, mean over answers": mean(
             [spearman(signals["current.attention"][a:b], place[a:b]) for a, b in spans]
         ),
