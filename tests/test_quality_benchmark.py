@@ -13,10 +13,11 @@ from benchmarks.quality import data
 from benchmarks.quality.intervals import auroc, average_precision, over_examples, paired_difference
 from benchmarks.quality.marking import right
 from benchmarks.quality.planting import KINDS, PHRASES, Row, plant
-from benchmarks.quality.scores import ranks, without_position
+from benchmarks.quality.scores import SCORES, ranks, without_position
 from benchmarks.quality.settings import STUDIES, MethodRun, Seed, Study, read_study
 from benchmarks.quality.student import BASES, load_tokenizer
 from benchmarks.quality.tokens import CONTENT, END, encode
+from sstoken.methods import Tokens, get_method
 
 NO_DEADLINE = settings(deadline=None, max_examples=60)
 needs_shared = pytest.mark.skipif(not data.SHARED.is_dir(), reason="needs ../shared")
@@ -139,6 +140,27 @@ def test_ranks_and_position_by_hand():
     )
     values = np.array([4.0, 1, 2, 3])
     np.testing.assert_allclose(without_position(values, np.array([0, 2, 4]), width=1), [1, -1, -1, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "registered", "params"),
+    [
+        ("sstoken", "sstoken", {}),
+        ("rel", "rel", {}),
+        ("attention", "attention", {}),
+        ("loss", "loss", {}),
+        ("low-loss", "trimming", {"keep": "low"}),
+        ("pmi-band", "pmi-band", {}),
+    ],
+)
+def test_a_score_ranks_as_the_method_of_its_name(name, registered, params):
+    rng = np.random.default_rng(0)
+    offsets = np.array([0, 5, 12])
+    names = ("history.loss", "history.loss_unconditional", "current.loss", "current.attention")
+    signals = {signal: rng.random(12) * 3 for signal in names}
+    method = get_method(registered)
+    own = method.score(Tokens(offsets, signals), method.read_params(params))
+    np.testing.assert_allclose(SCORES[name](signals, offsets), own)
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
