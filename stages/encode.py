@@ -148,8 +148,8 @@ class Encode(ShardedStage):
     def _template(self) -> str | None:
         return None if self.chat_template is None else read_template(self.chat_template)
 
-    def _rows(self) -> Iterator[Row]:
-        return islice(sources.open_rows(self.data, self.split), self.limit)
+    def _rows(self, parse: bool = True) -> Iterator[Row]:
+        return islice(sources.open_rows(self.data, self.split, parse=parse), self.limit)
 
     def _layout(self) -> Layout:
         """The dataset's layout, from its first row that parses.
@@ -184,7 +184,7 @@ class Encode(ShardedStage):
         return detect_layout(seen, self.format, self.columns, ignored, self.preference)
 
     def _tasks(self, out: Path) -> Iterator[Task[Shard]]:
-        rows = self._rows()
+        rows = self._rows(parse=False)  # lines of JSON are parsed by the workers
         index = 0
         while shard := list(islice(rows, self.shard_rows)):
             yield Task(out / part_name(index), len(shard), (index, shard))

@@ -46,7 +46,7 @@ def is_visible(path: str) -> bool:
     return not PurePosixPath(path).name.startswith((".", "_"))
 
 
-def read(stream: Any, name: str) -> Iterator[Parsed]:
+def read(stream: Any, name: str, *, parse: bool = True) -> Iterator[Parsed]:
     """Yield the rows of an open, buffered binary file.
 
     Args:
@@ -62,12 +62,15 @@ def read(stream: Any, name: str) -> Iterator[Parsed]:
     try:
         if not stream.peek(1):
             raise SstokenError(f"{name}: the file is empty; there is nothing to encode")
-        yield from readers[format](stream, name)
+        if format == "jsonl":
+            yield from _json_lines(stream, name, parse)
+        else:
+            yield from readers[format](stream, name)
     except DAMAGE as error:
         raise SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again") from error
 
 
-def _json_lines(stream: Any, name: str) -> Iterator[Parsed]:
+def _json_lines(stream: Any, name: str, parse: bool = True) -> Iterator[Parsed]:
     number = 0
     while line := stream.readline(MAX_LINE_BYTES):
         number += 1
@@ -79,10 +82,11 @@ def _json_lines(stream: Any, name: str) -> Iterator[Parsed]:
             continue
         line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
         if line:
-            yield Parsed(f"line {number}", *_json_value(line))
+            yield Parsed(f"line {number}", *(json_value(line) if parse else (line, None)))
 
 
-def _json_value(text: bytes) -> tuple[Any, Problem | None]:
+def json_value(text: bytes) -> tuple[Any, Problem | None]:
+    """Return the value of a line of JSON, or what is wrong with it."""
     try:
         return parse_json(text.decode("utf-8", "surrogatepass")), None
     except UnicodeDecodeError as wrong:

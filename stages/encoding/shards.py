@@ -88,8 +88,9 @@ def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
     bad: list[dict[str, Any]] = []
     unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
     with limited(str(path)) as start:
-        for row in rows:
+        for given in rows:
             worker.advance(1)
+            row = given.parsed()
             try:
                 conversation = read_row(row, settings.layout, settings.max_chars)
                 start(row.where)

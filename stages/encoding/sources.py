@@ -8,7 +8,7 @@ pattern of such files, a folder written by `datasets.save_to_disk`, or a dataset
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,6 +35,13 @@ class Row:
     """For a row that does not parse: a short stable reason, and the detail."""
     notes: tuple[str, ...] = ()
     """What reading it changed; short and stable, for counting."""
+
+    def parsed(self) -> "Row":
+        """Return the row with its value parsed, if it is a line of JSON still."""
+        if not isinstance(self.value, bytes):
+            return self
+        value, problem = row_files.json_value(self.value)
+        return replace(self, value=value, problem=problem)
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,13 @@ def check_source(data: str, split: str | None = None) -> None:
     _locate(data, split)
 
 
-def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
+def open_rows(data: str, split: str | None = None, *, parse: bool = True) -> Iterator[Row]:
     """Stream the rows of `data` in order.
 
     Args:
         data: see the top of this module.
         split: of a Hub dataset (default `train`) or of a saved DatasetDict.
+        parse: False leaves lines of JSON as bytes, for `Row.parsed` in another process.
 
     Raises:
         UsageError: as `check_source`.
@@ -84,7 +92,7 @@ def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
             parse is not an error here: it is yielded as a row with a `problem`.
     """
     source = _locate(data, split)
-    rows = _file_rows(source) if isinstance(source, _Files) else _dataset_rows(source, split)
+    rows = _file_rows(source, parse) if isinstance(source, _Files) else _dataset_rows(source, split)
     empty = True
     for row in rows:
         empty = False
@@ -223,13 +231,13 @@ def _locate_files(data: str) -> _Files:
     return _Files(filesystem, tuple(paths), tuple(names))
 
 
-def _file_rows(files: _Files) -> Iterator[Row]:
+def _file_rows(files: _Files, parse: bool) -> Iterator[Row]:
     for (path, name), label in zip(_pairs(files), file_labels(list(files.shown)), strict=True):
         index = 0
         with _remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw:
             try:
                 for each, stream in opened(raw, name):
-                    for row in row_files.read(stream, each):
+                    for row in row_files.read(stream, each, parse=parse):
                         yield Row(label, index, f"{each} {row.where}", row.value, row.problem, row.notes)
                         index += 1
             except row_files.DAMAGE as error:  # in the archive itself
