@@ -24,7 +24,7 @@ from sstoken.stages.anchor import Anchor
 from sstoken.stages.export import Export
 from sstoken.stages.manifest import Digests, read_manifest
 from sstoken.stages.part import Part
-from sstoken.stages.score import Score, ScoreOptions
+from sstoken.stages.score import Score, ScoreOptions, compared
 from sstoken.stages.select import Select
 from sstoken.stages.stage import Stage
 from sstoken.stages.training.history_index import INDEX, read_history
@@ -193,6 +193,7 @@ class _Planner:
                 s for s in scored.signals.get(checkpoint, ()) if s not in (base.signals or ("loss",))
             ]:
                 options["signals"] = (*(base.signals or ("loss",)), *more)
+            options = compared(options, checkpoint, scored.refs)
             place = self._config.place(name) / checkpoint
             attended = checkpoint in scored.attended
             if self._promised:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, UsageError
 from sstoken.signals import ATTENTION, LOSS, get_signal, get_signals
 from sstoken.stages import checkpoints, joins, tables
 from sstoken.stages.backends import (
@@ -65,6 +65,8 @@ class Score(ScoreOptions):
     """A folder, a LoRA adapter's folder, or a Hub id."""
     attention: bool = False
     """Measure the signal `attention` too."""
+    references: Annotated[dict[str, str], BY_CONTENT] = Field(default_factory=dict)
+    """The checkpoints that signals such as `kl@NAME` compare with, by name."""
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -83,12 +85,18 @@ class Score(ScoreOptions):
 
     def check(self) -> None:
         """Refuse an unknown signal, a checkpoint that is not whole, or one that the backend does not take."""
-        checkpoints.check_loadable(self.checkpoint)
+        for ref in (self.checkpoint, *self.references.values()):
+            checkpoints.check_loadable(ref)
         check_backend(self.backend, self.for_backend(), self.workers or 1)
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
-        """The checkpoint's content; its place and name do not matter."""
-        return {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
+        """The content of the checkpoint and of what it is compared with; their places do not matter."""
+        sources: dict[str, Any] = {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
+        if self.references:
+            sources["references"] = {
+                name: checkpoints.identity(ref, digest) for name, ref in self.references.items()
+            }
+        return sources
 
     def fingerprinted(self) -> dict[str, Any]:
         """Without the layer where none is looked at; the backend is the one that runs."""
@@ -120,13 +128,15 @@ class Score(ScoreOptions):
             trust_remote_code=self.trust_remote_code,
             settings=tuple(sorted(self.backend_options.items())),
             log_folder=log_folder,
+            references=tuple(sorted(self.references.items())),
         )
 
     def work(self, context: Context) -> Work:
         """A task a shard."""
         token_parts = tables.parts(context.inputs["tokens"])
-        own = checkpoints.own_tokenizer(self.checkpoint, trust_remote_code=self.trust_remote_code)
-        check_vocabulary(self.checkpoint, own, context.inputs["tokens"])
+        for ref in (self.checkpoint, *self.references.values()):
+            own = checkpoints.own_tokenizer(ref, trust_remote_code=self.trust_remote_code)
+            check_vocabulary(ref, own, context.inputs["tokens"])
         return Work(
             _ScoreShard(self, context.out, context.fingerprint),
             [Task(context.out / path.name, tables.num_tokens(path), path) for path in token_parts],
@@ -138,6 +148,30 @@ class Score(ScoreOptions):
         if joins.trained_on_others(self.checkpoint, context.inputs["tokens"]):
             summary["trained_on_other_tokens"] = True
         return summary
+
+
+def compared(options: Mapping[str, Any], name: str, named: Mapping[str, str]) -> dict[str, Any]:
+    """The options for one of several checkpoints: its signals, and the checkpoints that these compare it with.
+
+    Args:
+        options: the fields of `ScoreOptions`.
+        name: the checkpoint's; it is not compared with itself.
+        named: all checkpoints that are scored, by name.
+
+    Raises:
+        UsageError: a signal names a checkpoint that is not scored.
+    """
+    wanted = get_signals(options["signals"])
+    against = {s.name: s.argument for s in wanted if s.needs == "second checkpoint"}
+    for signal, other in against.items():
+        if other not in named:
+            raise UsageError(
+                f"signal {signal!r}: no checkpoint is called {other!r}; legal: {', '.join(named)} (name another with "
+                "--ckpt NAME=PATH)"
+            )
+    signals = tuple(s.name for s in wanted if against.get(s.name) != name)
+    references = {str(other): named[str(other)] for other in against.values() if other != name}
+    return {**options, "signals": signals, "references": references}
 
 
 @Latest
@@ -156,7 +190,8 @@ class _ScoreShard:
         """Write the scores of the shard."""
         stage = self._stage
         options = stage.for_backend(self._out.parent, worker.device)
-        backend = _backend(stage.backend, options, checkpoints.stamp(stage.checkpoint))
+        stamps = tuple(map(checkpoints.stamp, (stage.checkpoint, *stage.references.values())))
+        backend = _backend(stage.backend, options, stamps)
         table = tables.read_table(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()

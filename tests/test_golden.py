@@ -109,6 +109,59 @@ def test_keep_masks_are_equal(
     assert masked["keep_mask"].to_list() == golden[f"keep_gamma{gamma:g}_rho{rho:g}"].to_list()
 
 
+NAMES = {
+    "base": {},
+    "sft": {
+        "kl@base": "kl_sft_base",
+        "reverse_kl@base": "kl_base_sft",
+        "kl_at@base": "kl_at_sft_base",
+        "entropy_at": "entropy_at_sft",
+        "attention": "attention__sft",
+    },
+}
+"""Our signals and the golden columns, beside those of `SINGLE`, by checkpoint."""
+SINGLE = {"ties": "num_ties", "loss_unconditional": "loss_uncond"} | {
+    name: name
+    for name in (
+        "loss", "entropy", "entropy_top20", "rank", "mass_above", "max_prob", "sum_p2", "expected_rank"
+    )
+}  # fmt: skip
+
+
+@with_trained_models
+def test_all_signals_from_disk_to_disk(tmp_path: Path) -> None:
+    """From the conversations to columns, with the golden signals of 32 real examples."""
+    golden = pl.read_parquet(SHARED / "golden/methods/signals.parquet")
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for row in golden.iter_rows(named=True):
+            record = {"example_id": row["example_id"], "messages": json.loads(row["messages"])}
+            file.write(json.dumps(record) + "\n")
+    models = SHARED / "models"
+    api.encode(
+        data=str(tmp_path / "data.jsonl"), model=str(models / "base"), out=tmp_path / "tokens", max_length=512
+    )
+    api.score(
+        tokens=tmp_path / "tokens",
+        checkpoints=[str(models / "base"), str(models / "sft")],
+        out=tmp_path / "scores",
+        signals=(*SINGLE, "kl@base", "reverse_kl@base", "kl_at@base", "entropy_at"),
+        device="cpu",
+    )
+    for checkpoint, own in NAMES.items():
+        wanted = {name: f"{golden_name}__{checkpoint}" for name, golden_name in SINGLE.items()} | own
+        for name, expected in wanted.items():
+            found = np.concatenate(column(tmp_path / "scores" / checkpoint, name, np.nan)).astype(float)
+            values = golden[expected].explode().cast(pl.Float64).fill_null(np.nan).to_numpy()
+            measured = np.isfinite(values)
+            assert np.array_equal(np.isfinite(found), measured), name
+            apart = np.abs(found - values)[measured]
+            if name in ("rank", "ties"):  # two logits can be the same on one processor and not on another
+                assert (apart != 0).sum() <= 10, (name, (apart != 0).sum())
+                assert apart.max() <= 1, name
+            else:
+                assert (apart / np.maximum(1, np.abs(values[measured]))).max() < 2e-5, (name, apart.max())
+
+
 def write_folders(golden: pl.DataFrame, folder: Path) -> dict[str, Path]:
     """Tokens and scores as `encode` and `score` write them, from golden signals; the first shard is longer."""
     inputs = {role: folder / role for role in ("tokens", "history", "current", "attention")}
@@ -174,20 +227,35 @@ def test_signals_of_random_models(architecture: str, tmp_path: Path) -> None:
     assert response.sum() > 300
     for role in signals.SEEDS:
         signals.make_model(architecture, role).save_pretrained(tmp_path / role)
-        stage = Score(checkpoint=str(tmp_path / role), attention=role == "current", device="cpu")
-        stage.run(make_context(tmp_path / f"scores-{role}", {"tokens": tokens}))
-        measured = {"loss": f"loss_{role}"} | ({"attention": "attention"} if stage.attention else {})
-        for name, expected in measured.items():
-            wanted = np.concatenate(golden[expected].to_list())
-            found = np.concatenate(column(tmp_path / f"scores-{role}", name, np.nan))
-            assert np.array_equal(np.isnan(found), ~response)
-            assert np.abs(found - wanted)[response].max() < 1e-5, (role, name)
+    references = {"history": str(tmp_path / "history")}
+    for stage, wanted in (
+        (Score(checkpoint=references["history"], device="cpu"), {"loss": "loss_history"}),
+        (
+            Score(
+                checkpoint=str(tmp_path / "current"),
+                signals=signals.SIGNALS,
+                references=references,
+                device="cpu",
+            ),
+            {name: name for name in signals.SIGNALS},
+        ),
+    ):
+        out = tmp_path / f"scores-{Path(stage.checkpoint).name}"
+        stage.run(make_context(out, {"tokens": tokens}))
+        for name, expected in wanted.items():
+            values = np.concatenate(golden[expected].to_list())
+            found = np.concatenate(column(out, name, np.nan))
+            assert np.array_equal(np.isnan(found), np.isnan(values)), name
+            measured = ~np.isnan(values)
+            assert measured.sum() > 250
+            apart = np.abs(found - values)[measured] / np.maximum(1, np.abs(values[measured]))
+            assert apart.max() < 1e-5, (name, apart.max())
 
 
 def test_the_committed_signals_are_those_of_the_reference() -> None:
     committed, anew = pl.read_parquet(signals.FILE), signals.make_table()
     exact = ["architecture", "example_id", "input_ids", "response_mask"]
     assert committed.select(exact).equals(anew.select(exact))
-    for name in ("loss_history", "loss_current", "attention"):
+    for name in ("loss_history", *signals.SIGNALS):
         found, wanted = (np.concatenate(t[name].to_list()) for t in (anew, committed))
         np.testing.assert_allclose(found, wanted, atol=1e-9)

@@ -40,7 +40,7 @@ from sstoken.stages.export import Export
 from sstoken.stages.exporting import get_target
 from sstoken.stages.exporting.check import check_export
 from sstoken.stages.manifest import Digests
-from sstoken.stages.score import ScoreOptions
+from sstoken.stages.score import ScoreOptions, compared
 from sstoken.stages.score_from_training import Observed
 from sstoken.stages.select import Select
 from sstoken.stages.stage import Settings
@@ -131,7 +131,9 @@ class ScoreCall(_Output, ScoreOptions):
         options = stage_of(self, ScoreOptions).model_dump()
         out, digests = place(self.out), Digests()
         jobs = {
-            name: score_job(ref, name == attended, options, place(self.tokens), out / name)
+            name: score_job(
+                ref, name == attended, compared(options, name, named), place(self.tokens), out / name
+            )
             for name, ref in named.items()
         }
         for job in jobs.values():  # refuse before the first forward pass

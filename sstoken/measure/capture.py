@@ -14,28 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure import cpu_attention
+from sstoken.measure.attention_function import (
+    CPU_FORWARDS,
+    IMPLEMENTATION,
+    plain_on_cpu,
+    scale_of,
+    with_position_bias,
+)
 from sstoken.measure.decoder import check_layer
 from sstoken.measure.precision import cast_as_autocast
-from sstoken.measure.prompt_attention import (
-    BLOCK_ELEMENTS,
-    Segment,
-    attention_scores,
-    log_sum_exp_rows,
-    prompt_attention,
-)
+from sstoken.measure.prompt_attention import Segment, prompt_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IMPLEMENTATION = "sstoken"
-"""sdpa that also knows soft-capping and sinks: `attn_implementation=IMPLEMENTATION`."""
 _SLOT = "_sstoken_capture"
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -77,10 +74,16 @@ class AttentionCapture:
         self._response_mask: Tensor | None = None
         self._segments: Sequence[Segment] | None = None
         self._stop = False
+        self._rows: Tensor | None = None
         self._importance: Tensor | None = None
 
     def expect(
-        self, response_mask: Tensor, segments: Sequence[Segment] | None = None, *, stop: bool = False
+        self,
+        response_mask: Tensor,
+        segments: Sequence[Segment] | None = None,
+        *,
+        stop: bool = False,
+        rows: Tensor | None = None,
     ) -> None:
         """Say which positions the next forward pass has to measure.
 
@@ -89,8 +92,10 @@ class AttentionCapture:
             segments: the sequences of the batch, wherever they stand in it; None: each row is one that starts at
                 position 0 (padding, if any, on the right).
             stop: raise `ForwardStopped` as soon as the layer is measured: what comes after is not wanted.
+            rows: [B, T] bool, the positions whose attention is measured; None: the response tokens.
         """
         self._response_mask, self._segments, self._stop = response_mask, segments, stop
+        self._rows = rows
         self._importance = None
 
     def take(self) -> Tensor:
@@ -139,7 +144,11 @@ class AttentionCapture:
         assert self._response_mask is not None
         if mask is not None and not isinstance(mask, Tensor):  # flex attention's says what segments say
             mask = None
-        measure = _by_kernel(query, key, **how) if query.is_cuda and mask is None else prompt_attention
+        measure = prompt_attention
+        if self._rows is not None:
+            how["rows"] = self._rows
+        elif query.is_cuda and mask is None:
+            measure = _by_kernel(query, key, **how)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             self.keep(measure(query, key, self._response_mask, mask, self._segments, **how))
 
@@ -152,6 +161,11 @@ class AttentionCapture:
         self._importance = importance
         if self._stop:
             raise ForwardStopped
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The positions whose attention is measured, [B, T] bool; None: the response tokens."""
+        return self._rows
 
     @property
     def due(self) -> Tensor | None:
@@ -169,69 +183,6 @@ def _by_kernel(
         query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3],
         window=window is not None, softcap=softcap, sinks=sinks is not None,
     ).call  # fmt: skip
-
-
-def _attend_by_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention output [B, T, H, D] where sdpa has no such option (soft-capping, sinks), block by block."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    positions = torch.arange(query.shape[2], device=query.device)
-    block = max(1, BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[2]))
-    outputs = []
-    for rows_R in positions.split(block):
-        products = query[:, :, rows_R] @ key.transpose(2, 3)
-        scores = attention_scores(
-            products.to(torch.promote_types(query.dtype, torch.float32)),
-            rows_R,
-            positions,
-            None if mask is None else mask[..., rows_R, : key.shape[2]],
-            scaling,
-            softcap,
-            None,
-        )
-        weights = (scores - log_sum_exp_rows(scores, sinks)[..., None]).exp()
-        outputs.append(weights.to(value.dtype) @ value)
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
-
-
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function registered as `IMPLEMENTATION`."""
-    query, key, value = cast_as_autocast(query, key, value)
-    softcap, sinks = kwargs.pop("softcap", None), kwargs.get("s_aux")
-    if softcap is not None or sinks is not None:
-        scale = _scale(query, scaling)
-        return _attend_by_blocks(query, key, value, attention_mask, scale, softcap, sinks), None
-    if (
-        attention_mask is None
-        and not torch.is_grad_enabled()
-        and _plain_on_cpu(module, query, key, value, {"dropout": dropout, **kwargs})
-    ):
-        return cpu_attention.causal_attention(query, key, value, _scale(query, scaling)), None
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    return output, None
-
-
-def _scale(query: Tensor, scaling: float | None) -> float:
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def _observed(forward: AttentionFunction) -> AttentionFunction:
@@ -253,7 +204,7 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
         if capture is None:
             return forward(module, query, key, value, attention_mask, *args, **kwargs)
         how: dict[str, Any] = {
-            "scaling": _scale(query, kwargs.get("scaling")),
+            "scaling": scale_of(query, kwargs.get("scaling")),
             "softcap": kwargs.get("softcap"),
             "sinks": kwargs.get("s_aux"),
             "window": kwargs.get("sliding_window"),
@@ -261,12 +212,14 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
         # What attention under autocast multiplies. A layer that norms its queries gives them in float32.
         query, key, value = cast_as_autocast(query, key, value)
         response_mask = capture.due
-        if response_mask is not None and attention_mask is None and forward in _CPU_FORWARDS:
+        if response_mask is not None and attention_mask is None and forward in CPU_FORWARDS:
             capture.check_unmasked()
         learned_mask = isinstance(attention_mask, Tensor) and attention_mask.requires_grad  # Doge's
-        if forward in _CPU_FORWARDS and not learned_mask and _plain_on_cpu(module, query, key, value, kwargs):
+        if forward in CPU_FORWARDS and not learned_mask and plain_on_cpu(module, query, key, value, kwargs):
             if response_mask is not None and attention_mask is None and torch.is_inference_mode_enabled():
-                by_blocks = cpu_attention.attend_by_blocks(query, key, value, how["scaling"], response_mask)
+                by_blocks = cpu_attention.attend_by_blocks(
+                    query, key, value, how["scaling"], response_mask, capture.rows
+                )
                 if by_blocks is not None:
                     output, importance = by_blocks
                     capture.keep(importance)
@@ -279,42 +232,11 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
                 capture.measure(query, key, attention_mask, **how)
             return output, None
         if response_mask is not None:
-            seen = _with_position_bias(attention_mask, kwargs.get("position_bias"), how["window"])
+            seen = with_position_bias(attention_mask, kwargs.get("position_bias"), how["window"])
             capture.measure(query, key, seen, **how)
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
 
     return observed
-
-
-_CPU_FORWARDS = (attention_forward, sdpa_attention_forward)
-
-
-def _plain_on_cpu(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
-) -> bool:
-    """Whether the layer does on a CPU what sdpa's kernel does: causal, or masked, attention of a batch to itself."""
-    is_causal = kwargs.get("is_causal")
-    return (
-        query.device.type == "cpu"
-        and query.shape[2] == key.shape[2]
-        and query.shape[3] == value.shape[3]
-        and not kwargs.get("dropout")
-        and kwargs.get("softcap") is None
-        and kwargs.get("s_aux") is None
-        and kwargs.get("position_bias") is None
-        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    )
-
-
-def _with_position_bias(mask: Tensor | None, bias: Tensor | None, window: int | None) -> Tensor | None:
-    """The mask [B, 1, T, T] with what the model adds to its scores, [B, H, T, T] or with 1 for B or H."""
-    if bias is None:
-        return mask
-    if mask is None:
-        positions = torch.arange(bias.shape[-1], device=bias.device)
-        behind = positions[:, None] - positions
-        mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
 
 _calls: list[nn.Module] | None = None
@@ -354,7 +276,3 @@ def _observe(implementation: str) -> None:
         )
     AttentionInterface.register(implementation, _observed(ALL_ATTENTION_FUNCTIONS[implementation]))
     _OBSERVED.add(implementation)
-
-
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

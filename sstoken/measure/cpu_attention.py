@@ -22,7 +22,12 @@ _SUMS = (1e-30, 1e30)
 
 
 def attend_by_blocks(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, response_mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    response_mask: Tensor | None = None,
+    measured: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Attention output and, on the way, attention importance of sequences that start at position 0 of their row.
 
@@ -32,6 +37,7 @@ def attend_by_blocks(
         value: [B, K, T, D].
         scaling: factor of the scores.
         response_mask: [B, T] bool, where importance is wanted; its prompt are the positions before that are False.
+        measured: [B, T] bool, the positions whose importance is wanted; None: those of the response.
 
     Returns:
         Output [B, T, H, D], and importance [B, T], 0 where it is not wanted. None in place of both: sdpa does better,
@@ -70,7 +76,7 @@ def attend_by_blocks(
     if not (smallest > _SUMS[0] and largest < _SUMS[1]):
         return None
     if response_mask is not None:
-        importance *= response_mask
+        importance *= response_mask if measured is None else measured
     return output, importance
 
 

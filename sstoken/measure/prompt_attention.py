@@ -30,6 +30,7 @@ def prompt_attention(
     sinks: Tensor | None = None,
     window: int | None = None,
     log_sum_exp: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """The attention mass of each response token on the prompt before it, mean over heads (paper, equation 5).
 
@@ -46,29 +47,30 @@ def prompt_attention(
         sinks: [H], logits that take part in the softmax and attend to nothing.
         window: how many positions a token sees, itself included; None: all before it.
         log_sum_exp: [B, H, T], of each row's scores, if known: then only the prompt's columns are looked at.
+        rows: [B, T] bool, the positions whose attention is summed; None: the response tokens.
 
     Returns:
-        [B, T] in [0, 1], 0 off the response; fp32 (float64 where the model is).
+        [B, T] in [0, 1], 0 at other positions; fp32 (float64 where the model is).
     """
     num_heads = query.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     importance = torch.zeros(response_mask.shape, dtype=dtype, device=query.device)
     for b, start, stop in segments or [(b, 0, query.shape[2]) for b in range(query.shape[0])]:
         response = response_mask[b, start:stop]
-        rows = response.nonzero()[:, 0]
-        if rows.numel() == 0:
+        wanted = (response if rows is None else rows[b, start:stop]).nonzero()[:, 0]
+        if wanted.numel() == 0:
             continue
-        response = response[: int(rows[-1]) + 1]  # nothing after the last response token is attended to
+        response = response[: int(wanted[-1]) + 1]  # nothing after the last row is attended to
         columns = (
             torch.arange(response.numel(), device=query.device)
             if log_sum_exp is None
             else (~response).nonzero()[:, 0]
         )
         prompt_C = (~response[columns]).to(dtype)
-        rows, columns = rows + start, columns + start
+        wanted, columns = wanted + start, columns + start
         keys_KDC = key[b][:, columns].to(dtype).transpose(1, 2)
         seen = None if mask is None or mask.ndim != 4 else mask[b % mask.shape[0]][..., columns]
-        for rows_R in rows.split(max(1, BLOCK_ELEMENTS // max(1, num_heads * columns.numel()))):
+        for rows_R in wanted.split(max(1, BLOCK_ELEMENTS // max(1, num_heads * columns.numel()))):
             scores_KGRC = query[b][:, rows_R].to(dtype).unflatten(0, (key.shape[1], -1)) @ keys_KDC[:, None]
             scores_HRC = attention_scores(
                 scores_KGRC.flatten(0, 1),

@@ -3,12 +3,12 @@
 Batches are padded on the right, which needs no mask in a causal model, or packed without padding, where the
 model takes that and a GPU attends to them well.
 
-Shapes: B rows, T positions, N response tokens of a batch, D hidden size.
+Shapes: B rows, T positions, N response tokens of a batch, R positions that are read, D hidden size.
 """
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure.architecture import Findings, examine
+from sstoken.measure.batch import Batch, Ids, Mask, Reading, lay_out, read_positions
 from sstoken.measure.batching import by_class, plan_packed, plan_padded
 from sstoken.measure.capture import AttentionCapture, ForwardStopped
 from sstoken.measure.cuda.packed import (
@@ -26,20 +27,19 @@ from sstoken.measure.cuda.packed import (
     check_packed,
     describe_packed,
     packed_inputs,
-    segments_of,
 )
-from sstoken.measure.decoder import check_layer, decoder_layers, last_mlp, wanted_rows
-from sstoken.measure.prompt_attention import Segment
+from sstoken.measure.decoder import check_layer, decoder_layers
+from sstoken.measure.noise import Noise, noisy_embeddings
+from sstoken.measure.readout import READABLE, Readout
 from sstoken.measure.rope import length_class, reset
-from sstoken.measure.token_loss import ROWS_PER_TILE, intercept_head, measure_token_losses, read_head
+from sstoken.measure.token_loss import ROWS_PER_TILE
 from sstoken.signals import get_signals
 
-Ids = NDArray[np.int32]
-Mask = NDArray[np.bool_]
 Measured = dict[str, NDArray[np.float32] | NDArray[np.int32]]
 """Signals of one sequence by name, a value for each response token."""
 
-MEASURABLE = frozenset({"loss", "attention"})
+_ROW_BEFORE = "attention_predicting"
+MEASURABLE = READABLE | {"attention", _ROW_BEFORE}
 """What a `Scorer` measures, by name without argument."""
 
 _MOST_PASSED = 16
@@ -64,6 +64,7 @@ class Scorer:
         batch_tokens: int = 2048,
         layout: Literal["padded", "packed"] | None = None,
         compiled: bool = False,
+        references: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepare a causal language model of transformers; its attention implementation is changed.
 
@@ -76,6 +77,7 @@ class Scorer:
             batch_tokens: positions in a batch, at most; halved whenever a batch does not fit in memory.
             layout: how sequences share a batch; None: packed on CUDA where the model can, else padded.
             compiled: compile the decoder layers, but those that are looked into.
+            references: the other models that a signal such as `kl@NAME` names, in eval mode, on the same device.
 
         Raises:
             UsageError: there is no such signal or layer, or its attention cannot be measured.
@@ -83,29 +85,31 @@ class Scorer:
                 was asked for.
         """
         self._model, self.batch_tokens = model, batch_tokens
-        wanted = get_signals(signals)
-        if unknown := [s.name for s in wanted if s.base not in MEASURABLE]:
+        self._wanted = get_signals(signals)
+        if unknown := [s.name for s in self._wanted if s.base not in MEASURABLE]:
             raise UsageError(f"a forward pass does not give {', '.join(unknown)}")
         self._device: torch.device = model.get_input_embeddings().weight.device
         blocks = decoder_layers(model)
         for block in blocks:
             block._compiled_call_impl = None  # what another scorer compiled; torch has no other way back
-        self._length_class = length_class(model)
-        reset(model)
-        found = examine(model)
+        self._readout = Readout(model, references or {}, self._wanted)
+        models = self._readout.models
+        self._length_classes = [f for f in map(length_class, models) if f is not None]
+        for m in models:
+            reset(m)
+        found, *others = map(examine, models)
         self.layers = {
             s.name: _measurable(model, layer if s.layer is None else s.layer, found)
-            for s in wanted
+            for s in self._wanted
             if s.needs == "attention"
         }
         """The decoder layer of each attention signal, counted from 0."""
-        self._together = found.rows_agree
+        self._together = all(f.rows_agree for f in (found, *others))
         self.layout, self.remark = self._choose_layout(layout, found)
         if self.layout == "packed":
-            model.set_attn_implementation(IMPLEMENTATION_PACKED)
-        loss = any(s.needs == "distribution" for s in wanted)
-        self._head = read_head(model) if loss else None
-        self._mlp = last_mlp(model) if loss else None
+            for m in models:
+                m.set_attn_implementation(IMPLEMENTATION_PACKED)
+        self._readout.prepare()
         self._captures = {n: AttentionCapture(model, n) for n in sorted(set(self.layers.values()))}
         if compiled:
             for index, block in enumerate(blocks[:-1]):  # the last one's MLP has hooks
@@ -135,13 +139,14 @@ class Scorer:
 
     @torch.inference_mode()
     def measure(
-        self, sequences: Sequence[Ids], response_masks: Sequence[Mask]
+        self, sequences: Sequence[Ids], response_masks: Sequence[Mask], *, noise: Noise | None = None
     ) -> Iterator[tuple[int, Measured]]:
         """Yield `(index, signals)` for every sequence, in any order.
 
         Args:
             sequences: token ids, [T] each.
             response_masks: [T] each; token 0 is never a response token, as nothing predicts it.
+            noise: what is added to the embeddings of each; None: nothing.
 
         Raises:
             SstokenError: not even one sequence fits in memory, or torch.compile fails.
@@ -150,9 +155,9 @@ class Scorer:
         rows = 0
         under_way: deque[_Measured] = deque()
         behind = 1 if self._device.type == "cuda" else 0  # there, the device computes on while the host reads
-        for batch in self._pass_all(sequences, response_masks):
+        for batch in self._pass_all(sequences, response_masks, noise):
             passed.append(batch)
-            rows += batch.rows.numel()
+            rows += batch.reading.positions.numel()
             if rows >= ROWS_PER_TILE or len(passed) == _MOST_PASSED:
                 under_way.append(self._finish(passed))
                 passed, rows = [], 0
@@ -163,14 +168,18 @@ class Scorer:
         for measured in under_way:
             yield from measured.signals()
 
-    def _pass_all(self, sequences: Sequence[Ids], response_masks: Sequence[Mask]) -> Iterator["_Passed"]:
+    def _pass_all(
+        self, sequences: Sequence[Ids], response_masks: Sequence[Mask], noise: Noise | None
+    ) -> Iterator["_Passed"]:
         """Every sequence through the model; in smaller batches from where one does not fit in memory."""
         lengths = [len(ids) for ids in sequences]
         waiting = deque(self._plan(range(len(sequences)), lengths))
         while waiting:
             indices = waiting.popleft()
             try:
-                passed = self._forward(_lay_out(indices, sequences, response_masks, self.layout))
+                batch = lay_out(indices, sequences, response_masks, self.layout)
+                with noisy_embeddings(self._model, batch, noise):
+                    passed = self._forward(batch)
             except RuntimeError as error:
                 if _of_compiler(error):
                     reason = " ".join(str(error).partition("\n\n")[0].split())
@@ -189,8 +198,8 @@ class Scorer:
         plan = plan_packed if self.layout == "packed" else plan_padded
         budget = self.batch_tokens if self._together else 1
         groups = [list(indices)]
-        if self._length_class is not None:
-            groups = by_class(indices, [self._length_class(lengths[i]) for i in indices])
+        if self._length_classes:
+            groups = by_class(indices, [tuple(f(lengths[i]) for f in self._length_classes) for i in indices])
         return [
             [group[i] for i in batch]
             for group in groups
@@ -208,47 +217,39 @@ class Scorer:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _forward(self, batch: "_Batch") -> "_Passed":
-        response_BT = self._to_device(batch.response)
-        # What predicts token t stands at t - 1.
-        rows = self._to_device(batch.response.flatten().nonzero()[:, 0] - 1)
+    def _forward(self, batch: Batch) -> "_Passed":
+        reading = read_positions(batch, at=self._readout.at)
+        tokens, positions = self._to_device(batch.tokens), self._to_device(reading.positions)
+        before = any(s.base == _ROW_BEFORE for s in self._wanted)
         for number, capture in self._captures.items():
-            stop = self._head is None and number == max(self._captures)
-            capture.expect(response_BT, batch.segments, stop=stop)
+            stop = not self._readout.needed and number == max(self._captures)
+            rows = self._to_device(batch.response | batch.predicting) if before else None
+            capture.expect(self._to_device(batch.response), batch.segments, stop=stop, rows=rows)
         if self.layout == "packed":
             inputs = packed_inputs([batch.ids[r, a:b] for r, a, b in batch.segments], self._device)
         else:
             inputs = {"input_ids": self._to_device(batch.ids), "use_cache": False}
-        if self._length_class is not None:
-            reset(self._model)
-        hidden = None
-        if self._head is None:
+        hidden = []
+        if self._readout.needed:
+            hidden = self._readout.read(inputs, positions, by_length=bool(self._length_classes))
+        else:
             with contextlib.suppress(ForwardStopped):
                 self._model(**inputs)
-        else:
-            with intercept_head(self._model) as head_input, wanted_rows(self._mlp) as wanted:
-                wanted.index = rows
-                self._model(**inputs)
-            assert head_input.hidden is not None
-            hidden = head_input.hidden.flatten(0, 1).index_select(0, rows)
-        attention = {
-            number: capture.take().flatten().index_select(0, rows + 1)
-            for number, capture in self._captures.items()
+        attention = {number: capture.take().flatten() for number, capture in self._captures.items()}
+        by_name = {
+            s.name: attention[self.layers[s.name]].index_select(0, tokens - int(s.base == _ROW_BEFORE))
+            for s in self._wanted
+            if s.needs == "attention"
         }
-        return _Passed(batch, rows, hidden, attention)
+        return _Passed(batch, reading, hidden, by_name)
 
     def _finish(self, passed: list["_Passed"]) -> "_Measured":
         """The signals of batches that went through the model; rows of several make a product worth its while."""
-        signals = {
-            name: _to_host(torch.cat([p.attention[number] for p in passed]))
-            for name, number in self.layers.items()
-        }
-        if self._head is not None:
-            hidden_ND = torch.cat([p.hidden for p in passed if p.hidden is not None])
-            targets_N = torch.cat([p.batch.ids.flatten()[p.batch.response.flatten()] for p in passed])
-            signals["loss"] = _to_host(
-                measure_token_losses(hidden_ND, self._to_device(targets_N), self._head)
-            )
+        attention = {name: torch.cat([p.attention[name] for p in passed]) for name in self.layers}
+        signals = {name: _to_host(values) for name, values in attention.items()}
+        if self._readout.needed:
+            found = self._readout.signals([(p.reading, p.hidden) for p in passed], self._to_device)
+            signals |= {name: _to_host(values) for name, values in found.items()}
         copied = None
         if self._device.type == "cuda":
             copied = torch.cuda.Event()
@@ -282,35 +283,22 @@ def _measurable(model: Any, layer: int | None, found: Findings) -> int:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Sequences laid out in [B, T], on the host."""
-
-    indices: list[int]
-    segments: list[Segment]
-    ids: Tensor
-    """[B, T]."""
-    response: Tensor
-    """[B, T] bool."""
-
-
-@dataclass(frozen=True)
 class _Passed:
     """A batch that went through the model."""
 
-    batch: _Batch
-    rows: Tensor
-    """[N] positions of the batch laid flat, whose states predict the response tokens."""
-    hidden: Tensor | None
-    """[N, D], those states; None where no distribution is wanted."""
-    attention: dict[int, Tensor]
-    """[N] of the response tokens, by decoder layer."""
+    batch: Batch
+    reading: Reading
+    hidden: list[Tensor]
+    """[R, D] at the positions that were read, of the model and of each reference; empty: none were."""
+    attention: dict[str, Tensor]
+    """[N] of the response tokens, by signal."""
 
 
 @dataclass(frozen=True)
 class _Measured:
     """Signals on their way to the host."""
 
-    batches: list[_Batch]
+    batches: list[Batch]
     by_name: dict[str, Tensor]
     """[N] each, of the response tokens of all batches together."""
     copied: "torch.cuda.Event | None"
@@ -328,24 +316,10 @@ class _Measured:
                 at = until
 
 
-def _lay_out(
-    indices: list[int], sequences: Sequence[Ids], response_masks: Sequence[Mask], layout: str
-) -> _Batch:
-    """Padded on the right, a row each; packed: one after the other in one row."""
-    lengths = [len(sequences[i]) for i in indices]
-    shape = (1, sum(lengths)) if layout == "packed" else (len(lengths), max(lengths))
-    padded = [(row, 0, length) for row, length in enumerate(lengths)]
-    segments = segments_of(lengths) if layout == "packed" else padded
-    ids, response = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
-    for index, (row, start, stop) in zip(indices, segments, strict=True):
-        ids[row, start:stop] = sequences[index]
-        response[row, start:stop] = response_masks[index]
-    return _Batch(indices, segments, torch.from_numpy(ids), torch.from_numpy(response))
-
-
 def _to_host(tensor: Tensor) -> Tensor:
     # Only on CUDA does anybody wait for the copy (`_Measured.copied`).
-    return tensor.float().to("cpu", non_blocking=tensor.is_cuda)
+    dtype = tensor.dtype if tensor.dtype == torch.int32 else torch.float32
+    return tensor.to(dtype).to("cpu", non_blocking=tensor.is_cuda)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

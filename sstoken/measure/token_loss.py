@@ -19,8 +19,8 @@ TILE_ELEMENTS = {"cpu": 1 << 20}
 """Logits alive at once: 4 MB in fp32 on a CPU, which stays in its cache."""
 _TILE_ELEMENTS_ON_DEVICE = 1 << 24
 """64 MB elsewhere, so that a kernel has enough to do."""
-_NEAR_ZERO = 40.0
-"""Exponentials of a row whose largest logit is that near to 0 add up in fp32 without loss: e**-40 to e**40."""
+_NEAR_ZERO = 20.0
+"""Exponentials of a row whose largest logit is that near to 0 add up in fp32 without loss, and so do their squares."""
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What configurations call it."""
@@ -124,9 +124,9 @@ def measure_logits(hidden: Tensor, head: OutputHead) -> Tensor:
 def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
     """Of the logits of each row [N, D], [N]: exponentials summed in place."""
     total = shift = ones = None
-    for logits in _tiles(hidden, head):
+    for _, logits in tiles(hidden, head):
         if total is None or ones is None:
-            shift, total = _shift(logits), logits.new_zeros(logits.shape[0])
+            shift, total = shift_of(logits), logits.new_zeros(logits.shape[0])
             ones = logits.new_ones(logits.shape[1])  # no tile is wider than the first
         if shift is not None:
             logits -= shift[:, None]
@@ -140,7 +140,7 @@ def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
     return log_sum
 
 
-def _shift(logits: Tensor) -> Tensor | None:
+def shift_of(logits: Tensor) -> Tensor | None:
     """What to take from each row [N] before the exponentials: its largest; None, for a pass less, if near 0 anyway."""
     largest = logits.amax(1)
     return None if (largest.abs() < _NEAR_ZERO).all() else largest
@@ -148,24 +148,36 @@ def _shift(logits: Tensor) -> Tensor | None:
 
 def _safe_log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
     log_sum: Tensor | None = None
-    for logits in _tiles(hidden, head):
+    for _, logits in tiles(hidden, head):
         tile_sum = logits.logsumexp(1)
         log_sum = tile_sum if log_sum is None else torch.logaddexp(log_sum, tile_sum)
     assert log_sum is not None
     return log_sum
 
 
-def _tiles(hidden: Tensor, head: OutputHead) -> Iterator[Tensor]:
-    """Logits [N, entries] of all the vocabulary, a tile at a time, each in the same memory."""
+def tile_elements(device: torch.device) -> int:
+    """Logits alive at once on that device."""
+    return TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ON_DEVICE)
+
+
+def tiles(hidden: Tensor, head: OutputHead) -> Iterator[tuple[int, Tensor]]:
+    """Logits of all the vocabulary, a tile at a time, each in the same memory, with the first entry of each.
+
+    Args:
+        hidden: [N, D].
+        head: the output head.
+
+    Yields:
+        The first entry, and [N, entries].
+    """
     vocabulary, rows = head.weight.shape[0], hidden.shape[0]
-    elements = TILE_ELEMENTS.get(hidden.device.type, _TILE_ELEMENTS_ON_DEVICE)
-    width = min(vocabulary, max(256, elements // rows // 256 * 256))
+    width = min(vocabulary, max(256, tile_elements(hidden.device) // rows // 256 * 256))
     buffer = torch.empty(
         rows * width, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
     )
     for start in range(0, vocabulary, width):
         stop = min(start + width, vocabulary)
-        yield head.logits(hidden, start, stop, out=buffer[: rows * (stop - start)].view(rows, -1))
+        yield start, head.logits(hidden, start, stop, out=buffer[: rows * (stop - start)].view(rows, -1))
 
 
 class HeadInput:

@@ -49,6 +49,8 @@ class BackendOptions:
     """The backend's own settings that were given, by name; `read_settings` checks them."""
     log_folder: Path | None = None
     """Where an engine that talks leaves its log, `<backend>.log`; None: it leaves none."""
+    references: tuple[tuple[str, str], ...] = ()
+    """The checkpoints that signals such as `kl@NAME` compare with: name and place."""
 
     @property
     def attention_signals(self) -> list[Signal]:

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from sstoken.measure.rope import longest
 from sstoken.measure.scorer import MEASURABLE, Scorer
+from sstoken.measure.second_look import SECOND_LOOK, second_look
+from sstoken.signals import LOSS, get_signals
 from sstoken.stages.backends import Backend, BackendOptions, Measured
-from sstoken.stages.backends.base_models import pick_device, shared_base
+from sstoken.stages.backends.base_models import SharedBase, pick_device, shared_base
 from sstoken.stages.checkpoints import adapter_base, stamp
 from sstoken.stages.stage import SPEED_ONLY, Settings
 
@@ -32,11 +34,12 @@ class HFSettings(Settings):
 class HFBackend(Backend):
     """Signals from a transformers causal language model."""
 
-    signals = MEASURABLE
+    signals = MEASURABLE | SECOND_LOOK
     settings = HFSettings
 
     def __init__(self, options: BackendOptions) -> None:
         """Load the checkpoint; an adapter goes onto its base, which stays in memory for the next one."""
+        self._options = options
         device = pick_device(options.device)
         if torch.device(device).type == "cpu":
             _prepare_heap()
@@ -45,10 +48,14 @@ class HFBackend(Backend):
         shared = shared_base(full, options.dtype, device, options.trust_remote_code, stamp(full))
         shared.use(options.checkpoint if base else None)
         self._model, self._unused = shared.model, shared.unused
+        wanted = get_signals(options.signals)
+        self._again = [s for s in wanted if s.base in SECOND_LOOK]
+        self._names = [s.name for s in wanted if s.base not in SECOND_LOOK]
         self._scorer = Scorer(
             shared.model,
-            signals=options.signals,
+            signals=self._names or [LOSS],
             layer=options.layer,
+            references={name: self._reference(ref, device) for name, ref in options.references},
             batch_tokens=options.batch_tokens or _budget(shared.model, device),
             compiled=HFSettings.model_validate(dict(options.settings)).compile,
         )
@@ -80,7 +87,23 @@ class HFBackend(Backend):
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
     ) -> Iterator[tuple[int, Measured]]:
         """See `Backend.measure`."""
-        return self._scorer.measure(sequences, response_masks)
+        again: list[Measured] = [{} for _ in sequences]
+        if self._again:
+            losses = Scorer(self._model, signals=[LOSS], batch_tokens=self._scorer.batch_tokens)
+            again = second_look(losses, sequences, response_masks, self._again)
+        if not self._names:
+            yield from enumerate(again)
+            return
+        for index, signals in self._scorer.measure(sequences, response_masks):
+            yield index, signals | again[index]
+
+    def _reference(self, checkpoint: str, device: str) -> Any:
+        """Another checkpoint's model, beside this one in memory."""
+        base = adapter_base(checkpoint)
+        options = self._options
+        other = SharedBase(base or checkpoint, options.dtype, device, options.trust_remote_code)
+        other.use(checkpoint if base else None)
+        return other.model
 
 
 @cache  # once a process

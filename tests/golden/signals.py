@@ -1,4 +1,4 @@
-"""The signals of seeded random models by plain eager attention, in float64: what ours are compared with.
+"""The signals of seeded random models by eager attention and full logits, in float64: ours are compared with them.
 
 `python -m tests.golden.signals` writes `signals.parquet` anew. Weights and tokens come from numpy's generator, whose
 stream does not change between versions.
@@ -28,6 +28,12 @@ SHAPE: dict[str, Any] = {
 }
 MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
 SEEDS = {"history": 1, "current": 2}
+SIGNALS = (
+    "loss", "entropy", "entropy_top20", "rank", "ties", "mass_above", "max_prob", "sum_p2", "expected_rank",
+    "entropy_at", "attention", "attention_predicting", "loss_unconditional", "kl@history", "reverse_kl@history",
+    "kl_at@history",
+)  # fmt: skip
+"""Of the current model; of the history model the loss alone, as `loss_history`."""
 
 
 def make_model(architecture: str, role: str) -> PreTrainedModel:
@@ -56,44 +62,74 @@ def make_examples() -> list[tuple[list[int], list[bool]]]:
     return examples
 
 
-def reference(model: PreTrainedModel, ids: list[int], mask: list[bool]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Loss and attention importance of each token, NaN off the response, written down from their definitions.
+def reference(
+    model: PreTrainedModel, other: PreTrainedModel, ids: list[int], mask: list[bool]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The signals of each token by name, NaN off the response, written down from their definitions.
 
-    Loss: of a token, from the logits one place before it. Attention: last layer, mean over heads, the row of the token,
-    summed over the columns before it that are not response tokens.
+    Attention: last layer, mean over heads, a row summed over the columns up to it that are not response tokens. `other`
+    is what `kl` compares with.
     """
-    model = model.double()
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        out = model(torch.tensor([ids]), output_attentions=True)
-    loss, attention = np.full(len(ids), np.nan), np.full(len(ids), np.nan)
+    out = _forward(model, ids)
+    log_p, log_q = (torch.log_softmax(o.logits[0], 1) for o in (out, _forward(other, ids)))
+    alone = [token for token, response in zip(ids, mask, strict=True) if response]
+    log_p_alone = torch.log_softmax(_forward(model, alone).logits[0], 1) if alone else None
+    weights = out.attentions[-1][0].mean(0)
     prompt = ~torch.tensor(mask)
-    for place in range(1, len(ids)):
-        if mask[place]:
-            loss[place] = -torch.log_softmax(out.logits[0, place - 1], 0)[ids[place]].item()
-            attention[place] = out.attentions[-1][0, :, place, :place][:, prompt[:place]].mean(0).sum().item()
-    return loss, attention
+    found = {name: np.full(len(ids), np.nan) for name in SIGNALS}
+    response = [place for place in range(1, len(ids)) if mask[place]]
+    for number, place in enumerate(response):
+        token, lp, lq = ids[place], log_p[place - 1], log_q[place - 1]
+        p, own = lp.exp(), lp[ids[place]]
+        order = sorted(range(len(lp)), key=lambda v: -float(lp[v]))
+        top = torch.log_softmax(lp[order[:20]], 0)
+        values = {
+            "loss": -own,
+            "entropy": -(p * lp).sum(),
+            "entropy_top20": -(top.exp() * top).sum(),
+            "rank": (lp > own).sum(),
+            "ties": (lp == own).sum() - 1,
+            "mass_above": p[lp > own].sum(),
+            "max_prob": p.max(),
+            "sum_p2": (p * p).sum(),
+            "expected_rank": sum(rank * p[v] for rank, v in enumerate(order, 1)),
+            "entropy_at": -(log_p[place].exp() * log_p[place]).sum(),
+            "attention": weights[place, : place + 1][prompt[: place + 1]].sum(),
+            "attention_predicting": weights[place - 1, :place][prompt[:place]].sum(),
+            "kl@history": (p * (lp - lq)).sum(),
+            "reverse_kl@history": (lq.exp() * (lq - lp)).sum(),
+            "kl_at@history": (log_p[place].exp() * (log_p[place] - log_q[place])).sum(),
+        }
+        if number and log_p_alone is not None:
+            values["loss_unconditional"] = -log_p_alone[number - 1, token]
+        for name, value in values.items():
+            found[name][place] = float(value)
+    return found
+
+
+def _forward(model: PreTrainedModel, ids: list[int]) -> Any:
+    with torch.no_grad():
+        return model(torch.tensor([ids]), output_attentions=True)
 
 
 def make_table() -> pl.DataFrame:
     """A row for each architecture and example."""
     rows = []
     for architecture in MODELS:
-        models = {role: make_model(architecture, role) for role in SEEDS}
+        models = {role: make_model(architecture, role).double() for role in SEEDS}
+        for model in models.values():
+            model.set_attn_implementation("eager")
         for number, (ids, mask) in enumerate(make_examples()):
-            history, _ = reference(models["history"], ids, mask)
-            current, attention = reference(models["current"], ids, mask)
-            rows.append(
-                {
-                    "architecture": architecture,
-                    "example_id": str(number),
-                    "input_ids": ids,
-                    "response_mask": mask,
-                    "loss_history": history.tolist(),
-                    "loss_current": current.tolist(),
-                    "attention": attention.tolist(),
-                }
-            )
+            facts = {
+                "architecture": architecture,
+                "example_id": str(number),
+                "input_ids": ids,
+                "response_mask": mask,
+            }
+            history = reference(models["history"], models["history"], ids, mask)
+            current = reference(models["current"], models["history"], ids, mask)
+            values = {"loss_history": history["loss"]} | current
+            rows.append(facts | {name: column.tolist() for name, column in values.items()})
     return pl.DataFrame(rows)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import tables
 from sstoken.stages.backends import BackendOptions, base_models, make_backend
-from sstoken.stages.score import Score
+from sstoken.stages.score import Score, compared
 from tests.factories import VOCABULARY, save_model, save_tokenizer
 from tests.stages.context import ProcessEngine, make_context
 
@@ -273,3 +273,93 @@ def test_more_signals_than_asked_for_are_as_good(model):
 def test_an_unknown_signal_is_refused_before_any_work(model):
     with pytest.raises(UsageError, match="signal 'los' is not known"):
         Score(checkpoint=str(model), signals=("los",)).check()
+
+
+def run_score(tokens, out, **fields):
+    Score(device="cpu", **fields).run(make_context(out, {"tokens": tokens}))
+    return pa.concat_tables([pq.read_table(p) for p in tables.parts(out)])
+
+
+def test_kl_compares_with_another_checkpoint_or_an_adapter(tokens, model, tmp_path):
+    add_lora(model, tmp_path / "adapter", 3)
+    ours, theirs = str(model), str(tmp_path / "adapter")
+    signals = ("kl@other", "reverse_kl@other")
+    there = run_score(
+        tokens, tmp_path / "there", checkpoint=ours, signals=signals, references={"other": theirs}
+    )
+    back = run_score(
+        tokens, tmp_path / "back", checkpoint=theirs, signals=signals, references={"other": ours}
+    )
+    itself = run_score(
+        tokens, tmp_path / "itself", checkpoint=ours, signals=signals, references={"other": ours}
+    )
+
+    def flat(table, name):
+        return np.array([x for row in table[name].to_pylist() for x in row if x is not None])
+
+    assert flat(there, "kl@other").min() > 1e-4
+    np.testing.assert_allclose(flat(there, "kl@other"), flat(back, "reverse_kl@other"), atol=2e-6)
+    np.testing.assert_allclose(flat(there, "reverse_kl@other"), flat(back, "kl@other"), atol=2e-6)
+    assert np.abs(flat(there, "kl@other") - flat(there, "reverse_kl@other")).max() > 1e-5
+    assert flat(itself, "kl@other").max() < 1e-6
+
+
+def test_what_it_is_compared_with_counts(model, tmp_path):
+    """Another reference, another fingerprint, wherever it stands; none, the fingerprint of old."""
+    other = save_model(tmp_path / "other", positions=99)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in other.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+
+    def sources(**fields):
+        return Score(checkpoint=str(model), **fields).sources(lambda path: str(hash(path.read_bytes())))
+
+    assert set(sources()) == {"checkpoint"}
+    assert sources(references={"x": str(other)}) == sources(references={"x": str(moved)})
+    assert sources(references={"x": str(other)}) != sources(references={"x": str(model)})
+
+
+def test_several_checkpoints_are_compared_by_name():
+    named = {"base": "models/base", "sft": "models/sft"}
+    options = {"signals": ("loss", "kl@base"), "dtype": "float32"}
+    assert compared(options, "base", named) == options | {"signals": ("loss",), "references": {}}
+    assert compared(options, "sft", named) == options | {"references": {"base": "models/base"}}
+    with pytest.raises(UsageError, match=r"'kl@old': no checkpoint is called 'old'; legal: base, sft"):
+        compared({"signals": ("kl@old",)}, "sft", named)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tokens, model, tmp_path):
+    larger = save_model(tmp_path / "larger", vocabulary=VOCABULARY + 8)
+    with pytest.raises(
+        UsageError, match=f"kl@x: its vocabulary has {VOCABULARY + 8} entries, this .* {VOCABULARY};"
+    ):
+        run_score(
+            tokens, tmp_path / "out", checkpoint=str(model), signals=("kl@x",), references={"x": str(larger)}
+        )
+
+
+def test_noise_is_that_of_the_example_alone(tokens, model, tmp_path):
+    """The same in batches of any size; another draw is another; without its noise it is the plain difference."""
+    signals = ("loss", "loss_unconditional", "pmi_noisy@1", "pmi_noisy@2")
+    found = [
+        run_score(tokens, tmp_path / str(n), checkpoint=str(model), signals=signals, batch_tokens=n)
+        for n in (1, 200)
+    ]
+
+    def flat(table, name):
+        return np.array([np.nan if x is None else x for row in table[name].to_pylist() for x in row])
+
+    for name in signals:
+        np.testing.assert_allclose(flat(found[0], name), flat(found[1], name), atol=1e-5, err_msg=name)
+    plain = flat(found[0], "loss") - flat(found[0], "loss_unconditional")
+    first, second = (flat(found[0], name) for name in signals[2:])
+    measured = np.isfinite(plain)
+    assert np.array_equal(np.isfinite(first), measured)
+    assert np.abs(first - second)[measured].mean() > 1e-3
+    assert np.abs(first - plain)[measured].mean() < 2
+
+
+def test_a_second_look_alone(tokens, model, tmp_path):
+    table = run_score(tokens, tmp_path / "out", checkpoint=str(model), signals=("loss_unconditional",))
+    assert table.column_names == ["example_id", "loss_unconditional"]

@@ -97,6 +97,17 @@ def test_what_it_refuses_is_refused_before_any_work(installed, model):
         Score(checkpoint=model, backend="table", workers=2).check()
 
 
+@pytest.mark.parametrize("backend", ["table", "vllm"])
+def test_signals_that_it_does_not_measure_are_refused_by_name(installed, model, backend):
+    stage = Score(
+        checkpoint=model, backend=backend, signals=("loss", "rank", "kl@x"), references={"x": model}
+    )
+    with pytest.raises(
+        UsageError, match=f"{backend} does not measure rank, kl@x; it measures .*loss.*; use --backend hf"
+    ):
+        stage.check()
+
+
 def test_the_fingerprint_has_what_decides_numbers_and_nothing_else(installed, model):
     def fingerprinted(**settings):
         return Score(checkpoint=model, backend="table", backend_options=settings).fingerprinted()

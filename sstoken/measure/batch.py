@@ -1,0 +1,82 @@
+"""Sequences laid out in batches, and where in them a signal is read.
+
+Shapes: B rows, T positions, N response tokens of a batch, R positions that are read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sstoken.measure.cuda.packed import segments_of
+from sstoken.measure.prompt_attention import Segment
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences laid out in [B, T], on the host."""
+
+    indices: list[int]
+    segments: list[Segment]
+    ids: Tensor
+    """[B, T]."""
+    response: Tensor
+    """[B, T] bool."""
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[N] positions of the response tokens in the batch laid flat."""
+        return self.response.flatten().nonzero()[:, 0]
+
+    @property
+    def predicting(self) -> Tensor:
+        """[B, T] bool: the positions that predict a response token."""
+        return self.response.roll(-1, 1)  # token 0 of a row is no response token
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The positions of a batch whose hidden states are read."""
+
+    positions: Tensor
+    """[R] of the batch laid flat, ascending."""
+    targets: Tensor
+    """[R] the ids that follow; 0 where no response token does."""
+    predicting: Tensor
+    """[N] into `positions`: what predicts each response token."""
+    at: Tensor | None
+    """[N] into `positions`: the response tokens themselves, where that is wanted."""
+
+
+def read_positions(batch: Batch, *, at: bool) -> Reading:
+    """Where to read what predicts each response token, and, with `at`, what each of them predicts."""
+    before, flat = batch.tokens - 1, batch.ids.flatten()
+    if not at:
+        return Reading(before, flat[batch.tokens], torch.arange(before.numel()), None)
+    positions, where = torch.cat([before, batch.tokens]).unique(return_inverse=True)
+    targets = torch.zeros_like(positions)
+    predicting, own = where.split(before.numel())
+    targets[predicting] = flat[batch.tokens]
+    return Reading(positions, targets, predicting, own)
+
+
+def lay_out(
+    indices: list[int], sequences: Sequence[Ids], response_masks: Sequence[Mask], layout: str
+) -> Batch:
+    """Padded on the right, a row each; packed: one after the other in one row."""
+    lengths = [len(sequences[i]) for i in indices]
+    shape = (1, sum(lengths)) if layout == "packed" else (len(lengths), max(lengths))
+    padded = [(row, 0, length) for row, length in enumerate(lengths)]
+    segments = segments_of(lengths) if layout == "packed" else padded
+    ids, response = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+    for index, (row, start, stop) in zip(indices, segments, strict=True):
+        ids[row, start:stop] = sequences[index]
+        response[row, start:stop] = response_masks[index]
+    return Batch(indices, segments, torch.from_numpy(ids), torch.from_numpy(response))

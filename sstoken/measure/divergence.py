@@ -1,0 +1,56 @@
+"""The Kullback-Leibler divergence of two checkpoints' distributions, over the full vocabulary, tile by tile.
+
+Shapes: N rows, D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from sstoken.measure.precision import as_given
+from sstoken.measure.token_loss import ROWS_PER_TILE, OutputHead, tiles
+
+Side = tuple[Tensor, OutputHead]
+"""Hidden states [N, D] and the output head that they go through."""
+
+
+@as_given
+def measure_divergence(
+    hidden: Tensor, head: OutputHead, other_hidden: Tensor, other_head: OutputHead
+) -> tuple[Tensor, Tensor]:
+    """KL(this || other) and KL(other || this), in nats, [N] each, at least fp32.
+
+    Args:
+        hidden: [N, D] of this checkpoint, at the positions to compare.
+        head: its output head.
+        other_hidden: [N, D'] of the other one at the same positions.
+        other_head: its output head, of the same vocabulary.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    forward, reverse = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
+    parts = max(1, round(hidden.shape[0] / ROWS_PER_TILE))
+    for rows in torch.arange(hidden.shape[0], device=hidden.device).tensor_split(parts):
+        if rows.numel():
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            forward[part], reverse[part] = _compare((hidden[part], head), (other_hidden[part], other_head))
+    return forward, reverse
+
+
+def _compare(this: Side, other: Side) -> tuple[Tensor, Tensor]:
+    """Both directions for the rows of one tile's height, float64."""
+    size, device = this[0].shape[0], this[0].device
+    sums = torch.zeros(2, 2, size, dtype=torch.float64, device=device)
+    """By side: of its exponentials, and of these times how far its logits are above the other's."""
+    largest = torch.full((2, size), float("-inf"), dtype=torch.float64, device=device)
+    for (_, ours), (_, theirs) in zip(tiles(*this), tiles(*other), strict=True):
+        apart = ours - theirs
+        for side, logits in enumerate((ours, theirs)):
+            raised = torch.maximum(largest[side], logits.amax(1).double())
+            sums[side] *= (largest[side] - raised).exp()
+            largest[side] = raised
+            weights = logits.sub_(raised.to(logits.dtype)[:, None]).exp_()
+            sums[side, 0] += weights.sum(1)
+            sums[side, 1] += torch.linalg.vecdot(weights, apart)
+    log_totals, means = largest + sums[:, 0].log(), sums[:, 1] / sums[:, 0]
+    forward = means[0] - log_totals[0] + log_totals[1]
+    reverse = log_totals[0] - means[1] - log_totals[1]
+    return forward.clamp_min_(0), reverse.clamp_min_(0)

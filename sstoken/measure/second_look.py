@@ -1,0 +1,70 @@
+"""Signals that take another pass over the data: responses without their prompts, and noise on the embeddings.
+
+Shapes: T positions of a sequence, n response tokens, D hidden size.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from sstoken.measure.batch import Ids, Mask
+from sstoken.measure.noise import Noise, draw_noise
+from sstoken.measure.scorer import Measured, Scorer
+from sstoken.signals import Signal
+
+SECOND_LOOK = frozenset({"loss_unconditional", "pmi_noisy"})
+"""What `second_look` measures, by name without argument."""
+
+
+def second_look(
+    scorer: Scorer, sequences: Sequence[Ids], response_masks: Sequence[Mask], wanted: Sequence[Signal]
+) -> list[Measured]:
+    """The signals of every sequence: of its response tokens but the first, [n - 1] each (none where n is 0).
+
+    Args:
+        scorer: measures the loss.
+        sequences: token ids, [T] each.
+        response_masks: [T] each. A response alone is the response tokens of all turns, one after the other.
+        wanted: of `SECOND_LOOK`.
+    """
+    found: list[Measured] = [{} for _ in sequences]
+    for signal in wanted:
+        draw = None if signal.argument is None else int(signal.argument)
+        for measured, losses in zip(
+            found, _losses_alone(scorer, sequences, response_masks, draw), strict=True
+        ):
+            measured[signal.name] = losses
+        if draw is None:
+            continue
+        noise = partial(_noise_of, sequences, None, draw)
+        for index, signals in scorer.measure(sequences, response_masks, noise=noise):
+            found[index][signal.name] = signals["loss"][1:] - found[index][signal.name]
+    return found
+
+
+def _losses_alone(
+    scorer: Scorer, sequences: Sequence[Ids], response_masks: Sequence[Mask], draw: int | None
+) -> list[Any]:
+    """The losses of each response without its prompt, [n - 1] each; with a draw, the noise it has beside the prompt."""
+    losses: list[Any] = [np.zeros(0, np.float32)] * len(sequences)
+    indices = [i for i, mask in enumerate(response_masks) if mask.sum() > 1]
+    responses = [sequences[i][response_masks[i]] for i in indices]
+    masks = [np.arange(ids.size) > 0 for ids in responses]
+    noise: Noise | None = None
+    if draw is not None:
+        noise = partial(
+            _noise_of, [sequences[i] for i in indices], [response_masks[i] for i in indices], draw
+        )
+    for at, signals in scorer.measure(responses, masks, noise=noise):
+        losses[indices[at]] = signals["loss"]
+    return losses
+
+
+def _noise_of(
+    sequences: Sequence[Ids], masks: Sequence[Mask] | None, draw: int, index: int, size: int
+) -> Any:
+    """A draw of one sequence, [T, D]; with masks, of its response tokens alone, [n, D]."""
+    noise = draw_noise(sequences[index], size, draw)
+    return noise if masks is None else noise[masks[index]]
