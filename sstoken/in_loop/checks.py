@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sstoken.errors import UsageError
-from sstoken.in_loop.forward import SelectingModel
+from sstoken.in_loop.forward import Decision, SelectingModel
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.measure.architecture import check_causal, last_softmax_layer
 
@@ -24,7 +24,8 @@ def check_trainer(trainer: Any) -> None:
     Raises:
         UsageError: names the setting and what to do about it.
     """
-    args = trainer.args
+    args, selection = trainer.args, trainer._selection
+    config, late = trainer.model.config.get_text_config(), selection.divides_late
     name = type(trainer.model).__name__
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     sizes = [getattr(parallelism, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp")]
@@ -72,7 +73,26 @@ def check_trainer(trainer: Any) -> None:
             f"{name}.forward takes no **kwargs, so its loss cannot be averaged",
         ),
         (
-            trainer.is_fsdp_enabled and trainer._selection.history in ("ema", "snapshot"),
+            loss_type == "dft" and selection.of.weighted,
+            f"loss_type is 'dft', which weights tokens, and so does method {selection.method!r}; take loss_type 'nll'",
+        ),
+        (
+            late and trainer.is_deepspeed_enabled,
+            f"method {selection.method!r} tells only after the last micro-batch how many tokens it keeps, and "
+            "DeepSpeed keeps gradients to itself; give denominator='response'",
+        ),
+        (
+            late and not args.average_tokens_across_devices and args.world_size > 1,
+            f"method {selection.method!r} tells only after the last micro-batch how many tokens it keeps; set "
+            "average_tokens_across_devices=True, or give denominator='response'",
+        ),
+        (
+            late and getattr(config, "output_router_logits", False),
+            f"method {selection.method!r} tells only after the last micro-batch how many tokens it keeps, too late for "
+            "the auxiliary loss of a mixture of experts; give denominator='response'",
+        ),
+        (
+            trainer.is_fsdp_enabled and selection.history in ("ema", "snapshot"),
             "histories 'ema' and 'snapshot' keep weights, which FSDP shards; take 'scores', or 'base' with LoRA",
         ),
     ):
@@ -116,16 +136,17 @@ def _can_run(trainer: Any) -> bool:
 class _KeepAll:
     """A selector that keeps every token, for `try_out`."""
 
-    measures = True
-    num_kept = 2
+    reference = None
+
+    def __init__(self, signals: tuple[str, ...]) -> None:
+        self.signals = signals
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def select(self, losses: Tensor | None) -> Tensor:
+    def select(self, signals: Mapping[str, Tensor]) -> Decision:
         """Keep all tokens."""
-        assert losses is not None
-        return torch.ones_like(losses, dtype=torch.bool)
+        return Decision(torch.ones_like(signals["loss"], dtype=torch.bool))
 
 
 @torch.no_grad()
@@ -149,7 +170,7 @@ def try_out(trainer: Any) -> None:
             capture.expect(tokens.response_mask)
         with trainer.accelerator.autocast():
             check_causal(model)
-            SelectingModel(model, trainer._head, tokens, _KeepAll())(
+            SelectingModel(model, trainer._head, tokens, _KeepAll(("loss",)))(
                 input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=2
             )
         if capture is not None:

@@ -1,4 +1,7 @@
-"""The dataset column `history_loss`: checked before training, then carried into each batch."""
+"""History signals in the dataset: columns such as `history_loss`, checked before training, then carried into batches.
+
+A column is named `ROLE_SIGNAL`. It holds one list per example, as long as `input_ids`; null or NaN off the response.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,31 +12,39 @@ from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.response_tokens import IGNORED
+from sstoken.signals import get_signal, is_signal
 
 HISTORY = "history_loss"
-"""Name of the column: one list per example, as long as `input_ids`, in nats; null or NaN off the response."""
+"""The usual column: the history's loss, in nats."""
 _ROWS_AT_ONCE = 1000
 
 
 class CarryHistory:
-    """Wraps a data collator and adds `history_loss` [B, T] float32 to its batch, 0 where there is none."""
+    """Wraps a data collator and adds history columns [B, T] float32 to its batch, 0 off the response."""
 
-    def __init__(self, collator: Callable[..., Mapping[str, Any]]) -> None:
-        self._collator = collator
+    def __init__(
+        self, collator: Callable[..., Mapping[str, Any]], columns: Sequence[str] = (HISTORY,)
+    ) -> None:
+        """Wrap a collator.
+
+        Args:
+            collator: any that pads, flattens or packs, and keeps the order of tokens.
+            columns: the history columns to carry.
+        """
+        self._collator, self._columns = collator, tuple(columns)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate the examples and place each history loss where its token went, padded, flattened or packed.
+        """Collate the examples and place each history value where its token went, padded, flattened or packed.
 
         Raises:
-            UsageError: an example has no history losses, too few, or NaN on the response.
+            UsageError: an example has no history values, too few, or NaN on the response.
             SstokenError: the collator drops tokens or changes their order.
         """
         for feature in features:
-            _check_example(feature, _named(feature))
-        plain = [{k: v for k, v in feature.items() if k != HISTORY} for feature in features]
+            _check_example(feature, self._columns, _named(feature))
+        plain = [{k: v for k, v in feature.items() if k not in self._columns} for feature in features]
         batch = dict(self._collator(plain))
         ids = np.concatenate([np.asarray(feature["input_ids"]) for feature in features])
-        history = np.concatenate([_floats(feature[HISTORY]) for feature in features])
         flat_ids = batch["input_ids"].reshape(-1)
         if batch.get("attention_mask") is not None:
             places = batch["attention_mask"].reshape(-1).nonzero()[:, 0]
@@ -44,14 +55,17 @@ class CarryHistory:
                 f"{type(self._collator).__name__} gives {places.numel()} tokens for {ids.size}, or others: history "
                 "losses cannot follow; let the data collator pad and nothing else"
             )
-        carried = torch.zeros(flat_ids.numel())
-        carried[places] = torch.from_numpy(np.nan_to_num(history))
-        batch[HISTORY] = carried.view(batch["input_ids"].shape)
+        for column in self._columns:
+            values = np.concatenate([_floats(feature[column]) for feature in features])
+            carried = torch.zeros(flat_ids.numel())
+            values = values if _lacks_first(column) else np.nan_to_num(values)
+            carried[places] = torch.from_numpy(values)
+            batch[column] = carried.view(batch["input_ids"].shape)
         return batch
 
 
-def check_column(dataset: Any) -> None:
-    """Refuse a dataset whose history losses are missing, misaligned or not finite.
+def check_columns(dataset: Any, wanted: Sequence[str] = (HISTORY,)) -> None:
+    """Refuse a dataset whose history columns are missing, misaligned or not finite.
 
     Checks every example, except in a streamed dataset, which `CarryHistory` checks batch by batch.
 
@@ -60,27 +74,27 @@ def check_column(dataset: Any) -> None:
     """
     columns = getattr(dataset, "column_names", None)
     if columns is not None:
-        for needed in ("input_ids", "labels", HISTORY):
+        for needed in ("input_ids", "labels", *wanted):
             if needed not in columns:
                 raise UsageError(
                     f"the training dataset has no column {needed!r}, it has {', '.join(columns)}; history 'scores' "
-                    "needs input_ids, labels and history_loss, as sstoken.stages.training.score_column.with_history "
-                    "makes them"
+                    f"needs input_ids, labels and {', '.join(wanted)}, as "
+                    "sstoken.stages.training.score_column.with_history makes them"
                 )
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return
-    for index, example in enumerate(_examples(dataset)):
-        _check_example(example, f"training example {example.get('example_id', index)}")
+    for index, example in enumerate(_examples(dataset, wanted)):
+        _check_example(example, wanted, f"training example {example.get('example_id', index)}")
 
 
-def _examples(dataset: Any) -> Iterator[Mapping[str, Any]]:
+def _examples(dataset: Any, wanted: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     """Yield all examples; a Hugging Face dataset is read in blocks, and only the columns that matter."""
     if not hasattr(dataset, "with_format") or dataset.format["type"] == "custom":
         yield from (dataset[i] for i in range(len(dataset)))
         return
-    names = [n for n in ("example_id", "input_ids", "labels", HISTORY) if n in dataset.column_names]
+    names = [n for n in ("example_id", "input_ids", "labels", *wanted) if n in dataset.column_names]
     for block in dataset.select_columns(names).with_format("numpy").iter(_ROWS_AT_ONCE):
-        for row in range(len(block[HISTORY])):
+        for row in range(len(block["input_ids"])):
             yield {name: values[row] for name, values in block.items()}
 
 
@@ -91,25 +105,36 @@ def _named(example: Mapping[str, Any]) -> str:
     return f"the training example that starts with the tokens {np.asarray(example['input_ids'])[:8].tolist()}"
 
 
-def _check_example(example: Mapping[str, Any], name: str) -> None:
-    if example.get(HISTORY) is None:
-        raise UsageError(
-            f"{name} has no {HISTORY}; score the history checkpoint, or take another history than 'scores'"
-        )
-    history, num_tokens = _floats(example[HISTORY]), len(example["input_ids"])
-    if history.size != num_tokens:
-        raise UsageError(
-            f"{name}: {history.size} history losses for {num_tokens} tokens; they must be the scores of these tokens"
-        )
+def _check_example(example: Mapping[str, Any], wanted: Sequence[str], name: str) -> None:
+    num_tokens = len(example["input_ids"])
     labels = example.get("labels")
-    wanted = np.ones(num_tokens, bool) if labels is None else np.asarray(labels) != IGNORED
-    wanted[:1] = False  # predicted from nothing
-    wrong = wanted & ~np.isfinite(history)
-    if wrong.any():
-        place = int(np.flatnonzero(wrong)[0])
-        raise UsageError(
-            f"{name}: {HISTORY} is {history[place]} at token {place}, which is a response token; score again"
-        )
+    response = np.ones(num_tokens, bool) if labels is None else np.asarray(labels) != IGNORED
+    response[:1] = False  # predicted from nothing
+    for column in wanted:
+        if example.get(column) is None:
+            raise UsageError(
+                f"{name} has no {column}; score the history checkpoint, or take another history than 'scores'"
+            )
+        values, what = _floats(example[column]), "losses" if column == HISTORY else f"values of {column}"
+        if values.size != num_tokens:
+            raise UsageError(
+                f"{name}: {values.size} history {what} for {num_tokens} tokens; they must be the scores of these "
+                "tokens"
+            )
+        wrong = response & ~np.isfinite(values)
+        if _lacks_first(column):
+            wrong[np.flatnonzero(response)[:1]] = False
+        if wrong.any():
+            place = int(np.flatnonzero(wrong)[0])
+            raise UsageError(
+                f"{name}: {column} is {values[place]} at token {place}, which is a response token; score again"
+            )
+
+
+def _lacks_first(column: str) -> bool:
+    """Return whether a column has no value for an example's first response token: its signal has none there."""
+    name = column.partition("_")[2]
+    return is_signal(name) and get_signal(name).from_second
 
 
 def _floats(values: Any) -> NDArray[np.float32]:
@@ -117,26 +142,61 @@ def _floats(values: Any) -> NDArray[np.float32]:
     return np.asarray(values.cpu() if torch.is_tensor(values) else values, dtype=np.float32)
 
 
-def join_history(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[NDArray[np.int64]]]:
-    """Store each history loss in the upper 32 bits of its label. -100 stays -100.
+def prepare_with_columns(prepare: Callable[[Any], Any], dataset: Any, columns: Sequence[str]) -> Any:
+    """Carry history columns through TRL's truncation and packing.
 
-    TRL truncates and packs `input_ids` and `labels` and drops all other columns; this way the losses follow.
+    TRL cuts and packs `input_ids` and `labels` and drops all other columns. So the values travel in the upper 32 bits
+    of the labels, one preparation a column.
+
+    Args:
+        prepare: TRL's, from a dataset to the one that is trained on.
+        dataset: `input_ids`, `labels` and the columns.
+        columns: the history columns.
+
+    Raises:
+        SstokenError: the preparation is random, so that columns would end up at other tokens.
     """
+    from accelerate import PartialState
+
+    prepared: Any = None
+    for column in columns:
+        others = ["labels", *columns]
+        with PartialState().main_process_first():  # the others read its cache
+            joined = dataset.map(
+                _join, batched=True, remove_columns=others, fn_kwargs={"column": column}
+            ).rename_column("joined", "labels")
+        rows = prepare(joined).rename_column("labels", "joined")
+        with PartialState().main_process_first():
+            rows = rows.map(_split, batched=True, remove_columns=["joined"], fn_kwargs={"column": column})
+        if prepared is None:
+            prepared = rows
+            continue
+        if any(prepared[i]["input_ids"] != rows[i]["input_ids"] for i in (0, len(rows) - 1)):
+            raise SstokenError(
+                "the dataset is prepared in another order each time, and several history columns cannot follow; "
+                "shuffle it before it is given to the trainer"
+            )
+        prepared = prepared.add_column(column, rows.data.column(column).combine_chunks())
+    return prepared
+
+
+def _join(rows: Mapping[str, Sequence[Any]], column: str) -> dict[str, list[NDArray[np.int64]]]:
+    """Store each history value in the upper 32 bits of its label. -100 stays -100."""
     joined = []
-    for labels, history in zip(rows["labels"], rows[HISTORY], strict=True):
+    for labels, values in zip(rows["labels"], rows[column], strict=True):
         label = np.asarray(labels, dtype=np.int64)
-        bits = np.nan_to_num(_floats(history)).view(np.uint32).astype(np.int64) << 32
+        bits = _floats(values).view(np.uint32).astype(np.int64) << 32
         joined.append(np.where(label == IGNORED, IGNORED, bits | label))
     return {"joined": joined}
 
 
-def split_history(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[NDArray[Any]]]:
-    """Undo `join_history`; history losses off the response become NaN."""
+def _split(rows: Mapping[str, Sequence[Any]], column: str) -> dict[str, list[NDArray[Any]]]:
+    """Undo `_join`; history values off the response become NaN."""
     labels, history = [], []
     for row in rows["joined"]:
         joined = np.asarray(row, dtype=np.int64)
         off = joined == IGNORED
         labels.append(np.where(off, IGNORED, joined & 0xFFFFFFFF))
-        losses = (joined >> 32).astype(np.uint32).view(np.float32)
-        history.append(np.where(off, np.float32("nan"), losses))
-    return {"labels": labels, HISTORY: history}
+        values = (joined >> 32).astype(np.uint32).view(np.float32)
+        history.append(np.where(off, np.float32("nan"), values))
+    return {"labels": labels, column: history}

@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sstoken.errors import UsageError
 from sstoken.in_loop.response_tokens import IGNORED, ResponseTokens
+from sstoken.in_loop.rule import Rule
 from sstoken.measure.prompt_attention import Segment
-from sstoken.selection import keep_per_example_tensor, minmax_tensor
+from sstoken.methods import get_method
 
 
 class Selected(NamedTuple):
@@ -55,54 +55,19 @@ def self_modulated_loss(
     Raises:
         UsageError: rho or gamma out of range, or a signal that gamma needs is missing.
     """
-    if not 0 <= gamma <= 1:
-        raise UsageError(f"gamma is {gamma}; legal is 0 <= gamma <= 1 (the weight of REL)")
+    method = get_method("sstoken")
+    rule = Rule(method, method.read_params({"rho": rho, "gamma": gamma}), scope)
     tokens = ResponseTokens.of(response_mask, segments)
     loss_N = tokens.gather(current_loss)
-    keep_N = keep_tokens(
-        loss_N.detach(),
-        None if history_loss is None else tokens.gather(history_loss),
-        None if attention is None else tokens.gather(attention),
-        tokens,
-        rho=rho,
-        gamma=gamma,
-        scope=scope,
-    )
-    kept = sum(tokens.quotas(rho, scope)) if num_kept is None else num_kept
+    given = {
+        "history.loss": history_loss,
+        "current.loss": current_loss.detach(),
+        "current.attention": attention,
+    }
+    signals = {name: tokens.gather(values) for name, values in given.items() if values is not None}
+    keep_N = rule.decide(signals, tokens).keep
+    kept = rule.num_kept(tokens) if num_kept is None else num_kept
     return Selected(kept_loss(loss_N, keep_N) / torch.as_tensor(kept).clamp(min=1), tokens.scatter(keep_N))
-
-
-@torch.no_grad()
-def keep_tokens(
-    current_loss: Tensor | None,
-    history_loss: Tensor | None,
-    attention: Tensor | None,
-    tokens: ResponseTokens,
-    *,
-    rho: float,
-    gamma: float,
-    scope: str = "sample",
-) -> Tensor:
-    """Return the keep mask [N] bool of the response tokens; all values are [N]. Never waits for the device.
-
-    Raises:
-        UsageError: a signal that gamma needs is missing.
-    """
-    num_tokens = tokens.num_tokens
-    if rho == 1:
-        return torch.ones(num_tokens, dtype=torch.bool, device=tokens.positions.device)
-    score = torch.zeros((), dtype=torch.float64)
-    if gamma > 0:
-        rel = _double(_given(history_loss, "history_loss")) - _double(_given(current_loss, "current_loss"))
-        score = score + gamma * minmax_tensor(rel, tokens.example.to(rel.device), len(tokens.segments))
-    if gamma < 1:
-        score = score + (1 - gamma) * _double(_given(attention, "attention"))
-    example = tokens.example.to(score.device)
-    quotas = tokens.quotas(rho, scope)
-    if scope == "batch":
-        example = torch.zeros_like(example)
-    keep = keep_per_example_tensor(score, example, quotas)
-    return keep.to(tokens.positions.device)
 
 
 def kept_loss(loss: Tensor, keep: Tensor) -> Tensor:
@@ -124,14 +89,3 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
     )
     return nn.functional.pad(losses.view(labels.shape[0], -1), (1, 0))
-
-
-def _given(values: Tensor | None, name: str) -> Tensor:
-    if values is None:
-        raise UsageError(f"the signal {name!r} is missing; gamma gives it weight")
-    return values
-
-
-def _double(values: Tensor) -> Tensor:
-    """Convert to float64, as offline; on the CPU if the device has no float64."""
-    return (values.cpu() if values.device.type == "mps" else values).double()

@@ -8,45 +8,58 @@ Shapes: B rows, T positions, N response tokens, K kept ones, D hidden size, V vo
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sstoken.errors import SstokenError
-from sstoken.in_loop.head import HeadLosses, last_states, rounds, states_to_head, unwrapped
+from sstoken.in_loop.head import HeadSignals, MeasuredStates, last_states, rounds, states_to_head, unwrapped
 from sstoken.in_loop.response_tokens import ResponseTokens
 
 _OF_THE_LOSS = ("labels", "num_items_in_batch", "fused_lm_head")
 
 
+class Decision(NamedTuple):
+    """What a selector decides about N response tokens."""
+
+    keep: Tensor
+    """[N] bool."""
+    weight: Tensor | None = None
+    """[N], factors of the tokens' losses; None: 1 for kept tokens, 0 for the others."""
+    num_kept: int | None = None
+    """Number of kept tokens if known on the host: then nothing waits for the device."""
+
+
 class Selector(Protocol):
-    """Decides which tokens a step keeps. `SelectingModel` calls the methods in this order."""
+    """Decides which tokens a step keeps. `SelectingModel` uses it in this order."""
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Get ready for the forward pass of `model(**inputs)`."""
 
     @property
-    def measures(self) -> bool:
-        """Whether `select` needs losses; not if it keeps everything anyway."""
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signals that `select` needs, such as `loss`; none if it keeps everything anyway."""
 
     @property
-    def num_kept(self) -> int:
-        """Number of tokens that `select` will keep."""
+    def reference(self) -> MeasuredStates | None:
+        """The history's states, for signals that compare distributions."""
 
-    def select(self, losses: Tensor | None) -> Tensor:
-        """Return the keep mask [N] bool, given the losses [N], or None if `measures` is False."""
+    def select(self, signals: Mapping[str, Tensor]) -> Decision:
+        """Decide, given the signals [N] by name."""
 
 
 class SelectingModel:
     """Calls the model as its trainer would, and returns the loss of the selected tokens."""
 
     calls = 0
+    num_kept: Tensor | None = None
+    """How many tokens were kept, once the model was called."""
 
     def __init__(
         self,
         model: nn.Module,
-        head: HeadLosses,
+        head: HeadSignals,
         tokens: ResponseTokens,
         selector: Selector,
         aux_divisor: float = 1.0,
@@ -55,7 +68,7 @@ class SelectingModel:
 
         Args:
             model: the model being trained, wrapped for several processes or not.
-            head: measures that model's losses.
+            head: measures that model's signals.
             tokens: the response tokens of the batch.
             selector: chooses the tokens to keep.
             aux_divisor: divisor of the model's auxiliary loss, which is a mean over the batch.
@@ -77,24 +90,28 @@ class SelectingModel:
 
     def _plain(self, inputs: Mapping[str, Any]) -> Any:
         targets = self._tokens.gather(inputs["labels"])
-        outputs, logits, kept = self._forward(inputs, targets)
+        outputs, logits, kept, weight = self._forward(inputs, targets)
         losses = nn.functional.cross_entropy(logits.float(), targets[kept], reduction="none")
+        if weight is not None:
+            losses = losses * weight[kept].to(losses.dtype)
         loss = losses.sum() / torch.as_tensor(inputs["num_items_in_batch"]).clamp(min=1)
         if getattr(outputs, "aux_loss", None) is not None:
-            weight = getattr(unwrapped(self._model).config.get_text_config(), "router_aux_loss_coef", 0.0)
-            loss = loss + weight / self._aux_divisor * outputs.aux_loss
+            factor = getattr(unwrapped(self._model).config.get_text_config(), "router_aux_loss_coef", 0.0)
+            loss = loss + factor / self._aux_divisor * outputs.aux_loss
         outputs["loss"] = loss
         return outputs
 
-    def _forward(self, inputs: Mapping[str, Any], targets: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """Return the model's outputs, the kept tokens' logits [K, V], and their indices [K] among the N."""
-        found: list[tuple[Tensor, Tensor, bool]] = []
+    def _forward(
+        self, inputs: Mapping[str, Any], targets: Tensor
+    ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
+        """Return the model's outputs, the learned tokens' logits [K, V], their indices [K] among the N, and weights."""
+        found: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
 
-        def choose(hidden_ND: Tensor) -> Tensor:
-            losses = self._head.measure(hidden_ND, targets) if self._selector.measures else None
-            kept_K = _places(self._selector.select(losses), self._selector.num_kept)
-            states_KD = hidden_ND[kept_K]
-            found.append((states_KD.detach(), kept_K, rounds(states_KD)))
+        def choose(hidden: Tensor) -> Tensor:
+            decision = self._decide(hidden, targets)
+            learned_K = _learned(decision)
+            states_KD = hidden[self._tokens.positions[learned_K] - 1]
+            found.append((states_KD.detach(), learned_K, rounds(states_KD), decision.weight))
             return states_KD
 
         with states_to_head(self._model, self._tokens, choose) as used:
@@ -102,49 +119,70 @@ class SelectingModel:
         logits = getattr(outputs, "logits", None)
         if len(used) != 1 or logits is None or logits.shape[:-1] != (1, found[0][1].numel()):
             raise _not_causal(self._model)
-        states_KD, kept_K, rounded = found[0]
+        states_KD, learned_K, rounded, weight = found[0]
         self._head.verify(states_KD, logits[0], rounded)
-        return outputs, logits[0], kept_K
+        return outputs, logits[0], learned_K, weight
+
+    def _decide(self, hidden: Tensor, targets: Tensor) -> Decision:
+        """Measure and select, given the last states [B * T, D]."""
+        selector = self._selector
+        measured: dict[str, Tensor] = {}
+        if selector.signals:
+            states = self._head.states(hidden.detach(), self._tokens, selector.signals)
+            measured = self._head.measure(states, targets, selector.signals, selector.reference)
+        decision = selector.select(measured)
+        self.num_kept = decision.keep.sum()
+        return decision
 
     def _fused(self, inputs: Mapping[str, Any]) -> Any:
         """TRL's fused output head computes log-probabilities of all response tokens, for its metrics."""
         tokens = self._tokens
-        measured: list[Tensor | None] = [None]
+        found: list[Decision] = []
 
-        def take(hidden_ND: Tensor) -> None:
-            if self._selector.measures:  # log-probabilities are of rounded logits, under autocast
-                measured[0] = self._head.measure(hidden_ND, tokens.gather(inputs["labels"]))
+        def take(hidden: Tensor) -> None:  # log-probabilities are of rounded logits, under autocast
+            found.append(self._decide(hidden, tokens.gather(inputs["labels"])))
 
-        with last_states(self._model, tokens, take):
+        with last_states(self._model, take):
             outputs = self._model(**inputs)
-        dropped = ~tokens.scatter(self._selector.select(measured[0]))[:, 1:]
-        outputs["log_probs"] = outputs.log_probs.masked_fill(dropped, 0.0)
+        keep, weight, _ = found[0]
+        learned = keep if weight is None else weight != 0
+        log_probs = outputs.log_probs.masked_fill(~tokens.scatter(learned)[:, 1:], 0.0)
+        if weight is not None:
+            log_probs = log_probs * tokens.scatter(weight)[:, 1:].to(log_probs.dtype)
+        outputs["log_probs"] = log_probs
         return outputs
 
 
 @torch.no_grad()
-def measure_losses(
-    model: nn.Module, head: HeadLosses, inputs: Mapping[str, Any], tokens: ResponseTokens
-) -> Tensor:
-    """Measure the loss of each response token in a forward pass without gradients and without full logits.
+def measure_signals(
+    model: nn.Module,
+    head: HeadSignals,
+    inputs: Mapping[str, Any],
+    tokens: ResponseTokens,
+    names: tuple[str, ...] = ("loss",),
+) -> tuple[dict[str, Tensor], MeasuredStates]:
+    """Measure signals of each response token in a forward pass without gradients and without full logits.
 
     Args:
         model: a causal language model, wrapped for several processes or not.
-        head: measures that model's losses.
+        head: measures that model's signals.
         inputs: what its trainer calls it with, including `labels` [B, T].
         tokens: the response tokens of the batch.
+        names: which signals; those that compare distributions are not measured, but their states are kept.
 
     Returns:
-        [N] nats, float32.
+        Each signal [N], and the states that they come from.
 
     Raises:
         SstokenError: the model does not compute one row of logits per position with its output embedding.
     """
     targets, found = tokens.gather(inputs["labels"]), []
 
-    def choose(hidden_ND: Tensor) -> Tensor:
-        found.append(head.measure(hidden_ND, targets))
-        return hidden_ND[:0]
+    def choose(hidden: Tensor) -> Tensor:
+        states = head.states(hidden, tokens, names)
+        single = [name for name in names if "@" not in name]
+        found.append((head.measure(states, targets, single), states))
+        return hidden[:0]
 
     with states_to_head(model, tokens, choose):
         model(**_without_loss(inputs))
@@ -157,9 +195,14 @@ def _without_loss(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in inputs.items() if k not in _OF_THE_LOSS}
 
 
-def _places(keep: Tensor, count: int) -> Tensor:
-    """Return the indices [count] where `keep` [N] is True, in order, without waiting for the device."""
-    return keep.logical_not().to(torch.uint8).argsort(stable=True)[:count]
+def _learned(decision: Decision) -> Tensor:
+    """Return the indices [K] of the tokens whose loss counts, in order."""
+    keep, weight, count = decision
+    if weight is not None:
+        return (weight != 0).nonzero()[:, 0]
+    if count is None:
+        return keep.nonzero()[:, 0]
+    return keep.logical_not().to(torch.uint8).argsort(stable=True)[:count]  # does not wait for the device
 
 
 def _not_causal(model: nn.Module) -> SstokenError:

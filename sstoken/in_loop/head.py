@@ -1,11 +1,11 @@
-"""Measures each response token's loss from the state that predicts it: in float32, without gradients.
+"""Measures signals of each response token from the state that predicts it: in float32, without gradients.
 
 Shapes: B rows, T positions, N response tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from sstoken.errors import SstokenError
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.measure.precision import as_given, cast_as_autocast
 from sstoken.measure.token_loss import (
+    TILE_ELEMENTS,
     OutputHead,
     measure_logits,
     measure_token_losses,
@@ -33,8 +34,19 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-class HeadLosses:
-    """Measures the losses that the model's output head gives, before rounding to half precision."""
+class MeasuredStates(NamedTuple):
+    """The last states of N response tokens, and the output head at that moment."""
+
+    hidden: Tensor
+    """[N, D], those that predict the tokens."""
+    own: Tensor | None
+    """[N, D], those at the tokens' own positions; None if no signal wants them."""
+    head: OutputHead | None
+    """None: the output embedding is not a plain `nn.Linear`, and only the module can compute its product."""
+
+
+class HeadSignals:
+    """Measures the signals that the model's output head gives, before rounding to half precision."""
 
     def __init__(self, model: nn.Module) -> None:
         """Read the output head of an unwrapped causal language model.
@@ -50,19 +62,70 @@ class HeadLosses:
         self._scale: float | None = None
 
     @torch.no_grad()
-    def measure(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the losses [N] float32 of `targets` [N], predicted by the states [N, D].
+    def states(self, hidden: Tensor, tokens: ResponseTokens, names: Sequence[str]) -> MeasuredStates:
+        """Pick the states that signals come from. Call it within the forward pass.
 
-        Call it within the forward pass: states and weights are rounded once, to the dtype that autocast multiplies
-        in there; products and sums are float32.
+        States and weights are rounded once, to the dtype that autocast multiplies in there.
+
+        Args:
+            hidden: [B * T, D], the last states.
+            tokens: the response tokens of the batch.
+            names: of the signals.
         """
-        if type(self._head) is nn.Linear:
-            head = self._linear(hidden, self._scale_now)
-            return measure_token_losses(hidden.to(head.weight.dtype), targets, head)
-        losses = [hidden.new_zeros(0, dtype=torch.float32)]
+        head = self._linear(self._scale_now) if type(self._head) is nn.Linear else None
+        hidden = hidden if head is None else hidden.to(head.weight.dtype)
+        own = hidden[tokens.positions] if any(_own(name) for name in names) else None
+        return MeasuredStates(hidden[tokens.positions - 1], own, head)
+
+    @torch.no_grad()
+    def measure(
+        self,
+        states: MeasuredStates,
+        targets: Tensor,
+        names: Sequence[str],
+        reference: MeasuredStates | None = None,
+    ) -> dict[str, Tensor]:
+        """Measure signals; products and sums are float32.
+
+        Args:
+            states: of N response tokens.
+            targets: [N], their ids.
+            names: of the signals.
+            reference: the history's states, for `kl` and its kin.
+
+        Returns:
+            Each signal, [N].
+        """
+        plain = [name for name in names if "@" not in name and not _own(name)]
+        found = self._distribution(states.hidden, targets, states.head, plain)
+        if "entropy_at" in names and states.own is not None:
+            (found["entropy_at"],) = self._distribution(
+                states.own, targets, states.head, ["entropy"]
+            ).values()
+        compared = [name for name in names if "@" in name]
+        if compared and (reference is None or reference.head is None or states.head is None):
+            raise SstokenError(
+                f"{compared[0]}: the output embedding of {self._name} is no plain linear layer (an adapter, or "
+                "quantized weights), and distributions cannot be compared with the history's; leave it out of the "
+                "adapter's target modules"
+            )
+        for name in compared:
+            assert reference is not None
+            sides = [(s.own if _own(name) else s.hidden, s.head) for s in (states, reference)]
+            found[name] = divergence(*sides, reverse=name.startswith("reverse"))  # type: ignore[arg-type]
+        return found
+
+    def _distribution(
+        self, hidden: Tensor, targets: Tensor, head: OutputHead | None, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Measure signals of the distributions that states [N, D] predict."""
+        if head is not None and set(names) <= {"loss"}:
+            return {name: measure_token_losses(hidden, targets, head) for name in names}
+        parts = [{name: hidden.new_zeros(0, dtype=torch.float32) for name in names}]
         for rows, ids in zip(hidden.split(ROWS_PER_CALL), targets.split(ROWS_PER_CALL), strict=True):
-            losses.append(_cross_entropy(self._logits(rows, self._scale_now), ids))
-        return torch.cat(losses)
+            logits = self._logits(rows, self._scale_now) if head is None else measure_logits(rows, head)
+            parts.append(signals_of_logits(logits, ids, names))
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     @torch.no_grad()
     def verify(self, hidden: Tensor, logits: Tensor, rounded: bool) -> None:
@@ -97,16 +160,16 @@ class HeadLosses:
         """The verified factor; before that, the one that the configuration names, or 1."""
         return self._candidates[-1] if self._scale is None else self._scale
 
-    def _linear(self, hidden: Tensor, scale: float) -> OutputHead:
+    def _linear(self, scale: float) -> OutputHead:
         module: Any = self._head
-        (weight,) = cast_as_autocast(module.weight)
+        (weight,) = cast_as_autocast(module.weight.detach())  # what it is now: histories swap the data
         bias = None if module.bias is None else module.bias.to(weight.dtype)
         return OutputHead(weight, bias, scale, self._softcap)
 
     def _logits(self, hidden: Tensor, scale: float) -> Tensor:
         """[N, V] float32."""
         if type(self._head) is nn.Linear:
-            head = self._linear(hidden, scale)
+            head = self._linear(scale)
             return measure_logits(hidden.to(head.weight.dtype), head)
         # With an adapter or quantized weights, only the module can compute its product.
         logits = self._head.forward(hidden).float() * scale
@@ -114,8 +177,66 @@ class HeadLosses:
 
 
 @as_given
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits, targets, reduction="none")
+def divergence_of_rows(current: Tensor, history: Tensor) -> Tensor:
+    """Return KL(current || history) [R] of logits [R, V], in nats."""
+    log_p, log_q = current.log_softmax(1), history.log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def divergence(
+    current: tuple[Tensor, OutputHead], history: tuple[Tensor, OutputHead], *, reverse: bool
+) -> Tensor:
+    """Compute KL(current || history) of N tokens over the whole vocabulary, some rows of logits at a time.
+
+    Args:
+        current: the states [N, D] and output head of the model in training.
+        history: those of the history.
+        reverse: compute KL(history || current).
+
+    Returns:
+        [N] nats, float32.
+    """
+    pair = (history, current) if reverse else (current, history)
+    rows = max(1, TILE_ELEMENTS.get(current[0].device.type, 1 << 24) // current[1].weight.shape[0])
+    parts = [
+        divergence_of_rows(
+            *(measure_logits(hidden, head) for hidden, (_, head) in zip(chunk, pair, strict=True))
+        )
+        for chunk in zip(*(hidden.split(rows) for hidden, _ in pair), strict=True)
+    ]
+    return torch.cat(parts) if parts else current[0].new_zeros(0, dtype=torch.float32)
+
+
+@as_given
+def signals_of_logits(logits: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Measure signals of whole rows of logits (`sstoken.signals`).
+
+    Args:
+        logits: [R, V].
+        targets: [R] token ids.
+        names: of signals that one distribution gives.
+
+    Returns:
+        [R] float32 each.
+    """
+    log_p = logits.log_softmax(1)
+    own = log_p.gather(1, targets[:, None])
+    p, larger = log_p.exp(), logits > logits.gather(1, targets[:, None])
+    ranks = torch.arange(1, logits.shape[1] + 1, device=logits.device, dtype=logits.dtype)
+    measured: dict[str, Callable[[], Tensor]] = {
+        "loss": lambda: -own[:, 0],
+        "entropy": lambda: -(p * log_p).nan_to_num(0.0).sum(1),
+        "entropy_top20": lambda: torch.distributions.Categorical(
+            logits=logits.topk(min(20, logits.shape[1]), 1).values, validate_args=False
+        ).entropy(),
+        "rank": lambda: larger.sum(1),
+        "ties": lambda: (log_p == own).sum(1) - 1,
+        "mass_above": lambda: (p * larger).sum(1),
+        "max_prob": lambda: p.amax(1),
+        "sum_p2": lambda: p.square().sum(1),
+        "expected_rank": lambda: p.sort(1, descending=True).values @ ranks,
+    }
+    return {name: measured[name]().float() for name in names}
 
 
 @contextmanager
@@ -127,7 +248,7 @@ def states_to_head(
     Args:
         model: a causal language model, wrapped for several processes or not.
         tokens: the response tokens of the batch.
-        choose: gets the states [N, D] that predict response tokens, returns the rows [K, D] to compute logits of.
+        choose: gets the states [B * T, D], returns the rows [K, D] to compute logits of.
 
     Yields:
         A list with an entry for each time the output embedding was reached; logits are [1, K, V].
@@ -143,7 +264,7 @@ def states_to_head(
                 f"{tuple(tokens.response_mask.shape)}; models that add or drop positions (prompt tuning) cannot select"
             )
         used.append(True)
-        return (choose(hidden_BTD.flatten(0, 1)[tokens.positions - 1])[None], *args[1:])
+        return (choose(hidden_BTD.flatten(0, 1))[None], *args[1:])
 
     handle = output_embedding(unwrapped(model)).register_forward_pre_hook(gather)
     try:
@@ -153,8 +274,8 @@ def states_to_head(
 
 
 @contextmanager
-def last_states(model: nn.Module, tokens: ResponseTokens, take: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within this context the forward pass calls `take` with the states [N, D] that predict response tokens.
+def last_states(model: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within this context the forward pass calls `take` with the last states [B * T, D].
 
     For a forward pass that bypasses the output embedding's module.
     """
@@ -164,7 +285,7 @@ def last_states(model: nn.Module, tokens: ResponseTokens, take: Callable[[Tensor
 
     @torch.compiler.disable
     def keep(module: nn.Module, args: Any, outputs: Any) -> None:
-        take(outputs[0].detach().flatten(0, 1)[tokens.positions - 1])
+        take(outputs[0].detach().flatten(0, 1))
 
     handle = inner.base_model.register_forward_hook(keep)
     try:
@@ -176,3 +297,8 @@ def last_states(model: nn.Module, tokens: ResponseTokens, take: Callable[[Tensor
 def rounds(hidden: Tensor) -> bool:
     """Return whether products of these states are rounded below float32. Call it within the forward pass."""
     return torch.finfo(hidden.dtype).bits < 32 or torch.is_autocast_enabled(hidden.device.type)
+
+
+def _own(name: str) -> bool:
+    """Return whether a signal speaks of the distribution at the token's own position, which predicts the next one."""
+    return name.partition("@")[0].endswith("_at")

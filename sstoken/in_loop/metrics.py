@@ -17,7 +17,7 @@ from sstoken.in_loop.response_tokens import ResponseTokens
 PREFIX = "selection/"
 REMEMBERED_EXAMPLES = 50_000
 """At most this many examples' last masks are remembered, so that memory does not grow with the dataset."""
-_NUM_SUMS = 10
+_NUM_SUMS = 12
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class TrainedBatch:
     """[N]; None if nothing was measured."""
     attention: Tensor | None
     """[N]."""
+    weight: Tensor | None = None
+    """[N]; None: the method gives no weights."""
 
     def observations(self) -> Iterator[Observation]:
         """Yield an observation of each example that has response tokens."""
@@ -46,6 +48,9 @@ class TrainedBatch:
         attention = None
         if self.attention is not None:
             attention = self.tokens.scatter(self.attention.float()).cpu().numpy()
+        weight = None
+        if self.weight is not None:
+            weight = self.tokens.scatter(self.weight).cpu().numpy()
         for index, (row, start, stop) in enumerate(self.tokens.segments):
             if self.tokens.offsets[index] == self.tokens.offsets[index + 1]:
                 continue
@@ -58,6 +63,7 @@ class TrainedBatch:
                 keep[place],
                 np.where(mask, loss[place], np.float32("nan")),
                 None if attention is None else np.where(mask, attention[place], np.float32("nan")),
+                None if weight is None else weight[place],
             )
 
 
@@ -86,13 +92,20 @@ class SelectionMetrics:
         self._events.append((begin, end))
 
     @torch.no_grad()
-    def count(self, keep: Tensor, rel: Tensor | None, attention: Tensor | None) -> None:
+    def count(
+        self, keep: Tensor, rel: Tensor | None, attention: Tensor | None, weight: Tensor | None = None
+    ) -> None:
         """Add one forward pass; all values are [N]."""
         share = torch.stack([keep, ~keep]).to(_precise(keep.device))
         tokens = share.sum(1)
         parts = [tokens]
         for values in (rel, attention):
             parts += [torch.zeros_like(tokens)] * 2 if values is None else [share @ values.to(share), tokens]
+        parts.append(
+            torch.zeros_like(tokens)
+            if weight is None
+            else torch.stack([weight.to(tokens).sum(), tokens.sum()])
+        )
         sums = torch.cat(parts)
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -115,18 +128,19 @@ class SelectionMetrics:
             device: where `gather` wants its tensors.
 
         Returns:
-            kept_share; the means of rel and attention over kept and over dropped tokens; mask_overlap, the share of
+            kept_share; weight, the mean over response tokens; the means of rel and attention over kept and over
+            dropped tokens; mask_overlap, the share of
             kept tokens that were also kept at their example's last visit; seconds that this process spent on the
             selection. Metrics that were not measured are left out.
         """
         sums = torch.zeros(_NUM_SUMS, device=device) if self._sums is None else self._sums
         local = torch.cat([sums.to(device, _precise(device)), sums.new_tensor(self._overlap).to(device)])
         pairs = gather(local[None]).sum(0).view(-1, 2).tolist()
-        tokens, rel, num_rel, attention, num_attention, overlap = pairs
+        tokens, rel, num_rel, attention, num_attention, weight, overlap = pairs
         self._seconds += sum(
             begin.elapsed_time(end) / 1000 for begin, end in self._events
         )  # `gather` waited for them
-        found = {"kept_share": (tokens[0], sum(tokens)), "mask_overlap": overlap}
+        found = {"kept_share": (tokens[0], sum(tokens)), "mask_overlap": overlap, "weight": weight}
         for name, totals, counts in (("rel", rel, num_rel), ("attention", attention, num_attention)):
             found |= {
                 f"{name}_{kept}": pair

@@ -25,6 +25,8 @@ class Observation:
     """[n] nats of the model in training; NaN off the response."""
     attention: NDArray[np.float32] | None
     """[n] in [0, 1], NaN off the response; None if the selection does not use it."""
+    weight: NDArray[np.float64] | None = None
+    """[n], 0 off the response; None if the method gives no weights."""
 
     @property
     def key(self) -> bytes:

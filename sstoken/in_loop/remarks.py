@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sstoken.in_loop.response_tokens import ResponseTokens
+from sstoken.in_loop.rule import Rule
 from sstoken.in_loop.settings import SelfModulation
 
 MOST = 0.5
@@ -24,14 +25,14 @@ FEWEST_TOKENS = 32
 
 
 def remarks_on_examples(
-    batches: Sequence[ResponseTokens], settings: SelfModulation, rho: float
+    batches: Sequence[ResponseTokens], settings: SelfModulation, rule: Rule
 ) -> Iterator[str]:
     """Warn about the batches of the first optimisation step, before the model has seen them.
 
     Args:
         batches: their response tokens.
         settings: the selection's.
-        rho: the selection ratio of that step.
+        rule: the method at that step.
     """
     lengths, promptless = [], 0
     for tokens in batches:
@@ -52,15 +53,16 @@ def remarks_on_examples(
             "for conversations, or prompt and completion columns), or take gamma=1"
         )
     single = lengths.count(1)
-    if single > MOST * number and settings.scope == "sample":
+    if single > MOST * number and rule.scope == "sample" and settings.of.policy.ranks:
         yield (
             f"{single} of the first {number} responses have one token, which is always kept: there is nothing to "
             "select; take scope='batch', or train without selection"
         )
         return
-    if settings.rho == 1:
+    if settings.keeps_all and settings.of.selective:
         yield "rho is 1: every response token is kept, as without selection; take rho below 1"
-    elif rho < 1 and all(sum(tokens.quotas(rho, settings.scope)) == tokens.num_tokens for tokens in batches):
+    elif not rule.keeps_all and all(rule.num_kept(tokens) == tokens.num_tokens for tokens in batches):
+        rho = getattr(rule.params, "rho", 1.0)
         yield (
             f"rho={rho:g} keeps every token of the first {number} responses, of up to {max(lengths)} tokens: "
             "ceil(rho n) is n; take a smaller rho, or scope='batch'"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sstoken.errors import SstokenError
 from sstoken.measure.prompt_attention import Segment
-from sstoken.selection import num_kept
+from sstoken.selection import IntArray
 
 IGNORED = -100
 """Label of a token that is not a response token."""
@@ -35,6 +35,8 @@ class ResponseTokens:
     """[N] index of each response token's example."""
     offsets: tuple[int, ...]
     """[E + 1]: example e has the tokens `offsets[e]:offsets[e + 1]` of the N."""
+    places: IntArray
+    """[N] on the host: each response token's place in its example, prompt included."""
 
     @classmethod
     def of(
@@ -52,9 +54,10 @@ class ResponseTokens:
         mask_BT = response_mask.cpu().numpy()
         if segments is None:
             segments = [(row, 0, mask_BT.shape[1]) for row in range(mask_BT.shape[0])]
-        example_BT = np.full(mask_BT.shape, -1, dtype=np.int64)
+        example_BT, place_BT = np.full((2, *mask_BT.shape), -1, dtype=np.int64)
         for index, (row, start, stop) in enumerate(segments):
             example_BT[row, start + 1 : stop] = index
+            place_BT[row, start + 1 : stop] = np.arange(1, stop - start)
         mask_BT = mask_BT & (example_BT >= 0)
         counts = np.bincount(example_BT[mask_BT], minlength=len(segments))
         return cls(
@@ -63,6 +66,7 @@ class ResponseTokens:
             positions=torch.from_numpy(np.flatnonzero(mask_BT)).to(device),
             example=torch.from_numpy(example_BT[mask_BT]).to(device),
             offsets=(0, *np.cumsum(counts).tolist()),
+            places=place_BT[mask_BT],
         )
 
     @property
@@ -70,10 +74,20 @@ class ResponseTokens:
         """N."""
         return self.offsets[-1]
 
-    def quotas(self, rho: float, scope: str = "sample") -> list[int]:
-        """Number of tokens to keep of each example, or of all together (scope "batch": one number)."""
-        offsets = self.offsets if scope == "sample" else (0, self.num_tokens)
-        return [num_kept(b - a, rho) for a, b in pairwise(offsets)]
+    def units(self, scope: str) -> IntArray:
+        """Return the offsets [U + 1] of the units within which a method ranks tokens.
+
+        Args:
+            scope: `turn`: each run of response tokens is a unit; `batch`: all tokens together are one; otherwise each
+                example is one.
+        """
+        offsets = np.asarray(self.offsets, dtype=np.int64)
+        if scope == "batch":
+            return np.array([0, self.num_tokens], dtype=np.int64)
+        if scope != "turn":
+            return offsets
+        breaks = np.flatnonzero(np.diff(self.places) != 1) + 1
+        return np.union1d(offsets, breaks)
 
     def gather(self, values_BT: Tensor) -> Tensor:
         """Gather the response tokens' values [N] from [B, T]."""

@@ -1,11 +1,14 @@
 """`SelfModulation`: the settings of in-loop selection; `Schedule`: a value that changes during training."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
 
 from sstoken.errors import UsageError
-from sstoken.selection import check_ratio
+from sstoken.in_loop.rule import ATTENTION, CURRENT, Denominator, Rule, check_in_loop, column_of
+from sstoken.methods import Input, Method, get_method
 
 _DEFAULT_DECAY = 0.99
 _DEFAULT_EVERY = {"ema": 1, "snapshot": 100}
@@ -35,20 +38,23 @@ class SelfModulation:
     """The settings of in-loop selection.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value out of its range, or a method that cannot run in the loop.
     """
 
-    rho: float | Schedule = 0.6
-    """Selection ratio: the share of response tokens kept, in (0, 1]."""
-    gamma: float | Schedule = 0.5
-    """Balance: the weight of REL against attention, in [0, 1]. 0 needs no history loss, 1 no attention."""
+    rho: float | Schedule | None = None
+    """Selection ratio: the share of response tokens kept, in (0, 1]. Short for `params={"rho": ...}`. None: the
+    method's default, 0.6 for ssToken."""
+    gamma: float | Schedule | None = None
+    """Balance: the weight of REL against attention, in [0, 1]. 0 needs no history loss, 1 no attention. Short for
+    `params={"gamma": ...}`. None: 0.5."""
     layer: int | Literal["last"] = "last"
     """Decoder layer whose attention is measured; negative counts from the end. "last": the last with softmax
     attention; where weights are sharded before training, the last."""
     warmup_steps: int = 0
     """Optimizer steps at the start that train on every response token."""
-    scope: Literal["sample", "batch"] = "sample"
-    """Keep the best share of each example, or of all the examples that go through the model together."""
+    scope: Literal["sample", "turn", "batch"] | None = None
+    """Rank the tokens of each example, of each turn, or of all the examples that go through the model together. None:
+    the method's own; one that ranks a whole dataset offline ranks the batch here."""
     history: Literal["scores", "base", "ema", "snapshot"] = "scores"
     """Source of the history losses: the dataset's column `history_loss` ("scores"), the base model under a LoRA
     adapter, a moving average of the weights, or the weights of `history_every` or fewer steps ago. All but "scores"
@@ -59,17 +65,21 @@ class SelfModulation:
     """Decay of the average, in (0, 1): `average = decay * average + (1 - decay) * weights`. None: 0.99."""
     offload_history: bool = False
     """Keep the average or the snapshot in CPU memory between forward passes."""
+    method: str = "sstoken"
+    """Selection or weighting method, as in `select`."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """The method's parameters; a number may be a `Schedule`."""
+    denominator: Denominator | None = None
+    """Average the loss over the kept tokens or over all response tokens. None: as the method was published."""
 
     def __post_init__(self) -> None:
-        for rho in _ends(self.rho):
-            check_ratio(rho)
-        for gamma in _ends(self.gamma):
-            if not (isinstance(gamma, int | float) and 0 <= gamma <= 1):
-                raise UsageError(f"gamma is {gamma}; legal is 0 <= gamma <= 1 (the weight of REL)")
+        _one_of("history", self.history, ("scores", "base", "ema", "snapshot"))
+        if self.scope is not None:
+            _one_of("scope", self.scope, ("sample", "turn", "batch"))
+        if self.denominator is not None:
+            _one_of("denominator", self.denominator, ("kept", "response"))
         if self.warmup_steps < 0:
             raise UsageError(f"warmup_steps is {self.warmup_steps}; it must be at least 0")
-        _one_of("scope", self.scope, ("sample", "batch"))
-        _one_of("history", self.history, ("scores", "base", "ema", "snapshot"))
         kept = self.history in _DEFAULT_EVERY
         if not kept and (self.history_every is not None or self.offload_history):
             raise UsageError(
@@ -81,16 +91,68 @@ class SelfModulation:
             raise UsageError(f"history_every is {self.history_every}; it must be at least 1")
         if self.history_decay is not None and not 0 < self.history_decay < 1:
             raise UsageError(f"history_decay is {self.history_decay}; it must lie between 0 and 1")
+        for name in ("rho", "gamma"):
+            if getattr(self, name) is not None and name in self.params:
+                raise UsageError(f"{name} is given twice, also in params; give it once")
+        check_in_loop(self.of, self.history)
+        list(self._rules)  # reads the parameters
+
+    @cached_property
+    def of(self) -> Method:
+        """The method."""
+        return get_method(self.method)
 
     @property
+    def _given(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("rho", "gamma")}
+        return {name: value for name, value in own.items() if value is not None} | dict(self.params)
+
+    @property
+    def _rules(self) -> Iterator[Rule]:
+        """The rules at the first and at the last step that selects."""
+        yield self._rule_at(0.0)
+        if any(isinstance(value, Schedule) for value in self._given.values()):
+            yield self._rule_at(1.0)
+
+    def _rule_at(self, progress: float) -> Rule:
+        params = {name: _value(value, progress) for name, value in self._given.items()}
+        scope: str | None = "global" if self.scope == "batch" else self.scope
+        scope = self.of.check_scope(scope)
+        return Rule(
+            self.of, self.of.read_params(params), "batch" if scope == "global" else scope, self.denominator
+        )
+
+    @cached_property
+    def inputs(self) -> frozenset[str]:
+        """What the method reads at any step, as `role.signal`."""
+        return frozenset().union(*(rule.inputs for rule in self._rules))
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the dataset has to hold, such as `history_loss`."""
+        if self.history != "scores":
+            return ()
+        return tuple(column_of(name) for name in self.of.inputs if name in self.inputs and _is_frozen(name))
+
+    @cached_property
     def needs_history(self) -> bool:
-        """Whether REL has weight at any step."""
-        return any(_ends(self.gamma))
+        """Whether the method reads the history at any step."""
+        return any(map(_is_frozen, self.inputs)) or any("@" in name for name in self.inputs)
 
     @property
     def needs_attention(self) -> bool:
-        """Whether attention has weight at any step."""
-        return any(gamma != 1 for gamma in _ends(self.gamma))
+        """Whether the method reads attention at any step."""
+        return ATTENTION in self.inputs
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every step keeps all tokens."""
+        return all(rule.keeps_all for rule in self._rules)
+
+    @property
+    def divides_late(self) -> bool:
+        """Whether losses are divided by a number of kept tokens that only the forward passes tell."""
+        return any(rule.divides_late for rule in self._rules)
 
     @property
     def every(self) -> int:
@@ -102,27 +164,25 @@ class SelfModulation:
         """Decay of the average; 0 for a snapshot."""
         return self.history_decay or _DEFAULT_DECAY if self.history == "ema" else 0.0
 
-    def at(self, step: int, num_steps: int) -> tuple[float, float]:
-        """Return rho and gamma at an optimizer step.
+    def rule(self, step: int, num_steps: int) -> Rule:
+        """Return the method as it is at an optimizer step: during the warm-up, `full`, which keeps every token.
 
         Args:
             step: finished optimizer steps.
             num_steps: optimizer steps of the whole training, including the warm-up.
-
-        Returns:
-            rho (1 during the warm-up) and gamma.
         """
+        if step < self.warmup_steps:
+            full = get_method("full")
+            return Rule(full, full.read_params({}), "sample")
         last = max(1, num_steps - 1 - self.warmup_steps)
-        progress = min(1.0, max(0, step - self.warmup_steps) / last)
-        rho = 1.0 if step < self.warmup_steps else _value(self.rho, progress)
-        return rho, _value(self.gamma, progress)
+        return self._rule_at(min(1.0, max(0, step - self.warmup_steps) / last))
 
 
-def _ends(setting: float | Schedule) -> tuple[float, ...]:
-    return (setting.start, setting.end) if isinstance(setting, Schedule) else (setting,)
+def _is_frozen(name: str) -> bool:
+    return Input(name).role != CURRENT
 
 
-def _value(setting: float | Schedule, progress: float) -> float:
+def _value(setting: Any, progress: float) -> Any:
     return setting.at(progress) if isinstance(setting, Schedule) else setting
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sstoken.in_loop.forward import measure_losses
-from sstoken.in_loop.head import HeadLosses
+from sstoken.in_loop.forward import measure_signals
+from sstoken.in_loop.head import HeadSignals
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.weights import at_rest
 
@@ -19,7 +19,7 @@ _TOLERANCE, _TOLERANCE_OF_HALF = 0.01, 0.1
 
 
 def remarks_on_batch(
-    model: nn.Module, head: HeadLosses, inputs: Mapping[str, Any], tokens: ResponseTokens, rounded: bool
+    model: nn.Module, head: HeadSignals, inputs: Mapping[str, Any], tokens: ResponseTokens, rounded: bool
 ) -> Iterator[str]:
     """Compare one sequence's losses in its batch with those alone. Runs two forward passes without gradients.
 
@@ -39,15 +39,15 @@ def remarks_on_batch(
     if alone["input_ids"].numel() == inputs["input_ids"].numel():
         return
     with at_rest(model):
-        batched: Tensor = measure_losses(model, head, inputs, tokens)
+        batched: Tensor = measure_signals(model, head, inputs, tokens)[0]["loss"]
         batched = batched[tokens.offsets[index] : tokens.offsets[index + 1]]
         try:
-            single = measure_losses(
+            single = measure_signals(
                 model,
                 head,
                 alone | {"use_cache": False},
                 ResponseTokens.of(tokens.response_mask[row, start:stop][None]),
-            )
+            )[0]["loss"]
         except Exception:  # a model that wants more than token ids
             return
     apart = float((batched - single).abs().mean())

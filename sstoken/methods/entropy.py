@@ -170,7 +170,6 @@ METHODS = (
         params=EksftParams,
         scopes=("sample", "turn"),
         evidence="A",
-        in_loop=False,
     ),
     Method(
         name="eksft-aligned",
@@ -183,6 +182,5 @@ METHODS = (
         params=EksftParams,
         scopes=("sample", "turn"),
         evidence="F",
-        in_loop=False,
     ),
 )

@@ -1,6 +1,6 @@
-"""The dataset that in-loop training takes: tokens and their history losses from a `scores/` folder."""
+"""The dataset that in-loop training takes: tokens, and the history's signals from a `scores/` folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +8,14 @@ import numpy as np
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.labels import labels_from_mask
+from sstoken.signals import is_signal
 from sstoken.stages import joins, tables
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def with_history(tokens: str | Path, scores: str | Path) -> "Dataset":
+def with_history(tokens: str | Path, scores: str | Path, signals: Sequence[str] = ("loss",)) -> "Dataset":
     """Make a dataset for `SelfModulatedTrainer`: example_id, input_ids, labels and history_loss.
 
     Examples without a response token are dropped. Memory does not grow with the data: rows stay in the cache files
@@ -23,24 +24,27 @@ def with_history(tokens: str | Path, scores: str | Path) -> "Dataset":
     Args:
         tokens: the folder that `encode` wrote.
         scores: the scores folder of one checkpoint, the history, such as `scores/base`.
+        signals: which of its columns to take; each becomes `history_SIGNAL`. `SelfModulation.columns` says which a
+            method needs.
 
     Raises:
-        UsageError: a folder has no shards.
+        UsageError: a folder has no shards, or the scores have no such signal.
         SstokenError: the scores belong to other tokens, mix several runs, or a shard is damaged or not ours.
     """
-    pairs = _paired_shards(Path(tokens), Path(scores))
+    pairs = _paired_shards(Path(tokens), Path(scores), signals)
     from datasets import concatenate_datasets, load_dataset
 
     sides = [
         load_dataset("parquet", data_files=[str(pair[i]) for pair in pairs], split="train") for i in (0, 1)
     ]
-    measured = sides[1].select_columns(["loss"]).rename_column("loss", "history_loss")
+    measured = sides[1].select_columns(list(signals))
+    measured = measured.rename_columns({name: f"history_{name}" for name in signals})
     joined = concatenate_datasets([sides[0], measured], axis=1)
     joined = joined.filter(_responds, batched=True, input_columns="response_mask")
     return joined.map(_labelled, batched=True, remove_columns="response_mask")
 
 
-def _paired_shards(tokens: Path, scores: Path) -> list[tuple[Path, Path]]:
+def _paired_shards(tokens: Path, scores: Path, signals: Sequence[str]) -> list[tuple[Path, Path]]:
     """Pair the shards of tokens and of scores, and check that their rows are the same examples."""
     parts = tables.parts(tokens)
     if not parts:
@@ -50,13 +54,20 @@ def _paired_shards(tokens: Path, scores: Path) -> list[tuple[Path, Path]]:
             f"{scores}: no part-*.parquet; name the scores of one checkpoint, such as scores/base"
         )
     joins.check_scores(tokens, scores)
+    found = [name for name in tables.columns(tables.parts(scores)[0]) if is_signal(name)]
+    for name in signals:
+        if name not in found:
+            raise UsageError(
+                f"{scores}: has no signal {name!r}, it has {', '.join(found)}; score the checkpoint again with "
+                f"--signal {name}"
+            )
     for folder in (tokens, scores):
         joins.check_one_run(folder)
     pairs = [(part, scores / part.name) for part in parts]
     for part, scored in pairs:
-        table, measured = tables.read_table(part), tables.read_table(scored, ["example_id", "loss"])
+        table, measured = tables.read_table(part), tables.read_table(scored, ["example_id", signals[0]])
         aligned = table["example_id"].equals(measured["example_id"])
-        lengths = [tables.flatten(column)[1] for column in (table["input_ids"], measured["loss"])]
+        lengths = [tables.flatten(column)[1] for column in (table["input_ids"], measured[signals[0]])]
         if not aligned or not np.array_equal(lengths[0], lengths[1]):
             raise SstokenError(f"{scored}: not row-aligned with {part}; score these tokens again")
         joins.check_shard(part, joins.measured_fingerprint(part, table), scored)

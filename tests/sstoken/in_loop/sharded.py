@@ -6,37 +6,42 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sstoken import AttentionCapture
-from sstoken.in_loop.core import keep_tokens
-from sstoken.in_loop.forward import SelectingModel
-from sstoken.in_loop.head import HeadLosses
+from sstoken.in_loop.forward import Decision, SelectingModel
+from sstoken.in_loop.head import HeadSignals
 from sstoken.in_loop.response_tokens import find_response_tokens
+from sstoken.in_loop.rule import Rule
+from sstoken.methods import get_method
 from tests.sstoken.in_loop.small import collate, make_examples, make_model
 
 
 class Keeper:
     """Selects as the trainer does, and remembers what it saw."""
 
-    measures = True
+    signals = ("loss",)
+    reference = None
 
     def __init__(self, tokens, capture, history):
         self.tokens, self.capture, self.history = tokens, capture, history
-        self.num_kept = sum(tokens.quotas(0.4))
+        method = get_method("sstoken")
+        self.rule = Rule(method, method.read_params({"rho": 0.4}), "sample")
+        self.num_kept = self.rule.num_kept(tokens)
 
     def prepare(self, model, inputs):
         self.capture.expect(self.tokens.response_mask, self.tokens.segments)
 
-    def select(self, losses):
+    def select(self, signals):
         attention = self.tokens.gather(self.capture.take())
         history = self.tokens.gather(self.history)
-        keep = keep_tokens(losses, history, attention, self.tokens, rho=0.4, gamma=0.5)
-        self.seen = losses, attention, keep
-        return keep
+        known = {"current.loss": signals["loss"], "history.loss": history, "current.attention": attention}
+        keep = self.rule.decide(known, self.tokens).keep
+        self.seen = signals["loss"], attention, keep
+        return Decision(keep, None, self.num_kept)
 
 
 def step(model, batch, history):
     tokens = find_response_tokens(batch)
     keeper = Keeper(tokens, AttentionCapture(model), history)
-    selecting = SelectingModel(model, HeadLosses(model), tokens, keeper)
+    selecting = SelectingModel(model, HeadSignals(model), tokens, keeper)
     loss = selecting(**batch, num_items_in_batch=keeper.num_kept).loss
     loss.backward()
     return *keeper.seen, loss.detach()

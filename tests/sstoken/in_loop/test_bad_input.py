@@ -189,7 +189,7 @@ def test_a_history_of_weights_cannot_be_resumed(tmp_path):
         ({"gamma": -0.1}, "gamma is -0.1"),
         ({"gamma": Schedule(0.5, 2)}, "gamma is 2"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
-        ({"scope": "row"}, "scope is 'row'; legal: sample, batch"),
+        ({"scope": "row"}, "scope is 'row'; legal: sample, turn, batch"),
         ({"history": "past"}, "history is 'past'; legal: scores, base, ema, snapshot"),
         ({"history_every": 3}, "belong to 'ema' and 'snapshot'"),
         ({"offload_history": True}, "belong to 'ema' and 'snapshot'"),
@@ -210,16 +210,16 @@ def test_a_schedule_that_is_not_known():
 
 def test_schedules():
     settings = SelfModulation(rho=Schedule(1.0, 0.5), gamma=Schedule(0.2, 0.8, "cosine"), warmup_steps=2)
-    assert [settings.at(step, 7) for step in range(7)] == [
-        (1.0, 0.2),
-        (1.0, 0.2),
+    assert [settings.rule(step, 7).method.name for step in range(3)] == ["full", "full", "sstoken"]
+    params = [settings.rule(step, 7).params for step in range(2, 7)]
+    assert [(p.rho, p.gamma) for p in params] == [
         (1.0, 0.2),
         (0.875, 0.287868),
         (0.75, 0.5),
         (0.625, 0.712132),
         (0.5, 0.8),
     ]
-    assert SelfModulation(rho=0.3).at(0, 1) == (0.3, 0.5)
+    assert SelfModulation(rho=0.3).rule(0, 1).params.model_dump() == {"rho": 0.3, "gamma": 0.5}
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])

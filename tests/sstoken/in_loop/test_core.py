@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.in_loop.core import keep_tokens, kept_loss, self_modulated_loss, token_loss
+from sstoken.in_loop.core import kept_loss, self_modulated_loss, token_loss
 from sstoken.in_loop.response_tokens import ResponseTokens, find_response_tokens, find_segments
-from sstoken.methods import decide
+from sstoken.in_loop.rule import Rule
+from sstoken.methods import decide, get_method
 from sstoken.selection import (
     keep_per_example,
     keep_per_example_tensor,
@@ -99,16 +100,33 @@ def test_the_first_token_of_a_sequence_is_predicted_from_nothing():
     tokens = ResponseTokens.of(mask, [(0, 0, 3), (0, 3, 6)])
     assert tokens.response_mask.tolist() == [[False, True, True, False, True, True]]
     assert tokens.offsets == (0, 2, 4)
-    assert tokens.quotas(0.6) == [2, 2]
-    assert tokens.quotas(0.6, "batch") == [3]
+    assert tokens.places.tolist() == [1, 2, 1, 2]
+
+
+def test_units_are_examples_turns_or_the_batch():
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
+    tokens = ResponseTokens.of(mask)
+    assert tokens.units("sample").tolist() == [0, 4, 8]
+    assert tokens.units("token").tolist() == [0, 4, 8]
+    assert tokens.units("turn").tolist() == [0, 2, 4, 8]
+    assert tokens.units("batch").tolist() == [0, 8]
+
+
+def rule(name="sstoken", scope="sample", **params):
+    method = get_method(name)
+    return Rule(method, method.read_params(params), scope)
 
 
 def test_a_signal_that_gamma_needs_is_asked_for():
     tokens = ResponseTokens.of(torch.ones(1, 3, dtype=torch.bool))
-    with pytest.raises(UsageError, match="history_loss"):
-        keep_tokens(torch.zeros(2), None, torch.zeros(2), tokens, rho=0.5, gamma=0.5)
-    with pytest.raises(UsageError, match="attention"):
-        keep_tokens(torch.zeros(2), torch.zeros(2), None, tokens, rho=0.5, gamma=0.5)
+    given = {name: torch.zeros(2) for name in rule().inputs}
+    assert given.keys() == {"history.loss", "current.loss", "current.attention"}
+    for missing in given:
+        with pytest.raises(UsageError, match=missing):
+            rule().decide({k: v for k, v in given.items() if k != missing}, tokens)
+    assert rule(gamma=0.0).inputs == {"current.attention"}
+    assert rule(gamma=1.0).inputs == {"current.loss", "history.loss"}
+    assert not rule(rho=1.0).inputs
     with pytest.raises(UsageError, match="rho is"):
         self_modulated_loss(*[torch.zeros(1, 3)] * 3, torch.ones(1, 3, dtype=torch.bool), rho=1.5)
     with pytest.raises(UsageError, match="gamma is -1"):

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from sstoken import SelfModulatedTrainer, SelfModulation
-from sstoken.in_loop import trainer as trainer_module
+from sstoken.in_loop.rule import Rule
 from tests.sstoken.in_loop.small import (
     Watcher,
     arguments,
@@ -32,13 +32,13 @@ def adapted(**settings):
 def histories(monkeypatch):
     """The history losses [N] that each step selected with."""
     seen = []
-    keep_tokens = trainer_module.keep_tokens
+    decide = Rule.decide
 
-    def recording(loss, history, *args, **kwargs):
-        seen.append(history)
-        return keep_tokens(loss, history, *args, **kwargs)
+    def recording(self, signals, *args, **kwargs):
+        seen.append(signals.get("history.loss"))
+        return decide(self, signals, *args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "keep_tokens", recording)
+    monkeypatch.setattr(Rule, "decide", recording)
     return seen
 
 

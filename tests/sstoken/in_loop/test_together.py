@@ -52,7 +52,7 @@ def test_the_trial_leaves_training_as_it_was(tmp_path, monkeypatch):
     trained = []
     for tried in (True, False):
         if not tried:
-            monkeypatch.setattr("sstoken.in_loop.trainer.remarks_on_batch", lambda *_: iter(()))
+            monkeypatch.setattr("sstoken.in_loop.selector.remarks_on_batch", lambda *_: iter(()))
         model = make_tiny("gpt2")
         remarks(tmp_path, "gpt2", collate, model, bf16=True)
         trained.append(model.state_dict())

@@ -67,7 +67,8 @@ def test_masks_are_those_of_an_offline_recomputation(tmp_path, implementation, c
     assert {step for step, _ in masks} == set(range(8))
     kept_at = {}
     for (step, ids), mask in masks.items():
-        rho, gamma = selection.at(step, 8)
+        params = selection.rule(step, 8).params
+        rho, gamma = getattr(params, "rho", 1.0), getattr(params, "gamma", 0.5)  # the warm-up has neither
         assert mask == recompute(make_model(), watcher.weights[step], by_ids[ids], rho, gamma)
         kept_at.setdefault(step, []).append(np.sum(mask) / np.sum(np.array(by_ids[ids]["labels"]) != -100))
     assert np.mean(kept_at[0]) == 1  # warm-up
@@ -174,7 +175,7 @@ def test_rho_of_one_is_plain_training(tmp_path):
     assert_same(weights(ours), weights(plain))
     for mine, theirs in zip(ours.state.log_history, plain.state.log_history, strict=True):
         if "loss" in theirs:
-            assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=5e-6)
 
 
 def test_a_batch_with_nothing_to_keep_trains_nothing(tmp_path):

@@ -1,0 +1,134 @@
+"""The verbs that look at several snapshots: a masked dataset for each phase, and the layer that is steadiest."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+from pydantic import Field
+
+from sstoken.errors import UsageError
+from sstoken.pipeline.checkpoint_names import select_inputs
+from sstoken.pipeline.cli_options import Option, json_option
+from sstoken.pipeline.printing import print_result, print_table
+from sstoken.pipeline.runner import Job, Result, execute
+from sstoken.pipeline.sections import stage_of
+from sstoken.pipeline.verbs.command import Place, Seed, command, place, print_finished, verb
+from sstoken.stages.attention_layers import LayerStability, layer_stability
+from sstoken.stages.manifest import MANIFEST, Digests
+from sstoken.stages.select import Select
+from sstoken.stages.training.phases import phase_name
+
+__all__ = ["layers", "phases"]
+
+
+def layers(scores: Place, *, checkpoints: Sequence[str] = ()) -> list[LayerStability]:
+    """Compare layers: whose prompt attention is steadiest between snapshots.
+
+    The steadiest is a candidate for `score --layer`; nothing is chosen by itself. Score the snapshots with
+    `--signal attention@0 --signal attention@1 ...` before.
+
+    Example:
+      sstoken-curate layers runs/layers --ckpt base --ckpt step-20
+
+    Args:
+        scores: the folder that holds the snapshots' scores, each with signals `attention@LAYER`.
+        checkpoints: snapshots in SCORES, in the order of training; none: all `step-*`.
+
+    Returns:
+        The layers, the steadiest first.
+    """
+    folder = place(scores)
+    return layer_stability([folder / name for name in _snapshots(folder, checkpoints)])
+
+
+@command(
+    layers,
+    click.argument("scores"),
+    click.option(
+        "--ckpt", "checkpoints", multiple=True, help="A snapshot in SCORES, in order. [default: step-*]"
+    ),
+    json_option,
+)
+def _layers(scores: str, checkpoints: tuple[str, ...], as_json: bool) -> None:
+    found = layers(scores, checkpoints=checkpoints)
+    if as_json:
+        click.echo(json.dumps([asdict(layer) for layer in found]))
+        return
+    rows = [[str(f.layer), *(f"{x:.3f}" for x in (f.stability, f.spread, f.attention))] for f in found]
+    print_table(["layer", "stability", "spread", "attention"], rows)
+    best = found[0]
+    click.echo(f"steadiest: layer {best.layer}; use it with: score --layer {best.layer}")
+
+
+class PhasesCall(Select):
+    """Write a masked dataset for each training phase, into OUT/phase-1, OUT/phase-2, ...
+
+    Phase k keeps what the model learns between snapshots k - 1 and k: history is the one, current the other.
+
+    Example:
+      sstoken-curate phases --tokens runs/tokens --scores runs/scores --out runs/phases --ckpt base --ckpt step-20
+    """
+
+    tokens: Place
+    """A finished tokens folder."""
+    scores_folder: Place = Field(alias="scores")
+    """The folder that holds the snapshots' scores."""
+    checkpoints: Annotated[Sequence[str], Option(flag="--ckpt", value="NAME")] = ()
+    """A snapshot in SCORES. Give it once for each, in the order of training.  [default: all `step-*`]"""
+    out: Place
+    """Output folder; each phase is a finished folder of its own below it."""
+    force: Annotated[bool, Option(flag="--force")] = False
+    """Run again though it is finished."""
+    seed: Seed = 0
+    """Seed of everything random."""
+
+    def do(self) -> Result:
+        """`metrics` holds each phase's, by name."""
+        stage, scores, out = stage_of(self, Select), place(self.scores_folder), place(self.out)
+        stage.check()
+        digests, results = Digests(), {}
+        jobs = {}
+        for number, (history, current) in enumerate(pairwise(_snapshots(scores, self.checkpoints)), 1):
+            inputs = select_inputs(stage.method, scores, {"history": history, "current": current})
+            name = phase_name(number)
+            jobs[name] = Job(stage, {"tokens": place(self.tokens), **inputs}, out / name, self.seed)
+        for name, job in jobs.items():
+            results[name] = execute(job, digests, force=self.force)
+        metrics = {name: result.metrics for name, result in results.items()}
+        return Result(out, metrics, all(result.skipped for result in results.values()))
+
+
+def _snapshots(scores: Path, given: Sequence[str]) -> list[str]:
+    """The snapshots' names in the order of training."""
+    names = list(given)
+    if not names and scores.is_dir():
+        found = [p.name for p in scores.iterdir() if (p / MANIFEST).is_file()]
+        steps = [name for name in found if name.removeprefix("step-").isdigit()]
+        names = sorted(steps, key=lambda name: int(name.removeprefix("step-")))
+    if len(names) < 2:
+        raise UsageError(
+            f"{scores}: a phase lies between two snapshots, and there "
+            f"{'is one' if names else 'is none'} ({', '.join(names) or 'no finished scores of step-*'}); name them "
+            "in the order of training: --ckpt step-0 --ckpt step-20"
+        )
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"--ckpt names a snapshot twice ({', '.join(names)}); each phase needs two of its own"
+        )
+    return names
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    result = phases(**values)
+    if as_json:
+        print_finished("phases", result, as_json)
+        return
+    for name, metrics in result.metrics.items():
+        print_result(f"phases/{name}", Result(result.folder / name, metrics, result.skipped))
+
+
+phases = verb(PhasesCall, _show)

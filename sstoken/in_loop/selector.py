@@ -1,0 +1,135 @@
+"""Selects the tokens of one forward pass of a trainer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sstoken.in_loop.forward import Decision, measure_signals
+from sstoken.in_loop.head import MeasuredStates, rounds
+from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
+from sstoken.in_loop.remarks import remarks_on_column, remarks_on_losses
+from sstoken.in_loop.response_tokens import ResponseTokens
+from sstoken.in_loop.rule import ATTENTION, CURRENT, Rule, column_of
+from sstoken.in_loop.together import remarks_on_batch
+from sstoken.in_loop.weights import as_history
+from sstoken.methods import Input
+from sstoken.signals import get_signal
+
+_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LOSS = f"{CURRENT}.loss"
+_HISTORY_LOSS = "history.loss"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of one forward pass, known before it runs; travels with its batch."""
+
+    tokens: ResponseTokens
+    rule: Rule
+    step: int
+    batch: int
+    """Which micro-batch of the step, counted over all processes."""
+
+
+class StepSelector:
+    """Selects the tokens of one forward pass of a trainer (`forward.Selector`)."""
+
+    reference: MeasuredStates | None = None
+
+    def __init__(self, trainer: Any, plan: Plan, columns: Mapping[str, Tensor], input_ids: Tensor) -> None:
+        """Take what is known before the forward pass.
+
+        Args:
+            trainer: the in-loop trainer.
+            plan: the forward pass's.
+            columns: history signals [B, T] that came with the batch, by column.
+            input_ids: [B, T].
+        """
+        self._trainer, self._plan, self._input_ids = trainer, plan, input_ids
+        self._metrics: SelectionMetrics = trainer._selection_metrics
+        self._signals: dict[str, Tensor] = {
+            name: plan.tokens.gather(columns[column_of(name)])
+            for name in trainer._selection.inputs
+            if column_of(name) in columns
+        }
+        self._capture = None
+        if ATTENTION in plan.rule.inputs or trainer._observers:
+            self._capture = trainer._capture
+        live = [Input(name).signal for name in plan.rule.inputs if Input(name).role == CURRENT]
+        self.signals = tuple(sorted(s for s in live if get_signal(s).needs != "attention"))
+        if "loss" not in self.signals and (trainer._observers or _HISTORY_LOSS in self._signals):
+            self.signals += ("loss",)
+
+    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Measure the history's signals; announce which attention to capture."""
+        plan, trainer = self._plan, self._trainer
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            half = rounds(trainer.model.get_input_embeddings().weight)
+            own = trainer.model
+            trainer._remark("batch", lambda: remarks_on_batch(own, trainer._head, inputs, plan.tokens, half))
+        if trainer._history is not None:
+            self._measure_history(model, inputs)
+        if self._capture is not None:
+            self._capture.expect(plan.tokens.response_mask, plan.tokens.segments)
+
+    def _measure_history(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        trainer, plan = self._trainer, self._plan
+        frozen = [name for name in plan.rule.inputs if Input(name).role != CURRENT]
+        compares = any("@" in name for name in self.signals)
+        if not frozen and not compares:
+            return
+        names = tuple(sorted(Input(name).signal for name in frozen))
+        if compares:
+            names += tuple(name for name in self.signals if "@" in name)  # for the states that they come from
+        with self._metrics.timed(self._input_ids.device), as_history(trainer.model, trainer._history):
+            measured, states = measure_signals(model, trainer._head, inputs, plan.tokens, names)
+        self._signals |= {name: measured[Input(name).signal] for name in frozen}
+        self.reference = states if compares else None
+
+    def select(self, signals: Mapping[str, Tensor]) -> Decision:
+        """See `forward.Selector.select`."""
+        plan, tokens = self._plan, self._plan.tokens
+        known = self._signals | {f"{CURRENT}.{name}": values for name, values in signals.items()}
+        if self._capture is not None:
+            known[ATTENTION] = tokens.gather(self._capture.take())
+        losses, history, attention = (known.get(name) for name in (_LOSS, _HISTORY_LOSS, ATTENTION))
+        with self._metrics.timed(tokens.positions.device):
+            seed = (self._trainer.args.seed, plan.step, plan.batch)
+            keep, weight = plan.rule.decide(known, tokens, seed)
+            if losses is not None:
+                self._remark(losses, history)
+            rel = None if history is None or losses is None else history - losses
+            self._metrics.count(keep, rel, attention, weight)
+        self._trainer._unseen.append(
+            TrainedBatch(plan.step, tokens, self._input_ids, keep, losses, attention, weight)
+        )
+        return Decision(keep, plan.rule.loss_weight(weight, tokens), plan.rule.num_kept(tokens))
+
+    def _remark(self, losses: Tensor, history: Tensor | None) -> None:
+        trainer, plan = self._trainer, self._plan
+        if plan.step == 0 and history is not None and trainer._selection.columns:
+            trainer._remark("column", lambda: remarks_on_column(losses, history, _noisy(trainer)))
+        if plan.rule.keeps_all:
+            return
+        needed = history if _HISTORY_LOSS in plan.rule.inputs else None
+        dtype = _MIXED.get(str(trainer.accelerator.mixed_precision), trainer.model.dtype)
+        vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
+        trainer._remark(
+            "losses",
+            lambda: remarks_on_losses(
+                losses, needed, trainer._selection, plan.step, vocabulary, dtype, _noisy(trainer)
+            ),
+        )
+
+
+def _noisy(trainer: Any) -> bool:
+    """Return whether training's losses are random. An adapter's dropout does not count: it starts on zeros."""
+    config = trainer.model.config.get_text_config()
+    dropouts = [
+        m.p for n, m in trainer.model.named_modules() if isinstance(m, nn.Dropout) and "lora_" not in n
+    ]
+    dropouts.append(getattr(config, "attention_dropout", 0.0) or 0.0)
+    return any(dropouts) or bool(trainer.args.neftune_noise_alpha)
