@@ -9,6 +9,8 @@ from sstoken.methods import Tokens
 from sstoken.selection import BoolArray, Float64Array, IntArray, keep_per_example
 
 NUM_DECILES = 10
+PROTECTED = "protected:"
+"""What the count of protected tokens is called in a shard's counts, before the name of what protects them."""
 
 
 def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str,
 
 
 def signal_stats(tokens: Tokens, kept: BoolArray, inputs: Sequence[str], turns: IntArray) -> dict[str, Any]:
-    """What `notes_on` needs of one shard; it adds up over shards.
+    """What `notes_on` needs of one shard; kept beside the counts, since ranges do not add up.
 
     Args:
         tokens: N response tokens.
@@ -119,9 +121,9 @@ def merge_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     if stats and all("passed_over" in s for s in stats):
         summary["passed_over"] = total("passed_over")
-    if all("protected" in s for s in stats):
-        names = stats[0]["protected"] if stats else {}
-        summary["protected"] = {name: sum(s["protected"][name] for s in stats) for name in names}
+    if stats and all("protected_added" in s for s in stats):
+        names = [key for key in stats[0] if key.startswith(PROTECTED)]
+        summary["protected"] = {key.removeprefix(PROTECTED): total(key) for key in names}
         summary["protected_added"] = total("protected_added")
     if all("by_both_signals" in s for s in stats):
         summary["signal_overlap"] = total("by_both_signals") / max(1, total("by_either_signal"))

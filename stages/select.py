@@ -15,7 +15,7 @@ from sstoken.methods import Method, Params, Top, get_method
 from sstoken.stages import folders, joins, tables
 from sstoken.stages.choosing_examples import ExampleChoice, choose_examples
 from sstoken.stages.masked_card import write_card
-from sstoken.stages.masked_stats import merge_stats, notes_on, shard_stats, signal_stats
+from sstoken.stages.masked_stats import PROTECTED, merge_stats, notes_on, shard_stats, signal_stats
 from sstoken.stages.response_text import check_protect
 from sstoken.stages.selecting import Decided, Decider, Whole, WholeDataset
 from sstoken.stages.sharded import ShardedStage, Work
@@ -145,11 +145,11 @@ class Select(ShardedStage):
         """Sum up the shards; add the tokenizer and the card."""
         tokens = context.inputs["tokens"]
         folders.copy_folder(tokens / "tokenizer", context.out / "tokenizer")
-        stats = [tables.read_metadata(p)["stats"] for p in tables.parts(context.out)]
-        summary = merge_stats(stats)
+        said = [tables.read_metadata(p) for p in tables.parts(context.out)]
+        summary = merge_stats([m["stats"] for m in said])
         if not summary["examples"]:
             raise NothingLeftError(f"{tokens}: no example has a response token; nothing to select")
-        if notes := notes_on(stats, self.method):
+        if notes := notes_on([{**m["stats"], **m["checks"]} for m in said], self.method):
             summary["notes"] = notes
         write_card(context.out, self._provenance(context, _scores(context)), summary)
         return summary
@@ -204,11 +204,13 @@ class _SelectShard:
         if shard.chosen is not None:
             stats["passed_over"] = shard.num_passed_over
             stats["left_out"] -= shard.num_passed_over
-        stats |= signal_stats(tokens, decided.keep, self._decider.of.inputs, shard.turns)
+        checks = signal_stats(tokens, decided.keep, self._decider.of.inputs, shard.turns)
         if self._decider.protect:
-            stats["protected"] = {name: int(mask.sum()) for name, mask in decided.protected.items()}
+            stats |= {PROTECTED + name: int(mask.sum()) for name, mask in decided.protected.items()}
             stats["protected_added"] = decided.added
-        tables.write_part(path, table.filter(pa.array(has_response)), {**self._provenance, "stats": stats})
+        tables.write_part(
+            path, table.filter(pa.array(has_response)), {**self._provenance, "stats": stats, "checks": checks}
+        )
 
 
 def _masked_table(shard: Shard, decided: Decided, schema: pa.Schema) -> pa.Table:

@@ -83,7 +83,7 @@ class Publication(Stage, EngineOptions):
                 pass
         metadata = [tables.read_metadata(path) for path in tables.parts(out / SHARDS)]
         metrics = merge_stats([m["stats"] for m in metadata])
-        facts = {key: value for key, value in metadata[0].items() if key != "stats"}
+        facts = {key: value for key, value in metadata[0].items() if key not in ("stats", "checks")}
         _copy_tokenizer(masked / TOKENIZER, out / TOKENIZER)
         self._draw(masked, metrics, out)
         license = self.license or self.origin.get("license")
@@ -143,6 +143,7 @@ def _publish_shard(
     stats = {
         key: np.sum([m["stats"][key] for m in metadata], axis=0).tolist() for key in metadata[0]["stats"]
     }
+    metadata[0].pop("checks", None)  # of one shard of ours
     schema = pa.schema([field for field in pq.read_schema(sources[0]) if field.name in columns])
     groups = (tables.read_table(source, columns) for source in sources)
     tables.write_row_groups(path, groups, schema, public(metadata[0], hub) | {"stats": stats})
