@@ -1,0 +1,59 @@
+"""What the signals of one distribution cost on top of the loss, in one process on the CPU, sides in turns.
+
+CPU time of a `Scorer` on a random Llama (8 layers x 512, vocabulary 32,000): the loss alone, with all that the tiles
+give, and with `expected_rank`, which sorts, as well.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+
+
+def main() -> None:
+    """Print the ratio of medians of each side to the loss alone."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer rows")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sstoken.measure.distribution import OF_DISTRIBUTION
+    from sstoken.measure.scorer import Scorer
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    layers, width, rows = (2, 256, 8) if args.quick else (8, 512, 24)
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=8,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    random = np.random.default_rng(0)
+    sequences = [random.integers(3, 32000, 200).astype(np.int32) for _ in range(rows)]
+    masks = [np.arange(200) >= 80 for _ in sequences]
+    sides = {
+        "loss": ("loss",),
+        "all but expected_rank": tuple(OF_DISTRIBUTION - {"expected_rank"}),
+        "all": tuple(OF_DISTRIBUTION),
+    }
+    scorers = {name: Scorer(model, signals=signals, batch_tokens=768) for name, signals in sides.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(args.rounds + 1):
+        for name, scorer in scorers.items():
+            start = time.process_time()
+            list(scorer.measure(sequences, masks))
+            if round_number:  # the first warms up
+                seconds[name].append(time.process_time() - start)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    facts = {name: round(value / median["loss"], 3) for name, value in median.items()}
+    print(json.dumps(facts) if args.json else "  ".join(f"{k} {v:.2f}x" for k, v in facts.items()))
+
+
+if __name__ == "__main__":
+    main()
