@@ -16,8 +16,20 @@ def decisive_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value not in (None, [])}
 
 
-def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Write `folder/README.md`.
+def dataset_configs(data_files: str, identity: str) -> str:
+    """Return the front matter by which `load_dataset(folder)` finds the data, and knows it from other data.
+
+    `datasets` looks a local folder up in its cache by its name and this entry, and not by its files: without an
+    `identity` that changes with the content, it would give the rows of an earlier folder of the same name.
+    """
+    entry = {"config_name": "default", "data_files": data_files, "description": identity}
+    return f"configs: {json.dumps([entry])}"
+
+
+def write_card(
+    folder: Path, provenance: dict[str, Any], summary: dict[str, Any], *, identity: str | None = None
+) -> None:
+    """Write `folder/README.md`; `identity` changes with the content, by default the masked dataset's fingerprint.
 
     The folder also holds JSON files; without the front matter `load_dataset(folder)` would load those as the data.
     """
@@ -29,11 +41,11 @@ def write_card(folder: Path, provenance: dict[str, Any], summary: dict[str, Any]
         f"| {markdown(name)} | {markdown(str(value))} |\n"
         for name, value in decisive_settings(provenance).items()
     )
-    front_matter = json.dumps([{"config_name": "default", "data_files": "part-*.parquet"}])
+    front_matter = dataset_configs("part-*.parquet", identity or provenance["fingerprint"])
     write_atomic(
         folder / "README.md",
         f"""---
-configs: {front_matter}
+{front_matter}
 tags: [token-masked, sstoken]
 ---
 # Token-masked dataset

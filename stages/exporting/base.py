@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from sstoken.stages import tables
 from sstoken.stages.exporting.rows import Rows
+from sstoken.stages.masked_card import dataset_configs
 from sstoken.stages.storage import atomic_file
 
 DATA = "data"
@@ -67,7 +68,7 @@ class Target(ABC):
         """Return the ids, labels (unshifted) and weights, if any, of one row as `read` yielded it."""
         return row["input_ids"], row["labels"], row.get("weights")
 
-    def front_matter(self) -> str:
+    def front_matter(self, facts: Facts) -> str:
         """Return the front matter by which `datasets` loads the export as one dataset; empty if none is needed."""
         return ""
 
@@ -94,9 +95,9 @@ class ParquetTarget(Target):
         """Stream the rows with `datasets`."""
         return stream("parquet", folder, "part-*.parquet")
 
-    def front_matter(self) -> str:
+    def front_matter(self, facts: Facts) -> str:
         """Name the shards of `data`, so that those of the sidecar are not loaded."""
-        return f"configs: [{{config_name: default, data_files: {DATA}/part-*.parquet}}]"
+        return dataset_configs(f"{DATA}/part-*.parquet", facts.fingerprint)
 
 
 class JsonLinesTarget(Target):
@@ -120,9 +121,9 @@ class JsonLinesTarget(Target):
         """Stream the rows with `datasets`."""
         return stream("json", folder, "part-*.jsonl")
 
-    def front_matter(self) -> str:
+    def front_matter(self, facts: Facts) -> str:
         """Name the shards of `data`."""
-        return f"configs: [{{config_name: default, data_files: {DATA}/part-*.jsonl}}]"
+        return dataset_configs(f"{DATA}/part-*.jsonl", facts.fingerprint)
 
 
 def stream(kind: str, folder: Path, pattern: str) -> Iterator[pa.Table]:

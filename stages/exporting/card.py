@@ -13,7 +13,7 @@ def card(
     `of_method`: the weights, if any, are those that the method gave.
     """
     max_length = settings["max_length"]
-    matter = target.front_matter()
+    matter = target.front_matter(facts)
     head = f"---\n{matter}\ntags: [token-masked, sstoken]\n---\n" if matter else ""
     notes = [
         f"{counts['examples']:,} examples, {counts['tokens']:,} tokens, {counts['kept']:,} of them trained on; the "

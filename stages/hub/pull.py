@@ -61,7 +61,7 @@ class Pull(Stage):
         self._check_tokenizer(out, provenance)
         storage.of(out).take(out / _DOWNLOADS / PROVENANCE, out / PROVENANCE)
         storage.of(out).delete(out / _DOWNLOADS)
-        write_card(out, provenance.masked, provenance.metrics)
+        write_card(out, provenance.masked, provenance.metrics, identity=f"{self.repo} at {self.commit}")
         return provenance.metrics
 
     def _provenance(self, downloads: Path) -> Provenance:
