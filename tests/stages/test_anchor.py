@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -366,3 +367,49 @@ def test_settings_of_an_adapter_that_is_not_trained_are_refused(name, value, mod
     with pytest.raises(UsageError, match=f"{name} is {value} and there is no lora_rank"):
         Anchor(model=str(model), **{name: value}).check()
     Anchor(model=str(model), lora_rank=2, **{name: value}).check()
+
+
+RATES = {
+    "constant": [0, 0.5e-3, *[1e-3] * 6],
+    "linear": [1e-3 * share for share in (0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)],
+    "cosine": [0, 0.5e-3, *(0.5e-3 * (1 + np.cos(np.pi * done / 6)) for done in range(6))],
+}
+"""Learning rates of 8 steps, of which 2 are the warm-up, from 0."""
+
+
+@pytest.mark.parametrize("schedule", RATES)
+def test_the_learning_rate_warms_up_and_follows_its_schedule(model, tokens, tmp_path, schedule):
+    settings = {"max_steps": 8, "warmup_ratio": 0.25, "learning_rate": 1e-3, "snapshots": 1}
+    run(Anchor(model=str(model), schedule=schedule, **settings), tmp_path / "out", tokens)
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(RATES[schedule], abs=1e-12)
+
+
+def moved(model, tokens, out, **settings):
+    """How far two steps carry the weights of the layers, and the weights."""
+    constant = {"max_steps": 2, "schedule": "constant", "warmup_ratio": 0, "snapshots": 1}
+    run(Anchor(model=str(model), learning_rate=1e-2, **constant | settings), out, tokens)
+    before, after = (
+        {
+            name: weight
+            for name, weight in AutoModelForCausalLM.from_pretrained(folder).state_dict().items()
+            if name.endswith("proj.weight")
+        }
+        for folder in (model, out / "step-2")
+    )
+    return max(float((after[name] - before[name]).abs().max()) for name in before), before, after
+
+
+def test_gradients_are_clipped(model, tokens, tmp_path):
+    free, _, _ = moved(model, tokens, tmp_path / "free", max_grad_norm=0)
+    clipped, _, _ = moved(model, tokens, tmp_path / "clipped", max_grad_norm=1e-9)
+    assert free > 1e-2  # Adam's step is the learning rate, whatever the gradient's size
+    assert clipped < free / 10  # but for gradients near its epsilon of 1e-8
+
+
+def test_weights_decay(model, tokens, tmp_path):
+    # With gradients clipped away, decay alone is left: two factors of 1 - rate * decay.
+    settings = {"max_grad_norm": 1e-12, "weight_decay": 10.0}
+    _, before, after = moved(model, tokens, tmp_path / "out", **settings)
+    for name, weight in before.items():
+        np.testing.assert_allclose(after[name], weight * 0.9**2, atol=1e-5)
