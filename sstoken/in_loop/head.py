@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from sstoken.errors import SstokenError
 from sstoken.in_loop.response_tokens import ResponseTokens
+from sstoken.measure.distribution import measure_distribution
 from sstoken.measure.precision import as_given, cast_as_autocast
 from sstoken.measure.token_loss import (
     TILE_ELEMENTS,
     OutputHead,
     measure_logits,
-    measure_token_losses,
     output_embedding,
     scale_candidates,
 )
@@ -119,11 +119,11 @@ class HeadSignals:
         self, hidden: Tensor, targets: Tensor, head: OutputHead | None, names: Sequence[str]
     ) -> dict[str, Tensor]:
         """Measure signals of the distributions that states [N, D] predict."""
-        if head is not None and set(names) <= {"loss"}:
-            return {name: measure_token_losses(hidden, targets, head) for name in names}
+        if head is not None:
+            return measure_distribution(hidden, targets, head, names)
         parts = [{name: hidden.new_zeros(0, dtype=torch.float32) for name in names}]
         for rows, ids in zip(hidden.split(ROWS_PER_CALL), targets.split(ROWS_PER_CALL), strict=True):
-            logits = self._logits(rows, self._scale_now) if head is None else measure_logits(rows, head)
+            logits = self._logits(rows, self._scale_now)
             parts.append(signals_of_logits(logits, ids, names))
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
