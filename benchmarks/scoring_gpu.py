@@ -1,10 +1,10 @@
-"""Scoring on a GPU: the transformers backend against a plain script, both signals, random weights in bf16.
+"""Scoring on a GPU: the transformers backend with `cuda_kernels` against a plain script, random weights in bf16.
 
-Llama shapes of 1 and 8 billion parameters with a vocabulary of 128 thousand; sequences of up to 2,048 and 8,192
-tokens, half of each a response. The plain script pads batches of 8 in the order of the data (fewer where memory ends)
-and takes all logits; its attention is recomputed for the last layer. MFU counts the arithmetic that no way of computing
-both signals does without, over the GPU's peak; the share of the limit is over the rate of a large product measured
-in the same run.
+Both signals. Llama shapes of 1 and 8 billion parameters with a vocabulary of 128 thousand; sequences of up to 2,048
+and 8,192 tokens, half of each a response. The plain script pads batches of 8 in the order of the data (fewer where
+memory ends) and takes all logits; its attention is recomputed for the last layer. MFU counts the arithmetic that no
+way of computing both signals does without, over the GPU's peak; the share of the limit is over the rate of a large
+product measured in the same run.
 
     python benchmarks/scoring_gpu.py --quick
     python benchmarks/scoring_gpu.py --json
@@ -139,7 +139,7 @@ def measure_ours(
     backend = hf.HFBackend(
         BackendOptions(
             checkpoint=str(folder), signals=("loss", "attention"), layer=-1, dtype="bfloat16", device=device,
-            batch_tokens=batch_tokens, trust_remote_code=False,
+            batch_tokens=batch_tokens, trust_remote_code=False, settings=(("cuda_kernels", True),),
         )
     )  # fmt: skip
 

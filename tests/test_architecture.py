@@ -166,6 +166,14 @@ def test_transformers_is_imported_where_its_attention_interface_or_cache_is_used
     }
 
 
+def test_what_never_ran_on_a_gpu_is_imported_where_it_is_asked_for():
+    for layer in LAYERS:
+        for path in files(layer):
+            names = set(imported(path, at_start_only=True))
+            apart = path.is_relative_to(ROOT / "sstoken/measure/cuda")
+            assert apart or not any(name.startswith("sstoken.measure.cuda") for name in names), path
+
+
 def test_heavy_libraries_are_imported_where_they_are_used():
     allowed = {
         "hf.py",

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sstoken.measure.cuda.packed import segments_of
 from sstoken.measure.prompt_attention import Segment
 
 Ids = NDArray[np.int32]
@@ -65,6 +64,15 @@ def read_positions(batch: Batch, *, at: bool) -> Reading:
     predicting, own = where.split(before.numel())
     targets[predicting] = flat[batch.tokens]
     return Reading(positions, targets, predicting, own)
+
+
+def segments_of(lengths: Sequence[int]) -> list[Segment]:
+    """The sequences of a packed batch, as `AttentionCapture.expect` takes them."""
+    segments, start = [], 0
+    for length in lengths:
+        segments.append((0, start, start + length))
+        start += length
+    return segments
 
 
 def lay_out(

@@ -53,12 +53,13 @@ class AttentionCapture:
         >>> importance = capture.take()
     """
 
-    def __init__(self, model: "PreTrainedModel", layer: int = -1) -> None:
+    def __init__(self, model: "PreTrainedModel", layer: int = -1, *, kernels: bool = False) -> None:
         """Attach to a model.
 
         Args:
             model: a decoder model that uses transformers' attention interface.
             layer: index of the decoder layer, negative from the end.
+            kernels: on CUDA, measure with the Triton kernel where it gives right numbers in a trial.
 
         Raises:
             UsageError: there is no such layer, or the model's attention implementation cannot be observed.
@@ -73,7 +74,7 @@ class AttentionCapture:
             setattr(module, _SLOT, self)
         self._response_mask: Tensor | None = None
         self._segments: Sequence[Segment] | None = None
-        self._stop = False
+        self._stop, self._kernels = False, kernels
         self._rows: Tensor | None = None
         self._importance: Tensor | None = None
 
@@ -147,7 +148,7 @@ class AttentionCapture:
         measure = prompt_attention
         if self._rows is not None:
             how["rows"] = self._rows
-        elif query.is_cuda and mask is None:
+        elif self._kernels and query.is_cuda and mask is None:
             measure = _by_kernel(query, key, **how)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             self.keep(measure(query, key, self._response_mask, mask, self._segments, **how))

@@ -15,9 +15,10 @@ from sstoken.measure.precision import as_given
 from sstoken.measure.token_loss import (
     ROWS_PER_TILE,
     OutputHead,
-    measure_token_losses,
     tile_elements,
     tiles,
+    token_losses,
+    token_losses_by_kernel,
 )
 from sstoken.measure.top import TopLogits
 
@@ -35,7 +36,7 @@ _ROWS_PER_PRODUCT = 64
 
 @as_given
 def measure_distribution(
-    hidden: Tensor, targets: Tensor, head: OutputHead, names: Collection[str]
+    hidden: Tensor, targets: Tensor, head: OutputHead, names: Collection[str], *, kernels: bool = False
 ) -> dict[str, Tensor]:
     """Signals of the distributions over the vocabulary that predict some tokens.
 
@@ -44,12 +45,14 @@ def measure_distribution(
         targets: [N] token ids.
         head: the output head.
         names: of `OF_DISTRIBUTION`.
+        kernels: on CUDA, take the loss alone by a Triton kernel.
 
     Returns:
         [N] each, by name; fp32 (float64 where the model is), counts int32.
     """
     if {*names} <= {"loss"}:
-        return {name: measure_token_losses(hidden, targets, head) for name in names}
+        measure = token_losses_by_kernel if kernels else token_losses
+        return {name: measure(hidden, targets, head) for name in names}
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     found = {
         name: hidden.new_empty(hidden.shape[0], dtype=torch.int32 if name in _COUNTS else dtype)

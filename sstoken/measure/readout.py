@@ -27,13 +27,16 @@ READABLE = OF_DISTRIBUTION | {"kl", "reverse_kl", *_AT}
 class Readout:
     """Reads a model, and the references that its signals name, at the positions of a batch."""
 
-    def __init__(self, model: Any, references: Mapping[str, Any], wanted: Sequence[Signal]) -> None:
+    def __init__(
+        self, model: Any, references: Mapping[str, Any], wanted: Sequence[Signal], *, kernels: bool = False
+    ) -> None:
         """Find what is needed.
 
         Args:
             model: a causal language model of transformers.
             references: other models by the names that `kl@NAME` says; those that no signal names are left alone.
             wanted: what to measure; signals of attention are somebody else's.
+            kernels: on CUDA, take the loss alone by a Triton kernel.
 
         Raises:
             UsageError: a signal names a checkpoint that was not given.
@@ -49,6 +52,7 @@ class Readout:
         """Whether the distributions at the tokens' own positions are wanted."""
         self.needed = bool(self._wanted)
         """Whether any signal of a distribution is wanted."""
+        self._kernels = kernels
         self._heads: list[OutputHead] = []
         self._mlp: torch.nn.Module | None = None
 
@@ -104,7 +108,9 @@ class Readout:
         hidden = [torch.cat(states) for states in zip(*(states for _, states in batches), strict=True)]
         targets = to_device(torch.cat([r.targets for r in readings]))
         bases = {_AT.get(s.base, s.base) for s in self._wanted} & OF_DISTRIBUTION
-        found: dict[str, Tensor] = dict(measure_distribution(hidden[0], targets, self._heads[0], bases))
+        found: dict[str, Tensor] = dict(
+            measure_distribution(hidden[0], targets, self._heads[0], bases, kernels=self._kernels)
+        )
         for name, states, head in zip(self._names, hidden[1:], self._heads[1:], strict=True):
             forward, reverse = measure_divergence(hidden[0], self._heads[0], states, head)
             found |= {f"kl@{name}": forward, f"reverse_kl@{name}": reverse}

@@ -1,7 +1,7 @@
 """Signals of many sequences, from a model in memory: planned batches, one forward pass each.
 
-Batches are padded on the right, which needs no mask in a causal model, or packed without padding, where the
-model takes that and a GPU attends to them well.
+Batches are padded on the right, which needs no mask in a causal model. On CUDA they can be packed without padding
+instead, with kernels of `sstoken.measure.cuda`, where that is asked for.
 
 Shapes: B rows, T positions, N response tokens of a batch, R positions that are read, D hidden size.
 """
@@ -22,12 +22,6 @@ from sstoken.measure.architecture import Findings, examine
 from sstoken.measure.batch import Batch, Ids, Mask, Reading, lay_out, read_positions
 from sstoken.measure.batching import by_class, plan_packed, plan_padded
 from sstoken.measure.capture import AttentionCapture, ForwardStopped
-from sstoken.measure.cuda.packed import (
-    IMPLEMENTATION_PACKED,
-    check_packed,
-    describe_packed,
-    packed_inputs,
-)
 from sstoken.measure.decoder import check_layer, decoder_layers
 from sstoken.measure.noise import Noise, noisy_embeddings
 from sstoken.measure.readout import READABLE, Readout
@@ -64,6 +58,7 @@ class Scorer:
         batch_tokens: int = 2048,
         layout: Literal["padded", "packed"] | None = None,
         compiled: bool = False,
+        cuda_kernels: bool = False,
         references: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepare a causal language model of transformers; its attention implementation is changed.
@@ -75,8 +70,10 @@ class Scorer:
             layer: decoder layer of the signal `attention`, negative from the end; None: the last with softmax
                 attention.
             batch_tokens: positions in a batch, at most; halved whenever a batch does not fit in memory.
-            layout: how sequences share a batch; None: packed on CUDA where the model can, else padded.
+            layout: how sequences share a batch; None: padded, or packed with `cuda_kernels` where the model can be.
             compiled: compile the decoder layers, but those that are looked into.
+            cuda_kernels: on CUDA, use packed batches and the Triton kernels of `sstoken.measure.cuda`, each where it
+                gives right numbers in a trial; never run on a GPU yet.
             references: the other models that a signal such as `kl@NAME` names, in eval mode, on the same device.
 
         Raises:
@@ -92,7 +89,8 @@ class Scorer:
         blocks = decoder_layers(model)
         for block in blocks:
             block._compiled_call_impl = None  # what another scorer compiled; torch has no other way back
-        self._readout = Readout(model, references or {}, self._wanted)
+        self._kernels = cuda_kernels and self._device.type == "cuda"
+        self._readout = Readout(model, references or {}, self._wanted, kernels=self._kernels)
         models = self._readout.models
         self._length_classes = [f for f in map(length_class, models) if f is not None]
         for m in models:
@@ -106,11 +104,17 @@ class Scorer:
         """The decoder layer of each attention signal, counted from 0."""
         self._together = all(f.rows_agree for f in (found, *others))
         self.layout, self.remark = self._choose_layout(layout, found)
+        if cuda_kernels and not self._kernels:
+            self.remark += f"; no CUDA kernels on {self._device.type}"
         if self.layout == "packed":
+            from sstoken.measure.cuda.packed import IMPLEMENTATION_PACKED
+
             for m in models:
                 m.set_attn_implementation(IMPLEMENTATION_PACKED)
         self._readout.prepare()
-        self._captures = {n: AttentionCapture(model, n) for n in sorted(set(self.layers.values()))}
+        self._captures = {
+            n: AttentionCapture(model, n, kernels=self._kernels) for n in sorted(set(self.layers.values()))
+        }
         if compiled:
             for index, block in enumerate(blocks[:-1]):  # the last one's MLP has hooks
                 if index not in self._captures:
@@ -125,10 +129,13 @@ class Scorer:
             )
         if not found.softmax_layers and layout != "packed":
             return "padded", "padded batches, the architecture's own attention"
-        if layout is None and self._device.type != "cuda":
-            return "padded", "padded batches, sdpa or blocks of rows"
         if layout == "padded":
             return "padded", "padded batches, as asked for"
+        if layout is None and not self._kernels:
+            blocks = " or blocks of rows" if self._device.type == "cpu" else ""
+            return "padded", f"padded batches, sdpa{blocks}"
+        from sstoken.measure.cuda.packed import check_packed, describe_packed
+
         reason = check_packed(self._model)
         if reason is None:
             choices = describe_packed(self._model)
@@ -226,6 +233,8 @@ class Scorer:
             rows = self._to_device(batch.response | batch.predicting) if before else None
             capture.expect(self._to_device(batch.response), batch.segments, stop=stop, rows=rows)
         if self.layout == "packed":
+            from sstoken.measure.cuda.packed import packed_inputs
+
             inputs = packed_inputs([batch.ids[r, a:b] for r, a, b in batch.segments], self._device)
         else:
             inputs = {"input_ids": self._to_device(batch.ids), "use_cache": False}

@@ -100,19 +100,16 @@ def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
     return torch.cat([_log_sum_exp(rows, head) - head.target_logits(rows, ids) for rows, ids in tiles])
 
 
-@torch.no_grad()
-def measure_token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """`token_losses`, by a kernel where there is one that gives right numbers."""
-    if not hidden.is_cuda:
-        return token_losses(hidden, targets, head)
+@as_given
+def token_losses_by_kernel(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
+    """`token_losses` by the Triton kernel where it gives right numbers in a trial, else as `token_losses` does."""
     from sstoken.measure.cuda.choices import choose_token_losses
 
     choice = choose_token_losses(
         hidden.device, hidden.dtype, hidden.shape[1],
         bias=head.bias is not None, scale=head.scale, softcap=head.softcap,
     )  # fmt: skip
-    with torch.autocast("cuda", enabled=False):
-        return choice.call(hidden, targets, head.weight, head.bias, head.scale, head.softcap)
+    return choice.call(hidden, targets, head.weight, head.bias, head.scale, head.softcap)
 
 
 @as_given

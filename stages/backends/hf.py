@@ -29,6 +29,8 @@ class HFSettings(Settings):
 
     compile: Annotated[bool, SPEED_ONLY] = False
     """Compile the decoder layers with torch.compile: some percent faster, half a minute to start."""
+    cuda_kernels: Annotated[bool, SPEED_ONLY] = False
+    """On CUDA, packed batches and Triton kernels in place of padded batches and plain torch; never run on a GPU yet."""
 
 
 class HFBackend(Backend):
@@ -40,6 +42,8 @@ class HFBackend(Backend):
     def __init__(self, options: BackendOptions) -> None:
         """Load the checkpoint; an adapter goes onto its base, which stays in memory for the next one."""
         self._options = options
+        settings = HFSettings.model_validate(dict(options.settings))
+        self._kernels = settings.cuda_kernels
         device = pick_device(options.device)
         if torch.device(device).type == "cpu":
             _prepare_heap()
@@ -57,7 +61,8 @@ class HFBackend(Backend):
             layer=options.layer,
             references={name: self._reference(ref, device) for name, ref in options.references},
             batch_tokens=options.batch_tokens or _budget(shared.model, device),
-            compiled=HFSettings.model_validate(dict(options.settings)).compile,
+            compiled=settings.compile,
+            cuda_kernels=settings.cuda_kernels,
         )
 
     @property
@@ -89,7 +94,12 @@ class HFBackend(Backend):
         """See `Backend.measure`."""
         again: list[Measured] = [{} for _ in sequences]
         if self._again:
-            losses = Scorer(self._model, signals=[LOSS], batch_tokens=self._scorer.batch_tokens)
+            losses = Scorer(
+                self._model,
+                signals=[LOSS],
+                batch_tokens=self._scorer.batch_tokens,
+                cuda_kernels=self._kernels,
+            )
             again = second_look(losses, sequences, response_masks, self._again)
         if not self._names:
             yield from enumerate(again)

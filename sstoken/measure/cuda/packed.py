@@ -22,7 +22,6 @@ from sstoken.errors import SstokenError
 from sstoken.measure.capture import IMPLEMENTATION
 from sstoken.measure.cuda.agreement import Choice
 from sstoken.measure.cuda.varlen import choose_varlen, varlen_attention
-from sstoken.measure.prompt_attention import Segment
 from sstoken.measure.rope import length_class
 
 if TYPE_CHECKING:
@@ -58,15 +57,6 @@ def packed_inputs(sequences: Sequence[Tensor], device: torch.device | str) -> di
         "max_length_k": max(lengths),
         "use_cache": False,
     }
-
-
-def segments_of(lengths: Sequence[int]) -> list[Segment]:
-    """The sequences of a packed batch, as `AttentionCapture.expect` takes them."""
-    segments, start = [], 0
-    for length in lengths:
-        segments.append((0, start, start + length))
-        start += length
-    return segments
 
 
 def packed_attention_forward(

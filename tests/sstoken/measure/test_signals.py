@@ -87,6 +87,17 @@ def test_what_cannot_be_packed_is_refused_or_padded():
     assert Scorer(model).layout == "padded"
 
 
+def test_cuda_kernels_on_a_cpu_change_nothing_and_it_is_said():
+    sequences, masks = random_examples(5, [40, 7, 33])
+    plain, asked = (Scorer(make_model("llama"), signals=BOTH, cuda_kernels=on) for on in (False, True))
+    assert (plain.layout, asked.layout) == ("padded", "padded")
+    assert asked.remark == f"{plain.remark}; no CUDA kernels on cpu"
+    expected = dict(plain.measure(sequences, masks))
+    for index, signals in asked.measure(sequences, masks):
+        for name in BOTH:
+            np.testing.assert_array_equal(signals[name], expected[index][name])
+
+
 def test_attention_alone_equals_attention_beside_the_loss():
     sequences, masks = random_examples(5, [40, 7, 33])
     both = dict(Scorer(make_model("llama"), signals=BOTH, layer=1).measure(sequences, masks))

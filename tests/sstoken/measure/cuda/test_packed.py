@@ -5,13 +5,13 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
+from sstoken.measure.batch import segments_of
 from sstoken.measure.capture import IMPLEMENTATION, AttentionCapture
 from sstoken.measure.cuda.packed import (
     IMPLEMENTATION_PACKED,
     check_packed,
     describe_packed,
     packed_inputs,
-    segments_of,
 )
 from tests.sstoken.measure.architectures import ARCHITECTURES, VOCABULARY, make_model
 
