@@ -38,7 +38,7 @@ class RunConfig(BaseModel):
     out: str
     """The run's folder."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Of the anchor runs, and of the method `random`."""
+    """Seed of the anchor runs and of the method `random`."""
     encode: Encode | None = None
     anchor: AnchorSection | None = None
     """None: no anchor run; `score.checkpoints` names checkpoints that are there already."""

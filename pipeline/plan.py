@@ -35,7 +35,7 @@ class Step:
     """One job of a run, or the promise of one."""
 
     name: str
-    """Of the step; of a checkpoint's scores `score/<checkpoint>`, of one selection of several `select/<setting>`."""
+    """The step's name; `score/<checkpoint>` for a checkpoint's scores, `select/<setting>` for one selection of several."""
     kind: str
     """Its stage: `encode`, `part`, `anchor`, `score`, `select`, `export`."""
     job: Job | None

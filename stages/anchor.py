@@ -73,7 +73,7 @@ class Anchor(Stage):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, and needs less memory."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward pass; full weights are always trained in float32. auto: bfloat16 on a GPU that has it."""
+    """Precision of the forward pass; full weights always train in float32. auto: bfloat16 on a GPU that has it."""
     lora_rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of LoRA adapters on every linear layer. None: train all weights."""
     lora_alpha: float = Field(default=32, gt=0)

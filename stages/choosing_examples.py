@@ -39,7 +39,7 @@ class ExampleChoice(Settings):
 
 @dataclass(frozen=True)
 class Steadiness:
-    """Of each of E examples; NaN where an example has no token to judge it by."""
+    """[E] each: what T-SHIRT judges an example by; NaN where an example has no token to judge it by."""
 
     ifd: Float64Array
     """exp(mean loss - mean unconditional loss): 1 and more is an answer that the prompt does not help."""
@@ -52,7 +52,7 @@ class Steadiness:
 def choose_examples(choice: ExampleChoice, shards: Sequence[Shard], inputs: Sequence[str]) -> list[BoolArray]:
     """For each shard which of its examples are chosen, [E].
 
-    Of the examples whose IFD is below 1, twice as many as wanted of the highest mean; of those the steadiest.
+    Among the examples with IFD below 1, take twice as many as wanted by highest mean, and keep the steadiest of those.
 
     Raises:
         NothingLeftError: none is below 1.

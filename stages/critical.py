@@ -48,9 +48,9 @@ class Critical(ShardedStage):
     alternatives: Annotated[int, Field(ge=1, le=8)] = 2
     """How many other tokens replace a token, the likeliest first. It is critical if all of them end wrong."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    """At which a continuation is cut, and judged as it stands."""
+    """Longest continuation in tokens; a longer one is cut here and judged as it stands."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Of the weights. auto: as the checkpoint stores them. In 16 bits, ties are common."""
+    """Dtype of the weights. auto: as the checkpoint stores them. In 16 bits, ties are common."""
     backend: str = "auto"
     """Inference backend: hf (transformers) or vllm. auto: vllm on a GPU where it is installed and takes the checkpoint,
     else hf."""
@@ -65,7 +65,7 @@ class Critical(ShardedStage):
     """Run Python code that comes with the checkpoint."""
 
     def check(self) -> None:
-        """Refuse a checker that is not there, a checkpoint that is not whole, and a backend that cannot generate."""
+        """Refuse a checker that is not there, an incomplete checkpoint, and a backend that cannot generate."""
         Checker(self.checker)
         checkpoints.check_loadable(self.checkpoint)
         check_generator(self.backend, self.for_backend(), self.workers or 1)

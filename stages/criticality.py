@@ -37,7 +37,7 @@ class Verdict:
     """What was found of one problem."""
 
     outcome: str
-    """Of `OUTCOMES`."""
+    """One of `OUTCOMES`."""
     critical: NDArray[np.float32]
     """[n], of the response tokens: 1 critical, 0 not, NaN not tried."""
     tried: NDArray[np.bool_]

@@ -32,7 +32,7 @@ class Listed:
     folder: Path
     """The finished folder."""
     sha256: str
-    """Of the content, hexadecimal."""
+    """SHA-256 of the content, in hexadecimal."""
 
 
 def read_manifest_text(folder: Path) -> bytes | None:
@@ -143,7 +143,7 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     stat = path.stat()
     if stat.st_size < _WORTH_REMEMBERING:
         return hash_file(path)

@@ -120,8 +120,10 @@ def note_training(history: Path, source: Path) -> None:
     """Have a folder of snapshots say which tokens, or whose masked dataset, they were trained on."""
     parts = tables.parts(source)
     facts = tables.read_metadata(parts[0]) if parts else {}
-    whole = _said(parts[0], source, facts) if facts.get("kind") == "masked" else folder_fingerprint(source)
-    write_atomic(history / _TRAINED_ON, json.dumps({TOKENS: whole}))
+    fingerprint = (
+        _said(parts[0], source, facts) if facts.get("kind") == "masked" else folder_fingerprint(source)
+    )
+    write_atomic(history / _TRAINED_ON, json.dumps({TOKENS: fingerprint}))
 
 
 def trained_on_others(checkpoint: str, tokens: Path) -> bool:

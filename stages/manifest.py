@@ -49,7 +49,7 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     files: list[FileEntry]
     digest: str = NO_DIGEST
-    """Of the manifest's own text, with zeros in this place; set when it is written. Older manifests have none."""
+    """SHA-256 of the manifest's own text, with zeros in this place, set on writing. Older manifests have none."""
 
 
 def read_manifest(folder: Path) -> Manifest | None:

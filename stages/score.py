@@ -36,7 +36,7 @@ class ScoreOptions(ShardedStage):
     """Decoder layer of the signal `attention`; negative counts from the last. None: the last layer that has softmax
     attention."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Of the weights; softmax and loss are fp32 whatever it is. auto: as the checkpoint stores them."""
+    """Dtype of the weights; softmax and loss are always fp32. auto: as the checkpoint stores them."""
     backend: str = "auto"
     """Inference backend: hf (transformers), vllm, or another package's. auto: vllm on a GPU where it is installed and
     takes the checkpoint, else hf."""
@@ -84,7 +84,7 @@ class Score(ScoreOptions):
         return self.model_copy(update={"signals": there}) if {*there} > {*self.measured} else self
 
     def check(self) -> None:
-        """Refuse an unknown signal, a checkpoint that is not whole, or one that the backend does not take."""
+        """Refuse an unknown signal, an incomplete checkpoint, or one that the backend does not take."""
         for ref in (self.checkpoint, *self.references.values()):
             checkpoints.check_loadable(ref)
         check_backend(self.backend, self.for_backend(), self.workers or 1)

@@ -21,7 +21,7 @@ class Whole:
 
     statistics: dict[str, float] = field(default_factory=dict)
     cuts: tuple[Cut, ...] | None = None
-    """Of a method that ranks all tokens; None: each unit is ranked by itself."""
+    """The cuts of a method that ranks all tokens together; None: each unit is ranked by itself."""
     ties: tuple[int, ...] = ()
     """For each cut: how many scores equal to it stand in the shards before."""
 

@@ -27,7 +27,7 @@ class ShardedStage(Stage, EngineOptions):
     """A stage of three parts: what there is to do, doing it shard by shard, and what follows when all are there."""
 
     unit: ClassVar[str] = "shards"
-    """Of the progress bar."""
+    """What the progress bar counts."""
 
     rank: Annotated[int, Field(ge=0), SPEED_ONLY] = 0
     """Which part of the work is done here, from 0 to world-size - 1."""

@@ -57,7 +57,7 @@ class Shard:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tokens that were read."""
+        """Fingerprint of the tokens as they were read."""
         return joins.measured_fingerprint(self.tokens, self.table)
 
     @cached_property

@@ -100,7 +100,7 @@ class Context:
     """The folder under construction. Shards already in it are complete: an interrupted run left them."""
     seed: int
     fingerprint: str
-    """Of this stage with these settings and inputs, for provenance."""
+    """Fingerprint of this stage with these settings and inputs, for provenance."""
     engine: Engine
     progress: ProgressBar
 

@@ -212,7 +212,7 @@ def _is_signal(field: pa.Field) -> bool:
 
 
 def num_rows(path: Path) -> int:
-    """Of a shard, without reading them.
+    """Count the rows of a shard without reading them.
 
     Raises:
         SstokenError: it is damaged.

@@ -150,7 +150,7 @@ def _check_file(folder: Path, file: Path) -> None:
             what = (
                 "a Git LFS pointer; run git lfs pull"
                 if text
-                else "not a whole safetensors file; copy it again"
+                else "not a complete safetensors file; copy it again"
             )
             raise SstokenError(f"{file}: {what}") from None
     if size != end:
@@ -196,12 +196,12 @@ def _without_weights(folder: Path, otherwise: str) -> SstokenError:
     if shards := names("*.distcp", "*model*/*.distcp"):
         place = (folder / shards[0]).parent
         return error(
-            f"FSDP shards ({shards[0]}) and no whole weights; merge the FSDP shards: accelerate merge-weights {place} "
+            f"FSDP shards ({shards[0]}) and no full weights; merge the FSDP shards: accelerate merge-weights {place} "
             f"{folder}"
         )
     if shards := names("*/*.distcp"):
         return error(
-            f"torch's sharded checkpoints ({shards[0]}) and no whole weights; convert one to the Hugging Face format "
+            f"torch's sharded checkpoints ({shards[0]}) and no full weights; convert one to the Hugging Face format "
             "with the trainer that wrote it, and name that folder"
         )
     if found := names("*.gguf"):

@@ -46,7 +46,7 @@ def describe(method: Method) -> dict[str, Any]:
 
 
 def facts() -> list[dict[str, Any]]:
-    """Of every method."""
+    """Describe every method: its name and what `describe` says of it."""
     return [{"method": method.name, **describe(method)} for method in METHODS.values()]
 
 

@@ -37,7 +37,7 @@ class BackendOptions:
     signals: tuple[str, ...]
     """What to measure, by name (`sstoken.signals`)."""
     layer: int | None
-    """Of the signal `attention`; negative counts from the last; None: the last layer with softmax attention."""
+    """Decoder layer of the signal `attention`; negative counts from the last; None: the last with softmax attention."""
     dtype: str
     """`float32`, `bfloat16`, or `auto` for the checkpoint's own."""
     device: str

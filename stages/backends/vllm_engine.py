@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sstoken.stages.backends.vllm_generating import Generated, Prefixes
 
 MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
-"""Of the layer's output computed anew from vLLM's, relative; in 16 bits the values and the output are rounded."""
+"""Largest relative difference allowed between vLLM's layer output and ours; 16-bit dtypes round values and output."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Reply:
     problem: str | None = None
     """What went wrong, in one line."""
     losses: list[NDArray[np.float32]] | None = None
-    """Of each sequence's response tokens; None where not asked for."""
+    """Losses of each sequence's response tokens, in nats; None where not asked for."""
     importance: list[NDArray[np.float32]] | None = None
-    """Likewise."""
+    """Prompt attention of each sequence's response tokens; None where not asked for."""
     generated: "list[Generated] | None" = None
-    """After each prefix."""
+    """What was generated after each prefix; None where not asked for."""
 
 
 class EngineError(Exception):
@@ -179,7 +179,7 @@ class Scorer:
         return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **wanted)
 
     def _loss(self, output: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Of the response tokens, in nats."""
+        """Return the losses of the response tokens, in nats."""
         if self._config.use_v2_model_runner:
             scored = output.prompt_token_id_logprobs
             first = int(mask.argmax())

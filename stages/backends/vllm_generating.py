@@ -21,7 +21,7 @@ class Prefixes:
     """Token ids, [T] each."""
     stop: tuple[int, ...]
     max_new_tokens: tuple[int, ...]
-    """Of each."""
+    """The most tokens to generate after each prefix."""
     candidates: int
     """Give that many candidates of the next token, and continue no prefix; 0: continue them."""
     adapter: tuple[int, str] | None

@@ -57,7 +57,7 @@ def refusal(options: BackendOptions, settings: VllmSettings) -> str | None:
 
 
 def installed_version() -> str | None:
-    """Of vLLM, or of its build for CPUs; None where there is none."""
+    """Return the version of vLLM or of its CPU build; None where neither is installed."""
     if find_spec("vllm") is None:
         return None
     return next((_version(name) for name in _DISTRIBUTIONS if _version(name)), "of unknown version")

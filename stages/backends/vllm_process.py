@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def process_id(self) -> int | None:
-        """Of the running process, if there is one."""
+        """Process id of the engine, or None where none is running."""
         return None if self._process is None else self._process.pid
 
     def ask(self, request: "Request | Prefixes", longest: int) -> Reply:
