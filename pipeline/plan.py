@@ -35,7 +35,7 @@ class Step:
     """One job of a run, or the promise of one."""
 
     name: str
-    """The step's name; `score/<checkpoint>` for a checkpoint's scores, `select/<setting>` for one selection of several."""
+    """Its name; `score/<checkpoint>` for a checkpoint's scores, `select/<setting>` for one of several selections."""
     kind: str
     """Its stage: `encode`, `part`, `anchor`, `score`, `select`, `export`."""
     job: Job | None
