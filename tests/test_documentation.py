@@ -1,4 +1,4 @@
-"""The README's commands and every verb's example run as they are printed."""
+"""The README's commands, those of further pages and every verb's example run as they are printed."""
 
 import re
 import shutil
@@ -20,8 +20,27 @@ NEEDS_THE_HUB = ("pull",)
 """tests/pipeline/hub runs them; here there is no network, which they have to say."""
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+PAGES = ("choosing.md", "critical-tokens.md", "runs.md")
+"""Pages of docs/ whose commands go on from the README's."""
+NEEDS_YOUR_OWN = ("runs/good-tokens", "runs/reference", "history=ref", "configs/self-evolving.yaml")
+"""Data that a clone does not have; what takes long, and has a test of its own."""
+
+
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def run_commands(text, folder):
+    """Run a page's commands, but those that need something else, and return how many they are."""
+    lines = [line for block in blocks("bash", text) for line in block.strip().splitlines()]
+    lines = [
+        line
+        for line in lines
+        if not line.startswith(NOT_HERE) and not any(own in line for own in NEEDS_YOUR_OWN)
+    ]
+    for line in lines:
+        shell(line, folder)
+    return len(lines)
 
 
 def example(verb):
@@ -61,10 +80,7 @@ def shell(command, folder):
 
 @pytest.mark.timeout(4 * PATIENCE)
 def test_the_readme_runs_as_written(clone):
-    for block in blocks("bash"):
-        for line in block.strip().splitlines():
-            if not line.startswith(NOT_HERE):
-                shell(line, clone)
+    assert run_commands(README, clone)
     programs = blocks("python")
     assert programs
     for program in programs:
@@ -72,6 +88,12 @@ def test_the_readme_runs_as_written(clone):
             [sys.executable, "-c", program], cwd=clone, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.timeout(4 * PATIENCE)
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_as_written_after_the_readme(clone, page):
+    assert run_commands((ROOT / "docs" / page).read_text(), clone) > 1
 
 
 @pytest.mark.timeout(4 * PATIENCE)
@@ -98,3 +120,9 @@ def test_the_readme_names_every_verb():
 def test_the_readme_points_at_what_is_there():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_pages_point_at_what_is_there():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
