@@ -1,11 +1,10 @@
 """What each step towards the stage gives: the plain script, changed one thing at a time.
 
-Everything here is plain torch, except the last four rows of the table, which are the product's own pieces.
+Everything here is plain torch, except the last three rows of the table, which are the product's own pieces.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,8 @@ class How:
     """Give the model the attention mask of the padding."""
     loss: str = "all"
     """`all` logits at once, those of the `response`, or `tiles` of them, or tiles `in place`."""
-    last_mlp: bool = False
-    """The last layer's MLP for the rows that are read only."""
     capture: bool = False
-    """Importance from inside the forward pass, by the log-sum-exp of its attention kernel."""
-    blocks: bool = False
-    """Attention by blocks of rows, which the product does in inference mode alone."""
+    """Prompt attention from inside the forward pass, by the log-sum-exp of its attention kernel."""
 
 
 _SORTED = How()
@@ -41,18 +36,14 @@ _NO_MASK = replace(_SORTED, mask=False)
 _RESPONSE = replace(_NO_MASK, loss="response")
 _TILES = replace(_RESPONSE, loss="tiles")
 _IN_PLACE = replace(_TILES, loss="in place")
-_LAST_MLP = replace(_IN_PLACE, last_mlp=True)
-_CAPTURE = replace(_LAST_MLP, capture=True)
-_BLOCKS = replace(_CAPTURE, blocks=True)
+_CAPTURE = replace(_IN_PLACE, capture=True)
 STEPS = {
     "sorted batches of a token budget": _SORTED,
     "no attention mask": _NO_MASK,
     "logits of response rows only": _RESPONSE,
     "loss by tiles": _TILES,
     "tiles in place": _IN_PLACE,
-    "last MLP for response rows only": _LAST_MLP,
-    "importance from inside the forward pass": _CAPTURE,
-    "attention by blocks": _BLOCKS,
+    "prompt attention from inside the forward pass": _CAPTURE,
 }
 
 
@@ -120,7 +111,7 @@ def stepwise(tokens: Path, model: Any, how: How) -> list[Any]:
     model.set_attn_implementation(IMPLEMENTATION if how.capture else "sdpa")
     capture = AttentionCapture(model, -1) if how.capture else None
     kept: list[Any] = [None] * len(rows)
-    with torch.inference_mode() if how.blocks else torch.no_grad():
+    with torch.no_grad():
         for indices in sorted_batches([len(row["input_ids"]) for row in rows]):
             longest = len(rows[indices[0]]["input_ids"])
             ids = torch.zeros(len(indices), longest, dtype=torch.long)
@@ -133,11 +124,10 @@ def stepwise(tokens: Path, model: Any, how: How) -> list[Any]:
             wanted = response.flatten().nonzero()[:, 0] - 1
             if capture is not None:
                 capture.expect(response)
-            with rows_of_last_mlp(model, wanted if how.last_mlp else None):
-                out = model.model(
-                    input_ids=ids, attention_mask=seen if how.mask else None, use_cache=False,
-                    output_hidden_states=not how.capture,
-                )  # fmt: skip
+            out = model.model(
+                input_ids=ids, attention_mask=seen if how.mask else None, use_cache=False,
+                output_hidden_states=not how.capture,
+            )  # fmt: skip
             losses = torch.zeros(ids.shape)
             losses.view(-1)[wanted + 1] = losses_of(out.last_hidden_state, wanted, ids, model, how.loss)
             if capture is not None:
@@ -182,26 +172,3 @@ def losses_of(hidden: Any, wanted: Any, ids: Any, model: Any, loss: str) -> Any:
     for start in range(0, len(weight), TILE_WIDTH):
         total = torch.logaddexp(total, (rows @ weight[start : start + TILE_WIDTH].T).logsumexp(1))
     return total - (rows * weight[targets]).sum(1)
-
-
-@contextmanager
-def rows_of_last_mlp(model: Any, wanted: Any) -> Iterator[None]:
-    """Within this context the last layer's MLP computes the `wanted` rows [N] of the batch; None: all."""
-    import torch
-
-    mlp = model.model.layers[-1].mlp
-    if wanted is None:
-        yield
-        return
-    whole = mlp.forward
-
-    def some(states: Any) -> Any:
-        full = torch.zeros_like(states).flatten(0, 1)
-        full[wanted] = whole(states.flatten(0, 1)[wanted])
-        return full.view(states.shape)
-
-    mlp.forward = some
-    try:
-        yield
-    finally:
-        del mlp.forward

@@ -11,7 +11,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sstoken.measure import cpu_attention
 from sstoken.measure.precision import cast_as_autocast
 from sstoken.measure.prompt_attention import BLOCK_ELEMENTS, attention_scores, log_sum_exp_rows
 
@@ -66,12 +65,6 @@ def attention_forward(
     if softcap is not None or sinks is not None:
         scale = scale_of(query, scaling)
         return _attend_by_blocks(query, key, value, attention_mask, scale, softcap, sinks), None
-    if (
-        attention_mask is None
-        and not torch.is_grad_enabled()
-        and plain_on_cpu(module, query, key, value, {"dropout": dropout, **kwargs})
-    ):
-        return cpu_attention.causal_attention(query, key, value, scale_of(query, scaling)), None
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
@@ -101,6 +94,28 @@ def plain_on_cpu(
         and kwargs.get("position_bias") is None
         and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     )
+
+
+def sdpa_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """sdpa's CPU kernel: attention output [B, T, H, D] and, what sdpa drops, the scores' log-sum-exp [B, H, T].
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, K, T, D].
+        value: [B, K, T, D].
+        mask: as sdpa takes it; None: causal.
+        scaling: factor of the scores.
+    """
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    elif mask is not None:
+        mask = mask.to(query.dtype)
+    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, mask is None, attn_mask=mask, scale=scaling
+    )
+    return output.transpose(1, 2).contiguous(), log_sum_exp
 
 
 def with_position_bias(mask: Tensor | None, bias: Tensor | None, window: int | None) -> Tensor | None:

@@ -18,12 +18,12 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.measure import cpu_attention
 from sstoken.measure.attention_function import (
     CPU_FORWARDS,
     IMPLEMENTATION,
     plain_on_cpu,
     scale_of,
+    sdpa_kernel,
     with_position_bias,
 )
 from sstoken.measure.decoder import check_layer
@@ -151,22 +151,9 @@ class AttentionCapture:
         elif self._kernels and query.is_cuda and mask is None:
             measure = _by_kernel(query, key, **how)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            self.keep(measure(query, key, self._response_mask, mask, self._segments, **how))
-
-    def keep(self, importance: Tensor) -> None:
-        """Called by the attention function with what `measure` would find, [B, T].
-
-        Raises:
-            ForwardStopped: `expect` asked for it.
-        """
-        self._importance = importance
+            self._importance = measure(query, key, self._response_mask, mask, self._segments, **how)
         if self._stop:
             raise ForwardStopped
-
-    @property
-    def rows(self) -> Tensor | None:
-        """The positions whose attention is measured, [B, T] bool; None: the response tokens."""
-        return self._rows
 
     @property
     def due(self) -> Tensor | None:
@@ -217,18 +204,8 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
             capture.check_unmasked()
         learned_mask = isinstance(attention_mask, Tensor) and attention_mask.requires_grad  # Doge's
         if forward in CPU_FORWARDS and not learned_mask and plain_on_cpu(module, query, key, value, kwargs):
-            if response_mask is not None and attention_mask is None and torch.is_inference_mode_enabled():
-                by_blocks = cpu_attention.attend_by_blocks(
-                    query, key, value, how["scaling"], response_mask, capture.rows
-                )
-                if by_blocks is not None:
-                    output, importance = by_blocks
-                    capture.keep(importance)
-                    return output, None
             # Measured or not: the second forward of gradient checkpointing has to save the same tensors.
-            output, how["log_sum_exp"] = cpu_attention.sdpa_kernel(
-                query, key, value, attention_mask, how["scaling"]
-            )
+            output, how["log_sum_exp"] = sdpa_kernel(query, key, value, attention_mask, how["scaling"])
             if response_mask is not None:
                 capture.measure(query, key, attention_mask, **how)
             return output, None

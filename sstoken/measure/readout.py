@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sstoken.errors import UsageError
 from sstoken.measure.batch import Reading
-from sstoken.measure.decoder import last_mlp, wanted_rows
 from sstoken.measure.distribution import OF_DISTRIBUTION, measure_distribution
 from sstoken.measure.divergence import measure_divergence
 from sstoken.measure.rope import reset
@@ -54,7 +53,6 @@ class Readout:
         """Whether any signal of a distribution is wanted."""
         self._kernels = kernels
         self._heads: list[OutputHead] = []
-        self._mlp: torch.nn.Module | None = None
 
     def prepare(self) -> None:
         """Read the output heads; models are loaded and have their attention implementation by now.
@@ -66,7 +64,6 @@ class Readout:
         if not self.needed:
             return
         self._heads = [read_head(model) for model in self.models]
-        self._mlp = last_mlp(self.models[0])
         size, *others = (len(head.weight) for head in self._heads)
         for name, other in zip(self._names, others, strict=True):
             if other != size:
@@ -87,9 +84,7 @@ class Readout:
         for model in self.models:
             if by_length:
                 reset(model)
-            mlp = self._mlp if model is self.models[0] else None
-            with intercept_head(model) as head_input, wanted_rows(mlp) as wanted:
-                wanted.index = positions
+            with intercept_head(model) as head_input:
                 model(**inputs)
             assert head_input.hidden is not None
             found.append(head_input.hidden.flatten(0, 1).index_select(0, positions))

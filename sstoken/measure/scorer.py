@@ -116,7 +116,7 @@ class Scorer:
             n: AttentionCapture(model, n, kernels=self._kernels) for n in sorted(set(self.layers.values()))
         }
         if compiled:
-            for index, block in enumerate(blocks[:-1]):  # the last one's MLP has hooks
+            for index, block in enumerate(blocks):
                 if index not in self._captures:
                     block.compile(dynamic=True)
 
@@ -132,8 +132,7 @@ class Scorer:
         if layout == "padded":
             return "padded", "padded batches, as asked for"
         if layout is None and not self._kernels:
-            blocks = " or blocks of rows" if self._device.type == "cpu" else ""
-            return "padded", f"padded batches, sdpa{blocks}"
+            return "padded", "padded batches, sdpa"
         from sstoken.measure.cuda.packed import check_packed, describe_packed
 
         reason = check_packed(self._model)

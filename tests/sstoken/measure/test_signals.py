@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure.capture import IMPLEMENTATION, AttentionCapture, ForwardStopped
-from sstoken.measure.decoder import last_mlp
 from sstoken.measure.scorer import Scorer
 from sstoken.measure.token_loss import OutputHead, read_head, token_losses
 from tests.sstoken.measure.architectures import ARCHITECTURES, VOCABULARY, make_model
@@ -118,19 +117,6 @@ def test_several_layers_in_one_pass():
         alone = Scorer(make_model("llama"), signals=["attention"], layer=number)
         for index, signals in alone.measure(sequences, masks):
             np.testing.assert_array_equal(together[index][name], signals["attention"])
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_last_mlp_is_found_in_every_architecture(name):
-    assert last_mlp(make_model(name)) is not None
-
-
-def test_a_last_mlp_that_mixes_positions_is_left_alone():
-    model = make_model("llama")
-    model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: output.cumsum(1))
-    assert last_mlp(model) is None
-    sequences, masks = random_examples(6, [20, 11])
-    list(Scorer(model).measure(sequences, masks))
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_a_sequence_that_does_not_is_an_error(monkeypatch):
