@@ -18,29 +18,29 @@ from tests.stages.encoding.conversation_kinds import SHOWN
 HEAD = """# Chat templates
 
 A chat template is a program, and many leave out what they are given: reasoning of earlier turns, tool calls, a system
-prompt. `encode` accounts for every text of a row in its rendering (contents, reasoning, tool calls, tool definitions) and
-refuses a row of which something is lost, with the option that helps:
+prompt. `encode` checks that every text of a row (contents, reasoning, tool calls, tool definitions) appears in the
+rendering, and refuses a row that loses something, with the option that helps:
 
 | option | what it does |
 |---|---|
 | `--turns each` | each assistant turn becomes an example of its own, shown as the model sees it at inference: earlier turns as history, the turn itself in full |
-| `--turns last` | the last assistant turn alone is trained, shown in the same way |
-| `--chat-template trl:NAME` | a template that an installed TRL brings along, such as `trl:qwen3_training`, which keeps all reasoning |
-| `--chat-template FILE.jinja` | one of your own |
-| `--allow-lost KIND` | `reasoning`, `system`, `tools`, `tool_calls` or `content` may be left out; how often it was is counted |
-| `--on-bad-row skip` | such rows are passed over, counted, and listed in `bad_rows/` |
+| `--turns last` | only the last assistant turn is trained on, shown in the same way |
+| `--chat-template trl:NAME` | a template that an installed TRL ships, such as `trl:qwen3_training`, which keeps all reasoning |
+| `--chat-template FILE.jinja` | your own template |
+| `--allow-lost KIND` | `reasoning`, `system`, `tools`, `tool_calls` or `content` may be left out; each loss is counted |
+| `--on-bad-row skip` | such rows are skipped, counted, and listed in `bad_rows/` |
 
 A response begins after the generation prompt that inference will see and ends with the token that stops generation: the
-tokenizer's EOS token or those of `generation_config.json`. Responses that no token ends are counted. Messages behind
-the last answer that is trained on are not shown, since they would teach nothing; this is counted, too. The tokens of a
-response are checked to spell it. A template that prints calls but looks at no tool definitions gets them as JSON at the
-end of the system prompt, which is counted. Where a template marks responses with `{% generation %}`, what it does not mark is not
-trained.
+tokenizer's EOS token or those of `generation_config.json`. Responses without such a token are counted. Messages after the
+last answer that is trained on are left out, since they would teach nothing; this is counted too. `encode` checks that the
+tokens of a response spell its text. A template that prints calls but ignores tool definitions gets them as JSON at the end
+of the system prompt, which is counted. Where a template marks responses with `{% generation %}`, only what it marks is
+trained on.
 
 ## Templates of real models
 
-As the TRL of the version below ships them, over one conversation of each kind; made by `python -m tests.stages.encoding.template_table`. Where a
-cell names no option, `--allow-lost` or a template of your own is what is left.
+These are the templates that the TRL version below ships, tried on one conversation of each kind; the table is written by
+`python -m tests.stages.encoding.template_table`. Where a cell names no option, `--allow-lost` or your own template remains.
 """
 
 
