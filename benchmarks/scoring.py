@@ -1,6 +1,6 @@
 """Scoring speed and memory: the `score` stage, disk to disk, against a plain script.
 
-Both sides give both signals (loss of every response token, attention importance of the last layer), in turns in
+Both sides give both signals (loss of every response token, prompt attention of the last layer), in turns in
 one process, on one thread. The plain script does what one writes first: batches of 8 in the order of the data, padded
 (single rows at the long lengths), all logits, everything kept in memory; its attention comes from eager attention of
 all layers (`eager`), or from sdpa and a recomputation of the last layer's weights (`one-layer`).

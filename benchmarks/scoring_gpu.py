@@ -48,7 +48,7 @@ VOCABULARY = {"tiny": 2000}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
 """Dense bf16, as the makers state it."""
 PARTS = {
-    "importance": ("mass_of_block",),
+    "prompt attention": ("mass_of_block",),
     "loss": ("fold_row",),
     "attention": ("flash", "fmha", "attention", "attn", "flex"),
     "products": ("gemm", "cutlass", "nvjet", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "cublas"),
@@ -241,8 +241,8 @@ def plain(model: Any, sequences: list[Any], masks: list[Any], device: str, batch
             weights = last_layer_weights(model, out.hidden_states[-2], ids.shape[1])
             for i, mask in enumerate(masks[first : first + batch_size]):
                 prompt = torch.from_numpy(~mask).to(device, weights.dtype)
-                importance = (weights[i, :, : len(mask), : len(mask)].mean(0) * prompt).sum(-1)
-                kept.append((losses[i, : len(mask) - 1].cpu(), importance.float().cpu()))
+                prompt_attention = (weights[i, :, : len(mask), : len(mask)].mean(0) * prompt).sum(-1)
+                kept.append((losses[i, : len(mask) - 1].cpu(), prompt_attention.float().cpu()))
 
 
 def fitting_batch(run: Callable[[int], None], largest: int = 8) -> int:

@@ -142,7 +142,7 @@ def test_no_circles():
 def test_no_file_is_too_long_to_read():
     for layer in LAYERS:
         for path in files(layer):
-            assert len(path.read_text().splitlines()) <= 365, path
+            assert len(path.read_text().splitlines()) <= 350, path
 
 
 def test_the_method_does_no_input_or_output():

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(folder):
-    """Loss and importance of all response tokens, [2, N], by the stage."""
+    """Loss and prompt attention of all response tokens, [2, N], by the stage."""
     rows = inputs.read_rows(sides.score_stage(folder / "tokens", folder / "model", folder))
     values = steps.on_responses(rows, response_masks(folder))
     assert values.shape == (2, sum(response for _, response in EXAMPLES))

@@ -9,7 +9,7 @@ from benchmarks.scoring_parts.inputs import read_rows
 PLAIN_BATCH = {"short": 8, "mixed": 8, "long": 1}
 """At 4,000 tokens, eager attention of all layers would take 24 GB for 8 rows."""
 Kept = list[tuple[list[float], list[float]]]
-"""Of each row: losses [T - 1] of the tokens from the second on, and attention importance [T]."""
+"""For each row, losses [T - 1] of the tokens from the second on, and prompt attention [T]."""
 
 
 def score_stage(
@@ -65,8 +65,8 @@ def plain_script(tokens: Path, model: Any, attention: str, batch_size: int = PLA
                 response = torch.tensor(row["response_mask"])
                 n = len(row["response_mask"])
                 prompt = (~response).float()
-                importance = (weights[i, :, :n, :n].mean(0) * prompt).sum(-1)
-                kept.append((losses[i, : n - 1].tolist(), importance.tolist()))
+                prompt_attention = (weights[i, :, :n, :n].mean(0) * prompt).sum(-1)
+                kept.append((losses[i, : n - 1].tolist(), prompt_attention.tolist()))
     return kept
 
 

@@ -91,14 +91,14 @@ def compare_steps(work: Path, model: str, rows: int, rounds: int) -> dict[str, d
 
 
 def on_responses(kept: list[Any], masks: list[Any]) -> "np.ndarray[Any, Any]":
-    """Loss and importance of all response tokens, [2, N], of what either side gave."""
-    losses, importance = [], []
+    """Loss and prompt attention of all response tokens, [2, N], of what either side gave."""
+    losses, prompt_attention = [], []
     for row, mask in zip(kept, masks, strict=True):
         of_row = (row["loss"], row["attention"]) if isinstance(row, dict) else ([0.0, *row[0]], row[1])
         values = np.array(of_row, np.float64)[:, mask]
         losses.append(values[0])
-        importance.append(values[1])
-    return np.stack([np.concatenate(losses), np.concatenate(importance)])
+        prompt_attention.append(values[1])
+    return np.stack([np.concatenate(losses), np.concatenate(prompt_attention)])
 
 
 def stepwise(tokens: Path, model: Any, how: How) -> list[Any]:
@@ -131,13 +131,13 @@ def stepwise(tokens: Path, model: Any, how: How) -> list[Any]:
             losses = torch.zeros(ids.shape)
             losses.view(-1)[wanted + 1] = losses_of(out.last_hidden_state, wanted, ids, model, how.loss)
             if capture is not None:
-                importance = capture.take()
+                prompt_attention = capture.take()
             else:
                 weights = last_layer_weights(model, out.hidden_states[-2], longest)
-                importance = (weights.mean(1) * (~response)[:, None]).sum(-1)
+                prompt_attention = (weights.mean(1) * (~response)[:, None]).sum(-1)
             for i, index in enumerate(indices):
                 n = len(rows[index]["input_ids"])
-                kept[index] = (losses[i, 1:n].tolist(), importance[i, :n].tolist())
+                kept[index] = (losses[i, 1:n].tolist(), prompt_attention[i, :n].tolist())
     if capture is not None:
         capture.detach()
     return kept

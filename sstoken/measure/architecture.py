@@ -107,7 +107,7 @@ def last_softmax_layer(model: Any) -> int:
 
 
 def _indices(modules: list[nn.Module]) -> tuple[int, ...]:
-    """Of the decoder layers that these belong to, ascending."""
+    """The decoder layers that these modules belong to, ascending."""
     indices = [getattr(module, "layer_idx", None) for module in modules]
     return tuple(sorted({index for index in indices if isinstance(index, int)}))
 

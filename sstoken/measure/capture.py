@@ -1,4 +1,4 @@
-"""Attention importance, captured inside the model's own forward pass.
+"""Prompt attention, captured inside the model's own forward pass.
 
 A model's attention functions are reached through transformers' attention interface. The function that a model
 uses is registered there again with an observer around it: in the chosen layer it also sums, for each response
@@ -42,7 +42,7 @@ class ForwardStopped(Exception):  # noqa: N818
 
 
 class AttentionCapture:
-    """Captures the attention importance of one decoder layer.
+    """Captures the prompt attention of one decoder layer.
 
     Works with sdpa, flash attention, and whatever else is registered with transformers' attention interface.
 
@@ -50,7 +50,7 @@ class AttentionCapture:
         >>> capture = AttentionCapture(model, layer=-1)
         >>> capture.expect(response_mask)
         >>> model(input_ids=input_ids)
-        >>> importance = capture.take()
+        >>> attention = capture.take()
     """
 
     def __init__(self, model: "PreTrainedModel", layer: int = -1, *, kernels: bool = False) -> None:
@@ -76,7 +76,7 @@ class AttentionCapture:
         self._segments: Sequence[Segment] | None = None
         self._stop, self._kernels = False, kernels
         self._rows: Tensor | None = None
-        self._importance: Tensor | None = None
+        self._attention: Tensor | None = None
 
     def expect(
         self,
@@ -97,23 +97,23 @@ class AttentionCapture:
         """
         self._response_mask, self._segments, self._stop = response_mask, segments, stop
         self._rows = rows
-        self._importance = None
+        self._attention = None
 
     def take(self) -> Tensor:
-        """The importance measured by the last forward pass, [B, T] fp32, 0 off the response.
+        """The prompt attention measured by the last forward pass, [B, T] fp32, 0 off the response.
 
         Nothing is measured after this before the next `expect`: the second forward of gradient checkpointing is free.
 
         Raises:
             SstokenError: the layer did not go through the attention interface.
         """
-        importance, self._importance, self._response_mask = self._importance, None, None
-        if importance is None:
+        attention, self._attention, self._response_mask = self._attention, None, None
+        if attention is None:
             raise SstokenError(
                 f"{self._name}: the attention of layer {self.layer} cannot be captured: it does not go through "
                 "transformers' attention interface (linear attention or a custom model); choose another layer"
             )
-        return importance
+        return attention
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -151,23 +151,23 @@ class AttentionCapture:
         elif self._kernels and query.is_cuda and mask is None:
             measure = _by_kernel(query, key, **how)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            self._importance = measure(query, key, self._response_mask, mask, self._segments, **how)
+            self._attention = measure(query, key, self._response_mask, mask, self._segments, **how)
         if self._stop:
             raise ForwardStopped
 
     @property
     def due(self) -> Tensor | None:
         """The response mask, [B, T], of a measurement that is due."""
-        return self._response_mask if self._importance is None else None
+        return self._response_mask if self._attention is None else None
 
 
 def _by_kernel(
     query: Tensor, key: Tensor, *, softcap: float | None, sinks: Tensor | None, window: int | None, **_: Any
 ) -> Callable[..., Tensor]:
     """A kernel that reads queries and keys once, where it runs and gives right numbers; else `prompt_attention`."""
-    from sstoken.measure.cuda.choices import choose_importance
+    from sstoken.measure.cuda.choices import choose_prompt_attention
 
-    return choose_importance(
+    return choose_prompt_attention(
         query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3],
         window=window is not None, softcap=softcap, sinks=sinks is not None,
     ).call  # fmt: skip

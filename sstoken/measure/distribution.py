@@ -71,7 +71,7 @@ def measure_distribution(
 def _measure_rows(
     hidden: Tensor, targets: Tensor, head: OutputHead, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Those of one tile's height."""
+    """The signals of one tile's rows."""
     ranked = not RANKS.isdisjoint(names)
     own = _own_logits(hidden, targets, head) if ranked else None
     top = TopLogits(_TOP) if "entropy_top20" in names else None
@@ -106,13 +106,13 @@ class _Sums:
         self.largest = zeros - float("inf")
         """The largest z so far."""
         self.total = zeros.clone()
-        """Of e."""
+        """The sum of e."""
         self.weighted = zeros.clone()
-        """Of e * (z - largest)."""
+        """The sum of e * (z - largest)."""
         self.squares = zeros.clone()
-        """Of e * e."""
+        """The sum of e * e."""
         self.above = zeros.clone()
-        """Of e where z is larger than the target's."""
+        """The sum of e where z is larger than the target's."""
         self.greater = zeros.clone()
         """How many z are larger than the target's."""
         self.at_least = zeros.clone()
@@ -220,7 +220,7 @@ def _expected_rank(hidden: Tensor, head: OutputHead) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Of the distribution over a few logits [N, K], [N], float64."""
+    """Entropy [N], float64, of the distribution over a few logits [N, K]."""
     log_p = logits.double().log_softmax(1)
     terms = torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p)
     return (-terms.sum(1)).clamp_min_(0)

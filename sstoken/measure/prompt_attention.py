@@ -1,4 +1,4 @@
-"""Attention importance from queries and keys: the prompt's share of each response token's attention.
+"""Prompt attention from queries and keys: the prompt's share of each response token's attention.
 
 Shapes: B batch, H heads, K key-value heads, T positions, D head size, R rows and C columns of a block.
 """
@@ -54,7 +54,7 @@ def prompt_attention(
     """
     num_heads = query.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    importance = torch.zeros(response_mask.shape, dtype=dtype, device=query.device)
+    found = torch.zeros(response_mask.shape, dtype=dtype, device=query.device)
     for b, start, stop in segments or [(b, 0, query.shape[2]) for b in range(query.shape[0])]:
         response = response_mask[b, start:stop]
         wanted = (response if rows is None else rows[b, start:stop]).nonzero()[:, 0]
@@ -86,8 +86,8 @@ def prompt_attention(
                 if log_sum_exp is None
                 else log_sum_exp[b][:, rows_R].to(dtype)
             )
-            importance[b, rows_R] = ((scores_HRC - total_HR[..., None]).exp_() @ prompt_C).mean(0)
-    return importance
+            found[b, rows_R] = ((scores_HRC - total_HR[..., None]).exp_() @ prompt_C).mean(0)
+    return found
 
 
 def attention_scores(
@@ -112,6 +112,6 @@ def attention_scores(
 
 
 def log_sum_exp_rows(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Of each row [..., H, R] of scores [..., H, R, C], sinks included."""
+    """Log-sum-exp [..., H, R] of each row of scores [..., H, R, C], sinks included."""
     total = scores.logsumexp(-1)
     return total if sinks is None else torch.logaddexp(total, sinks.to(scores.dtype)[:, None])

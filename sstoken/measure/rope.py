@@ -61,7 +61,7 @@ def _types(module: Any) -> list[tuple[str, str]]:
 
 
 def _kinds(model: Any) -> list[tuple[bool, int]]:
-    """Of each length-dependent embedding: whether it has two sets of factors, and up to which length one holds."""
+    """For each length-dependent embedding, whether it has two sets of factors, and up to which length one holds."""
     config = model.config.get_text_config()
     found = []
     for kind, part in _parts(config):

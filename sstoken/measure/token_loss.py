@@ -119,7 +119,7 @@ def measure_logits(hidden: Tensor, head: OutputHead) -> Tensor:
 
 
 def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
-    """Of the logits of each row [N, D], [N]: exponentials summed in place."""
+    """Log-sum-exp [N] of the logits of each row [N, D], with exponentials summed in place."""
     total = shift = ones = None
     for _, logits in tiles(hidden, head):
         if total is None or ones is None:
@@ -256,7 +256,7 @@ def read_head(model: nn.Module) -> OutputHead:
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Of an output embedding, [V, D] and [V]; under an adapter what it does to the identity and to zeros."""
+    """Weight [V, D] and bias [V] of an output embedding; under an adapter, read off its outputs."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = getattr(module, "bias", None)
     # The wrapper of a module that peft saved whole shows that one's weight.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _GROUP = 8
 _CANDIDATES = 128
-"""Of a row, before all but the K largest are dropped."""
+"""Entries that a row collects before all but the K largest are dropped."""
 
 
 class TopLogits:

@@ -112,8 +112,8 @@ class VllmBackend(Backend):
             )
             for row, i in enumerate(indices):
                 signals: Measured = {} if reply.losses is None else {LOSS: reply.losses[row]}
-                if reply.importance is not None:
-                    signals |= dict.fromkeys(captured, reply.importance[row])
+                if reply.attention is not None:
+                    signals |= dict.fromkeys(captured, reply.attention[row])
                 yield i, signals
 
     def _calls(

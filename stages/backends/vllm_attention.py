@@ -1,4 +1,4 @@
-"""Attention importance inside vLLM's workers.
+"""Prompt attention inside vLLM's workers.
 
 `AttentionExtension` is mixed into vLLM's worker class. In the chosen layer it stands around the attention backend,
 which gets queries and keys after rotary embedding, the tokens of all sequences of a step one after the other. A
@@ -50,7 +50,7 @@ class AttentionExtension:
         self._sstoken.expect(wanted)
 
     def sstoken_take(self) -> dict[str, Any]:
-        """What was measured since, `problem` or `importance` by digest and mask, and `deviation` of the self-check."""
+        """What was measured since, `problem` or `attention` by digest and mask, and `deviation` of the self-check."""
         return self._sstoken.take()
 
 
@@ -90,7 +90,7 @@ class LayerCapture:
     def expect(self, wanted: dict[bytes, list[NDArray[np.bool_]]]) -> None:
         """See `AttentionExtension.sstoken_expect`."""
         self._wanted = wanted
-        self._importance: dict[bytes, list[NDArray[np.float32]]] = {}
+        self._attention: dict[bytes, list[NDArray[np.float32]]] = {}
         self._problem: str | None = None
         self._deviation: float | None = None
 
@@ -98,7 +98,7 @@ class LayerCapture:
         """See `AttentionExtension.sstoken_take`."""
         taken = {
             "problem": self._problem,
-            "importance": self._importance,
+            "attention": self._attention,
             "deviation": self._deviation,
         }
         self.expect({})
@@ -139,17 +139,17 @@ class LayerCapture:
             response_N = np.zeros(num_tokens, dtype=np.bool_)
             for name, start, stop in asked:
                 response_N[start:stop] = self._wanted[name][variant]
-            importance_N = prompt_attention(
+            attention_N = prompt_attention(
                 queries_HND[None],
                 keys_KND[None],
                 torch.from_numpy(response_N)[None].to(query.device),
                 segments=[(0, start, stop) for _, start, stop in asked],
                 **self._how,
             )[0]
-            values_N = importance_N.float().cpu().numpy()
+            values_N = attention_N.float().cpu().numpy()
             for name, start, stop in asked:
                 of_response = values_N[start:stop][self._wanted[name][variant]]
-                self._importance.setdefault(name, [])[variant:] = [of_response]
+                self._attention.setdefault(name, [])[variant:] = [of_response]
         if self._deviation is None:
             _, start, stop = pieces[0]
             values = call["value"][start:stop].view(stop - start, self._num_kv_heads, -1).transpose(0, 1)

@@ -68,7 +68,7 @@ class Reply:
     """What went wrong, in one line."""
     losses: list[NDArray[np.float32]] | None = None
     """Losses of each sequence's response tokens, in nats; None where not asked for."""
-    importance: list[NDArray[np.float32]] | None = None
+    attention: list[NDArray[np.float32]] | None = None
     """Prompt attention of each sequence's response tokens; None where not asked for."""
     generated: "list[Generated] | None" = None
     """What was generated after each prefix; None where not asked for."""
@@ -146,7 +146,7 @@ class Scorer:
         return Reply(generated=generate(self._llm, prefixes, _lora(prefixes.adapter)))
 
     def score(self, request: Request) -> Reply:
-        """Losses, and importance if a layer is captured."""
+        """Losses, and attention if a layer is captured."""
         from vllm import TokensPrompt
 
         names = self._expect(request) if self._spec.layer is not None else []
@@ -162,7 +162,7 @@ class Scorer:
             losses = [
                 self._loss(output, ids, mask) for output, (ids, mask) in zip(outputs, pairs, strict=True)
             ]
-        return Reply(losses=losses, importance=self._take(names) if self._spec.layer is not None else None)
+        return Reply(losses=losses, attention=self._take(names) if self._spec.layer is not None else None)
 
     def _sampling(self, ids: NDArray[np.int32], mask: NDArray[np.bool_], loss: bool) -> Any:
         from vllm import SamplingParams
@@ -224,7 +224,7 @@ class Scorer:
                     "attention computed from vLLM's queries and keys is not what vLLM computed: the layer's output is "
                     f"off by {worker['deviation']}, relative"
                 )
-        shares = [[worker["importance"][name][variant] for name, variant in names] for worker in taken]
+        shares = [[worker["attention"][name][variant] for name, variant in names] for worker in taken]
         return [np.mean(of_one, axis=0, dtype=np.float32) for of_one in zip(*shares, strict=True)]
 
 

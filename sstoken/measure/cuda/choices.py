@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sstoken.measure.cuda.agreement import Choice, Trial, first_that_agrees
-from sstoken.measure.cuda.prompt_mass import prompt_mass
+from sstoken.measure.cuda.prompt_attention import packed_prompt_attention
 from sstoken.measure.cuda.token_loss import fused_token_losses
 from sstoken.measure.prompt_attention import Segment, prompt_attention
 from sstoken.measure.token_loss import OutputHead, token_losses
 
 
-def prompt_mass_of_batch(
+def prompt_attention_by_kernel(
     query: Tensor,
     key: Tensor,
     response_mask: Tensor,
@@ -44,7 +44,7 @@ def prompt_mass_of_batch(
     # What stands between two sequences is padding: on the right of the first, which never sees it.
     bounds = [*starts, batch * length]
     max_length = max(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
-    mass_N = prompt_mass(
+    mass_N = packed_prompt_attention(
         query.transpose(1, 2).flatten(0, 1), key.transpose(1, 2).flatten(0, 1), response_mask.flatten(),
         torch.tensor(bounds, dtype=torch.int32, device=query.device), max_length,
         scaling=scaling, softcap=softcap, sinks=sinks, window=window,
@@ -54,7 +54,7 @@ def prompt_mass_of_batch(
 
 @lru_cache(maxsize=32)
 @torch.no_grad()
-def choose_importance(
+def choose_prompt_attention(
     device: torch.device,
     dtype: torch.dtype,
     num_heads: int,
@@ -65,7 +65,7 @@ def choose_importance(
     softcap: float | None = None,
     sinks: bool = False,
 ) -> Choice:
-    """What measures the attention importance of such a layer where there is no mask: "triton" or "torch".
+    """What measures the prompt attention of such a layer where there is no mask: "triton" or "torch".
 
     The function takes the arguments of `prompt_attention`, without `log_sum_exp`.
     """
@@ -86,7 +86,7 @@ def choose_importance(
         "sinks": random(num_heads) if sinks else None,
     }
     trial = ((*states, response_mask, None, segments), how)
-    return first_that_agrees({"triton": prompt_mass_of_batch}, ("torch", prompt_attention), [trial])
+    return first_that_agrees({"triton": prompt_attention_by_kernel}, ("torch", prompt_attention), [trial])
 
 
 def plain_token_losses(

@@ -79,7 +79,7 @@ def masks_of(length, *firsts):
 @pytest.mark.parametrize(
     "settings", [{}, {"softcap": 3.0}, {"window": 6}, {"sinks": torch.tensor([0.5, 2.0, -1.0, 0.1])}]
 )
-def test_importance_is_the_mass_on_the_prompt_and_the_check_agrees(settings):
+def test_prompt_attention_is_the_mass_on_the_prompt_and_the_check_agrees(settings):
     capture, model, backend = make(**settings)
     ids, (mask,) = np.arange(5, 25), masks_of(20, 8)
     capture.expect({digest(ids): [mask]})
@@ -88,7 +88,7 @@ def test_importance_is_the_mass_on_the_prompt_and_the_check_agrees(settings):
     assert taken["problem"] is None
     assert taken["deviation"] < 1e-6
     expected = backend.weights[:, mask][..., ~mask].sum(-1).mean(0).numpy()
-    np.testing.assert_allclose(taken["importance"][digest(ids)][0], expected, atol=1e-6)
+    np.testing.assert_allclose(taken["attention"][digest(ids)][0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "value"), [("scale", 0.2), ("window", 4), ("softcap", 1.0)])
@@ -107,10 +107,10 @@ def test_sequences_of_a_step_are_told_apart_and_masks_of_the_same_tokens_too():
     wanted = {digest(one): masks_of(12, 3, 7), digest(two): masks_of(9, 4)}
     capture.expect(wanted)
     step(model, [two, one])
-    importance = capture.take()["importance"]
-    assert [len(x) for x in importance[digest(one)]] == [9, 5]
-    assert [len(x) for x in importance[digest(two)]] == [5]
-    assert importance[digest(one)][0][-1] < importance[digest(one)][1][-1]  # a longer prompt holds more
+    attention = capture.take()["attention"]
+    assert [len(x) for x in attention[digest(one)]] == [9, 5]
+    assert [len(x) for x in attention[digest(two)]] == [5]
+    assert attention[digest(one)][0][-1] < attention[digest(one)][1][-1]  # a longer prompt holds more
 
 
 def test_steps_before_and_after_are_not_measured():
@@ -119,9 +119,9 @@ def test_steps_before_and_after_are_not_measured():
     step(model, [ids])
     capture.expect({digest(ids): masks_of(20, 8)})
     step(model, [ids])
-    assert capture.take()["importance"]
+    assert capture.take()["attention"]
     step(model, [ids])
-    assert not capture.take()["importance"]
+    assert not capture.take()["attention"]
 
 
 def test_a_sequence_in_pieces_is_a_problem():

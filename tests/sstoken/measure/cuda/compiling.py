@@ -9,7 +9,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sstoken.measure.cuda import prompt_mass, token_loss
+from sstoken.measure.cuda import prompt_attention, token_loss
 
 MASS = {"response_mask": "*i1", "cu_seqlens": "*i32", "sinks": "*fp32", "out": "*fp32"}
 LOSS = {"logits": "*fp32", "targets": "*i64", "highest": "*fp32", "total": "*fp32", "target_logit": "*fp32"}
@@ -43,7 +43,7 @@ def main():
     ]:
         types = MASS | {"query": f"*{dtype}", "key": f"*{dtype}"}
         sizes = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_D": head_size}
-        report(f"mass {dtype}", capability, prompt_mass._compiled()[1], types, switches | sizes)
+        report(f"mass {dtype}", capability, prompt_attention._compiled()[1], types, switches | sizes)
     constants = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK": 2048}
     report("loss bf16", 90, token_loss._compiled()[1], LOSS | {"bias": "*bf16"}, constants)
 

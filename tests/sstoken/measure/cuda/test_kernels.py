@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from sstoken.measure.cuda.choices import (
-    choose_importance,
+    choose_prompt_attention,
     choose_token_losses,
     plain_token_losses,
-    prompt_mass_of_batch,
+    prompt_attention_by_kernel,
 )
-from sstoken.measure.cuda.prompt_mass import prompt_mass
+from sstoken.measure.cuda.prompt_attention import packed_prompt_attention
 from sstoken.measure.cuda.token_loss import fused_token_losses
 from sstoken.measure.prompt_attention import prompt_attention
 from tests.support import ROOT
@@ -74,9 +74,11 @@ def mass_from_the_definition(query, key, response_mask, scaling, softcap=None, s
 @pytest.mark.parametrize(
     ("dtype", "num_kv_heads", "head_size"), [*((dtype, 2, 12) for dtype in DTYPES), (DTYPES[-1], 4, 128)]
 )
-def test_prompt_mass_is_exact(how, dtype, num_kv_heads, head_size):
+def test_prompt_attention_is_exact(how, dtype, num_kv_heads, head_size):
     query, key, mask = random_states(dtype, num_kv_heads, head_size)
-    found = prompt_mass(query, key, mask, CU_SEQLENS, max(LENGTHS), scaling=head_size**-0.5, **HOW[how])
+    found = packed_prompt_attention(
+        query, key, mask, CU_SEQLENS, max(LENGTHS), scaling=head_size**-0.5, **HOW[how]
+    )
     expected = mass_from_the_definition(query, key, mask, head_size**-0.5, **HOW[how])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, atol=3e-6, rtol=0)
@@ -91,10 +93,10 @@ def test_a_batch_by_the_kernel_is_a_batch_by_torch(padded):
     mask[1, 30:] = False
     segments = None if padded else [(0, 0, 20), (0, 20, 50), (1, 0, 30), (2, 0, 50)]
     how = {"scaling": 0.3, "window": 20, "sinks": SINKS}
-    found = prompt_mass_of_batch(query, key, mask, None, segments, **how)
+    found = prompt_attention_by_kernel(query, key, mask, None, segments, **how)
     torch.testing.assert_close(found, prompt_attention(query, key, mask, None, segments, **how))
     with pytest.raises(NotImplementedError, match="no mask"):
-        prompt_mass_of_batch(query, key, mask, torch.ones(3, 1, 50, 50, dtype=torch.bool), **how)
+        prompt_attention_by_kernel(query, key, mask, torch.ones(3, 1, 50, 50, dtype=torch.bool), **how)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,15 +130,15 @@ def test_losses_of_nothing_and_of_nan():
 
 
 def test_the_kernels_are_chosen_where_they_work():
-    choice = choose_importance(DEVICE, torch.float16, 4, 2, 16, window=True, softcap=5.0, sinks=True)
-    assert (choice.name, choice.call) == ("triton", prompt_mass_of_batch)
+    choice = choose_prompt_attention(DEVICE, torch.float16, 4, 2, 16, window=True, softcap=5.0, sinks=True)
+    assert (choice.name, choice.call) == ("triton", prompt_attention_by_kernel)
     choice = choose_token_losses(DEVICE, torch.float16, 24, bias=True, scale=0.5, softcap=4.0)
     assert (choice.name, choice.call) == ("triton", fused_token_losses)
 
 
 @pytest.mark.skipif(GPU, reason="a fault of the interpreter alone")
 def test_a_kernel_that_gives_wrong_numbers_is_not_chosen():
-    choice = choose_importance(DEVICE, torch.bfloat16, 4, 2, 16)
+    choice = choose_prompt_attention(DEVICE, torch.bfloat16, 4, 2, 16)
     assert (choice.name, choice.call) == ("torch", prompt_attention)
     assert "triton: differs from torch" in choice.reason
 

@@ -1,4 +1,4 @@
-"""Attention importance of packed sequences on a GPU: one pass over queries and keys, no weights in memory.
+"""Prompt attention of packed sequences on a GPU: one pass over queries and keys, no weights in memory.
 
 Shapes: N tokens of all sequences together, H heads, Hkv key heads, D head size, S sequences.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def prompt_mass(
+def packed_prompt_attention(
     query: Tensor,
     key: Tensor,
     response_mask: Tensor,
