@@ -119,7 +119,8 @@ def _groups(sources: Iterable[Path], shard_tokens: int) -> list[list[Path]]:
 
 
 def _num_tokens(path: Path) -> int:
-    return _num_values(pq.read_metadata(path))["input_ids"]
+    checked = pa.BufferReader(folders.read_file(path))  # a damaged footer's column statistics end the process
+    return _num_values(pq.read_metadata(checked))["input_ids"]
 
 
 def _num_values(footer: pq.FileMetaData) -> dict[str, int]:
