@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sstoken.pipeline.job import Result
+from sstoken.signals import get_signal, is_signal
 from sstoken.stages.processes import is_main_process
 from sstoken.stages.token_text import visible
 
@@ -110,9 +111,9 @@ def _anchor(m: dict[str, Any]) -> list[str]:
 
 def _score(m: dict[str, Any]) -> list[str]:
     line = f"{m['response_tokens']:,} response tokens of {m['examples']:,} examples"
-    line += f", mean loss {m['mean_loss']:.4f} nats"
-    if "mean_attention" in m:
-        line += f", mean attention on the prompt {m['mean_attention']:.4f}"
+    for name, mean in ((key.removeprefix("mean_"), m[key]) for key in m if key.startswith("mean_")):
+        unit = " nats" if is_signal(name) and get_signal(name).unit == "nats" else ""
+        line += f", mean {'attention on the prompt' if name == 'attention' else name} {mean:.4f}{unit}"
     lines = [line, m["computed_with"]] if "computed_with" in m else [line]
     if m.get("trained_on_other_tokens"):
         lines.append("note: the anchor run that left this checkpoint was trained on other tokens than these")

@@ -35,6 +35,8 @@ COMPLETIONS = "completions"
 _STAGES = {
     "encode": "sstoken.stages.encode:Encode",
     "score": "sstoken.stages.score:Score",
+    "critical": "sstoken.stages.critical:Critical",
+    "part": "sstoken.stages.part:Part",
     "select": "sstoken.stages.select:Select",
     "export": "sstoken.stages.export:Export",
 }

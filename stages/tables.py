@@ -230,7 +230,9 @@ def num_tokens(path: Path) -> int:
         SstokenError: it is damaged.
     """
     counted = read_metadata(path).get("stats", {}).get("tokens")
-    return int(counted) if counted is not None else flatten(read_table(path, ["input_ids"])["input_ids"])[0].size
+    return (
+        int(counted) if counted is not None else flatten(read_table(path, ["input_ids"])["input_ids"])[0].size
+    )
 
 
 @contextmanager

@@ -6,17 +6,22 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 
+from sstoken import stages
 from sstoken.errors import SstokenError, UsageError
-from sstoken.pipeline import verbs
+from sstoken.pipeline import ranks, verbs
 from sstoken.pipeline.job import Result
 from sstoken.pipeline.verbs import stages as api
 from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import tables
+from sstoken.stages.score import Score
+from sstoken.stages.sharded import ShardedStage
 from tests.pipeline.small_run import PIPELINE, environment, leftovers, save_conversations
 from tests.pipeline.worlds import CommandLine, World, make_world
 from tests.support import PATIENCE
@@ -161,3 +166,37 @@ def test_a_commit_sees_that_inputs_changed(world: World, tmp_path: Path) -> None
 
 def test_commit_is_a_verb() -> None:
     assert "commit" in verbs.verbs()
+
+
+def test_whatever_ranks_can_share_can_be_committed() -> None:
+    for module in iter_modules(stages.__path__):
+        import_module(f"{stages.__name__}.{module.name}")
+    shared = {stage.name for stage in ShardedStage.__subclasses__() if hasattr(stage, "name")}
+    shared |= {Score.name}
+    assert shared == set(ranks._STAGES)
+    for place in ranks._STAGES.values():
+        module, _, name = place.partition(":")
+        assert issubclass(getattr(import_module(module), name), ShardedStage)
+
+
+def test_ranks_score_a_signal_that_is_not_the_loss(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = CommandLine(capfd)
+    command = (
+        "score",
+        "--tokens",
+        world.tokens,
+        "--ckpt",
+        world.base,
+        "--signal",
+        "entropy",
+        "--out",
+        tmp_path / "s",
+    )
+    for rank in (0, 1):
+        assert run(*command, "--rank", rank, "--world-size", 2).code == 0
+    done = run("commit", tmp_path / "s" / "base")
+    assert done.code == 0
+    assert "mean entropy" in done.out
+    assert "mean loss" not in done.out
