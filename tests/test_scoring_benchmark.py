@@ -81,11 +81,11 @@ def test_a_dtype_differs_from_float32_by_its_rounding(folder, tmp_path):
 
 def test_the_share_of_masks_that_differ_is_counted():
     expected = {
-        "history_loss": np.array([5.0, 4.0, 3.0, 2.0, 1.0]),
-        "current_loss": np.zeros(5),
-        "attention": np.full(5, 0.25),
+        "history.loss": np.array([5.0, 4.0, 3.0, 2.0, 1.0]),
+        "current.loss": np.zeros(5),
+        "current.attention": np.full(5, 0.25),
     }
-    found = expected | {"history_loss": np.array([5.0, 4.0, 2.0, 2.5, 1.0])}
+    found = expected | {"history.loss": np.array([5.0, 4.0, 2.0, 2.5, 1.0])}
     facts = dtype.differences(expected, found, np.array([0, 5]))
     assert facts["mask_rel"] == facts["mask_sstoken"] == 0.4  # of five tokens, one came and one went
     assert facts["rel_max"] == 1.0

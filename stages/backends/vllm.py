@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sstoken.signals import LOSS
+from sstoken.signals import LOSS, get_signals
 from sstoken.stages.backends import Backend, BackendOptions, Latest, Measured, read_settings
 from sstoken.stages.backends import vllm_limits as limits
 from sstoken.stages.backends.vllm_engine import EngineSpec, Request
@@ -140,8 +140,10 @@ class VllmBackend(Backend):
 
 
 def preferred(options: BackendOptions) -> bool:
-    """Whether `auto` means vLLM: on a GPU, for an architecture that it was compared with transformers on."""
+    """Whether `auto` means vLLM: on a GPU, for signals that it gives and an architecture that it was compared on."""
     if find_spec("vllm") is None or options.device.partition(":")[0] not in ("auto", "cuda"):
+        return False
+    if not {signal.base for signal in get_signals(options.signals)} <= VllmBackend.signals:
         return False
     import torch
 
