@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sstoken.pipeline.verbs import index
 
 if TYPE_CHECKING:
+    from sstoken.errors import SstokenError as SstokenError
+    from sstoken.errors import UsageError as UsageError
     from sstoken.pipeline.config import RunConfig as RunConfig
     from sstoken.pipeline.config import load_config as load_config
     from sstoken.pipeline.verbs.hub import *
@@ -22,14 +24,19 @@ if TYPE_CHECKING:
     from sstoken.pipeline.verbs.runs import *
     from sstoken.pipeline.verbs.stages import *
 
-_CONFIG = {"RunConfig", "load_config"}
+_OTHERS = {
+    "RunConfig": "sstoken.pipeline.config",
+    "SstokenError": "sstoken.errors",
+    "UsageError": "sstoken.errors",
+    "load_config": "sstoken.pipeline.config",
+}
 
 if not TYPE_CHECKING:  # who checks types reads the imports above
-    __all__ = sorted({*index(), *_CONFIG})
+    __all__ = sorted({*index(), *_OTHERS})
 
     def __getattr__(name: str) -> Any:
-        if name in _CONFIG:
-            return getattr(import_module("sstoken.pipeline.config"), name)
+        if name in _OTHERS:
+            return getattr(import_module(_OTHERS[name]), name)
         if name not in index():
             raise AttributeError(f"module 'sstoken.curate' has no attribute {name!r}")
         return getattr(import_module(index()[name].module), name)

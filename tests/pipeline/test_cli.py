@@ -195,6 +195,7 @@ def test_help_names_types_that_people_know(verb: str) -> None:
         "A.B=V",
         "M",
         "[NAME=]M",
+        "NAME",
     }
     context = click.Context(command(verb))
     for parameter in command(verb).params:

@@ -14,6 +14,7 @@ import pytest
 from sstoken.pipeline import api, runner
 from sstoken.pipeline.config import load_config
 from sstoken.stages import tables
+from sstoken.stages.storage import UNFINISHED
 from tests.factories import save_tokenizer
 from tests.pipeline.small_run import (
     PIPELINE,
@@ -45,9 +46,8 @@ def finish(config: Path) -> Path:
 def at_work(run: Path, stage: str) -> list[Path]:
     """What the stage has finished and would lose by starting over, once that is enough to kill it."""
     if stage == "anchor":
-        whole = [
-            int(p.parent.name.rpartition("-")[2]) for p in run.glob("history.partial/trainer/*/whole.json")
-        ]
+        found = [p.parent.name for p in run.glob("history.partial/trainer/*/whole.json")]
+        whole = [int(name.rpartition("-")[2]) for name in found if not name.endswith(UNFINISHED)]
         weights = run.glob("history.partial/step-*/model.safetensors")
         return [p for p in weights if int(p.parent.name.split("-")[1]) <= max(whole, default=0)]
     pattern = {"encode": "tokens.partial", "score": "scores/*.partial", "select": "masked.partial"}[stage]
@@ -262,7 +262,7 @@ def test_killed_while_the_tokenizer_was_saved(encode: Encoder) -> None:
     encode(4)
     whole = contents(encode.out)
     encode.unfinish()
-    (encode.partial / "tokenizer").rename(encode.partial / "tokenizer.tmp")
+    (encode.partial / "tokenizer").rename(encode.partial / "tokenizer.0123abcd.tmp")
     assert not encode(4).skipped
     assert contents(encode.out) == whole
 
