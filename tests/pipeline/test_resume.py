@@ -48,8 +48,9 @@ def at_work(run: Path, stage: str) -> list[Path]:
     if stage == "anchor":
         found = [p.parent.name for p in run.glob("history.partial/trainer/*/whole.json")]
         whole = [int(name.rpartition("-")[2]) for name in found if not name.endswith(UNFINISHED)]
-        weights = run.glob("history.partial/step-*/model.safetensors")
-        return [p for p in weights if int(p.parent.name.split("-")[1]) <= max(whole, default=0)]
+        weights = {p: p.parent.name for p in run.glob("history.partial/step-*/model.safetensors")}
+        steps = {p: int(name.split("-")[1]) for p, name in weights.items() if not name.endswith(UNFINISHED)}
+        return [p for p, step in steps.items() if step <= max(whole, default=0)]
     pattern = {"encode": "tokens.partial", "score": "scores/*.partial", "select": "masked.partial"}[stage]
     shards = sorted(run.glob(f"{pattern}/part-*.parquet"))
     return shards if len(shards) >= 2 else []
