@@ -1,6 +1,5 @@
 """`select`: from scores to the masked dataset. No model, no GPU: a sweep over a parameter takes seconds."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -125,13 +124,13 @@ class Select(ShardedStage):
         of_examples = self.examples.inputs(scores) if self.examples else ()
         check_measured(self.method, self.of.inputs, scores, tokens)
         check_measured("t-shirt", of_examples, scores, tokens)
-        shards = _Shards(
+        shards = [
             Shard(index, path, scores, (*self.of.inputs, *of_examples), self.resolved_scope, context.seed)
             for index, path in enumerate(token_parts)
-        )
+        ]
         if self.examples is not None:
             chosen = choose_examples(self.examples, shards, of_examples)
-            shards = _Shards(replace(shard, chosen=mask) for shard, mask in zip(shards, chosen, strict=True))
+            shards = [replace(shard, chosen=mask) for shard, mask in zip(shards, chosen, strict=True)]
         decider = Decider(
             self.method, self.resolved, self.resolved_scope, self.budget, self.pool, self.protect
         )
@@ -186,14 +185,6 @@ class Select(ShardedStage):
 def _scores(context: Context) -> dict[str, Path]:
     """Folders of scores by role."""
     return {role: folder for role, folder in context.inputs.items() if role not in OTHER_INPUTS}
-
-
-class _Shards(list[Shard]):
-    """Shards that are read anew on each pass: none stays in memory after its turn."""
-
-    def __iter__(self) -> Iterator[Shard]:
-        """Yield copies, which have read nothing."""
-        return (replace(shard) for shard in super().__iter__())
 
 
 class _SelectShard:

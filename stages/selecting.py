@@ -143,7 +143,10 @@ class WholeDataset:
     shards: Sequence[Shard]
 
     def tasks(self) -> Iterator[tuple[Shard, Whole]]:
-        """Each shard, not yet read, with what the whole dataset decides about it."""
+        """Each shard, a copy that has read nothing, with what the whole dataset decides about it.
+
+        What a copy reads leaves memory with it; `shards` itself is never read.
+        """
         method, params = self.decider.of, self.decider.params
         statistics = {}
         for name, statistic in method.statistics.items():
@@ -156,14 +159,14 @@ class WholeDataset:
         whole = Whole(statistics)
         if self.decider.scope != "global" or not method.policy.ranks:
             for shard in self.shards:
-                yield shard, whole
+                yield replace(shard), whole
             return
         stream = self._stream(lambda shard: self.decider.scores(shard, whole))
         total = sum(scores.size for scores in stream())
         cuts = tuple(global_cuts(stream, self.decider.quotas(total) if total else ()))
         ties = [0] * len(cuts)
         for shard, scores in zip(self.shards, stream(), strict=True):
-            yield shard, replace(whole, cuts=cuts, ties=tuple(ties))
+            yield replace(shard), replace(whole, cuts=cuts, ties=tuple(ties))
             ties = [keep_above(scores, cut, before)[1] for cut, before in zip(cuts, ties, strict=True)]
 
     def _stream(self, values: Callable[[Shard], Float64Array]) -> Callable[[], Iterator[Float64Array]]:
