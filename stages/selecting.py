@@ -11,8 +11,8 @@ from sstoken.methods import Method, Params, Statistic, Tokens, Top, get_method
 from sstoken.selection import BoolArray, Cut, Float64Array, IntArray, global_cuts, global_quantile, keep_above
 from sstoken.stages.shards import Shard
 
-HELD = 1 << 22
-"""Up to so many values (32 MiB) are held between the passes over the dataset; more are made again each time."""
+HELD = 1 << 20
+"""Up to so many values (8 MiB) are held between the passes over the dataset; more are made again each time."""
 
 
 @dataclass(frozen=True)
