@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +13,13 @@ from pydantic import Field
 from sstoken.errors import SstokenError
 from sstoken.signals import get_signal
 from sstoken.stages import checkpoints, joins, tables
-from sstoken.stages.backends import BackendOptions, Latest, Setting, deciding_settings, resolve_backend
+from sstoken.stages.backends import BackendOptions, Latest
 from sstoken.stages.backends.generation import Generator, check_generator, make_generator
 from sstoken.stages.checkers import Checker
 from sstoken.stages.criticality import NO_REFERENCE, OUTCOMES, RAISED, RIGHT, WRONG, Judge, Problem, Verdict
-from sstoken.stages.sharded import ShardedStage, Work
-from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task, Worker
+from sstoken.stages.model_options import ModelOptions, check_lengths
+from sstoken.stages.sharded import Work
+from sstoken.stages.stage import BY_CONTENT, Context, Task, Worker
 from sstoken.stages.vocabularies import check_vocabulary
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _BUDGET, _EARLIER_TURN = "over max_positions", "earlier turn"
 _WHY_NOT = {WRONG: "answer wrong", NO_REFERENCE: "reference not accepted by the checker", RAISED: RAISED}
 
 
-class Critical(ShardedStage):
+class Critical(ModelOptions):
     """Measure the signal `critical` of one checkpoint. Reads `tokens`; writes row-aligned shards of the same names."""
 
     name: ClassVar[str] = "critical"
@@ -49,20 +50,6 @@ class Critical(ShardedStage):
     """How many other tokens replace a token, the likeliest first. It is critical if all of them end wrong."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest continuation in tokens; a longer one is cut here and judged as it stands."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Dtype of the weights. auto: as the checkpoint stores them. In 16 bits, ties are common."""
-    backend: str = "auto"
-    """Inference backend: hf (transformers) or vllm. auto: vllm on a GPU where it is installed and takes the checkpoint,
-    else hf."""
-    backend_options: dict[str, Setting] = Field(default_factory=dict)
-    """The backend's own settings, such as vllm's `tensor_parallel_size`."""
-    batch_tokens: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
-    """Positions in a batch, at most, prefixes and continuations counted. None: from the free memory. Halved when a
-    batch does not fit."""
-    device: Annotated[str, SPEED_ONLY] = "auto"
-    """cpu, cuda, mps, ..., or a list with one for each worker: cuda:0,cuda:1. auto: the best that is there."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint."""
 
     def check(self) -> None:
         """Refuse a checker that is not there, an incomplete checkpoint, and a backend that cannot generate."""
@@ -79,27 +66,11 @@ class Critical(ShardedStage):
 
     def fingerprinted(self) -> dict[str, Any]:
         """The backend is the one that runs."""
-        options = self.for_backend()
-        backend = resolve_backend(self.backend, options)
-        fields = super().fingerprinted() | {"backend": backend}
-        del fields["backend_options"]
-        if deciding := deciding_settings(backend, options):
-            fields["backend_options"] = deciding
-        return fields
+        return self.fingerprinted_for(self.for_backend())
 
     def for_backend(self, log_folder: Path | None = None, device: str | None = None) -> BackendOptions:
         """What the backend gets to know."""
-        return BackendOptions(
-            checkpoint=self.checkpoint,
-            signals=(),
-            layer=None,
-            dtype=self.dtype,
-            device=device or self.device.partition(",")[0],
-            batch_tokens=self.batch_tokens,
-            trust_remote_code=self.trust_remote_code,
-            settings=tuple(sorted(self.backend_options.items())),
-            log_folder=log_folder,
-        )
+        return self.backend_for(self.checkpoint, log_folder=log_folder, device=device, signals=(), layer=None)
 
     def work(self, context: Context) -> Work:
         """A task a shard."""
@@ -149,7 +120,7 @@ class _CriticalShard:
         example_ids = table["example_id"].to_pylist()
         options = stage.for_backend(self._out.parent, worker.device)
         generator = _generator(stage.backend, options, checkpoints.stamp(stage.checkpoint))
-        _check_lengths(stage, tokens, generator, example_ids, sequences)
+        check_lengths(stage.checkpoint, generator, tokens, example_ids, sequences)
         problems = [_problem(ids, mask) for ids, mask in zip(sequences, masks, strict=True)]
         tokenizer = checkpoints.load_tokenizer(str(tokens.parent / "tokenizer"))
         judge = Judge(
@@ -266,23 +237,3 @@ def _stats(
         "first_wrong": firsts.get(WRONG),
         "first_error": errors[0] if errors else None,
     }
-
-
-def _check_lengths(
-    stage: Critical,
-    tokens: Path,
-    generator: Generator,
-    example_ids: Sequence[str],
-    sequences: Sequence[NDArray[np.int32]],
-) -> None:
-    for example_id, ids in zip(example_ids, sequences, strict=True):
-        if int(ids.max()) >= generator.vocab_size:
-            raise SstokenError(
-                f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has token id {int(ids.max())}, beyond the "
-                f"model's vocabulary of {generator.vocab_size}; encode with this model's tokenizer"
-            )
-        if generator.max_length is not None and ids.size > generator.max_length:
-            raise SstokenError(
-                f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has {ids.size} tokens, the model takes "
-                f"{generator.max_length}; encode with --max-length {generator.max_length}"
-            )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,23 +11,15 @@ from pydantic import Field
 from sstoken.errors import SstokenError, UsageError
 from sstoken.signals import ATTENTION, LOSS, get_signal, get_signals
 from sstoken.stages import checkpoints, joins, tables
-from sstoken.stages.backends import (
-    Backend,
-    BackendOptions,
-    Latest,
-    Setting,
-    check_backend,
-    deciding_settings,
-    make_backend,
-    resolve_backend,
-)
+from sstoken.stages.backends import Backend, BackendOptions, Latest, check_backend, make_backend
+from sstoken.stages.model_options import ModelOptions, check_lengths
 from sstoken.stages.scores_file import Column, summarize_scores, write_scores
-from sstoken.stages.sharded import ShardedStage, Work
+from sstoken.stages.sharded import Work
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task, Worker
 from sstoken.stages.vocabularies import check_vocabulary
 
 
-class ScoreOptions(ShardedStage):
+class ScoreOptions(ModelOptions):
     """How checkpoints are scored, whichever they are."""
 
     signals: tuple[str, ...] = ()
@@ -35,22 +27,8 @@ class ScoreOptions(ShardedStage):
     layer: int | None = None
     """Decoder layer of the signal `attention`; negative counts from the last. None: the last layer that has softmax
     attention."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Dtype of the weights; softmax and loss are always fp32. auto: as the checkpoint stores them."""
-    backend: str = "auto"
-    """Inference backend: hf (transformers), vllm, or another package's. auto: vllm on a GPU where it is installed and
-    takes the checkpoint, else hf."""
-    backend_options: dict[str, Setting] = Field(default_factory=dict)
-    """The backend's own settings, such as vllm's `tensor_parallel_size`."""
-    batch_tokens: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
-    """Positions in a batch, at most (padding counted); a longer sequence runs alone. None: from the free memory. Halved
-    when a batch does not fit."""
-    device: Annotated[str, SPEED_ONLY] = "auto"
-    """cpu, cuda, mps, ..., or a list with one for each worker: cuda:0,cuda:1. auto: the best that is there."""
     workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
     """Processes, each with the model in memory. Default: 1, or one for each device of a list."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint."""
 
 
 class Score(ScoreOptions):
@@ -100,12 +78,7 @@ class Score(ScoreOptions):
 
     def fingerprinted(self) -> dict[str, Any]:
         """Without the layer where none is looked at; the backend is the one that runs."""
-        options = self.for_backend()
-        backend = resolve_backend(self.backend, options)
-        fields = super().fingerprinted() | {"backend": backend}
-        del fields["backend_options"]
-        if deciding := deciding_settings(backend, options):
-            fields["backend_options"] = deciding
+        fields = self.fingerprinted_for(self.for_backend())
         measured = set(self.measured)
         fields["attention"] = ATTENTION in measured
         if not fields["attention"]:
@@ -118,16 +91,12 @@ class Score(ScoreOptions):
 
     def for_backend(self, log_folder: Path | None = None, device: str | None = None) -> BackendOptions:
         """What the backend gets to know."""
-        return BackendOptions(
-            checkpoint=self.checkpoint,
+        return self.backend_for(
+            self.checkpoint,
+            log_folder=log_folder,
+            device=device,
             signals=self.measured,
             layer=self.layer,
-            dtype=self.dtype,
-            device=device or self.device.partition(",")[0],
-            batch_tokens=self.batch_tokens,
-            trust_remote_code=self.trust_remote_code,
-            settings=tuple(sorted(self.backend_options.items())),
-            log_folder=log_folder,
             references=tuple(sorted(self.references.items())),
         )
 
@@ -195,7 +164,7 @@ class _ScoreShard:
         table = tables.read_table(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()
-        _check_lengths(stage, tokens, backend, example_ids, sequences)
+        check_lengths(stage.checkpoint, backend, tokens, example_ids, sequences)
         response, offsets = tables.flatten(table["response_mask"])
         columns = self._measure(tokens.name, backend, example_ids, sequences, masks, worker)
         provenance = self._provenance(backend) | {joins.TOKENS: joins.measured_fingerprint(tokens, table)}
@@ -255,19 +224,3 @@ class _ScoreShard:
             "computed_with": backend.remark,
             joins.RUN: self._run,
         }
-
-
-def _check_lengths(
-    stage: Score, tokens: Path, backend: Backend, example_ids: list[str], sequences: list[NDArray[np.int32]]
-) -> None:
-    for example_id, ids in zip(example_ids, sequences, strict=True):
-        if int(ids.max()) >= backend.vocab_size:
-            raise SstokenError(
-                f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has token id {int(ids.max())}, beyond "
-                f"the model's vocabulary of {backend.vocab_size}; encode with this model's tokenizer"
-            )
-        if backend.max_length is not None and ids.size > backend.max_length:
-            raise SstokenError(
-                f"{stage.checkpoint}: {tokens.name}, example {example_id!r} has {ids.size} tokens, the model "
-                f"takes {backend.max_length}; encode with --max-length {backend.max_length}"
-            )

@@ -1,0 +1,94 @@
+"""How stages run a checkpoint through a backend: what `score` and `critical` share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from sstoken.errors import SstokenError
+from sstoken.stages.backends import BackendOptions, Setting, deciding_settings, resolve_backend
+from sstoken.stages.sharded import ShardedStage
+from sstoken.stages.stage import SPEED_ONLY
+
+
+class ModelOptions(ShardedStage):
+    """How a checkpoint is run, whatever is measured of it."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Dtype of the weights; softmax and loss are always fp32. auto: as the checkpoint stores them."""
+    backend: str = "auto"
+    """Inference backend: hf (transformers), vllm, or another package's. auto: vllm on a GPU where it is installed and
+    takes the checkpoint, else hf."""
+    backend_options: dict[str, Setting] = Field(default_factory=dict)
+    """The backend's own settings, such as vllm's `tensor_parallel_size`."""
+    batch_tokens: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
+    """Positions in a batch, at most (padding counted); a longer sequence runs alone. None: from the free memory. Halved
+    when a batch does not fit."""
+    device: Annotated[str, SPEED_ONLY] = "auto"
+    """cpu, cuda, mps, ..., or a list with one for each worker: cuda:0,cuda:1. auto: the best that is there."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+
+    def backend_for(
+        self, checkpoint: str, *, log_folder: Path | None = None, device: str | None = None, **more: Any
+    ) -> BackendOptions:
+        """What the backend gets to know; `more`: what is measured, as `BackendOptions` has it."""
+        return BackendOptions(
+            checkpoint=checkpoint,
+            dtype=self.dtype,
+            device=device or self.device.partition(",")[0],
+            batch_tokens=self.batch_tokens,
+            trust_remote_code=self.trust_remote_code,
+            settings=tuple(sorted(self.backend_options.items())),
+            log_folder=log_folder,
+            **more,
+        )
+
+    def fingerprinted_for(self, options: BackendOptions) -> dict[str, Any]:
+        """The fields that decide what is written: the backend is the one that runs, with the settings that matter."""
+        backend = resolve_backend(self.backend, options)
+        fields = super().fingerprinted() | {"backend": backend}
+        del fields["backend_options"]
+        if deciding := deciding_settings(backend, options):
+            fields["backend_options"] = deciding
+        return fields
+
+
+class Limits(Protocol):
+    """What a loaded model takes."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that it can embed."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence in tokens; None: no limit known."""
+
+
+def check_lengths(
+    checkpoint: str,
+    limits: Limits,
+    tokens: Path,
+    example_ids: Sequence[str],
+    sequences: Sequence[NDArray[np.int32]],
+) -> None:
+    """Refuse a shard of tokens that the model does not take.
+
+    Raises:
+        SstokenError: names the example.
+    """
+    for example_id, ids in zip(example_ids, sequences, strict=True):
+        if int(ids.max()) >= limits.vocab_size:
+            raise SstokenError(
+                f"{checkpoint}: {tokens.name}, example {example_id!r} has token id {int(ids.max())}, beyond the "
+                f"model's vocabulary of {limits.vocab_size}; encode with this model's tokenizer"
+            )
+        if limits.max_length is not None and ids.size > limits.max_length:
+            raise SstokenError(
+                f"{checkpoint}: {tokens.name}, example {example_id!r} has {ids.size} tokens, the model takes "
+                f"{limits.max_length}; encode with --max-length {limits.max_length}"
+            )
