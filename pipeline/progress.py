@@ -45,12 +45,6 @@ def progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
         yield _Bar(bar)
 
 
-@contextmanager
-def no_progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
-    """For all but one of several processes that do the same work."""
-    yield _NoProgress()
-
-
 class _Bar:
     """A `Progress` that tqdm shows."""
 
@@ -82,14 +76,3 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
-
-
-class _NoProgress:
-    def advance(self, amount: int = 1) -> None:
-        pass
-
-    def skip(self, amount: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass

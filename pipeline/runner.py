@@ -24,14 +24,14 @@ from sstoken.pipeline.job import (
     settings_of,
     state_of,
 )
-from sstoken.pipeline.progress import no_progress_bar, progress_bar
+from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.writing import RANKS, at_work, check_writable, naming_full_disk, one_run_at_a_time
 from sstoken.stages import joins, storage, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
 from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.sharded import ShardedStage
-from sstoken.stages.stage import Context, Engine, EngineOptions, Settings
+from sstoken.stages.stage import Context, Engine, EngineOptions, Settings, no_progress_bar
 from sstoken.stages.storage import write_atomic
 from sstoken.version import __version__
 

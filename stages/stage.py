@@ -1,7 +1,7 @@
 """What a stage is: a frozen configuration plus `run(context) -> metrics`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
@@ -43,6 +43,25 @@ class Progress(Protocol):
 
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Progress]]
 """`bar(unit, total)` opens a progress bar; `total` None: not known beforehand."""
+
+
+class NoProgress:
+    """A `Progress` that shows nothing."""
+
+    def advance(self, amount: int = 1) -> None:
+        """See `Progress`."""
+
+    def skip(self, amount: int) -> None:
+        """See `Progress`."""
+
+    def note(self, text: str) -> None:
+        """See `Progress`."""
+
+
+@contextmanager
+def no_progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
+    """A `ProgressBar` for all but one of several processes that do the same work."""
+    yield NoProgress()
 
 
 @dataclass(frozen=True)

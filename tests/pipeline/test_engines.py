@@ -12,11 +12,10 @@ import pytest
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import engines
 from sstoken.pipeline.engines.local import ATTEMPTS, LocalEngine
-from sstoken.stages.stage import EngineOptions, Task, Worker
-from tests.stages.context import NullProgress
+from sstoken.stages.stage import EngineOptions, NoProgress, Task, Worker
 
 
-class Counting(NullProgress):
+class Counting(NoProgress):
     def __init__(self) -> None:
         self.done, self.steps = 0, 0
 

@@ -3,11 +3,11 @@
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from sstoken.stages.stage import Context, Progress, Task, Worker
+from sstoken.stages.stage import Context, Progress, Task, Worker, no_progress_bar
 
 
 class PlainWorker:
@@ -47,27 +47,11 @@ class ProcessEngine(PlainEngine):
             yield from (future.result() for future in futures)
 
 
-class NullProgress:
-    def advance(self, amount: int = 1) -> None:
-        pass
-
-    def skip(self, amount: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-@contextmanager
-def null_progress(unit: str, total: int | None) -> Iterator[Progress]:
-    yield NullProgress()
-
-
 def make_context(
     out: Path,
     inputs: Mapping[str, Path] | None = None,
     seed: int = 0,
-    progress: Callable[[str, int | None], AbstractContextManager[Progress]] = null_progress,
+    progress: Callable[[str, int | None], AbstractContextManager[Progress]] = no_progress_bar,
 ) -> Context:
     """Make a context as the runner would; creates `out`."""
     out.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import joins, tables
 from sstoken.stages.anchor import Anchor
+from sstoken.stages.stage import NoProgress
 from sstoken.stages.training.history_index import find_checkpoint, read_history
 from tests import factories
-from tests.stages.context import NullProgress, make_context
+from tests.stages.context import make_context
 from tests.stages.tokens_folder import save_tokens
 from tests.support import PATIENCE, ROOT, SHARED, needs_shared
 
@@ -41,7 +42,7 @@ class Interrupted(BaseException):
 def interrupt_at(step, how):
     """A progress bar that calls `how` when so many steps are done."""
 
-    class Bar(NullProgress):
+    class Bar(NoProgress):
         done = 0
 
         def advance(self, amount=1):
@@ -160,7 +161,7 @@ def test_goes_on_at_the_last_snapshot(model, tokens, tmp_path):
 
     @contextmanager
     def progress(unit, total):
-        class Bar(NullProgress):
+        class Bar(NoProgress):
             skip = advance = lambda self, amount=1: started.append(amount)
 
         assert (unit, total) == ("steps", 8)
