@@ -15,8 +15,17 @@ from sstoken.signals import get_signal
 from sstoken.stages import checkpoints, joins, tables
 from sstoken.stages.backends import BackendOptions, Latest
 from sstoken.stages.backends.generation import Generator, check_generator, make_generator
-from sstoken.stages.checkers import Checker
-from sstoken.stages.criticality import NO_REFERENCE, OUTCOMES, RAISED, RIGHT, WRONG, Judge, Problem, Verdict
+from sstoken.stages.criticality.checkers import Checker
+from sstoken.stages.criticality.judge import (
+    NO_REFERENCE,
+    OUTCOMES,
+    RAISED,
+    RIGHT,
+    WRONG,
+    Judge,
+    Problem,
+    Verdict,
+)
 from sstoken.stages.model_options import ModelOptions, check_lengths
 from sstoken.stages.sharded import Work
 from sstoken.stages.stage import BY_CONTENT, Context, Task, Worker

@@ -13,13 +13,13 @@ from sstoken.errors import NothingLeftError, UsageError
 from sstoken.labels import labels_from_mask
 from sstoken.methods import Method, Params, Top, get_method
 from sstoken.stages import folders, joins, tables
-from sstoken.stages.choosing_examples import ExampleChoice, choose_examples
 from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import PROTECTED, merge_stats, notes_on, shard_stats, signal_stats
-from sstoken.stages.response_text import check_protect
-from sstoken.stages.selecting import Decided, Decider, Whole, WholeDataset
+from sstoken.stages.selecting.deciding import Decided, Decider, Whole, WholeDataset
+from sstoken.stages.selecting.examples import ExampleChoice, choose_examples
+from sstoken.stages.selecting.shard import Shard, check_measured
+from sstoken.stages.selecting.text import check_protect
 from sstoken.stages.sharded import ShardedStage, Work
-from sstoken.stages.shards import Shard, check_measured
 from sstoken.stages.stage import Context, Task, Worker
 from sstoken.version import __version__
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sstoken import curate
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import tables
-from sstoken.stages.criticality import chosen_positions
+from sstoken.stages.criticality.judge import chosen_positions
 from tests.factories import save_model
 from tests.pipeline.small_run import save_conversations
 

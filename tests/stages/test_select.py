@@ -13,7 +13,7 @@ from sstoken.methods.excess_loss import KEEP_SHARE
 from sstoken.selection import num_kept
 from sstoken.stages import joins, tables
 from sstoken.stages.select import Select
-from sstoken.stages.shards import SHOWN
+from sstoken.stages.selecting.shard import SHOWN
 from tests.factories import save_tokenizer
 from tests.stages.context import ProcessEngine, make_context
 

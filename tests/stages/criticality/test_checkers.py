@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from sstoken.errors import UsageError
-from sstoken.stages.checkers import Checker, CheckerError, exact, final_number
+from sstoken.stages.criticality.checkers import Checker, CheckerError, exact, final_number
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 from sstoken.errors import SstokenError
 from sstoken.methods import Method, Params, Statistic, Tokens, Top, get_method
 from sstoken.selection import BoolArray, Cut, Float64Array, IntArray, global_cuts, global_quantile, keep_above
-from sstoken.stages.shards import Shard
+from sstoken.stages.selecting.shard import Shard
 
 HELD = 1 << 20
 """Up to so many values (8 MiB) are held between the passes over the dataset; more are made again each time."""

@@ -11,10 +11,10 @@ import pytest
 
 from sstoken.errors import NothingLeftError, SstokenError
 from sstoken.stages import joins, tables
-from sstoken.stages.choosing_examples import ExampleChoice, choose_examples, judge
 from sstoken.stages.scores_file import write_scores
 from sstoken.stages.select import Select
-from sstoken.stages.shards import Shard
+from sstoken.stages.selecting.examples import ExampleChoice, choose_examples, judge
+from sstoken.stages.selecting.shard import Shard
 from tests.factories import save_tokenizer
 from tests.stages.context import make_context
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sstoken.measure.branches import Branch, Continuation, IdArray
 from sstoken.stages.backends.generation import Generator
-from sstoken.stages.checkers import Checker, CheckerError
+from sstoken.stages.criticality.checkers import Checker, CheckerError
 
 RIGHT, WRONG = "right", "wrong"
 NO_REFERENCE = "reference not accepted"

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from sstoken.errors import NothingLeftError
 from sstoken.selection import BoolArray, Float64Array, IntArray, global_quantile, num_kept
-from sstoken.stages.shards import Shard
+from sstoken.stages.selecting.shard import Shard
 from sstoken.stages.stage import Settings
 
 

@@ -14,7 +14,7 @@ from sstoken.methods import Input, Tokens
 from sstoken.selection import BoolArray, Float64Array, IntArray
 from sstoken.signals import get_signal
 from sstoken.stages import joins, tables
-from sstoken.stages.response_text import ResponseText
+from sstoken.stages.selecting.text import ResponseText
 
 SHOWN = ("history.loss", "current.loss", "current.attention")
 """Signals that a masked dataset shows where they were measured, whether or not the method reads them."""

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from sstoken.errors import UsageError
-from sstoken.stages.response_text import ResponseText, check_protect
+from sstoken.stages.selecting.text import ResponseText, check_protect
 
 TEXTS = [
     'Add 3.79 to 2. "Is that 5?" It is! So:\n#### 5<|im_end|>\n',

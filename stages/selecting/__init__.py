@@ -1,0 +1,1 @@
+"""What `select` is made of: shards read with their signals, and what a method decides about them."""
