@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sstoken.errors import UsageError
-from sstoken.methods.policies import Outcome, Policy, Top
+from sstoken.methods.policies import Everything, Outcome, Policy, Top, Weight
 from sstoken.methods.tokens import Array, Tokens
 
 Scope = Literal["token", "turn", "sample", "global"]
@@ -109,13 +109,11 @@ class Method:
     @property
     def selective(self) -> bool:
         """False: it keeps every token with weight 1."""
-        return type(self.policy).__name__ != "Everything"
+        return not isinstance(self.policy, Everything)
 
     @property
     def weighted(self) -> bool:
         """Whether it gives weights."""
-        from sstoken.methods.policies import Weight
-
         return isinstance(self.policy, Weight) or (
             isinstance(self.policy, Top) and self.policy.negative is not None
         )
