@@ -9,7 +9,7 @@ Shapes: N response tokens, U units of the scope.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +17,23 @@ from torch import Tensor
 
 from sstoken.errors import UsageError
 from sstoken.in_loop.response_tokens import ResponseTokens
-from sstoken.methods import Array, Everything, Input, Method, Outcome, Params, Tokens, Top, Weight
+from sstoken.methods import (
+    Array,
+    Denominator,
+    Everything,
+    Input,
+    Method,
+    Outcome,
+    Params,
+    Tokens,
+    Top,
+    Weight,
+)
 from sstoken.signals import SIGNALS, get_signal
 
 CURRENT = "current"
 """The role of the model in training."""
 ATTENTION = f"{CURRENT}.attention"
-Denominator = Literal["kept", "response"]
-_OVER_RESPONSE = ("profit",)
-"""Methods that drop tokens and still average over all response tokens, as published."""
 
 
 def column_of(name: str) -> str:
@@ -108,7 +116,7 @@ class Rule:
         if self.asked:
             return self.asked
         soft = isinstance(self.method.policy, Weight)
-        return "response" if soft or self.method.name in _OVER_RESPONSE else "kept"
+        return self.method.denominator or ("response" if soft else "kept")
 
     @property
     def divides_late(self) -> bool:

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from sstoken.errors import UsageError
-from sstoken.in_loop.rule import ATTENTION, CURRENT, Denominator, Rule, check_in_loop, column_of
-from sstoken.methods import Input, Method, get_method
+from sstoken.in_loop.rule import ATTENTION, CURRENT, Rule, check_in_loop, column_of
+from sstoken.methods import Denominator, Input, Method, get_method
 
 _DEFAULT_DECAY = 0.99
 _DEFAULT_EVERY = {"ema": 1, "snapshot": 100}

@@ -5,7 +5,7 @@ parameters. To add one, write it into the file of its family, or offer it from a
 point group `sstoken.methods`.
 """
 
-from sstoken.methods.base import Input, Method, Params, Statistic
+from sstoken.methods.base import Denominator, Input, Method, Params, Statistic
 from sstoken.methods.policies import Everything, Outcome, Policy, Top, Weight, Where
 from sstoken.methods.registry import METHODS, decide, get_method
 from sstoken.methods.tokens import Array, Tokens
@@ -13,6 +13,7 @@ from sstoken.methods.tokens import Array, Tokens
 __all__ = [
     "METHODS",
     "Array",
+    "Denominator",
     "Everything",
     "Input",
     "Method",

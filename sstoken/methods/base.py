@@ -11,6 +11,7 @@ from sstoken.methods.policies import Everything, Outcome, Policy, Top, Weight
 from sstoken.methods.tokens import Array, Tokens
 
 Scope = Literal["token", "turn", "sample", "global"]
+Denominator = Literal["kept", "response"]
 EVIDENCE = {
     "A": "the authors' published code was run",
     "T": "someone else's published code was run",
@@ -82,6 +83,8 @@ class Method:
     ignores: tuple[str, ...] = ()
     """Options of other methods that it takes and does not use, so that a sweep over methods needs one line."""
     aliases: tuple[str, ...] = ()
+    denominator: Denominator | None = None
+    """What the authors' loss is a mean over; None: the kept tokens, or, of soft weights, all response tokens."""
 
     def __post_init__(self) -> None:
         wrong = [i for i in self.inputs if not Input(i).role or not Input(i).signal]

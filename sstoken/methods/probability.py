@@ -194,6 +194,7 @@ METHODS = (
         policy=Where("keeps what is at least tau, at most tau, or between", _profit),
         params=ProfitParams,
         evidence="A",
+        denominator="response",
     ),
     Method(
         name="infosft",
