@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sstoken.errors import SstokenError
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.measure.distribution import measure_distribution
+from sstoken.measure.divergence import measure_divergence
 from sstoken.measure.precision import as_given, cast_as_autocast
 from sstoken.measure.token_loss import (
-    TILE_ELEMENTS,
     OutputHead,
     measure_logits,
     output_embedding,
@@ -103,16 +103,25 @@ class HeadSignals:
                 states.own, targets, states.head, ["entropy"]
             ).values()
         compared = [name for name in names if "@" in name]
-        if compared and (reference is None or reference.head is None or states.head is None):
+        return found | (self._compare(states, reference, compared) if compared else {})
+
+    def _compare(
+        self, states: MeasuredStates, reference: MeasuredStates | None, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Measure signals that compare distributions with the history's."""
+        if reference is None or reference.head is None or states.head is None:
             raise SstokenError(
-                f"{compared[0]}: the output embedding of {self._name} is no plain linear layer (an adapter, or "
+                f"{names[0]}: the output embedding of {self._name} is no plain linear layer (an adapter, or "
                 "quantized weights), and distributions cannot be compared with the history's; leave it out of the "
                 "adapter's target modules"
             )
-        for name in compared:
-            assert reference is not None
-            sides = [(s.own if _own(name) else s.hidden, s.head) for s in (states, reference)]
-            found[name] = divergence(*sides, reverse=name.startswith("reverse"))  # type: ignore[arg-type]
+        found: dict[str, Tensor] = {}
+        for own in {_own(name) for name in names}:
+            this, other = (side.own if own else side.hidden for side in (states, reference))
+            assert this is not None
+            assert other is not None
+            both = measure_divergence(this, states.head, other, reference.head)
+            found |= {name: both[name.startswith("reverse")] for name in names if _own(name) == own}
         return found
 
     def _distribution(
@@ -174,37 +183,6 @@ class HeadSignals:
         # With an adapter or quantized weights, only the module can compute its product.
         logits = self._head.forward(hidden).float() * scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
-
-
-@as_given
-def divergence_of_rows(current: Tensor, history: Tensor) -> Tensor:
-    """Return KL(current || history) [R] of logits [R, V], in nats."""
-    log_p, log_q = current.log_softmax(1), history.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def divergence(
-    current: tuple[Tensor, OutputHead], history: tuple[Tensor, OutputHead], *, reverse: bool
-) -> Tensor:
-    """Compute KL(current || history) of N tokens over the whole vocabulary, some rows of logits at a time.
-
-    Args:
-        current: the states [N, D] and output head of the model in training.
-        history: those of the history.
-        reverse: compute KL(history || current).
-
-    Returns:
-        [N] nats, float32.
-    """
-    pair = (history, current) if reverse else (current, history)
-    rows = max(1, TILE_ELEMENTS.get(current[0].device.type, 1 << 24) // current[1].weight.shape[0])
-    parts = [
-        divergence_of_rows(
-            *(measure_logits(hidden, head) for hidden, (_, head) in zip(chunk, pair, strict=True))
-        )
-        for chunk in zip(*(hidden.split(rows) for hidden, _ in pair), strict=True)
-    ]
-    return torch.cat(parts) if parts else current[0].new_zeros(0, dtype=torch.float32)
 
 
 @as_given
