@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from sstoken.stages import faults
+
 MARKS = ("manifest.json", ".fingerprint", "whole.json")
 """Files that make a folder usable: of finished work, of unfinished work, of a trainer's checkpoint."""
 UNFINISHED = ".tmp"
@@ -95,10 +97,12 @@ class LocalDisk:
         """See `Storage`. Until it is complete its name is its own: no left-over process can move it half-written."""
         temporary = _temporary(file)
         try:
-            with open(temporary, "wb") as opened:
+            with faults.create(temporary) as opened:
                 yield opened
                 opened.flush()
+                faults.point("fsync", file)
                 os.fsync(opened.fileno())
+            faults.point("commit" if file.name in MARKS else "rename", file)
             os.replace(temporary, file)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:
@@ -114,6 +118,7 @@ class LocalDisk:
         with self.put(temporary) as opened:
             opened.write(content)
         try:
+            faults.point("rename", file)
             os.link(temporary, file)  # fails where there is one, unlike a rename
         except FileExistsError:
             return False
@@ -130,6 +135,7 @@ class LocalDisk:
             yield temporary
             self.flush(temporary)
             self.delete(folder)
+            faults.point("rename", folder)
             try:
                 temporary.rename(folder)
             except OSError:
@@ -141,6 +147,7 @@ class LocalDisk:
     def take(self, local: Path, file: Path) -> None:
         """See `Storage`."""
         file.parent.mkdir(parents=True, exist_ok=True)
+        faults.point("rename", file)
         os.replace(local, file)
 
     def make_folder(self, folder: Path) -> None:
@@ -149,9 +156,11 @@ class LocalDisk:
 
     def delete(self, place: Path) -> None:
         """See `Storage`."""
+        faults.point("delete", place)
         if place.is_dir() and not place.is_symlink():
             for mark in MARKS:
                 (place / mark).unlink(missing_ok=True)
+            faults.point("delete", place)
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
@@ -169,8 +178,11 @@ class LocalDisk:
     def publish(self, place: Path) -> None:
         """See `Storage`."""
         if place.exists():
+            faults.point("commit", place)
             place.rename(_replaced(place))
+        faults.point("commit", place)
         self.workplace(place).rename(place)
+        _flush_names(place.parent)
         with suppress(OSError):
             self.delete(_replaced(place))
 
@@ -191,8 +203,19 @@ class LocalDisk:
         """See `Storage`."""
         for path in folder.rglob("*"):
             if path.is_file():
+                faults.point("fsync", path)
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
+
+
+def _flush_names(folder: Path) -> None:
+    """Make renames in a folder survive a power cut, where the file system can."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _temporary(place: Path) -> Path:
