@@ -5,15 +5,17 @@ Each process is a pool of its own, so that one that dies costs its own task and 
 
 import atexit
 import os
+import signal
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -145,7 +147,8 @@ class _Spread:
         self._done[slot] = self._shown[slot] = 0
         device = self._devices[slot % len(self._devices)]
         place = (os.getpid(), os.getcwd(), str(self._board), self._workers, slot, device)
-        future = _process(slot).submit(_in_worker, place, function, attempt.task.work)
+        with _interrupts_later():
+            future = _process(slot).submit(_in_worker, place, function, attempt.task.work)
         self._running[future] = attempt
 
     def _end(self, future: Future[Any], again: deque[_Attempt]) -> None:
@@ -153,7 +156,7 @@ class _Spread:
         try:
             result = future.result()
         except BrokenExecutor:
-            _PROCESSES.pop(attempt.slot).shutdown(kill_workers=True)
+            _kill(_PROCESSES.pop(attempt.slot))
             self._progress.advance(-self._shown[attempt.slot])
             if attempt.number == ATTEMPTS:
                 self._lost.append(attempt.task)
@@ -187,10 +190,33 @@ def _process(slot: int) -> Any:
     return _PROCESSES[slot]
 
 
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends; processes started in it never see it: this one ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # when it starts, it lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @atexit.register
 def _stop_all() -> None:
     while _PROCESSES:
-        _PROCESSES.popitem()[1].shutdown(kill_workers=True)
+        _kill(_PROCESSES.popitem()[1])
+
+
+def _kill(pool: Any) -> None:
+    # Not shutdown(kill_workers=True): its thread fails with a KeyError on work that was submitted a moment before.
+    from joblib.externals.loky.backend.utils import kill_process_tree
+
+    for process in list(pool._processes.values()):
+        kill_process_tree(process)
+    pool.shutdown()
 
 
 class _Board:

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import engines
 from sstoken.pipeline.engines.local import ATTEMPTS, LocalEngine
 from sstoken.stages.stage import EngineOptions, NoProgress, Task, Worker
+from tests.support import PATIENCE, ROOT
 
 
 class Counting(NoProgress):
@@ -107,3 +110,45 @@ def test_another_engine_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (engine.rank, engine.world_size) == (1, 3)
     with pytest.raises(UsageError, match="engine 'slurm' is not known; legal: local"):
         engines.make_engine(EngineOptions(engine="slurm"))
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from sstoken.pipeline.engines.local import LocalEngine
+from sstoken.stages.stage import EngineOptions, NoProgress, Task
+
+def work(index, worker):
+    time.sleep(0.001)
+    return index
+
+if __name__ == "__main__":
+    print("begun", flush=True)
+    tasks = (Task(Path("nothing"), 1, index) for index in range(10**6))
+    try:
+        for _ in LocalEngine(EngineOptions(workers=2)).map(work, tasks, NoProgress()):
+            pass
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_an_interruption_at_any_moment_is_silent(tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole process group: workers that are still starting and work just handed over too."""
+    program = tmp_path / "program.py"
+    program.write_text(INTERRUPTED)
+    for moment in range(8):
+        process = subprocess.Popen(
+            [sys.executable, str(program)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.2 + 0.3 * moment)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, err) == (130, "")
