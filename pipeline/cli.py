@@ -3,12 +3,14 @@
 import difflib
 import os
 import sys
+import traceback
 import warnings
 from importlib import import_module
 
 import click
 
 from sstoken.errors import SstokenError
+from sstoken.pipeline.verbosity import Verbosity, is_verbose, set_verbosity
 from sstoken.pipeline.verbs import index, verbs
 from sstoken.version import __version__
 
@@ -45,13 +47,26 @@ class _Verbs(click.Group):
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="sstoken-curate")
-def cli() -> None:
+@click.option(
+    "--quiet",
+    "level",
+    flag_value="quiet",
+    help="No progress and no summaries: only errors, notes and warnings.",
+)
+@click.option(
+    "--verbose", "level", flag_value="verbose", help="Also what libraries say, and the traceback of an error."
+)
+def cli(level: str | None) -> None:
     """Turn an instruction-tuning dataset into a token-masked one.
 
     \b
     Example:
       sstoken-curate demo
     """
+    set_verbosity(Verbosity(level or "normal"))
+    if is_verbose():
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+        warnings.simplefilter("default")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,6 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, status: int) -> int:
+    if is_verbose() and sys.exc_info()[0] is not None:
+        traceback.print_exc()
     click.echo("error: " + " ".join(message.split()), err=True)
     return status
 

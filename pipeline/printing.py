@@ -1,5 +1,6 @@
 """What the verbs print about a finished step."""
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,9 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sstoken.pipeline.job import Result
+from sstoken.pipeline.verbosity import is_quiet
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages.processes import is_main_process
 from sstoken.stages.token_text import visible
+
+_REMARKS = ("note:", "warning:")
+"""What the lines begin with that `--quiet` shows as well."""
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -57,6 +62,14 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
     """A step's summary, or that it was finished already; once, if several processes did it together."""
     if not is_main_process():
         return
+    stage = kind or name.partition("/")[0]
+    if is_quiet():
+        for line in (
+            () if result.skipped or "world_size" in result.metrics else _summary(stage, result.metrics)
+        ):
+            if line.startswith(_REMARKS):
+                print(f"{name}: {line}", file=sys.stderr)
+        return
     if result.skipped:
         print(f"{name}: finished already, in {result.folder}")
         return
@@ -67,8 +80,16 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
     print(f"{name}: done, in {result.folder}")
     if result.replaced:
         print(f"  replaced what was there: {'; '.join(result.replaced)}")
-    for line in _SUMMARIES.get(kind or name.partition("/")[0], _plain)(result.metrics):
+    for line in _summary(stage, result.metrics):
         print(f"  {line}")
+    if stage == "encode":
+        from sstoken.pipeline.first_example import print_first_example
+
+        print_first_example(result.folder)
+
+
+def _summary(stage: str, metrics: dict[str, Any]) -> list[str]:
+    return _SUMMARIES.get(stage, _plain)(metrics)
 
 
 def _plain(metrics: dict[str, Any]) -> list[str]:
@@ -83,6 +104,8 @@ def _encode(m: dict[str, Any]) -> list[str]:
         f"longest {lengths['max']}",
         f"truncated {m['truncated']:,}, dropped for having no response left {m['dropped_no_response']:,}",
     ]
+    if m.get("read_as"):
+        lines = [*_read_as(m["read_as"]), *lines]
     for what, key in (("passed over as asked", "passed_over"), ("note", "notes")):
         lines += [f"{what}: {reason}, {count:,}" for reason, count in m[key].items()]
     if m["unused"]:
@@ -92,6 +115,18 @@ def _encode(m: dict[str, Any]) -> list[str]:
     if bad:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(bad.items()))
         lines.append(f"bad rows {sum(bad.values()):,}: {reasons}; listed in bad_rows/")
+    return lines
+
+
+def _read_as(facts: dict[str, Any]) -> list[str]:
+    """How rows were understood, and what the chat template adds to them."""
+    columns = ", ".join(name if name == role else f"{name} as {role}" for role, name in facts["columns"])
+    lines = [f"layout: {facts['layout']} ({visible(columns, newline=' ')})"]
+    if facts["template"] == "plain":
+        lines.append("the tokenizer has no chat template: a plain one is used (User: ... Assistant: ...)")
+    if facts["template_adds"]:
+        added = visible(facts["template_adds"], newline="⏎")
+        lines.append(f"the chat template adds before the row's own text: {added}")
     return lines
 
 

@@ -1,11 +1,12 @@
 """Progress bars: on a terminal, and as lines elsewhere."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sstoken.stages.stage import Progress
+from sstoken.pipeline.verbosity import is_quiet
+from sstoken.stages.stage import NoProgress, Progress
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -14,11 +15,24 @@ _FIRST_LINE = 5.0
 """Seconds until the first line; shorter work needs none."""
 _LONGEST_WAIT = 60.0
 """Seconds between two lines, at most: they grow rarer, so that a log stays short."""
+_FIRST_ESTIMATE = 20.0
+"""Seconds after which the rate is steady enough to tell how long the work will take."""
+_LONG = 600.0
+"""Seconds still to go that are worth saying what would be faster."""
 
 
 @contextmanager
-def progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
-    """Show how much is done, how fast it goes and how long it will take."""
+def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) -> Iterator[Progress]:
+    """Show how much is done, how fast it goes and how long it will take.
+
+    Args:
+        unit: what is counted.
+        total: how many there are; None: not known.
+        faster: what would speed the work up; said once, if it turns out to be long.
+    """
+    if is_quiet():
+        yield NoProgress()
+        return
     from tqdm import tqdm
 
     counted = "{n_fmt}/{total_fmt}{unit}" if total is not None else "{n_fmt}{unit}"
@@ -42,17 +56,28 @@ def progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
         bar = tqdm(**common, file=lines, bar_format=figures, delay=_FIRST_LINE, mininterval=_FIRST_LINE)
         lines.bar = bar
     with bar:
-        yield _Bar(bar)
+        yield _Bar(bar, faster)
 
 
 class _Bar:
     """A `Progress` that tqdm shows."""
 
-    def __init__(self, bar: "tqdm[Any]") -> None:
+    def __init__(self, bar: "tqdm[Any]", faster: Callable[[], str]) -> None:
         self._bar = bar
+        self._faster: Callable[[], str] | None = None if bar.total is None else faster
 
     def advance(self, amount: int = 1) -> None:
         self._bar.update(amount)
+        if self._faster is not None and (elapsed := self._bar.format_dict["elapsed"]) >= _FIRST_ESTIMATE:
+            self._estimate(elapsed)
+
+    def _estimate(self, elapsed: float) -> None:
+        """Say once how long the work will take and what would speed it up."""
+        bar, faster, self._faster = self._bar, self._faster, None
+        left = (bar.total - bar.n) * elapsed / max(1, bar.n - bar.initial)
+        advice = faster() if faster is not None and left >= _LONG else ""
+        if advice:
+            bar.write(f"about {bar.format_interval(left)} to go; faster: {advice}", file=sys.stderr)
 
     def skip(self, amount: int) -> None:
         self._bar.initial += amount

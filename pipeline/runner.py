@@ -7,6 +7,7 @@ run leaves the partial folder, whose complete shards the next run with the same 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def context_of(job: Job, identity: Identity) -> Context:
         seed=job.seed,
         fingerprint=identity.fingerprint,
         engine=_engine(job.stage),
-        progress=progress_bar if is_main_process() else no_progress_bar,
+        progress=partial(progress_bar, faster=job.stage.faster) if is_main_process() else no_progress_bar,
     )
 
 

@@ -5,8 +5,8 @@ import copy
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -18,9 +18,12 @@ from sstoken.stages import checkpoints, joins, storage
 from sstoken.stages.hub_models import split_revision
 from sstoken.stages.loading import load_model
 from sstoken.stages.processes import is_main_process, num_processes
+from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
 from sstoken.stages.storage import write_atomic
+from sstoken.stages.training import reporting
 from sstoken.stages.training.history_index import read_index
+from sstoken.stages.training.reporting import Reporter
 from sstoken.stages.vocabularies import check_vocabulary
 
 if TYPE_CHECKING:
@@ -84,6 +87,9 @@ class Anchor(Stage):
     """Run the model's own Python code."""
     data_workers: Annotated[int, Field(ge=0), SPEED_ONLY] = 0
     """Processes that prepare batches. 0: the training process does."""
+    report_to: Annotated[Reporter, SPEED_ONLY] = "none"
+    """Where loss, gradient norm and learning rate are reported as training goes, beside OUT.partial/trainer/log.jsonl.
+    TensorBoard's files go into the folder `tensorboard` beside OUT."""
 
     def check(self) -> None:
         """See `Stage.check`."""
@@ -92,6 +98,7 @@ class Anchor(Stage):
                 f"snapshots is {self.snapshots} and snapshot_every is {self.snapshot_every}; they exclude each "
                 "other, give one"
             )
+        reporting.check(self.report_to)
         if self.lora_rank is not None and importlib.util.find_spec("peft") is None:
             raise UsageError("lora_rank needs PEFT; pip install 'sstoken[lora]'")
         for name in ("lora_alpha", "lora_dropout"):
@@ -107,6 +114,21 @@ class Anchor(Stage):
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
         """See `Stage.sources`."""
         return {"model": checkpoints.identity(self.model, digest)}
+
+    def faster(self) -> str:
+        """See `Stage.faster`."""
+        import torch
+
+        levers = []
+        if not torch.accelerator.is_available():
+            if self.precision != "bfloat16" and multiplies_bfloat16():
+                levers.append("--precision bfloat16, which this processor multiplies natively")
+            levers.append("a GPU")
+        elif self.precision == "float32":
+            levers.append("--precision bfloat16")
+        if self.lora_rank is None:
+            levers.append("--lora-rank 16, which trains adapters alone")
+        return "; ".join([*levers, "fewer steps (--max-steps)"])
 
     def agree(self, run: bool | None) -> bool:
         """See `Stage.agree`. Joins the processes that torchrun started."""
@@ -132,7 +154,7 @@ class Anchor(Stage):
         if not log.exists():
             if is_main_process():
                 joins.note_training(context.out, _data(context))
-            with _quiet(), ExitStack() as stack:
+            with reporting.no_messages(), ExitStack() as stack:
                 self._train(context, stack)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         entries = read_index(context.out)
@@ -162,6 +184,7 @@ class Anchor(Stage):
 
         folder = context.out / _TRAINER
         storage.of(folder).make_folder(folder)
+        stack.enter_context(reporting.tensorboard_beside(context.out))
         arguments = self._arguments(folder, context.seed)  # joins the other processes
         source, data = _data(context), folder / "examples.arrow"
         with arguments.main_process_first(local=False):
@@ -192,13 +215,14 @@ class Anchor(Stage):
                 resumable.Watch(stack, context.progress, self.learning_rate),
                 snapshots,
                 resumable.Resumable(folder, snapshots),
+                resumable.LiveLog(folder / _LOG),
             ],
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = resumable.last_complete(folder)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if arguments.process_index == 0:
-            write_atomic(context.out / _LOG, _log_lines(trainer.state.log_history))
+            write_atomic(context.out / _LOG, resumable.log_lines(trainer.state.log_history))
         trainer.accelerator.wait_for_everyone()
 
     def _arguments(self, folder: Path, seed: int) -> "TrainingArguments":
@@ -236,7 +260,8 @@ class Anchor(Stage):
             logging_nan_inf_filter=False,
             save_strategy="no",
             ddp_find_unused_parameters=False,
-            report_to="none",
+            report_to=self.report_to,
+            run_name=folder.parent.name.removesuffix(".partial"),
             disable_tqdm=True,
             **({checkpointing: True} if self.gradient_checkpointing else {}),
         )
@@ -315,34 +340,3 @@ def _padding(tokenizer: "PreTrainedTokenizerBase", rows: int) -> "PreTrainedToke
     if padding.pad_token_id is None or padding.pad_token_id >= rows:
         padding.pad_token = padding.eos_token
     return padding
-
-
-def _log_lines(history: list[dict[str, Any]]) -> str:
-    """One JSON line per step."""
-    lines = [
-        {
-            "step": entry["step"],
-            "loss": entry["loss"],
-            "learning_rate": entry["learning_rate"],
-            "tokens_seen": entry["num_input_tokens_seen"],
-        }
-        for entry in history
-        if "loss" in entry
-    ]
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own log lines and bars off the screen: our progress bar is there."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

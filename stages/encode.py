@@ -136,14 +136,17 @@ class Encode(ShardedStage):
             SstokenError: nothing is left.
         """
         total = no_stats()
+        read_as: dict[str, Any] = {}
         for path in parts(context.out):
-            total = merge(total, read_metadata(path)["stats"])
+            about = read_metadata(path)
+            total = merge(total, about["stats"])
+            read_as = read_as or about.get("first_row", {})  # older shards have none
         if not total["examples"]:
             what = "raise --max-length" if total["dropped"] else _first_bad(context.out)
             raise NothingLeftError(
                 f"{sources.shown(self.data)}: no example left of {total['rows']} rows ({_why(total)}); {what}"
             )
-        return metrics(total)
+        return metrics(total) | {"read_as": read_as}
 
     def _template(self) -> str | None:
         return None if self.chat_template is None else read_template(self.chat_template)

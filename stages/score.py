@@ -13,6 +13,7 @@ from sstoken.signals import ATTENTION, LOSS, get_signal, get_signals
 from sstoken.stages import checkpoints, joins, tables
 from sstoken.stages.backends import Backend, BackendOptions, Latest, check_backend, make_backend
 from sstoken.stages.model_options import ModelOptions, check_lengths
+from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.scores_file import Column, summarize_scores, write_scores
 from sstoken.stages.sharded import Work
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task, Worker
@@ -99,6 +100,24 @@ class Score(ScoreOptions):
             layer=self.layer,
             references=tuple(sorted(self.references.items())),
         )
+
+    def faster(self) -> str:
+        """See `Stage.faster`."""
+        import torch
+
+        levers = []
+        if not torch.accelerator.is_available() or self.device.startswith("cpu"):
+            if self.dtype == "float32" and multiplies_bfloat16():
+                levers.append("--dtype bfloat16, which this processor multiplies natively (see doctor)")
+            levers.append("a GPU")
+        else:
+            if self.dtype == "float32":
+                levers.append("--dtype bfloat16")
+            if self.backend in ("auto", "hf"):
+                levers.append("--backend vllm")
+        if self.batch_tokens is not None:
+            levers.append("the default --batch-tokens")
+        return "; ".join(levers)
 
     def work(self, context: Context) -> Work:
         """A task a shard."""

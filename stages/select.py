@@ -157,7 +157,8 @@ class Select(ShardedStage):
     def _provenance(self, context: Context, scores: dict[str, Path]) -> dict[str, Any]:
         folder = context.inputs["tokens"]
         tokens = tables.read_metadata(tables.parts(folder)[0])
-        del tokens["stats"], tokens["kind"]
+        for name in ("stats", "kind", "first_row"):
+            tokens.pop(name, None)
         tokens[joins.TOKENS] = joins.folder_fingerprint(folder)
         used = {role: tables.read_metadata(tables.parts(folder)[0]) for role, folder in scores.items()}
         params = self.resolved.model_dump(mode="json")

@@ -184,6 +184,10 @@ class Stage(Settings):
         """
         return {}
 
+    def faster(self) -> str:
+        """Return, for work that takes long, what would make it faster; "" if nothing is known to."""
+        return ""
+
     def agree(self, run: bool | None) -> bool:
         """Among the processes that run the stage together: the main one's word on whether there is work to do.
 

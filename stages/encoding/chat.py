@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LENGTH = 4096
 _SANE_MAX_LENGTH = 1_000_000
+_FEWEST_WORDS = 4
+"""An opening with fewer words names roles and says nothing."""
 SPECIAL_KEPT = "examples with special tokens in their text"
 
 
@@ -115,6 +117,25 @@ class ChatEncoder:
     def render(self, conversation: Conversation) -> Rendered:
         """Render a conversation; see `Renderer.render`."""
         return self._renderer.render(conversation)
+
+    def added_text(self, conversation: Conversation) -> str:
+        """Return what the template opens this conversation with; "" if that is only special tokens and a role's name.
+
+        Raises:
+            BadRow: as `encode`.
+        """
+        opening = self._renderer.opening(conversation)
+        words = opening
+        for token in sorted(map(str, self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True):
+            words = words.replace(token, " ")
+        return opening if len(re.findall(r"[^\W\d_]{2,}", words)) >= _FEWEST_WORDS else ""
+
+    @property
+    def template_origin(self) -> str:
+        """Where the chat template comes from: `given`, the `tokenizer`, or `plain`, as the tokenizer has none."""
+        if self._override is not None:
+            return "given"
+        return "plain" if self.tokenizer.chat_template is None else "tokenizer"
 
     def _tokenize(self, rendered: Rendered, turn: int | None, notes: tuple[str, ...]) -> Encoded:
         coded = self.tokenizer(

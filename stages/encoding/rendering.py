@@ -138,6 +138,15 @@ class Renderer:
             raise BadRow(UNCERTAIN, "the template marks no text of this conversation as generated")
         return Rendered(text, spans, tuple(notes))
 
+    def opening(self, conversation: Conversation) -> str:
+        """Return what the template prints before the conversation's first text, such as a system prompt of its own.
+
+        Raises:
+            BadRow: as `render`.
+        """
+        found = self._finder(conversation)[0].trace(conversation)
+        return found.text[: found.after(0)]
+
     def _render_turn(self, conversation: Conversation, index: int) -> Rendered:
         """Render one turn after the prompt that the model sees before it at inference."""
         finder, _ = self._finder(conversation)

@@ -87,6 +87,7 @@ def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
     stats: Stats = no_stats() | {"rows": len(rows)}
     bad: list[dict[str, Any]] = []
     unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
+    first: dict[str, Any] = {}
     with limited(str(path)) as start:
         for given in rows:
             worker.advance(1)
@@ -106,6 +107,7 @@ def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
                     {"file": row.file, "row": row.index, "reason": error.reason, "detail": error.detail}
                 )
                 continue
+            first = first or _described(row, conversation, settings.layout, encoder)
             unused.update(conversation.unused)
             notes.update(row.notes + conversation.notes)
             notes.update(note for encoded in examples for note in encoded.notes)
@@ -129,7 +131,12 @@ def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
         storage.of(lines).make_folder(lines.parent)
         write_atomic(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
     table = pa.table(columns, schema=TOKENS)
-    about = {joins.RUN: settings.fingerprint, joins.TOKENS: joins.tokens_fingerprint(table), "stats": stats}
+    about = {
+        joins.RUN: settings.fingerprint,
+        joins.TOKENS: joins.tokens_fingerprint(table),
+        "stats": stats,
+        "first_row": first,
+    }
     write_part(path, table, _metadata(settings, encoder) | about)
 
 
@@ -142,6 +149,23 @@ def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversati
     if row.problem is not None:
         raise BadRow(*row.problem)
     return to_conversation(row.value, layout, max_chars)
+
+
+def _described(
+    row: Row, conversation: Conversation, layout: Layout, encoder: "ChatEncoder"
+) -> dict[str, Any]:
+    """How a row was read, for `encode` to say: its layout, and what the chat template adds."""
+    columns = [[role, name] for role, name in layout.columns.items() if name in row.value]
+    try:
+        added = encoder.added_text(conversation)
+    except BadRow:  # single turns of it can be rendered all the same
+        added = ""
+    return {
+        "layout": layout.format,
+        "columns": columns,
+        "template": encoder.template_origin,
+        "template_adds": added,
+    }
 
 
 def stopped(row: Row, error: BadRow) -> SstokenError:

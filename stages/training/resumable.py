@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,43 @@ class Resumable(TrainerCallback):
         for earlier in self._folder.glob("checkpoint-*"):
             if earlier != saved:
                 storage.of(earlier).delete(earlier)
+
+
+def log_lines(history: Sequence[dict[str, Any]]) -> str:
+    """Return one JSON line per step of the trainer's log."""
+    lines = [
+        {
+            "step": entry["step"],
+            "loss": entry["loss"],
+            "learning_rate": entry["learning_rate"],
+            "tokens_seen": entry["num_input_tokens_seen"],
+        }
+        for entry in history
+        if "loss" in entry
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+class LiveLog(TrainerCallback):
+    """Writes `log.jsonl` as training goes; a run that goes on drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the lines up to the step the run resumes from."""
+        if state.is_world_process_zero:
+            self._path.write_text(log_lines(state.log_history))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Append the newest line."""
+        if state.is_world_process_zero:
+            with self._path.open("a") as file:
+                file.write(log_lines(state.log_history[-1:]))
 
 
 class Watch(TrainerCallback):

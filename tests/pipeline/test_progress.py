@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sstoken.pipeline import progress
+from sstoken.pipeline import progress, verbosity
 from tests.support import messages
 
 
@@ -40,3 +40,29 @@ def test_lines_grow_rarer(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         lines.write("\rsome figures\n")
     assert lines.bar.mininterval == 60
     assert capsys.readouterr().err == "some figures\n" * 3
+
+
+def test_long_work_says_once_what_would_be_faster(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_FIRST_ESTIMATE", 0.0)
+    monkeypatch.setattr(progress, "_LONG", 0.0)
+    with progress.progress_bar("tokens", 100, faster=lambda: "a GPU") as bar:
+        for _ in range(5):
+            bar.advance(10)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.fullmatch(r"about [\d:]+ to go; faster: a GPU", lines[0])
+
+
+def test_short_work_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST_ESTIMATE", 0.0)
+    with progress.progress_bar("tokens", 100, faster=lambda: "a GPU") as bar:
+        bar.advance(99)
+    assert capsys.readouterr().err == ""
+
+
+def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST_LINE", 1e-9)
+    monkeypatch.setattr(verbosity, "_level", verbosity.Verbosity.QUIET)
+    assert shown(capsys, 100_000) == []

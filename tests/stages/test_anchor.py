@@ -414,3 +414,46 @@ def test_weights_decay(model, tokens, tmp_path):
     _, before, after = moved(model, tokens, tmp_path / "out", **settings)
     for name, weight in before.items():
         np.testing.assert_allclose(after[name], weight * 0.9**2, atol=1e-5)
+
+
+def test_the_log_grows_with_the_training(model, tokens, tmp_path):
+    out = tmp_path / "history"
+    with pytest.raises(Interrupted):
+        run(
+            Anchor(model=str(model), max_steps=6, snapshots=2, batch_size=2),
+            out,
+            tokens,
+            progress=interrupt_at(4, fail),
+        )
+    live = [json.loads(line)["step"] for line in (out / "trainer" / "log.jsonl").read_text().splitlines()]
+    assert live == [1, 2, 3]
+    run(Anchor(model=str(model), max_steps=6, snapshots=2, batch_size=2), out, tokens)
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [
+        *range(1, 7)
+    ]
+
+
+def test_reports_to_tensorboard_beside_the_output(model, tokens, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    run(Anchor(model=str(model), max_steps=2, report_to="tensorboard"), tmp_path / "history", tokens)
+    assert list((tmp_path / "tensorboard" / "history").glob("events.*"))
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_refuses_a_reporter_that_is_not_installed(model, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UsageError, match="report_to is 'trackio', which is not installed; pip install trackio"
+    ):
+        Anchor(model=str(model), report_to="trackio").check()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_names_what_would_make_it_faster(native, model, monkeypatch):
+    monkeypatch.setattr("sstoken.stages.anchor.multiplies_bfloat16", lambda: native)
+    said = Anchor(model=str(model)).faster()
+    assert "--lora-rank" in said
+    assert "--lora-rank" not in Anchor(model=str(model), lora_rank=4).faster()
+    if not torch.accelerator.is_available():
+        assert ("--precision bfloat16" in said) == native

@@ -284,3 +284,24 @@ def test_shard_function_pickles(model, tmp_path) -> None:
         model, None, None, False, "all", (), False, detect_layout(ROWS[0]), 10, True, tmp_path, "f"
     )
     assert pickle.loads(pickle.dumps(partial(shards.encode_shard, settings))).args == (settings,)
+
+
+def test_says_how_rows_were_read_and_what_the_template_adds(model, data, tmp_path):
+    found = Encode(data=data, model=model).run(make_context(tmp_path / "own"))["read_as"]
+    assert found == {
+        "layout": "qa",
+        "columns": [["question", "question"], ["answer", "answer"]],
+        "template": "tokenizer",
+        "template_adds": "",
+    }
+    preaching = tmp_path / "preaching.jinja"
+    preaching.write_text(
+        "<|im_start|>system\nYou are a helpful assistant named Tiny.<|im_end|>\n"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    )
+    stage = Encode(data=data, model=model, chat_template=str(preaching))
+    found = stage.run(make_context(tmp_path / "given"))["read_as"]
+    assert found["template"] == "given"
+    assert found["template_adds"] == (
+        "<|im_start|>system\nYou are a helpful assistant named Tiny.<|im_end|>\n<|im_start|>user\n"
+    )
