@@ -176,7 +176,8 @@ def _critical(m: dict[str, Any]) -> list[str]:
 
 
 def _select(m: dict[str, Any]) -> list[str]:
-    lines = [
+    lines = [*_compared(m)]
+    lines += [
         f"kept {m['kept']:,} of {m['response_tokens']:,} response tokens ({m['kept_share']:.1%}), dropped "
         f"{m['dropped']:,}, in {m['examples']:,} examples"
     ]
@@ -195,6 +196,14 @@ def _select(m: dict[str, Any]) -> list[str]:
     deciles = " ".join("  -" if s is None else f"{s:4.0%}" for s in m["kept_share_by_decile"])
     lines.append(f"kept by position in the response, first tenth to last: {deciles}")
     return lines
+
+
+def _compared(m: dict[str, Any]) -> list[str]:
+    """Which checkpoint played which role, and how far the losses fell between them."""
+    if not m.get("compared"):  # a method without checkpoints, or a folder that was pulled
+        return []
+    line = ", ".join(f"{role} is {name}" for role, name in m["compared"].items())
+    return [line + (f"; mean REL {m['mean_rel']:.4f} nats" if "mean_rel" in m else "")]
 
 
 def _export(m: dict[str, Any]) -> list[str]:

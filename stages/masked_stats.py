@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sstoken.methods import Tokens
+from sstoken.methods import Tokens, get_method
 from sstoken.selection import BoolArray, Float64Array, IntArray, keep_per_example
 
 NUM_DECILES = 10
@@ -51,7 +51,27 @@ def signal_stats(tokens: Tokens, kept: BoolArray, inputs: Sequence[str], turns: 
     }
     if {"history.loss", "current.loss"} <= set(inputs):
         stats["rel_sum"], stats["rel_range"] = float(tokens.rel.sum()), _range(tokens.rel)
+        stats["one_sided"] = _set_by_one_token(tokens.rel, tokens.offsets)
     return stats
+
+
+def _set_by_one_token(values: Float64Array, offsets: IntArray) -> int:
+    """In how many examples, of four tokens or more, the range without one token is less than half of the range."""
+    lengths = np.diff(offsets)
+    starts, counts = offsets[:-1][lengths > 0], lengths[lengths > 0]
+    if not counts.size:
+        return 0
+
+    def top_two(signed: Float64Array) -> tuple[Float64Array, Float64Array]:
+        first = np.maximum.reduceat(signed, starts)
+        at_top = signed == np.repeat(first, counts)
+        second = np.maximum.reduceat(np.where(at_top, -np.inf, signed), starts)
+        return first, np.where(np.add.reduceat(at_top, starts, dtype=np.int64) > 1, first, second)
+
+    high, second = top_two(values)
+    low, last_but_one = (-v for v in top_two(-values))
+    without_one = np.minimum(second - low, high - last_but_one)
+    return int(((2 * without_one < high - low) & (counts >= 4)).sum())
 
 
 def _range(values: Float64Array) -> list[float] | None:
@@ -82,6 +102,12 @@ def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
         mean = sum(s["rel_sum"] for s in stats) / max(1, num_tokens)
         notes.append(
             f"mean REL is {mean:.3f} nats: history fits these responses better than current; they may be exchanged"
+        )
+    examples, one_sided = (sum(s.get(key, 0) for s in stats) for key in ("examples", "one_sided"))
+    if "minmax(rel)" in get_method(method).formula and 2 * one_sided > examples:
+        notes.append(
+            f"in {one_sided:,} of {examples:,} examples a single token sets more than half of REL's range, so min-max "
+            "leaves the others close together and attention decides between them; compare with --method rel"
         )
     for name in stats[0]["range"] if stats else ():
         found = whole_range(s["range"][name] for s in stats)

@@ -149,9 +149,14 @@ class Select(ShardedStage):
         summary = merge_stats([m["stats"] for m in said])
         if not summary["examples"]:
             raise NothingLeftError(f"{tokens}: no example has a response token; nothing to select")
+        provenance = self._provenance(context, _scores(context))
+        named = {role: facts["name"] for role, facts in provenance["checkpoints"].items()}
+        summary["compared"] = {role: named[role] for role in self.of.roles if role in named}
+        if all("rel_sum" in m["checks"] for m in said):
+            summary["mean_rel"] = sum(m["checks"]["rel_sum"] for m in said) / summary["response_tokens"]
         if notes := notes_on([{**m["stats"], **m["checks"]} for m in said], self.method):
             summary["notes"] = notes
-        write_card(context.out, self._provenance(context, _scores(context)), summary)
+        write_card(context.out, provenance, summary)
         return summary
 
     def _provenance(self, context: Context, scores: dict[str, Path]) -> dict[str, Any]:

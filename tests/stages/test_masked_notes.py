@@ -113,3 +113,27 @@ def test_a_role_without_scores(tmp_path: Path) -> None:
     del inputs["history"]
     with pytest.raises(SstokenError, match=r"needs history\.loss, and no scores were given for 'history'"):
         notes(inputs, tmp_path / "out", method="rel")
+
+
+def test_says_what_was_compared_and_how_far_the_loss_fell(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0) + 1}, {"loss": losses(1)})
+    found = Select(method="rel").run(make_context(tmp_path / "out", inputs))
+    assert found["compared"] == {"history": "history", "current": "current"}
+    fallen = (losses(0) + 1).astype(np.float32) - losses(1).astype(np.float32)
+    assert found["mean_rel"] == pytest.approx(fallen.mean(), abs=1e-6)
+
+
+def test_one_token_that_sets_the_range(tmp_path: Path) -> None:
+    alike = np.random.default_rng(2).uniform(1, 1.1, ROWS * (LENGTH - PROMPT))
+    attention = losses(3) / 10
+    few, many = alike.copy(), alike.copy()
+    few[:: 4 * (LENGTH - PROMPT)] += 5
+    many[:: LENGTH - PROMPT] += 5
+    for name, history, said in (("few", few, 0), ("many", many, 1)):
+        inputs = write(tmp_path / name, {"loss": history}, {"loss": alike * 0.5, "attention": attention})
+        for method, expected in (("sstoken", said), ("rel", 0)):
+            found = notes(inputs, tmp_path / f"{name}-{method}", method=method)
+            lines = [line for line in found if "a single token" in line]
+            assert len(lines) == expected
+            if lines:
+                assert lines[0].startswith(f"in {ROWS} of {ROWS} examples")
