@@ -56,6 +56,39 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
+def _methods() -> Iterable[str]:
+    from sstoken.methods import METHODS
+
+    return METHODS
+
+
+def _targets() -> Iterable[str]:
+    from sstoken.stages.exporting import TARGETS
+
+    return TARGETS
+
+
+def _signals() -> Iterable[str]:
+    from sstoken.signals import SIGNALS
+
+    return SIGNALS
+
+
+_COMPLETED: dict[str, Callable[[], Iterable[str]]] = {"method": _methods, "to": _targets, "signals": _signals}
+"""By field: what the shell completes."""
+
+
+def _completion(name: str) -> dict[str, Any]:
+    """The setting that has the shell complete the values of a field; nothing for most."""
+    if name not in _COMPLETED:
+        return {}
+
+    def matching(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+        return [value for value in _COMPLETED[name]() if value.startswith(begun)]
+
+    return {"shell_complete": matching}
+
+
 def _option(name: str, field: FieldInfo, asked: Option, sweep: bool) -> Callable[[F], F]:
     kind, bounds = _plain_type(field.annotation, field.metadata)
     flag = asked.flag or "--" + name.replace("_", "-")
@@ -66,6 +99,7 @@ def _option(name: str, field: FieldInfo, asked: Option, sweep: bool) -> Callable
     settings: dict[str, Any] = {"help": about + (f"  [{'; '.join(facts)}]" if facts else "")} | (
         {"required": True} if field.is_required() else {"default": None}
     )
+    settings |= _completion(name)
     if asked.value is not None:
         settings["metavar"] = asked.value
     if sweep and get_origin(kind) is not dict:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sstoken.pipeline.verbs.looking import *
     from sstoken.pipeline.verbs.runs import *
     from sstoken.pipeline.verbs.stages import *
+    from sstoken.pipeline.verbs.starting import *
 
 _OTHERS = {
     "RunConfig": "sstoken.pipeline.config",

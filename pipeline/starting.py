@@ -1,0 +1,113 @@
+"""`init`: a commented configuration for a model and a dataset, after a look at both."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sstoken.errors import UsageError
+from sstoken.pipeline.job import Job
+from sstoken.pipeline.runner import execute
+from sstoken.pipeline.schema import SCHEMA_FILE
+from sstoken.stages.encode import Encode
+from sstoken.stages.manifest import Digests
+from sstoken.stages.token_text import visible
+
+ROWS = 200
+"""Rows looked at."""
+
+
+def look(data: str, model: str) -> dict[str, Any]:
+    """Encode the first rows as `encode` would, and return its counts.
+
+    Raises:
+        UsageError, SstokenError: as `encode`; that no row of them can be used.
+    """
+    stage = Encode(data=data, model=model, limit=ROWS, on_bad_row="skip", workers=1)
+    with tempfile.TemporaryDirectory(prefix="sstoken-init-") as folder:
+        return execute(Job(stage, {}, Path(folder) / "tokens", seed=0), Digests()).metrics
+
+
+def configuration(data: str, model: str, out: str, found: dict[str, Any]) -> str:
+    """Return the YAML text: what is needed, what was seen, and the settings that people change first."""
+    read, length = found["read_as"], found["length"]
+    columns = ", ".join(name if name == role else f"{name} ({role})" for role, name in read["columns"])
+    seen = [
+        f"{found['rows']:,} rows were looked at: {found['examples']:,} examples of the layout {read['layout']} "
+        f"(columns {columns})",
+        f"their length in tokens: median {length['p50']}, 99 % within {length['p99']}, longest {length['max']}; "
+        f"{found['response_share']:.0%} of the tokens are responses",
+    ]
+    if found["truncated"]:
+        seen.append(
+            f"{found['truncated']:,} are longer than what the model declares and would be cut: max_length"
+        )
+    if read["template"] == "plain":
+        seen.append(
+            "the tokenizer has no chat template: a plain one is used, unless chat_template names another"
+        )
+    if read["template_adds"]:
+        seen.append(f"the chat template adds: {read['template_adds']!r}")
+    for reason, count in sorted(found["bad_rows"].items()):
+        seen.append(f"{count:,} cannot be used ({reason}): repair them, or on_bad_row: skip")
+    if found["unused"]:
+        seen.append(f"columns that are not part of the conversation: {', '.join(sorted(found['unused']))}")
+    remarks = "\n".join(f"  # {visible(line, newline=' ')}" for line in seen)
+    skipping = (
+        "\n  on_bad_row: stop              # or skip: count such rows and list them"
+        if found["bad_rows"]
+        else ""
+    )
+    return f"""\
+# yaml-language-server: $schema={SCHEMA_FILE}
+# Written by `sstoken-curate init`. `sstoken-curate plan` with this file says what would run, `run` runs it.
+out: {_scalar(out)}
+encode:
+{remarks}
+  data: {_scalar(data)}
+  model: {_scalar(model)}{skipping}
+  # max_length: {length["max"]}               # longer examples keep their start
+anchor:                         # fine-tunes the model and keeps checkpoints; leave it out and name
+  epochs: 1                     # two checkpoints under score if you have them
+  learning_rate: 1.0e-5
+  batch_size: 8
+  snapshots: 4
+  # lora_rank: 16               # adapters alone: less memory, small checkpoints, a higher learning rate
+score:
+  dtype: float32                # bfloat16 is faster on a GPU, and where `sstoken-curate doctor` says so
+select:
+  method: sstoken               # `sstoken-curate methods` lists them; compare with random and full
+  rho: 0.6                      # share of the response tokens kept; a list of values makes several datasets
+  gamma: 0.5
+  # protect: [end_of_turn]      # kept whatever their score, so that the model learns to stop
+"""
+
+
+def write(file: Path, text: str, schema: str, *, force: bool) -> None:
+    """Write the configuration, and the schema beside it.
+
+    Raises:
+        UsageError: the file is there already, or cannot be written.
+    """
+    if file.exists() and not force:
+        raise UsageError(f"{file}: is there already; name another with --file, or write over it with --force")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+        (file.parent / SCHEMA_FILE).write_text(schema, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror}); name another with --file") from error
+
+
+def from_folder(given: str, folder: Path) -> str:
+    """Return a path that is there as seen from the YAML's folder; anything else as it was given."""
+    place = Path(given).expanduser()
+    if "://" in given or place.is_absolute() or not place.exists():
+        return given
+    return os.path.relpath(place, folder)
+
+
+def _scalar(value: str) -> str:
+    return yaml.safe_dump(value, width=10_000, allow_unicode=True).removesuffix("\n...\n").strip()

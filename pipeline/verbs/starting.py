@@ -1,0 +1,74 @@
+"""The verbs of the first hour: a configuration to start from, and what an editor needs to help with it."""
+
+import json
+from typing import Any
+
+import click
+
+from sstoken.pipeline.cli_options import json_option
+from sstoken.pipeline.verbs.command import Place, command, place
+
+__all__ = ["init", "schema"]
+
+
+def init(
+    *, data: str, model: str, out: Place = "runs/mine", file: Place = "sstoken.yaml", force: bool = False
+) -> dict[str, Any]:
+    """Write a commented configuration for your model and data, after a look at both.
+
+    Example:
+      sstoken-curate init --data runs/demo/data.jsonl --model runs/demo/base --out runs/mine --file mine.yaml
+
+    Args:
+        data: as `encode` takes it.
+        model: the model to train: a folder or a Hub id.
+        out: the run's folder, which the configuration names.
+        file: the configuration; the schema for editors is written beside it.
+        force: write over a file that is there.
+
+    Returns:
+        What `encode` counted in the first rows.
+    """
+    from sstoken.pipeline import starting
+
+    found = starting.look(data, model)
+    path = place(file)
+    text = starting.configuration(
+        starting.from_folder(data, path.parent), starting.from_folder(model, path.parent), str(out), found
+    )
+    starting.write(path, text, json.dumps(schema(), indent=1) + "\n", force=force)
+    return found
+
+
+@command(
+    init,
+    click.option("--data", required=True, help="The dataset, as `encode` takes it."),
+    click.option("--model", required=True, help="The model to train: a folder or a Hub id."),
+    click.option("--out", default="runs/mine", show_default=True, help="The run's folder."),
+    click.option("--file", default="sstoken.yaml", show_default=True, help="The configuration to write."),
+    click.option("--force", is_flag=True, help="Write over a file that is there."),
+    json_option,
+)
+def _init(data: str, model: str, out: str, file: str, force: bool, as_json: bool) -> None:
+    found = init(data=data, model=model, out=out, file=file, force=force)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(place(file).read_text(encoding="utf-8"))
+    click.echo(f"written: {file}; next: sstoken-curate plan {file}")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of configurations, with which editors complete and check them.
+
+    Example:
+      sstoken-curate schema > sstoken.schema.json
+    """
+    from sstoken.pipeline.schema import schema as make
+
+    return make()
+
+
+@command(schema, click.option("--json", "as_json", is_flag=True, hidden=True))
+def _schema(as_json: bool) -> None:
+    click.echo(json.dumps(schema(), indent=1))
