@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sstoken.errors import UsageError
 from sstoken.methods import Input, get_method
+from sstoken.methods.presets import method_name
 from sstoken.pipeline.checkpoint_names import check_compared, check_name, enter, named_checkpoints
 from sstoken.pipeline.sections import ScoreSection, SelectSection
 from sstoken.pipeline.yaml_steps import combinations
@@ -199,7 +200,7 @@ def _add_needs(
 
 def _methods(section: SelectSection) -> Iterator[str]:
     for choice in combinations({"method": section.sweep.get("method", [section.method])}):
-        yield str(choice["method"])
+        yield method_name(str(choice["method"]))
 
 
 def _named(section: ScoreSection | SelectSection) -> Iterator[str]:

@@ -7,11 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sstoken.errors import NothingLeftError, UsageError
 from sstoken.labels import labels_from_mask
 from sstoken.methods import Method, Params, Top, get_method
+from sstoken.methods.presets import expand
 from sstoken.stages import folders, joins, tables
 from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import PROTECTED, merge_stats, notes_on, shard_stats, signal_stats
@@ -35,7 +36,7 @@ class Select(ShardedStage):
     seeded: ClassVar[bool] = True
 
     method: str = "sstoken"
-    """Selection method; `sstoken-curate methods` lists them with their parameters."""
+    """Selection method, or `recommended`; `sstoken-curate methods` lists them with their parameters."""
     params: dict[str, Any] = Field(default_factory=dict)
     """A parameter of the method; give it once for each."""
     rho: float = 0.6
@@ -54,6 +55,12 @@ class Select(ShardedStage):
     """Choose examples first, by T-SHIRT: method=t-shirt, keep=0.05 (a share, or a number), ratio=0.5, draws=0."""
     lean: bool = False
     """Write only example_id, input_ids, labels, keep_mask and, of a weighting method, weight."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, given: Any) -> Any:
+        """A preset is recorded as what it stands for, and so has the same fingerprint."""
+        return expand(given) if isinstance(given, dict) else given
 
     def check(self) -> None:
         """Refuse an unknown method, a parameter that it does not have or out of range, and a scope it cannot take."""

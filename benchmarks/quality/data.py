@@ -60,3 +60,8 @@ def roleplay(number: int) -> tuple[Row, ...]:
         question = "\n\n".join(text for text in (row["instruction"], row["input"]) if text)
         found.append(Row(f"roleplay-{index}", question, (row["response"],), ""))
     return tuple(found)
+
+
+def plain_texts(number: int) -> list[str]:
+    """English that no chat template surrounds: GSM8K's held-out questions."""
+    return [row.question for row in gsm8k("test")[:number]]

@@ -18,6 +18,7 @@ from benchmarks.quality.study import Cells
 from benchmarks.quality.tokens import CLASSES
 
 LOSSES = ("all", *CLASSES)
+GREEDY = ("right", "ended", "length")
 
 
 def write_report(cells: Cells, out: Path, command: str) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     flat = []
     for row in rows:
         head = {"method": row["method"], **row["seed"]}
-        for what in ("held_out", "greedy", "forgetting"):
+        for what in ("held_out", "greedy", "forgetting", "plain"):
             flat += [{**head, "what": what, "item": i, **item} for i, item in enumerate(row.get(what, []))]
     names = list(dict.fromkeys(key for row in flat for key in row))
     return pa.table({name: [row.get(name) for row in flat] for name in names})
@@ -81,13 +82,14 @@ def _compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
             name: _difference(a, b, "held_out", f"loss_{name}", f"tokens_{name}") for name in LOSSES
         }
         found[method]["full_loss"] = _mean(b, "held_out", "loss_all", "tokens_all")
-        if "forgetting" in a[0]:
-            found[method]["forgetting"] = _difference(a, b, "forgetting", "loss_all", "tokens_all")
+        for other in ("forgetting", "plain"):
+            if other in a[0]:
+                found[method][other] = _difference(a, b, other, "loss_all", "tokens_all")
         if "greedy" in a[0]:
-            for what in ("right", "ended", "length"):
+            for what in GREEDY:
                 found[method][what] = {
                     "mean": _mean(a, "greedy", what, None),
-                    "less_full": _difference(a, b, "greedy", what, None),
+                    "less": {"full": _difference(a, b, "greedy", what, None)},
                 }
     for reference in [m for m in found if m.split()[0] in ("random", "prefix")]:
         for method in found:
@@ -97,6 +99,8 @@ def _compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 found[method].setdefault("loss_less", {})[reference] = _difference(
                     a, b, "held_out", "loss_all", "tokens_all"
                 )
+                for what in GREEDY if "greedy" in a[0] else ():
+                    found[method][what]["less"][reference] = _difference(a, b, "greedy", what, None)
     return found
 
 
@@ -148,15 +152,19 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
             f"{study.num_held_out} clean held-out answers. Their loss less that of `full`, nats a token, with a 95 % "
             "interval (paired bootstrap over seeds and answers); below 0 is better than `full`.",
             "",
-            "| method | seeds | kept: content, noise, end | all tokens | result | numbers | words | end | other data |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| method | seeds | kept: content, noise, end | all tokens | result | numbers | words | end | other answers | "
+            "plain text |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
     for method, f in figures["methods"].items():
         kept = (
             f"{f['kept']['content']:.0%}, {f['kept'].get('noise', float('nan')):.0%}, {f['kept']['end']:.0%}"
         )
         losses = " | ".join(_cell(f["loss"][name]) for name in ("all", "result", "number", "word", "end"))
-        lines.append(f"| {method} | {f['num_seeds']} | {kept} | {losses} | {_cell(f.get('forgetting'))} |")
+        lines.append(
+            f"| {method} | {f['num_seeds']} | {kept} | {losses} | {_cell(f.get('forgetting'))} | "
+            f"{_cell(f.get('plain'))} |"
+        )
     one = next(iter(figures["methods"].values()), None)
     if one:
         lines += ["", f"`full` has a held-out loss of {one['full_loss']:.3f}."]
@@ -170,18 +178,7 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
             if "loss_less" in f
         ]
     if one and "right" in one:
-        lines += [
-            "",
-            "Greedy answers to held-out questions:",
-            "",
-            "| method | right | less full | end within the limit | less full | tokens |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {m} | {f['right']['mean']:.1%} | {_cell(f['right']['less_full'])} | {f['ended']['mean']:.1%} | "
-            f"{_cell(f['ended']['less_full'])} | {f['length']['mean']:.1f} |"
-            for m, f in figures["methods"].items()
-        ]
+        lines += _greedy(study.num_greedy, references, figures["methods"])
     if figures["found"]:
         lines += [
             "",
@@ -222,6 +219,26 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
             f"- {source}: {v['sd']:.4f} ({v['runs']} runs)" for source, v in figures["variance"].items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _greedy(number: int, references: list[str], methods: dict[str, Any]) -> list[str]:
+    """How many answers are right, how many end, and how long they are."""
+    others = ["full", *references]
+    lines = [
+        "",
+        f"Greedy answers to {number} held-out questions: share that is right, less that of another method "
+        "(0.01 is one point); share that ends within the limit; length in tokens.",
+        "",
+        "| method | right | " + " | ".join(f"less {o}" for o in others) + " | end | less full | tokens |",
+        "|---" * (len(others) + 5) + "|",
+    ]
+    for method, f in methods.items():
+        less = " | ".join(_cell(f["right"]["less"].get(o)) for o in others)
+        lines.append(
+            f"| {method} | {f['right']['mean']:.1%} | {less} | {f['ended']['mean']:.1%} | "
+            f"{_cell(f['ended']['less']['full'])} | {f['length']['mean']:.1f} |"
+        )
+    return lines
 
 
 def _cell(interval: Any) -> str:

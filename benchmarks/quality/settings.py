@@ -31,11 +31,26 @@ class Seed(Strict):
         return f"d{self.data}-n{self.noise}-o{self.order}"
 
 
+class Lesson(Strict):
+    """What the base is taught first, on clean answers of the study's data: a base that knows such answers."""
+
+    num_train: int
+    """Answers, each seen once; of a seed that no training set has."""
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+
+    @property
+    def key(self) -> str:
+        """For folder names."""
+        return f"{self.num_train}-{self.batch_size}-{self.learning_rate:g}"
+
+
 class MethodRun(Strict):
     """One way to select."""
 
     method: str
-    """One of `scores.SCORES`, or `full`, `random`, `noise` (drops exactly what was planted), `worst`."""
+    """One of `scores.SCORES`, or `base` (no training), `full`, `random`, `noise` (drops exactly what was planted),
+    `worst`."""
     rho: float = Field(default=0.6, gt=0, le=1)
     """The share of response tokens kept."""
     scope: Literal["sample", "global"] = "sample"
@@ -48,8 +63,8 @@ class MethodRun(Strict):
     @property
     def key(self) -> str:
         """The row's name in tables and files."""
-        if self.method == "full":
-            return "full"
+        if self.method in ("base", "full"):
+            return self.method
         scope = "" if self.scope == "sample" else " global"
         protect = " protected" if self.protect else ""
         tokens = " equal tokens" if self.protocol == "equal-tokens" else ""
@@ -65,6 +80,8 @@ class Study(Strict):
     base: Literal["smollm2", "small"]
     upper_layers: int | None = None
     """Train LoRA in so many of the last layers; None trains all weights."""
+    lesson: Lesson | None = None
+    """None: the base as it is."""
     data: Literal["gsm8k", "families"]
     num_train: int
     noise_rate: float = Field(ge=0, le=1)
@@ -80,7 +97,7 @@ class Study(Strict):
     """Held-out questions that are answered greedily."""
     max_new_tokens: int = 80
     num_forgetting: int = 0
-    """Roleplay answers whose loss is measured, with and without the chat template."""
+    """Roleplay answers, and texts without the chat template, whose loss is measured."""
     max_length: int = 512
     methods: tuple[MethodRun, ...] = ()
     """None: nothing is trained; the base model's signals alone are measured, and how they find the noise."""

@@ -33,7 +33,7 @@ class Student:
     """A causal model, either trained whole or by LoRA in its upper layers.
 
     Args:
-        base: one of `BASES`.
+        base: one of `BASES`, or a folder.
         upper_layers: train LoRA of rank 16 in so many of the last layers, the rest frozen; None: all weights.
         seed: of LoRA's first weights.
         attention: `eager` where attention is to be measured.
@@ -42,7 +42,7 @@ class Student:
 
     def __init__(
         self,
-        base: str,
+        base: str | Path,
         upper_layers: int | None,
         seed: int,
         attention: str = "sdpa",
@@ -53,7 +53,7 @@ class Student:
         dtype = torch.float32 if upper_layers is None else torch.bfloat16
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            BASES[base], dtype=dtype, attn_implementation=attention
+            BASES.get(str(base), base), dtype=dtype, attn_implementation=attention
         ).to(device)
         self.device = device
         self._lower: Any = None

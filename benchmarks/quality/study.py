@@ -18,11 +18,13 @@ from benchmarks.quality.scores import SCORES
 from benchmarks.quality.settings import MethodRun, Seed, Study
 from benchmarks.quality.signals import Signals, measure
 from benchmarks.quality.student import Student, load_tokenizer
-from benchmarks.quality.tokens import CONTENT, END, Encoded, encode, end_token, prompt_text
+from benchmarks.quality.tokens import CONTENT, END, Encoded, encode, encode_plain, end_token, prompt_text
 from benchmarks.quality.training import answer_greedily, losses_by_class, train
 from sstoken.selection import keep_per_example
 
 Say = Callable[[str], None]
+LESSON_SEED = 1_000_000
+"""Of the answers that a base is taught; no seed of a study."""
 
 
 class Cells:
@@ -69,6 +71,8 @@ class Cells:
         num_steps = self.study.epochs * len(training) // self.study.batch_size
         if method.protocol == "equal-tokens":
             num_steps = round(num_steps / max(share["all"], 1e-9))
+        if method.method == "base":
+            num_steps = 0
         trained = train(
             student,
             training,
@@ -84,7 +88,7 @@ class Cells:
             "steps": num_steps,
             "trained_tokens": trained,
             "kept": share,
-            **self.evaluate(student),
+            **(self._untrained if method.method == "base" else self.evaluate(student)),
         }
         if method.method == "full" and seed in self.study.seeds:
             self._measure_current(student, seed, training)
@@ -95,7 +99,38 @@ class Cells:
         self.say(f"{self.study.name}  {seed.key}  {method.key}: loss {loss:.3f}, {found['seconds']} s")
 
     def _student(self, seed: Seed) -> Student:
-        return Student(self.study.base, self.study.upper_layers, seed.order, below=self._below)
+        return Student(self._base, self.study.upper_layers, seed.order, below=self._below)
+
+    @cached_property
+    def _base(self) -> str | Path:
+        """The base, or the folder of what it was taught; studies with the same lesson share it."""
+        study, lesson = self.study, self.study.lesson
+        if lesson is None:
+            return study.base
+        folder = self.folder.parent / "bases" / f"{study.base}-{study.data}-{lesson.key}"
+        if not folder.exists():
+            rows = data.draw(study.data, "train", lesson.num_train, LESSON_SEED)
+            examples = encode(self.tokenizer, [Example(r, r.answer) for r in rows], study.max_length)
+            student = Student(study.base, None, LESSON_SEED)
+            train(
+                student,
+                examples,
+                [np.ones(e.num_response, dtype=bool) for e in examples],
+                num_steps=len(examples) // lesson.batch_size,
+                batch_size=lesson.batch_size,
+                learning_rate=lesson.learning_rate,
+                seed=LESSON_SEED,
+            )
+            partial = folder.with_name(folder.name + ".partial")
+            student.model.save_pretrained(partial)
+            partial.rename(folder)
+            self.say(f"{study.name}  taught the base: {folder.name}")
+        return folder
+
+    @cached_property
+    def _untrained(self) -> dict[str, Any]:
+        """The base without training: the same with every seed."""
+        return self.evaluate(self._student(self.study.seeds[0]))
 
     def training_set(self, seed: Seed) -> list[Encoded]:
         """The training examples of a seed, with noise in them."""
@@ -111,7 +146,7 @@ class Cells:
         kinds = np.concatenate([e.kinds for e in training])
         classes = np.concatenate([e.classes for e in training])
         content = (kinds == CONTENT) | (kinds == END)
-        if method.method == "full":
+        if method.method in ("base", "full"):
             kept = np.ones(len(kinds), dtype=bool)
         elif method.method == "noise":
             kept = content
@@ -190,4 +225,7 @@ class Cells:
             ]
         if self.study.num_forgetting:
             found["forgetting"] = losses_by_class(student, self._others)
+            texts = data.plain_texts(self.study.num_forgetting)
+            plain = encode_plain(self.tokenizer, texts, min(self.study.max_length, 256))
+            found["plain"] = losses_by_class(student, plain)
         return found

@@ -46,6 +46,18 @@ def encode(
     return [_encode(tokenizer, example, max_length) for example in examples]
 
 
+def encode_plain(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int
+) -> list[Encoded]:
+    """Texts without a prompt: all tokens but the first are counted, as class `word`."""
+    found = []
+    for text in texts:
+        ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"][:max_length], dtype=np.int64)
+        num = len(ids) - 1
+        found.append(Encoded(ids, 1, np.full(num, CONTENT, dtype="U16"), np.full(num, "word", dtype="U8")))
+    return found
+
+
 def prompt_text(tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
     """The chat template's text up to where the answer begins."""
     messages = [{"role": "user", "content": question}]

@@ -89,7 +89,7 @@ def losses_by_class(
 
 @torch.no_grad()
 def answer_greedily(
-    student: Student, tokenizer: Any, prompts: Sequence[str], end_id: int, limit: int, batch_size: int = 32
+    student: Student, tokenizer: Any, prompts: Sequence[str], end_id: int, limit: int, batch_size: int = 128
 ) -> list[tuple[str, bool, int]]:
     """Of each prompt: the greedy answer, whether it ended within the limit, and its length in tokens."""
     ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]

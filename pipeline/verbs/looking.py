@@ -65,12 +65,15 @@ def methods() -> list[dict[str, Any]]:
 @command(methods, json_option)
 def _methods(as_json: bool) -> None:
     from sstoken.methods.listing import print_rows
+    from sstoken.methods.presets import PRESETS
     from sstoken.methods.registry import broken_entry_points
 
     if as_json:
         click.echo(json.dumps(methods()))
     else:
         print_table(*print_rows())
+        for preset in PRESETS.values():
+            click.echo(preset.line)
     for line in broken_entry_points():
         click.echo(line, err=True)
 

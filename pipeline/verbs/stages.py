@@ -13,6 +13,7 @@ import click
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.methods.presets import PRESETS
 from sstoken.pipeline.checkpoint_names import given_roles, named_checkpoints, select_inputs
 from sstoken.pipeline.cli_options import Option, json_option
 from sstoken.pipeline.job import Job, Result
@@ -232,7 +233,10 @@ def _show_selections(values: dict[str, Any], as_json: bool) -> None:
         name, out = "select", kept["out"]
         if choice:
             name, out = f"select/{label(choice)}", f"{str(out).rstrip('/')}-{label(choice)}"
-        results[name] = select(**chosen(kept, choice) | {"out": out})
+        given = chosen(kept, choice) | {"out": out}
+        results[name] = select(**given)
+        if not as_json and given.get("method") in PRESETS:
+            click.echo(PRESETS[given["method"]].line)
         if not as_json or len(choices) == 1:
             print_finished(name, results[name], as_json)
     if as_json and len(choices) > 1:

@@ -6,7 +6,8 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sstoken.methods.base import EVIDENCE, Method, Params, legal, parameter_type
-from sstoken.methods.registry import METHODS, own_methods
+from sstoken.methods.presets import PRESETS
+from sstoken.methods.registry import METHODS, get_method, own_methods
 
 
 def parameters(params: type[Params]) -> list[dict[str, Any]]:
@@ -46,8 +47,12 @@ def describe(method: Method) -> dict[str, Any]:
 
 
 def facts() -> list[dict[str, Any]]:
-    """Describe every method: its name and what `describe` says of it."""
-    return [{"method": method.name, **describe(method)} for method in METHODS.values()]
+    """Describe every method, and what each preset stands for (`stands_for`; None for a method)."""
+    found = [{"method": m.name, **describe(m), "stands_for": None} for m in METHODS.values()]
+    for preset in PRESETS.values():
+        described = describe(get_method(preset.method)) | {"name": preset.name, "source": preset.about}
+        found.append({"method": preset.name, **described, "stands_for": preset.stands_for})
+    return found
 
 
 def print_rows() -> tuple[Sequence[str], Sequence[Sequence[str]]]:
@@ -80,7 +85,11 @@ def page() -> str:
         if m.family == family
     )
     entries = "\n".join(_entry(m) for family in families for m in methods if m.family == family)
-    return _PAGE.replace("TABLE", table).replace("ENTRIES", entries)
+    presets = "\n".join(
+        f"`--method {p.name}` is short for `{p.text}` (see [choosing.md](choosing.md))."
+        for p in PRESETS.values()
+    )
+    return _PAGE.replace("PRESETS", presets).replace("TABLE", table).replace("ENTRIES", entries)
 
 
 def _evidence(method: Method) -> str:
@@ -124,6 +133,10 @@ published; second-hand, the formula is known from summaries alone; -, this proje
 | method | family | signals | policy | scope | in the loop | evidence |
 |---|---|---|---|---|---|---|
 TABLE
+
+PRESETS
+Options given beside it win, and `--protect` adds to it; manifests and cards record what it stands for. The default of
+`--method` is `sstoken` as published.
 
 ## What is written
 

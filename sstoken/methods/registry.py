@@ -52,6 +52,12 @@ def get_method(name: str) -> Method:
             return method
     if reason := _broken().get(name):
         raise SstokenError(reason)
+    from sstoken.methods.presets import PRESETS
+
+    if name in PRESETS:
+        raise UsageError(
+            f"method {name!r} is a preset of `select`, short for {PRESETS[name].text}; name the method"
+        )
     near = difflib.get_close_matches(name, METHODS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"method {name!r} is not known; legal: {', '.join(METHODS)}{hint}")

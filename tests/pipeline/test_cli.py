@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from sstoken.pipeline.cli import VERBS
 from sstoken.pipeline.cli import cli as entry
 from sstoken.pipeline.cli_options import stage_options
+from sstoken.stages import manifest as manifests
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
 from sstoken.stages.export import Export
@@ -480,3 +481,37 @@ def test_as_a_module_and_from_any_folder(world: World, tmp_path: Path) -> None:
     )
     assert (done.returncode, messages(done.stderr)) == (0, [])
     assert json.loads(done.stdout)["folder"] == "masked"
+
+
+def test_recommended_is_recorded_as_what_it_stands_for(
+    world: World, cli: CommandLine, tmp_path: Path
+) -> None:
+    scores = tmp_path / "scores"
+    signals = ("--signal", "loss", "--signal", "loss_unconditional")
+    cli.works("score", "--tokens", world.tokens, "--ckpt", world.base, *signals, "--out", scores)
+    select = ("select", "--tokens", world.tokens, "--scores", scores, "--out")
+    printed = cli.works(*select, tmp_path / "short", "--method", "recommended")
+    assert printed.startswith("recommended is short for --method pmi-band --protect end_of_turn: ")
+    cli.works(*select, tmp_path / "long", "--method", "pmi-band", "--protect", "end_of_turn")
+    short, long = (manifests.finished(tmp_path / name, "select") for name in ("short", "long"))
+    assert short.fingerprint == long.fingerprint
+    assert short.settings["method"] == "pmi-band"
+    assert short.settings["protect"] == ["end_of_turn"]
+    card = (tmp_path / "short" / "README.md").read_text()
+    assert "| method | pmi-band |" in card
+    assert "| protect | " in card
+    facts = json.loads(cli.works(*select, tmp_path / "short", "--method", "recommended", "--json"))
+    assert facts["skipped"] is True
+
+
+def test_a_run_measures_what_recommended_reads(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"out: {tmp_path}/run\nencode: {{data: {world.data}, model: {world.base}, workers: 1}}\n"
+        f"score: {{checkpoints: {{a: {world.base}, b: {world.later}}}}}\n"
+        "select: {method: [recommended, sstoken]}\n"
+    )
+    found = json.loads(cli.works("run", config, "--json"))
+    manifest = manifests.finished(tmp_path / "run" / "masked-method-recommended", "select")
+    assert manifest.settings["method"] == "pmi-band"
+    assert "select/method-sstoken" in found

@@ -1,0 +1,75 @@
+"""Presets: a name for `select --method` that stands for a method with settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sstoken.methods.registry import get_method
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method with settings, each of which the user may outrank."""
+
+    name: str
+    method: str
+    about: str
+    """Why: one line, with the page that has the evidence."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    protect: tuple[str, ...] = ()
+
+    @property
+    def stands_for(self) -> dict[str, Any]:
+        """What a manifest records in its place."""
+        params = get_method(self.method).read_params(self.params).model_dump(mode="json")
+        return {"method": self.method, "params": params, "protect": list(self.protect)}
+
+    @property
+    def text(self) -> str:
+        """The options of `select` that it is short for."""
+        options = [f"--param {name}={value}" for name, value in self.params.items()]
+        options += [f"--protect {name}" for name in self.protect]
+        return " ".join([f"--method {self.method}", *options])
+
+    @property
+    def line(self) -> str:
+        """What it is short for and why, to be shown."""
+        return f"{self.name} is short for {self.text}: {self.about}"
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "recommended",
+            "pmi-band",
+            "it finds noise best where the base knows such answers; when not to use it: docs/choosing.md",
+            protect=("end_of_turn",),
+        ),
+    )
+}
+
+
+def method_name(name: str) -> str:
+    """The method that a name in `select` stands for: a preset's, or the name itself."""
+    return PRESETS[name].method if name in PRESETS else name
+
+
+def expand(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a selection with a preset's name replaced by what it stands for.
+
+    Args:
+        given: the settings as the user gave them; those outrank the preset's, and `protect` adds to its.
+    """
+    found = dict(given)
+    preset = PRESETS.get(name) if isinstance(name := given.get("method"), str) else None
+    if preset is None:
+        return found
+    found["method"] = preset.method
+    own, params = given.get("protect") or (), given.get("params") or {}
+    if isinstance(own, list | tuple):
+        found["protect"] = tuple(dict.fromkeys([*own, *preset.protect]))
+    defaults = {key: value for key, value in preset.params.items() if key not in given}
+    if defaults and isinstance(params, Mapping):
+        found["params"] = {**defaults, **params}
+    return found

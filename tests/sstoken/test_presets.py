@@ -1,0 +1,62 @@
+"""Presets of `select`: what they stand for, and that what the user gives wins."""
+
+import pytest
+
+from sstoken.errors import UsageError
+from sstoken.in_loop.settings import SelfModulation
+from sstoken.methods import METHODS, get_method
+from sstoken.methods.listing import facts, page
+from sstoken.methods.presets import PRESETS, Preset, expand, method_name
+from sstoken.stages.select import Select
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
+def test_a_preset_stands_for_what_select_takes(preset: Preset) -> None:
+    assert preset.name not in METHODS
+    assert preset.stands_for["method"] == method_name(preset.name) == get_method(preset.method).name
+    long = Select(method=preset.method, params=dict(preset.params), protect=preset.protect)
+    short = Select(method=preset.name)
+    short.check()
+    assert short.fingerprinted() == long.fingerprinted()
+    assert short.method == preset.method
+
+
+def test_what_is_given_wins_and_protect_adds() -> None:
+    preset = Preset("mine", "pmi-band", "a test", params={"window": 2, "rho": 0.8}, protect=("end_of_turn",))
+    PRESETS["mine"] = preset
+    try:
+        given = {"method": "mine", "rho": 0.5, "params": {"window": 3, "clip": 1.0}, "protect": ["code"]}
+        found = Select(**expand(given))
+        assert found.resolved.model_dump() == get_method("pmi-band").read_params(
+            {"rho": 0.5, "window": 3, "clip": 1.0}
+        ).model_dump()  # fmt: skip
+        assert found.protect == ("code", "end_of_turn")
+        assert Select(method="mine").resolved.model_dump()["rho"] == 0.8
+    finally:
+        del PRESETS["mine"]
+
+
+def test_a_budget_goes_with_the_recommended_preset() -> None:
+    Select(method="recommended", budget=10).check()
+
+
+def test_other_settings_are_left_as_they_are() -> None:
+    given = {"method": "sstoken", "rho": 0.5}
+    assert expand(given) == given
+    assert expand({"rho": 0.5}) == {"rho": 0.5}
+    assert Select().method == "sstoken"
+    assert Select().protect == ()
+
+
+def test_the_list_says_what_a_preset_stands_for() -> None:
+    listed = {row["method"]: row["stands_for"] for row in facts()}
+    assert listed["sstoken"] is None
+    assert listed["recommended"] == PRESETS["recommended"].stands_for
+    assert f"`--method recommended` is short for `{PRESETS['recommended'].text}`" in page()
+
+
+def test_a_preset_is_refused_in_the_loop_by_what_it_stands_for() -> None:
+    with pytest.raises(
+        UsageError, match=r"'recommended' is a preset of `select`, short for --method pmi-band"
+    ):
+        SelfModulation(method="recommended")
