@@ -152,8 +152,8 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
             f"{study.num_held_out} clean held-out answers. Their loss less that of `full`, nats a token, with a 95 % "
             "interval (paired bootstrap over seeds and answers); below 0 is better than `full`.",
             "",
-            "| method | seeds | kept: content, noise, end | all tokens | result | numbers | words | end | other answers | "
-            "plain text |",
+            "| method | seeds | kept: content, noise, end | all tokens | result | numbers | words | end | "
+            "other answers | plain text |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
     for method, f in figures["methods"].items():
