@@ -18,6 +18,7 @@ from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import PROTECTED, merge_stats, notes_on, shard_stats, signal_stats
 from sstoken.stages.selecting.deciding import Decided, Decider, Whole, WholeDataset
 from sstoken.stages.selecting.examples import ExampleChoice, choose_examples
+from sstoken.stages.selecting.harm import harm_notes, harm_stats
 from sstoken.stages.selecting.shard import Shard, check_measured
 from sstoken.stages.selecting.text import check_protect
 from sstoken.stages.sharded import ShardedStage, Work
@@ -161,7 +162,8 @@ class Select(ShardedStage):
         summary["compared"] = {role: named[role] for role in self.of.roles if role in named}
         if all("rel_sum" in m["checks"] for m in said):
             summary["mean_rel"] = sum(m["checks"]["rel_sum"] for m in said) / summary["response_tokens"]
-        if notes := notes_on([{**m["stats"], **m["checks"]} for m in said], self.method):
+        checks = [{**m["stats"], **m["checks"]} for m in said]
+        if notes := notes_on(checks, self.method) + harm_notes(checks):
             summary["notes"] = notes
         write_card(context.out, provenance, summary)
         return summary
@@ -218,6 +220,7 @@ class _SelectShard:
             stats["passed_over"] = shard.num_passed_over
             stats["left_out"] -= shard.num_passed_over
         checks = signal_stats(tokens, decided.keep, self._decider.of.inputs, shard.turns)
+        checks |= harm_stats(shard.text, decided.keep, tokens.offsets)
         if self._decider.protect:
             stats |= {PROTECTED + name: int(mask.sum()) for name, mask in decided.protected.items()}
             stats["protected_added"] = decided.added

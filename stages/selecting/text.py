@@ -75,6 +75,21 @@ class ResponseText:
                 found[a:b] = token_texts(_tokenizer(self.tokenizer), self.ids[a:b].tolist())
         return found
 
+    @property
+    def quick(self) -> bool:
+        """Whether the tokenizer can be read without transformers, in well under a second."""
+        return (self.tokenizer / "tokenizer.json").is_file()
+
+    def where(self, test: Callable[[str], bool]) -> BoolArray:
+        """[N]: whether a token's own text passes the test, which is asked once for each id."""
+        if not len(self.ids):
+            return np.zeros(0, dtype=bool)
+        texts = _pieces_of(self.tokenizer)
+        passed = np.zeros(int(self.ids.max()) + 1, dtype=bool)
+        found = np.flatnonzero(np.bincount(self.ids))
+        passed[found] = [test(texts(int(i))) for i in found]
+        return passed[self.ids]
+
     def spans(self, pool: str) -> IntArray:
         """[S + 1], where each word or sentence starts; none crosses a turn.
 

@@ -1,0 +1,102 @@
+"""Counts by which `select` says where a mask looks harmful: words and numbers, and the last number of each turn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sstoken.selection import BoolArray, IntArray, num_kept
+from sstoken.stages.selecting.text import ResponseText
+
+MARGIN = 0.05
+"""A mask has to keep so much less of the words and numbers than a prefix does, before anything is said."""
+FEWEST = 100
+"""Of fewer words and numbers, or digits, nothing is said."""
+
+COUNTS = (
+    "content",
+    "content_kept",
+    "content_in_prefix",
+    "result_digits",
+    "result_digits_kept",
+    "turns_with_number",
+)
+
+
+def harm_stats(text: ResponseText, kept: BoolArray, offsets: IntArray) -> dict[str, int]:
+    """Counts of one shard that add up over shards; none where reading the tokenizer would need transformers.
+
+    Args:
+        text: of the N response tokens.
+        kept: [N].
+        offsets: [E + 1], where each example starts.
+
+    Returns:
+        `content` (tokens with a letter or digit), `content_kept`, `content_in_prefix` (of as many tokens in all, taken
+        from the start of each example), `result_digits` (number tokens of the last number of each turn),
+        `result_digits_kept`, `turns_with_number`.
+    """
+    if not text.quick:
+        return {}
+    content, number = text.where(_has_letter_or_digit), text.where(_is_number)
+    counts = np.diff(offsets)
+    share = kept.mean() if kept.size else 0.0
+    ends = np.array([num_kept(int(n), share) if share else 0 for n in counts], dtype=np.int64)
+    place = np.arange(kept.size) - np.repeat(offsets[:-1], counts)
+    result, with_number = _last_runs(number, text.turns)
+    return {
+        "content": int(content.sum()),
+        "content_kept": int((content & kept).sum()),
+        "content_in_prefix": int((content & (place < np.repeat(ends, counts))).sum()),
+        "result_digits": int(result.sum()),
+        "result_digits_kept": int((result & kept).sum()),
+        "turns_with_number": with_number,
+    }
+
+
+def harm_notes(stats: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each thing that looks harmful.
+
+    Args:
+        stats: of all shards; those without these counts (older folders, slow tokenizers) count for nothing.
+    """
+    known = [s for s in stats if "content" in s]
+    total = {name: sum(s[name] for s in known) for name in (*COUNTS, "turns")}
+    notes = []
+    if total["content"] >= FEWEST:
+        own, prefix = (total[name] / total["content"] for name in ("content_kept", "content_in_prefix"))
+        if own < prefix - MARGIN:
+            notes.append(
+                f"{own:.1%} of the words and numbers are kept; the start of each answer, as many tokens in all, holds "
+                f"{prefix:.1%}: compare with --method prefix --param of=response and with random"
+            )
+    digits = total["result_digits"]
+    dropped = digits - total["result_digits_kept"]
+    if digits >= FEWEST and 2 * dropped > digits and 2 * total["turns_with_number"] > total["turns"]:
+        notes.append(
+            f"{dropped:,} of the {digits:,} tokens of the answers' last numbers are dropped: a model may not learn to "
+            r"state results; keep them with --protect 'regex:\d[\d.,]*(?=\D*\Z)'"
+        )
+    return notes
+
+
+def _has_letter_or_digit(piece: str) -> bool:
+    return any(c.isalnum() for c in piece)
+
+
+def _is_number(piece: str) -> bool:
+    return any(c.isdigit() for c in piece) and not any(c.isalpha() for c in piece)
+
+
+def _last_runs(number: BoolArray, turns: IntArray) -> tuple[BoolArray, int]:
+    """[N] the last run of number tokens in each turn, and in how many turns there is one."""
+    found = np.zeros(number.size, dtype=bool)
+    at = np.flatnonzero(number)
+    if not at.size:
+        return found, 0
+    turn = np.searchsorted(turns, at, side="right") - 1
+    breaks = np.append((np.diff(at) > 1) | (np.diff(turn) > 0), True)
+    run = np.concatenate([[0], np.cumsum(breaks[:-1])])
+    last = np.append(turn[1:] != turn[:-1], True)
+    found[at[np.isin(run, run[last])]] = True
+    return found, int(last.sum())
