@@ -34,7 +34,8 @@ class Pooled(NamedTuple):
     offsets: np.ndarray
 
 
-def _pooled(cells: "Cells") -> Pooled | None:
+def pooled_signals(cells: "Cells") -> Pooled | None:
+    """The signals that have been measured; None: none."""
     parts = []
     for seed in cells.study.seeds:
         if not (cells.folder / "signals" / f"history-{seed.key}.npz").exists():
@@ -53,10 +54,10 @@ def _pooled(cells: "Cells") -> Pooled | None:
 
 def found_noise(cells: "Cells") -> dict[str, Any]:
     """AUROC of every score that the measured signals allow: over all noise, each kind, the mean of the kinds."""
-    pooled = _pooled(cells)
+    pooled = pooled_signals(cells)
     if pooled is None:
         return {}
-    signals, kinds, classes, offsets = pooled
+    signals, kinds, _, offsets = pooled
     content, noise = kinds == CONTENT, (kinds != CONTENT) & (kinds != END)
     found: dict[str, Any] = {}
     for name, score in SCORES.items():
@@ -74,30 +75,35 @@ def found_noise(cells: "Cells") -> dict[str, Any]:
         found[name] = {
             "auroc": own,
             "held_back_kinds": float(np.mean(held)) if held else None,
-            "kept": _kept(values, kinds, classes, offsets),
+            "kept": kept_shares(values, pooled),
             "average_precision": over_examples(average_precision, values, content, noise, offsets),
         }
     return found
 
 
-def _kept(
-    scores: np.ndarray, kinds: np.ndarray, classes: np.ndarray, offsets: np.ndarray
-) -> dict[str, Interval]:
-    """Which share of the ends of turns, the digits of the result, the content and the noise a mask at RHO keeps."""
-    keep = keep_per_example(np.asarray(scores, dtype=np.float64), offsets, RHO)
+def kept_shares(scores: np.ndarray, pooled: Pooled, rho: float = RHO) -> dict[str, Interval]:
+    """Which share of some classes of tokens a mask of each answer keeps, with intervals over answers.
+
+    Returns:
+        `end` of turns, digits of the `result`, `content`, `noise`, and `content less noise`: the difference of the two.
+    """
+    _, kinds, classes, offsets = pooled
+    keep = keep_per_example(np.asarray(scores, dtype=np.float64), offsets, rho)
     content = kinds == CONTENT
     groups = {END: kinds == END, "result": content & (classes == "result"), "content": content}
     groups |= {"noise": ~content & (kinds != END)}
-    starts, found = offsets[:-1], {}
-    for name, group in groups.items():
-        kept, number = (np.add.reduceat(x.astype(float), starts)[None] for x in (keep & group, group))
-        found[name] = paired_difference(kept, number, np.zeros_like(kept), np.ones_like(kept))
-    return found
+    counts = {
+        name: tuple(np.add.reduceat(x.astype(float), offsets[:-1])[None] for x in (keep & group, group))
+        for name, group in groups.items()
+    }
+    nothing = np.zeros((1, len(offsets) - 1)), np.ones((1, len(offsets) - 1))
+    found = {name: paired_difference(*count, *nothing) for name, count in counts.items()}
+    return found | {"content less noise": paired_difference(*counts["content"], *counts["noise"])}
 
 
 def causes(cells: "Cells") -> dict[str, float]:
     """The base's loss, and why ssToken ranks as it does: figures of its two halves."""
-    pooled = _pooled(cells)
+    pooled = pooled_signals(cells)
     if pooled is None:
         return {}
     signals, offsets = pooled.signals, pooled.offsets

@@ -94,3 +94,10 @@ def spearman(a: FloatArray, b: FloatArray) -> float:
     """Rank correlation; ties in the order of the tokens."""
     rank_a, rank_b = (np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (a, b))
     return float(np.corrcoef(rank_a, rank_b)[0, 1]) if len(a) > 2 else 0.0
+
+
+def spearman_interval(a: FloatArray, b: FloatArray, offsets: NDArray[np.int64]) -> Interval:
+    """The mean over examples of the rank correlation within each, with an interval over examples."""
+    spans = zip(offsets[:-1], offsets[1:], strict=True)
+    own = np.array([[spearman(a[i:j], b[i:j]) for i, j in spans]])
+    return paired_difference(own, np.ones_like(own), np.zeros_like(own), np.ones_like(own))

@@ -15,6 +15,7 @@ from benchmarks.quality.detection import causes, found_noise
 from benchmarks.quality.intervals import Interval, paired_difference
 from benchmarks.quality.settings import MethodRun, Seed
 from benchmarks.quality.study import Cells
+from benchmarks.quality.sweeps import sweeps
 from benchmarks.quality.tokens import CLASSES
 
 LOSSES = ("all", *CLASSES)
@@ -41,12 +42,13 @@ def write_report(cells: Cells, out: Path, command: str) -> dict[str, Any]:
         "variance": _variance(cells),
         "found": found_noise(cells) if cells.study.noise_rate else {},
         "causes": causes(cells),
+        "sweeps": sweeps(cells),
     }
     (out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(_markdown(cells, figures), encoding="utf-8")
     if rows:
         _figure(figures, out / f"{name}.svg", name)
-    return {k: figures[k] for k in ("methods", "found", "variance", "causes")}
+    return {k: figures[k] for k in ("methods", "found", "variance", "causes", "sweeps")}
 
 
 def _read(cells: Cells, seeds: list[Seed]) -> list[dict[str, Any]]:
@@ -213,6 +215,10 @@ def _markdown(cells: Cells, figures: dict[str, Any]) -> str:
             )
     if figures["causes"]:
         lines += ["", "Causes:", ""] + [f"- {what}: {value:.3f}" for what, value in figures["causes"].items()]
+    for title, table in figures["sweeps"].items():
+        lines += ["", f"{title}:", "", f"| | {' | '.join(table['columns'])} |"]
+        lines.append("|---" * (len(table["columns"]) + 1) + "|")
+        lines += [f"| {name} | {' | '.join(map(_cell, row))} |" for name, row in table["rows"].items()]
     if figures["variance"]:
         lines += ["", "Standard deviation of `full`'s held-out loss over one source of variance alone: "]
         lines += [
