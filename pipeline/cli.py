@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -87,8 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         status = _fail(f"interrupted; {_GOES_ON}", 130)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        status = _fail(f"{place}{error.strerror or error}; {_GOES_ON}", 1)
+        status = _fail(_refused(error), 1)
     except (
         Exception
     ) as error:  # libraries in Rust and C++ have kinds of their own for what the system refuses
@@ -99,6 +99,16 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             raise
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refused(error: OSError) -> str:
+    """What the system refused, of which file; of a full disk also how full it is."""
+    from sstoken.pipeline.writing import full_disk
+
+    if (told := full_disk(error, Path.cwd())) is not None:
+        return str(told)
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; {_GOES_ON}"
 
 
 def _fail(message: str, status: int) -> int:

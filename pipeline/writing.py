@@ -112,15 +112,23 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        place = _without_room(error, folder)
-        if place is None:
+        told = full_disk(error, folder)
+        if told is None:
             raise
-        disk = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.ismount(p))
-        usage = shutil.disk_usage(disk)
-        raise SstokenError(
-            f"{place}: no space left on the disk at {disk} ({_size(usage.free)} free of {_size(usage.total)}); make "
-            "room there; what is finished is kept, the same command goes on from there"
-        ) from error
+        raise told from error
+
+
+def full_disk(error: BaseException, folder: Path) -> SstokenError | None:
+    """Return the error to show for one that a full disk caused, by itself or through a library; else None."""
+    place = _without_room(error, folder)
+    if place is None:
+        return None
+    disk = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.ismount(p))
+    usage = shutil.disk_usage(disk)
+    return SstokenError(
+        f"{place}: no space left on the disk at {disk} ({_size(usage.free)} free of {_size(usage.total)}); make "
+        "room there; what is finished is kept, the same command goes on from there"
+    )
 
 
 def _without_room(error: BaseException | None, folder: Path) -> Path | None:
