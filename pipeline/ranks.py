@@ -56,7 +56,7 @@ def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
     if state_of(job, identity) is State.FINISHED:
         return Result(job.out, manifests.finished(job.out, stage.folder).metrics, skipped=True)
     check_out(job)
-    with one_run_at_a_time(job.place, part):
+    with one_run_at_a_time(job.place, part, fingerprint=identity.fingerprint):
         with one_run_at_a_time(job.place, wait=_SOON):
             recover(job, identity)
             if partial_fingerprint(job.partial) not in (None, identity.fingerprint) and (
@@ -103,7 +103,7 @@ def _commit(out: Path) -> Result:
     identity = identify(job, Digests())
     if identity.fingerprint != record["fingerprint"]:
         raise SstokenError(f"{out}: settings or inputs have changed since the ranks began; run them again")
-    with one_run_at_a_time(job.place):
+    with one_run_at_a_time(job.place, fingerprint=identity.fingerprint) as check_lease:
         if others := at_work(job.place, RANKS):
             raise SstokenError(f"{out}: {others[0]} is still at work; commit when all have ended")
         recover(job, identity)
@@ -116,6 +116,7 @@ def _commit(out: Path) -> Result:
             assert isinstance(job.stage, ShardedStage)
             _check_complete(out, partial, job.stage.outputs(context))
             metrics = job.stage.finish(context)
+            check_lease()
             finish(job, identity, metrics, time.monotonic() - start)
         forget_parts(job.place, RANKS)
     return Result(out, metrics, skipped=False)

@@ -91,7 +91,7 @@ def execute(
         job.stage.agree(False)
         return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
     check_out(job)
-    with one_run_at_a_time(job.place):
+    with one_run_at_a_time(job.place, fingerprint=identity.fingerprint) as check_lease:
         recover(job, identity)
         current = state_of(job, identity)
         if current is State.FINISHED and not force:
@@ -117,6 +117,7 @@ def execute(
             start = time.monotonic()
             job.stage.agree(True)
             metrics = run_stage(job, identity)
+            check_lease()
             finish(job, identity, metrics, time.monotonic() - start)
         return Result(job.out, metrics, skipped=False)
 
@@ -141,7 +142,7 @@ def check_out(job: Job) -> None:
         raise UsageError(f"{out}: is a file; the output has to be a folder")
     if out.is_dir():
         made = manifests.read_manifest(out)
-        if made is None and set(out.iterdir()) - set(out.glob(".*.lock")):
+        if made is None and set(out.iterdir()) - set(out.glob(".*.lock")) - set(out.glob(".*.lease")):
             raise UsageError(f"{out}: exists and was not written by sstoken; choose another output folder")
         if made is not None and made.stage != job.stage.name:
             raise UsageError(f"{out}: holds what {made.stage!r} wrote; choose another output folder")

@@ -3,14 +3,16 @@
 import errno
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from sstoken.errors import SstokenError
+from sstoken.pipeline import lease
 
 
 def check_writable(folder: Path) -> None:
@@ -39,27 +41,41 @@ RANKS = "rank-*-of-*"
 
 
 @contextmanager
-def one_run_at_a_time(out: Path, part: str = "", wait: float = 0) -> Iterator[None]:
+def one_run_at_a_time(
+    out: Path, part: str = "", wait: float = 0, fingerprint: str = ""
+) -> Iterator[Callable[[], None]]:
     """Let one run at a time work on an output folder, or on a part of it; a process's end releases it.
 
     Args:
         out: the folder.
         part: such as `rank-00003-of-00007`; empty: all of it.
         wait: seconds to wait for another one.
+        fingerprint: of the work, for those who find the folder taken.
+
+    Yields:
+        A check, to be called before anything is published: it raises if another run has taken the folder over.
 
     Raises:
-        SstokenError: another run works on it.
+        SstokenError: another run works on it; says whose it is.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_file(out, part))
     try:
         lock.acquire(timeout=wait)
     except Timeout:
+        by = lease.holder(_lease_file(out, part))
         raise SstokenError(
-            f"{out}: another run is writing {part or 'it'}; wait for that, or choose another folder"
+            f"{out}: another run is writing {part or 'it'}{f': {by}' if by else ''}; wait for that, or choose another "
+            "folder"
         ) from None
     try:
-        yield
+        own = lease.Lease(_lease_file(out, part), fingerprint)
+        with naming_full_disk(out):
+            own.take(wait, _say_watched)
+        try:
+            yield own.check
+        finally:
+            own.release()
     finally:
         lock.release()  # its file stays: unlinking it would let two runs lock two files of that name
 
@@ -77,6 +93,14 @@ def forget_parts(out: Path, parts: str) -> None:
 
 def _lock_file(out: Path, part: str) -> Path:
     return out.with_name(f".{out.name}.{part}.lock" if part else f".{out.name}.lock")
+
+
+def _say_watched(other: lease.Holder) -> None:
+    print(f"{other} holds the lease; watching it for {lease.PATIENCE:.0f} s", file=sys.stderr)
+
+
+def _lease_file(out: Path, part: str) -> Path:
+    return _lock_file(out, part).with_suffix(".lease")
 
 
 def _part_of(out: Path, file: Path) -> str:

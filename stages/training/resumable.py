@@ -107,7 +107,7 @@ class LiveLog(TrainerCallback):
     ) -> None:
         """Write the lines up to the step the run resumes from."""
         if state.is_world_process_zero:
-            self._path.write_text(log_lines(state.log_history))
+            write_atomic(self._path, log_lines(state.log_history))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,178 @@
+"""A lease beside a lock: who works on a folder, since when, and that it still does.
+
+The lock keeps processes of one machine apart, and dies with its process. Some network file systems do not tell other
+machines of it, so its holder also writes a lease, and writes it anew every few seconds. Who gets the lock and finds
+the lease of another machine watches it: while it changes, its holder lives; when it has not changed for `PATIENCE`
+seconds, the holder has died, and the lease is taken over. No clock is compared with another one's.
+"""
+
+import getpass
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+from sstoken.errors import SstokenError
+from sstoken.stages.storage import UNFINISHED
+
+BEAT = 5.0
+"""Seconds between two signs of life."""
+PATIENCE = 60.0
+"""Seconds without one after which a holder on another machine has died."""
+_LOOK = 0.5
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease."""
+
+    owner: str
+    """The user's name."""
+    host: str
+    boot: str
+    """Changes when the machine starts; the same in its containers, whose locks see each other."""
+    pid: int
+    since: str
+    """When it began, in its own local time."""
+    fingerprint: str
+    """Of the work; empty where that is not known."""
+    token: str
+    """Of this one holding."""
+
+    def __str__(self) -> str:
+        work = f", of work {self.fingerprint}" if self.fingerprint else ""
+        return f"process {self.pid} of {self.owner} on {self.host} since {self.since}{work}"
+
+
+class Lease:
+    """Holds a lease from `take` to `release`, in a file whose lock this process has."""
+
+    def __init__(self, file: Path, fingerprint: str = "") -> None:
+        self._file = file
+        self._own = Holder(
+            owner=_user(),
+            host=socket.gethostname(),
+            boot=_boot(),
+            pid=os.getpid(),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            fingerprint=fingerprint,
+            token=secrets.token_hex(8),
+        )
+        self._ended = Event()
+        self._opened = -1
+        self._beats = 0
+        self._thread = Thread(target=self._live, daemon=True)
+
+    def take(self, wait: float = 0, watched: Callable[[Holder], None] = lambda holder: None) -> None:
+        """Write the lease, once nobody else's is alive.
+
+        Args:
+            wait: seconds to wait for a living holder to release it.
+            watched: called before another machine's is watched, which takes up to `PATIENCE` seconds.
+
+        Raises:
+            SstokenError: its holder is alive; says who it is.
+        """
+        found = holder(self._file)
+        if (
+            found is not None and found.boot != self._own.boot
+        ):  # of this machine: its lock would not have been free
+            watched(found)
+            _wait_for_end(self._file, found, wait)
+        for left in self._file.parent.glob(f"{self._file.name}.*{UNFINISHED}"):
+            left.unlink(missing_ok=True)
+        temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}{UNFINISHED}")
+        self._opened = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            self._beat()
+            os.replace(temporary, self._file)
+        except OSError:
+            os.close(self._opened)
+            temporary.unlink(missing_ok=True)
+            raise
+        self._thread.start()
+
+    def check(self) -> None:
+        """Refuse to publish what another process took over while this one was held up.
+
+        Raises:
+            SstokenError: says who has the lease now.
+        """
+        found = holder(self._file)
+        if found is not None and found.token != self._own.token:
+            raise SstokenError(
+                f"{self._file.parent}: {found} took over while this process was held up; let it finish"
+            )
+
+    def release(self) -> None:
+        """Give the lease up."""
+        self._ended.set()
+        self._thread.join()
+        os.close(self._opened)
+        found = holder(self._file)
+        if found is not None and found.token == self._own.token:
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+    def _live(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(OSError):  # others may take it for dead then, and `check` notices
+                self._beat()
+
+    def _beat(self) -> None:
+        """Write it over, as long as before, into the file that was opened: never into that of a successor."""
+        self._beats += 1
+        text = json.dumps({**asdict(self._own), "beats": f"{self._beats:012d}"})
+        os.pwrite(self._opened, text.encode(), 0)
+        os.fsync(self._opened)
+
+
+def holder(file: Path) -> Holder | None:
+    """Return whose lease lies there; None where there is none, or none that can be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(file.read_bytes())
+        return Holder(**{key: found[key] for key in Holder.__dataclass_fields__})
+    return None
+
+
+def _wait_for_end(file: Path, found: Holder, wait: float) -> None:
+    began = changed = time.monotonic()
+    last = _content(file)
+    while time.monotonic() < changed + PATIENCE:
+        time.sleep(_LOOK)
+        now = _content(file)
+        if now is None:
+            return
+        if now != last:
+            last, changed = now, time.monotonic()
+            if changed >= began + wait:
+                raise SstokenError(
+                    f"{file.parent}: another run is writing here: {holder(file) or found}; wait for that, or choose "
+                    "another folder"
+                )
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        return str(os.getuid())
+
+
+def _boot() -> str:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
