@@ -40,6 +40,7 @@ from sstoken.stages.encode import Encode
 from sstoken.stages.export import Export
 from sstoken.stages.exporting import get_target
 from sstoken.stages.exporting.check import check_export
+from sstoken.stages.exporting.settings import check_into, write_settings
 from sstoken.stages.manifest import Digests
 from sstoken.stages.score import ScoreOptions, compared
 from sstoken.stages.score_from_training import Observed
@@ -258,13 +259,23 @@ class ExportCall(_Output, Export):
 
     masked: Annotated[Place, Option(argument=True)]
     """A finished masked folder."""
+    into: Place | None = None
+    """Your own configuration of the trainer (YAML; trl, axolotl, llamafactory): a copy NAME-masked.yml beside it has
+    what must change changed, comments and all else kept."""
     read_back: Annotated[bool, Option(flag="--check")] = Field(default=False, alias="check")
     """Read it back as the trainer would, also where it was finished already, and compare every token."""
 
     def do(self) -> Result:
-        """With `check`, `metrics["checked"]` counts what was compared."""
+        """`metrics["checked"]` counts what `check` compared; `metrics["into"]` has the file of `into` and its diff."""
         stage, masked = stage_of(self, Export), place(self.masked)
+        if self.into is not None:
+            check_into(place(self.into), get_target(self.to))
         result = execute(Job(stage, {"masked": masked}, place(self.out), seed=0), Digests(), force=self.force)
+        if self.into is not None:
+            file, diff = write_settings(
+                place(self.into), get_target(self.to), result.folder, result.metrics, force=self.force
+            )
+            result = replace(result, metrics={**result.metrics, "into": {"file": str(file), "diff": diff}})
         if not self.read_back:
             return result
         for problem in manifests.problems(result.folder, manifests.finished(result.folder, "export")):
@@ -278,6 +289,10 @@ class ExportCall(_Output, Export):
 def _show_export(values: dict[str, Any], as_json: bool) -> None:
     result = export(**values)
     print_finished("export", result, as_json)
+    if "into" in result.metrics and not as_json:
+        for line in result.metrics["into"]["diff"] or ["nothing had to change"]:
+            click.echo(line)
+        click.echo(f"written: {result.metrics['into']['file']}")
     if "checked" in result.metrics and not as_json:
         c = result.metrics["checked"]
         click.echo(

@@ -1,8 +1,11 @@
 """Axolotl."""
 
+from pathlib import Path
+
 import pyarrow as pa
 
 from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget, ones
+from sstoken.stages.exporting.into import ABSENT, AtLeast, Changes
 from sstoken.stages.exporting.rows import Rows
 
 CONFIG = """# axolotl train axolotl.yaml --base-model MODEL
@@ -41,6 +44,16 @@ class Axolotl(ParquetTarget):
         """Return a complete configuration with paths relative to the export."""
         return {
             "axolotl.yaml": CONFIG.format(data=DATA, fingerprint=facts.fingerprint, longest=facts.longest)
+        }
+
+    def settings(self, facts: Facts, out: Path) -> Changes:
+        """See `Target.settings`."""
+        return {
+            "datasets": [{"path": str(out / DATA), "ds_type": "parquet", "type": None}],
+            "pretraining_dataset": ABSENT,
+            "dataset_prepared_path": str(out.parent / "prepared" / facts.fingerprint),
+            "tokenizer_config": str(out / "tokenizer"),
+            "sequence_len": AtLeast(facts.longest),
         }
 
     def usage(self, facts: Facts) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sstoken.stages import tables
+from sstoken.stages.exporting.into import Changes
 from sstoken.stages.exporting.rows import Rows
 from sstoken.stages.masked_card import dataset_configs
 from sstoken.stages.storage import atomic_file
@@ -63,6 +64,13 @@ class Target(ABC):
     def files(self, facts: Facts) -> dict[str, str]:
         """Return extra text files that the trainer runs, imports or reads, by their path in the export."""
         return {}
+
+    def settings(self, facts: Facts, out: Path) -> Changes | None:
+        """Return what a YAML configuration of the user's own has to say to train on the export at `out` (absolute).
+
+        None: the trainer is not configured by a YAML file, or not by settings alone.
+        """
+        return None
 
     def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[float] | None]:
         """Return the ids, labels (unshifted) and weights, if any, of one row as `read` yielded it."""

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from sstoken.stages.exporting.base import DATA, Facts, Target, ones
+from sstoken.stages.exporting.into import ABSENT, AtLeast, Changes
 from sstoken.stages.exporting.rows import Rows
 from sstoken.stages.storage import atomic_file
 from sstoken.stages.tables import IDS, lists
@@ -86,6 +87,17 @@ class LlamaFactory(Target):
             f"{DATA}/dataset_info.json": json.dumps({"features": features}, indent=1),
             f"{DATA}/state.json": json.dumps(state, indent=1),
             "llamafactory.yaml": CONFIG.format(data=DATA, longest=facts.longest),
+        }
+
+    def settings(self, facts: Facts, out: Path) -> Changes:
+        """See `Target.settings`."""
+        return {
+            "stage": "sft",
+            "tokenized_path": str(out / DATA),
+            "dataset": "masked",
+            "cutoff_len": AtLeast(facts.longest),
+            "remove_unused_columns": False,
+            "streaming": ABSENT,
         }
 
     def usage(self, facts: Facts) -> str:

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer, any version."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow as pa
 
 from sstoken.stages import tables
 from sstoken.stages.exporting.base import INT8, Facts, ParquetTarget
+from sstoken.stages.exporting.into import ABSENT, AtLeastOrNone, Changes, IfGiven
 from sstoken.stages.exporting.rows import Rows
 
 SCRIPT = '''"""python train.py MODEL [any setting of SFTConfig, such as --packing True --max_length 2048]"""
@@ -54,6 +56,17 @@ class TRL(ParquetTarget):
     def files(self, facts: Facts) -> dict[str, str]:
         """Return a script with `max_length` set to the longest row: TRL would truncate at 1,024."""
         return {"train.py": SCRIPT.format(longest=facts.longest)}
+
+    def settings(self, facts: Facts, out: Path) -> Changes:
+        """See `Target.settings`; for `trl sft --config`. The export has no split to evaluate on."""
+        return {
+            "dataset_name": str(out),
+            "dataset_config": ABSENT,
+            "datasets": ABSENT,
+            "dataset_train_split": IfGiven("train"),
+            "eval_strategy": IfGiven("no"),
+            "max_length": AtLeastOrNone(facts.longest),
+        }
 
     def usage(self, facts: Facts) -> str:
         """Explain how to run `train.py`."""

@@ -1,6 +1,9 @@
 """Unsloth, which trains through TRL's SFTTrainer."""
 
+from pathlib import Path
+
 from sstoken.stages.exporting.base import Facts
+from sstoken.stages.exporting.into import Changes
 from sstoken.stages.exporting.trl import TRL
 
 SCRIPT = '''"""python train.py MODEL [any setting of SFTConfig, such as --num_train_epochs 1]"""
@@ -38,6 +41,10 @@ class Unsloth(TRL):
     def files(self, facts: Facts) -> dict[str, str]:
         """Return a complete script."""
         return {"train.py": SCRIPT.format(longest=facts.longest)}
+
+    def settings(self, facts: Facts, out: Path) -> Changes | None:
+        """None: Unsloth is used from a script."""
+        return None
 
     def usage(self, facts: Facts) -> str:
         """Explain how to run `train.py`."""

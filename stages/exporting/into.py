@@ -1,0 +1,115 @@
+"""`export --into`: a trainer's configuration of the user's own, with what the export needs changed, comments kept."""
+
+import difflib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sstoken.errors import UsageError
+from sstoken.stages.storage import write_atomic
+
+Changes = Mapping[str, Any]
+"""Settings by name, with what each has to be: a value, `ABSENT`, or one of the classes below."""
+ABSENT = object()
+
+
+class AtLeast(int):
+    """A number that the user's own may exceed."""
+
+    or_none = False
+    """Whether none is no limit, too."""
+
+
+class AtLeastOrNone(AtLeast):
+    """As `AtLeast`; none is no limit."""
+
+    or_none = True
+
+
+@dataclass(frozen=True)
+class IfGiven:
+    """A value for a setting that the user's configuration has; it is not added."""
+
+    value: Any
+
+
+def rewritten(path: Path, changes: Changes) -> tuple[str, str]:
+    """Return a YAML file's text, and the same with `changes` made and everything else as it stands.
+
+    Raises:
+        UsageError: no such file, not YAML, or not a mapping.
+    """
+    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml.comments import CommentedMap
+
+    try:
+        before = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not a text in UTF-8"
+        raise UsageError(f"{path}: cannot be read ({why}); name your trainer's configuration") from error
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # long lines stay as they are
+    sequence, offset = _indents(before)
+    yaml.indent(mapping=2, sequence=sequence, offset=offset)
+    try:
+        values = yaml.load(before)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}: {getattr(error, 'problem', '')})" if mark else ""
+        raise UsageError(f"{path}: not valid YAML{place}") from error
+    if not isinstance(values, CommentedMap):
+        raise UsageError(f"{path}: not a mapping of settings; name your trainer's configuration")
+    for name, value in changes.items():
+        if isinstance(value, IfGiven):
+            if name in values and values[name] != value.value:
+                values[name] = value.value
+        elif value is ABSENT:
+            values.pop(name, None)
+        elif isinstance(value, AtLeast) and value.or_none and name in values and values[name] is None:
+            continue
+        elif not _holds(values.get(name), value):
+            values[name] = int(value) if isinstance(value, AtLeast) else value
+    text = io.StringIO()
+    yaml.dump(values, text)
+    return before, text.getvalue()
+
+
+def write_into(path: Path, changes: Changes, *, force: bool = False) -> tuple[Path, list[str]]:
+    """Write the changed configuration beside the user's own, which stays as it is: `NAME-masked.yml`.
+
+    Returns:
+        The file, and the lines of the difference (unified; empty: nothing had to change).
+
+    Raises:
+        UsageError: as `rewritten`; or another file of that name is there, and `force` is False.
+    """
+    before, after = rewritten(path, changes)
+    target = path.with_name(f"{path.stem}-masked{path.suffix}")
+    if target.exists() and not force and target.read_text(encoding="utf-8", errors="replace") != after:
+        raise UsageError(f"{target}: is there already, and differs; move it, or write over it with --force")
+    write_atomic(target, after)
+    return target, list(
+        difflib.unified_diff(
+            before.splitlines(), after.splitlines(), str(path), str(target), lineterm="", n=1
+        )
+    )
+
+
+def _holds(given: Any, wanted: Any) -> bool:
+    if isinstance(wanted, AtLeast):
+        return isinstance(given, int) and not isinstance(given, bool) and given >= wanted
+    return type(given) is type(wanted) and bool(given == wanted)
+
+
+def _indents(text: str) -> tuple[int, int]:
+    """Return how the file indents lists: spaces before their content, and before the dash."""
+    lines: Sequence[str] = text.splitlines()
+    for above, line in zip(lines, lines[1:], strict=False):
+        body = line.lstrip(" ")
+        if body.startswith("- ") and above.rstrip().endswith(":"):
+            offset = len(line) - len(body) - (len(above) - len(above.lstrip(" ")))
+            return max(offset, 0) + 2, max(offset, 0)
+    return 2, 0
