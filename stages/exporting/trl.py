@@ -57,7 +57,7 @@ class TRL(ParquetTarget):
         """Return a script with `max_length` set to the longest row: TRL would truncate at 1,024."""
         return {"train.py": SCRIPT.format(longest=facts.longest)}
 
-    def settings(self, facts: Facts, out: Path) -> Changes:
+    def settings(self, facts: Facts, out: Path) -> Changes | None:
         """See `Target.settings`; for `trl sft --config`. The export has no split to evaluate on."""
         return {
             "dataset_name": str(out),
