@@ -43,7 +43,10 @@ def stage_options(stage: type[BaseModel], *, sweep: Collection[str] = ()) -> Cal
         for name, field in reversed(fields):
             asked = next((m for m in _metadata(field) if isinstance(m, Option)), Option())
             if asked.argument:
-                command = click.argument(field.alias or name, metavar=asked.value)(command)
+                argument = click.argument(
+                    field.alias or name, metavar=asked.value, required=field.is_required()
+                )
+                command = argument(command)
             elif asked.shown:
                 command = _option(field.alias or name, field, asked, name in sweep)(command)
         return command

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sstoken.errors import UsageError as UsageError
     from sstoken.pipeline.config import RunConfig as RunConfig
     from sstoken.pipeline.config import load_config as load_config
+    from sstoken.pipeline.verbs.auditing import *
     from sstoken.pipeline.verbs.hub import *
     from sstoken.pipeline.verbs.looking import *
     from sstoken.pipeline.verbs.runs import *

@@ -8,7 +8,7 @@ rendering: if the template drops one, the row is bad, unless the user allows it.
 import re
 from bisect import bisect_left
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ class Encoded:
     """The message it trains on, counted from 1, where each turn is an example; None: all of them."""
     notes: tuple[str, ...] = ()
     """What to count and report about this example."""
+    proof: str = field(default="", compare=False)
+    """What shows where the responses are; see `Rendered`."""
 
 
 class ChatEncoder:
@@ -152,7 +154,7 @@ class ChatEncoder:
         end = _length_to_last(mask)
         kept = _length_to_last(mask[: self.max_length])
         notes = (*notes, *rendered.notes, *changed)
-        return Encoded(list(ids[:kept]), mask[:kept], end > self.max_length, turn, notes)
+        return Encoded(list(ids[:kept]), mask[:kept], end > self.max_length, turn, notes, rendered.proof)
 
     def _check_tokens(self, runs: list[list[int]], rendered: Rendered) -> tuple[str, ...]:
         """Return notes on how the tokenizer changes the responses: blanks, or normalization.

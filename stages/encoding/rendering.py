@@ -16,6 +16,14 @@ from sstoken.stages.encoding.tracing import SPLIT, Trace, missing
 
 NO_END = "responses that no token ends; add {{ eos_token }} behind assistant contents in the chat template"
 UNMARKED = "assistant turns that the chat template does not mark as generated"
+MARKERS = "markers"
+"""The template marks responses with {% generation %}."""
+SUBSTITUTION = "substitution"
+"""A second rendering, with the conversation's letters replaced."""
+PATTERN = "pattern"
+"""The rendering is like an earlier one, whose responses were found by substitution."""
+PREFIX = "prefix"
+"""Substitution, behind the prompt that inference would see."""
 _NAMED = 5
 """The most lost pieces that an error lists."""
 TOOLS_IN_SYSTEM = (
@@ -34,6 +42,8 @@ class Rendered:
     spans: list[Span]
     """Start and stop (exclusive) of each response in characters; sorted."""
     notes: tuple[str, ...] = ()
+    proof: str = ""
+    """What shows where the responses are: one of `MARKERS`, `PATTERN`, `SUBSTITUTION`, `PREFIX`."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,7 @@ class Renderer:
         wanted = _trained(conversation)
         notes = _notes_of(conversation, template)
         turns = scaffolds.recognise(text, conversation)
+        proof = SUBSTITUTION if turns is None else PATTERN
         if turns is None:
             found = finder.trace(conversation, text)
             lost = self._check_lost(missing(found, conversation, template.protected), conversation)
@@ -136,7 +147,7 @@ class Renderer:
                 notes += said
         if not spans:
             raise BadRow(UNCERTAIN, "the template marks no text of this conversation as generated")
-        return Rendered(text, spans, tuple(notes))
+        return Rendered(text, spans, tuple(notes), proof if marked is None else MARKERS)
 
     def opening(self, conversation: Conversation) -> str:
         """Return what the template prints before the conversation's first text, such as a system prompt of its own.
@@ -173,6 +184,7 @@ class Renderer:
             head + found.text[found.before(turn.first) : turn.stop],
             [(start + moved, stop + moved) for start, stop in spans],
             (*notes, *said),
+            PREFIX if marked is None else MARKERS,
         )
 
     def _check_lost(self, lost: Sequence[Piece], conversation: Conversation) -> list[str]:

@@ -1,0 +1,179 @@
+"""What is trained: nothing, everything, the prompt, the generation prompt, an answer without its start."""
+
+import re
+
+import numpy as np
+
+from sstoken.stages.auditing.context import Context
+from sstoken.stages.auditing.examples import Example, Turn, stretches
+from sstoken.stages.auditing.kinds import kind
+
+_FAMILY = "what is trained"
+NOTHING = kind(
+    "nothing-trained",
+    _FAMILY,
+    "error",
+    "rows in which no token is trained",
+    "drop these rows, or mend what makes the labels: often the text that it searches for to find answers is not there, "
+    "or the answer was cut off",
+)
+NOTHING_KEPT = kind(
+    "nothing-kept",
+    _FAMILY,
+    "warning",
+    "rows of which the selection keeps no token",
+    "such rows cost training time and teach nothing: select a larger share, or let `export` drop them",
+)
+EVERYTHING = kind(
+    "everything-trained",
+    _FAMILY,
+    "error",
+    "rows in which every token is trained, the prompt too",
+    "set the labels of the prompt to -100 (in TRL `assistant_only_loss` or `completion_only_loss`), unless learning to "
+    "write prompts is meant",
+)
+PROMPT = kind(
+    "prompt-trained",
+    _FAMILY,
+    "error",
+    "rows that train tokens of a user, system or tool turn",
+    "set their labels to -100",
+    "template",
+)
+HEADER = kind(
+    "generation-prompt-trained",
+    _FAMILY,
+    "error",
+    "rows that train the text that opens an answer, which the model is given at inference",
+    "begin the trained span behind the generation prompt",
+    "template",
+)
+SHIFTED_MASK = kind(
+    "mask-shifted",
+    _FAMILY,
+    "error",
+    "rows whose mask stands one token too early: it trains the token before each answer and not the one that ends it",
+    "move the mask one token to the right: it marks the tokens that are learned, not the positions that predict them",
+    "template",
+)
+LATE_START = kind(
+    "answer-start-not-trained",
+    _FAMILY,
+    "warning",
+    "rows that train an answer without its first tokens",
+    "begin the trained span directly behind the generation prompt; one token is often a mask that is off by one, or a "
+    "prompt that was tokenized apart from its answer",
+    "template",
+)
+UNKNOWN_TURNS = kind(
+    "turns-not-found",
+    _FAMILY,
+    "warning",
+    "rows in which no turn of the tokenizer's chat template was found, so their prompts and turn ends were not checked",
+    "name the tokenizer and template that made them (--model, --tokenizer, --chat-template)",
+    "tokenizer",
+)
+ACROSS = kind(
+    "packed-start-trained",
+    _FAMILY,
+    "warning",
+    "rows that train the first token of a document packed behind another: it would be predicted from the other one",
+    "set the label of each document's first token to -100",
+)
+
+
+def check(example: Example, context: Context) -> None:
+    """Look at what is trained."""
+    found, trained = context.found, example.trained
+    visible = np.ones(len(trained), bool) if example.padding is None else ~example.padding
+    if not trained.any():
+        if example.whole:
+            found.add(NOTHING_KEPT if example.selected else NOTHING, example)
+        return
+    if trained[1:][visible[1:]].all() and visible.sum() > 1:
+        found.add(EVERYTHING, example, (0, 1))
+        return
+    if not example.whole and example.offset and trained[0]:
+        found.add(ACROSS, example, (0, 1))
+    if not example.turns:
+        if context.shape.known:
+            found.add(UNKNOWN_TURNS, example)
+        return
+    if _shifted(example, context):
+        first = next(t for t in example.answers)
+        found.add(SHIFTED_MASK, example, (first.start - 1, first.start))
+        return
+    _check_turns(example, context)
+
+
+def check_pack(first: Example, trained: bool, context: Context) -> None:
+    """Look at a row of several documents as a whole."""
+    if not trained:
+        context.found.add(NOTHING_KEPT if first.selected else NOTHING, first)
+
+
+def _check_turns(example: Example, context: Context) -> None:
+    vocabulary = context.vocabulary
+    assert vocabulary is not None
+    before = 0
+    prompt_trained = False
+    for turn in example.turns:
+        if turn.role != "assistant":
+            start = max(turn.header, before)
+            run = next(iter(stretches(example.trained[start : turn.stop])), None)
+            prompt_trained = run is not None
+            if run is not None:
+                focus = (start + run[0], start + run[1])
+                context.found.add(PROMPT, example, focus, f"in a turn of the {turn.role}")
+        else:
+            run = next(iter(stretches(example.trained[turn.header : turn.start])), None)
+            if run is not None and _only_opens_reasoning(example, turn, run):
+                run = None
+            if run is not None and not prompt_trained:
+                context.found.add(HEADER, example, (turn.header + run[0], turn.header + run[1]))
+            if not example.selected and run is None:
+                _check_start(example, turn, context)
+        before = example.end(turn, vocabulary.stops, vocabulary.is_control)
+
+
+def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) -> bool:
+    """Whether what is trained of a header is an opened, or an empty, piece of reasoning: it may be the row's own."""
+    begin, end = (int(example.starts[turn.header + at]) for at in run)
+    return not re.sub(rb"</?think(ing)?>|\xfe|\s", b"", example.text[begin:end])
+
+
+def _check_start(example: Example, turn: Turn, context: Context) -> None:
+    trained = np.flatnonzero(example.trained[turn.start : turn.stop])
+    if not trained.size or not trained[0] or trained[-1] - trained[0] + 1 != trained.size:
+        return  # gaps elsewhere: left out on purpose
+    skipped = example.ids[turn.start : turn.start + trained[0]]
+    vocabulary, shape = context.vocabulary, context.shape
+    assert vocabulary is not None
+    inside = skipped[(skipped >= 0) & (skipped < vocabulary.size)]
+    if vocabulary.is_control[inside].any() or vocabulary.is_blank[inside].all():
+        return
+    begin, end = example.starts[turn.start], example.starts[turn.start + trained[0]]
+    if any(mark.strip().encode() in example.text[begin:end] for mark in shape.thoughts):
+        return  # reasoning has a check of its own
+    context.found.add(LATE_START, example, (turn.start, turn.start + int(trained[0])))
+
+
+def _shifted(example: Example, context: Context) -> bool:
+    """Whether every answer is trained from one token too early to one token too early."""
+    closers = context.shape.closers
+    answers = example.answers
+    if example.selected or not answers or not closers:
+        return False
+    for turn in answers:
+        trained = np.flatnonzero(example.trained[: turn.stop][max(0, turn.header - 1) :]) + max(
+            0, turn.header - 1
+        )
+        behind = int(trained[-1]) + 1 if trained.size else 0
+        if (
+            not trained.size
+            or trained[0] != turn.start - 1
+            or behind >= len(example.ids)
+            or int(example.ids[behind]) not in closers
+        ):
+            return False
+    return True

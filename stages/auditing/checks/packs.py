@@ -1,0 +1,73 @@
+"""Rows that hold several documents: where each starts, by position_ids or seq_lengths."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from sstoken.selection import IntArray
+from sstoken.stages.auditing.context import Context
+from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.kinds import kind
+
+POSITIONS = kind(
+    "bad-positions",
+    "packs",
+    "error",
+    "rows whose position_ids or seq_lengths do not fit their tokens",
+    "count positions from 0 in each document; the lengths of a pack's documents add up to its tokens",
+)
+
+
+def documents(
+    example: Example, positions: IntArray | None, lengths: IntArray | None, context: Context
+) -> Iterator[Example]:
+    """Yield the documents of a row; a row that is none of a pack is its only document.
+
+    Args:
+        example: the row.
+        positions: [T].
+        lengths: of the documents.
+        context: for findings.
+    """
+    starts = [0]
+    if positions is not None:
+        starts = _by_positions(example, positions, context)
+    if lengths is not None:
+        if lengths.sum() == len(example.ids) and (lengths > 0).all():
+            starts = [0, *np.cumsum(lengths)[:-1].tolist()]
+        else:
+            said = f"the lengths add up to {lengths.sum()}, there are {len(example.ids)} tokens"
+            context.found.add(POSITIONS, example, (0, 0), said)
+    if len(starts) == 1:
+        yield example
+        return
+    for start, stop in zip(starts, [*starts[1:], len(example.ids)], strict=True):
+        part = slice(start, stop)
+        yield Example(
+            example.where,
+            example.row,
+            example.ids[part],
+            example.trained[part],
+            example.name,
+            None if example.response is None else example.response[part],
+            None if example.padding is None else example.padding[part],
+            whole=False,
+            offset=start,
+            selected=example.selected,
+        )
+
+
+def _by_positions(example: Example, positions: IntArray, context: Context) -> list[int]:
+    places = np.arange(len(positions)) if example.padding is None else np.flatnonzero(~example.padding)
+    counted = positions[places]
+    if not counted.size:
+        return [0]
+    zeros = counted == 0
+    last = int(np.flatnonzero(~zeros)[-1]) if (~zeros).any() else 0
+    zeros[last + 1 :] = False  # padding without an attention mask, often at position 0
+    good = zeros[1 : last + 1] | (np.diff(counted)[:last] == 1)
+    if counted[0] != 0 or not good.all():
+        at = int(places[0] if counted[0] != 0 else places[int(np.argmin(good)) + 1])
+        context.found.add(POSITIONS, example, (at, at + 1), f"position {positions[at]} at token {at}")
+        return [0]
+    return [0, *(int(i) for i in places[zeros] if i > places[0])]

@@ -1,0 +1,315 @@
+"""Whether a tokenised row is well formed: its columns fit together, and its ids are ids."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.labels import IGNORED_LABEL
+from sstoken.selection import BoolArray, IntArray
+from sstoken.stages.auditing.checks import packs
+from sstoken.stages.auditing.columns import Columns
+from sstoken.stages.auditing.context import Context
+from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.kinds import Kind, kind
+from sstoken.stages.auditing.values import BadValue, numbers
+
+_FAMILY = "rows"
+UNREADABLE = kind(
+    "unreadable-row",
+    _FAMILY,
+    "error",
+    "rows that cannot be read",
+    "write the dataset again; token ids and labels are lists of integers, masks lists of numbers",
+)
+NULL = kind(
+    "null-row",
+    _FAMILY,
+    "error",
+    "rows without token ids or labels (null)",
+    "drop them, or tokenize them again",
+)
+NULL_TOKEN = kind(
+    "null-token",
+    _FAMILY,
+    "error",
+    "rows with null or NaN among their ids, labels or masks",
+    "tokenize them again",
+)
+EMPTY = kind("empty-row", _FAMILY, "error", "rows without a token", "drop them")
+NESTED = kind(
+    "nested-row",
+    _FAMILY,
+    "error",
+    "rows whose lists lie within another list, as tokenizer(..., return_tensors=...) leaves them",
+    "tokenize without return_tensors, or take [0] of each",
+)
+LENGTHS = kind(
+    "lengths-differ",
+    _FAMILY,
+    "error",
+    "rows whose token ids and labels or masks are of different lengths",
+    "make them from one list of tokens; a mask that covers the answer alone needs zeros for the prompt",
+)
+OUTSIDE = kind(
+    "id-out-of-vocabulary",
+    _FAMILY,
+    "error",
+    "rows with a token id that the tokenizer does not have",
+    "name the tokenizer that made the rows (--model, --tokenizer), or tokenize with the model's own",
+)
+BAD_LABEL = kind(
+    "bad-label",
+    _FAMILY,
+    "error",
+    "rows with a label that is neither -100 nor a token id",
+    "mark tokens that are not trained with -100: another number ends training with an error, or is learned",
+)
+OTHER_LABELS = kind(
+    "labels-not-inputs",
+    _FAMILY,
+    "error",
+    "rows with labels that are not the token ids at their place",
+    "make the labels from a copy of the token ids",
+)
+SHIFTED = kind(
+    "labels-shifted",
+    _FAMILY,
+    "error",
+    "rows whose labels are moved by one or two tokens",
+    "leave labels where the tokens are: the model moves them itself. For a trainer that does not (NeMo, Megatron), say "
+    "--shifted-labels",
+)
+NOT_SHIFTED = kind(
+    "labels-not-shifted",
+    _FAMILY,
+    "error",
+    "rows whose labels are not moved, though their trainer expects them moved by one (--shifted-labels)",
+    "move them one to the left: label i is what position i predicts",
+)
+BAD_MASK = kind(
+    "bad-mask-value",
+    _FAMILY,
+    "error",
+    "rows with a mask or weight that is negative, infinite or no number",
+    "masks are 0 and 1 (or true and false), weights 0 or more",
+)
+DISAGREE = kind(
+    "masks-disagree",
+    _FAMILY,
+    "error",
+    "rows whose labels and masks say different things about what is trained",
+    "keep one of the columns, or make them agree: trainers differ in which they read",
+)
+NO_LABELS = kind(
+    "no-labels",
+    _FAMILY,
+    "error",
+    "rows without labels or a mask: trainers learn every token, the prompt too",
+    "add labels (-100 for what is not trained), unless learning to write prompts is meant",
+)
+_ENOUGH = 0.98
+"""Share of labels that have to match at another place."""
+
+
+@dataclass
+class Row:
+    """A row as it was read."""
+
+    where: str
+    index: int
+    values: Mapping[str, Any]
+    problem: str | None = None
+
+
+class _Stop(Exception):  # noqa: N818 (ends the reading of one row)
+    pass
+
+
+def examples(row: Row, columns: Columns, context: Context) -> Iterator[Example]:
+    """Turn a row into examples, one for each document packed into it; report what is wrong with it."""
+    try:
+        yield from _documents(row, columns, context)
+    except _Stop:
+        return
+
+
+def _documents(row: Row, columns: Columns, context: Context) -> Iterator[Example]:
+    if row.problem is not None:
+        context.found.place(UNREADABLE, row.where, row.index, row.problem)
+        raise _Stop
+    values = columns.of(row.values)
+    ids = _integers(row, "token ids", values.get(columns.ids), context)
+    nothing = np.zeros(len(ids), bool)
+    example = Example(row.where, row.index, ids, nothing, _name(row), selected=columns.selected)
+    if not len(ids):
+        context.found.add(EMPTY, example)
+        raise _Stop
+    _check_ids(example, context)
+    trained = _from_labels(example, row, columns, values, context)
+    masks = _masks(example, row, columns, values, context)
+    example.trained = _agreed(example, trained, masks, columns, context)
+    if columns.response and columns.response in values:
+        example.response = _mask(example, row, columns.response, values, context) > 0
+        example.selected = True
+    if "attention_mask" in values:
+        shown = _mask(example, row, "attention_mask", values, context) > 0
+        example.padding = None if shown.all() else ~shown
+    positions = lengths = None
+    if values.get("position_ids") is not None:
+        positions = _integers(row, "position_ids", values["position_ids"], context)
+        _same_length(example, "position_ids", positions, row, context)
+    for name in ("seq_lengths", "seq_lens"):
+        if values.get(name) is not None:
+            lengths = _integers(row, name, values[name], context)
+    yield from packs.documents(example, positions, lengths, context)
+
+
+def _name(row: Row) -> str | None:
+    name = row.values.get("example_id", row.values.get("id"))
+    return str(name) if isinstance(name, (str, int)) else None
+
+
+def _stop(kind: Kind, row: Row, detail: str, context: Context) -> _Stop:
+    context.found.place(kind, row.where, row.index, detail)
+    return _Stop()
+
+
+def _array(row: Row, what: str, value: Any, context: Context) -> NDArray[Any]:
+    try:
+        return numbers(value)
+    except BadValue as error:
+        kinds = {"null": NULL, "null token": NULL_TOKEN, "nested": NESTED}
+        raise _stop(kinds.get(error.kind, UNREADABLE), row, f"{what}: {error}", context) from error
+
+
+def _integers(row: Row, what: str, value: Any, context: Context) -> IntArray:
+    array = _array(row, what, value, context)
+    if array.dtype.kind == "f" and not (array == np.floor(array)).all():
+        raise _stop(OUTSIDE, row, f"{what} has {array[array != np.floor(array)][0]:g}", context)
+    return array.astype(np.int64)
+
+
+def _check_ids(example: Example, context: Context) -> None:
+    ids, vocabulary = example.ids, context.vocabulary
+    outside = ids < 0 if vocabulary is None else (ids < 0) | (ids >= vocabulary.size)
+    if outside.any():
+        at = int(np.flatnonzero(outside)[0])
+        last = "" if vocabulary is None else f"; the last there is {vocabulary.size - 1}"
+        context.found.add(OUTSIDE, example, (at, at + 1), f"id {ids[at]}{last}")
+
+
+def _same_length(example: Example, what: str, array: NDArray[Any], row: Row, context: Context) -> None:
+    if len(array) != len(example.ids):
+        raise _stop(LENGTHS, row, f"{len(example.ids)} token ids, {len(array)} {what}", context)
+
+
+def _from_labels(
+    example: Example, row: Row, columns: Columns, values: Mapping[str, Any], context: Context
+) -> BoolArray | None:
+    """What labels train, at the tokens that are learned; None: there are no labels."""
+    if columns.labels is None:
+        return None
+    labels = _integers(row, columns.labels, values.get(columns.labels), context)
+    _same_length(example, columns.labels, labels, row, context)
+    found, ids = context.found, example.ids
+    trained = labels != IGNORED_LABEL
+    size = context.vocabulary.size if context.vocabulary else None
+    bad = trained & ((labels < 0) | (labels >= size if size else False))
+    if bad.any():
+        at = int(np.flatnonzero(bad)[0])
+        example.trained = trained & ~bad
+        found.add(BAD_LABEL, example, (at, at + 1), f"label {labels[at]}")
+        trained = trained & ~bad
+    shift = _shift(ids, labels, trained)
+    moved = np.zeros(len(ids), bool)
+    places = np.flatnonzero(trained) + (shift or 0)
+    moved[places[(places >= 0) & (places < len(ids))]] = True
+    example.trained = moved
+    expected = 1 if columns.shifted else 0
+    if shift is None:
+        at = int(np.flatnonzero(trained & (labels != ids))[0])
+        found.add(OTHER_LABELS, example, (at, at + 1), f"token {ids[at]} has label {labels[at]}")
+    elif shift != expected and trained.any():
+        at = int(np.flatnonzero(trained)[0])
+        if expected and not shift:
+            found.add(NOT_SHIFTED, example, (at, at + 1))
+        else:
+            way = "left" if shift > 0 else "right"
+            found.add(SHIFTED, example, (at, at + 1), f"by {abs(shift)} to the {way}")
+    return moved
+
+
+def _shift(ids: IntArray, labels: IntArray, trained: BoolArray) -> int | None:
+    """How far labels are moved to the left; None: they are not the ids at any place near by."""
+    places = np.flatnonzero(trained)
+    if (labels[places] == ids[places]).all():
+        return 0
+    best, share = None, 0.0
+    for shift in (1, -1, 2, -2):
+        near = places[(places + shift >= 0) & (places + shift < len(ids))]
+        # A label that points out of the row has nothing to compare with.
+        if len(near) and len(near) >= len(places) - abs(shift):
+            same = float((labels[near] == ids[near + shift]).mean())
+            if same > share:
+                best, share = shift, same
+    return best if share >= _ENOUGH else None
+
+
+def _masks(
+    example: Example, row: Row, columns: Columns, values: Mapping[str, Any], context: Context
+) -> dict[str, BoolArray]:
+    found = {}
+    for name in (*columns.masks, *columns.inverted):
+        if values.get(name) is None and (columns.labels or len(columns.masks) > 1):
+            continue
+        found[name] = _mask(example, row, name, values, context) > 0
+        if name in columns.inverted:
+            found[name] = ~found[name]
+    return found
+
+
+def _mask(
+    example: Example, row: Row, name: str, values: Mapping[str, Any], context: Context
+) -> NDArray[np.float64]:
+    array = _array(row, name, values.get(name), context).astype(np.float64)
+    _same_length(example, name, array, row, context)
+    wrong = ~np.isfinite(array) | (array < 0)
+    if wrong.any() and name not in ("weight",):  # below 0: to be unlearned
+        at = int(np.flatnonzero(wrong)[0])
+        context.found.add(BAD_MASK, example, (at, at + 1), f"{name} has {array[at]:g}")
+    return np.where(np.isfinite(array), array, 0)
+
+
+def _agreed(
+    example: Example,
+    labels: BoolArray | None,
+    masks: dict[str, BoolArray],
+    columns: Columns,
+    context: Context,
+) -> BoolArray:
+    if labels is None and not masks:
+        context.found.place(NO_LABELS, example.where, example.row, f"it has {', '.join(columns.all)}")
+        return np.ones(len(example.ids), bool)
+    # TRL trains what both completion_mask and assistant_masks allow.
+    narrow = {name: mask for name, mask in masks.items() if name not in columns.outer}
+    outer = np.ones(len(example.ids), bool)
+    for name in columns.outer:
+        outer &= masks.get(name, outer)
+    says = {columns.labels or "": labels} if labels is not None else {}
+    says |= {name: mask & outer for name, mask in narrow.items()}
+    if not says:
+        return outer
+    first, *others = says.items()
+    trained = first[1]
+    if (trained & ~outer)[1:].any():
+        others.append((columns.outer[0], trained & outer))
+    example.trained = trained
+    for name, mask in others:
+        different = np.flatnonzero((mask != trained)[1:]) + 1  # nothing predicts the first token
+        if different.size:
+            at = int(different[0])
+            context.found.add(DISAGREE, example, (at, at + 1), f"{first[0]} and {name} differ")
+    return trained

@@ -1,0 +1,171 @@
+"""Raw conversations: what the chat template refuses, loses or changes."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from sstoken.stages.auditing.context import Context
+from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.kinds import Kind, kind
+from sstoken.stages.encoding import chat, rendering
+from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, NeedsDecision, PassedOver
+from sstoken.stages.encoding.sources import Row
+from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
+
+_FAMILY = "conversations and the chat template"
+_TURNS = "take --turns each, or a --chat-template that prints all of it"
+
+
+def _lost(what: str, about: str) -> Kind:
+    return kind(
+        f"{what}-dropped",
+        _FAMILY,
+        "error",
+        f"rows whose {about} the chat template leaves out",
+        _TURNS,
+        "raw",
+    )
+
+
+DROPPED = {
+    "reasoning": _lost("reasoning", "reasoning"),
+    "system": _lost("system", "system prompt"),
+    "tools": _lost("tools", "tool definitions"),
+    "tool_calls": _lost("tool-calls", "tool calls"),
+    "content": _lost("content", "text"),
+}
+UNSURE = kind(
+    "uncertain-mask",
+    _FAMILY,
+    "error",
+    "rows in which it is not certain where an answer begins or ends",
+    "take a chat template that marks answers with {% generation %}, such as --chat-template trl:NAME",
+    "raw",
+)
+REFUSED = kind(
+    "template-refuses",
+    _FAMILY,
+    "error",
+    "rows that the chat template refuses",
+    "repair the rows, or take another --chat-template",
+    "raw",
+)
+SPECIAL = kind(
+    "special-token-in-text",
+    _FAMILY,
+    "error",
+    "rows whose text holds a special token: a chat template was applied already, or the text was not cleaned",
+    "remove it, or take the rows with --keep-special-tokens",
+    "raw",
+)
+TOKENIZER = kind(
+    "changed-by-tokenizer",
+    _FAMILY,
+    "error",
+    "rows whose answers the tokenizer does not spell as they are written",
+    "take another tokenizer, or clean the text",
+    "raw",
+)
+DECISION = kind(
+    "needs-decision",
+    _FAMILY,
+    "error",
+    "rows that can be read in several ways",
+    "say how with the option that the example names",
+    "raw",
+)
+BAD = kind(
+    "bad-row", _FAMILY, "error", "rows that are no conversation to train on", "repair or drop them", "raw"
+)
+NO_TEMPLATE = kind(
+    "no-chat-template",
+    _FAMILY,
+    "warning",
+    "rows encoded without a chat template: a plain one is used (User: ... Assistant: ...)",
+    "name the template that the model will be used with (--chat-template)",
+    "raw",
+)
+NAMES = kind(
+    "names-dropped",
+    _FAMILY,
+    "warning",
+    "rows whose speakers have names, which the chat template leaves out",
+    "write the names into the contents, if they matter",
+    "raw",
+)
+NORMALIZED = kind(
+    "text-normalized",
+    _FAMILY,
+    "warning",
+    "rows whose text the tokenizer changes (blanks, or other forms of letters)",
+    "look whether code or quotations suffer",
+    "raw",
+)
+NOT_MARKED = kind(
+    "turn-not-marked",
+    _FAMILY,
+    "warning",
+    "rows with an answer, or a part of one, that the chat template does not mark with {% generation %}",
+    "mark it in the template, if it should be trained",
+    "raw",
+)
+_NOTES = {
+    rendering.SPEAKERS_LOST: NAMES,
+    chat.NORMALIZED: NORMALIZED,
+    chat.BLANKS_CHANGED: NORMALIZED,
+    rendering.UNMARKED: NOT_MARKED,
+}
+_REASONS = {
+    UNCERTAIN: UNSURE,
+    SPLIT: UNSURE,
+    OTHER_HEADER: UNSURE,
+    "template refuses": REFUSED,
+    "special token in the text": SPECIAL,
+    "changed by the tokenizer": TOKENIZER,
+}
+_KINDS = re.compile(r"\b(reasoning|system|tools|tool_calls|content)\b")
+
+
+@dataclass
+class Conversations:
+    """Counts over raw rows."""
+
+    refused: Counter[str] = field(default_factory=Counter)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    proofs: Counter[str] = field(default_factory=Counter)
+
+    def refuse(self, row: Row, number: int, error: BadRow, context: Context) -> None:
+        """Count a row that cannot be encoded."""
+        if isinstance(error, PassedOver):
+            self.passed_over[error.reason] += 1
+            return
+        self.refused[error.reason] += 1
+        detail, _, way_out = error.detail.partition("; ")
+        remedy = way_out if way_out.startswith("take ") else ""
+        said = f"{error.reason}: {error.detail}" if error.detail else error.reason
+        if error.reason == LOST:
+            for name in dict.fromkeys(_KINDS.findall(detail)) or ("content",):
+                context.found.place(DROPPED[name], row.where, number, detail, remedy)
+            return
+        default = DECISION if isinstance(error, NeedsDecision) else BAD
+        context.found.place(_REASONS.get(error.reason, default), row.where, number, said, remedy)
+
+    def note(self, notes: tuple[str, ...], example: Example, context: Context) -> None:
+        """Count what was said about a row while it was encoded."""
+        self.notes.update(notes)
+        for note in notes:
+            if note in _NOTES:
+                context.found.add(_NOTES[note], example, (0, 0), note)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the counts."""
+        return {
+            "refused": dict(self.refused),
+            "passed_over": dict(self.passed_over),
+            "notes": dict(self.notes),
+            "unused_columns": dict(self.unused),
+            "proof": dict(self.proofs),
+        }

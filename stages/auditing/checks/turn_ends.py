@@ -1,0 +1,203 @@
+"""Whether the token that ends a turn is there, is trained, and is there once."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sstoken.selection import IntArray
+from sstoken.stages.auditing.context import Context
+from sstoken.stages.auditing.examples import Example, Turn
+from sstoken.stages.auditing.findings import Shown
+from sstoken.stages.auditing.kinds import kind
+
+_FAMILY = "turn ends"
+NOT_TRAINED = kind(
+    "end-not-trained",
+    _FAMILY,
+    "error",
+    "rows with an answer whose end token stands there and is not trained: the model does not learn to stop",
+    "train the token that ends the turn, also where it opens the next one (as in GLM-4)",
+    "tokenizer",
+)
+MISSING = kind(
+    "end-missing",
+    _FAMILY,
+    "error",
+    "rows with an answer that no end token follows: the model does not learn to stop",
+    "add the end token behind each answer ({{ eos_token }} in the chat template)",
+    "tokenizer",
+)
+TRUNCATED = kind(
+    "answer-truncated",
+    _FAMILY,
+    "warning",
+    "rows of the greatest length whose last answer has no end: they were cut",
+    "tokenize with a larger maximum length, or drop these rows",
+    "tokenizer",
+)
+DOUBLED = kind(
+    "end-doubled",
+    _FAMILY,
+    "error",
+    "rows with an answer that ends in the same token twice, both trained",
+    "add the end token once: the template has it already, or the tokenizer adds it",
+    "tokenizer",
+)
+INSIDE = kind(
+    "end-inside",
+    _FAMILY,
+    "error",
+    "rows that train a token that stops generation in the middle of an answer",
+    "remove it from the text of the answer",
+    "tokenizer",
+)
+NOT_A_STOP = kind(
+    "end-not-a-stop-token",
+    _FAMILY,
+    "warning",
+    "rows whose last answer ends with a token that does not stop generation",
+    "name it in eos_token_id of generation_config.json, or set the tokenizer's eos_token to it",
+    "template",
+)
+DROPPED = kind(
+    "turn-ends-dropped",
+    _FAMILY,
+    "warning",
+    "rows of a selection that drops the end of a turn, as it does for most turns",
+    "keep them: select with --protect end_of_turn",
+    "tokenizer",
+)
+
+
+@dataclass
+class TurnEnds:
+    """Counts over the dataset; what an open end means is known at its end."""
+
+    turns: int = 0
+    trained: int = 0
+    not_trained: int = 0
+    missing: int = 0
+    dropped: int = 0
+    """Of a selection: present in the response, not kept."""
+    dropped_rows: int = 0
+    opened_next: int = 0
+    """Ended by a trained token that opens the next turn."""
+    open_rows: Counter[int] = field(default_factory=Counter)
+    """Rows whose last answer has no end, by their length."""
+    longest: int = 0
+    lengths_seen: Counter[int] = field(default_factory=Counter)
+    _first: dict[str, Shown] = field(default_factory=dict)
+    _last_dropped: int = -1
+
+    def check(self, example: Example, context: Context, row_length: int) -> None:
+        """Look at each answer's end."""
+        self.longest = max(self.longest, row_length)
+        if context.vocabulary is None or (example.selected and example.response is None):
+            return
+        if example.whole and example.learned[1:].all():
+            return  # all of it is trained: said elsewhere
+        for turn in example.answers:
+            self._check(example, turn, context, row_length)
+
+    def _check(self, example: Example, turn: Turn, context: Context, row_length: int) -> None:
+        vocabulary, found = context.vocabulary, context.found
+        assert vocabulary is not None
+        ids, learned, closers = example.ids, example.learned, context.shape.closers or vocabulary.stops
+        length = len(ids)
+        limit = example.end(turn, vocabulary.stops, vocabulary.is_control)
+        own = np.flatnonzero(learned[turn.header : limit]) + turn.header
+        own = own[~vocabulary.is_blank[_inside(ids[own], vocabulary.size)]]
+        if not own.size:
+            return
+        self.turns += 1
+        last = int(own[-1])
+        self._check_inside(example, turn, last, context)
+        if int(ids[last]) in closers or last >= turn.stop:
+            self.trained += 1
+            self.opened_next += last >= turn.stop
+            self._check_once(example, own, context)
+            if example.selected and not example.trained[last]:
+                self._drop(example, last, context)
+            final = turn is example.answers[-1] and limit == length
+            if final and int(ids[last]) in context.shape.last_closers - vocabulary.stops:
+                found.add(NOT_A_STOP, example, (last, last + 1))
+            return
+        behind = next((i for i in range(last + 1, limit) if int(ids[i]) in closers), None)
+        if behind is not None:
+            self.not_trained += 1
+            found.add(NOT_TRAINED, example, (behind, behind + 1))
+            return
+        self.missing += 1
+        end = length if example.padding is None else int(np.flatnonzero(~example.padding)[-1]) + 1
+        if last + 1 >= end or limit >= end:
+            if not example.whole:
+                return  # packs are cut at their end
+            self.open_rows[row_length] += 1
+            if "open" not in self._first or row_length == self.longest:
+                name = "open" if "open" not in self._first else "longest"
+                self._first[name] = found.show(example, (last, last + 1))
+            if row_length == self.longest:
+                self._first["longest"] = found.show(example, (last, last + 1))
+        else:
+            found.add(MISSING, example, (last, last + 1))
+
+    def _check_once(self, example: Example, own: IntArray, context: Context) -> None:
+        ids = example.ids[own]
+        same = 1
+        while same < len(ids) and ids[-1 - same] == ids[-1]:
+            same += 1
+        if same == 2:
+            context.found.add(DOUBLED, example, (int(own[-2]), int(own[-1]) + 1))
+
+    def _check_inside(self, example: Example, turn: Turn, last: int, context: Context) -> None:
+        vocabulary = context.vocabulary
+        assert vocabulary is not None
+        ids = example.ids
+        for position in np.flatnonzero(example.learned[turn.start : last]) + turn.start:
+            if int(ids[position]) not in vocabulary.stops:
+                continue
+            rest = ids[position + 1 : last]
+            rest = rest[~vocabulary.is_blank[_inside(rest, vocabulary.size)]]
+            if rest.size and not vocabulary.is_control[_inside(rest[:1], vocabulary.size)][0]:
+                context.found.add(INSIDE, example, (int(position), int(position) + 1))
+
+    def _drop(self, example: Example, last: int, context: Context) -> None:
+        self.dropped += 1
+        if example.row != self._last_dropped:
+            self._last_dropped = example.row
+            self.dropped_rows += 1
+        if "dropped" not in self._first:
+            self._first["dropped"] = context.found.show(example, (last, last + 1))
+
+    def finish(self, context: Context) -> None:
+        """Report what depends on the whole dataset."""
+        if 2 * self.dropped > self.turns:
+            context.found.count(DROPPED, self.dropped_rows, self._first["dropped"])
+        cut = self._cut()
+        context.found.count(TRUNCATED, cut, self._first.get("longest"))
+        left = self.open_rows.total() - cut
+        if context.shape.in_next_header and self.opened_next:
+            left = 0  # the last answer of a row has no next turn; the others teach the end
+        already = MISSING in context.found
+        if left and not already:
+            context.found.count(MISSING, left, self._first.get("open"))
+
+    def _cut(self) -> int:
+        """How many of the open rows were cut at a maximum length: those of the greatest length, if it is a limit."""
+        at_most = self.open_rows.get(self.longest, 0)
+        limit = self.longest % 64 == 0 or (at_most > 1 and at_most < self.open_rows.total())
+        return at_most if limit and at_most else 0
+
+    def facts(self) -> dict[str, int]:
+        """Return the counts."""
+        return {
+            "turns": self.turns,
+            "end_trained": self.trained - self.dropped,
+            "end_not_trained": self.not_trained + self.dropped,
+            "end_missing": self.missing,
+        }
+
+
+def _inside(ids: IntArray, size: int) -> IntArray:
+    return np.where((ids >= 0) & (ids < size), ids, 0)

@@ -1,0 +1,135 @@
+"""Files of anybody's: Parquet and Arrow by batches of columns, everything else as `encode` reads it."""
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.stages.auditing import columns
+from sstoken.stages.auditing.checks.rows import Row
+from sstoken.stages.auditing.opened import BATCH, arrow_rows
+from sstoken.stages.encoding import sources
+from sstoken.stages.encoding.row_files import first_line
+
+_ARROW = (".parquet", ".arrow", ".feather")
+_IN_FOLDERS = ("parquet", "arrow", "jsonl", "json")
+"""Extensions that are looked for in a folder, in this order."""
+_NO_DATA = (
+    "dataset_info.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+
+
+def read_files(path: Path, name: str, split: str | None) -> tuple[Iterator[Row], list[str] | None]:
+    """Return the rows, and the names of their columns where the files say them.
+
+    Args:
+        path: what the user named, as a path.
+        name: the same as it was given: a pattern, an address, a Hub id.
+        split: of a Hub dataset or a saved DatasetDict.
+
+    Raises:
+        UsageError: nothing there, or nothing to read in a folder.
+        SstokenError: damaged files.
+    """
+    files = _files(path, name)
+    if files is None:
+        return _as_encode_reads(sources.open_rows(name, split)), None
+    if split is not None:
+        raise UsageError(
+            f"split {split!r}: plain files have no splits; name the split's file, or leave split out"
+        )
+    if files[0].suffix.lower() not in _ARROW:
+        return _as_encode_reads(chain.from_iterable(sources.open_rows(str(file)) for file in files)), None
+    return _from_arrow(files), _names(files[0])
+
+
+def _as_encode_reads(rows: Iterator[sources.Row]) -> Iterator[Row]:
+    for index, row in enumerate(rows):
+        value, problem = row.value, row.problem
+        if problem is not None:
+            yield Row(row.where, index, {}, ": ".join(problem))
+        elif isinstance(value, Mapping):
+            yield Row(row.where, index, value)
+        else:
+            yield Row(row.where, index, {}, f"a {type(value).__name__} instead of named columns")
+
+
+def _files(path: Path, name: str) -> list[Path] | None:
+    """Local files that are read here; None: `sources` knows how to open it."""
+    if path.is_file():
+        return [path] if path.suffix.lower() in _ARROW else None
+    if path.is_dir() and not any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
+        return _in_folder(path)
+    if not path.is_dir() and "://" not in name and any(c in name for c in "*?[") and name.endswith(_ARROW):
+        return sorted(path.parent.glob(path.name)) or None
+    return None
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    finished = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob("*/manifest.json"))
+    places = ("", "data/") if finished else ("", "data/", "*/")
+    for place in places:
+        for extension in _IN_FOLDERS:
+            found = sorted(folder.glob(f"{place}*.{extension}"))
+            found = [p for p in found if p.name not in _NO_DATA and not p.name.startswith((".", "_"))]
+            if found:
+                return found
+    what = f"name one of the folders in it: {', '.join(finished)}" if finished else "no data files in it"
+    raise UsageError(f"{folder}: {what}")
+
+
+def _names(file: Path) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if file.suffix.lower() == ".parquet":
+            return list(pq.read_schema(file).names)
+        return list(_arrow_file(file).schema.names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise SstokenError(f"{file}: not a readable {file.suffix[1:]} file ({first_line(error)})") from error
+
+
+def _arrow_file(file: Path) -> Any:
+    """An Arrow file, or a stream as `datasets` writes them."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(file)))
+    except pa.ArrowInvalid:
+        return pa.ipc.open_stream(pa.memory_map(str(file)))
+
+
+def _batches(file: Path) -> Iterator[Any]:
+    """The batches of a file; of a tokenised one the columns that are looked at."""
+    import pyarrow.parquet as pq
+
+    if file.suffix.lower() == ".parquet":
+        found = columns.find(_names(file))
+        with pq.ParquetFile(file, pre_buffer=False) as opened:
+            wanted = None if found is None else found.wanted
+            yield from opened.iter_batches(BATCH, columns=wanted, use_threads=False)
+        return
+    opened = _arrow_file(file)
+    if hasattr(opened, "num_record_batches"):
+        yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
+    else:
+        yield from opened
+
+
+def _from_arrow(files: list[Path]) -> Iterator[Row]:
+    import pyarrow as pa
+
+    row = 0
+    for file in files:
+        try:
+            for each in arrow_rows(_batches(file), f"{file.name} row", row):
+                yield each
+                row = each.index + 1
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise SstokenError(f"{file}: damaged or cut short ({first_line(error)})") from error

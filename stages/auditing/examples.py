@@ -1,0 +1,137 @@
+"""A row as the checks see it, whatever it came from: ids, what is trained, and whose turn each token is in."""
+
+import re
+from collections.abc import Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.selection import BoolArray, IntArray
+from sstoken.stages.auditing.shape import Shape, pattern
+from sstoken.stages.auditing.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn in a row; positions are tokens, stops exclusive."""
+
+    role: str
+    """`system` (whatever stands before the first mark), `user`, `assistant` or `tool`."""
+    header: int
+    """Where the text that opens it starts."""
+    start: int
+    stop: int
+
+
+@dataclass
+class Example:
+    """One document: a row, or one of those packed into it."""
+
+    where: str
+    """As shown to the user: `data.jsonl line 12`."""
+    row: int
+    """Number of the row, from 0."""
+    ids: IntArray
+    """[T]"""
+    trained: BoolArray
+    """[T]"""
+    name: str | None = None
+    """Its `example_id`, if it has one."""
+    response: BoolArray | None = None
+    """[T]: the assistant's tokens, where `trained` is a selection of them; None: not known, or the same."""
+    padding: BoolArray | None = None
+    """[T]: what the attention mask hides; None: nothing."""
+    whole: bool = True
+    """False: it lies in a row with others."""
+    offset: int = 0
+    """Where it starts in its row."""
+    selected: bool = False
+    """Its trained tokens are a selection: gaps in them are meant."""
+    turns: list[Turn] = field(default_factory=list)
+    """Empty: not known."""
+    text: bytes = b""
+    """As `Vocabulary.bytes_of`; empty without a tokenizer."""
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[T + 1]: where each token starts in `text`."""
+
+    @property
+    def learned(self) -> BoolArray:
+        """[T]: the assistant's tokens: those that are trained, or that a selection was taken from."""
+        return self.trained if self.response is None else self.response
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """Start and stop of each stretch of `learned`."""
+        return stretches(self.learned)
+
+    def end(self, turn: Turn, closers: Set[int], is_control: BoolArray) -> int:
+        """Where a turn stops, with the token that ends it where that one opens the next turn (as in GLM-4)."""
+        ids = self.ids
+        if turn.role != "assistant" or turn.stop >= len(ids):
+            return turn.stop
+        following = int(ids[turn.stop])
+        if not 0 <= following < len(is_control) or not is_control[following]:
+            return turn.stop
+        if following in closers:
+            return turn.stop + 1
+        own = np.flatnonzero(self.learned[turn.start : turn.stop]) + turn.start
+        closed = any(int(i) in closers for i in ids[own[-2:]])
+        alone = self.learned[turn.stop] and not self.learned[turn.stop + 1 : turn.stop + 2].any()
+        return turn.stop + 1 if own.size and own[-1] == turn.stop - 1 and alone and not closed else turn.stop
+
+    @cached_property
+    def answers(self) -> list[Turn]:
+        """The assistant's turns of which something is trained; without marks, each stretch of trained tokens."""
+        if not self.turns:
+            ends = [start for start, _ in self.runs[1:]] + [len(self.ids)]
+            return [
+                Turn("assistant", start, start, end) for (start, _), end in zip(self.runs, ends, strict=True)
+            ]
+        return [t for t in self.turns if t.role == "assistant" and self.learned[t.header : t.stop].any()]
+
+
+def stretches(mask: BoolArray) -> list[tuple[int, int]]:
+    """Return start and stop of each stretch of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+class Cutter:
+    """Cuts rows into turns by the marks of a chat template."""
+
+    def __init__(self, vocabulary: Vocabulary, shape: Shape) -> None:
+        self._vocabulary, self._shape = vocabulary, shape
+        self._pattern: re.Pattern[bytes] | None = pattern(shape, vocabulary) if shape.known else None
+
+    def __call__(self, example: Example) -> None:
+        """Fill in the text and the turns of an example."""
+        example.text, example.starts = self._vocabulary.bytes_of(example.ids)
+        if self._pattern is None:
+            return
+        found = [(match.lastgroup or "", *match.span()) for match in self._pattern.finditer(example.text)]
+        if not any(role == "assistant" for role, _, _ in found):
+            return
+        turns: list[Turn] = []
+        if found[0][1] > 0 and example.text[: found[0][1]].strip():
+            turns.append(Turn("system", 0, 0, self._first_from(example, found[0][1])))
+        for (role, begin, end), (_, after, _) in pairwise([*found, ("", len(example.text), 0)]):
+            header, stop = self._first_from(example, begin), self._first_from(example, after)
+            start = min(self._body(example, end), stop)
+            if role == "assistant" and turns and turns[-1].role == role:  # one turn in several messages
+                turns[-1] = Turn(role, turns[-1].header, turns[-1].start, stop)
+            else:
+                turns.append(Turn(role, header, start, stop))
+        example.turns = turns
+
+    def _first_from(self, example: Example, position: int) -> int:
+        return int(np.searchsorted(example.starts[:-1], position))
+
+    def _body(self, example: Example, end: int) -> int:
+        """The first token behind a header; one that lies across its end belongs to the side with more than blanks."""
+        first = self._first_from(example, end)
+        if first and example.starts[first] > end and example.text[end : example.starts[first]].strip():
+            return first - 1
+        return first

@@ -1,0 +1,86 @@
+"""Open what is audited: files and folders of anybody's, datasets in memory, folders of ours."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import manifest as manifests
+from sstoken.stages.auditing import columns
+from sstoken.stages.auditing.checks.rows import Row
+from sstoken.stages.auditing.data_files import read_files
+from sstoken.stages.auditing.opened import BATCH, Opened, arrow_rows
+from sstoken.stages.auditing.own_folders import export_around, own_folder, tokenizer_near
+from sstoken.stages.encoding import sources
+
+
+def open_source(
+    source: Any, split: str | None = None, *, shifted: bool = False, tokens: Path | None = None
+) -> Opened:
+    """Open a dataset by what it is.
+
+    Args:
+        source: a path, a pattern, a Hub id; or a dataset, table or list of rows in memory.
+        split: of a Hub dataset or a saved DatasetDict.
+        shifted: labels are meant to be moved by one.
+        tokens: the folder of tokens that scores belong to; None: looked for beside them.
+
+    Raises:
+        UsageError: there is nothing, or nothing that can be audited.
+        SstokenError: damaged files.
+    """
+    if not isinstance(source, (str, Path)):
+        return _in_memory(source, shifted)
+    path = Path(source).expanduser()
+    if path.is_dir() and (manifest := manifests.read_manifest(path)) is not None:
+        return own_folder(path, manifest, tokens)
+    name = str(source)
+    rows, names = read_files(path, name, split)
+    around = path if path.is_dir() else path.parent
+    export = export_around(around)
+    if export is not None and export.settings.get("to") == "nemo":
+        shifted = True
+    opened = _opened(sources.shown(name), rows, names, shifted)
+    opened.tokenizer = tokenizer_near(around)
+    return opened
+
+
+def _opened(shown: str, rows: Iterator[Row], names: Iterable[str] | None, shifted: bool) -> Opened:
+    first = next(rows, None)
+    skipped = []
+    while first is not None and first.problem is not None:  # what the rows hold is seen in one that parses
+        skipped.append(first)
+        first = next(rows, None)
+    if first is None and not skipped:
+        raise SstokenError(f"{shown}: no rows in it; there is nothing to audit")
+    values = first.values if first is not None else {}
+    found = columns.find(names if names is not None else values, values)
+    if found is not None and shifted:
+        found = replace(found, shifted=True)
+    rows = chain(skipped, [first] if first is not None else [], rows)
+    return Opened(shown, "conversations" if found is None else "tokenised", rows, found)
+
+
+def _in_memory(source: Any, shifted: bool) -> Opened:
+    names: list[str] | None = None
+    rows: Iterator[Row]
+    if hasattr(source, "with_format"):  # datasets.Dataset
+        names = list(source.column_names or ()) or None
+        tables_ = source.with_format("arrow").iter(batch_size=BATCH)
+        rows = arrow_rows(tables_, "row")
+    elif hasattr(source, "to_batches"):  # pyarrow.Table
+        rows = arrow_rows(source.to_batches(BATCH), "row")
+    elif hasattr(source, "iter_slices"):  # polars.DataFrame
+        rows = arrow_rows((part.to_arrow() for part in source.iter_slices(BATCH)), "row")
+    elif isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
+        rows = (
+            Row(f"row {i}", i, row) if isinstance(row, Mapping) else Row(f"row {i}", i, {}, "not an object")
+            for i, row in enumerate(source)
+        )
+    else:
+        raise UsageError(
+            f"audit takes a path, a dataset, a table or a list of rows, not a {type(source).__name__}"
+        )
+    return _opened(f"{type(source).__name__} in memory", rows, names, shifted)

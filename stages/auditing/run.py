@@ -1,0 +1,258 @@
+"""Run an audit: open the dataset, look at each row, sum up."""
+
+from collections.abc import Collection, Iterator, Mapping
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import checkpoints, tables
+from sstoken.stages.auditing import shape as shapes
+from sstoken.stages.auditing.checks import labels, special_tokens
+from sstoken.stages.auditing.checks.answers import Answers
+from sstoken.stages.auditing.checks.lengths import Lengths
+from sstoken.stages.auditing.checks.parts import Parts
+from sstoken.stages.auditing.checks.rows import Row, examples
+from sstoken.stages.auditing.checks.signals import Signals
+from sstoken.stages.auditing.checks.template import NO_TEMPLATE, Conversations
+from sstoken.stages.auditing.checks.turn_ends import TurnEnds
+from sstoken.stages.auditing.context import Context
+from sstoken.stages.auditing.conversations import Reading, encoded
+from sstoken.stages.auditing.examples import Cutter, Example
+from sstoken.stages.auditing.findings import AuditResult, Collector
+from sstoken.stages.auditing.reading import Opened, open_source
+from sstoken.stages.auditing.tally import Tally
+from sstoken.stages.auditing.vocabulary import Vocabulary
+from sstoken.stages.encoding.layouts import Preference
+from sstoken.stages.encoding.messages import TrainedTurns
+from sstoken.stages.encoding.templates import ChatTemplate, read_template
+from sstoken.stages.weight_files import read_json
+
+if TYPE_CHECKING:
+    from sstoken.stages.encoding.chat import ChatEncoder
+
+_ANY_LENGTH = 1 << 40
+
+
+def audit(
+    source: Any,
+    *,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    tokens: str | Path | None = None,
+    split: str | None = None,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
+    preference: Preference = "stop",
+    turns: TrainedTurns = "all",
+    chat_template: str | None = None,
+    allow_lost: Collection[str] = (),
+    keep_special_tokens: bool = False,
+    shifted_labels: bool = False,
+    max_length: int | None = None,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
+) -> AuditResult:
+    """Look at what would be trained, without loading any weights.
+
+    Args:
+        source: raw conversations, a tokenised dataset or a folder of ours: a path, a pattern, a Hub id, or a dataset,
+            an Arrow table or a list of rows in memory.
+        model: whose tokenizer, chat template and stop tokens are used; raw conversations need it.
+        tokenizer: a tokenizer without a model, for the texts of a tokenised dataset.
+        tokens: the folder of tokens that a scores folder belongs to; None: looked for beside it.
+        split, format, columns, ignore_columns, preference, turns, chat_template, allow_lost, keep_special_tokens: as
+            `Encode` has them.
+        shifted_labels: labels are meant to be moved by one (NeMo, Megatron).
+        max_length: what training will cut at, in tokens; None: for conversations what `encode` would take.
+        limit: look at the first rows only, this many.
+        trust_remote_code: run code that comes with the tokenizer.
+
+    Raises:
+        UsageError: there is nothing to audit, or conversations without a model.
+        SstokenError: damaged files, a tokenizer that does not load, columns that match no layout.
+    """
+    template = None if chat_template is None else read_template(chat_template)
+    opened = open_source(
+        source, split, shifted=shifted_labels, tokens=None if tokens is None else Path(tokens).expanduser()
+    )
+    opened.rows = _Counted(islice(opened.rows, limit))
+    ref = model or tokenizer
+    if opened.columns is None:
+        if ref is None:
+            raise UsageError(
+                f"{opened.shown}: raw conversations (no input_ids); name the --model whose chat template and "
+                "tokenizer are used"
+            )
+        encoder = _encoder(ref, template, turns, allow_lost, keep_special_tokens, trust_remote_code)
+        declared = encoder.max_length
+        encoder.max_length = _ANY_LENGTH
+        vocabulary = _vocabulary(ref, encoder.tokenizer)
+        context = Context(Collector(vocabulary), vocabulary, raw=True)
+        counts = Conversations()
+        reading = Reading(format, tuple((columns or {}).items()), tuple(ignore_columns), preference)
+        found = encoded(opened.rows, encoder, reading, counts, context)
+        if encoder.tokenizer.chat_template is None and template is None:
+            context.found.count(NO_TEMPLATE, 1, None, f"{ref}: its tokenizer has none")
+        source_of_shape = encoder.template()
+        return _summed(opened, found, context, source_of_shape, max_length or declared, counts)
+    place = ref or (str(opened.tokenizer) if opened.tokenizer else None)
+    if place is None:
+        context = Context(Collector(None))
+    else:
+        loaded = checkpoints.load_tokenizer(place, trust_remote_code=trust_remote_code)
+        vocabulary = _vocabulary(place if ref else _made_by(opened, place), loaded)
+        context = Context(Collector(vocabulary), vocabulary)
+        template = template or _own_template(loaded)
+    found = _tokenised(opened, context)
+    return _summed(opened, found, context, template, max_length or opened.max_length, None)
+
+
+def _tokenised(opened: Opened, context: Context) -> Iterator[Example]:
+    assert opened.columns is not None
+    for row in opened.rows:
+        yield from examples(row, opened.columns, context)
+
+
+def _summed(
+    opened: Opened,
+    found: Iterator[Example],
+    context: Context,
+    template: str | None,
+    max_length: int | None,
+    counts: Conversations | None,
+) -> AuditResult:
+    """Look at every example and sum up."""
+    cutter = _cutter(context, template)
+    tally, lengths, ends, parts, answers = Tally(), Lengths(max_length), TurnEnds(), Parts(), Answers()
+    for _, row in groupby(found, key=lambda example: example.row):
+        documents = list(row)
+        packed = not documents[0].whole
+        for example in documents:
+            length = sum(len(d.ids) for d in documents) if packed else len(example.ids)
+            if cutter is not None:
+                cutter(example)
+            tally.add(example)
+            labels.check(example, context)
+            ends.check(example, context, length)
+            special_tokens.check(example, context)
+            parts.check(example, context)
+            answers.check(example, context)
+            if not packed:
+                lengths.add(example, length, example.trained, context)
+                answers.add_row(example.ids, example, context)
+        if packed:
+            ids, trained = (
+                np.concatenate([getattr(d, name) for d in documents]) for name in ("ids", "trained")
+            )
+            lengths.add(documents[0], len(ids), trained, context)
+            answers.add_row(ids, documents[0], context)
+            labels.check_pack(documents[0], bool(trained.any()), context)
+    ends.finish(context)
+    lengths.finish(context)
+    answers.finish(context)
+    assert isinstance(opened.rows, _Counted)
+    facts = {"rows": opened.rows.count, **tally.facts(), **lengths.facts(), "ends": ends.facts()}
+    facts |= {"parts": parts.facts(), **answers.facts()}
+    facts["tokenizer"] = None if context.vocabulary is None else context.vocabulary.tokenizer.name_or_path
+    facts["turns_known"] = context.shape.known
+    if counts is not None:
+        facts |= counts.facts()
+    if opened.scores is not None:
+        facts["signals"] = _signals(opened, context)
+    return AuditResult(opened.shown, opened.form, facts, context.found.findings())
+
+
+def _cutter(context: Context, template: str | None) -> Cutter | None:
+    vocabulary = context.vocabulary
+    if vocabulary is None:
+        return None
+    context.shape.closers = set(vocabulary.stops)
+    if template is not None:
+        special = vocabulary.tokenizer.special_tokens_map
+        context.shape = shapes.learn(ChatTemplate(template, special), vocabulary)
+    return Cutter(vocabulary, context.shape)
+
+
+def _signals(opened: Opened, context: Context) -> dict[str, Any]:
+    assert opened.scores is not None
+    assert opened.tokens is not None
+    signals = Signals()
+    signals.read(opened.scores, opened.tokens, context)
+    signals.finish(context)
+    return signals.facts()
+
+
+class _Counted:
+    """An iterator that counts."""
+
+    def __init__(self, rows: Iterator[Row]) -> None:
+        self.count = 0
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        row = next(self._rows)
+        self.count += 1
+        return row
+
+
+def _encoder(
+    ref: str,
+    template: str | None,
+    turns: TrainedTurns,
+    allow_lost: Collection[str],
+    keep_special_tokens: bool,
+    trust_remote_code: bool,
+) -> "ChatEncoder":
+    from sstoken.stages.encoding.chat import ChatEncoder
+
+    tokenizer = checkpoints.load_tokenizer(ref, trust_remote_code=trust_remote_code)
+    return ChatEncoder(
+        tokenizer,
+        None,
+        template,
+        turns=turns,
+        allow_lost=allow_lost,
+        keep_special_tokens=keep_special_tokens,
+        stop_tokens=checkpoints.stop_tokens(ref, tokenizer),
+    )
+
+
+def _vocabulary(ref: str, tokenizer: Any) -> Vocabulary:
+    return Vocabulary(tokenizer, checkpoints.stop_tokens(ref, tokenizer), _model_size(ref))
+
+
+def _model_size(ref: str) -> int | None:
+    """How many ids a local model has; they may be more than its tokenizer's."""
+    try:
+        folder = checkpoints.local_folder(ref)
+        config = {} if folder is None else read_json(folder / "config.json")
+    except (SstokenError, OSError):
+        return None
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _made_by(opened: Opened, place: str) -> str:
+    """The model whose tokenizer a folder of ours holds, if it is still here: it knows what stops generation."""
+    folder = Path(opened.shown)
+    try:
+        name = tables.read_metadata(tables.parts(folder)[0])["tokenizer"]["name"]
+        return str(name) if Path(name).is_dir() else place
+    except (SstokenError, IndexError, KeyError, TypeError):
+        return place
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return str(tokenizer.get_chat_template(None, None))
+    except ValueError:  # several, and none of them the default
+        return None

@@ -1,0 +1,283 @@
+"""The marks by which a chat template shows whose turn a text is, found by rendering a dialogue of known words.
+
+A row of token ids is cut at these marks into turns. A row in which none is found was made with another template, and
+nothing is said about its turns.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sstoken.errors import SstokenError
+from sstoken.stages.auditing.vocabulary import CONTROL, Vocabulary
+from sstoken.stages.encoding.messages import Conversation, Message
+from sstoken.stages.encoding.templates import ChatTemplate
+
+_ASKED, _SAID, _ASKED_MORE, _SAID_MORE = "Wqxask", "Wqxreply", "Wqxaskmore", "Wqxreplymore"
+_THOUGHT, _TOOL, _KEY, _VALUE, _RESULT = "Wqxthought", "Wqxtool", "Wqxkey", "Wqxvalue", "Wqxresult"
+_ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
+"""What a border between two marks never splits: a tag, a word, a run of whitespace."""
+_TAG = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_]{2,40}\]")
+
+
+@dataclass
+class Shape:
+    """The marks of one template, in the bytes of `Vocabulary.bytes_of`."""
+
+    openers: dict[str, list[str]] = field(default_factory=dict)
+    """By role (user, assistant, tool): the texts that open its turns."""
+    closers: set[int] = field(default_factory=set)
+    """Tokens that end an assistant turn: those that stop generation, and what the template prints behind answers."""
+    last_closers: set[int] = field(default_factory=set)
+    """Tokens that the template prints behind the last answer."""
+    in_next_header: bool = False
+    """The token that ends an answer opens the next turn: the last answer has none."""
+    begins_with_bos: bool = False
+    bos_opens_turns: bool = False
+    """BOS also stands within a row: it opens turns."""
+    thoughts: tuple[str, str] = ("<think>", "</think>")
+    """What stands around reasoning."""
+    calls: tuple[str, ...] = ()
+    """What opens a tool call."""
+    printed: frozenset[int] = frozenset()
+    """Special tokens that the template itself prints."""
+
+    @property
+    def known(self) -> bool:
+        """Whether turns can be told apart."""
+        return bool(self.openers.get("user") and self.openers.get("assistant"))
+
+
+def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
+    """Find the marks of a template. A template that refuses even a plain dialogue has none."""
+    shape = Shape(closers=set(vocabulary.stops))
+    probe = _Probe(template)
+    dialogue = [_user(_ASKED), _says(_SAID), _user(_ASKED_MORE), _says(_SAID_MORE)]
+    text = probe.text(dialogue) or probe.text([_system(), *dialogue])
+    if text is None or any(text.count(word) < 1 for word in (_ASKED, _SAID, _ASKED_MORE, _SAID_MORE)):
+        return shape
+    before, to_answer, to_user, to_last, tail = _gaps(text, (_ASKED, _SAID, _ASKED_MORE, _SAID_MORE))
+    asked = _after(probe.text(dialogue[:1], prompt=True), _ASKED)
+    bare = _after(probe.text(dialogue[:1]), _ASKED)
+    closing_user = _prefix(asked, bare) if asked != bare else ""
+    prompt = asked[len(closing_user) :]
+    gaps = [to_answer, to_last, *(gap for gap in (probe.before_reasoning(), probe.before_call()) if gap)]
+    shape.openers["assistant"] = list(dict.fromkeys(_answer_openers(prompt, closing_user, gaps)))
+    shape.openers["user"] = _user_openers(before, to_user, tail, closing_user)
+    shape.closers |= _closers(to_user, tail, vocabulary)
+    shape.last_closers = _first(tail, vocabulary)
+    opened = "".join(shape.openers["user"])
+    shape.in_next_header = not shape.last_closers and any(
+        vocabulary.id_of(part) in vocabulary.stops for part in vocabulary.split(opened)
+    )
+    if vocabulary.bos is not None:
+        bos = str(vocabulary.tokenizer.bos_token)
+        shape.begins_with_bos = text.startswith(bos)
+        shape.bos_opens_turns = text.count(bos) > 1
+    _learn_reasoning(shape, probe)
+    _learn_tools(shape, probe, vocabulary)
+    printed = {i for token, i in vocabulary.ids.items() if token in template.source}
+    shape.printed = frozenset(printed | set(shape.closers) | _ids_in(text, vocabulary))
+    return shape
+
+
+def pattern(shape: Shape, vocabulary: Vocabulary) -> re.Pattern[bytes]:
+    """Return what finds the openers of all roles; the group that matched is called by the role."""
+    alternatives = []
+    for role, texts in shape.openers.items():
+        forms = sorted({text for text in texts if text.strip()}, key=len, reverse=True)
+        if forms:
+            alternatives.append(
+                (max(map(len, forms)), role, b"|".join(_lenient(text, vocabulary) for text in forms))
+            )
+    alternatives.sort(
+        reverse=True
+    )  # the longest first: `user<tool_response>` opens a tool's turn, not a user's
+    return re.compile(b"|".join(b"(?P<%s>%s)" % (role.encode(), forms) for _, role, forms in alternatives))
+
+
+def _lenient(text: str, vocabulary: Vocabulary) -> bytes:
+    """A pattern for a mark; tokenizers may put blanks behind special tokens, and take some away."""
+    core = text.strip()
+    parts = []
+    for part in vocabulary.split(core):
+        if part in vocabulary.ids:
+            parts.append(re.escape(CONTROL + part.encode()) + b" ?")
+        else:
+            parts += [rb"\s*" if atom.isspace() else re.escape(atom.encode()) for atom in _words(part)]
+    trailing = text[len(text.rstrip()) :].encode()
+    return b"".join(parts) + (b"(?:%s)?" % re.escape(trailing) if trailing else b"")
+
+
+def _words(text: str) -> Iterator[str]:
+    return (match[0] for match in re.finditer(r"\s+|\S+", text))
+
+
+class _Probe:
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+
+    def text(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, *, prompt: bool = False
+    ) -> str | None:
+        try:
+            return self._template.render(Conversation(messages, tools), prompt=prompt)
+        except SstokenError:
+            return None
+
+    def before_reasoning(self) -> str:
+        """What stands between a question and the reasoning of its answer."""
+        text = self.text(_reasoned()) or ""
+        return text.rpartition(_ASKED)[2].partition(_THOUGHT)[0] if _THOUGHT in text else ""
+
+    def before_call(self) -> str:
+        """What stands between a question and a call."""
+        text = self.text(_called()[:2], [_DEFINITION]) or ""
+        return text.rpartition(_ASKED)[2].partition(_TOOL)[0] if _VALUE in text else ""
+
+
+def _reasoned() -> list[Message]:
+    return [_user(_ASKED), _says(_SAID, reasoning_content=_THOUGHT)]
+
+
+def _answer_openers(prompt: str, closing_user: str, gaps: Iterable[str]) -> Iterator[str]:
+    if not prompt.strip():  # no generation prompt: an answer follows what closes the user's turn
+        yield from (gap.rstrip(" ") for gap in gaps)
+        return
+    yield prompt
+    for gap in gaps:
+        rest = gap.removeprefix(closing_user)
+        shared = _prefix(rest, prompt)
+        if shared.strip():
+            yield shared
+
+
+def _user_openers(before: str, to_user: str, tail: str, closing_user: str) -> list[str]:
+    opener = _suffix(before, to_user)
+    closing = _prefix(to_user, tail)
+    if len(opener) > len(to_user) - len(closing) and to_user[len(closing) :].strip():
+        opener = to_user[len(closing) :]  # else one token closes the answer and opens the turn
+    for closed in (closing_user, closing_user.strip()):
+        if closed and opener.startswith(closed) and opener.removeprefix(closed).strip():
+            opener = opener.removeprefix(closed)
+            break
+    return [opener.lstrip()] if opener.strip() else []
+
+
+def _closers(to_user: str, tail: str, vocabulary: Vocabulary) -> set[int]:
+    return (
+        _first(tail, vocabulary)
+        | _first(_prefix(to_user, tail), vocabulary)
+        | (_first(to_user, vocabulary) if _first(tail, vocabulary) else set())
+    )
+
+
+def _first(text: str, vocabulary: Vocabulary) -> set[int]:
+    """The special token that text begins with."""
+    parts = vocabulary.split(text.lstrip())
+    return {vocabulary.ids[parts[0]]} if parts and parts[0] in vocabulary.ids else set()
+
+
+def _ids_in(text: str, vocabulary: Vocabulary) -> set[int]:
+    return {vocabulary.ids[part] for part in vocabulary.split(text) if part in vocabulary.ids}
+
+
+def _learn_reasoning(shape: Shape, probe: _Probe) -> None:
+    text = probe.text(_reasoned())
+    if text is None or _THOUGHT not in text or text.find(_THOUGHT) > text.rfind(_SAID):
+        return
+    before, _, rest = text.partition(_THOUGHT)
+    opened = _behind_header(before, shape).strip()
+    closes = _TAG.findall(rest.partition(_SAID)[0])
+    if _TAG.match(opened) and closes:
+        shape.thoughts = (opened, closes[0])
+
+
+def _learn_tools(shape: Shape, probe: _Probe, vocabulary: Vocabulary) -> None:
+    text = probe.text([*_called(), _says(_SAID)], [_DEFINITION])
+    if text is None or not text.find(_ASKED) < text.find(_VALUE) < text.find(_RESULT):
+        return
+    before = _behind_header(text.rpartition(_ASKED)[2].partition(_VALUE)[0].partition(_TOOL)[0], shape)
+    tags = [tag for tag in _TAG.findall(before) if tag not in shape.thoughts]
+    shape.calls = (tags[0],) if tags else (before.strip(),) if before.strip() else ()
+    gap = text.rpartition(_VALUE)[2].partition(_RESULT)[0]
+    closing = _prefix(gap, _after(probe.text(_called()[:2], [_DEFINITION]), _VALUE))
+    ends = [part for part in vocabulary.split(closing) if part in vocabulary.ids]
+    shape.closers |= {vocabulary.ids[end] for end in ends[-1:]}  # some calls end with a token of their own
+    plain = re.match(r"(?:<[^<>\s]{1,60}>|[^\"'{])*", gap[len(closing) :].lstrip().partition("Wqx")[0])
+    opener = plain[0] if plain else ""
+    if opener.strip() and not _TAG.search(opener):  # too plain to be told from text
+        opener = f"{ends[-1]}{opener}" if ends and closing.endswith(ends[-1]) else ""
+    if opener.strip() and opener not in shape.openers["user"]:
+        shape.openers["tool"] = [opener]
+    answered = text.partition(_RESULT)[2].partition(_SAID)[0]
+    if not any(known.strip() in answered for known in shape.openers["assistant"]):
+        shape.openers["assistant"] += _TAG.findall(answered)[-1:]
+
+
+def _behind_header(text: str, shape: Shape) -> str:
+    """The text behind the last opener of an answer in it."""
+    ends = [text.rfind(opener) + len(opener) for opener in shape.openers["assistant"] if opener in text]
+    return text[max(ends) :] if ends else text
+
+
+_DEFINITION = {
+    "type": "function",
+    "function": {
+        "name": _TOOL,
+        "description": "Wqxdoes",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "Wqxwhat"}}},
+    },
+}
+
+
+def _called() -> list[Message]:
+    call = {"type": "function", "id": "call12345", "function": {"name": _TOOL, "arguments": {_KEY: _VALUE}}}
+    result = {"role": "tool", "name": _TOOL, "tool_call_id": "call12345", "content": _RESULT}
+    return [_user(_ASKED), _says("", tool_calls=[call]), result]
+
+
+def _system() -> Message:
+    return {"role": "system", "content": "Wqxsystem"}
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _says(content: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": content, **more}
+
+
+def _gaps(text: str, words: Sequence[str]) -> list[str]:
+    """The texts before, between and after words that follow each other."""
+    found = []
+    for word in words:
+        gap, _, text = text.partition(word)
+        found.append(gap)
+    return [*found, text]
+
+
+def _after(text: str | None, word: str) -> str:
+    return "" if text is None else text.rpartition(word)[2]
+
+
+def _prefix(left: str, right: str) -> str:
+    """The common beginning of two texts, without splitting a tag or a word."""
+    return left[: _common(_ATOM.findall(left), _ATOM.findall(right))]
+
+
+def _suffix(left: str, right: str) -> str:
+    """The common end of two texts, without splitting a tag or a word."""
+    length = _common(_ATOM.findall(left)[::-1], _ATOM.findall(right)[::-1])
+    return left[len(left) - length :]
+
+
+def _common(left: Sequence[str], right: Sequence[str]) -> int:
+    length = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        length += len(a)
+    return length

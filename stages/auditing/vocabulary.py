@@ -1,0 +1,133 @@
+"""What a tokenizer says about ids: their text, and which of them are special, end a turn or begin a document."""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.selection import BoolArray, IntArray
+from sstoken.stages.encoding.chat import control_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTROL = b"\xfe"
+"""Stands before a special token in the bytes of a row: text that only looks like one is not taken for it. No UTF-8
+text holds this byte."""
+
+
+class Vocabulary:
+    """The ids of one tokenizer.
+
+    Args:
+        tokenizer: of the dataset.
+        stops: tokens that stop generation, besides EOS.
+        size: how many ids the model has; None: as many as the tokenizer.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str] = (), size: int | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.size = max(len(tokenizer), size or 0)
+        self.control_tokens = sorted(filter(str.strip, control_tokens(tokenizer)), key=lambda t: (-len(t), t))
+        vocabulary = tokenizer.get_vocab()
+        self.ids = {token: vocabulary[token] for token in self.control_tokens if token in vocabulary}
+        self.stops = {i for t in (str(tokenizer.eos_token), *stops) if (i := vocabulary.get(t)) is not None}
+        self.bos: int | None = tokenizer.bos_token_id
+        self.pad: int | None = tokenizer.pad_token_id
+        self.unknown: int | None = tokenizer.unk_token_id
+
+    def __contains__(self, token: str) -> bool:
+        return self.tokenizer.convert_tokens_to_ids(token) not in (None, self.unknown)
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token, if it is one."""
+        found = self.tokenizer.get_vocab().get(token)
+        return None if found is None else int(found)
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself begins a text with BOS."""
+        return self.bos is not None and self.tokenizer("a", verbose=False)["input_ids"][:1] == [self.bos]
+
+    @cached_property
+    def is_control(self) -> BoolArray:
+        """[size]: whether an id is a special token."""
+        found = np.zeros(self.size, bool)
+        found[[i for i in self.ids.values() if i < self.size]] = True
+        return found
+
+    @cached_property
+    def is_blank(self) -> BoolArray:
+        """[size]: whether an id is whitespace."""
+        return np.array([not piece.strip() for piece in self._pieces], bool)
+
+    def bytes_of(self, ids: IntArray) -> tuple[bytes, NDArray[np.int64]]:
+        """Return the text of T tokens as UTF-8 with `CONTROL` marks, and where each token starts in it, [T + 1]."""
+        pieces = self._pieces
+        known = np.where((ids >= 0) & (ids < len(pieces)), ids, len(pieces) - 1)
+        starts = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(self._lengths[known], out=starts[1:])
+        return b"".join([pieces[i] for i in known.tolist()]), starts
+
+    def marked(self, text: str) -> bytes:
+        """Return text in the form of `bytes_of`."""
+        return b"".join(
+            CONTROL + part.encode() if part in self.ids else part.encode() for part in self.split(text)
+        )
+
+    def split(self, text: str) -> list[str]:
+        """Return text cut at special tokens, each of which is a part of its own."""
+        if not self.control_tokens:
+            return [text] if text else []
+        parts = re.split(f"({'|'.join(map(re.escape, self.control_tokens))})", text)
+        return [part for part in parts if part]
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes of each id; the last entry is for ids that there are not."""
+        tokens = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        added = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()}
+        control = set(self.ids.values())
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        decoder = str(getattr(backend, "decoder", None))
+        plain = _byte_level() if "ByteLevel" in decoder else _sentencepiece if "▁" in decoder else _word
+        pieces = []
+        for i, token in enumerate(tokens):
+            piece = added[i].encode() if i in added else plain(str(token))
+            pieces.append(CONTROL + str(token).encode() if i in control else piece)
+        return [*pieces, *[b"?"] * (self.size - len(pieces)), b"?"]
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        return np.array([len(piece) for piece in self._pieces], np.int64)
+
+
+def shown(text: bytes) -> str:
+    """Return bytes of `Vocabulary.bytes_of` as text."""
+    return text.replace(CONTROL, b"").decode(errors="replace")
+
+
+def _byte_level() -> Callable[[str], bytes]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    return lambda token: bytes(byte_of.get(c, 0x3F) for c in token)
+
+
+def _sentencepiece(token: str) -> bytes:
+    if match := _BYTE.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode(errors="replace")
+
+
+def _word(token: str) -> bytes:
+    """A token of a tokenizer that decodes to words with blanks between them."""
+    return token.removeprefix("##").encode() if token.startswith("##") else b" " + token.encode()
+
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
