@@ -25,6 +25,8 @@ def test_a_wheel_beside_files_of_the_same_names(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", place, wheel], check=True, timeout=600)
     assert {path.name for path in place.iterdir()} - {"bin"} == {"sstoken", wheel.name[:13] + ".dist-info"}
     assert (place / "sstoken" / "py.typed").is_file()
+    for name in ("page.html", "page.css", "page.js"):
+        assert (place / "sstoken/stages/report/page" / name).is_file()
     own.mkdir()
     for name in ("pipeline", "stages"):
         (own / f"{name}.py").write_text("MINE = True\n")

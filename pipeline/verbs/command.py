@@ -8,13 +8,14 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar, cast
 
 import click
 from pydantic import Field
 
+from sstoken.errors import UsageError
 from sstoken.pipeline.cli_options import Option, given, json_option, stage_options
 from sstoken.pipeline.config import LARGEST_SEED, validated
 from sstoken.pipeline.job import Result
@@ -105,6 +106,23 @@ def command(function: Callable[..., Any], *options: Callable[[F], F]) -> Callabl
 def place(path: Place) -> Path:
     """The path without its tilde."""
     return Path(path).expanduser()
+
+
+def named_places(given: Iterable[Place]) -> dict[str, Path]:
+    """Folders by name: `NAME=FOLDER`, or a folder under its own name.
+
+    Raises:
+        UsageError: two have the same name.
+    """
+    named: dict[str, Path] = {}
+    for each in map(str, given):
+        name, separator, folder = each.partition("=")
+        if not separator or "/" in name or Path(each).is_dir():
+            name, folder = Path(each).name or each, each
+        if name in named:
+            raise UsageError(f"two masked datasets are called {name!r}; name one of them: NAME={folder}")
+        named[name] = place(folder)
+    return named
 
 
 def print_finished(name: str, result: Result, as_json: bool) -> None:

@@ -10,7 +10,7 @@ import click
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.printing import print_comparison, print_table
-from sstoken.pipeline.verbs.command import Place, command, place
+from sstoken.pipeline.verbs.command import Place, command, named_places, place
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import MANIFEST
 
@@ -93,15 +93,7 @@ def compare(masked: Sequence[Place], *, examples: int = 5) -> dict[str, Any]:
     """
     from sstoken.stages.report.compare import compare_masked
 
-    named: dict[str, Path] = {}
-    for given in map(str, masked):
-        name, separator, folder = given.partition("=")
-        if not separator or "/" in name or Path(given).is_dir():
-            name, folder = Path(given).name or given, given
-        if name in named:
-            raise UsageError(f"two masked datasets are called {name!r}; name one of them: NAME={folder}")
-        named[name] = place(folder)
-    return compare_masked(named, examples)
+    return compare_masked(named_places(masked), examples)
 
 
 @command(

@@ -10,14 +10,14 @@ import numpy as np
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import joins, tables
 from sstoken.stages.checkpoints import load_tokenizer
+from sstoken.stages.report.vocabulary import CLASSES as CLASSES
+from sstoken.stages.report.vocabulary import class_of, special_ids
 
 if TYPE_CHECKING:
     import polars as pl
 
 NUM_TENTHS = 10
 _COLUMNS = ("example_id", "input_ids", "keep_mask", "response_mask")
-CLASSES = ("special", "white space", "number", "word", "punctuation")
-"""Token classes, by the token's text: it holds a digit, else a letter, else neither."""
 
 
 def compare_masked(masked: Mapping[str, Path], num_examples: int = 5) -> dict[str, Any]:
@@ -61,6 +61,25 @@ def compare_masked(masked: Mapping[str, Path], num_examples: int = 5) -> dict[st
             {"first": names[i], "second": names[j], **_pair(counts, f"{i}-{j}", num_examples)}
             for i, j in combinations(range(len(names)), 2)
         ],
+    }
+
+
+def agreement(masked: Mapping[str, Path]) -> dict[str, Any]:
+    """How far every two datasets agree.
+
+    Returns:
+        `jaccard` and `kappa`, each as rows of a symmetrical matrix in the order of `masked`; `examples` that all have.
+    """
+    facts = compare_masked(masked, num_examples=0)
+    pairs = {(pair["first"], pair["second"]): pair for pair in facts["pairs"]}
+    names = list(masked)
+
+    def value(a: str, b: str, key: str) -> float:
+        return 1.0 if a == b else float((pairs.get((a, b)) or pairs[b, a])[key])
+
+    return {
+        "examples": facts["examples"],
+        **{key: [[value(a, b, key) for b in names] for a in names] for key in ("jaccard", "kappa")},
     }
 
 
@@ -146,20 +165,11 @@ def _class_by_id(folder: Path) -> "pl.DataFrame":
     import polars as pl
 
     tokenizer = load_tokenizer(str(folder))
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     ids = sorted(set(tokenizer.get_vocab().values()))
     texts = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=False)
-    found = ["special" if i in special else _class_of(text) for i, text in zip(ids, texts, strict=True)]
+    found = ["special" if i in special else class_of(text) for i, text in zip(ids, texts, strict=True)]
     return pl.DataFrame({"input_ids": np.array(ids, dtype=np.int32), "class": found})
-
-
-def _class_of(text: str) -> str:
-    if not text.strip():
-        return "white space"
-    if any(c.isdigit() for c in text):
-        return "number"
-    return "word" if any(c.isalpha() for c in text) else "punctuation"
 
 
 def _add(before: "pl.DataFrame | None", frame: "pl.DataFrame", num_masks: int, key: str) -> "pl.DataFrame":

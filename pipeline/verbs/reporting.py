@@ -1,0 +1,103 @@
+"""The verbs that show a dataset to people: a page, and figures for a paper."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from sstoken.errors import UsageError
+from sstoken.pipeline.cli_options import json_option
+from sstoken.pipeline.verbs.command import Place, command, named_places, place
+
+__all__ = ["plot", "report"]
+
+
+def report(
+    folders: Sequence[Place], *, out: Place, scores: Sequence[Place] = (), seed: int = 0
+) -> dict[str, Any]:
+    """Write one HTML page of a dataset: its tokens coloured by score, distributions, what is kept most.
+
+    The page holds all that it shows and loads nothing. It stays below 5 MB: of a large dataset, it shows a sample and
+    says so.
+
+    Example:
+      sstoken-curate report runs/demo/masked-sstoken runs/demo/masked-rel --out runs/report.html
+
+    Args:
+        folders: a masked or a tokens folder, or several masked folders of the same tokens; `NAME=FOLDER` names one.
+        out: the page.
+        scores: folders that `score` wrote; none: those in scores/ beside the first folder that fit.
+        seed: of the samples.
+
+    Returns:
+        `examples`, `response_tokens`, `kept_share`, `shown`, `signals`, `notes` and `bytes`.
+    """
+    from sstoken.stages.report.page import write_page
+
+    if isinstance(folders, (str, bytes)):
+        raise UsageError(f"folders is {folders!r}; give a list of folders")
+    return write_page(named_places(folders), place(out), [place(each) for each in scores], seed)
+
+
+@command(
+    report,
+    click.argument("folders", nargs=-1, required=True, metavar="FOLDER..."),
+    click.option("--out", required=True, help="The page to write."),
+    click.option(
+        "--scores", multiple=True, help="What score wrote.  [default: what fits in scores/ beside the first folder]"
+    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples."),
+    json_option,
+)  # fmt: skip
+def _report(folders: tuple[str, ...], out: str, scores: tuple[str, ...], seed: int, as_json: bool) -> None:
+    facts = report(folders, out=out, scores=scores, seed=seed)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for note in facts["notes"]:
+        click.echo(f"note: {note}")
+    click.echo(f"signals: {', '.join(facts['signals']) or 'none was recorded'}")
+    click.echo(
+        f"written: {out}, {facts['bytes'] / 1e6:.1f} MB, {facts['shown']:,} of {facts['examples']:,} examples"
+    )
+
+
+def plot(
+    figure: str, folders: Sequence[Place], *, out: Place, scores: Sequence[Place] = (), seed: int = 0
+) -> None:
+    """Draw one figure of a report as an SVG, PDF or PNG file.
+
+    Example:
+      sstoken-curate plot rho runs/demo/masked-sstoken --out runs/rho.pdf
+
+    Args:
+        figure: its name; a wrong one is answered with those that there are.
+        folders: as for `report`.
+        out: the file, which ends in .svg, .pdf or .png.
+        scores: as for `report`.
+        seed: of the samples.
+    """
+    from sstoken.stages.report.drawing import save
+    from sstoken.stages.report.figures import check_name, pick
+    from sstoken.stages.report.folders import open_folders
+    from sstoken.stages.report.statistics import measure
+
+    check_name(figure, place(out))
+    found = open_folders(named_places(folders), [place(each) for each in scores])
+    save(pick(measure(found, seed), figure), place(out))
+
+
+@command(
+    plot,
+    click.argument("figure"),
+    click.argument("folders", nargs=-1, required=True, metavar="FOLDER..."),
+    click.option("--out", required=True, help="File to write: .svg, .pdf or .png."),
+    click.option(
+        "--scores", multiple=True, help="What score wrote.  [default: what fits in scores/ beside the first folder]"
+    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples."),
+)  # fmt: skip
+def _plot(figure: str, folders: tuple[str, ...], out: str, scores: tuple[str, ...], seed: int) -> None:
+    plot(figure, folders, out=out, scores=scores, seed=seed)
+    click.echo(f"written: {out}")

@@ -1,0 +1,186 @@
+"""What a report reads: masked or tokens folders shard by shard, with every signal that was recorded of their tokens.
+
+Only one shard is in memory at a time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.signals import get_signal, is_signal
+from sstoken.stages import joins, tables
+from sstoken.stages import manifest as manifests
+from sstoken.stages.report.shards import Opened, Shard, read_shard
+
+KINDS = ("masked", "tokens")
+
+
+@dataclass(frozen=True)
+class SignalFacts:
+    """A column of values that the report shows."""
+
+    key: str
+    """`rel`, `attention`, or `CHECKPOINT.SIGNAL`."""
+    label: str
+    unit: str
+    meaning: str
+    signed: bool
+    """Whether zero is the middle of its scale."""
+    checkpoint: str | None = None
+    signal: str | None = None
+
+
+@dataclass
+class Folders:
+    """The folders of one report: the first, others of the same tokens, and the scores of those tokens."""
+
+    all: list[Opened]
+    scores: dict[str, Path] = field(default_factory=dict)
+    """Folders of scores by checkpoint."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be shown, and why; a line each."""
+
+    @property
+    def first(self) -> Opened:
+        """The folder whose rows are counted."""
+        return self.all[0]
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer that made the tokens."""
+        return self.first.path / "tokenizer"
+
+    def signals(self) -> list[SignalFacts]:
+        """Every signal that some shard can have, the folder's own first."""
+        own = self.first.facts
+        found = []
+        if self.first.kind == "masked" and "rel" in self.first.columns:
+            found = [
+                SignalFacts(
+                    "rel",
+                    "REL",
+                    "nats",
+                    "history loss minus current loss: how much the loss has fallen",
+                    True,
+                ),
+                SignalFacts(
+                    "attention",
+                    f"prompt attention (layer {own['layer']})"
+                    if own.get("layer") is not None
+                    else "prompt attention",
+                    "share",
+                    "share of the token's attention that goes to the prompt",
+                    False,
+                ),
+            ]
+        for checkpoint, folder in self.scores.items():
+            for name in tables.columns(tables.parts(folder)[0]):
+                if is_signal(name):
+                    signal = get_signal(name)
+                    label = "prompt attention" if name == "attention" else name.replace("_", " ")
+                    found.append(
+                        SignalFacts(
+                            f"{checkpoint}.{name}", f"{label}, {checkpoint}", signal.unit, signal.meaning,
+                            signal.low < 0 < signal.high, checkpoint, name,
+                        )
+                    )  # fmt: skip
+        return found
+
+    def shards(self, wanted: Sequence[int] | None = None) -> Iterator[Shard]:
+        """Read shard after shard; with `wanted` rows, only shards that hold one of them."""
+        first_row = 0
+        rows = None if wanted is None else np.array(sorted(wanted))
+        for part in tables.parts(self.first.path):
+            after = first_row + tables.num_rows(part)
+            if rows is None or np.searchsorted(rows, first_row) < np.searchsorted(rows, after):
+                yield read_shard(part, first_row, self.first, self.all[1:], self.scores)
+            first_row = after
+
+
+def open_folders(named: Mapping[str, Path], scores: Sequence[Path] = ()) -> Folders:
+    """Check the folders of a report, and find the scores of their tokens.
+
+    Args:
+        named: masked or tokens folders by name; several must be masked, of the same tokens.
+        scores: folders that `score` wrote; none: those in `scores/` beside the first folder that fit.
+
+    Raises:
+        UsageError: no such folder, one of another kind, or several that are not all masked.
+        SstokenError: unfinished, damaged, or of other tokens.
+    """
+    opened = [_open(name, path) for name, path in named.items()]
+    first = opened[0]
+    if len(opened) > 1:
+        wrong = next((each for each in opened if each.kind != "masked"), None)
+        if wrong is not None:
+            raise UsageError(f"{wrong.path}: a tokens folder; side by side stand masked folders alone")
+        for each in opened[1:]:
+            if each.fingerprint != first.fingerprint:
+                raise SstokenError(
+                    f"{each.path}: made from other tokens than {first.path}; put selections of the same tokens side by "
+                    "side"
+                )
+    folders = Folders(opened)
+    if first.lean and first.kind == "masked":
+        folders.notes.append(
+            "A lean dataset: it does not record which tokens belong to the response, so dropped tokens look "
+            "like prompt."
+        )
+    _find_scores(folders, scores)
+    return folders
+
+
+def _open(name: str, path: Path) -> Opened:
+    what = "name a masked folder (select) or a tokens folder (encode)"
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; {what}")
+    manifest = manifests.finished(path, "masked dataset")
+    parts = tables.parts(path)
+    facts = tables.read_metadata(parts[0]) if parts else {}
+    if facts.get("kind") not in KINDS:
+        kind = facts.get("kind") or manifest.stage
+        raise UsageError(f"{path}: a folder of {kind}; {what}")
+    return Opened(name, path, facts["kind"], facts, manifest, tables.columns(parts[0]))
+
+
+def _find_scores(folders: Folders, given: Sequence[Path]) -> None:
+    """Note the folders of scores that are of these very tokens; refuse others only where they were named."""
+    beside = folders.first.path.absolute().parent / "scores"
+    places = list(given) or ([beside] if beside.is_dir() else [])
+    found = [
+        each
+        for place in places
+        for each in ([place] if tables.parts(place) else sorted(place.iterdir() if place.is_dir() else ()))
+        if each.is_dir() and tables.parts(each)
+    ]
+    if given and not found:
+        raise UsageError(f"{given[0]}: no scores there; name what score wrote")
+    for folder in sorted(found, key=_natural):
+        facts = tables.read_metadata(tables.parts(folder)[0])
+        fits = facts.get("kind") == "scores" and _same_tokens(folders.first, folder)
+        if fits:
+            folders.scores[folder.name] = folder
+        elif given:
+            raise SstokenError(f"{folder}: not the scores of the tokens in {folders.first.path}")
+        else:
+            folders.notes.append(f"Not shown: {folder.name} in scores/ holds other tokens' scores.")
+
+
+def _same_tokens(first: Opened, scores: Path) -> bool:
+    try:
+        return bool(
+            joins.folder_fingerprint(scores) == first.fingerprint
+            and {path.name for path in tables.parts(first.path)}
+            <= {path.name for path in tables.parts(scores)}
+        )
+    except SstokenError:
+        return False
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Sort `base` before `step-9` before `step-10`."""
+    pieces = path.name.replace("-", " ").replace("_", " ").split()
+    return [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in pieces]

@@ -1,0 +1,192 @@
+"""One shard of a report's folders: what the masks, scores and signals say of the same tokens."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sstoken.errors import SstokenError
+from sstoken.selection import BoolArray, IntArray
+from sstoken.signals import is_signal
+from sstoken.stages import joins, tables
+from sstoken.stages.manifest import Manifest
+
+Float32Array = NDArray[np.float32]
+_OWN = ("rel", "attention")
+"""Signals that a masked folder itself holds."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One folder that was found to be finished and of a kind that can be shown."""
+
+    name: str
+    path: Path
+    kind: str
+    facts: dict[str, Any]
+    """The metadata of its first shard."""
+    manifest: Manifest
+    columns: list[str]
+
+    @property
+    def lean(self) -> bool:
+        """Whether its response tokens are not known."""
+        return "response_mask" not in self.columns
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Which tokens it holds."""
+        return self.facts.get(joins.TOKENS) if self.kind == "masked" else joins.folder_fingerprint(self.path)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of E examples in flat arrays of M; NaN where nothing was measured."""
+
+    first_row: int
+    """Row of its first example in the first folder."""
+    example_ids: list[str]
+    offsets: IntArray
+    """[E + 1]"""
+    ids: NDArray[np.int32]
+    response: BoolArray
+    """[M]; where a lean folder does not know it, its keep mask."""
+    keeps: list[BoolArray]
+    """[M], one a folder; all false in an example that a folder does not have."""
+    scores: list[Float32Array | None]
+    weights: list[Float32Array | None]
+    has: list[BoolArray]
+    """[E], one a folder: whether it has the example."""
+    signals: dict[str, Float32Array]
+
+
+def read_shard(
+    part: Path, first_row: int, first: Opened, others: Sequence[Opened], scores: Mapping[str, Path]
+) -> Shard:
+    """Read a shard of the first folder, with what the others and the scores say of its tokens."""
+    wanted = ["example_id", "input_ids", "response_mask", "keep_mask", "score", "weight", *_OWN]
+    table = tables.read_table(part, [name for name in wanted if name in first.columns])
+    ids, offsets = tables.flatten(table["input_ids"])
+    response = _flags(table, "response_mask")
+    keep = _flags(table, "keep_mask") if first.kind == "masked" else response
+    assert keep is not None
+    shard = Shard(
+        first_row,
+        table["example_id"].to_pylist(),
+        offsets.astype(np.int64),
+        ids,
+        keep if response is None else response,
+        [keep],
+        [_values(table, "score", ids.size)],
+        [_values(table, "weight", ids.size)],
+        [np.ones(len(table), dtype=bool)],
+        {
+            name: values
+            for name in _OWN
+            if first.kind == "masked" and (values := _values(table, name, ids.size)) is not None
+        },
+    )
+    for other in others:
+        _add_other(shard, other, part.name)
+    for checkpoint, folder in scores.items():
+        _add_scores(shard, checkpoint, folder / part.name)
+    return shard
+
+
+def _add_other(shard: Shard, other: Opened, name: str) -> None:
+    """Add the keep mask, score and weight of another folder's shard of that name."""
+    size = shard.ids.size
+    keep, has = np.zeros(size, dtype=bool), np.zeros(len(shard.example_ids), dtype=bool)
+    columns: dict[str, Float32Array] = {}
+    part = next((path for path in tables.parts(other.path) if path.name == name), None)
+    if part is not None:
+        known = ("example_id", "input_ids", "keep_mask", "score", "weight")
+        names = [name for name in other.columns if name in known]
+        table = tables.read_table(part, names)
+        offsets = tables.flatten(table["input_ids"])[1].astype(np.int64)
+        rows = {example: row for row, example in enumerate(table["example_id"].to_pylist())}
+        places = [rows.get(example, -1) for example in shard.example_ids]
+        kept = _flags(table, "keep_mask")
+        assert kept is not None
+        columns = {
+            n: values
+            for n in ("score", "weight")
+            if n in names and (values := _values(table, n, kept.size)) is not None
+        }
+        source, target = _aligned(shard, places, offsets, f"{part}: its examples differ; select it again")
+        keep[target] = kept[source]
+        has[:] = np.array(places) >= 0
+        columns = {n: _scattered(values, source, target, size) for n, values in columns.items()}
+    shard.keeps.append(keep)
+    shard.has.append(has)
+    shard.scores.append(columns.get("score"))
+    shard.weights.append(columns.get("weight"))
+
+
+def _add_scores(shard: Shard, checkpoint: str, part: Path) -> None:
+    names = [name for name in tables.columns(part) if is_signal(name)]
+    table = tables.read_table(part, ["example_id", *names])
+    places = _subsequence(shard.example_ids, table["example_id"].to_pylist(), part)
+    for name in names:
+        offsets = tables.flatten(table[name])[1].astype(np.int64)
+        values = _values(table, name, int(offsets[-1]))
+        if values is not None:
+            source, target = _aligned(
+                shard, places, offsets, f"{part}: not row-aligned; score these tokens again"
+            )
+            shard.signals[f"{checkpoint}.{name}"] = _scattered(values, source, target, shard.ids.size)
+
+
+def _subsequence(wanted: Sequence[str], there: Sequence[str], part: Path) -> list[int]:
+    """Where each wanted example stands; `select` only leaves examples out, so the order is the same."""
+    places, at = [], 0
+    for example in wanted:
+        while at < len(there) and there[at] != example:
+            at += 1
+        if at == len(there):
+            raise SstokenError(f"{part}: example {example!r} is missing; score these tokens again")
+        places.append(at)
+        at += 1
+    return places
+
+
+def _aligned(
+    shard: Shard, places: Sequence[int], offsets: IntArray, problem: str
+) -> tuple[IntArray, IntArray]:
+    """Indices of the same tokens in another shard, and in this one; examples at place -1 are left out."""
+    at = np.array(places, dtype=np.int64)
+    here = np.flatnonzero(at >= 0)
+    lengths = np.diff(shard.offsets)[here]
+    if not np.array_equal(lengths, np.diff(offsets)[at[here]]):
+        raise SstokenError(problem)
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return (
+        np.repeat(offsets[:-1][at[here]], lengths) + within,
+        np.repeat(shard.offsets[:-1][here], lengths) + within,
+    )
+
+
+def _scattered(values: Float32Array, source: IntArray, target: IntArray, size: int) -> Float32Array:
+    column = np.full(size, np.nan, dtype=np.float32)
+    column[target] = values[source]
+    return column
+
+
+def _flags(table: pa.Table, name: str) -> BoolArray | None:
+    return tables.flatten(table[name])[0].astype(bool) if name in table.column_names else None
+
+
+def _values(table: pa.Table, name: str, size: int) -> Float32Array | None:
+    """A column of numbers; None where the folder has none at all."""
+    if name not in table.column_names or table[name].null_count == len(table):
+        return None
+    values = tables.flatten(table[name])[0].astype(np.float32)
+    if values.size != size:
+        raise SstokenError(
+            f"column {name!r} has {values.size} values for {size} tokens; make the folder again"
+        )
+    return values

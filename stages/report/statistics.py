@@ -1,0 +1,330 @@
+"""The numbers of a report, from one pass over the shards: counts of all tokens, and a sample of their signals."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.selection import BoolArray, Float64Array, IntArray
+from sstoken.stages.report import compare
+from sstoken.stages.report.folders import Folders, SignalFacts
+from sstoken.stages.report.ngrams import NGrams
+from sstoken.stages.report.sampling import Columns, Highest, Uniform
+from sstoken.stages.report.shards import Float32Array, Shard
+from sstoken.stages.report.vocabulary import ALL_CLASSES, Vocabulary
+
+NUM_DECILES, MOST_TURNS, NUM_LENGTHS, RHO_BINS = 10, 8, 14, 100
+TOKENS_SAMPLED, CUTS_SAMPLED = 200_000, 20_000
+EXAMPLES_SAMPLED, EXAMPLES_LEADING = 60, 20
+FLAG_ROWS = 5
+FLAGS = {
+    "nothing_kept": ("Nothing is kept", "The example has response tokens, and none of them is trained."),
+    "end_dropped": (
+        "The end of a turn is dropped",
+        "A model that never trains on its stop token may not learn to stop. `select --protect end_of_turn` keeps it.",
+    ),
+    "unscored_kept": ("Kept without a score", "Tokens are kept though the method gave them no score."),
+    "repetition": (
+        "The answer repeats itself",
+        "Fewer than 3 in 10 of its three-token sequences are different ones: often a loop of generated text.",
+    ),
+    "one_token": ("An answer of one token", "Besides the end of its turn, if it has one."),
+}
+"""What the report itself checks, by name: a title and what it means."""
+_PREFERRED = (("rel", "attention"), (".loss", ".entropy"), (".loss", ".attention"), (".loss", ".loss"))
+_SHORT, _LOOP = 60, 0.3
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The N response tokens of a shard."""
+
+    ids: NDArray[np.int32]
+    offsets: IntArray
+    """[E + 1], where each example's response tokens start."""
+    turns: IntArray
+    """[U + 1], where each turn starts."""
+    keeps: list[BoolArray]
+    has: list[BoolArray]
+    """[N], whether the folder has the token's example."""
+    example: IntArray
+    """[N], its example within the shard."""
+    place: IntArray
+    """[N], its place within its example's response."""
+    score: Float32Array | None
+    signals: dict[str, Float32Array]
+
+
+def responses(shard: Shard) -> Responses:
+    """Leave out the prompts."""
+    where = np.flatnonzero(shard.response)
+    offsets = np.searchsorted(where, shard.offsets).astype(np.int64)
+    counts = np.diff(offsets)
+    begins = np.diff(where, prepend=-2) != 1
+    begins[offsets[:-1][counts > 0]] = True
+    turns = np.append(np.flatnonzero(begins), where.size).astype(np.int64)
+    score = shard.scores[0]
+    return Responses(
+        shard.ids[where],
+        offsets,
+        turns,
+        [keep[where] for keep in shard.keeps],
+        [np.repeat(has, counts) for has in shard.has],
+        np.repeat(np.arange(counts.size), counts),
+        np.arange(where.size) - np.repeat(offsets[:-1], counts),
+        None if score is None else score[where],
+        {name: values[where] for name, values in shard.signals.items()},
+    )
+
+
+@dataclass
+class Breakdown:
+    """Tokens and kept tokens by some code."""
+
+    tokens: IntArray
+    kept: IntArray
+    """[F, codes], F folders."""
+
+    @staticmethod
+    def empty(codes: int, folders: int) -> "Breakdown":
+        """Nothing counted yet."""
+        return Breakdown(np.zeros(codes, np.int64), np.zeros((folders, codes), np.int64))
+
+    def add(self, code: NDArray[np.integer[Any]], keeps: list[BoolArray]) -> None:
+        """Count N tokens."""
+        self.tokens += np.bincount(code, minlength=self.tokens.size)
+        for i, keep in enumerate(keeps):
+            self.kept[i] += np.bincount(code[keep], minlength=self.tokens.size)
+
+
+@dataclass
+class Statistics:
+    """What a pass over the shards found."""
+
+    folders: Folders
+    vocabulary: Vocabulary
+    seed: int = 0
+    examples: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    by: dict[str, Breakdown] = field(init=False)
+    """By `class`, `decile`, `turn` and `length`."""
+    pair: tuple[str, str] | None = None
+    """The two signals that are compared."""
+    sample: Uniform = field(init=False)
+    """Of response tokens: every signal, `score`, `keep` and `class`."""
+    cuts: Uniform = field(init=False)
+    """Of examples: the lowest score that was kept."""
+    by_rho: IntArray = field(init=False)
+    """[classes, RHO_BINS]: tokens by the share of their example's tokens that score higher."""
+    losses: dict[str, Float64Array] = field(default_factory=dict)
+    """By checkpoint: sum of losses and number, of kept and of dropped tokens."""
+    ngrams: NGrams = field(default_factory=NGrams)
+    chosen: dict[str, Highest | Uniform] = field(init=False)
+    """Rows of examples that are worth showing, by why."""
+    flags: dict[str, tuple[int, list[int]]] = field(default_factory=lambda: {name: (0, []) for name in FLAGS})
+    """By kind: how many examples, and the first rows."""
+
+    def __post_init__(self) -> None:
+        number = len(self.folders.all)
+        sizes = {
+            "class": len(ALL_CLASSES),
+            "decile": NUM_DECILES,
+            "turn": MOST_TURNS,
+            "length": NUM_LENGTHS,
+        }
+        self.by = {name: Breakdown.empty(size, number) for name, size in sizes.items()}
+        self.sample = Uniform(TOKENS_SAMPLED, self.seed)
+        self.cuts = Uniform(CUTS_SAMPLED, self.seed + 1)
+        self.by_rho = np.zeros((len(ALL_CLASSES), RHO_BINS), np.int64)
+        self.chosen = {
+            "random": Uniform(EXAMPLES_SAMPLED, self.seed + 2),
+            "surprising": Highest(EXAMPLES_LEADING),
+            "disagreeing": Highest(EXAMPLES_LEADING),
+        }
+
+    @property
+    def response_tokens(self) -> int:
+        """Number of response tokens."""
+        return int(self.by["class"].tokens.sum())
+
+    def kept(self, folder: int = 0) -> int:
+        """Number of kept tokens."""
+        return int(self.by["class"].kept[folder].sum())
+
+    def kept_share(self, folder: int = 0) -> float:
+        """Of the response tokens, in [0, 1]."""
+        return self.kept(folder) / max(1, self.response_tokens)
+
+    @property
+    def selective(self) -> bool:
+        """Whether some response token is dropped, so that kept and dropped can be compared."""
+        return 0 < self.kept() < self.response_tokens
+
+    @cached_property
+    def agreement(self) -> dict[str, Any]:
+        """See `compare.agreement`: of several folders."""
+        return compare.agreement({each.name: each.path for each in self.folders.all})
+
+    def present(self) -> list[SignalFacts]:
+        """The signals that were found in some token."""
+        columns = self.sample.columns()
+        return [
+            s
+            for s in self.folders.signals()
+            if s.key in columns and np.isfinite(_floats(columns, s.key)).any()
+        ]
+
+    def rows_to_show(self) -> dict[str, list[int]]:
+        """Rows of examples by why they are shown."""
+        found = {name: sample.columns().get("row", np.empty(0)) for name, sample in self.chosen.items()}
+        return {name: [int(row) for row in rows] for name, rows in found.items()}
+
+
+def measure(folders: Folders, seed: int = 0) -> Statistics:
+    """Read every shard once. Memory depends on the largest shard and the vocabulary, not on the dataset."""
+    stats = Statistics(folders, Vocabulary(folders.tokenizer), seed)
+    for shard in folders.shards():
+        _add(stats, shard, responses(shard))
+    return stats
+
+
+def _floats(columns: Columns, name: str) -> Float64Array:
+    return columns[name].astype(np.float64)
+
+
+def _add(stats: Statistics, shard: Shard, r: Responses) -> None:
+    counts = np.diff(r.offsets)
+    stats.examples += len(shard.example_ids)
+    stats.tokens += shard.ids.size
+    classes = stats.vocabulary.classify(r.ids, r.turns)
+    decile = r.place * NUM_DECILES // np.maximum(1, counts[r.example])
+    turn = np.repeat(_turn_numbers(r), np.diff(r.turns))
+    length = np.log2(np.maximum(1, counts)).astype(np.int64)[r.example]
+    codes: dict[str, NDArray[np.integer[Any]]] = {
+        "class": classes,
+        "decile": decile,
+        "turn": np.minimum(turn, MOST_TURNS - 1),
+        "length": np.minimum(length, NUM_LENGTHS - 1),
+    }
+    for name, code in codes.items():
+        stats.by[name].add(code, r.keeps)
+    keep = r.keeps[0]
+    sampled: Columns = {"keep": keep, "class": classes, **r.signals}
+    if r.score is not None:
+        sampled["score"] = r.score
+        higher = _higher(r.score, r.example, r.offsets)
+        known = ~np.isnan(r.score)
+        at = np.minimum((higher[known] * RHO_BINS).astype(np.int64), RHO_BINS - 1)
+        np.add.at(stats.by_rho, (classes[known], at), 1)
+        lowest = np.full(counts.size, np.inf)
+        np.minimum.at(lowest, r.example[keep & known], r.score[keep & known])
+        cut = lowest[np.isfinite(lowest)]
+        stats.cuts.add(cut.size, {"cut": cut})
+    stats.sample.add(r.ids.size, sampled)
+    for checkpoint in stats.folders.scores:
+        if (values := r.signals.get(f"{checkpoint}.loss")) is not None:
+            sums = stats.losses.setdefault(checkpoint, np.zeros(4))
+            sums += [values[keep].sum(), keep.sum(), values[~keep].sum(), (~keep).sum()]
+    rows = shard.first_row + np.arange(counts.size)
+    stats.ngrams.add(r.ids, r.turns, keep, rows[r.example])
+    _choose(stats, r, rows)
+    _flag(stats, r, classes, rows)
+
+
+def _turn_numbers(r: Responses) -> IntArray:
+    """[U]: the number of each turn within its example, from 0."""
+    example = r.example[r.turns[:-1]] if r.ids.size else np.empty(0, np.int64)
+    first = np.searchsorted(example, example)
+    return (np.arange(example.size) - first).astype(np.int64)
+
+
+def _higher(values: Float32Array, example: IntArray, offsets: IntArray) -> Float64Array:
+    """[N]: the share of the example's other tokens with a higher value, in [0, 1); NaN counts as lowest."""
+    order = np.lexsort((np.nan_to_num(-values, nan=np.inf), example))
+    place = np.empty(values.size)
+    place[order] = np.arange(values.size) - offsets[:-1][example[order]]
+    shares: Float64Array = place / np.maximum(1, np.diff(offsets))[example]
+    return shares
+
+
+def _choose(stats: Statistics, r: Responses, rows: IntArray) -> None:
+    counts = np.diff(r.offsets)
+    some = counts > 0
+    stats.chosen["random"].add(int(some.sum()), {"row": rows[some]})  # type: ignore[arg-type]
+    stats.pair = stats.pair or _pair(r.signals)
+    if stats.pair is not None and all(name in r.signals for name in stats.pair):
+        values = surprise(r.signals[stats.pair[0]], r.signals[stats.pair[1]], r.example, r.offsets)
+        stats.chosen["surprising"].add(np.where(counts >= 8, values, np.nan), {"row": rows})  # type: ignore[arg-type]
+    if len(r.keeps) > 1:
+        both = np.logical_and.reduce(r.has)
+        differ = (np.any([k != r.keeps[0] for k in r.keeps[1:]], axis=0) & both).astype(float)
+        share = np.bincount(r.example, differ, minlength=counts.size) / np.maximum(1, counts)
+        stats.chosen["disagreeing"].add(np.where(share > 0, share, np.nan), {"row": rows})  # type: ignore[arg-type]
+
+
+def surprise(a: Float32Array, b: Float32Array, example: IntArray, offsets: IntArray) -> Float64Array:
+    """[E]: how far two signals disagree, as the mean distance of a token's two ranks within its example, in [0, 1]."""
+    distance = np.abs(_higher(a, example, offsets) - _higher(b, example, offsets))
+    distance[np.isnan(a) | np.isnan(b)] = 0
+    counts = np.diff(offsets)
+    means: Float64Array = np.bincount(example, distance, minlength=counts.size) / np.maximum(1, counts)
+    return means
+
+
+def _pair(signals: dict[str, Float32Array]) -> tuple[str, str] | None:
+    """The two signals that are compared: REL and prompt attention where both were measured."""
+    for first, second in _PREFERRED:
+        a = [name for name in signals if _is(name, first)]
+        b = [name for name in signals if _is(name, second) and name not in a[:1]]
+        if a and b:
+            return a[0], b[-1]
+    return (*signals,)[:2] if len(signals) > 1 else None  # type: ignore[return-value]
+
+
+def _is(name: str, wanted: str) -> bool:
+    """Whether it is that signal; `.loss` is the loss of any checkpoint."""
+    return name.endswith(wanted) if wanted.startswith(".") else name == wanted
+
+
+def _flag(stats: Statistics, r: Responses, classes: NDArray[np.int8], rows: IntArray) -> None:
+    counts, keep, number = np.diff(r.offsets), r.keeps[0], rows.size
+    masked = stats.folders.first.kind == "masked"
+    kept = np.bincount(r.example[keep], minlength=number)
+    ends = classes == ALL_CLASSES.index("end of turn")
+    content = np.bincount(r.example[~ends], minlength=number)
+    found = {"one_token": content == 1, "repetition": (counts >= _SHORT) & (_distinct(r) < _LOOP)}
+    if masked:
+        found["nothing_kept"] = (counts > 0) & (kept == 0)
+        found["end_dropped"] = np.bincount(r.example[ends & ~keep], minlength=number) > 0
+        if r.score is not None:
+            found["unscored_kept"] = np.bincount(r.example[keep & np.isnan(r.score)], minlength=number) > 0
+    for name, mask in found.items():
+        count, first = stats.flags[name]
+        stats.flags[name] = (
+            count + int(mask.sum()),
+            [*first, *rows[mask].tolist()][:FLAG_ROWS],
+        )
+
+
+def _distinct(r: Responses) -> Float64Array:
+    """[E]: the share of different ones among an example's three-token sequences; 1 where there is none."""
+    number, size = r.offsets.size - 1, r.ids.size - 2
+    if size <= 0:
+        return np.ones(number)
+    ids = r.ids.astype(np.int64)
+    key = (ids[:size] * 1_000_003 + ids[1 : size + 1]) * 1_000_003 + ids[2:]
+    example = r.example[:size]
+    inside = example == r.example[2:]
+    key, example = key[inside], example[inside]
+    order = np.lexsort((key, example))
+    key, example = key[order], example[order]
+    new = np.ones(key.size, dtype=bool)
+    new[1:] = (key[1:] != key[:-1]) | (example[1:] != example[:-1])
+    all_of = np.bincount(example, minlength=number)
+    shares: Float64Array = np.where(
+        all_of > 0, np.bincount(example, new, minlength=number) / np.maximum(1, all_of), 1.0
+    )
+    return shares

@@ -1,0 +1,132 @@
+"""Token texts and token classes by id, for statistics over millions of tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sstoken.selection import BoolArray, IntArray
+from sstoken.stages.checkpoints import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CLASSES = ("special", "white space", "number", "word", "punctuation")
+"""Token classes by the token's text: it holds a digit, else a letter, else neither."""
+ALL_CLASSES = ("word", "number", "punctuation", "code", "white space", "end of turn", "special")
+"""With those that follow from the token's place: inside a code fence, at the end of a turn."""
+_FENCES = ("```", "~~~")
+
+
+def class_of(text: str) -> str:
+    """The class of a token that is not special."""
+    if not text.strip():
+        return "white space"
+    if any(c.isdigit() for c in text):
+        return "number"
+    return "word" if any(c.isalpha() for c in text) else "punctuation"
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Ids of special tokens, added ones included."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's tokens in arrays indexed by id."""
+
+    folder: Path
+    """Of the tokenizer."""
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """It."""
+        return load_tokenizer(str(self.folder))
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """[V]: the text of each token after others; an id without a token has none."""
+        ids = sorted(set(self.tokenizer.get_vocab().values()))
+        texts = [""] * (ids[-1] + 1 if ids else 0)
+        for i, text in zip(ids, self._after([[i] for i in ids]), strict=True):
+            texts[i] = text
+        return texts
+
+    @cached_property
+    def special(self) -> BoolArray:
+        """[V]: whether a token is special."""
+        found = np.zeros(len(self.texts), dtype=bool)
+        found[[i for i in special_ids(self.tokenizer) if i < found.size]] = True
+        return found
+
+    @cached_property
+    def classes(self) -> NDArray[np.int8]:
+        """[V]: index into `ALL_CLASSES`, by the token's text."""
+        names = [class_of(text) for text in self.texts]
+        found = np.array([ALL_CLASSES.index(name) for name in names], dtype=np.int8)
+        found[self.special] = ALL_CLASSES.index("special")
+        return found
+
+    @cached_property
+    def _opens_fence(self) -> BoolArray:
+        return np.array([text.strip().startswith(_FENCES) for text in self.texts], dtype=bool)
+
+    def is_special(self, ids: NDArray[np.int32]) -> BoolArray:
+        """[N]: whether each token is special."""
+        return self.special[np.minimum(ids, self.special.size - 1)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of some neighbouring tokens after others."""
+        return self._after([list(ids)])[0]
+
+    def _after(self, many: Sequence[list[int]]) -> list[str]:
+        """Texts as they stand after another token: some tokenizers drop a text's first space."""
+        before = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
+        decode = self.tokenizer.batch_decode
+        skipped = len(decode([before], skip_special_tokens=False, clean_up_tokenization_spaces=False)[0])
+        found = decode(
+            [[*before, *ids] for ids in many], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return [text[skipped:] for text in found]
+
+    def classify(self, ids: NDArray[np.int32], turns: IntArray) -> NDArray[np.int8]:
+        """Classify response tokens by text and place.
+
+        Args:
+            ids: [N] of the response tokens.
+            turns: [U + 1], where each turn starts.
+
+        Returns:
+            [N] indices into `ALL_CLASSES`.
+        """
+        known = np.minimum(ids, len(self.texts) - 1)
+        found = self.classes[known].copy()
+        if not ids.size:
+            return found
+        lengths = np.diff(turns)
+        turn_of = np.repeat(np.arange(lengths.size), lengths)
+        opened = np.cumsum(self._opens_fence[known])
+        before = np.concatenate([[0], opened])[turns[:-1]]
+        inside = (opened - before[turn_of]) % 2 == 1
+        special = self.is_special(ids)
+        found[(inside | self._opens_fence[known]) & ~special] = ALL_CLASSES.index("code")
+        found[_ends(special, turns)] = ALL_CLASSES.index("end of turn")
+        return found
+
+
+def _ends(special: BoolArray, turns: IntArray) -> BoolArray:
+    """[N]: the last special token of each turn, where only one other token can follow it."""
+    ends = np.zeros(special.size, dtype=bool)
+    starts, lasts = turns[:-1][np.diff(turns) > 0], turns[1:][np.diff(turns) > 0] - 1
+    ends[lasts[special[lasts]]] = True
+    earlier = lasts - 1
+    with_newline = ~special[lasts] & (earlier >= starts)
+    earlier = earlier[with_newline]
+    ends[earlier[special[earlier]]] = True
+    return ends
