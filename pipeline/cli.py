@@ -11,12 +11,13 @@ from pathlib import Path
 import click
 
 from sstoken.errors import SstokenError
+from sstoken.pipeline import stopping
+from sstoken.pipeline.stopping import GOES_ON, stopping_safely
 from sstoken.pipeline.verbosity import Verbosity, is_verbose, set_verbosity
 from sstoken.pipeline.verbs import index, verbs
 from sstoken.version import __version__
 
 VERBS = verbs()
-_GOES_ON = "what is finished is kept, the same command goes on from there"
 
 
 class _Verbs(click.Group):
@@ -71,10 +72,11 @@ def cli(level: str | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit code 0: done, 1: failed, 2: wrong usage, 130: interrupted."""
+    """Entry point. Exit code 0: done, 1: failed, 2: wrong usage, 130: interrupted, 143: terminated."""
     set_up_libraries()
     try:
-        status = cli.main(arguments, prog_name="sstoken-curate", standalone_mode=False)
+        with stopping_safely():
+            status = cli.main(arguments, prog_name="sstoken-curate", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         status = 2
@@ -86,14 +88,14 @@ def main(arguments: list[str] | None = None) -> None:
     except SstokenError as error:
         status = _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        status = _fail(f"interrupted; {_GOES_ON}", 130)
+        status = _fail(f"{stopping.reason()}; {GOES_ON}", stopping.code())
     except OSError as error:
         status = _fail(_refused(error), 1)
     except (
         Exception
     ) as error:  # libraries in Rust and C++ have kinds of their own for what the system refuses
         if "(os error " in str(error):
-            status = _fail(f"{error}; {_GOES_ON}", 1)
+            status = _fail(f"{error}; {GOES_ON}", 1)
         elif "out of memory" in str(error).lower() or isinstance(error, MemoryError):
             status = _fail("out of memory; make the batch smaller (--batch-tokens, --batch-size)", 1)
         else:
@@ -108,7 +110,7 @@ def _refused(error: OSError) -> str:
     if (told := full_disk(error, Path.cwd())) is not None:
         return str(told)
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; {_GOES_ON}"
+    return f"{place}{error.strerror or error}; {GOES_ON}"
 
 
 def _fail(message: str, status: int) -> int:

@@ -192,12 +192,12 @@ def _process(slot: int) -> Any:
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends; processes started in it never see it: this one ends them."""
+    """Hold Ctrl-C and SIGTERM back until the block ends; processes started in it never see them: this one ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     resource_tracker.ensure_running()  # when it starts, it lets the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
