@@ -32,6 +32,6 @@ def test_nothing_is_lost_at_200_points() -> None:
 @pytest.mark.slow
 def test_a_storage_that_writes_in_place_is_found_out() -> None:
     """The trials can fail."""
-    done = campaign("--trials", "40", "--careless")
+    done = campaign("--trials", "24", "--careless")
     assert done.returncode == 1
     assert json.loads(done.stdout)["failures"] > 0

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def call(arguments: list[str], folder: Path, fault: Fault = Fault()) -> Outcome:
     child = os.fork()
     if child == 0:
         _be_command(arguments, folder, fault, report)
+    with suppress(OSError):  # the child does so, too: whoever is first
+        os.setpgid(child, child)
     status = _wait(child, fault)
     seconds = time.monotonic() - start
     out, err = ((folder / name).read_text(errors="replace") for name in ("child.out", "child.err"))
