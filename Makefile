@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-mutants lint format bench clean
+.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-mutants lint format bench docs clean
 
 setup: $(READY)
 
@@ -61,6 +61,11 @@ test-mutants: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 2
 	$(BIN)/python tests/mutants.py
 
+# The site, from docs/ and the README, into site/; strict: a dead link stops it.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +79,4 @@ bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-trainers $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants
+	rm -rf site $(VENV) .venv-trainers $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

@@ -12,7 +12,6 @@ import pytest
 from sstoken.pipeline.cli import VERBS, cli
 from tests.support import PATIENCE, ROOT
 
-pytestmark = pytest.mark.slow
 README = (ROOT / "README.md").read_text()
 NOT_HERE = ("make ", "pip install ")
 """They set up what these tests run in; CI runs the make targets themselves."""
@@ -20,8 +19,17 @@ NEEDS_THE_HUB = ("pull",)
 """tests/pipeline/hub runs them; here there is no network, which they have to say."""
 
 
-PAGES = ("choosing.md", "critical-tokens.md", "runs.md")
+PAGES = ("choosing.md", "critical-tokens.md", "faq.md", "report.md", "runs.md")
 """Pages of docs/ whose commands go on from the README's."""
+PROGRAMS = ("api.md",)
+"""Pages whose Python does."""
+RUN_ELSEWHERE = {
+    "audit.md": "tests/stages/auditing, with datasets in memory",
+    "in-loop.md": "tests/sstoken/in_loop/test_recipe.py",
+    "methods.md": "tests/sstoken/test_third_party.py",
+    "vllm.md": "tests/vllm, in an environment of its own",
+}
+"""Pages with programs or commands that other tests run."""
 NEEDS_YOUR_OWN = ("runs/good-tokens", "runs/reference", "history=ref", "configs/self-evolving.yaml")
 """Data that a clone does not have; what takes long, and has a test of its own."""
 
@@ -78,24 +86,53 @@ def shell(command, folder):
     return done.stdout
 
 
-@pytest.mark.timeout(4 * PATIENCE)
-def test_the_readme_runs_as_written(clone):
-    assert run_commands(README, clone)
-    programs = blocks("python")
+def run_programs(text, folder):
+    programs = blocks("python", text)
     assert programs
     for program in programs:
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=clone, capture_output=True, text=True, timeout=PATIENCE
+            [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE)
+def test_the_readme_runs_as_written(clone):
+    assert run_commands(README, clone)
+    run_programs(README, clone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE)
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_a_page_of_programs_runs_after_the_readme(clone, page):
+    run_programs((ROOT / "docs" / page).read_text(), clone)
+
+
+def test_every_page_with_commands_is_run():
+    found = {
+        page.name
+        for page in (ROOT / "docs").glob("*.md")
+        if blocks("bash", page.read_text()) or blocks("python", page.read_text())
+    }
+    assert found == {*PAGES, *PROGRAMS, *RUN_ELSEWHERE}
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"- {page.name}\n" in menu, page.name
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE)
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_as_written_after_the_readme(clone, page):
     assert run_commands((ROOT / "docs" / page).read_text(), clone) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(4 * PATIENCE)
 def test_the_example_of_each_verb_runs_as_printed(clone):
     for verb in VERBS:  # in the order in which each finds what it reads
