@@ -131,19 +131,6 @@ def _summed(
     for _, row in groupby(found, key=lambda example: example.row):
         documents = list(row)
         packed = not documents[0].whole
-        for example in documents:
-            length = sum(len(d.ids) for d in documents) if packed else len(example.ids)
-            if cutter is not None:
-                cutter(example)
-            tally.add(example)
-            labels.check(example, context)
-            ends.check(example, context, length)
-            special_tokens.check(example, context)
-            parts.check(example, context)
-            answers.check(example, context)
-            if not packed:
-                lengths.add(example, length, example.trained, context)
-                answers.add_row(example.ids, example, context)
         if packed:
             ids, trained = (
                 np.concatenate([getattr(d, name) for d in documents]) for name in ("ids", "trained")
@@ -151,6 +138,19 @@ def _summed(
             lengths.add(documents[0], len(ids), trained, context)
             answers.add_row(ids, documents[0], context)
             labels.check_pack(documents[0], bool(trained.any()), context)
+        for example in documents:
+            length = sum(len(d.ids) for d in documents) if packed else len(example.ids)
+            if cutter is not None:
+                cutter(example)
+            if not packed:
+                lengths.add(example, length, example.trained, context)
+                answers.add_row(example.ids, example, context)
+            tally.add(example)
+            labels.check(example, context)
+            ends.check(example, context, length)
+            special_tokens.check(example, context)
+            parts.check(example, context)
+            answers.check(example, context)
     ends.finish(context)
     lengths.finish(context)
     answers.finish(context)

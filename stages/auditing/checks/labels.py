@@ -115,7 +115,7 @@ def check_pack(first: Example, trained: bool, context: Context) -> None:
 def _check_turns(example: Example, context: Context) -> None:
     vocabulary = context.vocabulary
     assert vocabulary is not None
-    before = 0
+    before = 1  # nothing predicts the first token
     prompt_trained = False
     for turn in example.turns:
         if turn.role != "assistant":
@@ -139,7 +139,8 @@ def _check_turns(example: Example, context: Context) -> None:
 def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) -> bool:
     """Whether what is trained of a header is an opened, or an empty, piece of reasoning: it may be the row's own."""
     begin, end = (int(example.starts[turn.header + at]) for at in run)
-    return not re.sub(rb"</?think(ing)?>|\xfe|\s", b"", example.text[begin:end])
+    said = example.text[begin:end]
+    return b"think" in said and not re.sub(rb"</?think(ing)?>|\xfe|\s", b"", said)
 
 
 def _check_start(example: Example, turn: Turn, context: Context) -> None:

@@ -50,6 +50,7 @@ class Parts:
 
     def _check(self, example: Example, turn: Turn, context: Context) -> None:
         assert self._patterns is not None
+        assert context.vocabulary is not None
         thoughts, calls = self._patterns
         begin, end = int(example.starts[turn.start]), int(example.starts[turn.stop])
         spans: list[tuple[str, int, int]] = []
@@ -63,6 +64,11 @@ class Parts:
         learned = example.learned
         for name, start, stop in spans:
             first, last = (int(np.searchsorted(example.starts, at)) for at in (start, stop))
+            while (
+                last > first
+                and context.vocabulary.is_control[example.ids[last - 1] % context.vocabulary.size]
+            ):
+                last -= 1  # what ends the call, or the turn
             trained = int(learned[first:last].sum())
             self.tokens[name] += last - first
             self.trained[name] += int(example.trained[first:last].sum())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sstoken.selection import IntArray
+from sstoken.stages.auditing.checks.labels import SHIFTED_MASK
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
 from sstoken.stages.auditing.findings import Shown
@@ -97,6 +98,8 @@ class TurnEnds:
             return
         if example.whole and example.learned[1:].all():
             return  # all of it is trained: said elsewhere
+        if context.found.has(SHIFTED_MASK, example.row):
+            return
         for turn in example.answers:
             self._check(example, turn, context, row_length)
 
@@ -108,6 +111,8 @@ class TurnEnds:
         limit = example.end(turn, vocabulary.stops, vocabulary.is_control)
         own = np.flatnonzero(learned[turn.header : limit]) + turn.header
         own = own[~vocabulary.is_blank[_inside(ids[own], vocabulary.size)]]
+        if vocabulary.pad not in closers:
+            own = own[ids[own] != vocabulary.pad]
         if not own.size:
             return
         self.turns += 1
@@ -174,11 +179,11 @@ class TurnEnds:
         """Report what depends on the whole dataset."""
         if 2 * self.dropped > self.turns:
             context.found.count(DROPPED, self.dropped_rows, self._first["dropped"])
+        if context.shape.in_next_header and self.opened_next:
+            return  # the last answer of a row has no next turn; the others teach the end
         cut = self._cut()
         context.found.count(TRUNCATED, cut, self._first.get("longest"))
         left = self.open_rows.total() - cut
-        if context.shape.in_next_header and self.opened_next:
-            left = 0  # the last answer of a row has no next turn; the others teach the end
         already = MISSING in context.found
         if left and not already:
             context.found.count(MISSING, left, self._first.get("open"))

@@ -71,7 +71,7 @@ def talk(number: int = 0, turns: int = 1) -> list[dict[str, str]]:
     """A conversation; each number has other words."""
     messages = []
     for turn in range(turns):
-        asked, said = _WORDS[(number + turn) % len(_WORDS)], _WORDS[(number + 3 * turn + 5) % len(_WORDS)]
+        asked, said = WORDS[(number + turn) % len(WORDS)], WORDS[(number + 3 * turn + 5) % len(WORDS)]
         messages += [
             {"role": "user", "content": f"What do you think of {asked} number {number}?"},
             {
@@ -82,7 +82,7 @@ def talk(number: int = 0, turns: int = 1) -> list[dict[str, str]]:
     return messages
 
 
-_WORDS = (
+WORDS = (
     "plums",
     "rivers",
     "old maps",
