@@ -8,6 +8,7 @@ import numpy as np
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
 from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.vocabulary import Vocabulary
 
 _FAMILY = "reasoning and tool calls"
 REASONING = kind(
@@ -64,10 +65,7 @@ class Parts:
         learned = example.learned
         for name, start, stop in spans:
             first, last = (int(np.searchsorted(example.starts, at)) for at in (start, stop))
-            while (
-                last > first
-                and context.vocabulary.is_control[example.ids[last - 1] % context.vocabulary.size]
-            ):
+            while last > first and _is_mark(int(example.ids[last - 1]), context.vocabulary):
                 last -= 1  # what ends the call, or the turn
             trained = int(learned[first:last].sum())
             self.tokens[name] += last - first
@@ -80,6 +78,11 @@ class Parts:
     def facts(self) -> dict[str, dict[str, int]]:
         """Return the counts."""
         return {name: {"tokens": count, "trained": self.trained[name]} for name, count in self.tokens.items()}
+
+
+def _is_mark(token: int, vocabulary: Vocabulary) -> bool:
+    known = 0 <= token < vocabulary.size
+    return known and bool(vocabulary.is_control[token] or vocabulary.is_blank[token])
 
 
 def _patterns(context: Context) -> tuple[re.Pattern[bytes], re.Pattern[bytes] | None]:
