@@ -72,8 +72,7 @@ def _files(path: Path, name: str) -> list[Path] | None:
 
 def _in_folder(folder: Path) -> list[Path]:
     finished = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob("*/manifest.json"))
-    places = ("", "data/") if finished else ("", "data/", "*/")
-    for place in places:
+    for place in () if finished else ("", "data/", "*/"):
         for extension in _IN_FOLDERS:
             found = sorted(folder.glob(f"{place}*.{extension}"))
             found = [p for p in found if p.name not in _NO_DATA and not p.name.startswith((".", "_"))]

@@ -30,8 +30,10 @@ _NEEDS = {
 
 def page() -> str:
     """Return docs/audit.md."""
-    families = [next(k.family for k in vars(m).values() if isinstance(k, Kind)) for m in _FAMILIES]
-    tables = "\n".join(_table(name, [k for k in KINDS.values() if k.family == name]) for name in families)
+    tables = "
+".join(
+        _table(m.FAMILY, [k for k in KINDS.values() if k.family == m.FAMILY]) for m in _FAMILIES
+    )
     return _PAGE.replace("TABLES", tables)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from sstoken.errors import SstokenError
 from sstoken.stages.auditing.vocabulary import CONTROL, Vocabulary
 from sstoken.stages.encoding.messages import Conversation, Message
@@ -79,7 +81,19 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
     _learn_tools(shape, probe, vocabulary)
     printed = {i for token, i in vocabulary.ids.items() if token in template.source}
     shape.printed = frozenset(printed | set(shape.closers) | _ids_in(text, vocabulary))
+    if not _found_again(shape, text, vocabulary):
+        shape.openers = {}
     return shape
+
+
+def _found_again(shape: Shape, text: str, vocabulary: Vocabulary) -> bool:
+    """Whether the marks are found in the tokens of the dialogue that showed them; not every tokenizer keeps them."""
+    if not shape.known:
+        return False
+    ids = vocabulary.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    said, _ = vocabulary.bytes_of(np.array(ids, np.int64))
+    found = [match.lastgroup for match in pattern(shape, vocabulary).finditer(said)]
+    return found.count("user") >= 2 and found.count("assistant") >= 2
 
 
 def pattern(shape: Shape, vocabulary: Vocabulary) -> re.Pattern[bytes]:

@@ -22,31 +22,31 @@ from sstoken.stages.auditing.findings import Shown
 from sstoken.stages.auditing.kinds import kind
 from sstoken.stages.auditing.vocabulary import shown
 
-_FAMILY = "answers"
+FAMILY = "answers"
 ROWS = kind(
     "duplicate-rows",
-    _FAMILY,
+    FAMILY,
     "note",
     "rows that are copies of an earlier row",
     "drop the copies, unless meant",
 )
 SAME = kind(
     "duplicate-answers",
-    _FAMILY,
+    FAMILY,
     "note",
     "rows with an answer that an earlier row has word for word",
     "look whether they are meant",
 )
 NEAR = kind(
     "near-duplicate-answers",
-    _FAMILY,
+    FAMILY,
     "note",
     "rows with an answer that is nearly that of an earlier row",
     "look whether they are meant",
 )
 ONE_TOKEN = kind(
     "one-token-answers",
-    _FAMILY,
+    FAMILY,
     "note",
     "rows with an answer of one token, besides the token that ends it",
     "look whether they are meant",
@@ -54,7 +54,7 @@ ONE_TOKEN = kind(
 )
 SCRIPT = kind(
     "answers-in-another-script",
-    _FAMILY,
+    FAMILY,
     "note",
     "rows with an answer in another script than its prompt",
     "look whether they are meant",
@@ -132,7 +132,8 @@ class Answers:
         self._seen.add(digest)
         self._numbers.append(example.row)
         head = np.full(_HEAD, -1, np.int32)
-        head[: min(_HEAD, said.size)] = said[:_HEAD]
+        shown_ids = example.ids[turn.start : turn.stop][:_HEAD]
+        head[: len(shown_ids)] = shown_ids
         self._heads.append(head)
         self._buffer.append(said)
         self._buffered += said.size

@@ -8,10 +8,10 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn, stretches
 from sstoken.stages.auditing.kinds import kind
 
-_FAMILY = "what is trained"
+FAMILY = "what is trained"
 NOTHING = kind(
     "nothing-trained",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows in which no token is trained",
     "drop these rows, or mend what makes the labels: often the text that it searches for to find answers is not there, "
@@ -19,14 +19,14 @@ NOTHING = kind(
 )
 NOTHING_KEPT = kind(
     "nothing-kept",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows of which the selection keeps no token",
     "such rows cost training time and teach nothing: select a larger share, or let `export` drop them",
 )
 EVERYTHING = kind(
     "everything-trained",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows in which every token is trained, the prompt too",
     "set the labels of the prompt to -100 (in TRL `assistant_only_loss` or `completion_only_loss`), unless learning to "
@@ -34,7 +34,7 @@ EVERYTHING = kind(
 )
 PROMPT = kind(
     "prompt-trained",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that train tokens of a user, system or tool turn",
     "set their labels to -100",
@@ -42,7 +42,7 @@ PROMPT = kind(
 )
 HEADER = kind(
     "generation-prompt-trained",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that train the text that opens an answer, which the model is given at inference",
     "begin the trained span behind the generation prompt",
@@ -50,7 +50,7 @@ HEADER = kind(
 )
 SHIFTED_MASK = kind(
     "mask-shifted",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows whose mask stands one token too early: it trains the token before each answer and not the one that ends it",
     "move the mask one token to the right: it marks the tokens that are learned, not the positions that predict them",
@@ -58,7 +58,7 @@ SHIFTED_MASK = kind(
 )
 LATE_START = kind(
     "answer-start-not-trained",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows that train an answer without its first tokens",
     "begin the trained span directly behind the generation prompt; one token is often a mask that is off by one, or a "
@@ -67,7 +67,7 @@ LATE_START = kind(
 )
 UNKNOWN_TURNS = kind(
     "turns-not-found",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows in which no turn of the tokenizer's chat template was found, so their prompts and turn ends were not checked",
     "name the tokenizer and template that made them (--model, --tokenizer, --chat-template)",
@@ -75,7 +75,7 @@ UNKNOWN_TURNS = kind(
 )
 ACROSS = kind(
     "packed-start-trained",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows that train the first token of a document packed behind another: it would be predicted from the other one",
     "set the label of each document's first token to -100",

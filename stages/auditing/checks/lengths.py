@@ -12,17 +12,17 @@ from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.findings import Shown
 from sstoken.stages.auditing.kinds import kind
 
-_FAMILY = "lengths"
+FAMILY = "lengths"
 CUT = kind(
     "answers-cut",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows whose answers do not fit into the maximal length",
     "raise --max-length, or drop these rows: an answer that breaks off has no end",
 )
 LOST = kind(
     "answers-lost",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows of whose answers nothing is left within the maximal length",
     "raise --max-length, or drop these rows",

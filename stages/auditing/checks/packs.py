@@ -9,9 +9,10 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import kind
 
+FAMILY = "packs"
 POSITIONS = kind(
     "bad-positions",
-    "packs",
+    FAMILY,
     "error",
     "rows whose position_ids or seq_lengths do not fit their tokens",
     "count positions from 0 in each document; the lengths of a pack's documents add up to its tokens",

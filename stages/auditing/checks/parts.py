@@ -10,10 +10,10 @@ from sstoken.stages.auditing.examples import Example, Turn
 from sstoken.stages.auditing.kinds import kind
 from sstoken.stages.auditing.vocabulary import Vocabulary
 
-_FAMILY = "reasoning and tool calls"
+FAMILY = "reasoning and tool calls"
 REASONING = kind(
     "reasoning-not-trained",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows with an answer that is trained without its reasoning",
     "train the reasoning too, or take it out of the rows: the model would answer without having learned to think",
@@ -21,7 +21,7 @@ REASONING = kind(
 )
 CALL = kind(
     "tool-call-not-trained",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows with an answer that is trained without its tool call",
     "train the call too, or take it out of the rows",

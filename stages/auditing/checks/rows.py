@@ -16,67 +16,67 @@ from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import Kind, kind
 from sstoken.stages.auditing.values import BadValue, numbers
 
-_FAMILY = "rows"
+FAMILY = "rows"
 UNREADABLE = kind(
     "unreadable-row",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that cannot be read",
     "write the dataset again; token ids and labels are lists of integers, masks lists of numbers",
 )
 NULL = kind(
     "null-row",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows without token ids or labels (null)",
     "drop them, or tokenize them again",
 )
 NULL_TOKEN = kind(
     "null-token",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with null or NaN among their ids, labels or masks",
     "tokenize them again",
 )
-EMPTY = kind("empty-row", _FAMILY, "error", "rows without a token", "drop them")
+EMPTY = kind("empty-row", FAMILY, "error", "rows without a token", "drop them")
 NESTED = kind(
     "nested-row",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows whose lists lie within another list, as tokenizer(..., return_tensors=...) leaves them",
     "tokenize without return_tensors, or take [0] of each",
 )
 LENGTHS = kind(
     "lengths-differ",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows whose token ids and labels or masks are of different lengths",
     "make them from one list of tokens; a mask that covers the answer alone needs zeros for the prompt",
 )
 OUTSIDE = kind(
     "id-out-of-vocabulary",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with a token id that the tokenizer does not have",
     "name the tokenizer that made the rows (--model, --tokenizer), or tokenize with the model's own",
 )
 BAD_LABEL = kind(
     "bad-label",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with a label that is neither -100 nor a token id",
     "mark tokens that are not trained with -100: another number ends training with an error, or is learned",
 )
 OTHER_LABELS = kind(
     "labels-not-inputs",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with labels that are not the token ids at their place",
     "make the labels from a copy of the token ids",
 )
 SHIFTED = kind(
     "labels-shifted",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows whose labels are moved by one or two tokens",
     "leave labels where the tokens are: the model moves them itself. For a trainer that does not (NeMo, Megatron), say "
@@ -84,28 +84,28 @@ SHIFTED = kind(
 )
 NOT_SHIFTED = kind(
     "labels-not-shifted",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows whose labels are not moved, though their trainer expects them moved by one (--shifted-labels)",
     "move them one to the left: label i is what position i predicts",
 )
 BAD_MASK = kind(
     "bad-mask-value",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with a mask or weight that is negative, infinite or no number",
     "masks are 0 and 1 (or true and false), weights 0 or more",
 )
 DISAGREE = kind(
     "masks-disagree",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows whose labels and masks say different things about what is trained",
     "keep one of the columns, or make them agree: trainers differ in which they read",
 )
 NO_LABELS = kind(
     "no-labels",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows without labels or a mask: trainers learn every token, the prompt too",
     "add labels (-100 for what is not trained), unless learning to write prompts is meant",

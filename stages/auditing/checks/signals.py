@@ -10,17 +10,17 @@ from sstoken.stages import tables
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.kinds import kind
 
-_FAMILY = "scores"
+FAMILY = "scores"
 MISSING = kind(
     "signal-missing",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with response tokens that were not measured",
     "score them again (--force)",
 )
 CONSTANT = kind(
     "signal-constant",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows, all of them, in which a signal is the same number on every token",
     "a method learns nothing from it: look whether the right checkpoint was scored",

@@ -6,10 +6,10 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import kind
 
-_FAMILY = "special tokens"
+FAMILY = "special tokens"
 BOS_MISSING = kind(
     "bos-missing",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that do not begin with BOS, though the tokenizer or its chat template puts it there",
     "tokenize with the chat template as it is, or with add_special_tokens=True where there is none",
@@ -17,7 +17,7 @@ BOS_MISSING = kind(
 )
 BOS_DOUBLED = kind(
     "bos-doubled",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that begin with BOS twice",
     "tokenize templated text with add_special_tokens=False: the template prints BOS already",
@@ -25,7 +25,7 @@ BOS_DOUBLED = kind(
 )
 BOS_INSIDE = kind(
     "bos-inside",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with BOS in the middle of a document",
     "tokenize prompt and answer as one text, or the answer with add_special_tokens=False",
@@ -33,14 +33,14 @@ BOS_INSIDE = kind(
 )
 PADDING = kind(
     "padding-trained",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that train padding",
     "set the labels of padding to -100; where the pad token is EOS, do it by position, not by id",
 )
 SPECIAL = kind(
     "special-token-trained",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows that train a special token that the chat template does not print",
     "remove it from the text, or set its label to -100",
@@ -48,7 +48,7 @@ SPECIAL = kind(
 )
 UNKNOWN = kind(
     "unknown-token-trained",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows that train the unknown token: the tokenizer has no token for a piece of the answer",
     "clean the text, or take a tokenizer that covers it",

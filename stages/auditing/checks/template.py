@@ -13,14 +13,14 @@ from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, NeedsDecis
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
-_FAMILY = "conversations and the chat template"
+FAMILY = "conversations and the chat template"
 _TURNS = "take --turns each, or a --chat-template that prints all of it"
 
 
 def _lost(what: str, about: str) -> Kind:
     return kind(
         f"{what}-dropped",
-        _FAMILY,
+        FAMILY,
         "error",
         f"rows whose {about} the chat template leaves out",
         _TURNS,
@@ -37,7 +37,7 @@ DROPPED = {
 }
 UNSURE = kind(
     "uncertain-mask",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows in which it is not certain where an answer begins or ends",
     "take a chat template that marks answers with {% generation %}, such as --chat-template trl:NAME",
@@ -45,7 +45,7 @@ UNSURE = kind(
 )
 REFUSED = kind(
     "template-refuses",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that the chat template refuses",
     "repair the rows, or take another --chat-template",
@@ -53,7 +53,7 @@ REFUSED = kind(
 )
 SPECIAL = kind(
     "special-token-in-text",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows whose text holds a special token: a chat template was applied already, or the text was not cleaned",
     "remove it, or take the rows with --keep-special-tokens",
@@ -61,7 +61,7 @@ SPECIAL = kind(
 )
 TOKENIZER = kind(
     "changed-by-tokenizer",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows whose answers the tokenizer does not spell as they are written",
     "take another tokenizer, or clean the text",
@@ -69,18 +69,18 @@ TOKENIZER = kind(
 )
 DECISION = kind(
     "needs-decision",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that can be read in several ways",
     "say how with the option that the example names",
     "raw",
 )
 BAD = kind(
-    "bad-row", _FAMILY, "error", "rows that are no conversation to train on", "repair or drop them", "raw"
+    "bad-row", FAMILY, "error", "rows that are no conversation to train on", "repair or drop them", "raw"
 )
 NO_TEMPLATE = kind(
     "no-chat-template",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows encoded without a chat template: a plain one is used (User: ... Assistant: ...)",
     "name the template that the model will be used with (--chat-template)",
@@ -88,7 +88,7 @@ NO_TEMPLATE = kind(
 )
 NAMES = kind(
     "names-dropped",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows whose speakers have names, which the chat template leaves out",
     "write the names into the contents, if they matter",
@@ -96,7 +96,7 @@ NAMES = kind(
 )
 NORMALIZED = kind(
     "text-normalized",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows whose text the tokenizer changes (blanks, or other forms of letters)",
     "look whether code or quotations suffer",
@@ -104,7 +104,7 @@ NORMALIZED = kind(
 )
 NOT_MARKED = kind(
     "turn-not-marked",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows with an answer, or a part of one, that the chat template does not mark with {% generation %}",
     "mark it in the template, if it should be trained",

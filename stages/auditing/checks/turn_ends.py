@@ -12,10 +12,10 @@ from sstoken.stages.auditing.examples import Example, Turn
 from sstoken.stages.auditing.findings import Shown
 from sstoken.stages.auditing.kinds import kind
 
-_FAMILY = "turn ends"
+FAMILY = "turn ends"
 NOT_TRAINED = kind(
     "end-not-trained",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with an answer whose end token stands there and is not trained: the model does not learn to stop",
     "train the token that ends the turn, also where it opens the next one (as in GLM-4)",
@@ -23,7 +23,7 @@ NOT_TRAINED = kind(
 )
 MISSING = kind(
     "end-missing",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with an answer that no end token follows: the model does not learn to stop",
     "add the end token behind each answer ({{ eos_token }} in the chat template)",
@@ -31,7 +31,7 @@ MISSING = kind(
 )
 TRUNCATED = kind(
     "answer-truncated",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows of the greatest length whose last answer has no end: they were cut",
     "tokenize with a larger maximum length, or drop these rows",
@@ -39,7 +39,7 @@ TRUNCATED = kind(
 )
 DOUBLED = kind(
     "end-doubled",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows with an answer that ends in the same token twice, both trained",
     "add the end token once: the template has it already, or the tokenizer adds it",
@@ -47,7 +47,7 @@ DOUBLED = kind(
 )
 INSIDE = kind(
     "end-inside",
-    _FAMILY,
+    FAMILY,
     "error",
     "rows that train a token that stops generation in the middle of an answer",
     "remove it from the text of the answer",
@@ -55,7 +55,7 @@ INSIDE = kind(
 )
 NOT_A_STOP = kind(
     "end-not-a-stop-token",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows whose last answer ends with a token that does not stop generation",
     "name it in eos_token_id of generation_config.json, or set the tokenizer's eos_token to it",
@@ -63,7 +63,7 @@ NOT_A_STOP = kind(
 )
 DROPPED = kind(
     "turn-ends-dropped",
-    _FAMILY,
+    FAMILY,
     "warning",
     "rows of a selection that drops the end of a turn, as it does for most turns",
     "keep them: select with --protect end_of_turn",

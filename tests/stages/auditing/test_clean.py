@@ -60,7 +60,11 @@ def rows_of(encoder: ChatEncoder) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("name", real_templates.names() + real_templates.names(training=True))
+FIRST = ("llama3", "qwen3", "gemma", "glm4moe", "glm4moe_training", "gptoss", "deepseek_r1_distill", "phi3")
+OTHERS = sorted({*real_templates.names(), *real_templates.names(training=True)} - {*FIRST})
+
+
+@pytest.mark.parametrize("name", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_real_templates(name: str, tmp_path: Path) -> None:
     """What the encoder makes of real conversations is found sound, from its tokens alone."""
     pytest.importorskip("trl")
