@@ -30,8 +30,7 @@ _NEEDS = {
 
 def page() -> str:
     """Return docs/audit.md."""
-    tables = "
-".join(
+    tables = "\n".join(
         _table(m.FAMILY, [k for k in KINDS.values() if k.family == m.FAMILY]) for m in _FAMILIES
     )
     return _PAGE.replace("TABLES", tables)
