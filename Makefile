@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-mutants lint format bench docs clean
+.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-mutants lint format bench docs clean
 
 setup: $(READY)
 
@@ -55,6 +55,12 @@ test-trainers: $(READY)
 	$(BIN)/python tests/trainers/install.py $(TRAINERS)
 	TRAINERS="$(TRAINERS)" $(BIN)/python -m pytest -m trainers tests/trainers
 
+# The paper's evaluation script with the real lm-evaluation-harness, in an environment of its own.
+test-lm-eval: $(READY)
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints.txt --editable . 'lm-eval==0.4.13'
+	PATH="$(CURDIR)/.venv-lm-eval/bin:$$PATH" $(BIN)/python -m pytest -m slow tests/pipeline/test_lm_eval.py
+
 # How many small changes to the code that decides no fast test notices; half an hour, not in CI.
 test-mutants: $(READY)
 	$(BIN)/python -m pip install --quiet 'mutmut==3.8.1'
@@ -79,4 +85,4 @@ bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
 
 clean:
-	rm -rf site $(VENV) .venv-trainers $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants
+	rm -rf site $(VENV) .venv-trainers .venv-lm-eval $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

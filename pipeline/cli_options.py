@@ -61,8 +61,9 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
 
 def _methods() -> Iterable[str]:
     from sstoken.methods import METHODS
+    from sstoken.methods.presets import PRESETS
 
-    return METHODS
+    return [*METHODS, *PRESETS]
 
 
 def _targets() -> Iterable[str]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 RHO = 0.6
 """The share of each answer that the masks keep whose content is counted."""
+RESAMPLES_OF_A_KIND = 50
+"""Fewer than over all noise: there are ten kinds."""
 
 
 class Pooled(NamedTuple):
@@ -68,7 +70,9 @@ def found_noise(cells: "Cells") -> dict[str, Any]:
         own = {"all": over_examples(auroc, values, content, noise, offsets)}
         for kind in KINDS:
             if (kinds == kind).any():
-                own[kind] = over_examples(auroc, values, content, kinds == kind, offsets)
+                own[kind] = over_examples(
+                    auroc, values, content, kinds == kind, offsets, num_resamples=RESAMPLES_OF_A_KIND
+                )
         of_kinds = [own[k] for k in KINDS if k in own]
         held = [own[k][0] for k, half in KINDS.items() if k in own and half == "held"]
         own["mean of kinds"] = tuple(float(np.mean([o[i] for o in of_kinds])) for i in range(3))  # type: ignore[assignment]
