@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.config import RunConfig
 from sstoken.pipeline.writing import check_writable
+from sstoken.stages import storage
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.sources import shown
@@ -54,9 +55,9 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
             f"{_shown(folder, held.get('model'))!r}; set another `out`, or --force encode to run it all again here"
         )
     if held != identity:
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.of(folder).make_folder(folder)
         for leftover in filter(_is_unfinished, folder.iterdir()):
-            leftover.unlink(missing_ok=True)
+            storage.of(leftover).delete(leftover)
         write_atomic(path, json.dumps(identity, indent=1))
     digests.save()
 
@@ -86,12 +87,15 @@ def _identity(config: RunConfig, digests: Digests) -> dict[str, dict[str, str]]:
     }
 
 
-def _place(name: str, folder: Path) -> str:
-    """A path as it is seen from the run's folder; a Hub id or an address as it is, without its secrets."""
+def _place(name: str, folder: PurePath) -> str:
+    """A path as it is seen from the run's folder, or absolute where that is remote; a Hub id or an address as it is,
+    without its secrets."""
     if "://" in name:
         return shown(name)
     path = Path(name).expanduser()
     if path.exists() or any(sign in name for sign in "*?["):
+        if not isinstance(folder, Path):
+            return path.absolute().as_posix()
         return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
     return name
 
@@ -106,11 +110,13 @@ def _same(held: Any, found: dict[str, str], folder: Path) -> bool:
     return isinstance(held, dict) and any(held.get(key) == value for key, value in found.items())
 
 
-def _shown(folder: Path, held: Any) -> str:
+def _shown(folder: PurePath, held: Any) -> str:
     if not isinstance(held, dict):
         return str(held)
     place = str(held.get("place"))
-    return os.path.normpath(folder / place) if (folder / place).exists() else place
+    if "://" in place or not isinstance(folder, Path) or not (folder / place).exists():
+        return place
+    return os.path.normpath(folder / place)
 
 
 def _read(path: Path) -> dict[str, Any]:

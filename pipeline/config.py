@@ -19,6 +19,7 @@ from sstoken.errors import UsageError
 from sstoken.pipeline.plain_yaml import read_yaml, short
 from sstoken.pipeline.sections import KINDS, AnchorSection, ScoreSection, SelectSection
 from sstoken.pipeline.yaml_steps import beside_the_file, repeated, swept
+from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.sharded import ShardedStage
 from sstoken.stages.stage import Stage
@@ -57,7 +58,7 @@ class RunConfig(BaseModel):
     @property
     def folder(self) -> Path:
         """Where the run stands."""
-        return Path(self.out).expanduser()
+        return storage.address(self.out)
 
     @property
     def file(self) -> Path | None:

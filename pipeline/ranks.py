@@ -56,6 +56,7 @@ def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
     if state_of(job, identity) is State.FINISHED:
         return Result(job.out, manifests.finished(job.out, stage.folder).metrics, skipped=True)
     check_out(job)
+    disk = storage.of(job.partial).on_this_machine(job.partial)
     with one_run_at_a_time(job.place, part, fingerprint=identity.fingerprint):
         with one_run_at_a_time(job.place, wait=_SOON):
             recover(job, identity)
@@ -65,11 +66,11 @@ def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
                 raise SstokenError(
                     f"{job.out}: {others[0]} works on it with other settings; wait for it to end"
                 )
-            with naming_full_disk(job.partial):
+            with naming_full_disk(disk):
                 prepare(job, identity, fresh=False)
                 storage.of(job.partial).put_if_absent(job.partial / JOB_FILE, _record(job, identity))
         done = job.partial / COMPLETIONS / part.removeprefix("rank-")
-        with naming_full_disk(job.partial):
+        with naming_full_disk(disk):
             run_stage(job, identity)
             storage.of(done).make_folder(done.parent)
             storage.of(done).put_if_absent(done, b"")
@@ -109,6 +110,7 @@ def _commit(out: Path) -> Result:
         recover(job, identity)
         if state_of(job, identity) is State.FINISHED:
             return Result(out, manifests.finished(out, job.stage.folder).metrics, skipped=True)
+        there = manifests.read_manifest(out)
         with keeping_what_is_complete(job):
             start = time.monotonic()
             storage.of(partial).sweep(partial)
@@ -117,7 +119,7 @@ def _commit(out: Path) -> Result:
             _check_complete(out, partial, job.stage.outputs(context))
             metrics = job.stage.finish(context)
             check_lease()
-            finish(job, identity, metrics, time.monotonic() - start)
+            finish(job, identity, metrics, time.monotonic() - start, there)
         forget_parts(job.place, RANKS)
     return Result(out, metrics, skipped=False)
 
@@ -174,4 +176,9 @@ def _read_record(file: Path) -> dict[str, Any] | None:
 def _job(out: Path, record: dict[str, Any]) -> Job:
     module, _, name = _STAGES[record["stage"]].partition(":")
     stage = getattr(import_module(module), name).model_validate(record["settings"])
-    return Job(stage, {name: Path(folder) for name, folder in record["inputs"].items()}, out, record["seed"])
+    return Job(
+        stage,
+        {name: storage.address(folder) for name, folder in record["inputs"].items()},
+        out,
+        record["seed"],
+    )

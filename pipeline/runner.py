@@ -7,6 +7,7 @@ run leaves the partial folder, whose complete shards the next run with the same 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace as with_other
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def execute(
             job.stage.agree(True)
             metrics = run_stage(job, identity)
             check_lease()
-            finish(job, identity, metrics, time.monotonic() - start)
+            finish(job, identity, metrics, time.monotonic() - start, there)
         return Result(job.out, metrics, skipped=False)
 
 
@@ -126,7 +127,7 @@ def execute(
 def keeping_what_is_complete(job: Job) -> Iterator[None]:
     """Where the work fails, delete what there is no use in keeping."""
     try:
-        with naming_full_disk(job.partial):
+        with naming_full_disk(storage.of(job.partial).on_this_machine(job.partial)):
             yield
     except Exception as error:
         kept = any(next(job.partial.rglob(pattern), None) for pattern in _COMPLETE_WORK)
@@ -142,7 +143,8 @@ def check_out(job: Job) -> None:
         raise UsageError(f"{out}: is a file; the output has to be a folder")
     if out.is_dir():
         made = manifests.read_manifest(out)
-        if made is None and set(out.iterdir()) - set(out.glob(".*.lock")) - set(out.glob(".*.lease")):
+        others = set(out.iterdir()) - set(out.glob(".*.lock")) - set(out.glob(".*.lease"))
+        if made is None and others and out / storage.CLAIM not in others:
             raise UsageError(f"{out}: exists and was not written by sstoken; choose another output folder")
         if made is not None and made.stage != job.stage.name:
             raise UsageError(f"{out}: holds what {made.stage!r} wrote; choose another output folder")
@@ -151,12 +153,12 @@ def check_out(job: Job) -> None:
 
 def recover(job: Job, identity: Identity) -> None:
     """Finish what a run killed between its manifest and its rename had left."""
+    storage.of(job.place).recover(job.place)
     written = manifests.read_manifest(job.partial)
     if written is not None and written.fingerprint == identity.fingerprint:
         publish(job)
     elif written is not None:
         storage.of(job.partial).delete(job.partial)
-    storage.of(job.place).recover(job.place)
 
 
 def prepare(job: Job, identity: Identity, *, fresh: bool) -> None:
@@ -170,7 +172,11 @@ def prepare(job: Job, identity: Identity, *, fresh: bool) -> None:
 
 def run_stage(job: Job, identity: Identity) -> dict[str, Any]:
     """Run the stage in its workplace; return its metrics."""
-    return job.stage.run(context_of(job, identity))
+    context = context_of(job, identity)
+    if isinstance(job.stage, ShardedStage):
+        return job.stage.run(context)
+    with storage.of(context.out).local_work(context.out) as out:  # libraries write what such a stage makes
+        return job.stage.run(with_other(context, out=out))
 
 
 def context_of(job: Job, identity: Identity) -> Context:
@@ -192,8 +198,14 @@ def _engine(stage: Settings) -> Engine:
     return make_engine(options)
 
 
-def finish(job: Job, identity: Identity, metrics: dict[str, Any], seconds: float) -> None:
-    """Write the manifest, and publish."""
+def finish(
+    job: Job, identity: Identity, metrics: dict[str, Any], seconds: float, there: Manifest | None
+) -> None:
+    """Write the manifest, and publish in the place of what was there when the work began.
+
+    Raises:
+        SstokenError: another machine has published meanwhile.
+    """
     files = [
         file
         for file in manifests.list_files(job.partial)
@@ -216,6 +228,10 @@ def finish(job: Job, identity: Identity, metrics: dict[str, Any], seconds: float
             files=files,
         ),
     )
+    now = manifests.read_manifest(job.out)
+    if (now and now.digest) != (there and there.digest):
+        storage.of(job.partial).delete(job.partial)
+        raise SstokenError(f"{job.out}: another run finished it first; its output stands, not this one's")
     publish(job)
 
 

@@ -7,20 +7,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from filelock import FileLock, Timeout
 
 from sstoken.errors import SstokenError
 from sstoken.pipeline import lease
+from sstoken.stages import storage
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: PurePath) -> None:
     """Refuse a folder that cannot be made, or made anew.
 
     Raises:
         SstokenError: its parent, or what there is of it, takes no files.
     """
+    if not isinstance(folder, Path):
+        return  # an object store says so when it is asked to take the first file
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     parent = existing if existing != folder.absolute() else existing.parent
     if not parent.is_dir() or not _writable(parent):
@@ -58,7 +61,7 @@ def one_run_at_a_time(
     Raises:
         SstokenError: another run works on it; says whose it is.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    storage.of(out).make_folder(out.parent)
     lock = FileLock(_lock_file(out, part))
     try:
         lock.acquire(timeout=wait)
@@ -82,16 +85,22 @@ def one_run_at_a_time(
 
 def at_work(out: Path, parts: str) -> list[str]:
     """Return the parts of an output folder that a run works on now, of those that a pattern names."""
-    return [_part_of(out, file) for file in out.parent.glob(_lock_file(out, parts).name) if _is_held(file)]
+    return [_part_of(out, file) for file in _lock_files(out, parts) if _is_held(file)]
 
 
 def forget_parts(out: Path, parts: str) -> None:
     """Delete what marked the parts, once the folder is finished."""
-    for file in out.parent.glob(_lock_file(out, parts).name):
+    for file in _lock_files(out, parts):
         file.unlink(missing_ok=True)
 
 
+def _lock_files(out: Path, parts: str) -> list[Path]:
+    pattern = _lock_file(out, parts)
+    return list(pattern.parent.glob(pattern.name))
+
+
 def _lock_file(out: Path, part: str) -> Path:
+    out = storage.of(out).on_this_machine(out)
     return out.with_name(f".{out.name}.{part}.lock" if part else f".{out.name}.lock")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages import folders
+from sstoken.stages import folders, storage
 from sstoken.stages.adapter_kinds import check_kind
 from sstoken.stages.hub_models import first_line, hub_adapter, hub_commit, split_revision
 from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
@@ -48,13 +48,19 @@ _CODE = "*.py"
 
 
 def local_folder(ref: str) -> Path | None:
-    """Return the folder that `ref` names, or None for a Hub id; for an adapter on the Hub, its copy in the cache.
+    """Return the folder that `ref` names, or None for a Hub id; a copy in the cache of a remote one, or of an adapter
+    on the Hub.
 
     Raises:
         UsageError: it looks like a path, and there is no such folder.
     """
     if not ref:
         raise UsageError("the name of a checkpoint is empty; name a folder or a Hub id")
+    if "://" in ref:
+        address = storage.address(ref)
+        if not address.is_dir():
+            raise UsageError(f"checkpoint {ref!r}: no such folder")
+        return storage.local(address)
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
@@ -69,6 +75,8 @@ def lasting_reference(ref: str, commit: str | None = None) -> str:
     """Return a full checkpoint's reference that is valid in any working directory: an absolute path, or a Hub id at
     its commit."""
     folder = Path(ref).expanduser()
+    if "://" in ref:
+        return ref
     if folder.is_dir():
         return str(folder.resolve())
     name, revision = split_revision(ref)

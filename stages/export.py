@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from sstoken.errors import NothingLeftError, UsageError
@@ -122,7 +121,7 @@ class _ExportShard:
         stage, target = self._stage, get_target(self._stage.to)
         needed = None if stage.scores else ["example_id", "input_ids", "keep_mask"]
         if needed and self._weighted:
-            needed += [c for c in ("response_mask", "score", "weight") if c in pq.read_schema(path).names]
+            needed += [c for c in ("response_mask", "score", "weight") if c in tables.columns(path)]
         ready = prepare(tables.read_table(path, needed), stage.max_length, self._weighted)
         data = self._out / DATA / target.shard_name(index, shards)
         if ready.counts["examples"]:  # not every loader takes a file without a row

@@ -152,8 +152,7 @@ def sha256(path: Path) -> str:
 
 def hash_file(path: Path) -> str:
     """As `sha256`, read anew whenever it is asked."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return storage.of(path).digest(path)[1]
 
 
 @lru_cache(maxsize=1024)

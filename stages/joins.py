@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from sstoken.errors import SstokenError
 from sstoken.stages import folders, tables
-from sstoken.stages.storage import write_atomic
+from sstoken.stages.storage import address, write_atomic
 
 TOKENS = "tokens"
 """Key in the metadata of a shard, of tokens or scores: the fingerprint of the shard of tokens; in that of a masked
@@ -128,7 +128,7 @@ def note_training(history: Path, source: Path) -> None:
 
 def trained_on_others(checkpoint: str, tokens: Path) -> bool:
     """Whether a checkpoint is a snapshot of an anchor run on other tokens; False also where that is not known."""
-    note = Path(checkpoint).expanduser().absolute().parent / _TRAINED_ON
+    note = address(checkpoint).absolute().parent / _TRAINED_ON
     try:
         said = json.loads(folders.read_file(note))[TOKENS]
     except (OSError, ValueError, KeyError, TypeError):

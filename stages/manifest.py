@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import storage
 from sstoken.stages.folders import MANIFEST as MANIFEST
 from sstoken.stages.folders import (
     NO_DIGEST,
@@ -85,19 +86,27 @@ def finished(folder: Path, what: str) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest atomically."""
+    """Write the manifest atomically.
+
+    Raises:
+        SstokenError: in a store that several machines write, another one was first.
+    """
     text = manifest.model_copy(update={"digest": NO_DIGEST}).model_dump_json(indent=1)
     start, _, end = text.rpartition(NO_DIGEST)
-    write_atomic(folder / MANIFEST, f"{start}{seal(text.encode())}{end}")
+    sealed = f"{start}{seal(text.encode())}{end}".encode()
+    if not storage.of(folder).commit(folder / MANIFEST, sealed):
+        raise SstokenError(f"{folder}: another run finished it first; its output stands, run again to see it")
 
 
 def list_files(folder: Path) -> list[FileEntry]:
     """Every file below the folder but its manifest, with its checksum."""
-    return [
-        FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    ]
+    store = storage.of(folder)
+    entries = []
+    for path in store.list(folder):
+        if path != folder / MANIFEST:
+            size, digest = store.digest(path)
+            entries.append(FileEntry(path=path.relative_to(folder).as_posix(), bytes=size, sha256=digest))
+    return entries
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[Path]:
@@ -115,12 +124,13 @@ def unlisted(folder: Path, manifest: Manifest) -> list[Path]:
 
 def problems(folder: Path, manifest: Manifest, *, checksums: bool = True) -> Iterator[str]:
     """What differs between a folder and its manifest, a line each; without `checksums`, at a glance."""
+    sizes = storage.of(folder).sizes(folder, [entry.path for entry in manifest.files])
     for entry in manifest.files:
-        path = folder / entry.path
-        if not path.is_file():
+        path, size = folder / entry.path, sizes[entry.path]
+        if size is None:
             yield f"{path}: missing"
-        elif path.stat().st_size != entry.bytes:
-            yield f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+        elif size != entry.bytes:
+            yield f"{path}: {size} bytes, the manifest says {entry.bytes}"
         elif checksums and hash_file(path) != entry.sha256:
             yield f"{path}: content changed (checksum differs)"
 

@@ -1,27 +1,31 @@
 """Where folders lie: the one place through which stages and the runner write, publish and delete.
 
-An address is anything with pathlib's pure operations (`/`, `name`, `parent`): a `Path` is on a local disk. A storage
-for object stores brings addresses of a kind of its own, and `of` finds it by that kind.
+An address is a `Path`, on a local disk, or a `RemotePath`, which looks and reads in an object store as a `Path` does.
+`address` makes either from what a user names, and `of` finds the storage by its kind.
 
 A file is complete or not there, also after a kill or a power cut. A folder is published by its manifest, which is
 written last: readers go by what the manifest lists, never by what happens to lie there.
 """
 
+import hashlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from pathlib import Path, PurePath
+from typing import BinaryIO, Protocol, cast
 
+from sstoken.errors import UsageError
 from sstoken.stages import faults
 
 MARKS = ("manifest.json", ".fingerprint", "whole.json")
 """Files that make a folder usable: of finished work, of unfinished work, of a trainer's checkpoint."""
 UNFINISHED = ".tmp"
 """Suffix of a file or folder being written."""
+CLAIM = ".publishing"
+"""In a remote folder that is being published: for whom. It keeps a second publisher out."""
 _OURS = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}$")
 
 
@@ -37,17 +41,26 @@ class Storage(Protocol):
     def size(self, file: Path) -> int | None:
         """Return a file's bytes; None where there is no such file."""
 
+    def sizes(self, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
+        """Return the bytes of files below a folder, by name; None where there is no such file."""
+
     def put(self, file: Path) -> AbstractContextManager[BinaryIO]:
         """Open a file for writing: it appears, or replaces an earlier one, when the context ends well."""
 
     def put_if_absent(self, file: Path, content: bytes) -> bool:
         """Write a small file unless there is one; return whether it was written. Of several writers, one wins."""
 
+    def commit(self, file: Path, content: bytes) -> bool:
+        """Write a manifest; False where another machine was first, in a store that several may write."""
+
     def put_folder(self, folder: Path) -> AbstractContextManager[Path]:
         """Give a local folder to fill: its files appear as `folder` when the context ends well.
 
         Where `folder` is there already, it is replaced.
         """
+
+    def has_folder(self, folder: Path) -> bool:
+        """Whether `put_folder` filled it."""
 
     def take(self, local: Path, file: Path) -> None:
         """Put a finished file of the local disk, which is given up."""
@@ -76,6 +89,21 @@ class Storage(Protocol):
     def is_interrupted(self, place: Path) -> bool:
         """Whether there is something to `recover`."""
 
+    def local(self, place: Path) -> Path:
+        """Return a copy of a file or folder on the local disk, for other libraries to read; there, itself."""
+
+    def local_work(self, folder: Path) -> AbstractContextManager[Path]:
+        """Give the local folder in which work on `folder` goes on; what is new in it is put there in the end."""
+
+    def on_this_machine(self, place: Path) -> Path:
+        """Return the local path at which to keep what concerns this machine alone: locks, remembered digests."""
+
+    def vouches_for(self, file: Path) -> bool:
+        """Whether the storage itself knows that a file is what was put, so that nobody needs to read it."""
+
+    def digest(self, file: Path) -> tuple[int, str]:
+        """Return a file's bytes and SHA-256."""
+
 
 class LocalDisk:
     """A file system with atomic renames."""
@@ -91,6 +119,10 @@ class LocalDisk:
     def size(self, file: Path) -> int | None:
         """See `Storage`."""
         return file.stat().st_size if file.is_file() else None
+
+    def sizes(self, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
+        """See `Storage`."""
+        return {name: self.size(folder / name) for name in names}
 
     @contextmanager
     def put(self, file: Path) -> Iterator[BinaryIO]:
@@ -125,6 +157,16 @@ class LocalDisk:
         finally:
             temporary.unlink(missing_ok=True)
         return True
+
+    def commit(self, file: Path, content: bytes) -> bool:
+        """See `Storage`."""
+        with self.put(file) as opened:
+            opened.write(content)
+        return True
+
+    def has_folder(self, folder: Path) -> bool:
+        """See `Storage`."""
+        return folder.exists()
 
     @contextmanager
     def put_folder(self, folder: Path) -> Iterator[Path]:
@@ -199,6 +241,28 @@ class LocalDisk:
         """See `Storage`."""
         return _replaced(place).exists()
 
+    def local(self, place: Path) -> Path:
+        """See `Storage`."""
+        return place
+
+    @contextmanager
+    def local_work(self, folder: Path) -> Iterator[Path]:
+        """See `Storage`."""
+        yield folder
+
+    def on_this_machine(self, place: Path) -> Path:
+        """See `Storage`."""
+        return place
+
+    def vouches_for(self, file: Path) -> bool:
+        """See `Storage`. A disk does not."""
+        return False
+
+    def digest(self, file: Path) -> tuple[int, str]:
+        """See `Storage`."""
+        with open(file, "rb") as opened:
+            return file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()
+
     def flush(self, folder: Path) -> None:
         """See `Storage`."""
         for path in folder.rglob("*"):
@@ -229,9 +293,42 @@ def _replaced(place: Path) -> Path:
 _LOCAL = LocalDisk()
 
 
-def of(address: Path) -> Storage:
+def of(address: PurePath) -> Storage:
     """Return the storage that holds an address."""
-    return _LOCAL
+    if isinstance(address, Path):
+        return _LOCAL
+    from sstoken.stages.object_store import ObjectStore
+
+    return cast(Storage, ObjectStore())
+
+
+def address(text: str | PurePath) -> Path:
+    """Return the address of a file or folder as a user names it: a path, or a URL such as s3://bucket/tokens.
+
+    Raises:
+        UsageError: a URL that holds credentials, or a chain of URLs.
+    """
+    if isinstance(text, PurePath):
+        return cast(Path, text)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text).expanduser()
+    if scheme == "file":
+        return Path(rest)
+    if "@" in rest.partition("/")[0]:
+        raise UsageError(
+            f"{scheme}://...: an address with credentials in it; set them in the environment instead"
+        )
+    if "::" in scheme:
+        raise UsageError(f"{text}: a chain of addresses; name the folder itself, such as s3://bucket/tokens")
+    from sstoken.stages.remote_path import RemotePath
+
+    return cast(Path, RemotePath(text))
+
+
+def local(place: Path) -> Path:
+    """Return a file or folder on the local disk, for other libraries to read: itself, or a copy of the remote one."""
+    return of(place).local(place)
 
 
 def atomic_file(file: Path) -> AbstractContextManager[BinaryIO]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
 from sstoken.signals import get_signal, is_signal
-from sstoken.stages import folders
+from sstoken.stages import folders, storage
 from sstoken.stages.storage import atomic_file
 
 IDS = pa.list_(pa.int32())
@@ -68,9 +68,10 @@ def parts(folder: Path) -> list[Path]:
         SstokenError: the manifest is damaged.
     """
     listed = folders.listed_in(folder)
-    found = folder.glob("part-*.parquet")
-    if listed is not None:
-        found = (path for path in listed if path.parent == folder and path.match("part-*.parquet"))
+    if listed is None:
+        found = list(folder.glob("part-*.parquet"))
+    else:
+        found = [path for path in listed if path.parent == folder and path.match("part-*.parquet")]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
@@ -132,7 +133,7 @@ def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
         SstokenError: the file is not one of ours, or is damaged.
     """
     with _readable(path):
-        raw = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
+        raw = (footer(path).metadata or {}).get(METADATA_KEY)
         if raw is None:
             raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
         metadata: dict[str, Any] = json.loads(raw)
@@ -140,6 +141,12 @@ def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
         if digest != _digest(metadata) and (digest is not None or with_digest):
             raise ValueError("its metadata were changed")
     return metadata
+
+
+def footer(path: Path) -> pq.FileMetaData:
+    """What stands at the end of a shard, unchecked; of a remote one, nothing else is fetched."""
+    with storage.of(path).open(path) as file:
+        return pq.read_metadata(file)
 
 
 def _digest(metadata: Mapping[str, Any]) -> str:
@@ -153,7 +160,7 @@ def columns(path: Path) -> list[str]:
         SstokenError: it is damaged.
     """
     with _readable(path):
-        return list(pq.read_schema(path).names)
+        return list(footer(path).schema.to_arrow_schema().names)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -218,7 +225,7 @@ def num_rows(path: Path) -> int:
         SstokenError: it is damaged.
     """
     with _readable(path):
-        return int(pq.read_metadata(path).num_rows)
+        return int(footer(path).num_rows)
 
 
 def num_tokens(path: Path) -> int:

@@ -20,6 +20,7 @@ from sstoken.pipeline.cli_options import Option, given, json_option, stage_optio
 from sstoken.pipeline.config import LARGEST_SEED, validated
 from sstoken.pipeline.job import Result
 from sstoken.pipeline.printing import print_result
+from sstoken.stages import storage
 from sstoken.stages.stage import Settings
 
 P = ParamSpec("P")
@@ -104,8 +105,8 @@ def command(function: Callable[..., Any], *options: Callable[[F], F]) -> Callabl
 
 
 def place(path: Place) -> Path:
-    """The path without its tilde."""
-    return Path(path).expanduser()
+    """The address: a path without its tilde, or a URL."""
+    return storage.address(path)
 
 
 def named_places(given: Iterable[Place]) -> dict[str, Path]:

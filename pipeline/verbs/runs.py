@@ -18,6 +18,7 @@ from sstoken.pipeline.plan import Step, check_run, run_steps
 from sstoken.pipeline.printing import print_result, print_table
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.verbs.command import Place, command, place
+from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
 
@@ -101,7 +102,7 @@ def run(
         if name not in names:
             raise UsageError(f"stage {name!r} is not in this run; legal: {', '.join(names)}")
     check_run(config)
-    digests = Digests(config.folder / _DIGESTS)
+    digests = Digests(storage.of(config.folder).on_this_machine(config.folder / _DIGESTS))
     claim(config, digests, anew=bool(forced & {n for n, s in config.named.items() if isinstance(s, Encode)}))
     results: dict[str, Result] = {}
     for step in run_steps(config):
@@ -173,7 +174,7 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
     """
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
     check_run(config)
-    digests = Digests(config.folder / _DIGESTS)
+    digests = Digests(storage.of(config.folder).on_this_machine(config.folder / _DIGESTS))
     planned: list[Planned] = []
     waiting: set[str] = set()
     for step in run_steps(config):

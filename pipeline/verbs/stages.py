@@ -34,6 +34,7 @@ from sstoken.pipeline.verbs.command import (
 )
 from sstoken.pipeline.yaml_steps import chosen, combinations, label, swept
 from sstoken.stages import manifest as manifests
+from sstoken.stages import storage
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.critical import Critical
 from sstoken.stages.encode import Encode
@@ -281,7 +282,11 @@ class ExportCall(_Output, Export):
         for problem in manifests.problems(result.folder, manifests.finished(result.folder, "export")):
             raise SstokenError(f"{problem}; export it again (--force)")
         checked = check_export(
-            masked, result.folder, get_target(self.to), stage.max_length, weighted=stage.with_weights(masked)
+            masked,
+            storage.local(result.folder),
+            get_target(self.to),
+            stage.max_length,
+            weighted=stage.with_weights(masked),
         )
         return replace(result, metrics={**result.metrics, "checked": checked})
 

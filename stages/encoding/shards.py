@@ -186,7 +186,7 @@ def _example_id(row: Row) -> str:
 def save_tokenizer(settings: Settings) -> None:
     """Save the tokenizer with its chat template: later stages decode and train with it."""
     folder = settings.out / TOKENIZER
-    if folder.exists():
+    if storage.of(folder).has_folder(folder):
         return
     encoder = settings.encoder()
     tokenizer = encoder.tokenizer

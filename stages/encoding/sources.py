@@ -16,6 +16,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
 from sstoken.stages.encoding.row_files import first_line
+from sstoken.stages.remote_path import options
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
@@ -203,7 +204,8 @@ def _locate_files(data: str) -> _Files:
     import fsspec
 
     try:
-        filesystem, path = fsspec.core.url_to_fs(data)
+        scheme = data.partition("://")[0]
+        filesystem, path = fsspec.core.url_to_fs(data, **(options(scheme) if scheme in ("s3", "s3a") else {}))
     except (ValueError, ImportError) as error:
         raise UsageError(f"data {shown(data)!r}: cannot be opened ({first_line(error)})") from error
     literal = _is_local(filesystem) and Path(path).is_file()
@@ -211,7 +213,7 @@ def _locate_files(data: str) -> _Files:
         paths = sorted(p for p in _remote(filesystem.glob, path, shown(data)) if row_files.is_visible(p))
         if not paths:
             raise UsageError(f"data {shown(data)!r}: no file matches the pattern")
-    elif literal or _remote(filesystem.isfile, path, shown(data)):
+    elif literal or _remote(filesystem.info, path, shown(data))["type"] == "file":
         paths = [path]
     else:
         raise UsageError(f"data {shown(data)!r}: no such file")

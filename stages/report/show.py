@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -195,7 +194,7 @@ def read_examples(masked: Path, row: int, num_examples: int = 1) -> list[MaskedE
 
 def _footer(part: Path) -> Any:
     try:
-        footer = pq.read_metadata(part)
+        footer = tables.footer(part)
     except (pa.ArrowInvalid, OSError) as error:
         raise SstokenError(f"{part}: not a readable Parquet file; run its select again") from error
     if not {"example_id", "input_ids", "keep_mask"} <= set(footer.schema.to_arrow_schema().names):

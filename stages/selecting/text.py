@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import UsageError
 from sstoken.selection import BoolArray, IntArray
+from sstoken.stages import storage
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.token_text import token_texts
 
@@ -184,9 +185,10 @@ class _Core:
 @lru_cache(maxsize=2)
 def _tokenizer(folder: Path) -> Any:
     """The tokenizer that made the tokens."""
-    if (folder / "tokenizer.json").is_file():
-        return _Core(folder / "tokenizer.json")
-    return load_tokenizer(str(folder))
+    local = storage.local(folder)
+    if (local / "tokenizer.json").is_file():
+        return _Core(local / "tokenizer.json")
+    return load_tokenizer(str(local))
 
 
 @lru_cache(maxsize=2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import storage
 from sstoken.stages.folders import read_file
 from sstoken.stages.storage import write_atomic
 
@@ -46,14 +47,14 @@ def read_history(folder: Path) -> list[Entry]:
     entries = []
     for entry in read_index(folder):
         if entry.kind != "reference":
-            place = Path(folder) / entry.path
+            place = storage.address(folder) / entry.path
             if not place.is_dir():
                 raise SstokenError(
-                    f"{Path(folder) / INDEX}: names {entry.path}, which is not there; run anchor again"
+                    f"{storage.address(folder) / INDEX}: names {entry.path}, which is not there; run anchor again"
                 )
             entry = replace(entry, path=str(place))
         else:
-            entry = replace(entry, path=_found(Path(folder), entry), absolute=None)
+            entry = replace(entry, path=_found(storage.address(folder), entry), absolute=None)
         entries.append(entry)
     return entries
 
@@ -62,7 +63,7 @@ def reference(folder: Path, base: str) -> Entry:
     """Return the base model's entry: a Hub id, or an absolute path that is also stored relative to the history."""
     if not Path(base).is_absolute():
         return Entry("step-0", base, 0, 0, None, "reference")
-    relative = Path(os.path.relpath(base, Path(folder).resolve())).as_posix()
+    relative = Path(os.path.relpath(base, storage.address(folder).resolve())).as_posix()
     return Entry("step-0", relative, 0, 0, None, "reference", absolute=base)
 
 
@@ -96,7 +97,7 @@ def read_index(folder: Path) -> list[Entry]:
         UsageError: `folder` has no history.
         SstokenError: the file is damaged.
     """
-    path = Path(folder) / INDEX
+    path = storage.address(folder) / INDEX
     try:
         return [Entry(**fields) for fields in json.loads(read_file(path))]
     except FileNotFoundError:
@@ -108,4 +109,4 @@ def read_index(folder: Path) -> list[Entry]:
 def write_index(folder: Path, entries: Iterable[Entry]) -> None:
     """Replace the file atomically."""
     lines = ",\n".join(" " + json.dumps(asdict(entry)) for entry in entries)
-    write_atomic(Path(folder) / INDEX, f"[\n{lines}\n]\n")
+    write_atomic(storage.address(folder) / INDEX, f"[\n{lines}\n]\n")

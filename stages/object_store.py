@@ -1,0 +1,314 @@
+"""Folders in object stores, through fsspec.
+
+An object is written to local scratch first and put in one request, so it is complete or not there. Beside unfinished
+work stands a record of each object's digest: nobody downloads a shard to hash it or to see whether it is complete.
+Publishing copies within the store, the manifest last and only if there is none: of several publishers one wins.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from filelock import FileLock
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import faults, remote_cache
+from sstoken.stages.processes import is_main_process
+from sstoken.stages.remote_path import RemotePath, explained, version
+from sstoken.stages.storage import CLAIM, MARKS
+
+_MANIFEST = MARKS[0]
+_PARTIAL = ".partial"
+_RECORDS = ".records"
+"""Folder of unfinished work, with a record of each file in it: its size, SHA-256 and the store's version."""
+
+
+class ObjectStore:
+    """Any file system of fsspec; see `Storage`."""
+
+    def open(self, file: RemotePath) -> BinaryIO:
+        """See `Storage`."""
+        return file.open("rb")
+
+    def list(self, folder: RemotePath) -> list[RemotePath]:
+        """See `Storage`. Without the records."""
+        return [file for file in folder.files() if _RECORDS not in file.relative_to(folder).parts]
+
+    def size(self, file: RemotePath) -> int | None:
+        """See `Storage`."""
+        info = file.info()
+        return int(info["size"]) if info is not None and info["type"] == "file" else None
+
+    def sizes(self, folder: RemotePath, names: Sequence[str]) -> dict[str, int | None]:
+        """See `Storage`. By one listing."""
+        there = {
+            file.relative_to(folder).as_posix(): int(info["size"]) for file, info in folder.files().items()
+        }
+        return {name: there.get(name) for name in names}
+
+    @contextmanager
+    def put(self, file: RemotePath) -> Iterator[BinaryIO]:
+        """See `Storage`."""
+        with tempfile.NamedTemporaryFile(prefix="sstoken-") as scratch:
+            try:
+                yield cast(BinaryIO, scratch.file)
+                scratch.flush()
+            except OSError as error:
+                if error.errno is not None and error.filename is None:
+                    error.filename = scratch.name  # the system does not say which
+                raise
+            self._upload(Path(scratch.name), file)
+
+    def put_if_absent(self, file: RemotePath, content: bytes) -> bool:
+        """See `Storage`. With If-None-Match where the store has it; else there is a moment between look and write."""
+        filesystem, key = file.located()
+        faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
+        try:
+            with _writing(file):
+                filesystem.pipe_file(key, content, mode="create")
+        except FileExistsError:
+            return False
+        except SstokenError as error:
+            if not _is_not_implemented(error.__cause__):
+                raise
+            if file.exists():
+                return False
+            with _writing(file):
+                filesystem.pipe_file(key, content)
+        self._note(file, len(content), hashlib.sha256(content).hexdigest())
+        return True
+
+    def commit(self, file: RemotePath, content: bytes) -> bool:
+        """See `Storage`."""
+        return self.put_if_absent(file, content)
+
+    @contextmanager
+    def put_folder(self, folder: RemotePath) -> Iterator[Path]:
+        """See `Storage`. Its record, which comes last, says that it is complete."""
+        with tempfile.TemporaryDirectory(prefix="sstoken-") as name:
+            scratch = Path(name) / folder.name
+            scratch.mkdir()
+            yield scratch
+            self.delete(folder)
+            self._put_all(scratch, folder)
+            self._note(folder, 0, "")
+
+    def has_folder(self, folder: RemotePath) -> bool:
+        """See `Storage`."""
+        record = _record(folder)
+        return folder.is_dir() if record is None else record.is_file()
+
+    def take(self, local: Path, file: RemotePath) -> None:
+        """See `Storage`."""
+        self._upload(local, file)
+        local.unlink()
+
+    def make_folder(self, folder: RemotePath) -> None:
+        """See `Storage`. A folder is there once a file is."""
+
+    def flush(self, folder: RemotePath) -> None:
+        """See `Storage`. What a store has taken is safe."""
+
+    def delete(self, place: RemotePath) -> None:
+        """See `Storage`."""
+        faults.point("delete", place)  # type: ignore[arg-type]
+        found = place.files()
+        marks = [place / mark for mark in MARKS if place / mark in found]
+        self._remove([*marks, *([] if found else [place])])
+        faults.point("delete", place)  # type: ignore[arg-type]
+        self._remove([file for file in found if file not in marks])
+        if (record := _record(place)) is not None:
+            self._remove([record])
+
+    def sweep(self, folder: RemotePath) -> None:
+        """See `Storage`. A writer that is killed leaves nothing in the store."""
+
+    def workplace(self, place: RemotePath) -> RemotePath:
+        """See `Storage`."""
+        if len(place.parts) < 3:
+            raise UsageError(f"{place}: name the output folder itself, such as {place / 'tokens'}")
+        return place.with_name(place.name + _PARTIAL)
+
+    def publish(self, place: RemotePath) -> None:
+        """See `Storage`. The workplace keeps everything until the manifest is at `place`.
+
+        Raises:
+            SstokenError: another run is publishing there, or was first.
+        """
+        partial = self.workplace(place)
+        text = _read(partial / _MANIFEST)
+        if text is None:
+            raise SstokenError(f"{place}: another run finished it first; its output stands, not this one's")
+        made = json.loads(text)
+        claim = _claim(text)
+        if not self.put_if_absent(place / CLAIM, claim.encode()) and _read(place / CLAIM) != claim:
+            raise SstokenError(f"{place}: another run is publishing there; wait for it, then run this again")
+        if _read(place / _MANIFEST) != text:
+            complete = self._replace(place, partial, [entry["path"] for entry in made["files"]])
+            put = complete and self.put_if_absent(place / _MANIFEST, text.encode())
+            if not put and _read(place / _MANIFEST) != text:  # nor did another process put just this
+                self._remove([place / CLAIM])
+                raise SstokenError(f"{place}: another run was at work there meanwhile; run this again")
+        self.delete(partial)
+        self._remove([place / CLAIM])
+
+    def _replace(self, place: RemotePath, partial: RemotePath, names: Sequence[str]) -> bool:
+        """Copy finished files into the place of what is there, its manifest first; False: one of them is gone."""
+        if None in self.sizes(partial, names).values():
+            return False
+        kept = {*(place / name for name in names), place / CLAIM}
+        old = [file for file in place.files() if file not in kept]
+        self._remove(sorted(old, key=lambda file: file != place / _MANIFEST))
+        faults.point("commit", place)  # type: ignore[arg-type]
+        filesystem, start = partial.located()
+        end = place.located()[1]
+        try:
+            with explained(place):
+                filesystem.copy([f"{start}/{name}" for name in names], [f"{end}/{name}" for name in names])
+        except FileNotFoundError:
+            return False
+        return True
+
+    def recover(self, place: RemotePath) -> None:
+        """See `Storage`."""
+        if not self.is_interrupted(place):
+            return
+        text = _read(self.workplace(place) / _MANIFEST)
+        if text is not None and _read(place / CLAIM) == _claim(text):
+            self.publish(place)
+        else:  # left by a run whose work is published, or gone
+            self._remove([place / CLAIM])
+
+    def is_interrupted(self, place: RemotePath) -> bool:
+        """See `Storage`."""
+        return (place / CLAIM).is_file()
+
+    def local(self, place: RemotePath) -> Path:
+        """See `Storage`. Fetched once for each content, whoever on this machine asks."""
+        return remote_cache.fetched(place)
+
+    @contextmanager
+    def local_work(self, folder: RemotePath) -> Iterator[Path]:
+        """See `Storage`. What a run left, here or in the store, is there again."""
+        made_by = _read(folder / MARKS[1]) or ""
+        scratch = remote_cache.workshop(folder, made_by)
+        with FileLock(scratch.parent / ".lock"):
+            for file in self.list(folder):
+                if not (copy := scratch / file.relative_to(folder)).exists():
+                    remote_cache.fetch(file, copy)
+        yield scratch
+        if is_main_process():
+            self._put_all(scratch, folder)
+            shutil.rmtree(scratch)
+
+    def on_this_machine(self, place: RemotePath) -> Path:
+        """See `Storage`."""
+        return remote_cache.own_place(place)
+
+    def vouches_for(self, file: RemotePath) -> bool:
+        """See `Storage`."""
+        return self._noted(file) is not None
+
+    def digest(self, file: RemotePath) -> tuple[int, str]:
+        """See `Storage`. By its record, where that is of the object that is there; else downloaded."""
+        noted = self._noted(file)
+        if noted is not None:
+            return noted["bytes"], noted["sha256"]
+        with file.open() as opened:
+            digest = hashlib.sha256()
+            size = 0
+            while chunk := opened.read(1 << 22):
+                digest.update(chunk)
+                size += len(chunk)
+        return size, digest.hexdigest()
+
+    def _upload(self, local: Path, file: RemotePath) -> None:
+        size = local.stat().st_size
+        with open(local, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        filesystem, key = file.located()
+        faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
+        with _writing(file):
+            filesystem.put_file(str(local), key)
+        self._note(file, size, digest)
+
+    def _put_all(self, scratch: Path, folder: RemotePath) -> None:
+        for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            file = folder / path.relative_to(scratch).as_posix()
+            noted = self._noted(file)
+            with open(path, "rb") as opened:
+                if noted is None or noted["sha256"] != hashlib.file_digest(opened, "sha256").hexdigest():
+                    self._upload(path, file)
+
+    def _note(self, file: RemotePath, size: int, digest: str) -> None:
+        """Check what the store took; record it where it is part of unfinished work."""
+        info = file.info() if digest else {}
+        if info is None or (digest and info["size"] != size):
+            raise SstokenError(
+                f"{file}: {size} bytes were put, and the store has {info and info['size']}; try again"
+            )
+        if (record := _record(file)) is not None:
+            noted = {"bytes": size, "sha256": digest, "version": version(info) if digest else ""}
+            filesystem, key = record.located()
+            with _writing(record):
+                filesystem.pipe_file(key, json.dumps(noted).encode())
+
+    def _noted(self, file: RemotePath) -> dict[str, Any] | None:
+        """The record of a file, if it is of what is there."""
+        record = _record(file)
+        text = None if record is None else _read(record)
+        info = None if text is None else file.info()
+        if text is None or info is None:
+            return None
+        noted: dict[str, Any] = json.loads(text)
+        return noted if noted["version"] == version(info) else None
+
+    def _remove(self, files: Sequence[RemotePath]) -> None:
+        for file in files[:1]:  # on its own: a mark goes before the rest
+            filesystem, key = file.located()
+            with suppress(FileNotFoundError), explained(file):
+                filesystem.rm_file(key)
+        if files[1:]:
+            filesystem, _ = files[1].located()
+            with suppress(FileNotFoundError), explained(files[1]):
+                filesystem.rm([file.located()[1] for file in files[1:]])
+
+
+@contextmanager
+def _writing(file: RemotePath) -> Iterator[None]:
+    with explained(file):
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise SstokenError(
+                f"{file}: no such bucket or repository; make it first, or name another"
+            ) from error
+
+
+def _read(file: RemotePath) -> str | None:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _record(file: RemotePath) -> RemotePath | None:
+    """Where the record of a file of unfinished work lies; None: it is of none."""
+    for folder in file.parents:
+        if folder.name.endswith(_PARTIAL):
+            return folder / _RECORDS / f"{file.relative_to(folder).as_posix()}.json"
+    return None
+
+
+def _claim(manifest: str) -> str:
+    return hashlib.sha256(manifest.encode()).hexdigest()
+
+
+def _is_not_implemented(error: BaseException | None) -> bool:
+    """Whether a store, or fsspec for it, has no conditional write."""
+    return isinstance(error, NotImplementedError | ValueError | TypeError) or "NotImplemented" in str(error)

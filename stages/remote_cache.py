@@ -1,0 +1,83 @@
+"""Where this machine keeps copies of remote files, and what concerns it alone: locks, digests, scratch."""
+
+import hashlib
+import json
+import os
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+from filelock import FileLock
+
+from sstoken.errors import UsageError
+from sstoken.stages.remote_path import RemotePath, explained, version
+
+_NOT_FETCHED = ("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "global_step*/*", "*.tmp")
+"""What trainers leave in a checkpoint, and nobody here reads."""
+
+
+def cache() -> Path:
+    """Where copies of remote files, locks and scratch of this user lie; it may be deleted while nothing runs."""
+    own = os.environ.get("SSTOKEN_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or Path(home) / "sstoken").expanduser()
+
+
+def fetched(place: RemotePath) -> Path:
+    """Return a copy of a file or folder, fetched once for each content, whoever on this machine asks.
+
+    Raises:
+        UsageError: there is nothing.
+        SstokenError: what was fetched is not what a manifest lists.
+    """
+    files = {
+        file: info
+        for file, info in place.files().items()
+        if not any(fnmatch(file.relative_to(place).as_posix(), pattern) for pattern in _NOT_FETCHED)
+    }
+    info = None if files else place.info()
+    if not files and info is None:
+        raise UsageError(f"{place}: there is nothing")
+    facts = [str(place), *([f.name, version(i)] for f, i in files.items()), version(info) if info else ""]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    target = cache() / "fetched" / key / place.name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / ".lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as name:
+                copy = Path(name) / place.name
+                for file in files or [place]:
+                    fetch(file, copy / file.relative_to(place) if files else copy)
+                copy.rename(target)
+    return target
+
+
+def fetch(file: RemotePath, copy: Path) -> None:
+    """Download a file; refuse it if a manifest says another content."""
+    from sstoken.stages import folders
+
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    filesystem, key = file.located()
+    with explained(file):
+        filesystem.get_file(key, str(copy))
+    folders.check_digest(file, folders.hash_file(copy))  # type: ignore[arg-type]
+
+
+def own_place(place: RemotePath) -> Path:
+    """Return the local path at which to keep what concerns this machine alone."""
+    own = cache() / "own" / _hash(str(place.parent)) / place.name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    return own
+
+
+def workshop(folder: RemotePath, made_by: str) -> Path:
+    """Return the local folder in which the work of that fingerprint on a remote folder goes on."""
+    scratch = cache() / "work" / _hash(f"{folder} {made_by}") / folder.name
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

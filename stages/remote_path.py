@@ -1,0 +1,241 @@
+"""Addresses in object stores: `s3://bucket/key`, `gs://`, `hf://` or any other URL that fsspec knows."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from sstoken.errors import SstokenError, UsageError
+
+_SCHEME = re.compile(r"\A([a-z][a-z0-9+.-]*):/+")
+_PATIENCE = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
+"""Of botocore: a store that is down is an error within a minute. Seconds, and attempts for a request."""
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid", "mtime", "created")
+"""What a store says of an object that changes with its content, the best first."""
+_PACKAGES = {
+    "s3": "sstoken[s3]",
+    "s3a": "sstoken[s3]",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What there is to know of an object, as `os.stat` has it."""
+
+    st_size: int
+    st_ino: int
+    """Changes with the content."""
+    st_mtime_ns: int = 0
+    st_ctime_ns: int = 0
+
+
+class RemotePath(PurePosixPath):
+    """A place in an object store, with those of `Path`'s methods that look and read.
+
+    It is written through `sstoken.stages.storage` alone. A folder exists while there is a file below it. No other
+    library can open it: `sstoken.stages.storage.local` gives a copy on the local disk.
+
+    Every method raises `SstokenError` where the store does not answer or refuses.
+    """
+
+    def __str__(self) -> str:
+        return _SCHEME.sub(r"\1://", super().__str__())
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    @property
+    def scheme(self) -> str:
+        """Such as `s3`."""
+        return self.parts[0].removesuffix(":") if self.parts else ""
+
+    def expanduser(self) -> "RemotePath":
+        """See `Path`; as are those below that say nothing."""
+        return self
+
+    def absolute(self) -> "RemotePath":
+        """A URL always is."""
+        return self
+
+    def resolve(self, strict: bool = False) -> "RemotePath":
+        """Object stores have no links."""
+        return self
+
+    def is_symlink(self) -> bool:
+        """Object stores have no links."""
+        return False
+
+    def info(self) -> dict[str, Any] | None:
+        """What the store says of it; None where there is nothing."""
+        if len(self.parts) < 2:
+            return None
+        filesystem, key = self.located()
+        try:
+            with explained(self):
+                return cast(dict[str, Any], filesystem.info(key))
+        except FileNotFoundError:
+            return None
+
+    def exists(self) -> bool:
+        """See `Path`."""
+        return self.info() is not None
+
+    def is_file(self) -> bool:
+        """See `Path`."""
+        info = self.info()
+        return info is not None and info["type"] == "file"
+
+    def is_dir(self) -> bool:
+        """See `Path`."""
+        info = self.info()
+        return info is not None and info["type"] == "directory"
+
+    def stat(self) -> Stat:
+        """See `Path`."""
+        info = self.info()
+        if info is None:
+            raise FileNotFoundError(2, "no such file", str(self))
+        return Stat(int(info["size"] or 0), int(version(info), 16))
+
+    def read_bytes(self) -> bytes:
+        """See `Path`."""
+        filesystem, key = self.located()
+        with explained(self):
+            return bytes(filesystem.cat_file(key))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """See `Path`."""
+        return self.read_bytes().decode(encoding)
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Open it for reading; it can seek, and fetches what is read."""
+        assert mode == "rb", "written through sstoken.stages.storage"
+        filesystem, key = self.located()
+        with explained(self):
+            return cast(BinaryIO, filesystem.open(key, "rb"))
+
+    def files(self) -> dict["RemotePath", dict[str, Any]]:
+        """Every file below it and what the store says of it, sorted."""
+        filesystem, key = self.located()
+        try:
+            with explained(self):
+                found = filesystem.find(key, detail=True)
+        except FileNotFoundError:
+            return {}
+        start = key.rstrip("/") + "/"
+        below = {name.removeprefix(start): info for name, info in found.items() if name.startswith(start)}
+        return {self / name: below[name] for name in sorted(below)}
+
+    def iterdir(self) -> Iterator["RemotePath"]:
+        """See `Path`."""
+        filesystem, key = self.located()
+        try:
+            with explained(self):
+                found = filesystem.ls(key, detail=False)
+        except FileNotFoundError:
+            return iter(())
+        names = {PurePosixPath(name).name for name in found if name.rstrip("/") != key.rstrip("/")}
+        return iter([self / name for name in sorted(names)])
+
+    def glob(self, pattern: str) -> Iterator["RemotePath"]:
+        """The files, no folders, that match; `*` stays within a name."""
+        wanted = PurePosixPath(pattern).parts
+        for file in self.files():
+            parts = file.relative_to(self).parts
+            if len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted)):
+                yield file
+
+    def rglob(self, pattern: str) -> Iterator["RemotePath"]:
+        """The files, no folders, whose name matches."""
+        return (file for file in self.files() if fnmatchcase(file.name, pattern))
+
+    def located(self) -> tuple[Any, str]:
+        """The file system that reaches it, and what it is called there.
+
+        Raises:
+            UsageError: fsspec does not know the scheme, or wants a package for it.
+        """
+        import fsspec
+
+        try:
+            filesystem = fsspec.filesystem(self.scheme, **options(self.scheme))
+        except ImportError as error:
+            package = _PACKAGES.get(self.scheme, "the fsspec package for it")
+            raise UsageError(
+                f"{self}: cannot be reached without another package; install {package}"
+            ) from error
+        except ValueError as error:
+            raise UsageError(
+                f"{self}: no such kind of storage, {self.scheme!r}; s3, gs and hf are known"
+            ) from error
+        return filesystem, filesystem._strip_protocol(str(self))
+
+
+def options(scheme: str) -> dict[str, Any]:
+    """What a file system of that scheme is made with."""
+    import fsspec
+
+    found: dict[str, Any] = {"use_listings_cache": False}  # others write there, too
+    if scheme in ("s3", "s3a"):
+        found["config_kwargs"] = {**_PATIENCE, **fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
+    return found
+
+
+def version(info: dict[str, Any]) -> str:
+    """A hexadecimal text that changes with an object's content."""
+    said = next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), repr(sorted(info)))
+    return hashlib.sha256(f"{info.get('size')}:{said}".encode()).hexdigest()[:16]
+
+
+@contextmanager
+def explained(place: PurePosixPath) -> Iterator[None]:
+    """Turn what libraries raise into one line; that something is there, or not, passes.
+
+    Raises:
+        SstokenError: names the place.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, SstokenError):
+        raise
+    except Exception as error:  # each file system raises its own types
+        raise SstokenError(f"{place}: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, PermissionError) or kinds & {"GatedRepoError", "InvalidAccessKeyId"}:
+        return f"the store refuses access ({_line(error)}); check the credentials and what they allow"
+    if kinds & {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+        "CredentialRetrievalError",
+    }:
+        return f"no usable credentials ({_line(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+    if isinstance(error, ConnectionError | TimeoutError) or kinds & {
+        "EndpointConnectionError",
+        "ConnectionError",
+        "HTTPClientError",
+        "ClientConnectorError",
+        "ConnectError",
+    }:
+        return f"the store does not answer ({_line(error)}); check AWS_ENDPOINT_URL and the network, then try again"
+    return _line(error)
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = re.sub(r"(https?://)[^\s/@]*@|\?\S*", r"\1", lines[0])[:200] if lines else ""
+    return text or type(error).__name__

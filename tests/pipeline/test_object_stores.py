@@ -1,0 +1,250 @@
+"""Every stage reads from and writes to S3 as it does on a disk; what fails or races there leaves nothing half-done."""
+
+import hashlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from sstoken.errors import SstokenError
+from sstoken.pipeline import ranks, runner
+from sstoken.pipeline.verbs import stages as api
+from sstoken.pipeline.verbs.looking import verify
+from sstoken.stages import manifest as manifests
+from sstoken.stages import storage, tables
+from sstoken.stages.object_store import ObjectStore
+from tests.object_stores import BUCKET, SECRET, needs_s3, s3_server
+from tests.pipeline.small_run import PIPELINE, environment
+from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World, make_world
+from tests.support import PATIENCE
+
+pytestmark = needs_s3
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("cache")) as address:
+        yield address
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capsys)
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> str:
+    """A folder of the test's own in the bucket."""
+    return f"s3://{BUCKET}/{hashlib.md5(request.node.name.encode()).hexdigest()[:8]}"
+
+
+def content(folder: str | Path) -> dict[str, bytes]:
+    """Every file of a folder but its manifest, whose times differ."""
+    root = storage.address(folder)
+    return {
+        file.relative_to(root).as_posix(): file.read_bytes()
+        for file in storage.of(root).list(root)
+        if file.name != "manifest.json"
+    }
+
+
+def encode(world: World, out: str | Path, **more: Any) -> Any:
+    call = {"data": str(world.data), "model": str(world.base), "shard_rows": SHARD_ROWS, "workers": 1}
+    return api.encode(**call | {"out": out} | more)
+
+
+def commands(world: World, root: str) -> list[tuple[object, ...]]:
+    """All stages, each reading what the one before wrote below `root`."""
+    tokens, scores, masked = f"{root}/tokens", f"{root}/scores", f"{root}/masked"
+    base, later = world.base, f"later={world.later}"
+    return [
+        (
+            "encode",
+            "--data",
+            world.data,
+            "--model",
+            base,
+            "--shard-rows",
+            10,
+            "--workers",
+            1,
+            "--out",
+            tokens,
+        ),
+        ("score", "--tokens", tokens, "--ckpt", base, "--ckpt", later, "--out", scores),
+        ("select", "--tokens", tokens, "--scores", scores, "--out", masked),
+        ("export", masked, "--to", "trl", "--out", f"{root}/export", "--check"),
+        ("verify", root),
+        ("show", masked, "--row", 2),
+    ]
+
+
+def test_every_stage_writes_the_bytes_that_it_writes_on_a_disk(
+    world: World, run: CommandLine, place: str, tmp_path: Path
+) -> None:
+    said = []
+    for here, there in zip(commands(world, str(tmp_path)), commands(world, place), strict=True):
+        on_disk, remote = run(*here), run(*there)
+        assert (on_disk.code, remote.code) == (0, 0), remote.err
+        assert on_disk.out.replace(str(tmp_path), place) == remote.out
+        said.append(remote)
+    assert "5 finished folders checked, 0 problems" in said[-2].out
+    for folder in ("tokens", "scores/base", "scores/later", "masked", "export"):
+        assert content(f"{place}/{folder}") == content(tmp_path / folder)
+        here, there = (
+            manifests.finished(storage.address(f"{root}/{folder}"), folder) for root in (tmp_path, place)
+        )
+        assert here.files == there.files
+    assert "finished already" in run.works(*commands(world, place)[0])
+    assert not [outcome for outcome in said if SECRET in outcome.out + outcome.err]
+    everything = storage.address(place).files()
+    assert not [file for file in everything if SECRET.encode() in file.read_bytes()]
+    assert not [file for file in everything if ".partial" in str(file) or file.name.startswith(".")]
+
+
+def test_data_and_checkpoints_are_read_from_there(
+    world: World, run: CommandLine, place: str, tmp_path: Path
+) -> None:
+    store = fsspec.filesystem("s3", use_listings_cache=False)
+    store.put(str(world.data), f"{place}/data/data.jsonl")
+    store.put(str(world.base), f"{place}/base", recursive=True)
+    store.put(str(world.later), f"{place}/later", recursive=True)
+    encode(world, tmp_path / "tokens", data=f"{place}/data/*.jsonl", model=f"{place}/base")
+    for ours, theirs in zip(tables.parts(tmp_path / "tokens"), tables.parts(world.tokens), strict=True):
+        assert tables.read_table(ours).equals(tables.read_table(theirs))
+    run.works(
+        "score", "--tokens", tmp_path / "tokens", "--ckpt", f"{place}/base", "--ckpt", f"{place}/later",
+        "--out", tmp_path / "scores",
+    )  # fmt: skip
+    for name in ("base", "later"):
+        for part in tables.parts(tmp_path / "scores" / name):
+            assert tables.read_table(part).equals(tables.read_table(world.scores / name / part.name))
+    assert manifests.finished(tmp_path / "scores/base", "scores").sources == (
+        manifests.finished(world.scores / "base", "scores").sources
+    )
+
+
+def test_work_in_the_store_is_not_done_again(
+    world: World, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = environment() | {"SSTOKEN_FAULT": "kill:rename:6"}  # a mark, the tokenizer's files, two shards
+    del killed["HF_HUB_OFFLINE"]  # the tokenizer's files say it
+    command = [*PIPELINE, *map(str, commands(world, place)[0])]
+    assert subprocess.run(command, env=killed, timeout=PATIENCE, capture_output=True).returncode == -9
+    root = storage.address(f"{place}/tokens")
+    assert not root.exists(), "nothing half-done is to be seen"
+    there = {file.name for file in storage.address(f"{place}/tokens.partial").glob("part-*.parquet")}
+    assert 0 < len(there) < 3
+    put: list[str] = []
+    upload = ObjectStore._upload
+    monkeypatch.setattr(
+        ObjectStore, "_upload", lambda self, local, file: (put.append(file.name), upload(self, local, file))
+    )
+    monkeypatch.setenv("SSTOKEN_CACHE", str(tmp_path / "another-machine"))
+    encode(world, root)
+    assert {name for name in put if name.startswith("part-")} == {
+        f"part-0000{i}.parquet" for i in range(3)
+    } - there
+    assert content(root) == content(world.tokens)
+
+
+@pytest.mark.parametrize("moment", ["before the manifest", "before publishing", "while publishing"])
+def test_of_two_that_commit_one_wins_and_the_other_says_so(
+    moment: str, world: World, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, name = {
+        "before the manifest": (manifests, "list_files"),
+        "before publishing": (runner, "publish"),
+        "while publishing": (ObjectStore, "_replace"),
+    }[moment]
+    ours = getattr(where, name)
+    outcomes: list[Any] = []
+
+    def theirs(*arguments: Any) -> Any:
+        monkeypatch.setattr(where, name, ours)
+        with monkeypatch.context() as patch:
+            patch.setenv("SSTOKEN_CACHE", str(tmp_path / "another-machine"))
+            outcomes.append(encode(world, f"{place}/tokens"))
+        return ours(*arguments)
+
+    monkeypatch.setattr(where, name, theirs)
+    if moment == "while publishing":  # the other one finishes just what this one began
+        encode(world, f"{place}/tokens")
+    else:
+        with pytest.raises(SstokenError, match="another run finished it first"):
+            encode(world, f"{place}/tokens")
+    assert len(outcomes) == 1
+    assert content(f"{place}/tokens") == content(world.tokens)
+    assert verify(f"{place}/tokens")[1] == []
+    assert not storage.address(f"{place}/tokens.partial").exists()
+    assert encode(world, f"{place}/tokens").skipped
+
+
+def test_ranks_share_a_folder(world: World, place: str) -> None:
+    for rank in (1, 0):
+        encode(world, f"{place}/tokens", rank=rank, world_size=2)
+    ranks.commit(storage.address(f"{place}/tokens"))
+    assert content(f"{place}/tokens") == content(world.tokens)
+
+
+def test_finished_work_is_replaced_when_asked(world: World, run: CommandLine, place: str) -> None:
+    encode(world, f"{place}/tokens")
+    more = [*commands(world, place)[0], "--limit", 10]
+    assert "holds finished work of other settings" in run.fails(2, *more)
+    assert content(f"{place}/tokens") == content(world.tokens)
+    run.works(*more, "--force")
+    assert len(tables.parts(storage.address(f"{place}/tokens"))) == 1
+    assert verify(f"{place}/tokens")[1] == []
+
+
+def test_a_damaged_or_foreign_object_is_named(world: World, run: CommandLine, place: str) -> None:
+    encode(world, f"{place}/tokens")
+    shard = storage.address(f"{place}/tokens/part-00001.parquet")
+    whole = bytearray(shard.read_bytes())
+    whole[100] ^= 1
+    fsspec.filesystem("s3").pipe_file(str(shard), bytes(whole))
+    fsspec.filesystem("s3").pipe_file(f"{place}/tokens/part-00007.parquet", b"stray")
+    out = run("verify", f"{place}/tokens").out
+    assert f"{shard}: content changed" in out
+    assert "part-00007.parquet: not in" in out
+    arguments = ("--ckpt", world.base, "--out", f"{place}/scores")
+    assert f"{shard}: damaged" in run.fails(1, "score", "--tokens", f"{place}/tokens", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("out", "environment_", "said"),
+    [
+        ("s3://no-such-bucket/tokens", {}, "no such bucket"),
+        (f"s3://{BUCKET}", {}, "name the output folder itself"),
+        (f"s3://key:{SECRET}@{BUCKET}/tokens", {}, "an address with credentials"),
+        (f"s3://{BUCKET}/x", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no usable credentials"),
+        (f"s3://{BUCKET}/x", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "the store does not answer"),
+        ("nowhere://bucket/x", {}, "no such kind of storage"),
+    ],
+)
+def test_what_cannot_be_reached_is_one_line(
+    out: str,
+    environment_: dict[str, str],
+    said: str,
+    world: World,
+    run: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind = fsspec.get_filesystem_class("s3")
+    kind.clear_instance_cache()
+    for name, value in environment_.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    outcome = run("encode", "--data", world.data, "--model", world.base, "--out", out)
+    kind.clear_instance_cache()
+    (line,) = outcome.err.strip().splitlines()
+    assert outcome.code in (1, 2)
+    assert said in line
+    assert SECRET not in line
