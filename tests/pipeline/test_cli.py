@@ -1,6 +1,7 @@
 """The command line: help, options made from the stages' fields, output for people and for programs."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from sstoken.pipeline.cli import VERBS
 from sstoken.pipeline.cli import cli as entry
 from sstoken.pipeline.cli_options import stage_options
+from sstoken.pipeline.doctor import advice
 from sstoken.stages import manifest as manifests
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
@@ -515,3 +517,27 @@ def test_a_run_measures_what_recommended_reads(world: World, cli: CommandLine, t
     manifest = manifests.finished(tmp_path / "run" / "masked-method-recommended", "select")
     assert manifest.settings["method"] == "pmi-band"
     assert "select/method-sstoken" in found
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "said"),
+    [
+        (
+            "cpu",
+            30.0,
+            "multiplies it 3.0 times as fast as float32; of the keep decisions it changes about 0.3 %",
+        ),
+        ("cpu", 11.0, "keep float32"),
+        ("cuda", 11.0, "--dtype bfloat16 is faster on this device"),
+    ],
+)
+def test_doctor_says_when_bfloat16_is_worth_it(device: str, bfloat16: float, said: str) -> None:
+    rates = {"float32": 10.0, "bfloat16": bfloat16}
+    [line] = advice({"default_device": device, "devices": [{"device": "cpu", "gflops": rates}]})
+    assert said in line
+
+
+def test_doctor_measures_products(cli: CommandLine) -> None:
+    facts = json.loads(cli.works("doctor", "--json"))
+    assert all(rate > 0 for rate in facts["devices"][0]["gflops"].values())
+    assert re.search(r"multiplies +float32 [\d.]+ GFLOP/s, bfloat16 [\d.]+ GFLOP/s", cli.works("doctor"))

@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from sstoken.errors import UsageError
+from sstoken.pipeline.demo import pretrained
 from sstoken.pipeline.demo.data import KINDS, generate
 from sstoken.pipeline.demo.model import build_model
 from sstoken.pipeline.demo.run import CLASSES, METHODS, run_demo, token_classes
@@ -94,3 +95,26 @@ def test_building_the_model_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert "model.safetensors" in files
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in files)
+
+
+def test_with_a_model_nothing_is_trained(demo: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    found = run_demo(tmp_path / "own", console=console, num_pipeline=12, model=str(demo[0] / "base"))
+    assert list(found["kept"]) == list(pretrained.METHODS)
+    assert found["kept"]["full"]["content"] == 1
+    assert all(found["tokens"][kind] > 0 for kind in CLASSES)
+    assert not (tmp_path / "own" / "history").exists()
+    assert "The last two columns" not in console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="holds the demo of seed 0 with "):
+        run_demo(tmp_path / "own", model="smollm2")
+
+
+def test_smollm2_is_the_local_copy_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert pretrained.place_of("smollm2") == pretrained.SMOLLM2
+    assert pretrained.place_of("mine") == "mine"
+    (tmp_path / ".models" / "smollm2").mkdir(parents=True)
+    (tmp_path / ".models" / "smollm2" / "config.json").write_text("{}")
+    assert pretrained.place_of("smollm2") == ".models/smollm2"
