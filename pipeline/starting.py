@@ -13,6 +13,7 @@ from sstoken.pipeline.runner import execute
 from sstoken.pipeline.schema import SCHEMA_FILE
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
+from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.token_text import visible
 
 ROWS = 200
@@ -54,6 +55,9 @@ def configuration(data: str, model: str, out: str, found: dict[str, Any]) -> str
         seen.append(f"{count:,} cannot be used ({reason}): repair them, or on_bad_row: skip")
     if found["unused"]:
         seen.append(f"columns that are not part of the conversation: {', '.join(sorted(found['unused']))}")
+    fast = multiplies_bfloat16()
+    dtype = "bfloat16" if fast else "float32"
+    why = "this processor multiplies it natively; float32 is exact" if fast else "bfloat16 is faster on a GPU"
     remarks = "\n".join(f"  # {visible(line, newline=' ')}" for line in seen)
     skipping = (
         "\n  on_bad_row: stop              # or skip: count such rows and list them"
@@ -69,19 +73,19 @@ encode:
   data: {_scalar(data)}
   model: {_scalar(model)}{skipping}
   # max_length: {length["max"]}               # longer examples keep their start
-anchor:                         # fine-tunes the model and keeps checkpoints; leave it out and name
-  epochs: 1                     # two checkpoints under score if you have them
-  learning_rate: 1.0e-5
-  batch_size: 8
-  snapshots: 4
-  # lora_rank: 16               # adapters alone: less memory, small checkpoints, a higher learning rate
+# anchor:                       # fine-tunes the model and keeps checkpoints: what sstoken and other methods compare;
+#   epochs: 1                   # without checkpoints: under score, the first and the last of them are compared
+#   learning_rate: 1.0e-5
+#   batch_size: 8
+#   snapshots: 4
+#   lora_rank: 16               # adapters alone: less memory, small checkpoints, a higher learning rate
 score:
-  dtype: float32                # bfloat16 is faster on a GPU, and where `sstoken-curate doctor` says so
+  checkpoints: {{base: {_scalar(model)}}}
+  dtype: {dtype:<24}# {why}
 select:
-  method: sstoken               # `sstoken-curate methods` lists them; compare with random and full
-  rho: 0.6                      # share of the response tokens kept; a list of values makes several datasets
-  gamma: 0.5
-  # protect: [end_of_turn]      # kept whatever their score, so that the model learns to stop
+  method: recommended           # finds noise, without training; `sstoken-curate methods` lists the others
+  rho: 0.7                      # share of the response tokens kept; a list of values makes several datasets
+  # protect: [end_of_turn]      # kept whatever their score, so that the model learns to stop (recommended does)
 """
 
 

@@ -134,9 +134,20 @@ def test_every_setting_that_init_comments_out_is_legal(
     file = tmp_path / "run.yaml"
     cli.works("init", "--data", world.data, "--model", world.base, "--file", file)
     text = re.sub(r"^  # (\w+: )", r"  \1", file.read_text(), flags=re.MULTILINE)
-    assert "  lora_rank: 16" in text
-    assert "  protect: [end_of_turn]" in text
-    jsonschema.validate(yaml.safe_load(text), schema())
+    text = re.sub(r"^# (anchor:|  \w+: )", r"\1", text, flags=re.MULTILINE)
+    found = yaml.safe_load(text)
+    assert found["anchor"]["lora_rank"] == 16
+    assert found["select"]["protect"] == ["end_of_turn"]
+    assert found["encode"]["max_length"]
+    jsonschema.validate(found, schema())
+
+
+def test_what_init_writes_runs(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    file, out = tmp_path / "run.yaml", tmp_path / "run"
+    cli.works("init", "--data", world.data, "--model", world.base, "--file", file, "--out", out)
+    printed = cli.works("run", file)
+    assert "kept " in printed
+    assert (out / "masked" / "manifest.json").is_file()
 
 
 def test_init_ends_in_one_line_where_encode_would(world: World, cli: CommandLine, tmp_path: Path) -> None:
