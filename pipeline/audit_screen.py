@@ -22,16 +22,16 @@ def print_audit(result: AuditResult) -> None:
         console.print(Text(f"{name:<11}{line}"))
     for finding in result.findings:
         console.print()
-        _print_finding(console, finding)
+        _print_finding(console, finding, result.facts["rows"])
     counts = [(s, sum(f.severity == s for f in result.findings)) for s in SEVERITIES]
     said = ", ".join(f"{n} {s}{'s' if n > 1 else ''}" for s, n in counts if n)
     console.print(f"\n{said or 'nothing found'}" + ("; docs/audit.md explains each kind" if said else ""))
 
 
-def _print_finding(console: Console, finding: Finding) -> None:
+def _print_finding(console: Console, finding: Finding, rows: int) -> None:
     head = Text(finding.severity, style=_COLOURS[finding.severity])
     head.append(f" {finding.kind}", style="bold")
-    head.append(f": {finding.rows:,} {finding.what}", style="not bold")
+    head.append(f" ({finding.rows:,} of {rows:,} rows): {finding.what}", style="not bold")
     console.print(head)
     shown = finding.example
     if shown is not None:

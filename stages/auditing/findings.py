@@ -161,7 +161,7 @@ class Collector:
         """Return the text of each token, or its id where it has none."""
         if self.vocabulary is None:
             return [f"<{i}>" for i in ids]
-        size = len(self.vocabulary.tokenizer)
+        size = self.vocabulary.size
         known = [0 <= i < size for i in ids]
         if not all(known):
             texts = iter(

@@ -66,6 +66,12 @@ def _opened(shown: str, rows: Iterator[Row], names: Iterable[str] | None, shifte
 def _in_memory(source: Any, shifted: bool) -> Opened:
     names: list[str] | None = None
     rows: Iterator[Row]
+    if isinstance(source, Mapping):
+        raise UsageError(f"audit takes one dataset, not {', '.join(map(str, source))}; name one of them")
+    if hasattr(source, "to_parquet") and hasattr(source, "iloc"):  # pandas.DataFrame
+        import pyarrow as pa
+
+        source = pa.Table.from_pandas(source, preserve_index=False)
     if hasattr(source, "with_format"):  # datasets.Dataset
         names = list(source.column_names or ()) or None
         tables_ = source.with_format("arrow").iter(batch_size=BATCH)
@@ -74,7 +80,7 @@ def _in_memory(source: Any, shifted: bool) -> Opened:
         rows = arrow_rows(source.to_batches(BATCH), "row")
     elif hasattr(source, "iter_slices"):  # polars.DataFrame
         rows = arrow_rows((part.to_arrow() for part in source.iter_slices(BATCH)), "row")
-    elif isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
+    elif isinstance(source, Iterable) and not isinstance(source, bytes):
         rows = (
             Row(f"row {i}", i, row) if isinstance(row, Mapping) else Row(f"row {i}", i, {}, "not an object")
             for i, row in enumerate(source)

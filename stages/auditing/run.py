@@ -139,15 +139,14 @@ def _summed(
             answers.add_row(ids, documents[0], context)
             labels.check_pack(documents[0], bool(trained.any()), context)
         for example in documents:
-            length = sum(len(d.ids) for d in documents) if packed else len(example.ids)
             if cutter is not None:
                 cutter(example)
             if not packed:
-                lengths.add(example, length, example.trained, context)
+                lengths.add(example, len(example.ids), example.trained, context)
                 answers.add_row(example.ids, example, context)
             tally.add(example)
             labels.check(example, context)
-            ends.check(example, context, length)
+            ends.check(example, context)
             special_tokens.check(example, context)
             parts.check(example, context)
             answers.check(example, context)

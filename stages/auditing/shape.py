@@ -69,10 +69,9 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
     shape.openers["user"] = _user_openers(before, to_user, tail, closing_user)
     shape.closers |= _closers(to_user, tail, vocabulary)
     shape.last_closers = _first(tail, vocabulary)
-    opened = "".join(shape.openers["user"])
-    shape.in_next_header = not shape.last_closers and any(
-        vocabulary.id_of(part) in vocabulary.stops for part in vocabulary.split(opened)
-    )
+    if not shape.last_closers and (following := _first(to_user, vocabulary)):
+        shape.in_next_header = True
+        shape.closers |= following
     if vocabulary.bos is not None:
         bos = str(vocabulary.tokenizer.bos_token)
         shape.begins_with_bos = text.startswith(bos)

@@ -38,6 +38,15 @@ def numbers(value: Any) -> NDArray[Any]:
     return array
 
 
+def is_nested(value: Any) -> bool:
+    """Whether a cell is a list of lists, as the positions of models of images and text are."""
+    try:
+        numbers(value)
+    except BadValue as error:
+        return error.kind == "nested"
+    return False
+
+
 def _array(value: Any) -> NDArray[Any]:
     import pyarrow as pa
 

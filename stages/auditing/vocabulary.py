@@ -32,21 +32,19 @@ class Vocabulary:
         self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str] = (), size: int | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self.size = max(len(tokenizer), size or 0)
         self.control_tokens = sorted(filter(str.strip, control_tokens(tokenizer)), key=lambda t: (-len(t), t))
         vocabulary = tokenizer.get_vocab()
+        self._tokens = vocabulary
+        self.size = max(len(tokenizer), max(vocabulary.values(), default=0) + 1, size or 0)
         self.ids = {token: vocabulary[token] for token in self.control_tokens if token in vocabulary}
         self.stops = {i for t in (str(tokenizer.eos_token), *stops) if (i := vocabulary.get(t)) is not None}
         self.bos: int | None = tokenizer.bos_token_id
         self.pad: int | None = tokenizer.pad_token_id
         self.unknown: int | None = tokenizer.unk_token_id
 
-    def __contains__(self, token: str) -> bool:
-        return self.tokenizer.convert_tokens_to_ids(token) not in (None, self.unknown)
-
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, if it is one."""
-        found = self.tokenizer.get_vocab().get(token)
+        found = self._tokens.get(token)
         return None if found is None else int(found)
 
     @cached_property
@@ -90,7 +88,9 @@ class Vocabulary:
     @cached_property
     def _pieces(self) -> list[bytes]:
         """The bytes of each id; the last entry is for ids that there are not."""
-        tokens = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        tokens: list[str] = ["?"] * self.size
+        for token, i in self._tokens.items():
+            tokens[i] = token
         added = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()}
         control = set(self.ids.values())
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -100,7 +100,7 @@ class Vocabulary:
         for i, token in enumerate(tokens):
             piece = added[i].encode() if i in added else plain(str(token))
             pieces.append(CONTROL + str(token).encode() if i in control else piece)
-        return [*pieces, *[b"?"] * (self.size - len(pieces)), b"?"]
+        return [*pieces, b"?"]
 
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:

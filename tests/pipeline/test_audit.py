@@ -1,6 +1,7 @@
 """`audit` on the command line and from Python: folders of a run, exports, files of every kind, exit codes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from sstoken import curate
+from sstoken.stages import tables
 from sstoken.stages.exporting import TARGETS
-from tests.pipeline.worlds import CommandLine, World, cut, make_world
+from tests.pipeline.worlds import CommandLine, World, cut, list_anew, make_world
 from tests.stages.auditing import datasets
 from tests.stages.auditing.datasets import Row
 
@@ -249,7 +251,7 @@ def test_it_fails_where_it_should(sound: list[Row], cli: CommandLine, tokenizer:
     assert cli("audit", bad, "--tokenizer", tokenizer).code == 0
     failed = cli("audit", "--data", bad, "--tokenizer", tokenizer, "--fail-on", "error")
     assert failed.code == 1
-    assert "error nothing-trained: 1 rows in which no token is trained" in failed.out
+    assert "error nothing-trained (1 of 7 rows): rows in which no token is trained" in failed.out
     assert "bad.jsonl line 7" in failed.out
     assert failed.err == ""
     said = json.loads(cli("audit", bad, "--tokenizer", tokenizer, "--fail-on", "error", "--json").out)
@@ -280,3 +282,20 @@ def test_mistakes_end_in_one_line(cli: CommandLine, world: World, tokenizer: str
     cli.fails(1, "audit", rows, "--tokenizer", world.data.parent)
     with pytest.raises(curate.UsageError, match="not a int"):
         curate.audit(source=3)
+
+
+def test_scores_that_say_nothing(world: World, tmp_path: Path) -> None:
+    """Scores with holes, and a signal that is the same everywhere: a folder whose manifest lists the changed shards."""
+    shutil.copytree(world.scores / "base", tmp_path / "base")
+    parts = sorted((tmp_path / "base").glob("part-*.parquet"))
+    for number, part in enumerate(parts):
+        table, about = tables.read_table(part), tables.read_metadata(part)
+        values, offsets = tables.flatten(table["loss"])
+        values = np.where(np.isnan(values), np.nan, np.float32(2))
+        if not number:
+            values[np.flatnonzero(~np.isnan(values))[0]] = np.nan
+        column = tables.lists(values, offsets, tables.VALUES)
+        tables.write_part(part, table.set_column(table.column_names.index("loss"), "loss", column), about)
+    list_anew(tmp_path / "base")
+    found = curate.audit(source=tmp_path / "base", tokens=world.tokens)
+    assert {f.kind: f.rows for f in found.findings} == {"signal-missing": 1, "signal-constant": 24}

@@ -100,8 +100,8 @@ class Answers:
         """Look at each answer."""
         for turn in example.answers:
             said = self._said(example, turn, context)
-            if not said.size:
-                continue
+            if not said.size or _calls_a_tool(example, turn, context):
+                continue  # calls are alike by their nature
             if context.vocabulary is not None and said.size == 1:
                 context.found.add(ONE_TOKEN, example, (turn.start, turn.start + 1))
             if example.turns and context.vocabulary is not None:
@@ -167,6 +167,13 @@ class Answers:
     def facts(self) -> dict[str, Any]:
         """Return how many were compared."""
         return {"answers_compared": self.compared, "answers_not_compared": self.left_out}
+
+
+def _calls_a_tool(example: Example, turn: Turn, context: Context) -> bool:
+    if context.vocabulary is None or not context.shape.calls:
+        return False
+    said = example.text[int(example.starts[turn.start]) : int(example.starts[turn.stop])]
+    return any(context.vocabulary.marked(mark) in said for mark in context.shape.calls)
 
 
 def signatures(answers: list[IntArray]) -> NDArray[np.uint32]:

@@ -96,7 +96,7 @@ def check(example: Example, context: Context) -> None:
     if not example.whole and example.offset and trained[0]:
         found.add(ACROSS, example, (0, 1))
     if not example.turns:
-        if context.shape.known:
+        if context.shape.known and not example.offset:
             found.add(UNKNOWN_TURNS, example)
         return
     if _shifted(example, context):
@@ -133,7 +133,7 @@ def _check_turns(example: Example, context: Context) -> None:
                 context.found.add(HEADER, example, (turn.header + run[0], turn.header + run[1]))
             if not example.selected and run is None:
                 _check_start(example, turn, context)
-        before = example.end(turn, vocabulary.stops, vocabulary.is_control)
+        before = example.end(turn, context.shape.closers, vocabulary.is_control)
 
 
 def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) -> bool:
@@ -159,6 +159,15 @@ def _check_start(example: Example, turn: Turn, context: Context) -> None:
     context.found.add(LATE_START, example, (turn.start, turn.start + int(trained[0])))
 
 
+def _first_word(example: Example, turn: Turn, context: Context) -> int:
+    """The first token of an answer that is not blank."""
+    vocabulary = context.vocabulary
+    assert vocabulary is not None
+    ids = example.ids[turn.start : turn.stop]
+    words = np.flatnonzero(~vocabulary.is_blank[np.where((ids >= 0) & (ids < vocabulary.size), ids, 0)])
+    return turn.start + (int(words[0]) if words.size else 0)
+
+
 def _shifted(example: Example, context: Context) -> bool:
     """Whether every answer is trained from one token too early to one token too early."""
     closers = context.shape.closers
@@ -172,9 +181,10 @@ def _shifted(example: Example, context: Context) -> bool:
         behind = int(trained[-1]) + 1 if trained.size else 0
         if (
             not trained.size
-            or trained[0] != turn.start - 1
+            or trained[0] != _first_word(example, turn, context) - 1
             or behind >= len(example.ids)
             or int(example.ids[behind]) not in closers
+            or example.trained[behind]
         ):
             return False
     return True

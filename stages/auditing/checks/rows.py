@@ -14,7 +14,7 @@ from sstoken.stages.auditing.columns import Columns
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import Kind, kind
-from sstoken.stages.auditing.values import BadValue, numbers
+from sstoken.stages.auditing.values import BadValue, is_nested, numbers
 
 FAMILY = "rows"
 UNREADABLE = kind(
@@ -158,7 +158,7 @@ def _documents(row: Row, columns: Columns, context: Context) -> Iterator[Example
         shown = _mask(example, row, "attention_mask", values, context) > 0
         example.padding = None if shown.all() else ~shown
     positions = lengths = None
-    if values.get("position_ids") is not None:
+    if values.get("position_ids") is not None and not is_nested(values["position_ids"]):
         positions = _integers(row, "position_ids", values["position_ids"], context)
         _same_length(example, "position_ids", positions, row, context)
     for name in ("seq_lengths", "seq_lens"):
@@ -263,6 +263,8 @@ def _masks(
 ) -> dict[str, BoolArray]:
     found = {}
     for name in (*columns.masks, *columns.inverted):
+        if isinstance(values.get(name), (bool, int, float)):
+            continue  # one weight for the whole row
         if values.get(name) is None and (columns.labels or len(columns.masks) > 1):
             continue
         found[name] = _mask(example, row, name, values, context) > 0

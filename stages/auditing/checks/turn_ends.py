@@ -61,6 +61,14 @@ NOT_A_STOP = kind(
     "name it in eos_token_id of generation_config.json, or set the tokenizer's eos_token to it",
     "template",
 )
+NO_NEXT = kind(
+    "end-in-next-header-alone",
+    FAMILY,
+    "warning",
+    "rows whose last answer has no end: the chat template puts it into the header of the next turn, and no row has one",
+    "take a template that prints it behind the last answer too, or add rows of several turns",
+    "template",
+)
 DROPPED = kind(
     "turn-ends-dropped",
     FAMILY,
@@ -87,13 +95,17 @@ class TurnEnds:
     open_rows: Counter[int] = field(default_factory=Counter)
     """Rows whose last answer has no end, by their length."""
     longest: int = 0
-    lengths_seen: Counter[int] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Rows by their length without padding."""
     _first: dict[str, Shown] = field(default_factory=dict)
     _last_dropped: int = -1
 
-    def check(self, example: Example, context: Context, row_length: int) -> None:
+    def check(self, example: Example, context: Context) -> None:
         """Look at each answer's end."""
-        self.longest = max(self.longest, row_length)
+        row_length = _shown_length(example, context)
+        if example.whole:
+            self.longest = max(self.longest, row_length)
+            self.lengths[row_length] += 1
         if context.vocabulary is None or (example.selected and example.response is None):
             return
         if example.whole and example.learned[1:].all():
@@ -108,7 +120,7 @@ class TurnEnds:
         assert vocabulary is not None
         ids, learned, closers = example.ids, example.learned, context.shape.closers or vocabulary.stops
         length = len(ids)
-        limit = example.end(turn, vocabulary.stops, vocabulary.is_control)
+        limit = example.end(turn, closers, vocabulary.is_control)
         own = np.flatnonzero(learned[turn.header : limit]) + turn.header
         own = own[~vocabulary.is_blank[_inside(ids[own], vocabulary.size)]]
         if vocabulary.pad not in closers:
@@ -134,8 +146,7 @@ class TurnEnds:
             found.add(NOT_TRAINED, example, (behind, behind + 1))
             return
         self.missing += 1
-        end = length if example.padding is None else int(np.flatnonzero(~example.padding)[-1]) + 1
-        if last + 1 >= end or limit >= end:
+        if limit >= row_length:
             if not example.whole:
                 return  # packs are cut at their end
             self.open_rows[row_length] += 1
@@ -179,8 +190,11 @@ class TurnEnds:
         """Report what depends on the whole dataset."""
         if 2 * self.dropped > self.turns:
             context.found.count(DROPPED, self.dropped_rows, self._first["dropped"])
-        if context.shape.in_next_header and self.opened_next:
-            return  # the last answer of a row has no next turn; the others teach the end
+        if context.shape.in_next_header:
+            # The last answer of a row has no next turn; the others may teach the end.
+            if not self.opened_next and not self.not_trained:
+                context.found.count(NO_NEXT, self.open_rows.total(), self._first.get("open"))
+            return
         cut = self._cut()
         context.found.count(TRUNCATED, cut, self._first.get("longest"))
         left = self.open_rows.total() - cut
@@ -191,8 +205,10 @@ class TurnEnds:
     def _cut(self) -> int:
         """How many of the open rows were cut at a maximum length: those of the greatest length, if it is a limit."""
         at_most = self.open_rows.get(self.longest, 0)
-        limit = self.longest % 64 == 0 or (at_most > 1 and at_most < self.open_rows.total())
-        return at_most if limit and at_most else 0
+        shorter = sum(count for length, count in self.lengths.items() if length < self.longest)
+        ended = shorter - (self.open_rows.total() - at_most)
+        is_limit = self.longest % 64 == 0 or at_most > 1
+        return at_most if is_limit and 2 * ended >= shorter else 0
 
     def facts(self) -> dict[str, int]:
         """Return the counts."""
@@ -202,6 +218,16 @@ class TurnEnds:
             "end_not_trained": self.not_trained + self.dropped,
             "end_missing": self.missing,
         }
+
+
+def _shown_length(example: Example, context: Context) -> int:
+    """Where an example ends, without the padding behind it."""
+    shown = np.ones(len(example.ids), bool) if example.padding is None else ~example.padding
+    vocabulary = context.vocabulary
+    if vocabulary is not None and vocabulary.pad is not None and vocabulary.pad not in vocabulary.stops:
+        shown &= example.ids != vocabulary.pad
+    places = np.flatnonzero(shown)
+    return int(places[-1]) + 1 if places.size else 0
 
 
 def _inside(ids: IntArray, size: int) -> IntArray:

@@ -53,6 +53,31 @@ def llama3() -> PreTrainedTokenizerFast:
 
 
 @cache
+def llama3_base() -> PreTrainedTokenizerFast:
+    special = [
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|end_of_text|>",
+    ]
+    return byte_tokenizer(
+        special, eos_token="<|end_of_text|>", bos_token="<|begin_of_text|>", chat_template=LLAMA3
+    )
+
+
+@cache
+def mistral_unknown() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(
+        ["<s>", "</s>", "<unk>"],
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=MISTRAL,
+    )
+
+
+@cache
 def mistral() -> PreTrainedTokenizerFast:
     return byte_tokenizer(["<s>", "</s>"], bos_token="<s>", eos_token="</s>", chat_template=MISTRAL)
 

@@ -376,3 +376,33 @@ def call_left_out(rows: list[Row]) -> None:
     start, stop = next(spans(row["labels"]))
     said = len("Let me look.")
     row["labels"][start + said : stop - 1] = [-100] * (stop - 1 - start - said)
+
+
+@fault("end-not-a-stop-token", "llama3_base")
+def base_tokenizer(rows: list[Row]) -> list[Row]:
+    """An instruct template on a tokenizer whose EOS is another token: every row ends in what stops nothing."""
+    return rows[:1]
+
+
+@fault("answer-truncated")
+def cut_at_a_length(rows: list[Row]) -> None:
+    ids, labels = third(rows)
+    longest = max(len(row["input_ids"]) for row in rows)
+    room = 64 * -(-longest // 64)
+    talk = datasets.talk(2)
+    talk[1]["content"] += " and so on, " * 40
+    rows[THIRD] = {
+        name: values[:room] for name, values in datasets.sound_row(datasets.chatml(), talk).items()
+    }
+
+
+@fault("unknown-token-trained", "mistral_unknown")
+def unknown_word(rows: list[Row]) -> None:
+    start, _ = next(spans(third(rows)[1]))
+    unknown = token("<unk>", "mistral_unknown")
+    insert(rows, start + 3, unknown, unknown)
+
+
+@fault("end-in-next-header-alone", "glm4")
+def one_turn_each(rows: list[Row]) -> list[Row]:
+    return [datasets.sound_row(datasets.glm4(), datasets.talk(0))]

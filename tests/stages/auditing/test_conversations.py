@@ -71,14 +71,62 @@ CLEAN = ["llama3", "llama3_1", *QWEN3, "gemma", "gemma3", "glm4moe", "gptoss", "
 @pytest.mark.parametrize("name", CLEAN)
 def test_sound_conversations_of_real_templates(name: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    real_templates.write_model(name, tmp_path / "model")
-    if name == "glm4moe":  # as the real model's
-        tokenizer = real_templates.tokenizer(name)
-        stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
-        (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
-    result = audit(write(rows(), tmp_path), model=str(tmp_path / "model"))
+    result = audit(write(rows(), tmp_path), model=real_model(name, tmp_path))
     assert kinds(result) == {}
     assert result.facts["turns_known"]
+
+
+TEMPLATES_WITH_TOOLS = [
+    "llama3_1",
+    "qwen3",
+    "qwen3_5_think",
+    "glm4moe",
+    "gptoss",
+    "deepseekv3",
+    "deepseek_r1_distill",
+]
+REASONERS = ["qwen3", "qwen3_5_think", "qwen3_5_nothink", "glm4moe", "gptoss"]
+
+
+def real_model(name: str, folder: Path) -> str:
+    """The template's tokenizer, with the stop tokens of the real model."""
+    real_templates.write_model(name, folder / "model")
+    stops = {
+        "glm4moe": ["<|endoftext|>", "<|user|>", "<|observation|>"],
+        "gptoss": ["<|return|>", "<|call|>"],
+    }
+    if name in stops:
+        ids = real_templates.tokenizer(name).convert_tokens_to_ids(stops[name])
+        (folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    return str(folder / "model")
+
+
+@pytest.mark.parametrize("name", TEMPLATES_WITH_TOOLS)
+def test_sound_conversations_with_tools(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    data = rows()
+    for row in data:
+        with_call(row)
+        with_tools(row)
+    for number, row in enumerate(data):
+        row["messages"][1]["content"] = ""
+        row["messages"][3]["content"] = " ".join(datasets.WORDS[number : number + 4])
+    result = audit(write(data, tmp_path), model=real_model(name, tmp_path))
+    assert {f.kind: f.detail for f in result.findings} == {}
+    assert result.facts["parts"]["tool_calls"]["trained"] > 0
+    assert result.facts["roles"]["tool"] == result.facts["roles"]["tool"] | {"trained": 0}
+
+
+@pytest.mark.parametrize("name", REASONERS)
+def test_sound_conversations_with_reasoning(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    data = [{"messages": datasets.talk(i)} for i in range(6)]
+    for number, row in enumerate(data):
+        row["messages"][1]["reasoning_content"] = f"I wonder about {datasets.WORDS[number]}."
+    result = audit(write(data, tmp_path), model=real_model(name, tmp_path))
+    expected = {"end-in-next-header-alone"} if name == "glm4moe" else set()
+    assert {f.kind for f in result.findings} == expected
+    assert result.facts["parts"]["reasoning"]["trained"] > 0
 
 
 def thinks(row: dict[str, Any]) -> None:
