@@ -144,7 +144,7 @@ def _summed(
             if not packed:
                 lengths.add(example, len(example.ids), example.trained, context)
                 answers.add_row(example.ids, example, context)
-            tally.add(example)
+            tally.add(example, context)
             labels.check(example, context)
             ends.check(example, context)
             special_tokens.check(example, context)

@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 
 _TURNS_TOLD = 8
@@ -22,16 +23,20 @@ class Tally:
     turns: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))
     without_turns: int = 0
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Example, context: Context) -> None:
         """Count an example."""
         self.examples += 1
         self.tokens += len(example.ids)
         self.trained += int(example.trained.sum())
         self.padding += 0 if example.padding is None else int(example.padding.sum())
         self.without_turns += not example.turns
-        number = 0
+        number = start = 0
         for turn in example.turns:
-            length, trained = turn.stop - turn.header, int(example.trained[turn.header : turn.stop].sum())
+            stop = turn.stop
+            if context.vocabulary is not None:
+                stop = example.end(turn, context.shape.closers, context.vocabulary.is_control)
+            length, trained = stop - start, int(example.trained[start:stop].sum())
+            start = stop
             role = self.roles[turn.role]
             role[0], role[1] = role[0] + length, role[1] + trained
             if turn.role == "assistant":
