@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sstoken.errors import NothingLeftError, SstokenError, UsageError
+from sstoken.errors import NothingLeftError, QuarantinedError, SstokenError, UsageError
 from sstoken.pipeline.engines import make_engine
 from sstoken.pipeline.job import (
     FINGERPRINT_FILE,
@@ -32,8 +32,9 @@ from sstoken.stages import joins, storage, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
 from sstoken.stages.processes import is_main_process, num_processes
-from sstoken.stages.sharded import ShardedStage
+from sstoken.stages.sharded import QUARANTINE, ShardedStage
 from sstoken.stages.stage import Context, Engine, EngineOptions, Settings, no_progress_bar
+from sstoken.stages.stopping import StoppedError
 from sstoken.stages.storage import write_atomic
 from sstoken.version import __version__
 
@@ -130,6 +131,8 @@ def keeping_what_is_complete(job: Job) -> Iterator[None]:
         with naming_full_disk(storage.of(job.partial).on_this_machine(job.partial)):
             yield
     except Exception as error:
+        if isinstance(error, (QuarantinedError, StoppedError)):
+            raise
         kept = any(next(job.partial.rglob(pattern), None) for pattern in _COMPLETE_WORK)
         if isinstance(error, NothingLeftError) or not kept:
             storage.of(job.partial).delete(job.partial)
@@ -209,7 +212,7 @@ def finish(
     files = [
         file
         for file in manifests.list_files(job.partial)
-        if file.path.partition("/")[0] not in OF_UNFINISHED_WORK
+        if file.path.partition("/")[0] not in OF_UNFINISHED_WORK and not file.path.startswith(QUARANTINE)
     ]
     if job.stage.name != "pull":  # whose shards say the run that selected them
         _check_own(job.partial, identity.fingerprint)
@@ -252,4 +255,6 @@ def publish(job: Job) -> None:
     store = storage.of(job.partial)
     for name in OF_UNFINISHED_WORK:
         store.delete(job.partial / name)
+    for record in job.partial.glob(f"{QUARANTINE}*.jsonl"):
+        store.delete(record)
     store.publish(job.place)

@@ -1,5 +1,8 @@
 """The two kinds of error a user can cause. Anything else that escapes is a defect of ours."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class SstokenError(Exception):
     """The work failed: one line that says what was given, what is legal and what to do. Exit code 1."""
@@ -15,3 +18,25 @@ class UsageError(SstokenError, ValueError):
 
 class NothingLeftError(SstokenError):
     """The work came to its end, and there is nothing in it to go on from: the data has to change, or the settings."""
+
+
+class QuarantinedError(SstokenError):
+    """Some shards failed each time that they were tried. All others are done."""
+
+    _NAMED = 5
+
+    def __init__(self, failed: Sequence[tuple[str, str]], attempts: int) -> None:
+        """`failed`: the file of each shard, and how its last attempt ended."""
+        self.failed, self.attempts = tuple(failed), attempts
+        named = ", ".join(f"{file} ({reason})" for file, reason in self.failed[: self._NAMED])
+        more = len(self.failed) - self._NAMED
+        memory = any("SIGKILL" in reason or "memory" in reason for _, reason in self.failed)
+        super().__init__(
+            f"{len(self.failed)} of the shards failed {attempts} times and {'is' if len(self.failed) == 1 else 'are'} "
+            f"in quarantine: {named}{f' and {more} more' if more > 0 else ''}; all others are done, the same command "
+            f"tries {'it' if len(self.failed) == 1 else 'these'} again"
+            + (" (a kill is often for want of memory: try fewer workers)" if memory else "")
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.failed, self.attempts)

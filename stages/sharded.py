@@ -1,5 +1,6 @@
 """Stages whose work is a task a shard: any engine runs it, and several ranks may share it."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,14 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from sstoken.errors import QuarantinedError
 from sstoken.stages import storage, tables
-from sstoken.stages.stage import SPEED_ONLY, Context, EngineOptions, Progress, Stage, Task, Worker
+from sstoken.stages.stage import SPEED_ONLY, Context, Engine, EngineOptions, Progress, Stage, Task, Worker
+from sstoken.stages.stopping import at_a_border
+from sstoken.stages.storage import write_atomic
+
+QUARANTINE = "quarantine"
+"""In a partial folder: the start of the names of the files that list the shards which failed each time."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,15 @@ class ShardedStage(Stage, EngineOptions):
         if isinstance(work.tasks, Sequence):
             tasks = list(tasks)
             total = sum(task.size for task in tasks)
-        with context.progress(self.unit, total) as bar:
-            for _ in engine.map(work.function, _left(tasks, bar), bar):
-                pass
+        record = context.out / _record_name(engine)
+        storage.of(record).delete(record)
+        with context.progress(self.unit, total) as bar, at_a_border() as stopped:
+            try:
+                for _ in engine.map(work.function, _left(tasks, bar, stopped), bar):
+                    pass
+            except QuarantinedError as error:
+                write_atomic(record, _as_lines(error))
+                raise
         return self.finish(context) if engine.world_size == 1 else {}
 
 
@@ -65,9 +78,21 @@ def _own(tasks: Iterable[Task[Any]], rank: int, world_size: int) -> Iterator[Tas
     return (task for index, task in enumerate(tasks) if index % world_size == rank)
 
 
-def _left(tasks: Iterable[Task[Any]], bar: Progress) -> Iterator[Task[Any]]:
+def _record_name(engine: Engine) -> str:
+    part = f"-{engine.rank:05d}-of-{engine.world_size:05d}" if engine.world_size > 1 else ""
+    return f"{QUARANTINE}{part}.jsonl"
+
+
+def _as_lines(error: QuarantinedError) -> str:
+    rows = ({"file": Path(file).name, "attempts": error.attempts, "error": why} for file, why in error.failed)
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _left(tasks: Iterable[Task[Any]], bar: Progress, stopped: Callable[[], bool]) -> Iterator[Task[Any]]:
     """The tasks that are not done. No manifest lists their files yet, so a damaged one is made again."""
     for task in tasks:
+        if stopped():
+            return
         store = storage.of(task.output)
         if task.output.exists():
             checked = task.output.suffix != ".parquet" or store.vouches_for(task.output)

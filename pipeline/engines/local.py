@@ -5,10 +5,10 @@ Each process is a pool of its own, so that one that dies costs its own task and 
 
 import atexit
 import os
+import re
 import signal
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager, suppress
@@ -22,17 +22,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sstoken.errors import SstokenError
+from sstoken.pipeline.engines.dispatch import Attempt, Died, Raised, dispatch
 from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
 
 T = TypeVar("T")
 R = TypeVar("R")
-ATTEMPTS = 3
-"""Times that a task is tried whose worker process dies."""
 _LOOK_EVERY = 0.2
 """Seconds between two looks at what the workers have done, and at whether their parent lives."""
-_AHEAD = 4
-"""Results a worker that may wait for an earlier one."""
 _IDLE = 60
 """Seconds after which a process without work ends; until then the next stage finds it warm."""
 
@@ -41,13 +37,42 @@ _IDLE = 60
 class _InProcess:
     """A worker that is this process."""
 
+    attempt: Attempt
     progress: Progress
-    device: str | None = None
+    device: str | None
     done: int = 0
 
     def advance(self, amount: int) -> None:
         self.done += amount
-        self.progress.advance(amount)
+        self.attempt.show(self.done, self.progress)
+
+
+class _Here:
+    """A `Pool` that is this process."""
+
+    window = 1
+
+    def __init__(
+        self, function: Callable[[Any, Worker], Any], device: str | None, progress: Progress
+    ) -> None:
+        self._function, self._device, self._progress = function, device, progress
+        self._ended: list[tuple[Attempt, Any]] = []
+
+    def start(self, attempt: Attempt) -> None:
+        """See `Pool`. Returns when the attempt has ended."""
+        try:
+            result = self._function(attempt.task.work, _InProcess(attempt, self._progress, self._device))
+        except Exception as error:
+            result = Raised(error)
+        self._ended.append((attempt, result))
+
+    def ended(self) -> list[tuple[Attempt, Any]]:
+        """See `Pool`."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stop(self) -> None:
+        """See `Pool`."""
 
 
 class LocalEngine:
@@ -67,15 +92,10 @@ class LocalEngine:
         first = list(islice(tasks, 2))
         if self._workers > 1 and len(first) > 1:
             with tempfile.TemporaryDirectory(prefix="sstoken-") as folder:
-                yield from _Spread(self._workers, self._devices, Path(folder), progress).run(
-                    function, chain(first, tasks)
-                )
+                pool = _Processes(function, self._workers, self._devices, Path(folder), progress)
+                yield from dispatch(pool, chain(first, tasks), progress)
             return
-        for task in chain(first, tasks):
-            worker = _InProcess(progress, self._devices[0])
-            result = function(task.work, worker)
-            progress.advance(task.size - worker.done)
-            yield result
+        yield from dispatch(_Here(function, self._devices[0], progress), chain(first, tasks), progress)
 
 
 def _cores() -> int:
@@ -84,100 +104,64 @@ def _cores() -> int:
     return int(cpu_count())
 
 
-@dataclass
-class _Attempt:
-    index: int
-    task: Task[Any]
-    number: int
-    slot: int
+class _Processes:
+    """The pool of one call of `map`: as many processes as workers, one task each at a time."""
 
-
-class _Spread:
-    """One call of `map` over several processes."""
-
-    def __init__(self, workers: int, devices: list[str | None], folder: Path, progress: Progress) -> None:
-        self._workers, self._devices, self._progress = workers, devices, progress
+    def __init__(
+        self,
+        function: Callable[[Any, Worker], Any],
+        window: int,
+        devices: list[str | None],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.window = window
+        self._function, self._devices, self._progress = function, devices, progress
         self._board = folder / "done"
-        self._done = np.memmap(self._board, np.int64, "w+", shape=(workers,))
+        self._done = np.memmap(self._board, np.int64, "w+", shape=(window,))
         """[workers]: how far each process is with its task; the processes write it."""
-        self._shown = [0] * workers
-        self._running: dict[Future[Any], _Attempt] = {}
-        self._results: dict[int, Any] = {}
-        self._lost: list[Task[Any]] = []
+        self._running: dict[Future[Any], tuple[Attempt, int]] = {}
+        """Each attempt with the slot of its process."""
 
-    def run(self, function: Callable[[Any, Worker], R], tasks: Iterator[Task[Any]]) -> Iterator[R]:
-        fresh = enumerate(tasks)
-        again: deque[_Attempt] = deque()
-        next_index, more = 0, True
-        try:
-            while True:
-                free = set(range(self._workers)) - {attempt.slot for attempt in self._running.values()}
-                while free and (again or (more and len(self._results) < _AHEAD * self._workers)):
-                    if again:
-                        attempt = again.popleft()
-                    elif (found := next(fresh, None)) is not None:
-                        attempt = _Attempt(*found, number=1, slot=0)
-                    else:
-                        more = False
-                        break
-                    attempt.slot = free.pop()
-                    self._start(function, attempt)
-                if not self._running:
-                    break
-                for future in wait(self._running, _LOOK_EVERY, FIRST_COMPLETED).done:
-                    self._end(future, again)
-                self._show()
-                while next_index in self._results:
-                    result = self._results.pop(next_index)
-                    next_index += 1
-                    if result is not _LOST:
-                        yield result
-        except BaseException:
-            _stop_all()
-            raise
-        if self._lost:
-            names = ", ".join(str(task.output) for task in self._lost)
-            raise SstokenError(
-                f"{names}: the process that made it died {ATTEMPTS} times (often for want of memory: try fewer "
-                "workers); all others are done, the same command tries again"
-            )
-
-    def _start(self, function: Callable[[Any, Worker], Any], attempt: _Attempt) -> None:
-        slot = attempt.slot
-        self._done[slot] = self._shown[slot] = 0
+    def start(self, attempt: Attempt) -> None:
+        """See `Pool`."""
+        slot = (set(range(self.window)) - {slot for _, slot in self._running.values()}).pop()
+        self._done[slot] = 0
         device = self._devices[slot % len(self._devices)]
-        place = (os.getpid(), os.getcwd(), str(self._board), self._workers, slot, device)
+        place = (os.getpid(), os.getcwd(), str(self._board), self.window, slot, device)
         with _interrupts_later():
-            future = _process(slot).submit(_in_worker, place, function, attempt.task.work)
-        self._running[future] = attempt
+            future = _process(slot).submit(_in_worker, place, self._function, attempt.task.work)
+        self._running[future] = attempt, slot
 
-    def _end(self, future: Future[Any], again: deque[_Attempt]) -> None:
-        attempt = self._running.pop(future)
-        try:
-            result = future.result()
-        except BrokenExecutor:
-            _kill(_PROCESSES.pop(attempt.slot))
-            self._progress.advance(-self._shown[attempt.slot])
-            if attempt.number == ATTEMPTS:
-                self._lost.append(attempt.task)
-                result = _LOST
-            else:
-                attempt.number += 1
-                again.append(attempt)
-                return
-        else:
-            self._progress.advance(attempt.task.size - self._shown[attempt.slot])
-        self._shown[attempt.slot] = 0
-        self._results[attempt.index] = result
+    def ended(self) -> Iterator[tuple[Attempt, Any]]:
+        """See `Pool`."""
+        for future in wait(self._running, _LOOK_EVERY, FIRST_COMPLETED).done:
+            attempt, slot = self._running.pop(future)
+            result: Any
+            try:
+                result = future.result()
+            except BrokenExecutor as error:
+                _kill(_PROCESSES.pop(slot))
+                result = Died(_how(error))
+            except Exception as error:
+                result = Raised(error)
+            yield attempt, result
+        for attempt, slot in self._running.values():
+            attempt.show(int(self._done[slot]), self._progress)
 
-    def _show(self) -> None:
-        for attempt in self._running.values():
-            now = int(self._done[attempt.slot])
-            self._progress.advance(now - self._shown[attempt.slot])
-            self._shown[attempt.slot] = now
+    def stop(self) -> None:
+        """See `Pool`."""
+        _stop_all()
 
 
-_LOST = object()
+def _how(error: BrokenExecutor) -> str:
+    """How a process ended, in a few words."""
+    found = re.search(r"(SIG[A-Z]+)\(|EXIT\((\d+)\)", str(error))
+    if found is None:
+        return "its process ended"
+    return f"killed by {found[1]}" if found[1] else f"its process ended with code {found[2]}"
+
+
 _PROCESSES: dict[int, Any] = {}
 """The pools of one process each, by slot. They outlive a call, and end when idle."""
 
@@ -238,6 +222,7 @@ def _in_worker(
     parent, folder, board, workers, slot, device = place
     os.chdir(folder)  # a process that was kept warm may have begun elsewhere
     end_with(parent)
+    _leave_sigterm_to_the_parent()
     process_executor._USE_PSUTIL = False  # it would take a model that was loaded for a leak, and start anew
     return function(work, _Board(board, workers, slot, device))
 
@@ -253,3 +238,9 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+@cache
+def _leave_sigterm_to_the_parent() -> None:
+    """SLURM sends it to every process: the parent has to decide when this one ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import QuarantinedError, UsageError
 from sstoken.pipeline import engines
-from sstoken.pipeline.engines.local import ATTEMPTS, LocalEngine
+from sstoken.pipeline.engines.dispatch import ATTEMPTS
+from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.stages.stage import EngineOptions, NoProgress, Task, Worker
 from tests.support import PATIENCE, ROOT
 
@@ -78,7 +79,9 @@ def test_what_a_dead_worker_left_is_done_again(tmp_path: Path) -> None:
 def test_a_task_that_kills_its_worker_is_named_after_all_others_are_done(tmp_path: Path) -> None:
     bar, found = Counting(), []
     results = LocalEngine(EngineOptions(workers=2)).map(die, tasks_of(tmp_path, {2: 99}, 6), bar)
-    with pytest.raises(SstokenError, match=r"part-2: the process that made it died 3 times") as caught:
+    with pytest.raises(
+        QuarantinedError, match=r"part-2 \(killed by SIGKILL\); all others are done"
+    ) as caught:
         found.extend(results)
     assert caught.value.exit_code == 1
     assert found == [0, 1, 3, 4, 5]
