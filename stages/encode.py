@@ -1,7 +1,7 @@
 """Stage `encode`: conversations in any common layout become token ids with a response mask.
 
-The parent reads rows and cuts them into shards of `shard_rows` input rows; each shard is encoded by itself, so
-the result is the same whatever the number of workers, and shards that an interrupted run finished are kept.
+The rows are cut into shards of `shard_rows` input rows; each shard is read and encoded by itself, so the result is the
+same whatever the number of workers, and shards that an interrupted run finished are kept.
 """
 
 import json
@@ -28,6 +28,7 @@ from sstoken.stages.encoding.messages import (
     TrainedTurns,
 )
 from sstoken.stages.encoding.preference import wanted
+from sstoken.stages.encoding.ranges import cut
 from sstoken.stages.encoding.shards import BAD_ROWS, Settings, Shard, encode_shard, save_tokenizer, stopped
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.templates import read_template, template_file
@@ -151,8 +152,8 @@ class Encode(ShardedStage):
     def _template(self) -> str | None:
         return None if self.chat_template is None else read_template(self.chat_template)
 
-    def _rows(self, parse: bool = True) -> Iterator[Row]:
-        return islice(sources.open_rows(self.data, self.split, parse=parse), self.limit)
+    def _rows(self) -> Iterator[Row]:
+        return islice(sources.open_rows(self.data, self.split), self.limit)
 
     def _layout(self) -> Layout:
         """The dataset's layout, from its first row that parses.
@@ -187,11 +188,8 @@ class Encode(ShardedStage):
         return detect_layout(seen, self.format, self.columns, ignored, self.preference)
 
     def _tasks(self, out: Path) -> Iterator[Task[Shard]]:
-        rows = self._rows(parse=False)  # lines of JSON are parsed by the workers
-        index = 0
-        while shard := list(islice(rows, self.shard_rows)):
-            yield Task(out / part_name(index), len(shard), (index, shard))
-            index += 1
+        for index, pieces in enumerate(cut(self.data, self.split, self.shard_rows, self.limit)):
+            yield Task(out / part_name(index), sum(piece.count for piece in pieces), Shard(index, pieces))
 
 
 def _first_bad(out: Path) -> str:

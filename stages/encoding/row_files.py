@@ -15,6 +15,8 @@ from sstoken.stages.encoding.json_values import DuplicateKeyError, elements, par
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 MAX_LINE_BYTES = 256 << 20
 """A longer line of JSON is a bad row rather than out of memory."""
+BATCH_ROWS = 64
+"""Rows of a table in memory at a time."""
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile)
 """What decompressors raise on a truncated file, or one that is not compressed."""
 
@@ -60,29 +62,62 @@ def read(stream: Any, name: str, *, parse: bool = True) -> Iterator[Parsed]:
     format = kind(name)
     assert format is not None, name
     try:
-        if not stream.peek(1):
-            raise SstokenError(f"{name}: the file is empty; there is nothing to encode")
+        refuse_empty(stream, name)
         if format == "jsonl":
             yield from _json_lines(stream, name, parse)
         else:
             yield from readers[format](stream, name)
     except DAMAGE as error:
-        raise SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again") from error
+        raise damaged(name, error) from error
+
+
+def damaged(name: str, error: BaseException) -> SstokenError:
+    """Return the error for a file that one of `DAMAGE` says cannot be read to its end."""
+    return SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again")
+
+
+def refuse_empty(stream: Any, name: str) -> None:
+    """Refuse a buffered file without a byte.
+
+    Raises:
+        SstokenError: it is one.
+    """
+    if not stream.peek(1):
+        raise SstokenError(f"{name}: the file is empty; there is nothing to encode")
 
 
 def _json_lines(stream: Any, name: str, parse: bool = True) -> Iterator[Parsed]:
-    number = 0
+    return (line_of_json(number, line, parse) for _, number, line in lines(stream))
+
+
+def lines(stream: Any, offset: int = 0, number: int = 1) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield the lines of a buffered binary file that are not blank: offset, number, and the line.
+
+    Args:
+        stream: where reading goes on.
+        offset: how many bytes of the file stand before.
+        number: of the next line, from 1.
+
+    Yields:
+        A line that is too long as None.
+    """
     while line := stream.readline(MAX_LINE_BYTES):
-        number += 1
+        start, offset = offset, offset + len(line)
         too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
         while too_long and line and not line.endswith(b"\n"):
             line = stream.readline(MAX_LINE_BYTES)
-        if too_long:
-            yield Parsed(f"line {number}", None, ("too long", f"the line is over {MAX_LINE_BYTES >> 20} MiB"))
-            continue
+            offset += len(line)
         line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-        if line:
-            yield Parsed(f"line {number}", *(json_value(line) if parse else (line, None)))
+        if too_long or line:
+            yield start, number, None if too_long else line
+        number += 1
+
+
+def line_of_json(number: int, line: bytes | None, parse: bool) -> Parsed:
+    """Return a line of JSON as a row; with `parse` False its value stays bytes."""
+    if line is None:
+        return Parsed(f"line {number}", None, ("too long", f"the line is over {MAX_LINE_BYTES >> 20} MiB"))
+    return Parsed(f"line {number}", *(json_value(line) if parse else (line, None)))
 
 
 def json_value(text: bytes) -> tuple[Any, Problem | None]:
@@ -127,7 +162,6 @@ def _json_array(stream: Any, name: str) -> Iterator[Parsed]:
 
 def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from sstoken.stages.encoding.arrow_rows import rows_of
 
@@ -141,16 +175,25 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
         return
     index = 0
     try:
-        # Read-ahead and threads each need memory in proportion to the row group, which may span the file.
-        file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-        for batch in file.iter_batches(batch_size=64, use_threads=False):
+        for batch in parquet_file(stream).iter_batches(batch_size=BATCH_ROWS, use_threads=False):
             for value, problem, notes in rows_of(batch):
                 yield Parsed(f"row {index}", value, problem, notes)
                 index += 1
     except (pa.ArrowException, ValueError) as error:
-        raise SstokenError(
-            f"{name}: not a readable Parquet file ({first_line(error)}); fetch it again"
-        ) from error
+        raise not_parquet(name, error) from error
+
+
+def parquet_file(stream: Any) -> Any:
+    """Open a seekable Parquet file for little memory."""
+    import pyarrow.parquet as pq
+
+    # Read-ahead and threads each need memory in proportion to the row group, which may span the file.
+    return pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+
+
+def not_parquet(name: str, error: Exception) -> SstokenError:
+    """Return the error for a Parquet file that cannot be read."""
+    return SstokenError(f"{name}: not a readable Parquet file ({first_line(error)}); fetch it again")
 
 
 def _csv(stream: Any, name: str) -> Iterator[Parsed]:

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from sstoken.stages.encoding.messages import (
     TrainedTurns,
     check_text,
 )
+from sstoken.stages.encoding.ranges import Piece
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.time_limit import limited
 from sstoken.stages.encoding.token_stats import Stats, no_stats
@@ -37,8 +39,13 @@ BAD_ROWS = "bad_rows"
 TOKENIZER = "tokenizer"
 """Folder, in the output, with the tokenizer that was used."""
 
-Shard = tuple[int, list[Row]]
-"""A shard's index and its rows."""
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of one shard."""
+
+    index: int
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True)
@@ -80,18 +87,16 @@ def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
 
     The list of bad rows is written first, so a shard that exists is complete.
     """
-    index, rows = shard
-    path = settings.out / part_name(index)
+    path = settings.out / part_name(shard.index)
     encoder = settings.encoder()
     columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
-    stats: Stats = no_stats() | {"rows": len(rows)}
+    stats: Stats = no_stats() | {"rows": sum(piece.count for piece in shard.pieces)}
     bad: list[dict[str, Any]] = []
     unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
     first: dict[str, Any] = {}
     with limited(str(path)) as start:
-        for given in rows:
+        for row in chain.from_iterable(piece.rows() for piece in shard.pieces):
             worker.advance(1)
-            row = given.parsed()
             try:
                 conversation = read_row(row, settings.layout, settings.max_chars)
                 start(row.where)

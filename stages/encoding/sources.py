@@ -8,6 +8,7 @@ pattern of such files, a folder written by `datasets.save_to_disk`, or a dataset
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,7 +47,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Files:
+class Files:
     """Files of one filesystem. `shown[i]` is `paths[i]` as shown to the user, without the secrets of a signed URL."""
 
     filesystem: Any
@@ -55,14 +56,16 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class Saved:
     """A folder written by `datasets.save_to_disk`; the split of a DatasetDict is already resolved."""
 
     folder: Path
 
 
 @dataclass(frozen=True)
-class _Hub:
+class Hub:
+    """A dataset on the Hub."""
+
     name: str
     config: str | None
     revision: str | None
@@ -75,7 +78,7 @@ def check_source(data: str, split: str | None = None) -> None:
         UsageError: nothing there, a plain folder, a pattern without matches, an unknown extension, or a split
             that does not exist.
     """
-    _locate(data, split)
+    locate(data, split)
 
 
 def open_rows(data: str, split: str | None = None, *, parse: bool = True) -> Iterator[Row]:
@@ -92,8 +95,11 @@ def open_rows(data: str, split: str | None = None, *, parse: bool = True) -> Ite
             not
             parse is not an error here: it is yielded as a row with a `problem`.
     """
-    source = _locate(data, split)
-    rows = _file_rows(source, parse) if isinstance(source, _Files) else _dataset_rows(source, split)
+    source = locate(data, split)
+    if isinstance(source, Files):
+        rows = file_rows(source, file_labels(list(source.shown)), parse)
+    else:
+        rows = _dataset_rows(source, split)
     empty = True
     for row in rows:
         empty = False
@@ -104,19 +110,19 @@ def open_rows(data: str, split: str | None = None, *, parse: bool = True) -> Ite
 
 def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -> dict[str, Any]:
     """Return what identifies the rows: hashes of local files, checksums of remote ones, or the Hub commit."""
-    source = _locate(data, split)
-    if isinstance(source, _Saved):
+    source = locate(data, split)
+    if isinstance(source, Saved):
         files = sorted(p for p in source.folder.rglob("*") if p.is_file())
         return {
             "folder": source.folder.name,  # part of the example ids
             "files": {p.relative_to(source.folder).as_posix(): digest(p) for p in files},
         }
-    if isinstance(source, _Hub):
+    if isinstance(source, Hub):
         return {"hub": source.name, "config": source.config, "commit": _hub_commit(source)}
-    if _is_local(source.filesystem):
+    if is_local(source.filesystem):
         keys = [digest(Path(path)) for path in source.paths]
     else:
-        keys = [str(_remote(source.filesystem.checksum, path, name)) for path, name in _pairs(source)]
+        keys = [str(remote(source.filesystem.checksum, path, name)) for path, name in pairs(source)]
     return {"files": dict(zip(file_labels(list(source.shown)), keys, strict=True))}
 
 
@@ -144,7 +150,7 @@ def file_labels(paths: list[str]) -> list[str]:
     ]
 
 
-def _locate(data: str, split: str | None) -> _Files | _Saved | _Hub:
+def locate(data: str, split: str | None) -> Files | Saved | Hub:
     """Decide what `data` names; lists directories, but never contacts the Hub."""
     if "://" in data:
         return _no_split(_locate_files(data), split)
@@ -165,10 +171,10 @@ def _locate(data: str, split: str | None) -> _Files | _Saved | _Hub:
             f"data {data!r}: no such file; name a file, a pattern such as 'dir/*.jsonl', a folder written by "
             "save_to_disk, or a Hub dataset user/name"
         )
-    return _Hub(hub["name"], hub["config"], hub["revision"])
+    return Hub(hub["name"], hub["config"], hub["revision"])
 
 
-def _no_split(files: _Files, split: str | None) -> _Files:
+def _no_split(files: Files, split: str | None) -> Files:
     if split is not None:
         raise UsageError(
             f"split {split!r}: plain files have no splits; name the split's file, or leave split out"
@@ -176,7 +182,7 @@ def _no_split(files: _Files, split: str | None) -> _Files:
     return files
 
 
-def _locate_saved(folder: Path, split: str | None) -> _Saved:
+def _locate_saved(folder: Path, split: str | None) -> Saved:
     import json
 
     if (folder / "dataset_dict.json").is_file():
@@ -190,17 +196,17 @@ def _locate_saved(folder: Path, split: str | None) -> _Saved:
             raise UsageError(
                 f"data {str(folder)!r}: split {split!r} is not one of {', '.join(names)}; set --split"
             )
-        return _Saved(folder / str(split))
+        return Saved(folder / str(split))
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         if split is not None:
             raise UsageError(f"split {split!r}: {folder} holds one dataset without splits; leave split out")
-        return _Saved(folder)
+        return Saved(folder)
     raise UsageError(
         f"data {str(folder)!r}: a folder; name a file in it or a pattern such as '{folder}/*.jsonl'"
     )
 
 
-def _locate_files(data: str) -> _Files:
+def _locate_files(data: str) -> Files:
     import fsspec
 
     try:
@@ -208,12 +214,12 @@ def _locate_files(data: str) -> _Files:
         filesystem, path = fsspec.core.url_to_fs(data, **(options(scheme) if scheme in ("s3", "s3a") else {}))
     except (ValueError, ImportError) as error:
         raise UsageError(f"data {shown(data)!r}: cannot be opened ({first_line(error)})") from error
-    literal = _is_local(filesystem) and Path(path).is_file()
+    literal = is_local(filesystem) and Path(path).is_file()
     if any(c in path for c in "*?[") and not literal:
-        paths = sorted(p for p in _remote(filesystem.glob, path, shown(data)) if row_files.is_visible(p))
+        paths = sorted(p for p in remote(filesystem.glob, path, shown(data)) if row_files.is_visible(p))
         if not paths:
             raise UsageError(f"data {shown(data)!r}: no file matches the pattern")
-    elif literal or _remote(filesystem.info, path, shown(data))["type"] == "file":
+    elif literal or remote(filesystem.info, path, shown(data))["type"] == "file":
         paths = [path]
     else:
         raise UsageError(f"data {shown(data)!r}: no such file")
@@ -228,54 +234,64 @@ def _locate_files(data: str) -> _Files:
                 f"data {each!r}: extension {suffix} is not one of {', '.join(row_files.EXTENSIONS)} "
                 f"(each also with {', '.join(COMPRESSED)})"
             )
-    remote = "" if _is_local(filesystem) else data.partition("://")[0] + "://"
-    names = [shown(p) if "://" in p else remote + p for p in paths]
-    return _Files(filesystem, tuple(paths), tuple(names))
+    prefix = "" if is_local(filesystem) else data.partition("://")[0] + "://"
+    names = [shown(p) if "://" in p else prefix + p for p in paths]
+    return Files(filesystem, tuple(paths), tuple(names))
 
 
-def _file_rows(files: _Files, parse: bool) -> Iterator[Row]:
-    for (path, name), label in zip(_pairs(files), file_labels(list(files.shown)), strict=True):
+def file_rows(files: Files, labels: list[str], parse: bool) -> Iterator[Row]:
+    """Stream the rows of files with these labels."""
+    for (path, name), label in zip(pairs(files), labels, strict=True):
         index = 0
-        with _remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw:
+        with remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw:
             try:
                 for each, stream in opened(raw, name):
                     for row in row_files.read(stream, each, parse=parse):
                         yield Row(label, index, f"{each} {row.where}", row.value, row.problem, row.notes)
                         index += 1
             except row_files.DAMAGE as error:  # in the archive itself
-                raise SstokenError(
-                    f"{name}: damaged or cut short ({first_line(error)}); fetch it again"
-                ) from error
+                raise row_files.damaged(name, error) from error
 
 
-def _dataset_rows(source: _Saved | _Hub, split: str | None) -> Iterator[Row]:
-    import datasets
-
+def _dataset_rows(source: Saved | Hub, split: str | None) -> Iterator[Row]:
     from sstoken.stages.encoding.arrow_rows import rows_of
 
-    if isinstance(source, _Saved):
-        name, label = str(source.folder), source.folder.name
-    else:
-        name, label = source.name, source.name.rpartition("/")[2]
-    try:
-        if isinstance(source, _Saved):
-            dataset = datasets.load_from_disk(str(source.folder))
-        else:
-            dataset = datasets.load_dataset(
-                source.name, source.config, split=split or "train", revision=source.revision, streaming=True
-            )
-        index = 0
-        for table in dataset.with_format("arrow").iter(batch_size=64):
+    index = 0
+    with naming_dataset(source) as (name, label):
+        for table in dataset_tables(source, split):
             for value, problem, notes in rows_of(table):
                 yield Row(label, index, f"{name} row {index}", value, problem, notes)
                 index += 1
-    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow raise many types
+
+
+def dataset_tables(source: Saved | Hub, split: str | None) -> Iterator[Any]:
+    """Yield the rows of a dataset as Arrow tables of `row_files.BATCH_ROWS` rows."""
+    import datasets
+
+    if isinstance(source, Saved):
+        dataset = datasets.load_from_disk(str(source.folder))
+    else:
+        dataset = datasets.load_dataset(
+            source.name, source.config, split=split or "train", revision=source.revision, streaming=True
+        )
+    yield from dataset.with_format("arrow").iter(batch_size=row_files.BATCH_ROWS)
+
+
+@contextmanager
+def naming_dataset(source: Saved | Hub) -> Iterator[tuple[str, str]]:
+    """Give a dataset's name and its label for example ids; turn any failure into a one-line error."""
+    if isinstance(source, Saved):
+        name, label, what = str(source.folder), source.folder.name, "damaged dataset folder"
+    else:
+        name, label = source.name, source.name.rpartition("/")[2]
         what = "no such file, and the Hub gives no such dataset"
-        what = "damaged dataset folder" if isinstance(source, _Saved) else what
+    try:
+        yield name, label
+    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow raise many types
         raise SstokenError(f"{name}: {what} ({first_line(error)})") from error
 
 
-def _hub_commit(source: _Hub) -> str:
+def _hub_commit(source: Hub) -> str:
     from huggingface_hub import dataset_info
 
     try:
@@ -286,7 +302,7 @@ def _hub_commit(source: _Hub) -> str:
         ) from error
 
 
-def _remote(ask: Callable[[str], Any], path: str, name: str) -> Any:
+def remote(ask: Callable[[str], Any], path: str, name: str) -> Any:
     """Call a filesystem, and turn any failure into a one-line error."""
     try:
         return ask(path)
@@ -296,11 +312,13 @@ def _remote(ask: Callable[[str], Any], path: str, name: str) -> Any:
         raise SstokenError(f"{name}: cannot be read ({first_line(error)})") from error
 
 
-def _pairs(files: _Files) -> Iterator[tuple[str, str]]:
+def pairs(files: Files) -> Iterator[tuple[str, str]]:
+    """Yield each path and how it is shown."""
     return zip(files.paths, files.shown, strict=True)
 
 
-def _is_local(filesystem: Any) -> bool:
+def is_local(filesystem: Any) -> bool:
+    """Whether a file system is this machine's."""
     protocol = filesystem.protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
