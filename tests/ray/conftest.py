@@ -1,0 +1,39 @@
+"""A cluster of two nodes on this machine, with real Ray processes."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pipeline.worlds import World, make_world
+
+os.environ["OMP_NUM_THREADS"] = "1"  # as Ray has it for a task of one core; more would change the last bits
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return make_world()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """One core a node; the driver connects to the first."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
+    from ray.cluster_utils import Cluster
+
+    folder = Path(mkdtemp(prefix="r", dir="/tmp"))  # a socket's path has to be short
+    os.environ["RAY_TMPDIR"] = str(folder)
+    small = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    made.add_node(**small)
+    made.wait_for_nodes()
+    yield made
+    ray.shutdown()
+    made.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,203 @@
+"""The Ray engine on two nodes: the local engine's bytes, whatever is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sstoken.errors import QuarantinedError, UsageError
+from sstoken.pipeline import api
+from sstoken.stages import tables
+from tests.pipeline.small_run import environment, save_conversations
+from tests.pipeline.worlds import World
+from tests.ray import slow
+from tests.support import PATIENCE, ROOT
+
+pytestmark = pytest.mark.ray
+SHARDS = 40
+
+
+@pytest.fixture(scope="module")
+def tokens(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty shards."""
+    folder = tmp_path_factory.mktemp("data")
+    data = save_conversations(folder / "data.jsonl", 2 * SHARDS, longest=8)
+    out = folder / "tokens"
+    return api.encode(data=str(data), model=str(world.base), out=out, shard_rows=2, workers=1).folder
+
+
+@pytest.fixture(scope="module")
+def scored(world: World, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the local engine writes, file by file."""
+    out = tmp_path_factory.mktemp("local") / "base"
+    slow_score = slow.SECONDS
+    slow.SECONDS = 0
+    slow.score(tokens, world.base, out)
+    slow.SECONDS = slow_score
+    return shards(out)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("part-*")}
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def when(condition: Callable[[], bool], act: Callable[[], Any]) -> threading.Thread:
+    """Act once the condition holds, while the caller does something else."""
+
+    def wait() -> None:
+        while not condition():
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def made(out: Path) -> list[Path]:
+    return sorted(out.with_name(out.name + ".partial").glob("part-*.parquet"))
+
+
+def begun(out: Path) -> list[list[str]]:
+    """Each attempt: the shard and the process."""
+    log = out.parent / slow.LOG
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_every_stage_writes_what_the_local_engine_writes(
+    cluster: Any, world: World, tokens: Path, tmp_path: Path
+) -> None:
+    data = str(tokens.parent / "data.jsonl")
+    written = []
+    for engine in ({"engine": "local", "workers": 1}, {"engine": "ray", "ray_address": cluster.address}):
+        out = tmp_path / engine["engine"]
+        api.encode(data=data, model=str(world.base), out=out / "tokens", shard_rows=2, **engine)
+        checkpoints = [str(world.base), str(world.later)]
+        api.score(tokens=tokens, checkpoints=checkpoints, out=out / "scores", device="cpu", **engine)
+        # From the same folders, so that the paths in the provenance are the same.
+        scores = tmp_path / "local" / "scores"
+        api.select(tokens=tokens, scores=scores, out=out / "masked", **engine)
+        api.export(masked=tmp_path / "local" / "masked", to="trl", out=out / "export", **engine)
+        written.append(all_files(out))
+    assert len(tables.parts(tmp_path / "ray" / "scores" / "base")) == SHARDS
+    assert written[0] == written[1]
+
+
+def test_a_task_whose_process_is_killed_is_done_again(
+    cluster: Any, world: World, tokens: Path, scored: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "base"
+    thread = when(lambda: len(made(out)) >= 5, lambda: os.kill(int(begun(out)[-1][1]), signal.SIGKILL))
+    slow.score(tokens, world.base, out, engine="ray", ray_address=cluster.address)
+    thread.join(PATIENCE)
+    assert shards(out) == scored
+    names = [name for name, _ in begun(out)]
+    assert len(set(names)) == SHARDS < len(names) <= SHARDS + 2, (
+        "what was killed was done again, and only that"
+    )
+
+
+def test_a_poisoned_shard_is_named_and_all_others_are_done(
+    cluster: Any, world: World, tokens: Path, scored: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, name = tmp_path / "base", "part-00007.parquet"
+    (tmp_path / slow.POISON).write_text(name)
+    with pytest.raises(QuarantinedError, match=rf"{name} \(its worker process died\)"):
+        slow.score(tokens, world.base, out, engine="ray", ray_address=cluster.address)
+    assert {path.name for path in made(out)} == {*scored} - {name}
+    assert [shard for shard, _ in begun(out)].count(name) == 3
+    (tmp_path / slow.POISON).unlink()
+    before = len(begun(out))
+    slow.score(tokens, world.base, out, engine="ray", ray_address=cluster.address)
+    assert [shard for shard, _ in begun(out)[before:]] == [name], "the next run makes what is missing alone"
+    assert shards(out) == scored
+
+
+def run_until_killed(command: dict[str, Any], tokens: Path, world: World, out: Path, done: int) -> None:
+    """Score in a process of its own, and kill it when so many shards are there."""
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "tests.ray.slow", tokens, world.base, out, json.dumps(command)],
+        cwd=ROOT,
+        env=environment(),
+    )
+    while len(made(out)) < done:
+        assert driver.poll() is None
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(PATIENCE)
+
+
+def test_a_run_moves_between_ray_ranks_and_one_machine(
+    cluster: Any, world: World, tokens: Path, scored: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "base"
+    run_until_killed({"engine": "ray", "ray_address": cluster.address}, tokens, world, out, 10)
+    # The processes of a driver that is gone are ended by Ray; what one of them still writes is the same bytes.
+    workers = {int(pid) for _, pid in begun(out)}
+    while any(psutil.pid_exists(pid) for pid in workers):
+        time.sleep(0.1)
+    done = {path.name: path.stat().st_ino for path in made(out)}
+    before = len(begun(out))
+    slow.score(tokens, world.base, out, rank=1, world_size=2)
+    by_rank = {name for name, _ in begun(out)[before:]}
+    assert by_rank == {f"part-{i:05d}.parquet" for i in range(1, SHARDS, 2)} - {*done}
+    before = len(begun(out))
+    slow.score(tokens, world.base, out)
+    assert {name for name, _ in begun(out)[before:]} == {*scored} - by_rank - {*done}
+    assert shards(out) == scored
+    assert {name: (out / name).stat().st_ino for name in done} == done, "nothing is scored twice"
+
+
+def test_the_tasks_of_a_lost_node_are_done_elsewhere(
+    cluster: Any, world: World, tokens: Path, scored: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "base"
+    lost = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
+    thread = when(lambda: len(made(out)) >= 5, lambda: cluster.remove_node(lost, allow_graceful=False))
+    slow.score(tokens, world.base, out, engine="ray", ray_address=cluster.address)
+    thread.join(PATIENCE)
+    assert len(cluster.list_all_nodes()) == 1
+    assert shards(out) == scored
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+
+
+def test_what_the_engine_refuses(cluster: Any, world: World, tokens: Path, tmp_path: Path) -> None:
+    given = {"tokens": tokens, "checkpoints": [str(world.base)], "out": tmp_path / "scores", "engine": "ray"}
+    with pytest.raises(UsageError, match="device is 'cuda:0,cuda:1'; Ray gives each task a GPU of its own"):
+        api.score(**given, device="cuda:0,cuda:1")
+    with pytest.raises(UsageError, match="device is 'cuda', and no node of the Ray cluster has a GPU"):
+        api.score(**given, device="cuda", ray_address=cluster.address)
+    code = (
+        "from sstoken.pipeline.cli import main; import sys; main(['select', '--tokens', sys.argv[1], '--scores', "
+        "sys.argv[2], '--out', sys.argv[3], '--engine', 'ray', *sys.argv[4:]])"
+    )
+    for options, line in (
+        (["--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
+        (["--ray-env", "none.yaml"], "cannot be read"),
+    ):
+        arguments = [world.tokens, world.scores, tmp_path / "masked", *options]
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert line in ended.stderr
+        assert "Traceback" not in ended.stderr
