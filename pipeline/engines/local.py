@@ -222,7 +222,6 @@ def _in_worker(
     parent, folder, board, workers, slot, device = place
     os.chdir(folder)  # a process that was kept warm may have begun elsewhere
     end_with(parent)
-    _leave_sigterm_to_the_parent()
     process_executor._USE_PSUTIL = False  # it would take a model that was loaded for a leak, and start anew
     return function(work, _Board(board, workers, slot, device))
 
@@ -238,9 +237,3 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
-
-
-@cache
-def _leave_sigterm_to_the_parent() -> None:
-    """SLURM sends it to every process: the parent has to decide when this one ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
