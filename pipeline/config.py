@@ -40,6 +40,12 @@ class RunConfig(BaseModel):
     """The run's folder."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of the anchor runs and of the method `random`."""
+    engine: str | None = None
+    """What runs the work of every step that does not name its own: local or ray."""
+    ray_address: str | None = None
+    """Engine ray: the cluster's address."""
+    ray_env: str | None = None
+    """Engine ray: a YAML file with Ray's runtime environment."""
     encode: Encode | None = None
     anchor: AnchorSection | None = None
     """None: no anchor run; `score.checkpoints` names checkpoints that are there already."""

@@ -62,11 +62,16 @@ def check_run(config: RunConfig) -> None:
         SstokenError: an incomplete checkpoint.
     """
     try:
-        for step in _Planner(config, promised=True).steps():
+        for step in promised_steps(config):
             assert step.job is not None, "every checkpoint is promised"
             step.job.stage.check()
     except (UsageError, SstokenError) as error:
         raise type(error)(f"{error}{_looked(config, str(error))}") from None
+
+
+def promised_steps(config: RunConfig) -> Iterator[Step]:
+    """The steps of a run as they will be once every step before is done; each has its job."""
+    return _Planner(config, promised=True).steps()
 
 
 def run_steps(config: RunConfig) -> Iterator[Step]:

@@ -6,9 +6,11 @@ The model is cached in each worker process, by the stage's own module.
 """
 
 import os
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,8 @@ _LOOK_EVERY = 0.2
 """Seconds between two looks at what the tasks have done."""
 _COUNT_EVERY = 10.0
 """Seconds between two looks at how large the cluster is: nodes come and go."""
+_PATIENCE = 10.0
+"""Seconds that a cluster may take to answer at all."""
 _WAITING = 1.0
 """Tasks that wait at Ray for each that runs: enough that no worker is ever idle."""
 _HANDED_ON = (
@@ -65,7 +69,8 @@ class RayEngine:
         if first:
             connect(self._options)
             pool = _Cluster(function, self._gpus(), self._options.workers, progress)
-            yield from dispatch(pool, chain(first, tasks), progress)
+            with redirect_stdout(sys.stderr):  # Ray prints what it lost; standard output is for results
+                yield from dispatch(pool, chain(first, tasks), progress)
 
     def _gpus(self) -> int:
         """GPUs for each task; 0: a core instead."""
@@ -94,6 +99,7 @@ def connect(options: EngineOptions) -> None:
     own = {} if address else {"num_cpus": options.workers, "include_dashboard": False}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
+        _knock(address)
         ray.init(
             address=address or "local",
             runtime_env=_runtime_env(options.ray_env),
@@ -102,11 +108,18 @@ def connect(options: EngineOptions) -> None:
             configure_logging=False,
             **own,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise UsageError(
             f"ray_address is {address!r}: no Ray cluster answers ({line}); start one with `ray start --head`"
         ) from error
+
+
+def _knock(address: str | None) -> None:
+    """Raise where nobody listens at HOST:PORT: Ray would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
 
 
 def _runtime_env(file: str | None) -> dict[str, Any]:

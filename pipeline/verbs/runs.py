@@ -2,29 +2,34 @@
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sstoken.errors import UsageError
+from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.changes import changes
 from sstoken.pipeline.claim import claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
-from sstoken.pipeline.job import Result, State, state, superseded
+from sstoken.pipeline.job import Job, Result, State, state, superseded
 from sstoken.pipeline.plan import Step, check_run, run_steps
 from sstoken.pipeline.printing import print_result, print_table
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.verbs.command import Place, command, place
+from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
+from sstoken.stages.sharded import ShardedStage
 
 __all__ = ["Planned", "Step", "demo", "plan", "run"]
 
 _DIGESTS = "digests.json"
+_SOON = 60.0
+"""Seconds that a rank waits for another one to mark the run's folder."""
 Listener = Callable[[Step, Result], None]
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=V", help="Set a field, such as select.rho=0.4."
@@ -87,7 +92,10 @@ def run(
     *,
     overrides: Iterable[str] = (),
     until: str | None = None,
+    only: str | None = None,
     force: Iterable[str] = (),
+    rank: int = 0,
+    world_size: int = 1,
     listener: Listener | None = None,
 ) -> dict[str, Result]:
     """Run what is not finished of a configuration.
@@ -99,7 +107,10 @@ def run(
         config: a YAML file or a configuration.
         overrides: `section.field=value`.
         until: the last step to run.
+        only: the one step to run; those before it have to be finished.
         force: steps to run again though they are finished.
+        rank: which part of the work of `only` is done here.
+        world_size: parts that its work is cut into; `commit` ends it.
         listener: called after each step.
 
     Returns:
@@ -108,20 +119,36 @@ def run(
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
     names = list(config.named)
     forced = set(force)
-    for name in [*forced, *([until] if until else [])]:
+    for name in (*forced, *filter(None, (until, only))):
         if name not in names:
             raise UsageError(f"stage {name!r} is not in this run; legal: {', '.join(names)}")
+    if until is not None and only is not None:
+        raise UsageError(f"until is {until!r} and only is {only!r}; give one of them")
+    if world_size > 1 and only is None:
+        raise UsageError(f"world_size is {world_size}; ranks share one step: name it with --only")
+    until = only or until
     check_run(config)
     digests = Digests(storage.of(config.folder).on_this_machine(config.folder / _DIGESTS))
-    claim(config, digests, anew=bool(forced & {n for n, s in config.named.items() if isinstance(s, Encode)}))
+    # The tasks of an array begin together.
+    with one_run_at_a_time(config.folder, "claim", wait=_SOON) if world_size > 1 else nullcontext():
+        claim(
+            config, digests, anew=bool(forced & {n for n, s in config.named.items() if isinstance(s, Encode)})
+        )
     results: dict[str, Result] = {}
     for step in run_steps(config):
         if until is not None and names.index(step.step) > names.index(until):
             break
         assert step.job is not None, "a finished anchor run leaves a history"
-        replaced = changes(step.step, step.job, digests)
+        if only not in (None, step.step):
+            if (found := state(step.job, digests)) is not State.FINISHED:
+                raise SstokenError(
+                    f"{only}: needs {step.name}, which is not finished ({found.value}); run that first"
+                )
+            continue
+        job = _placed(step.job, config, rank, world_size)
+        replaced = changes(step.step, job, digests)
         result = execute(
-            step.job,
+            job,
             digests,
             replace=True,
             force=step.step in forced,
@@ -132,30 +159,97 @@ def run(
     return results
 
 
+def _placed(job: Job, config: RunConfig, rank: int, world_size: int) -> Job:
+    """Have a job run where the run's configuration says, and the part of it that is this rank's."""
+    stage = job.stage
+    if not isinstance(stage, ShardedStage):
+        if world_size > 1:
+            raise UsageError(
+                f"world_size is {world_size}, and {stage.name} cannot be shared by ranks; leave it out"
+            )
+        return job
+    engine = {name: getattr(config, name) for name in ("engine", "ray_address", "ray_env")}
+    given = {k: v for k, v in engine.items() if v is not None and k not in stage.model_fields_set}
+    ranks = {"rank": rank, "world_size": world_size} if world_size > 1 else {}
+    return replace(job, stage=stage.model_copy(update={**given, **ranks}))
+
+
 @command(
     run,
     click.argument("config"),
     _overrides,
     click.option("--until", metavar="STAGE", help="The last stage to run."),
     click.option(
+        "--only", metavar="STAGE", help="The one stage to run; those before it have to be finished."
+    ),
+    click.option(
         "--force", multiple=True, metavar="STAGE", help="Run this stage again though it is finished."
+    ),
+    click.option("--rank", type=int, default=0, help="Which part of the work of --only is done here."),
+    click.option("--world-size", type=int, default=1, help="Parts that it is cut into; `commit` ends it."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Run nothing: write the resolved configuration, and scripts for SLURM, into OUT.slurm.",
+    ),
+    click.option(
+        "--ranks",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Of --dry-run: tasks of an array.",
     ),
     json_option,
 )
 def _run(
-    config: str, overrides: tuple[str, ...], until: str | None, force: tuple[str, ...], as_json: bool
+    config: str,
+    overrides: tuple[str, ...],
+    until: str | None,
+    only: str | None,
+    force: tuple[str, ...],
+    rank: int,
+    world_size: int,
+    dry_run: bool,
+    ranks: int,
+    as_json: bool,
 ) -> None:
+    if dry_run:
+        _write_scripts(load_config(config, overrides), ranks, as_json)
+        return
+
     def report(step: Step, result: Result) -> None:
         if not as_json:
             print_result(step.name, result, step.kind)
 
-    results = run(config, overrides=overrides, until=until, force=force, listener=report)
+    results = run(
+        config,
+        overrides=overrides,
+        until=until,
+        only=only,
+        force=force,
+        rank=rank,
+        world_size=world_size,
+        listener=report,
+    )
     if as_json:
         facts = {
             name: {"folder": str(result.folder), "skipped": result.skipped, "metrics": result.metrics}
             for name, result in results.items()
         }
         click.echo(json.dumps(facts))
+
+
+def _write_scripts(config: RunConfig, ranks: int, as_json: bool) -> None:
+    from sstoken.pipeline.slurm import write_scripts
+
+    check_run(config)
+    files = write_scripts(config, config.folder.with_name(f"{config.folder.name}.slurm"), ranks)
+    if as_json:
+        click.echo(json.dumps({"files": list(map(str, files))}))
+        return
+    for file in files:
+        click.echo(f"{file}: written")
+    click.echo(f"nothing was run; submit with: bash {files[-1]}")
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,17 @@ from tests.pipeline.small_run import PIPELINE, environment, save_conversations
 from tests.pipeline.worlds import World, make_world
 from tests.support import PATIENCE, ROOT
 
-POISON = "SSTOKEN_TEST_POISON"
-"""Environment variable, for worker processes too: `kill`, or the name of an error, for the second shard."""
+POISON = "poison"
+"""A file beside the output: `kill`, or the name of an error, for the second shard."""
 
 
 class _Poisoned:
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    def __init__(self, function: Any, file: Path) -> None:
+        self._function, self._file = function, file
 
     def __call__(self, work: Any, worker: Worker) -> None:
-        poison = os.environ.get(POISON)
-        if poison and "part-00001" in repr(work):
+        if self._file.exists() and "part-00001" in repr(work):
+            poison = self._file.read_text()
             if poison == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise {"ConnectionError": ConnectionError, "SstokenError": SstokenError}[poison]("no answer")
@@ -46,13 +46,13 @@ class _Poisoned:
 class PoisonedSelect(Select):
     def work(self, context: Context) -> Work:
         work = super().work(context)
-        return Work(_Poisoned(work.function), work.tasks, work.total)
+        return Work(_Poisoned(work.function, context.out.parent / POISON), work.tasks, work.total)
 
 
 class PoisonedExport(Export):
     def work(self, context: Context) -> Work:
         work = super().work(context)
-        return Work(_Poisoned(work.function), work.tasks, work.total)
+        return Work(_Poisoned(work.function, context.out.parent / POISON), work.tasks, work.total)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def select_job(world: World, out: Path, **settings: Any) -> Job:
     ],
 )
 def test_a_poisoned_shard_is_named_and_tried_again(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str, why: str, workers: int
+    world: World, tmp_path: Path, poison: str, why: str, workers: int
 ) -> None:
-    monkeypatch.setenv(POISON, poison)
+    (tmp_path / POISON).write_text(poison)
     job = select_job(world, tmp_path / "out", workers=workers)
     with pytest.raises(QuarantinedError, match=rf"part-00001\.parquet \({why}\)") as caught:
         execute(job, Digests())
@@ -86,7 +86,7 @@ def test_a_poisoned_shard_is_named_and_tried_again(
     assert [path.name for path in sorted(made)] == ["part-00000.parquet", "part-00002.parquet"]
     (listed,) = map(json.loads, (job.partial / "quarantine.jsonl").read_text().splitlines())
     assert listed == {"file": "part-00001.parquet", "attempts": ATTEMPTS, "error": why}
-    monkeypatch.delenv(POISON)
+    (tmp_path / POISON).unlink()
     kept = {path.name: path.stat().st_ino for path in made}
     execute(job, Digests())
     assert {name: (job.out / name).stat().st_ino for name in kept} == kept, "nothing is made twice"
@@ -96,19 +96,17 @@ def test_a_poisoned_shard_is_named_and_tried_again(
         assert part.read_bytes() == (job.out / part.name).read_bytes()
 
 
-def test_what_is_not_a_table_is_kept_too(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_a_table_is_kept_too(world: World, tmp_path: Path) -> None:
     masked = api.select(tokens=world.tokens, scores=world.scores, out=tmp_path / "masked").folder
-    monkeypatch.setenv(POISON, "ConnectionError")
+    (tmp_path / POISON).write_text("ConnectionError")
     job = Job(PoisonedExport(to="jsonl", scores=False), {"masked": masked}, tmp_path / "export", seed=0)
     with pytest.raises(QuarantinedError):
         execute(job, Digests())
     assert len(list((job.partial / "data").iterdir())) == 2
 
 
-def test_a_refusal_stops_at_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(POISON, "SstokenError")
+def test_a_refusal_stops_at_once(world: World, tmp_path: Path) -> None:
+    (tmp_path / POISON).write_text("SstokenError")
     with pytest.raises(SstokenError, match=r"^no answer$") as caught:
         execute(select_job(world, tmp_path / "out", workers=1), Digests())
     assert not isinstance(caught.value, QuarantinedError)

@@ -101,7 +101,12 @@ def test_a_task_whose_process_is_killed_is_done_again(
     cluster: Any, world: World, tokens: Path, scored: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "base"
-    thread = when(lambda: len(made(out)) >= 5, lambda: os.kill(int(begun(out)[-1][1]), signal.SIGKILL))
+
+    def is_at_work() -> bool:
+        done = {path.name for path in made(out)}
+        return len(done) >= 5 and begun(out)[-1][0] not in done
+
+    thread = when(is_at_work, lambda: os.kill(int(begun(out)[-1][1]), signal.SIGKILL))
     slow.score(tokens, world.base, out, engine="ray", ray_address=cluster.address)
     thread.join(PATIENCE)
     assert shards(out) == scored

@@ -1,0 +1,181 @@
+"""`run --dry-run`: the resolved configuration, and scripts that run it on SLURM, step by step.
+
+Steps whose work is shards become job arrays of ranks, each followed by a short job that commits. The scripts call
+`sstoken-curate` alone, so they can be read, changed and run by hand.
+"""
+
+import json
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sstoken.pipeline.config import RunConfig
+from sstoken.pipeline.job import Job
+from sstoken.pipeline.plan import promised_steps
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.score import Score
+from sstoken.stages.sharded import ShardedStage
+from sstoken.stages.stopping import STATUS
+from sstoken.stages.storage import write_atomic
+
+RESOLVED = "config.yaml"
+SUBMIT = "submit.sh"
+_WARNING = 60
+"""Seconds that SLURM gives notice before a job's time is over."""
+
+
+@dataclass
+class _Script:
+    """One sbatch file."""
+
+    name: str
+    lines: list[str]
+    gpu: bool = False
+
+
+@dataclass
+class _Planned:
+    """One step of the configuration with all its jobs."""
+
+    jobs: list[Job] = field(default_factory=list)
+
+    @property
+    def shared(self) -> bool:
+        """Whether ranks can share it."""
+        return all(isinstance(job.stage, ShardedStage) for job in self.jobs)
+
+    @property
+    def runs_a_model(self) -> bool:
+        """Whether a GPU is of use to it."""
+        return any(hasattr(job.stage, "device") or job.stage.name == Anchor.name for job in self.jobs)
+
+    def folders(self, place: Path) -> list[Path]:
+        """What is committed: of `score`, the folder above the checkpoints', some of which are not known yet."""
+        return [place] if self.jobs[0].stage.name == Score.name else [job.out for job in self.jobs]
+
+
+def write_scripts(config: RunConfig, folder: Path, ranks: int) -> list[Path]:
+    """Write the resolved configuration and the scripts; return all files.
+
+    Args:
+        config: the run.
+        folder: where they are written; the scripts name it, so it is relative to where jobs are submitted.
+        ranks: tasks of each job array; 1: no arrays.
+    """
+    steps: dict[str, _Planned] = {}
+    for step in promised_steps(config):
+        assert step.job is not None, "every checkpoint is promised"
+        steps.setdefault(step.step, _Planned()).jobs.append(step.job)
+    scripts: list[_Script] = []
+    for number, (step_name, planned) in enumerate(steps.items(), 1):
+        name = re.sub(r"[^\w.-]", "-", step_name)
+        call = f"sstoken-curate run {shlex.quote(str(folder / RESOLVED))} --only {shlex.quote(step_name)}"
+        shared = planned.shared and ranks > 1
+        scripts.append(
+            _Script(
+                f"{number}-{name}.sbatch",
+                _array(name, call, ranks) if shared else _single(name, call),
+                planned.runs_a_model,
+            )
+        )
+        if shared:
+            commits = [
+                f"sstoken-curate commit {shlex.quote(str(place))}"
+                for place in planned.folders(config.place(step_name))
+            ]
+            scripts.append(_Script(f"{number}-{name}-commit.sbatch", _commit(name, commits)))
+    written = {RESOLVED: resolved(config)}
+    written |= {script.name: "\n".join(script.lines) + "\n" for script in scripts}
+    written[SUBMIT] = _submit(folder, scripts)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in written.items():
+        write_atomic(folder / name, text)
+    (folder / SUBMIT).chmod(0o755)
+    return [folder / name for name in written]
+
+
+def resolved(config: RunConfig) -> str:
+    """Return the configuration as YAML with overrides, defaults of other sections and repeated steps written out.
+
+    A setting that was not given is left out: some mean something else when they are given.
+    """
+    values: dict[str, Any] = json.loads(config.model_dump_json(exclude_unset=True, by_alias=True))
+    if config.steps:
+        for name, stage in config.steps.items():
+            values["steps"][name] = {"stage": stage.name, **values["steps"][name]}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _head(name: str, *more: str) -> list[str]:
+    options = (f"--job-name=sstoken-{name}", "--open-mode=append", *more)
+    return ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in options)]
+
+
+def _array(name: str, call: str, ranks: int) -> list[str]:
+    return [
+        *_head(name, f"--array=0-{ranks - 1}", *_requeue(), "--output=slurm-%x-%A_%a.log"),
+        f"# One rank of the step {name}: every {ranks}th shard. A shard that is there is never made again.",
+        *_until_stopped(
+            f'{call} --rank "$SLURM_ARRAY_TASK_ID" --world-size {ranks}',
+            "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",
+        ),
+    ]
+
+
+def _single(name: str, call: str) -> list[str]:
+    return [
+        *_head(name, *_requeue(), "--output=slurm-%x-%j.log"),
+        f"# The step {name}, in one job; it goes on where an earlier one stopped.",
+        *_until_stopped(call, "$SLURM_JOB_ID"),
+    ]
+
+
+def _commit(name: str, commits: list[str]) -> list[str]:
+    return [
+        *_head(f"{name}-commit", "--output=slurm-%x-%j.log"),
+        f"# Checks that every shard of the step {name} is there, and writes its manifest.",
+        "set -euo pipefail",
+        *commits,
+    ]
+
+
+def _requeue() -> tuple[str, ...]:
+    return "--requeue", f"--signal=B:TERM@{_WARNING}"
+
+
+def _until_stopped(call: str, job: str) -> list[str]:
+    """Run a command, hand SIGTERM on to it, and have SLURM queue the job again when it ended by that."""
+    return [
+        f"{call} &",
+        "child=$!",
+        "trap 'kill -TERM \"$child\"' TERM  # time is nearly over, or the node is needed",
+        'while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends one wait',
+        'wait "$child"; status=$?',
+        f'if [ "$status" -eq {int(STATUS)} ]; then scontrol requeue "{job}"; fi',
+        'exit "$status"',
+    ]
+
+
+def _submit(folder: Path, scripts: list[_Script]) -> str:
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Submits every step; each waits for the one before. Run it from the folder that paths are relative to:",
+        f"# bash {folder / SUBMIT} [SBATCH OPTIONS]",
+        "# Its options go to every sbatch (--partition=..., --account=...); SSTOKEN_GPU to those that run a model.",
+        "set -euo pipefail",
+        "gpu=${SSTOKEN_GPU---gres=gpu:1}",
+        "after=()",
+        "submit() {",
+        '  job=$(sbatch --parsable "${after[@]}" "$@")',
+        '  after=(--dependency="afterok:${job%%;*}")',
+        '  echo "$job: ${!#}"',
+        "}",
+    ]
+    for script in scripts:
+        gpu = "$gpu " if script.gpu else ""
+        lines.append(f'submit {gpu}"$@" {shlex.quote(str(folder / script.name))}')
+    return "\n".join(lines) + "\n"
