@@ -29,7 +29,7 @@ def cluster() -> Iterator[Any]:
 
     folder = Path(mkdtemp(prefix="r", dir="/tmp"))  # a socket's path has to be short
     os.environ["RAY_TMPDIR"] = str(folder)
-    os.environ["RAY_worker_niceness"] = "0"  # a busy machine would hardly let them run
+    os.environ.update({"RAY_worker_niceness": "0"})  # at 15, a busy machine would hardly let them run
     small = {"num_cpus": 1, "object_store_memory": 100 << 20}
     made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     made.add_node(**small)
