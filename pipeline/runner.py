@@ -28,7 +28,7 @@ from sstoken.pipeline.job import (
 )
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.writing import RANKS, at_work, check_writable, naming_full_disk, one_run_at_a_time
-from sstoken.stages import joins, storage, tables
+from sstoken.stages import joins, storage, tables, took
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
 from sstoken.stages.processes import is_main_process, num_processes
@@ -40,7 +40,7 @@ from sstoken.version import __version__
 
 _COMPLETE_WORK = ("part-*.parquet", "*.safetensors")
 """What is worth keeping of a stage that failed."""
-OF_UNFINISHED_WORK = (FINGERPRINT_FILE, ".job.json", "completions")
+OF_UNFINISHED_WORK = (FINGERPRINT_FILE, ".job.json", "completions", took.FOLDER)
 """Files and folders that publishing removes."""
 
 
@@ -227,6 +227,7 @@ def finish(
             sources=identity.sources,
             version=__version__,
             seconds=round(seconds, 3),
+            took=took.total(job.partial),
             metrics=metrics,
             files=files,
         ),

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import storage
@@ -47,6 +47,9 @@ class Manifest(BaseModel):
     """Content identities of what was read from outside the run."""
     version: str
     seconds: float
+    """Of the last run that worked on it, from its start to its end."""
+    took: dict[str, float] = Field(default_factory=dict)
+    """`worker_seconds` that all runs and ranks spent on `shards`, where the stage works shard by shard."""
     metrics: dict[str, Any]
     files: list[FileEntry]
     digest: str = NO_DIGEST

@@ -1,6 +1,7 @@
 """Stages whose work is a task a shard: any engine runs it, and several ranks may share it."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from sstoken.stages import storage, tables
 from sstoken.stages.stage import SPEED_ONLY, Context, Engine, EngineOptions, Progress, Stage, Task, Worker
 from sstoken.stages.stopping import at_a_border
 from sstoken.stages.storage import write_atomic
+from sstoken.stages.took import Took
 
 QUARANTINE = "quarantine"
 """In a partial folder: the start of the names of the files that list the shards which failed each time."""
@@ -65,13 +67,28 @@ class ShardedStage(Stage, EngineOptions):
         record = context.out / _record_name(engine)
         storage.of(record).delete(record)
         with context.progress(self.unit, total) as bar, at_a_border() as stopped:
+            took = Took(context.out, f"{engine.rank}-of-{engine.world_size}")
             try:
-                for _ in engine.map(work.function, _left(tasks, bar, stopped), bar):
-                    pass
+                for seconds in engine.map(_Timed(work.function), _left(tasks, bar, stopped), bar):
+                    took.add(seconds)
             except QuarantinedError as error:
                 write_atomic(record, _as_lines(error))
                 raise
+            finally:
+                took.save()
         return self.finish(context) if engine.world_size == 1 else {}
+
+
+class _Timed:
+    """A task's function that returns how many seconds it took; pickles into worker processes."""
+
+    def __init__(self, function: Callable[[Any, Worker], None]) -> None:
+        self._function = function
+
+    def __call__(self, work: Any, worker: Worker) -> float:
+        start = time.monotonic()
+        self._function(work, worker)
+        return time.monotonic() - start
 
 
 def _own(tasks: Iterable[Task[Any]], rank: int, world_size: int) -> Iterator[Task[Any]]:

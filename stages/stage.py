@@ -100,12 +100,12 @@ class Engine(Protocol):
     def map(
         self, function: Callable[[T, Worker], R], tasks: Iterable[Task[T]], progress: Progress
     ) -> Iterator[R]:
-        """Yield `function(task.work, worker)` for each task, in order; tasks are read lazily.
+        """Yield `function(task.work, worker)` of each task as it is done, in no order; tasks are read lazily.
 
         `function` must pickle. A task whose worker process dies is done again, at most twice.
 
         Raises:
-            SstokenError: names the tasks whose workers died each time; all others are done.
+            QuarantinedError: names the tasks that failed each time; all others are done.
         """
 
 

@@ -15,8 +15,6 @@ from sstoken.stages.stage import Progress, Task
 
 ATTEMPTS = 3
 """Times that a task is tried before it is put in quarantine."""
-_HELD = 4
-"""Results that are held for each task in the window while an earlier one is awaited. A result of None costs nothing."""
 _TRANSIENT = {
     getattr(errno, name)
     for name in (
@@ -85,7 +83,7 @@ class Pool(Protocol):
 
 
 def dispatch(pool: Pool, tasks: Iterable[Task[Any]], progress: Progress) -> Iterator[Any]:
-    """Run every task; yield the results in order. Tasks are read when there is room for them.
+    """Run every task; yield the results as they come, in no order. Tasks are read when there is room for them.
 
     A task whose process dies, or which a network disk fails, is tried again, at most twice. Anything else that a task
     raises would be raised again by the next try, and by other tasks: it stops the run.
@@ -101,22 +99,13 @@ def dispatch(pool: Pool, tasks: Iterable[Task[Any]], progress: Progress) -> Iter
 
 
 def _dispatch(pool: Pool, tasks: Iterable[Task[Any]], progress: Progress) -> Iterator[Any]:
-    fresh = enumerate(tasks)
+    fresh = (Attempt(index, task) for index, task in enumerate(tasks))
     again: deque[Attempt] = deque()
-    results: dict[int, Any] = {}
-    lost: list[tuple[str, str]] = []
-    running = next_index = held = 0
-    more = True
+    failed: list[tuple[str, str]] = []
+    running = 0
     while True:
         window = pool.window
-        while running < window and (again or (more and held < _HELD * window)):
-            if again:
-                attempt = again.popleft()
-            elif (found := next(fresh, None)) is not None:
-                attempt = Attempt(*found)
-            else:
-                more = False
-                break
+        while running < window and (attempt := again.popleft() if again else next(fresh, None)):
             pool.start(attempt)
             running += 1
         if not running:
@@ -125,29 +114,18 @@ def _dispatch(pool: Pool, tasks: Iterable[Task[Any]], progress: Progress) -> Ite
             running -= 1
             if isinstance(result, Raised) and not _is_transient(result.error):
                 raise result.error
-            if isinstance(result, (Died, Raised)):
-                attempt.show(0, progress)
-                if attempt.number < ATTEMPTS:
-                    attempt.number += 1
-                    again.append(attempt)
-                    continue
-                lost.append((str(attempt.task.output), _reason(result)))
-                result = _LOST
-            else:
+            if not isinstance(result, (Died, Raised)):
                 attempt.show(attempt.task.size, progress)
-            results[attempt.index] = result
-            held += result is not None
-        while next_index in results:
-            result = results.pop(next_index)
-            held -= result is not None
-            next_index += 1
-            if result is not _LOST:
                 yield result
-    if lost:
-        raise QuarantinedError(lost, ATTEMPTS)
-
-
-_LOST = object()
+                continue
+            attempt.show(0, progress)
+            if attempt.number < ATTEMPTS:
+                attempt.number += 1
+                again.append(attempt)
+            else:
+                failed.append((str(attempt.task.output), _reason(result)))
+    if failed:
+        raise QuarantinedError(sorted(failed), ATTEMPTS)
 
 
 def _is_transient(error: BaseException) -> bool:

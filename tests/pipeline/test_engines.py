@@ -1,4 +1,4 @@
-"""The local engine: order, progress, devices, and processes that die."""
+"""The local engine: results, progress, devices, and processes that die."""
 
 import os
 import signal
@@ -55,11 +55,11 @@ def tasks_of(folder: Path, deaths: dict[int, int], count: int) -> list[Task[Any]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_results_come_in_order_and_all_is_counted(workers: int) -> None:
+def test_every_result_comes_and_all_is_counted(workers: int) -> None:
     bar = Counting()
     tasks = (Task(Path(str(i)), i, i) for i in range(20))  # read lazily
     found = list(LocalEngine(EngineOptions(workers=workers)).map(square, tasks, bar))
-    assert found == [(i * i, None) for i in range(20)]
+    assert sorted(found) == [(i * i, None) for i in range(20)]
     assert bar.done == sum(range(20))
 
 
@@ -68,7 +68,7 @@ def test_what_a_dead_worker_left_is_done_again(tmp_path: Path) -> None:
     bar = Counting()
     deaths = {1: 1, 4: ATTEMPTS - 1}
     found = list(LocalEngine(EngineOptions(workers=2)).map(die, tasks_of(tmp_path, deaths, 6), bar))
-    assert found == list(range(6))
+    assert sorted(found) == list(range(6))
     assert {i: int((tmp_path / str(i)).read_text()) for i in range(6)} == {
         i: deaths.get(i, 0) + 1 for i in range(6)
     }
@@ -84,7 +84,7 @@ def test_a_task_that_kills_its_worker_is_named_after_all_others_are_done(tmp_pat
     ) as caught:
         found.extend(results)
     assert caught.value.exit_code == 1
-    assert found == [0, 1, 3, 4, 5]
+    assert sorted(found) == [0, 1, 3, 4, 5]
     assert (tmp_path / "2").read_text() == str(ATTEMPTS)
     assert bar.done == 50
 

@@ -1,0 +1,53 @@
+"""How long the work on a folder took, over all runs and ranks that shared it.
+
+Shards do not say it themselves: they are the same bytes, whoever makes them.
+"""
+
+import json
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from sstoken.stages import storage
+from sstoken.stages.storage import write_atomic
+
+FOLDER = ".took"
+"""In a partial folder: a file for each run that worked on it."""
+_SAVE_EVERY = 30.0
+"""Seconds; a run that is killed loses what it did since."""
+
+
+class Took:
+    """What one run spends on shards."""
+
+    def __init__(self, out: Path, part: str) -> None:
+        """`part`: says which rank it is."""
+        self._file = out / FOLDER / f"{part}-{secrets.token_hex(4)}.json"
+        self._shards, self._seconds, self._saved = 0, 0.0, time.monotonic()
+
+    def add(self, seconds: float) -> None:
+        """Count a shard."""
+        self._shards += 1
+        self._seconds += seconds
+        if time.monotonic() - self._saved > _SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write what was counted so far."""
+        self._saved = time.monotonic()
+        if self._shards:
+            storage.of(self._file).make_folder(self._file.parent)
+            write_atomic(self._file, json.dumps({"shards": self._shards, "seconds": self._seconds}))
+
+
+def total(out: Path) -> dict[str, Any]:
+    """Return `shards` and `worker_seconds` of all runs that worked on a partial folder; empty where none said."""
+    shards, seconds = 0, 0.0
+    store = storage.of(out)
+    for file in store.list(out / FOLDER):
+        with store.open(file) as opened:
+            said = json.load(opened)
+        shards += said["shards"]
+        seconds += said["seconds"]
+    return {"shards": shards, "worker_seconds": round(seconds, 3)} if shards else {}
