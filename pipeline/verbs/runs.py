@@ -296,8 +296,29 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
     return planned
 
 
-@command(plan, click.argument("config"), _overrides, json_option)
-def _plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@command(
+    plan,
+    click.argument("config"),
+    _overrides,
+    click.option(
+        "--cost",
+        "with_cost",
+        is_flag=True,
+        help="What each step costs: tokens, FLOPs, device-hours, bytes; and what finished ones took.",
+    ),
+    click.option(
+        "--tflops",
+        type=click.FloatRange(0, min_open=True),
+        default=100.0,
+        show_default=True,
+        help="Of --cost: what a device is assumed to reach, in 10^12 FLOPs a second.",
+    ),
+    json_option,
+)
+def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: float, as_json: bool) -> None:
+    if with_cost:
+        _print_costs(load_config(config, overrides), tflops, as_json)
+        return
     planned = plan(config, overrides=overrides)
     if as_json:
         facts = [
@@ -314,3 +335,21 @@ def _plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(
             f"{folder}: unfinished work of other settings or inputs; go on with those, or remove it", err=True
         )
+
+
+def _print_costs(config: RunConfig, tflops: float, as_json: bool) -> None:
+    from sstoken.pipeline import cost
+
+    check_run(config)
+    found = cost.costs(config, tflops)
+    if as_json:
+        click.echo(json.dumps({"tflops": tflops, "steps": [vars(each) for each in found]}))
+        return
+    print_table(
+        ("step", "tokens", "FLOPs", "device-hours", "bytes", "took", "wrote"), list(cost.shown(found))
+    )
+    click.echo(f"device-hours: at {tflops:g} TFLOP/s for each device, say what yours reaches with --tflops")
+    if any(each.guessed for each in found):
+        click.echo(f"~: guessed from the first {cost.SAMPLE} rows; exact once they are encoded")
+    if any(each.flops is None for each in found):
+        click.echo("-: not known before the data is encoded")

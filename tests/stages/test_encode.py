@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import took
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding import shards
 from sstoken.stages.encoding.token_stats import merge, metrics, no_stats
@@ -51,7 +52,8 @@ def write(path: Path, rows: list) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.parent.name != took.FOLDER)
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -1,0 +1,279 @@
+"""What a run costs before it is paid for: tokens, FLOPs, device-hours and bytes, from config.json and token counts.
+
+FLOPs are those of the matrix products that cannot be avoided (a multiplication and an addition are two): for a token,
+twice the weights of the linear layers that it passes; for an example of n tokens, causal attention over n^2 / 2 pairs;
+the output head where a loss is needed. Training costs three times the forward pass. What is finished is not estimated:
+its manifest says what it took.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sstoken.errors import SstokenError
+from sstoken.pipeline.config import RunConfig
+from sstoken.pipeline.job import Job
+from sstoken.pipeline.plan import promised_steps
+from sstoken.pipeline.runner import execute
+from sstoken.stages import manifest as manifests
+from sstoken.stages import tables
+from sstoken.stages.anchor import Anchor
+from sstoken.stages.encode import Encode
+from sstoken.stages.encoding.ranges import cut
+from sstoken.stages.manifest import Digests, Manifest
+from sstoken.stages.part import Part
+from sstoken.stages.score import Score
+from sstoken.stages.select import Select
+
+SAMPLE = 256
+"""Rows that are encoded to guess the size of a dataset which is not encoded yet."""
+_BYTES = {"ids": 0.92, "labels": 0.54, "mask": 0.1, "value": 2.5}
+"""For each token, in Parquet with zstd: measured on GSM8K."""
+_TRAINING = 3
+"""Forward passes that a step of training costs; with LoRA the products for the weights' gradients fall away."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A tokens folder in numbers."""
+
+    examples: float
+    tokens: float
+    response_tokens: float
+    squares: float
+    """Sum over examples of their length squared."""
+    guessed: bool = False
+    """From a sample."""
+
+    def times(self, factor: float, guessed: bool) -> "Sizes":
+        """Return those of a folder so many times as large."""
+        return Sizes(
+            factor * self.examples,
+            factor * self.tokens,
+            factor * self.response_tokens,
+            factor * self.squares,
+            guessed,
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model in numbers."""
+
+    layers: int
+    """Weights of the linear layers that one token passes, without the head."""
+    head: int
+    width: int
+    """Sum over layers of heads times head size."""
+    stored: int
+    """All weights."""
+
+    def forward(self, tokens: float, with_loss: float, squares: float) -> float:
+        """FLOPs of a forward pass in which `with_loss` tokens need the output head."""
+        return 2 * self.layers * tokens + 2 * self.head * with_loss + 2 * self.width * squares
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step costs, or cost."""
+
+    step: str
+    tokens: float | None
+    """That it reads. None: not known before an earlier step has run."""
+    flops: float | None
+    device_hours: float | None
+    """At the speed that was assumed."""
+    bytes: float | None
+    """That it writes."""
+    guessed: bool
+    """From a sample of the data."""
+    took_hours: float | None = None
+    """Worker-hours that it took, of a finished step."""
+    took_bytes: int | None = None
+
+
+def costs(config: RunConfig, tflops: float) -> list[Cost]:
+    """Return the cost of each step.
+
+    Args:
+        config: the run.
+        tflops: what a device is assumed to reach, in 10^12 FLOPs a second.
+
+    Raises:
+        SstokenError: a config.json or the data cannot be read.
+    """
+    sizes: dict[Path, Sizes | None] = {}
+    found = []
+    for step in promised_steps(config):
+        assert step.job is not None, "every checkpoint is promised"
+        job = step.job
+        done = manifests.read_manifest(job.out)
+        sizes[job.out] = size = _sizes(job, sizes, done)
+        flops, written = _estimate(job, size) if size is not None else (None, None)
+        hours = None if flops is None else flops / (tflops * 1e12) / 3600
+        cost = Cost(
+            step.name,
+            None if size is None else size.tokens,
+            flops,
+            hours,
+            written,
+            bool(size and size.guessed),
+        )
+        found.append(cost if done is None else _finished(cost, done))
+    return found
+
+
+def _finished(cost: Cost, done: Manifest) -> Cost:
+    seconds = done.took.get("worker_seconds", done.seconds)
+    taken = {"took_hours": seconds / 3600, "took_bytes": sum(file.bytes for file in done.files)}
+    return Cost(**{**vars(cost), **taken})
+
+
+def _sizes(job: Job, known: dict[Path, Sizes | None], done: Manifest | None) -> Sizes | None:
+    """What a step reads and hands on, measured in tokens."""
+    stage = job.stage
+    if isinstance(stage, Encode):
+        return _measured(job.out) if done is not None else _sampled(stage)
+    source = job.inputs.get("tokens", job.inputs.get("masked"))
+    size = None if source is None else known.get(source)
+    if isinstance(stage, Part) and size is not None:
+        return _measured(job.out) if done is not None else size.times(1 / stage.parts, size.guessed)
+    return size
+
+
+def _measured(folder: Path) -> Sizes:
+    examples = tokens = response = squares = 0
+    for part in tables.parts(folder):
+        stats = tables.read_metadata(part)["stats"]
+        examples += stats["examples"]
+        tokens += stats["tokens"]
+        response += stats["response_tokens"]
+        squares += sum(int(length) ** 2 * count for length, count in stats["lengths"].items())
+    return Sizes(examples, tokens, response, squares)
+
+
+def _sampled(stage: Encode) -> Sizes | None:
+    """Encode the first rows, and take the others for their like."""
+    if "://" in stage.data or not (
+        Path(stage.data).expanduser().exists() or any(c in stage.data for c in "*?[")
+    ):
+        return None  # counting the rows would mean to read them all over the network
+    rows = sum(piece.count for shard in cut(stage.data, stage.split, 1 << 16, stage.limit) for piece in shard)
+    few = stage.model_copy(update={"limit": min(SAMPLE, rows), "workers": 1, "engine": "local"})
+    with tempfile.TemporaryDirectory(prefix="sstoken-") as folder:
+        out = Path(folder) / "tokens"
+        execute(Job(few, {}, out, seed=0), Digests())
+        return _measured(out).times(rows / min(SAMPLE, rows), guessed=rows > SAMPLE)
+
+
+def _estimate(job: Job, size: Sizes) -> tuple[float, float]:
+    """FLOPs and bytes of a step."""
+    stage, per = job.stage, _BYTES
+    rows = size.tokens * (per["ids"] + per["mask"])
+    if isinstance(stage, Score):
+        refs = (stage.checkpoint, *stage.references.values())
+        flops = sum(weights(r).forward(size.tokens, size.response_tokens, size.squares) for r in refs)
+        return flops, size.response_tokens * per["value"] * len(stage.measured)
+    if isinstance(stage, Anchor):
+        model = weights(stage.model)
+        passes = stage.epochs
+        if stage.max_steps is not None:
+            seen = stage.max_steps * stage.batch_size * stage.gradient_accumulation
+            passes = seen / max(1.0, size.examples)
+        share = (_TRAINING - 1) if stage.lora_rank else _TRAINING
+        flops = share * passes * model.forward(size.tokens, size.tokens, size.squares)
+        kept = (stage.snapshots or 4) + 1
+        return flops, 0.0 if stage.lora_rank else 4.0 * model.stored * kept
+    if isinstance(stage, Select):
+        values = 0 if stage.lean else 3 * size.response_tokens * per["value"]
+        return 0.0, rows + size.tokens * (per["labels"] + per["mask"]) + values
+    return 0.0, rows
+
+
+@cache
+def weights(checkpoint: str) -> Weights:
+    """Count the weights that a checkpoint's config.json describes, without loading any.
+
+    Raises:
+        SstokenError: there is no config that transformers knows.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sstoken.stages import checkpoints
+
+    base = checkpoints.adapter_base(checkpoint) or checkpoint
+    try:
+        config = AutoConfig.from_pretrained(base)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # each model's config has its own ways to be wrong
+        line = " ".join(str(error).split())[:200]
+        raise SstokenError(f"{checkpoint}: config.json does not describe a known model ({line})") from error
+    text = config.get_text_config()
+    head = model.get_output_embeddings()
+    embedded = {id(p) for m in (model.get_input_embeddings(), head) if m is not None for p in m.parameters()}
+    layers = 0.0
+    for name, weight in model.named_parameters():
+        if id(weight) not in embedded and weight.ndim > 1:
+            layers += weight.numel() * (_active(text) if ".experts." in name else 1)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Weights(
+        layers=int(layers),
+        head=0 if head is None else head.weight.numel(),
+        width=text.num_hidden_layers * text.num_attention_heads * size,
+        stored=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _active(config: Any) -> float:
+    """Share of a mixture's experts that a token passes."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    taken = getattr(config, "num_experts_per_tok", None)
+    return taken / experts if experts and taken else 1.0
+
+
+def shown(found: list[Cost]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of a table, and of its sums."""
+    for cost in found:
+        about = "~" if cost.guessed else ""
+        yield (
+            cost.step,
+            _number(cost.tokens, about),
+            _number(cost.flops or None, about),
+            _hours(cost.device_hours or None, about),
+            _number(cost.bytes, "~"),
+            _hours(cost.took_hours),
+            _number(cost.took_bytes),
+        )
+    known = [cost for cost in found if cost.flops is not None]
+    about = "~" if any(cost.guessed for cost in known) else ""
+    yield (
+        "all",
+        "",
+        _number(sum(cost.flops or 0 for cost in known), about),
+        _hours(sum(cost.device_hours or 0 for cost in known), about),
+        _number(sum(cost.bytes or 0 for cost in known), "~"),
+        "",
+        "",
+    )
+
+
+def _number(value: float | None, about: str = "") -> str:
+    if value is None:
+        return "-"
+    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{about}{value / scale:.3g} {unit}"
+    return f"{about}{value:.3g}"
+
+
+def _hours(value: float | None, about: str = "") -> str:
+    if value is None:
+        return "-"
+    if value < 1 / 60:
+        return f"{about}{3600 * value:.2g} s"
+    return f"{about}{60 * value:.2g} min" if value < 1 else f"{about}{value:,.1f} h"
