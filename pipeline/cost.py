@@ -210,6 +210,7 @@ def weights(checkpoint: str) -> Weights:
         config = AutoConfig.from_pretrained(base)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
     except Exception as error:  # each model's config has its own ways to be wrong
         line = " ".join(str(error).split())[:200]
         raise SstokenError(f"{checkpoint}: config.json does not describe a known model ({line})") from error
