@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from sstoken.stages import stopping as border
+
 GOES_ON = "what is finished is kept, the same command goes on from there"
 MOST_SECONDS = 8.0
 """From the first signal to the end."""
@@ -79,6 +81,7 @@ def stopping_safely() -> Iterator[None]:
     for number in _HANDLED:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             before[number] = signal.signal(number, stop.handle)
+    border.replaceable.append(stop.handle)  # shard by shard, SIGTERM waits for a shard's end
     read, write = os.pipe()
     os.set_blocking(write, False)
     woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -86,6 +89,7 @@ def stopping_safely() -> Iterator[None]:
     try:
         yield
     finally:
+        border.replaceable.remove(stop.handle)
         if not stop.signal:
             signal.set_wakeup_fd(woken)
             os.close(write)
