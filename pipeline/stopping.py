@@ -81,7 +81,8 @@ def stopping_safely() -> Iterator[None]:
     for number in _HANDLED:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             before[number] = signal.signal(number, stop.handle)
-    border.replaceable.append(stop.handle)  # shard by shard, SIGTERM waits for a shard's end
+    # Shard by shard, SIGTERM waits for the shard's end.
+    border.replaceable.append(stop.handle)
     read, write = os.pipe()
     os.set_blocking(write, False)
     woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
