@@ -24,7 +24,7 @@ def test_what_two_processes_trained_is_scored(tmp_path: Path) -> None:
     world, out = make_world(), tmp_path / "checkpoint-2"
     out.mkdir()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launch, ROOT / "tests" / "stages" / "training" / "fsdp2.py", world.base, out]
+    command = [*launch, ROOT / "tests" / "pipeline" / "fsdp2.py", world.base, out]
     done = subprocess.run(
         list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )
