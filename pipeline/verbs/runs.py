@@ -185,8 +185,20 @@ def _placed(job: Job, config: RunConfig, rank: int, world_size: int) -> Job:
     click.option(
         "--force", multiple=True, metavar="STAGE", help="Run this stage again though it is finished."
     ),
-    click.option("--rank", type=int, default=0, help="Which part of the work of --only is done here."),
-    click.option("--world-size", type=int, default=1, help="Parts that it is cut into; `commit` ends it."),
+    click.option(
+        "--rank",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Which part of the work of --only is done here.",
+    ),
+    click.option(
+        "--world-size",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Parts that it is cut into; `commit` ends it.",
+    ),
     click.option(
         "--dry-run",
         is_flag=True,
