@@ -105,7 +105,7 @@ def test_a_task_that_is_stopped_is_queued_again(tmp_path: Path) -> None:
 
 def test_the_resolved_configuration_is_the_same_run(tmp_path: Path) -> None:
     for text in (
-        "out: r\nencode: {data: d, model: m}\nscore: {checkpoints: [a, b]}\n",
+        "out: r\nencode: {data: d, model: m}\nscore: {checkpoints: [user/a, user/b]}\n",
         "out: r\nseed: 3\nengine: ray\nencode: {data: d, model: m}\nanchor: {epochs: 1}\nselect: {rho: [0.4, 0.6]}\n",
         (ROOT / "docs" / "runs.md").read_text().split("```yaml\n")[2].partition("```")[0],
         (ROOT / "configs" / "self-evolving.yaml").read_text(),
