@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sstoken.pipeline.verbs.auditing import *
     from sstoken.pipeline.verbs.hub import *
     from sstoken.pipeline.verbs.looking import *
+    from sstoken.pipeline.verbs.planning import *
     from sstoken.pipeline.verbs.reporting import *
     from sstoken.pipeline.verbs.runs import *
     from sstoken.pipeline.verbs.stages import *

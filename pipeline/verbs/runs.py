@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from sstoken.pipeline.changes import changes
 from sstoken.pipeline.claim import claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
-from sstoken.pipeline.job import Job, Result, State, state, superseded
+from sstoken.pipeline.job import Job, Result, State, state
 from sstoken.pipeline.plan import Step, check_run, run_steps
-from sstoken.pipeline.printing import print_result, print_table
+from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.verbs.command import Place, command, place
 from sstoken.pipeline.writing import one_run_at_a_time
@@ -25,13 +25,13 @@ from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
 from sstoken.stages.sharded import ShardedStage
 
-__all__ = ["Planned", "Step", "demo", "plan", "run"]
+__all__ = ["Step", "demo", "run"]
 
-_DIGESTS = "digests.json"
+DIGESTS = "digests.json"
 _SOON = 60.0
 """Seconds that a rank waits for another one to mark the run's folder."""
 Listener = Callable[[Step, Result], None]
-_overrides = click.option(
+overrides_option = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=V", help="Set a field, such as select.rho=0.4."
 )
 
@@ -128,7 +128,7 @@ def run(
         raise UsageError(f"world_size is {world_size}; ranks share one step: name it with --only")
     until = only or until
     check_run(config)
-    digests = Digests(storage.of(config.folder).on_this_machine(config.folder / _DIGESTS))
+    digests = Digests(storage.of(config.folder).on_this_machine(config.folder / DIGESTS))
     # The tasks of an array begin together.
     with one_run_at_a_time(config.folder, "claim", wait=_SOON) if world_size > 1 else nullcontext():
         claim(
@@ -177,7 +177,7 @@ def _placed(job: Job, config: RunConfig, rank: int, world_size: int) -> Job:
 @command(
     run,
     click.argument("config"),
-    _overrides,
+    overrides_option,
     click.option("--until", metavar="STAGE", help="The last stage to run."),
     click.option(
         "--only", metavar="STAGE", help="The one stage to run; those before it have to be finished."
@@ -262,106 +262,3 @@ def _write_scripts(config: RunConfig, ranks: int, as_json: bool) -> None:
     for file in files:
         click.echo(f"{file}: written")
     click.echo(f"nothing was run; submit with: bash {files[-1]}")
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What `run` would do with a step."""
-
-    step: str
-    folder: Path | None
-    state: str
-    """`finished`, or why it runs."""
-    superseded: Path | None = None
-    """Unfinished work of other settings or inputs, which is in nobody's way; the step removes it when it runs."""
-    changed: tuple[str, ...] = ()
-    """How the finished output that is there differs: `select.rho 0.6 -> 0.4`."""
-
-
-def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> list[Planned]:
-    """What `run` would do, and why, without doing it.
-
-    Example:
-      sstoken-curate plan configs/demo.yaml
-
-    Args:
-        config: a YAML file or a configuration.
-        overrides: `section.field=value`.
-    """
-    config = config if isinstance(config, RunConfig) else load_config(config, overrides)
-    check_run(config)
-    digests = Digests(storage.of(config.folder).on_this_machine(config.folder / _DIGESTS))
-    planned: list[Planned] = []
-    waiting: set[str] = set()
-    for step in run_steps(config):
-        awaited = [name for name in step.after if name in waiting]
-        why = f"waits for {awaited[0]}" if awaited else ""
-        if step.job is not None:
-            why = why or state(step.job, digests).value
-        if why != State.FINISHED.value:
-            waiting.add(step.name)
-        other = superseded(step.job, digests) if step.job is not None and not awaited else None
-        differs: tuple[str, ...] = ()
-        if step.job is not None and not awaited and why != State.FINISHED.value:
-            differs = changes(step.step, step.job, digests)
-        planned.append(Planned(step.name, step.job.out if step.job else None, why, other, differs))
-    return planned
-
-
-@command(
-    plan,
-    click.argument("config"),
-    _overrides,
-    click.option(
-        "--cost",
-        "with_cost",
-        is_flag=True,
-        help="What each step costs: tokens, FLOPs, device-hours, bytes; and what finished ones took.",
-    ),
-    click.option(
-        "--tflops",
-        type=click.FloatRange(0, min_open=True),
-        default=100.0,
-        show_default=True,
-        help="Of --cost: what a device is assumed to reach, in 10^12 FLOPs a second.",
-    ),
-    json_option,
-)
-def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: float, as_json: bool) -> None:
-    if with_cost:
-        _print_costs(load_config(config, overrides), tflops, as_json)
-        return
-    planned = plan(config, overrides=overrides)
-    if as_json:
-        facts = [
-            vars(p) | {"folder": str(p.folder or ""), "superseded": str(p.superseded or "")} for p in planned
-        ]
-        click.echo(json.dumps(facts))
-        return
-    rows = [
-        (p.step, str(p.folder or ""), f"{'; '.join(p.changed)}: runs again" if p.changed else p.state)
-        for p in planned
-    ]
-    print_table(("step", "folder", "state"), rows)
-    for folder in (p.superseded for p in planned if p.superseded):
-        click.echo(
-            f"{folder}: unfinished work of other settings or inputs; go on with those, or remove it", err=True
-        )
-
-
-def _print_costs(config: RunConfig, tflops: float, as_json: bool) -> None:
-    from sstoken.pipeline import cost
-
-    check_run(config)
-    found = cost.costs(config, tflops)
-    if as_json:
-        click.echo(json.dumps({"tflops": tflops, "steps": [vars(each) for each in found]}))
-        return
-    print_table(
-        ("step", "tokens", "FLOPs", "device-hours", "bytes", "took", "wrote"), list(cost.shown(found))
-    )
-    click.echo(f"device-hours: at {tflops:g} TFLOP/s for each device, say what yours reaches with --tflops")
-    if any(each.guessed for each in found):
-        click.echo(f"~: guessed from the first {cost.SAMPLE} rows; exact once they are encoded")
-    if any(each.flops is None for each in found):
-        click.echo("-: not known before the data is encoded")
