@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-mutants lint format bench docs clean test-ray
+.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-browser test-mutants lint format bench docs clean test-ray
 
 setup: $(READY)
 
@@ -65,6 +65,13 @@ test-lm-eval: $(READY)
 	$(PYTHON) -m venv .venv-lm-eval
 	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints.txt --editable . 'lm-eval==0.4.13'
 	PATH="$(CURDIR)/.venv-lm-eval/bin:$$PATH" $(BIN)/python -m pytest -m slow tests/pipeline/test_lm_eval.py
+
+# The page of `report` in a headless Chromium: Debian's, or the one that SSTOKEN_BROWSER names.
+test-browser: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright axe-playwright-python
+	command -v chromium chromium-browser google-chrome $$SSTOKEN_BROWSER > /dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-noto-core fonts-noto-color-emoji > /dev/null; }
+	$(BIN)/python -m pytest -m browser tests/browser
 
 # How many small changes to the code that decides no fast test notices; half an hour, not in CI.
 test-mutants: $(READY)

@@ -10,8 +10,8 @@ import numpy as np
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import joins, tables
 from sstoken.stages.checkpoints import load_tokenizer
-from sstoken.stages.report.vocabulary import CLASSES as CLASSES
-from sstoken.stages.report.vocabulary import class_of, special_ids
+from sstoken.stages.report.token_classes import CLASSES as CLASSES
+from sstoken.stages.report.token_classes import class_of, special_ids
 
 if TYPE_CHECKING:
     import polars as pl

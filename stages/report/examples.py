@@ -95,9 +95,9 @@ def _example(
             round(float(k[response].mean()), _DIGITS) if h and response.any() else None
             for k, h in zip(kept, has, strict=True)
         ],
-        "text": [visible(text, newline="\n") for text in token_texts(stats.vocabulary.tokenizer, ids)],
+        "text": [visible(text, newline="\n") for text in token_texts(stats.token_classes.tokenizer, ids)],
         "ids": ids,
-        "special": _bits(stats.vocabulary.is_special(shard.ids[shown])),
+        "special": _bits(stats.token_classes.is_special(shard.ids[shown])),
         "response": _bits(inside),
         "keep": [_bits(k[first:last]) if h else None for k, h in zip(kept, has, strict=True)],
         "score": [compact(values) for values in shard.scores],

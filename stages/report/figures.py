@@ -20,7 +20,7 @@ from sstoken.stages.report.drawing import (
 )
 from sstoken.stages.report.folders import SignalFacts
 from sstoken.stages.report.statistics import NUM_DECILES, RHO_BINS, Statistics
-from sstoken.stages.report.vocabulary import ALL_CLASSES
+from sstoken.stages.report.token_classes import ALL_CLASSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

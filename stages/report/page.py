@@ -10,11 +10,12 @@ from sstoken.errors import SstokenError
 from sstoken.methods import METHODS
 from sstoken.stages.masked_card import decisive_settings
 from sstoken.stages.report import examples as shown_examples
+from sstoken.stages.report import quality
 from sstoken.stages.report.drawing import inline_svg
 from sstoken.stages.report.figures import charts
 from sstoken.stages.report.folders import Folders, open_folders
-from sstoken.stages.report.statistics import FLAGS, TOKENS_SAMPLED, Breakdown, Statistics, measure
-from sstoken.stages.report.vocabulary import ALL_CLASSES
+from sstoken.stages.report.statistics import TOKENS_SAMPLED, Breakdown, Statistics, measure
+from sstoken.stages.report.token_classes import ALL_CLASSES
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.token_text import visible
 from sstoken.version import __version__
@@ -73,7 +74,8 @@ def render(stats: Statistics) -> tuple[str, dict[str, Any]]:
 
     folders = stats.folders
     ngrams = _ngrams(stats)
-    wanted = _wanted(stats, ngrams)
+    flags = quality.flags(stats)
+    wanted = _wanted(stats, ngrams, flags)
     shown = shown_examples.gather(stats, wanted)
     rows = {example["row"] for example in shown}
     data = {
@@ -107,10 +109,11 @@ def render(stats: Statistics) -> tuple[str, dict[str, Any]]:
         all_tokens=stats.response_tokens,
         ngrams=ngrams,
         rows=rows,
-        flags=_flags(stats),
+        flags=flags,
         agreement=_agreement(stats) if len(folders.all) > 1 else None,
         shown=len(shown),
         examples=stats.examples,
+        audited=min(quality.AUDITED_ROWS, stats.examples),
         clipped=sum(example["tokens"] > len(example["ids"]) for example in shown),
         most_tokens=shown_examples.MOST_TOKENS,
         data=shown_examples.as_json(data),
@@ -160,10 +163,12 @@ def _keys(stats: Statistics) -> list[dict[str, Any]]:
     return keys
 
 
-def _wanted(stats: Statistics, ngrams: Iterable[dict[str, Any]]) -> dict[str, list[int]]:
+def _wanted(
+    stats: Statistics, ngrams: Iterable[dict[str, Any]], flags: Iterable[dict[str, Any]]
+) -> dict[str, list[int]]:
     """Rows by why they are shown, what the page links to first."""
     found = stats.rows_to_show()
-    flagged = [row for _, rows in stats.flags.values() for row in rows]
+    flagged = [row for flag in flags for row in flag["rows"]]
     linked = [entry["row"] for table in ngrams for side in ("most", "least") for entry in table[side]]
     return {
         "flag": flagged,
@@ -282,19 +287,11 @@ def _ngrams(stats: Statistics) -> list[dict[str, Any]]:
         for side in ("most", "least"):
             entries = stats.ngrams.extremes(n, share, NGRAM_ROWS, least=side == "least")
             for entry in entries:
-                entry["text"] = stats.vocabulary.text(entry["ids"])
+                entry["text"] = stats.token_classes.text(entry["ids"])
             table[side] = entries
         if table["most"] or table["least"]:
             found.append(table)
     return found
-
-
-def _flags(stats: Statistics) -> list[dict[str, Any]]:
-    return [
-        {"title": FLAGS[name][0], "about": FLAGS[name][1], "examples": count, "rows": rows}
-        for name, (count, rows) in stats.flags.items()
-        if count
-    ]
 
 
 def _agreement(stats: Statistics) -> dict[str, Any]:

@@ -13,26 +13,26 @@ from sstoken.stages.report.folders import Folders, SignalFacts
 from sstoken.stages.report.ngrams import NGrams
 from sstoken.stages.report.sampling import Columns, Highest, Uniform
 from sstoken.stages.report.shards import Float32Array, Shard
-from sstoken.stages.report.vocabulary import ALL_CLASSES, Vocabulary
+from sstoken.stages.report.token_classes import ALL_CLASSES, TokenClasses
 
 NUM_DECILES, MOST_TURNS, NUM_LENGTHS, RHO_BINS = 10, 8, 14, 100
 TOKENS_SAMPLED, CUTS_SAMPLED = 200_000, 20_000
 EXAMPLES_SAMPLED, EXAMPLES_LEADING = 60, 20
 FLAG_ROWS = 5
 FLAGS = {
-    "nothing_kept": ("Nothing is kept", "The example has response tokens, and none of them is trained."),
     "end_dropped": (
         "The end of a turn is dropped",
         "A model that never trains on its stop token may not learn to stop. `select --protect end_of_turn` keeps it.",
+        "turn-ends-dropped",
     ),
-    "unscored_kept": ("Kept without a score", "Tokens are kept though the method gave them no score."),
+    "unscored_kept": ("Kept without a score", "Tokens are kept though the method gave them no score.", None),
     "repetition": (
         "The answer repeats itself",
         "Fewer than 3 in 10 of its three-token sequences are different ones: often a loop of generated text.",
+        None,
     ),
-    "one_token": ("An answer of one token", "Besides the end of its turn, if it has one."),
 }
-"""What the report itself checks, by name: a title and what it means."""
+"""What the report itself looks for, by name: a title, what it means, and the kind of `audit` that says the same."""
 _PREFERRED = (("rel", "attention"), (".loss", ".entropy"), (".loss", ".attention"), (".loss", ".loss"))
 _SHORT, _LOOP = 60, 0.3
 
@@ -104,7 +104,7 @@ class Statistics:
     """What a pass over the shards found."""
 
     folders: Folders
-    vocabulary: Vocabulary
+    token_classes: TokenClasses
     seed: int = 0
     examples: int = 0
     tokens: int = 0
@@ -185,7 +185,7 @@ class Statistics:
 
 def measure(folders: Folders, seed: int = 0) -> Statistics:
     """Read every shard once. Memory depends on the largest shard and the vocabulary, not on the dataset."""
-    stats = Statistics(folders, Vocabulary(folders.tokenizer), seed)
+    stats = Statistics(folders, TokenClasses(folders.tokenizer), seed)
     for shard in folders.shards():
         _add(stats, shard, responses(shard))
     return stats
@@ -199,7 +199,7 @@ def _add(stats: Statistics, shard: Shard, r: Responses) -> None:
     counts = np.diff(r.offsets)
     stats.examples += len(shard.example_ids)
     stats.tokens += shard.ids.size
-    classes = stats.vocabulary.classify(r.ids, r.turns)
+    classes = stats.token_classes.classify(r.ids, r.turns)
     decile = r.place * NUM_DECILES // np.maximum(1, counts[r.example])
     turn = np.repeat(_turn_numbers(r), np.diff(r.turns))
     length = np.log2(np.maximum(1, counts)).astype(np.int64)[r.example]
@@ -291,13 +291,9 @@ def _is(name: str, wanted: str) -> bool:
 
 def _flag(stats: Statistics, r: Responses, classes: NDArray[np.int8], rows: IntArray) -> None:
     counts, keep, number = np.diff(r.offsets), r.keeps[0], rows.size
-    masked = stats.folders.first.kind == "masked"
-    kept = np.bincount(r.example[keep], minlength=number)
     ends = classes == ALL_CLASSES.index("end of turn")
-    content = np.bincount(r.example[~ends], minlength=number)
-    found = {"one_token": content == 1, "repetition": (counts >= _SHORT) & (_distinct(r) < _LOOP)}
-    if masked:
-        found["nothing_kept"] = (counts > 0) & (kept == 0)
+    found = {"repetition": (counts >= _SHORT) & (_distinct(r) < _LOOP)}
+    if stats.folders.first.kind == "masked":
         found["end_dropped"] = np.bincount(r.example[ends & ~keep], minlength=number) > 0
         if r.score is not None:
             found["unscored_kept"] = np.bincount(r.example[keep & np.isnan(r.score)], minlength=number) > 0

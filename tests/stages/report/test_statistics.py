@@ -14,9 +14,10 @@ from sstoken.stages.report import ngrams
 from sstoken.stages.report.figures import correlation
 from sstoken.stages.report.folders import open_folders
 from sstoken.stages.report.ngrams import NGrams
+from sstoken.stages.report.quality import flags
 from sstoken.stages.report.sampling import Highest, Uniform
 from sstoken.stages.report.statistics import NUM_DECILES, Statistics, measure
-from sstoken.stages.report.vocabulary import ALL_CLASSES
+from sstoken.stages.report.token_classes import ALL_CLASSES
 from tests.stages.report.small_folders import EOS, tokens_table, write_masked, write_signals, write_tokens
 
 CONVERSATIONS = [
@@ -79,7 +80,7 @@ def test_classes_follow_text_and_place(place: Path, stats: Statistics) -> None:
     response = shard.response[inside]
     ids = shard.ids[inside][response]
     ends = np.flatnonzero(ids == EOS)
-    classes = stats.vocabulary.classify(ids, np.array([0, ends[0] + 1, ids.size]))
+    classes = stats.token_classes.classify(ids, np.array([0, ends[0] + 1, ids.size]))
     names = [ALL_CLASSES[c] for c in classes]
     assert names[: ends[0] + 1] == ["word"] * 4 + ["white space"] + ["word"] * 3 + [
         "punctuation",
@@ -117,9 +118,11 @@ def test_flags_name_the_rows(place: Path, stats: Statistics) -> None:
     dropped = [n for n, kept in enumerate(ends) if not all(kept)]
     assert stats.flags["end_dropped"] == (len(dropped), dropped[:5])
     assert stats.flags["repetition"] == (1, [11])
-    assert stats.flags["one_token"] == (1, [12])
+    said = {flag["kind"]: flag for flag in flags(stats)}
+    assert said["one-token-answers"]["rows"] == [12]
+    assert said["repetition"]["examples"] == 1
     nothing = [n for n, r in enumerate(rows) if not any(r["keep_mask"])]
-    assert stats.flags["nothing_kept"] == (len(nothing), nothing)
+    assert said.get("nothing-kept", {"rows": []})["rows"] == nothing[:1]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -38,8 +38,8 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer's tokens in arrays indexed by id."""
+class TokenClasses:
+    """The text and class of each token of a tokenizer, in arrays indexed by id."""
 
     folder: Path
     """Of the tokenizer."""
