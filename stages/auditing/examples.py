@@ -86,10 +86,9 @@ class Example:
     def answers(self) -> list[Turn]:
         """The assistant's turns of which something is trained; without marks, each stretch of trained tokens."""
         if not self.turns:
-            ends = [start for start, _ in self.runs[1:]] + [len(self.ids)]
-            return [
-                Turn("assistant", start, start, end) for (start, _), end in zip(self.runs, ends, strict=True)
-            ]
+            starts = [start for start, _ in self.runs]
+            ends = [*starts[1:], len(self.ids)]
+            return [Turn("assistant", a, a, b) for a, b in zip(starts, ends, strict=False)]
         return [t for t in self.turns if t.role == "assistant" and self.learned[t.header : t.stop].any()]
 
 

@@ -43,6 +43,8 @@ def open_source(
     if export is not None and export.settings.get("to") == "nemo":
         shifted = True
     opened = _opened(sources.shown(name), rows, names, shifted)
+    if export is not None and opened.columns is not None:
+        opened.columns = replace(opened.columns, selected=True)
     opened.tokenizer = tokenizer_near(around)
     return opened
 

@@ -20,7 +20,7 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
 from sstoken.stages.auditing.findings import Shown
 from sstoken.stages.auditing.kinds import kind
-from sstoken.stages.auditing.vocabulary import shown
+from sstoken.stages.auditing.vocabulary import CONTROL, shown
 
 FAMILY = "answers"
 ROWS = kind(
@@ -237,7 +237,7 @@ def _check_script(example: Example, turn: Turn, context: Context) -> None:
     asked, said = (
         example.text[int(example.starts[t.start]) : int(example.starts[t.stop])] for t in (before, turn)
     )
-    if asked.isascii() and said.replace(b"\xfe", b"").isascii():
+    if (asked + said).replace(CONTROL, b"").isascii():
         return
     scripts = script(shown(asked)), script(shown(said))
     if None not in scripts and scripts[0] != scripts[1]:

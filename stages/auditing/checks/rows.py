@@ -151,10 +151,10 @@ def _documents(row: Row, columns: Columns, context: Context) -> Iterator[Example
     trained = _from_labels(example, row, columns, values, context)
     masks = _masks(example, row, columns, values, context)
     example.trained = _agreed(example, trained, masks, columns, context)
-    if columns.response and columns.response in values:
+    if columns.response and values.get(columns.response) is not None:
         example.response = _mask(example, row, columns.response, values, context) > 0
         example.selected = True
-    if "attention_mask" in values:
+    if values.get("attention_mask") is not None:
         shown = _mask(example, row, "attention_mask", values, context) > 0
         example.padding = None if shown.all() else ~shown
     positions = lengths = None

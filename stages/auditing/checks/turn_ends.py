@@ -170,9 +170,8 @@ class TurnEnds:
         vocabulary = context.vocabulary
         assert vocabulary is not None
         ids = example.ids
-        for position in np.flatnonzero(example.learned[turn.start : last]) + turn.start:
-            if int(ids[position]) not in vocabulary.stops:
-                continue
+        stops = np.isin(ids[turn.start : last], list(vocabulary.stops))
+        for position in np.flatnonzero(stops & example.learned[turn.start : last]) + turn.start:
             rest = ids[position + 1 : last]
             rest = rest[~vocabulary.is_blank[_inside(rest, vocabulary.size)]]
             if rest.size and not vocabulary.is_control[_inside(rest[:1], vocabulary.size)][0]:

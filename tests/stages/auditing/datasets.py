@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.factories import byte_tokenizer
@@ -80,6 +81,25 @@ def mistral_unknown() -> PreTrainedTokenizerFast:
 @cache
 def mistral() -> PreTrainedTokenizerFast:
     return byte_tokenizer(["<s>", "</s>"], bos_token="<s>", eos_token="</s>", chat_template=MISTRAL)
+
+
+@cache
+def llama2() -> PreTrainedTokenizerFast:
+    """Pieces with a mark for blanks, as SentencePiece has them; letters that it lacks become bytes."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    text = [message["content"] for i in range(10) for message in talk(i, 2)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([f"▁{t.replace(' ', '▁')}▁[INST]▁[/INST]" for t in text], trainer)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=MISTRAL, **settings)
+    for byte in range(256):  # bytes are ordinary tokens
+        assert tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") == 3 + byte
+    return tokenizer
 
 
 @cache

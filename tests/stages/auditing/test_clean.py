@@ -13,7 +13,12 @@ from tests.stages.auditing import datasets
 from tests.stages.encoding import real_templates
 from tests.stages.encoding.conversation_kinds import MORE, SHOWN
 
-KNOWN = {"chatml": datasets.chatml, "llama3": datasets.llama3, "mistral": datasets.mistral}
+KNOWN = {
+    "chatml": datasets.chatml,
+    "llama3": datasets.llama3,
+    "mistral": datasets.mistral,
+    "llama2": datasets.llama2,
+}
 
 
 def kinds(result: Any) -> dict[str, int]:
