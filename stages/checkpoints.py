@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import folders, storage
 from sstoken.stages.adapter_kinds import check_kind
-from sstoken.stages.hub_models import first_line, hub_adapter, hub_commit, split_revision
+from sstoken.stages.hub_models import check_hub_id, first_line, hub_adapter, hub_commit, split_revision
 from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ _CODE = "*.py"
 """Code that runs under `trust_remote_code` and decides what is computed."""
 
 
+_HUB_PAGES = ("https://huggingface.co/", "http://huggingface.co/", "https://hf.co/")
+
+
 def local_folder(ref: str) -> Path | None:
     """Return the folder that `ref` names, or None for a Hub id; a copy in the cache of a remote one, or of an adapter
     on the Hub.
@@ -56,6 +59,10 @@ def local_folder(ref: str) -> Path | None:
     """
     if not ref:
         raise UsageError("the name of a checkpoint is empty; name a folder or a Hub id")
+    if ref.startswith(_HUB_PAGES):
+        raise UsageError(
+            f"checkpoint {ref!r} is a page of the Hub; name its id: {'/'.join(ref.split('/')[3:5])!r}"
+        )
     if "://" in ref:
         address = storage.address(ref)
         if not address.is_dir():
@@ -64,10 +71,16 @@ def local_folder(ref: str) -> Path | None:
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.exists():
+        raise UsageError(
+            f"checkpoint {ref!r} is a GGUF file, made for llama.cpp; name the checkpoint that it was made from, or "
+            f"convert it: from_pretrained(folder, gguf_file={path.name!r}), then save_pretrained"
+        )
     if path.exists():
         raise UsageError(f"checkpoint {ref!r} is a file; name the folder that holds config.json and weights")
     if ref.startswith((".", "/", "~")) or ref.count("/") != 1 or not all(ref.split("/")):
         raise UsageError(f"checkpoint {ref!r}: no such folder (a Hub id has the form user/name)")
+    check_hub_id(ref)
     return hub_adapter(ref, _TOKENIZER_FILES)
 
 

@@ -13,6 +13,23 @@ def split_revision(ref: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def check_hub_id(ref: str) -> None:
+    """Refuse what cannot be a Hub id, such as one with a blank.
+
+    Raises:
+        UsageError: says what an id may hold.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(split_revision(ref)[0])
+    except HFValidationError as error:
+        raise UsageError(
+            f"checkpoint {ref!r}: neither a folder nor a Hub id ({first_line(error)})"
+        ) from error
+
+
 @cache  # ask the Hub once per process
 def hub_adapter(ref: str, besides: tuple[str, ...]) -> Path | None:
     """Return the folder of an adapter on the Hub, downloaded; None if it is not an adapter or the Hub does not

@@ -79,7 +79,8 @@ def finished(folder: Path, what: str) -> Manifest:
         SstokenError: it is unfinished work, or a file was lost or cut since.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; it should hold the {what}")
+        kind = "is a file" if folder.exists() else "no such folder"
+        raise UsageError(f"{folder}: {kind}; it should be the folder that holds the {what}")
     manifest = read_manifest(folder)
     if manifest is None:
         raise SstokenError(f"{folder}: unfinished (no {MANIFEST}), or not a folder of {what}; make it again")

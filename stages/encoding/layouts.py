@@ -137,6 +137,11 @@ def detect_layout(
         if all(resolved[role] in row for role in REQUIRED[name]):
             return Layout(name, resolved, ignored, preference)
     known = "; ".join(f"{n} ({', '.join(c)})" for n, c in REQUIRED.items() if format in ("auto", n))
+    if set(row) - {"example_id", "meta", "id", "source"} == {"text"}:
+        raise NoLayout(
+            "the column text alone matches no layout: which part of a text is the answer cannot be told; give the "
+            "messages that it was made from, or cut it into prompt and completion"
+        )
     raise NoLayout(
         f"the columns {', '.join(map(str, row)) or '(none)'} match no known layout: {known}; say which column is "
         f"which with --format and --column, e.g. --format qa --column question={next(iter(row), 'text')}"

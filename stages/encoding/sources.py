@@ -201,6 +201,10 @@ def _locate_saved(folder: Path, split: str | None) -> Saved:
         if split is not None:
             raise UsageError(f"split {split!r}: {folder} holds one dataset without splits; leave split out")
         return Saved(folder)
+    if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
+        raise UsageError(
+            f"data {str(folder)!r}: a model's folder; name the dataset, and the model with --model; exchanged?"
+        )
     raise UsageError(
         f"data {str(folder)!r}: a folder; name a file in it or a pattern such as '{folder}/*.jsonl'"
     )

@@ -60,7 +60,9 @@ def test_no_manifest_and_no_folder(tmp_path):
     assert read_manifest(tmp_path) is None
     with pytest.raises(SstokenError, match=r"unfinished \(no manifest.json\), or not a folder of tokens"):
         finished(tmp_path, "tokens")
-    with pytest.raises(UsageError, match="gone: no such folder; it should hold the tokens"):
+    with pytest.raises(
+        UsageError, match="gone: no such folder; it should be the folder that holds the tokens"
+    ):
         finished(tmp_path / "gone", "tokens")
 
 
