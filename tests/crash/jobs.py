@@ -1,6 +1,7 @@
 """What is killed: every verb that writes, on a small real job, each in two settings."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ def build(world: Path) -> dict[str, Job]:
     from tests.pipeline.small_run import save_conversations
 
     world.mkdir()
-    _in_child(lambda: save_model(world / "base", positions=256))
+    in_child(lambda: save_model(world / "base", positions=256))
     data = save_conversations(world / "data.jsonl", 14)
     encode = ["encode", "--data", str(data), "--model", str(world / "base"), "--shard-rows", "5"]
     score = [
@@ -79,9 +80,8 @@ def build(world: Path) -> dict[str, Job]:
     return {job.name: job for job in jobs}
 
 
-def _in_child(function: Callable[[], object]) -> None:
-    import os
-
+def in_child(function: Callable[[], object]) -> None:
+    """Compute what uses torch in a process of its own."""
     child = os.fork()
     if child == 0:
         function()

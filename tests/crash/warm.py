@@ -4,11 +4,13 @@ Nothing here may compute with torch or start a thread before the last fork.
 """
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ class Fault:
     """Seconds until SIGKILL."""
     alone: bool = False
     """Whether that SIGKILL spares the processes that the command started."""
+    when: Callable[[], bool] | None = None
+    """Kill it as soon as this is true."""
     request: int = FOREVER
     """The request to the Hub at which it dies: 1, 3, ...: before the first, second, ... is sent; 2, 4, ...: after."""
 
@@ -90,9 +94,9 @@ def _wait(child: int, fault: Fault) -> int:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
-        if time.monotonic() > kill_at:
+        if time.monotonic() > kill_at or (fault.when is not None and kill_at == deadline and fault.when()):
             (os.kill if fault.alone else os.killpg)(child, signal.SIGKILL)
-            kill_at = deadline
+            kill_at = math.inf
         assert time.monotonic() < deadline, "never ends"
         time.sleep(0.002)
 
