@@ -21,7 +21,7 @@ from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
 from sstoken.stages.storage import write_atomic
-from sstoken.stages.training import reporting
+from sstoken.stages.training import reporting, sealing
 from sstoken.stages.training.history_index import read_index
 from sstoken.stages.training.reporting import Reporter
 from sstoken.stages.vocabularies import check_vocabulary
@@ -156,6 +156,8 @@ class Anchor(Stage):
                 joins.note_training(context.out, _data(context))
             with reporting.no_messages(), ExitStack() as stack:
                 self._train(context, stack)
+        elif is_main_process():
+            sealing.check_ended(context.out)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         entries = read_index(context.out)
         if num_processes() > 1:  # the main process's return renames the folder
@@ -222,7 +224,9 @@ class Anchor(Stage):
         checkpoint = resumable.last_complete(folder)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if arguments.process_index == 0:
-            write_atomic(context.out / _LOG, resumable.log_lines(trainer.state.log_history))
+            lines = resumable.log_lines(trainer.state.log_history)
+            sealing.seal_ended(context.out, trainer.state.global_step, lines, _LOG)
+            write_atomic(context.out / _LOG, lines)
         trainer.accelerator.wait_for_everyone()
 
     def _arguments(self, folder: Path, seed: int) -> "TrainingArguments":

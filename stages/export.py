@@ -1,5 +1,6 @@
 """`export`: the masked dataset as a trainer takes it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -81,11 +82,22 @@ class Export(ShardedStage):
         ]
         return Work(_ExportShard(self, out, weighted), tasks)
 
+    def is_done(self, output: Path) -> bool:
+        """See `ShardedStage.is_done`."""
+        out = output.parent.parent
+        try:
+            record = json.loads(output.read_text())
+            said = record.pop("digest")
+            files = {name: folders.hash_file(out / name) for name in record["files"]}
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            return False
+        return bool(said == _digest(record) and files == record["files"])
+
     def finish(self, context: Context) -> dict[str, Any]:
         """Write what the trainer needs beside the shards."""
         masked, out = context.inputs["masked"], context.out
         parts = tables.parts(masked)
-        found = [json.loads((out / _COUNTS / f"{path.stem}.json").read_text()) for path in parts]
+        found = [json.loads((out / _COUNTS / f"{path.stem}.json").read_text())["counts"] for path in parts]
         counts = merge_counts(found)
         if not counts["examples"]:
             cut = f" within {self.max_length} tokens" if self.max_length else ""
@@ -110,6 +122,10 @@ def has_weights(masked: Path) -> bool:
     return bool(parts) and "weight" in tables.columns(parts[0])
 
 
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 class _ExportShard:
     """Writes one shard; pickles into worker processes."""
 
@@ -124,9 +140,16 @@ class _ExportShard:
             needed += [c for c in ("response_mask", "score", "weight") if c in tables.columns(path)]
         ready = prepare(tables.read_table(path, needed), stage.max_length, self._weighted)
         data = self._out / DATA / target.shard_name(index, shards)
+        written = []
         if ready.counts["examples"]:  # not every loader takes a file without a row
             if stage.scores:
                 sidecar = self._out / SCORES / path.name
                 tables.write_part(sidecar, ready.sidecar, None, compression_level=FAST)
+                written.append(sidecar)
             target.write(data, ready.rows)
-        write_atomic(self._out / _COUNTS / f"{path.stem}.json", json.dumps(ready.counts))
+            written.append(data)
+        files = {file.relative_to(self._out).as_posix(): folders.hash_file(file) for file in written}
+        record = {"counts": ready.counts, "files": files}
+        write_atomic(
+            self._out / _COUNTS / f"{path.stem}.json", json.dumps({**record, "digest": _digest(record)})
+        )

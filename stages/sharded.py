@@ -55,6 +55,10 @@ class ShardedStage(Stage, EngineOptions):
         """Return the file of each task, in order."""
         return [task.output for task in self.work(context).tasks]
 
+    def is_done(self, output: Path) -> bool:
+        """Whether a task's file that is there, and all that it stands for, is what was written."""
+        return storage.of(output).vouches_for(output) or tables.is_sound(output)
+
     def run(self, context: Context) -> dict[str, Any]:
         """Do the tasks of this rank that are not done yet; a single rank finishes, too."""
         engine, work = context.engine, self.work(context)
@@ -69,7 +73,7 @@ class ShardedStage(Stage, EngineOptions):
         with context.progress(self.unit, total) as bar, at_a_border() as stopped:
             took = Took(context.out, f"{engine.rank}-of-{engine.world_size}")
             try:
-                for seconds in engine.map(_Timed(work.function), _left(tasks, bar, stopped), bar):
+                for seconds in engine.map(_Timed(work.function), self._left(tasks, bar, stopped), bar):
                     took.add(seconds)
             except QuarantinedError as error:
                 write_atomic(record, _as_lines(error))
@@ -77,6 +81,20 @@ class ShardedStage(Stage, EngineOptions):
             finally:
                 took.save()
         return self.finish(context) if engine.world_size == 1 else {}
+
+    def _left(
+        self, tasks: Iterable[Task[Any]], bar: Progress, stopped: Callable[[], bool]
+    ) -> Iterator[Task[Any]]:
+        """The tasks that are not done. No manifest lists their files yet, so a damaged one is made again."""
+        for task in tasks:
+            if stopped():
+                return
+            if task.output.exists():
+                if self.is_done(task.output):
+                    bar.skip(task.size)
+                    continue
+                storage.of(task.output).delete(task.output)
+            yield task
 
 
 class _Timed:
@@ -103,18 +121,3 @@ def _record_name(engine: Engine) -> str:
 def _as_lines(error: QuarantinedError) -> str:
     rows = ({"file": Path(file).name, "attempts": error.attempts, "error": why} for file, why in error.failed)
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _left(tasks: Iterable[Task[Any]], bar: Progress, stopped: Callable[[], bool]) -> Iterator[Task[Any]]:
-    """The tasks that are not done. No manifest lists their files yet, so a damaged one is made again."""
-    for task in tasks:
-        if stopped():
-            return
-        store = storage.of(task.output)
-        if task.output.exists():
-            checked = task.output.suffix != ".parquet" or store.vouches_for(task.output)
-            if checked or tables.is_sound(task.output):
-                bar.skip(task.size)
-                continue
-            store.delete(task.output)
-        yield task

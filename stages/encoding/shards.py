@@ -190,9 +190,7 @@ def _example_id(row: Row) -> str:
 
 def save_tokenizer(settings: Settings) -> None:
     """Save the tokenizer with its chat template: later stages decode and train with it."""
-    folder = settings.out / TOKENIZER
-    if storage.of(folder).has_folder(folder):
-        return
+    folder = settings.out / TOKENIZER  # written anew by a run that goes on: nothing proves what lies there
     encoder = settings.encoder()
     tokenizer = encoder.tokenizer
     own = tokenizer.chat_template

@@ -13,9 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sstoken.errors import SstokenError
 from sstoken.stages import storage
-from sstoken.stages.processes import num_processes
+from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.stage import Progress
 from sstoken.stages.storage import write_atomic
+from sstoken.stages.training import sealing
 from sstoken.stages.training.history import HistorySnapshots
 
 _COMPLETE = "whole.json"
@@ -32,18 +33,25 @@ def last_complete(folder: Path) -> Path | None:
     """Return the checkpoint to resume from, or None.
 
     Raises:
-        SstokenError: it was made by a different number of processes, which see the data in another order.
+        SstokenError: it was made by a different number of processes, which see the data in another order; or a file
+            that it goes on from was changed since.
     """
     complete = [c for c in folder.glob("checkpoint-*") if (c / _COMPLETE).exists()]
     if not complete:
         return None
     last = max(complete, key=lambda c: int(c.name.rpartition("-")[2]))
-    then, now = json.loads((last / _COMPLETE).read_text())["processes"], num_processes()
+    try:
+        seal = json.loads((last / _COMPLETE).read_text())
+        then, now = int(seal["processes"]), num_processes()
+    except (ValueError, TypeError, KeyError):
+        raise SstokenError(f"{last / _COMPLETE}: damaged; remove {folder.parent} to train anew") from None
     if then != now:
         raise SstokenError(
             f"{last}: made by {then} processes, and now there are {now}; go on with {then}, or remove {folder.parent} "
             "to start over"
         )
+    if is_main_process():
+        sealing.check(folder.parent, seal)
     return last
 
 
@@ -56,6 +64,7 @@ class Resumable(TrainerCallback):
     def __init__(self, folder: Path, snapshots: HistorySnapshots) -> None:
         self._folder = folder
         self._snapshots = snapshots
+        self._seals = sealing.Seals(folder.parent)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,7 +84,9 @@ class Resumable(TrainerCallback):
             return
         saved = self._folder / f"checkpoint-{state.global_step}"
         storage.of(saved).flush(saved)
-        write_atomic(saved / _COMPLETE, json.dumps({"processes": num_processes()}))
+        examples = self._folder.glob("examples.*")
+        seal = self._seals.upto(state.global_step, [saved, *examples])
+        write_atomic(saved / _COMPLETE, json.dumps({"processes": num_processes(), **seal}))
         for earlier in self._folder.glob("checkpoint-*"):
             if earlier != saved:
                 storage.of(earlier).delete(earlier)

@@ -45,7 +45,7 @@ READERS = [
     Reader("score --tokens out/tokens --ckpt out/history/step-2 --out new"),
     Reader("anchor --tokens out/tokens --model base --max-steps 1 --out new"),
     Reader("anchor --masked out/masked --model base --max-steps 1 --out new"),
-    Reader("select --tokens out/tokens --scores out/scores --history step-0 --current step-2 --out new"),
+    Reader("select --tokens out/tokens --scores out/scores --history step-0 --current step-4 --out new"),
     Reader("export out/masked --to trl --out new"),
     Reader("export out/masked --to jsonl --out new", "export", "new"),
     Reader("publish out/masked --repo me/it --dry-run --out new", out=""),

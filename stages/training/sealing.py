@@ -1,0 +1,93 @@
+"""Unfinished training is gone on with only as it was left: no manifest lists its files yet."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sstoken.errors import SstokenError
+from sstoken.stages import folders, storage
+from sstoken.stages.storage import write_atomic
+from sstoken.stages.training.history_index import read_index
+
+SEAL = "trainer/seal.json"
+"""In the partial folder of training that has ended: the digests of all that it wrote."""
+_FILES, _ENTRIES = "files", "entries"
+
+
+class Seals:
+    """Digests of the files of a history under construction; each snapshot is read once."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._known: dict[str, str] = {}
+
+    def upto(self, step: int, others: Iterable[Path]) -> dict[str, Any]:
+        """Return what proves the snapshots up to a step, and other files and folders below the history's folder."""
+        entries = [entry for entry in read_index(self._out) if entry.step <= step]
+        snapshots = [self._out / entry.path for entry in entries if entry.kind != "reference"]
+        for snapshot in snapshots:
+            for file in _files(snapshot):
+                name = file.relative_to(self._out).as_posix()
+                self._known.setdefault(name, folders.hash_file(file))
+        files = dict(self._known)
+        for file in (file for other in others for file in _files(other)):
+            files[file.relative_to(self._out).as_posix()] = folders.hash_file(file)
+        return {_FILES: files, _ENTRIES: [asdict(entry) for entry in entries]}
+
+
+def seal_ended(out: Path, step: int, log: str, name: str) -> None:
+    """Write the seal of training that has ended, before its log says so."""
+    seal = Seals(out).upto(step, ())
+    seal[_FILES][name] = hashlib.sha256(log.encode()).hexdigest()
+    storage.of(out).make_folder((out / SEAL).parent)
+    write_atomic(out / SEAL, json.dumps(seal))
+
+
+def check_ended(out: Path) -> None:
+    """Refuse training that has ended and was changed before its folder was finished.
+
+    Raises:
+        SstokenError: names the file.
+    """
+    if (out / SEAL).is_file():  # an older version wrote none
+        try:
+            seal = json.loads((out / SEAL).read_bytes())
+        except ValueError:
+            seal = None
+        if not isinstance(seal, dict) or not {_FILES, _ENTRIES} <= set(seal):
+            raise _damaged(out / SEAL, out)
+        check(out, seal)
+
+
+def check(out: Path, seal: dict[str, Any]) -> None:
+    """Refuse files that are not what `Seals.upto` saw; others are not looked at.
+
+    Raises:
+        SstokenError: names the file.
+    """
+    files, entries = seal.get(_FILES), seal.get(_ENTRIES)
+    if files is None and entries is None and set(seal) <= {"processes"}:
+        return  # an older version wrote none
+    if not isinstance(files, dict) or not isinstance(entries, list):
+        raise _damaged(out, out)
+    for name, digest in files.items():
+        file = out / name
+        if not file.is_file() or folders.hash_file(file) != digest:
+            raise _damaged(file, out)
+    steps = [entry.get("step", 0) for entry in entries]
+    there = [asdict(entry) for entry in read_index(out) if entry.step <= max(steps, default=0)]
+    if there != entries:
+        raise _damaged(out / "history.json", out)
+
+
+def _damaged(file: Path, out: Path) -> SstokenError:
+    return SstokenError(
+        f"{file}: changed since the training that wrote it was interrupted; put it back, or remove {out} to train anew"
+    )
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
