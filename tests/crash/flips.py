@@ -78,7 +78,7 @@ class Flips:
             done, "export", "export out/masked --to jsonl --out new", "new.partial/.counts/*"
         )
         self._expected = {
-            reader: self._do(reader, self._copy(self._states[reader.state], "expected")) for reader in READERS
+            reader: self._do(reader, self._copy(self._states[reader.state], "trial")) for reader in READERS
         }
         for reader, (outcome, _) in self._expected.items():
             succeeded(outcome, [reader.arguments])
