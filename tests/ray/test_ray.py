@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 from sstoken.errors import QuarantinedError, UsageError
 from sstoken.pipeline import api
 from sstoken.stages import tables
-from tests.pipeline.small_run import environment, save_conversations
+from tests.pipeline.small_run import PIPELINE, environment, save_conversations
 from tests.pipeline.worlds import World
 from tests.ray import slow
 from tests.support import PATIENCE, ROOT
@@ -178,6 +180,29 @@ def test_the_tasks_of_a_lost_node_are_done_elsewhere(
     assert len(cluster.list_all_nodes()) == 1
     assert shards(out) == scored
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+
+
+def test_the_page_works_as_printed(cluster: Any, world: World, tokens: Path, tmp_path: Path) -> None:
+    """docs/scale.md, but for starting Ray: two nodes are there already."""
+    page = (ROOT / "docs" / "scale.md").read_text()
+    (block, *_) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    assert len(block.splitlines()) <= 10
+    (line,) = (line for line in block.splitlines() if line.startswith("sstoken-curate"))
+    assert "ray_address=auto" in line
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copytree(world.base, tmp_path / "runs" / "demo" / "base")
+    shutil.copy(tokens.parent / "data.jsonl", tmp_path / "runs" / "demo" / "data.jsonl")
+    done = subprocess.run(
+        [*PIPELINE, *line.split()[1:], "--set", "anchor.max_steps=2"],
+        cwd=tmp_path,
+        env=environment() | {"RAY_ADDRESS": cluster.address},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "select: done, in runs/demo-run/masked" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_what_the_engine_refuses(cluster: Any, world: World, tokens: Path, tmp_path: Path) -> None:
