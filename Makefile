@@ -49,7 +49,7 @@ smollm2: $(READY)
 
 # Two Ray nodes on this machine; Ray goes into the environment of all other tests and changes no version in it.
 test-ray: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'ray==2.60.0'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/ray
 
 # vLLM on a CPU, in an environment of its own: it wants other versions than ours.
