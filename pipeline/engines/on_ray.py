@@ -108,8 +108,14 @@ def connect(options: EngineOptions) -> None:
             configure_logging=False,
             **own,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # Ray raises many types, and plain `Exception`
         line = " ".join(str(error).split())[:200]
+        if address is None:
+            raise SstokenError(
+                f"Ray does not start on this machine ({line}); try again, or --engine local"
+            ) from error
         raise UsageError(
             f"ray_address is {address!r}: no Ray cluster answers ({line}); start one with `ray start --head`"
         ) from error

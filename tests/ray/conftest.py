@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -14,6 +14,23 @@ from tests.pipeline.worlds import World, make_world
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as Ray has it for a task of one core; more would change the last bits
 torch.set_num_threads(1)
+
+PATIENT = {
+    "RAY_worker_niceness": "0",  # at 15, a busy machine would hardly let them run
+    "RAY_health_check_timeout_ms": str(100 * 1000),  # a node that is gone refuses at once
+}
+"""Settings of Ray for a machine that is busy with something else."""
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a node; again where it took longer than the 30 s that Ray allows."""
+    for _ in range(20):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    raise AssertionError("no node starts")
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +46,11 @@ def cluster() -> Iterator[Any]:
 
     folder = Path(mkdtemp(prefix="r", dir="/tmp"))  # a socket's path has to be short
     os.environ["RAY_TMPDIR"] = str(folder)
-    os.environ.update({"RAY_worker_niceness": "0"})  # at 15, a busy machine would hardly let them run
+    os.environ.update(PATIENT)
     small = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-    made.add_node(**small)
+    head = {**small, "include_dashboard": False}
+    made = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+    patiently(lambda: made.add_node(**small))
     made.wait_for_nodes()
     yield made
     ray.shutdown()

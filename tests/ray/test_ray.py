@@ -22,6 +22,7 @@ from sstoken.stages import tables
 from tests.pipeline.small_run import PIPELINE, environment, save_conversations
 from tests.pipeline.worlds import World
 from tests.ray import slow
+from tests.ray.conftest import patiently
 from tests.support import PATIENCE, ROOT
 
 pytestmark = pytest.mark.ray
@@ -179,7 +180,7 @@ def test_the_tasks_of_a_lost_node_are_done_elsewhere(
     thread.join(PATIENCE)
     assert len(cluster.list_all_nodes()) == 1
     assert shards(out) == scored
-    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
 
 
 def test_the_page_works_as_printed(cluster: Any, world: World, tokens: Path, tmp_path: Path) -> None:
