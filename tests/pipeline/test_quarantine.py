@@ -69,7 +69,7 @@ def select_job(world: World, out: Path, **settings: Any) -> Job:
 @pytest.mark.parametrize(
     ("poison", "why", "workers"),
     [
-        ("kill", "killed by SIGKILL", 2),
+        pytest.param("kill", "killed by SIGKILL", 2, marks=pytest.mark.slow),  # processes start four times
         ("ConnectionError", "ConnectionError: no answer", 1),
     ],
 )
@@ -113,13 +113,14 @@ def test_a_refusal_stops_at_once(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
-def test_sigterm_ends_a_run_between_two_shards(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_ends_a_run_between_two_shards(world: World, tmp_path: Path, workers: int) -> None:
     data = save_conversations(tmp_path / "data.jsonl", 240)
     given = {"data": str(data), "model": str(world.base), "shard_rows": 2, "workers": 1}
     api.encode(**given, out=tmp_path / "one")
-    command = [*PIPELINE, "encode", "--data", data, "--model", world.base, "--shard-rows", 2, "--workers", 2]
+    command = [*PIPELINE, "encode", "--data", data, "--model", world.base, "--shard-rows", 2]
     process = subprocess.Popen(
-        [str(part) for part in (*command, "--out", tmp_path / "two")],
+        [str(part) for part in (*command, "--workers", workers, "--out", tmp_path / "two")],
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
