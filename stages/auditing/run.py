@@ -127,7 +127,13 @@ def _summed(
 ) -> AuditResult:
     """Look at every example and sum up."""
     cutter = _cutter(context, template)
-    tally, lengths, ends, parts, answers = Tally(), Lengths(max_length), TurnEnds(), Parts(), Answers()
+    tally, lengths, ends, parts, answers = (
+        Tally(),
+        Lengths(max_length),
+        TurnEnds(max_length),
+        Parts(),
+        Answers(),
+    )
     for _, row in groupby(found, key=lambda example: example.row):
         documents = list(row)
         packed = not documents[0].whole

@@ -83,6 +83,8 @@ DROPPED = kind(
 class TurnEnds:
     """Counts over the dataset; what an open end means is known at its end."""
 
+    max_length: int | None = None
+    """What the rows were cut at, where it is known."""
     turns: int = 0
     trained: int = 0
     not_trained: int = 0
@@ -206,7 +208,7 @@ class TurnEnds:
         at_most = self.open_rows.get(self.longest, 0)
         shorter = sum(count for length, count in self.lengths.items() if length < self.longest)
         ended = shorter - (self.open_rows.total() - at_most)
-        is_limit = self.longest % 64 == 0 or at_most > 1
+        is_limit = self.longest == self.max_length or self.longest % 64 == 0 or at_most > 1
         return at_most if is_limit and 2 * ended >= shorter else 0
 
     def facts(self) -> dict[str, int]:
