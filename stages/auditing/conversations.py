@@ -14,7 +14,7 @@ from sstoken.stages.auditing.examples import Example
 from sstoken.stages.encoding import sources
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout, NoLayout, Preference, detect_layout
-from sstoken.stages.encoding.messages import BadRow, NeedsDecision
+from sstoken.stages.encoding.messages import BadRow, Conversation, NeedsDecision
 from sstoken.stages.encoding.preference import wanted
 from sstoken.stages.encoding.time_limit import limited
 
@@ -44,7 +44,8 @@ def encoded(
     ignored = frozenset(reading.ignore_columns)
     with limited("the chat template") as start:
         for row in rows:
-            source = sources.Row("", row.index, row.where)
+            source = sources.Row("", row.index, row.where, dict(row.values))
+            conversation: Conversation | None = None
             try:
                 if row.problem is not None:
                     raise BadRow("broken row", row.problem)
@@ -59,12 +60,12 @@ def encoded(
             except NoLayout as error:
                 raise SstokenError(f"{row.where}: {error}") from error
             except NeedsDecision as error:
-                counts.refuse(source, row.index, error, context)
+                counts.refuse(source, row.index, error, context, conversation)
                 if layout is None:
                     layout = _layout_anyway(row, reading)
                 continue
             except BadRow as error:
-                counts.refuse(source, row.index, error, context)
+                counts.refuse(source, row.index, error, context, conversation)
                 continue
             counts.unused.update(conversation.unused)
             for each in examples:

@@ -133,10 +133,17 @@ class Collector:
             self._rows[kind.name] = rows
             self._first.setdefault(kind.name, (shown, detail, remedy))
 
-    def place(self, kind: Kind, where: str, row: int, detail: str, remedy: str = "") -> None:
-        """Count a row that has no tokens."""
+    def place(self, kind: Kind, where: str, row: int, detail: str, remedy: str = "", text: str = "") -> None:
+        """Count a row that has no token ids; `text` is what is shown of it, as tokens."""
         self._rows[kind.name] = self._rows.get(kind.name, 0) + 1
-        self._first.setdefault(kind.name, (Shown(where, row), detail, remedy))
+        if kind.name not in self._first:
+            ids: list[int] = []
+            if text and self.vocabulary is not None:
+                ids = self.vocabulary.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                ids = list(ids[: 3 * _AROUND])
+            texts = self.texts(ids) if ids else []
+            shown = Shown(where, row, None, 0, (0, 0), tuple(ids), tuple(texts), (False,) * len(ids))
+            self._first[kind.name] = shown, detail, remedy
 
     def show(self, example: Example, focus: tuple[int, int]) -> Shown:
         """Return what is shown of an example: the tokens around `focus`."""

@@ -203,7 +203,9 @@ def _check_ids(example: Example, context: Context) -> None:
 
 def _same_length(example: Example, what: str, array: NDArray[Any], row: Row, context: Context) -> None:
     if len(array) != len(example.ids):
-        raise _stop(LENGTHS, row, f"{len(example.ids)} token ids, {len(array)} {what}", context)
+        said = f"{len(example.ids)} token ids, {len(array)} {what}"
+        context.found.add(LENGTHS, example, (min(len(array), len(example.ids)),) * 2, said)
+        raise _Stop
 
 
 def _from_labels(

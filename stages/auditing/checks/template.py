@@ -1,5 +1,6 @@
 """Raw conversations: what the chat template refuses, loses or changes."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,7 +10,14 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import Kind, kind
 from sstoken.stages.encoding import chat, rendering
-from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, NeedsDecision, PassedOver
+from sstoken.stages.encoding.messages import (
+    LOST,
+    UNCERTAIN,
+    BadRow,
+    Conversation,
+    NeedsDecision,
+    PassedOver,
+)
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
@@ -124,6 +132,10 @@ _REASONS = {
     "special token in the text": SPECIAL,
     "changed by the tokenizer": TOKENIZER,
 }
+_TURN = re.compile(r"\bturn (\d+)\b")
+_QUOTED = re.compile(r"holds '([^']+)'")
+_EXCERPT = 120
+"""Characters of a refused row that are shown."""
 _KINDS = re.compile(r"\b(reasoning|system|tools|tool_calls|content)\b")
 
 
@@ -137,8 +149,15 @@ class Conversations:
     unused: Counter[str] = field(default_factory=Counter)
     proofs: Counter[str] = field(default_factory=Counter)
 
-    def refuse(self, row: Row, number: int, error: BadRow, context: Context) -> None:
-        """Count a row that cannot be encoded."""
+    def refuse(
+        self,
+        row: Row,
+        number: int,
+        error: BadRow,
+        context: Context,
+        conversation: Conversation | None = None,
+    ) -> None:
+        """Count a row that cannot be encoded; `conversation` is what it holds, if that could be read."""
         if isinstance(error, PassedOver):
             self.passed_over[error.reason] += 1
             return
@@ -146,12 +165,13 @@ class Conversations:
         detail, _, way_out = error.detail.partition("; ")
         remedy = way_out if way_out.startswith("take ") else ""
         said = f"{error.reason}: {error.detail}" if error.detail else error.reason
+        text = _excerpt(error.detail, row, conversation)
         if error.reason == LOST:
             for name in dict.fromkeys(_KINDS.findall(detail)) or ("content",):
-                context.found.place(DROPPED[name], row.where, number, detail, remedy)
+                context.found.place(DROPPED[name], row.where, number, detail, remedy, text)
             return
         default = DECISION if isinstance(error, NeedsDecision) else BAD
-        context.found.place(_REASONS.get(error.reason, default), row.where, number, said, remedy)
+        context.found.place(_REASONS.get(error.reason, default), row.where, number, said, remedy, text)
 
     def note(self, notes: tuple[str, ...], example: Example, context: Context) -> None:
         """Count what was said about a row while it was encoded."""
@@ -169,3 +189,17 @@ class Conversations:
             "unused_columns": dict(self.unused),
             "proof": dict(self.proofs),
         }
+
+
+def _excerpt(detail: str, row: Row, conversation: Conversation | None) -> str:
+    """The beginning of the turn that an error names, or of the row; from the special token that it names, if any."""
+    turn = _TURN.search(detail)
+    if conversation is None or turn is None or int(turn[1]) > len(conversation.messages):
+        values = row.value if conversation is None else conversation.messages
+        return json.dumps(values, ensure_ascii=False, default=str)[:_EXCERPT] if values else ""
+    message = conversation.messages[int(turn[1]) - 1]
+    key = "reasoning_content" if detail.startswith("reasoning") else "content"
+    text = str(message.get(key) or json.dumps(message, ensure_ascii=False, default=str))
+    quoted = _QUOTED.search(detail)
+    start = max(0, text.find(quoted[1]) - 16) if quoted and quoted[1] in text else 0
+    return text[start : start + _EXCERPT]
