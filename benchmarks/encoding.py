@@ -8,6 +8,7 @@ faster the whole stage is with two processes than with one, for a JSONL and a Pa
 
 import argparse
 import json
+import pickle
 import random
 import statistics
 import sys
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sstoken.pipeline import api
 from sstoken.stages.encoding.chat import ChatEncoder
 from sstoken.stages.encoding.messages import Conversation, Message
+from sstoken.stages.encoding.ranges import cut
 from tests.stages.encoding import real_templates
 
 TEMPLATE = "qwen3_training"
@@ -120,8 +122,18 @@ def rates(sides: dict[str, Callable[[Rows], None]], given: Rows) -> dict[str, fl
     return {name: len(given) / taken for name, taken in seconds.items()}
 
 
-def by_workers(kind: str, count: int, rounds: int) -> float:
-    """How much faster two processes encode a file than one, from the file to the tokens: the best of each."""
+def driver_share(data: str, seconds: float) -> float:
+    """What share of one worker's time the driver needs to cut a file into shards and to hand them out."""
+    before = time.process_time()
+    for shard in cut(data, None, 100):
+        pickle.dumps(shard)
+    return (time.process_time() - before) / seconds
+
+
+def by_workers(kind: str, count: int, rounds: int) -> tuple[float, float]:
+    """How much faster two processes encode a file than one, from the file to the tokens (the best of each); and the
+    driver's share of the CPU time that one process needs, which bounds how many workers it can feed.
+    """
     given = [{"messages": row.messages} for row in rows("plain", count)]
     with TemporaryDirectory() as folder:
         data = Path(folder) / f"data.{kind}"
@@ -131,15 +143,27 @@ def by_workers(kind: str, count: int, rounds: int) -> float:
             data.write_text("".join(json.dumps(row) + "\n" for row in given))
         tokenizer().save_pretrained(f"{folder}/model")
         seconds: dict[int, list[float]] = {1: [], 2: []}
+        used: list[float] = []
         for _ in range(rounds):
             for workers, taken in seconds.items():
                 out = f"{folder}/out"
                 call = {"data": str(data), "model": f"{folder}/model", "out": out, "force": True}
                 api.encode(**call, shard_rows=100, limit=400, workers=workers)  # processes start, and load it
-                before = time.perf_counter()
+                before, cpu = time.perf_counter(), time.process_time()
                 api.encode(**call, shard_rows=100, workers=workers)
                 taken.append(time.perf_counter() - before)
-        return min(seconds[1]) / min(seconds[2])
+                if workers == 1:
+                    used.append(time.process_time() - cpu)
+        return min(seconds[1]) / min(seconds[2]), driver_share(str(data), min(used))
+
+
+def of_the_stage(quick: bool) -> dict[str, float]:
+    """The figures of the whole stage, for both kinds of file."""
+    found: dict[str, float] = {}
+    for kind in ("jsonl", "parquet"):
+        speedup, share = by_workers(kind, 4000 if quick else 40_000, 1 if quick else 3)
+        found |= {f"{kind}_two_workers_to_one": round(speedup, 2), f"{kind}_driver_share": round(share, 4)}
+    return found
 
 
 def main() -> None:
@@ -161,9 +185,7 @@ def main() -> None:
         found[f"{kind}_ratio"] = round(statistics.median(r["encoder"] / r["transformers"] for r in rounds), 2)
         share = statistics.median(1 - r["encoder"] / r["unchecked"] for r in rounds)
         found[f"{kind}_share_of_token_check"] = round(share, 3)
-    for kind in ("jsonl", "parquet"):
-        speedup = by_workers(kind, 4000 if given.quick else 40_000, 1 if given.quick else 3)
-        found[f"{kind}_two_workers_to_one"] = round(speedup, 2)
+    found |= of_the_stage(given.quick)
     for name, value in found.items():
         print(f"{name}: {value}")
     if given.json:
