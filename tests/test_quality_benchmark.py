@@ -196,7 +196,7 @@ def test_a_study_from_end_to_end_and_again(tmp_path):
     assert kept["random 0.6"]["all"] == pytest.approx(0.6, abs=0.02)
     assert figures["found"]["sstoken"]["auroc"]["all"][0] > 0
     table = pq.read_table(tmp_path / "results" / "tiny.parquet")
-    assert table.num_rows == len(methods) * len(seeds) * (4 + 2 + 2)
+    assert table.num_rows == len(methods) * len(seeds) * (4 + 2 + 2 + 2)  # held out, greedy, roleplay, plain
     assert "| noise |" in (tmp_path / "results" / "tiny.md").read_text()
     first = json.loads((tmp_path / "results" / "tiny.json").read_text())
     Cells(study, tmp_path / "cells", said.append).run()
@@ -214,3 +214,39 @@ def test_the_folder_of_results_names_its_commands():
         assert figures["command"].startswith("python benchmarks/quality")
         assert {"torch", "transformers"} <= set(figures["versions"])
         assert len(figures["seeds"]) >= 5, f"{path.name}: a claim needs five seeds"
+
+
+@needs_shared
+def test_a_lesson_is_taught_once_and_shared(tmp_path):
+    from benchmarks.quality.settings import Lesson
+    from benchmarks.quality.study import Cells
+
+    methods = (MethodRun(method="base"), MethodRun(method="full"))
+    seeds = (Seed(data=0, noise=0, order=0), Seed(data=1, noise=0, order=0))
+    study = Study(
+        name="taught", about="A test.", base="small", data="families", num_train=4, noise_rate=0, batch_size=2,
+        learning_rate=1e-3, num_held_out=3, num_forgetting=2, max_length=96, methods=methods,
+        lesson=Lesson(num_train=8, batch_size=4), seeds=seeds,
+    )  # fmt: skip
+    said: list[str] = []
+    Cells(study, tmp_path / "taught", said.append).run()
+    Cells(study.model_copy(update={"name": "other"}), tmp_path / "other", said.append).run()
+    assert [line for line in said if "taught the base" in line] == [
+        "taught  taught the base: small-families-8-4-0.002"
+    ]
+    base, full = (
+        [json.loads(p.read_text()) for p in sorted((tmp_path / "taught" / "cells").glob(f"{name}-*"))]
+        for name in ("base", "full")
+    )
+    assert base[0]["held_out"] == base[1]["held_out"], "the base differs between seeds"
+    assert base[0]["steps"] == base[0]["trained_tokens"] == 0
+    assert full[0]["held_out"] != base[0]["held_out"]
+    assert {"forgetting", "plain"} <= set(full[0])
+    plain = Study.model_validate(study.model_dump() | {"lesson": None, "name": "plain"})
+    Cells(plain, tmp_path / "plain", said.append).run()
+    untaught = json.loads(next((tmp_path / "plain" / "cells").glob("base-*")).read_text())
+    taught, raw = (
+        sum(r["loss_all"] for r in found["held_out"]) / sum(r["tokens_all"] for r in found["held_out"])
+        for found in (base[0], untaught)
+    )
+    assert taught < raw

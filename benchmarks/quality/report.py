@@ -42,7 +42,7 @@ def write_report(cells: Cells, out: Path, command: str) -> dict[str, Any]:
         "variance": _variance(cells),
         "found": found_noise(cells) if cells.study.noise_rate else {},
         "causes": causes(cells),
-        "sweeps": sweeps(cells),
+        "sweeps": sweeps(cells) if cells.study.noise_rate else {},
     }
     (out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(_markdown(cells, figures), encoding="utf-8")
