@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sstoken.in_loop.sft import SelfModulatedSFTTrainer
     from sstoken.in_loop.trainer import SelfModulatedMixin, SelfModulatedTrainer
     from sstoken.measure.capture import AttentionCapture
+    from sstoken.stages.report.loaded import load
 
 __all__ = [
     "AttentionCapture",
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "curate",
     "find_segments",
+    "load",
     "self_modulated_loss",
     "token_loss",
 ]
@@ -46,6 +48,7 @@ _LAZY = {
     "SelfModulatedTrainer": "sstoken.in_loop.trainer",
     "SelfModulation": "sstoken.in_loop.settings",
     "find_segments": "sstoken.in_loop.response_tokens",
+    "load": "sstoken.stages.report.loaded",
     "self_modulated_loss": "sstoken.in_loop.core",
     "token_loss": "sstoken.in_loop.core",
 }

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -17,25 +17,41 @@ from sstoken.stages.manifest import MANIFEST
 __all__ = ["compare", "doctor", "methods", "show", "verify"]
 
 
-def show(masked: Place, *, row: int | None = None, rows: int = 1, svg: Place | None = None) -> None:
+def show(
+    masked: Place,
+    *,
+    row: int | None = None,
+    rows: int = 1,
+    search: str | None = None,
+    sort: Literal["row", "surprise"] = "row",
+    signal: str | None = None,
+    pager: bool = False,
+    svg: Place | None = None,
+) -> None:
     """Tokens in the terminal: kept and dropped, coloured by score.
 
     Example:
       sstoken-curate show runs/demo/masked-sstoken --row 2
 
     Args:
-        masked: a finished masked folder.
+        masked: a finished masked folder, or a tokens folder.
         row: number of the row, from 0; None: the first.
         rows: how many.
+        search: only rows whose text holds this, upper or lower case.
+        sort: `surprise`: rows where two signals disagree most come first.
+        signal: colour by this instead of the score: rel, attention, weight, or CHECKPOINT.SIGNAL of scores/ beside it.
+        pager: a screen at a time, on a terminal.
         svg: write the picture to this file instead.
     """
     from sstoken.stages.report.show import save_svg
     from sstoken.stages.report.show import show as show_examples
 
     if svg is not None:
-        save_svg(place(masked), place(svg), row, rows)
+        if pager:
+            raise UsageError("pager and svg are given; a picture has no pages, leave one of them out")
+        save_svg(place(masked), place(svg), row, rows, search=search, sort=sort, signal=signal)
     else:
-        show_examples(place(masked), row, rows)
+        show_examples(place(masked), row, rows, search=search, sort=sort, signal=signal, pager=pager)
 
 
 @command(
@@ -43,10 +59,22 @@ def show(masked: Place, *, row: int | None = None, rows: int = 1, svg: Place | N
     click.argument("masked"),
     click.option("--row", type=int, help="Number of the row, from 0.  [default: the first]"),
     click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="How many."),
+    click.option("--search", help="Only rows whose text holds this, upper or lower case."),
+    click.option(
+        "--sort",
+        type=click.Choice(["row", "surprise"]),
+        default="row",
+        show_default=True,
+        help="`surprise`: rows where two signals disagree most come first.",
+    ),
+    click.option(
+        "--signal", help="Colour by this: rel, attention, weight, CHECKPOINT.SIGNAL.  [default: the score]"
+    ),
+    click.option("--pager", is_flag=True, help="A screen at a time, on a terminal."),
     click.option("--svg", help="Write the picture to this file instead."),
 )
-def _show(masked: str, row: int | None, rows: int, svg: str | None) -> None:
-    show(masked, row=row, rows=rows, svg=svg)
+def _show(masked: str, svg: str | None, **options: Any) -> None:
+    show(masked, svg=svg, **options)
     if svg is not None:
         click.echo(f"written: {svg}")
 

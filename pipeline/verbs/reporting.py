@@ -14,7 +14,12 @@ __all__ = ["plot", "report"]
 
 
 def report(
-    folders: Sequence[Place], *, out: Place, scores: Sequence[Place] = (), seed: int = 0
+    folders: Sequence[Place],
+    *,
+    out: Place | None = None,
+    space: Place | None = None,
+    scores: Sequence[Place] = (),
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Write one HTML page of a dataset: its tokens coloured by score, distributions, what is kept most.
 
@@ -27,6 +32,7 @@ def report(
     Args:
         folders: a masked or a tokens folder, or several masked folders of the same tokens; `NAME=FOLDER` names one.
         out: the page.
+        space: instead, a folder that becomes a static Space of the Hugging Face Hub: index.html and README.md.
         scores: folders that `score` wrote; none: those in scores/ beside the first folder that fit.
         seed: of the samples.
 
@@ -34,24 +40,36 @@ def report(
         `examples`, `response_tokens`, `kept_share`, `shown`, `signals`, `notes` and `bytes`.
     """
     from sstoken.stages.report.page import write_page
+    from sstoken.stages.report.space import PAGE, check_space, write_card
 
     if isinstance(folders, (str, bytes)):
         raise UsageError(f"folders is {folders!r}; give a list of folders")
-    return write_page(named_places(folders), place(out), [place(each) for each in scores], seed)
+    if (out is None) == (space is None):
+        given = "nothing" if out is None else "both out and space"
+        raise UsageError(f"{given} was given; name the page (--out) or a folder for a Space (--space)")
+    named = named_places(folders)
+    page = place(out) if out is not None else place(str(space)) / PAGE
+    if space is not None:
+        check_space(place(space))
+    facts = write_page(named, page, [place(each) for each in scores], seed)
+    if space is not None:
+        write_card(place(space), f"Tokens of {' and '.join(named)}")
+    return {**facts, "page": str(page)}
 
 
 @command(
     report,
     click.argument("folders", nargs=-1, required=True, metavar="FOLDER..."),
-    click.option("--out", required=True, help="The page to write."),
+    click.option("--out", help="The page to write."),
+    click.option("--space", help="Instead, a folder to push as a static Space of the Hugging Face Hub."),
     click.option(
         "--scores", multiple=True, help="What score wrote.  [default: what fits in scores/ beside the first folder]"
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples."),
     json_option,
 )  # fmt: skip
-def _report(folders: tuple[str, ...], out: str, scores: tuple[str, ...], seed: int, as_json: bool) -> None:
-    facts = report(folders, out=out, scores=scores, seed=seed)
+def _report(folders: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    facts = report(folders, **options)
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -59,7 +77,7 @@ def _report(folders: tuple[str, ...], out: str, scores: tuple[str, ...], seed: i
         click.echo(f"note: {note}")
     click.echo(f"signals: {', '.join(facts['signals']) or 'none was recorded'}")
     click.echo(
-        f"written: {out}, {facts['bytes'] / 1e6:.1f} MB, {facts['shown']:,} of {facts['examples']:,} examples"
+        f"written: {facts['page']}, {facts['bytes'] / 1e6:.1f} MB, {facts['shown']:,} of {facts['examples']:,} examples"
     )
 
 

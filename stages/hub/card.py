@@ -46,6 +46,8 @@ def card(
     origin: Mapping[str, Any],
     license: str | list[str] | None,
     shards: Shards,
+    *,
+    report: str | None = None,
 ) -> str:
     """Return the card's text. The same arguments give the same bytes.
 
@@ -56,6 +58,7 @@ def card(
         origin: see `find_origin`.
         license: one or several license names as on the Hub; None: unknown.
         shards: what is published.
+        report: name of the page that shows its tokens, if it is published too.
     """
     source, title, fields = _source(origin), _title(origin, repo), shards.schema
     front = front_matter(title, origin, license, shards)
@@ -74,6 +77,7 @@ def card(
         model=next(iter(base_models(origin)), "your/model"),
         longest=facts.get("max_length") or 4096,
         licence=_licence(license),
+        report=_REPORT.format(name=report) if report else "",
     )
 
 
@@ -172,6 +176,11 @@ def _type(field: pa.Field) -> str:
     return f"list of {_dtype(field.type.value_type)}" if listed else _dtype(field.type)
 
 
+_REPORT = """\
+[{name}](resolve/main/{name}?download=true) shows many examples with every signal that was recorded: a page that holds
+all it shows and loads nothing. Download it and open it.
+
+"""
 _CARD = """\
 ---
 {front}---
@@ -187,7 +196,7 @@ One example: kept tokens on a colour by score, dropped ones struck out, the prom
 
 ![The tokens of one example](example.svg)
 
-## Columns
+{report}## Columns
 
 | column | type | content |
 |---|---|---|

@@ -24,6 +24,7 @@ from sstoken.stages.hub.remote import check_repo
 from sstoken.stages.hub.repository import (
     CARD,
     EXAMPLE_PICTURE,
+    REPORT,
     SCORES_PICTURE,
     SHARDS,
     SIGNALS,
@@ -51,6 +52,8 @@ class Publication(Stage, EngineOptions):
     """The dataset's name on the Hub: user/name."""
     include_scores: bool = False
     """Also publish the columns rel, attention and score (several times the size)."""
+    with_report: bool = False
+    """Also publish the page of `report`, which shows some examples with every signal that was recorded."""
     license: str | None = None
     """The Hub's name of a licence, such as cc-by-4.0. Default: the source dataset's, where it is on the Hub."""
     shard_tokens: Annotated[int, Field(ge=1)] = 8_000_000
@@ -87,13 +90,27 @@ class Publication(Stage, EngineOptions):
         _copy_tokenizer(masked / TOKENIZER, out / TOKENIZER)
         self._draw(masked, metrics, out)
         license = self.license or self.origin.get("license")
-        text = card(self.repo, facts, metrics, self.origin, license, _measured(tables.parts(out / SHARDS)))
+        shards = _measured(tables.parts(out / SHARDS))
+        text = card(self.repo, facts, metrics, self.origin, license, shards, report=self._report(masked, out))
         write_atomic(out / CARD, text)
         storage.of(out).delete(out / PROVENANCE)
         files = [f for f in manifests.list_files(out) if not f.path.startswith(".")]
         provenance = Provenance(masked=facts, metrics=metrics, origin=self.origin, files=files)
         write_atomic(out / PROVENANCE, as_json(provenance))
         return metrics
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """As before there was `with_report`, where it is off."""
+        return {key: value for key, value in super().fingerprinted().items() if key != "with_report" or value}
+
+    def _report(self, masked: Path, out: Path) -> str | None:
+        """Write the page if it is asked for. Return its name."""
+        if not self.with_report:
+            return None
+        from sstoken.stages.report.page import write_page
+
+        write_page({self.repo.partition("/")[2]: masked}, out / REPORT)
+        return REPORT
 
     def _draw(self, masked: Path, metrics: dict[str, Any], out: Path) -> None:
         from sstoken.stages.hub.pictures import draw_scores

@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from sstoken.stages import tables
 
-CARD, SCORES_PICTURE, EXAMPLE_PICTURE = "README.md", "scores.svg", "example.svg"
+CARD, SCORES_PICTURE, EXAMPLE_PICTURE, REPORT = "README.md", "scores.svg", "example.svg", "report.html"
 SHARDS, TOKENIZER = "data", "tokenizer"
 SIGNALS = ("rel", "attention", "score")
 """Columns published only on request: they are large, and no trainer needs them."""

@@ -6,9 +6,10 @@ interpreted.
 
 import io
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
 from sstoken.stages import tables
 from sstoken.stages.checkpoints import load_tokenizer
+from sstoken.stages.report.choosing import choose, signal_values
 from sstoken.stages.token_text import token_texts, visible
 
 if TYPE_CHECKING:
@@ -48,29 +50,70 @@ class MaskedExample:
     response_mask: list[bool] | None
     """None in a lean dataset, where dropped tokens cannot be told from the prompt."""
     keep_mask: list[bool]
+    """Of a tokens folder, where nothing is selected yet: the response."""
     scores: list[float | None]
     provenance: dict[str, Any]
 
 
-def show(masked: Path, row: int | None = None, num_examples: int = 1, console: Console | None = None) -> None:
-    """Print `num_examples` rows of a masked folder from `row` (default: the first), with a legend.
+def show(
+    masked: Path,
+    row: int | None = None,
+    num_examples: int = 1,
+    console: Console | None = None,
+    *,
+    search: str | None = None,
+    sort: str = "row",
+    signal: str | None = None,
+    pager: bool = False,
+) -> None:
+    """Print `num_examples` rows of a masked or tokens folder from `row` (default: the first), with a legend.
+
+    Args:
+        masked: the folder.
+        row: number of the first row, from 0.
+        num_examples: how many rows.
+        console: where to print.
+        search: only rows whose text holds this.
+        sort: `row`, or `surprise`: rows where two signals disagree most come first.
+        signal: colour by this instead of the score: `rel`, `attention`, `weight`, or `CHECKPOINT.SIGNAL`.
+        pager: a screen at a time, on a terminal.
 
     Raises:
-        SstokenError: not a finished masked folder, or `row` out of range.
+        SstokenError: not a finished folder, `row` out of range, nothing found, or no such signal.
     """
     console = console or default_console()
-    examples = read_examples(masked, 0 if row is None else row, num_examples)
+    if search is None and sort == "row":
+        examples = read_examples(masked, 0 if row is None else row, num_examples)
+    else:
+        if row is not None:
+            raise UsageError(f"row is {row}, and rows are chosen by search or sort; leave one of them out")
+        examples = [e for r in choose(masked, num_examples, search, sort) for e in read_examples(masked, r)]
+    if signal is not None:
+        values = signal_values(masked, [e.row for e in examples], signal)
+        examples = [replace(example, scores=values[example.row]) for example in examples]
+    if pager and console.is_terminal:
+        os.environ.setdefault("LESS", "-FRX")
+        with console.pager(styles=not is_plain(console)):
+            _show(masked, examples, console, signal)
+    else:
+        _show(masked, examples, console, signal)
+
+
+def _show(masked: Path, examples: Sequence[MaskedExample], console: Console, signal: str | None) -> None:
     tokenizer = load_tokenizer(str(masked / "tokenizer"))
     for example in examples:
         print_example(example, tokenizer, console)
         _print(console, Text())
-    print_legend(console, lean=examples[0].response_mask is None)
+    selected = examples[0].provenance.get("kind") != "tokens"
+    print_legend(console, lean=examples[0].response_mask is None, of=signal or "score", selected=selected)
 
 
 def save_svg(
-    masked: Path, file: Path, row: int | None = None, num_examples: int = 1, width: int = 100
+    masked: Path, file: Path, row: int | None = None, num_examples: int = 1, width: int = 100, **options: Any
 ) -> None:
     """Save the output of `show` as an SVG picture, `width` characters wide. The same rows give the same bytes.
+
+    `options`: of `show`.
 
     Raises:
         SstokenError: as for `show`; or the file cannot be written.
@@ -79,7 +122,7 @@ def save_svg(
         record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor",
         no_color=False, legacy_windows=False,
     )  # fmt: skip
-    show(masked, row, num_examples, console)
+    show(masked, row, num_examples, console, **options)
     svg = console.export_svg(title="sstoken", unique_id="sstoken", code_format=_SVG)
     try:
         file.write_text(svg, encoding="utf-8")
@@ -91,8 +134,13 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
     """Print a header line, then the tokens."""
     facts = example.provenance
     kept, response = sum(example.keep_mask), sum(example.response_mask or ())
-    counts = f"kept {kept} of {response} response tokens" if response else f"kept {kept} tokens"
-    if response:
+    if facts.get("kind") == "tokens":
+        counts = f"{response} response tokens, nothing is selected yet"
+    elif response:
+        counts = f"kept {kept} of {response} response tokens"
+    else:
+        counts = f"kept {kept} tokens"
+    if response and facts.get("kind") != "tokens":
         counts += f" ({kept / response:.0%})"
     name = str(facts.get("method", ""))
     ranked = name not in METHODS or METHODS[name].selective
@@ -114,18 +162,19 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
     _print(console, text)
 
 
-def print_legend(console: Console, *, lean: bool = False) -> None:
+def print_legend(console: Console, *, lean: bool = False, of: str = "score", selected: bool = True) -> None:
     """Print what the colours, or the marks that replace them, mean."""
     legend = Text()
     if is_plain(console):
-        legend.append("prompt or dropped «kept»" if lean else "prompt «kept [-dropped-]»")
+        marked = "prompt «kept [-dropped-]»" if selected else "prompt «response»"
+        legend.append("prompt or dropped «kept»" if lean else marked)
     else:
         legend.append("prompt" if not lean else "prompt or dropped", style=PROMPT_STYLE)
-        legend.append("   kept, score low ")
+        legend.append(f"   {'kept' if selected else 'response'}, {visible(of)} low ")
         for color in RAMP:
             legend.append("  ", style=Style(bgcolor=color))
         legend.append(" high   ")
-        if not lean:
+        if not lean and selected:
             legend.append("dropped", style=DROPPED_STYLE)
     _print(console, legend)
 
@@ -154,7 +203,7 @@ def render_example(
     if plain:
         return Text(_marked([visible(token) for token in tokens], kinds))
     text = Text(overflow="fold")
-    shades = _ranks([s if kind == "kept" else None for s, kind in zip(scores, kinds, strict=True)])
+    shades = ranks([s if kind == "kept" else None for s, kind in zip(scores, kinds, strict=True)])
     for token, kind, shade in zip(tokens, kinds, shades, strict=True):
         style = {"prompt": PROMPT_STYLE, "dropped": DROPPED_STYLE}.get(kind) or _shade(shade)
         text.append(visible(token), style=style)
@@ -197,8 +246,9 @@ def _footer(part: Path) -> Any:
         footer = tables.footer(part)
     except (pa.ArrowInvalid, OSError) as error:
         raise SstokenError(f"{part}: not a readable Parquet file; run its select again") from error
-    if not {"example_id", "input_ids", "keep_mask"} <= set(footer.schema.to_arrow_schema().names):
-        raise UsageError(f"{part.parent}: not a masked dataset; name the folder that select wrote")
+    names = set(footer.schema.to_arrow_schema().names)
+    if not {"example_id", "input_ids"} <= names or not names & {"keep_mask", "response_mask"}:
+        raise UsageError(f"{part.parent}: not a masked dataset; name the folder that select or encode wrote")
     return footer
 
 
@@ -209,15 +259,15 @@ def _read_rows(part: Path, group: int, local: Iterable[int], first: int) -> list
     rows = ((i, table.slice(i, 1).to_pylist()[0]) for i in local)
     return [
         MaskedExample(
-            first + i, r["example_id"], r["input_ids"], r.get("response_mask"), r["keep_mask"],
-            r.get("score") or [None] * len(r["input_ids"]), provenance,
+            first + i, r["example_id"], r["input_ids"], r.get("response_mask"),
+            r.get("keep_mask", r.get("response_mask")), r.get("score") or [None] * len(r["input_ids"]), provenance,
         )
         for i, r in rows
     ]  # fmt: skip
 
 
-def _ranks(scores: Sequence[float | None]) -> list[float]:
-    """Return each score's rank among those present, in [0, 1]; ties share a rank; None ranks 0.5."""
+def ranks(scores: Sequence[float | None]) -> list[float]:
+    """Each score's rank among those present, in [0, 1]; ties share a rank; None ranks 0.5."""
     order = sorted({s for s in scores if s is not None and not math.isnan(s)})
     rank = {s: i / (len(order) - 1) if len(order) > 1 else 0.5 for i, s in enumerate(order)}
     return [rank.get(s, 0.5) if s is not None else 0.5 for s in scores]

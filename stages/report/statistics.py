@@ -254,7 +254,7 @@ def _choose(stats: Statistics, r: Responses, rows: IntArray) -> None:
     counts = np.diff(r.offsets)
     some = counts > 0
     stats.chosen["random"].add(int(some.sum()), {"row": rows[some]})  # type: ignore[arg-type]
-    stats.pair = stats.pair or _pair(r.signals)
+    stats.pair = stats.pair or pair_of(r.signals)
     if stats.pair is not None and all(name in r.signals for name in stats.pair):
         values = surprise(r.signals[stats.pair[0]], r.signals[stats.pair[1]], r.example, r.offsets)
         stats.chosen["surprising"].add(np.where(counts >= 8, values, np.nan), {"row": rows})  # type: ignore[arg-type]
@@ -274,7 +274,7 @@ def surprise(a: Float32Array, b: Float32Array, example: IntArray, offsets: IntAr
     return means
 
 
-def _pair(signals: dict[str, Float32Array]) -> tuple[str, str] | None:
+def pair_of(signals: dict[str, Float32Array]) -> tuple[str, str] | None:
     """The two signals that are compared: REL and prompt attention where both were measured."""
     for first, second in _PREFERRED:
         a = [name for name in signals if _is(name, first)]

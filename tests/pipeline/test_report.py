@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sstoken import curate
 from sstoken.errors import UsageError
@@ -70,3 +71,28 @@ def test_what_is_refused(world: World, masked: dict[str, Path], tmp_path: Path, 
     with pytest.raises(UsageError, match="give a list"):
         curate.report(str(masked["rel"]), out=page)
     assert not page.exists()
+
+
+def test_a_space_is_a_folder_ready_to_push(masked: dict[str, Path], tmp_path: Path, cli: CommandLine) -> None:
+    space = tmp_path / "space"
+    for _ in range(2):
+        cli.works("report", masked["rel"], "--space", space)
+    assert sorted(path.name for path in space.iterdir()) == ["README.md", "index.html"]
+    assert (space / "index.html").read_text().startswith("<!doctype html>")
+    front = yaml.safe_load((space / "README.md").read_text().split("---\n")[1])
+    assert front["sdk"] == "static"
+    assert front["app_file"] == "index.html"
+    (space / "mine.txt").write_text("mine")
+    assert "holds mine.txt" in cli.fails(2, "report", masked["rel"], "--space", space)
+    assert "both out and space" in cli.fails(2, "report", masked["rel"], "--space", space, "--out", space)
+    assert "nothing was given" in cli.fails(2, "report", masked["rel"])
+
+
+def test_show_chooses_rows_and_signals(world: World, masked: dict[str, Path], cli: CommandLine) -> None:
+    assert cli.works("show", masked["rel"], "--search", "W7 w8").startswith("row 6  data-6")
+    assert cli.works("show", masked["rel"], "--sort", "surprise", "--rows", 2).count("rel rho 0.6") == 2
+    assert "nothing is selected yet" in cli.works("show", world.tokens)
+    assert cli.works("show", world.tokens, "--signal", "base.loss", "--pager").startswith("row 0  ")
+    assert "legal: rel, attention, score" in cli.fails(2, "show", masked["rel"], "--signal", "entropy")
+    assert "no row holds 'w99 w98'" in cli.fails(1, "show", masked["rel"], "--search", "w99 w98")
+    assert "leave one of them out" in cli.fails(2, "show", masked["rel"], "--row", 1, "--search", "w1")

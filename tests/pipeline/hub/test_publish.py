@@ -265,3 +265,16 @@ def test_without_a_network(client, copy, tmp_path):
         assert len(messages(done.stderr)) == 1, done.stderr
         assert said in done.stderr
         assert client.token not in done.stderr
+
+
+def test_the_page_of_its_tokens_goes_with_it(hub, client, masked, tmp_path):
+    prepared = tmp_path / "prepared"
+    client.works("publish", masked, "--repo", "me/page", "--with-report", "--out", prepared)
+    files = hub.files("me/page")
+    assert files["report.html"].startswith(b"<!doctype html>")
+    assert b'<h1 id="summary-title">page</h1>' in files["report.html"]
+    assert str(tmp_path).encode() not in files["report.html"]
+    assert b"[report.html](resolve/main/report.html" in files["README.md"]
+    client.works("pull", "me/page", "--out", tmp_path / "pulled")
+    client.works("publish", masked, "--repo", "me/page", "--out", prepared)
+    assert "report.html" not in hub.files("me/page")
