@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # not this folder, whose names are those of other modules
-SMALL_TABLE = ("found-gsm8k", "found-weak-base", "noisy-gsm8k", "weak-base")
+SMALL_TABLE = ("found-gsm8k", "found-weak-base", "noisy-gsm8k", "weak-base", "noisy-families")
 
 
 def main() -> None:
