@@ -185,7 +185,7 @@ def _estimate(job: Job, size: Sizes) -> tuple[float, float]:
             passes = seen / max(1.0, size.examples)
         share = (_TRAINING - 1) if stage.lora_rank else _TRAINING
         flops = share * passes * model.forward(size.tokens, size.tokens, size.squares)
-        kept = (stage.snapshots or 4) + 1
+        kept = (stage.snapshots or 4) * (1 if stage.ema_decay is None else 2)  # step-0 is a reference
         return flops, 0.0 if stage.lora_rank else 4.0 * model.stored * kept
     if isinstance(stage, Select):
         values = 0 if stage.lean else 3 * size.response_tokens * per["value"]
