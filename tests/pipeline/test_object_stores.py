@@ -2,6 +2,7 @@
 
 import hashlib
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sstoken.stages import manifest as manifests
 from sstoken.stages import storage, tables
 from sstoken.stages.object_store import ObjectStore
 from tests.object_stores import BUCKET, SECRET, needs_s3, s3_server
-from tests.pipeline.small_run import PIPELINE, environment
+from tests.pipeline.small_run import PIPELINE, environment, save_config
 from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World, make_world
 from tests.support import PATIENCE
 
@@ -248,3 +249,37 @@ def test_what_cannot_be_reached_is_one_line(
     assert outcome.code in (1, 2)
     assert said in line
     assert SECRET not in line
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_point_costs_nothing(world: World, place: str) -> None:
+    out = f"{place}/tokens"
+    command = [str(argument) for argument in commands(world, place)[0]]
+    online = environment()
+    del online["HF_HUB_OFFLINE"]
+    for more in (
+        [],
+        ["--force", "--max-length", "7"],
+        ["--force"],
+    ):  # fresh work, then in the place of finished work
+        crashes = [sys.executable, "-m", "tests.pipeline.store_crashes", out, *command, *more]
+        done = subprocess.run(crashes, env=online, timeout=PATIENCE, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert int(done.stdout.split()[-1]) > 10
+        assert not storage.address(f"{out}.partial").exists()
+        assert verify(out)[1] == []
+    assert content(out) == content(world.tokens)
+
+
+@pytest.mark.slow
+def test_a_whole_run_stands_in_the_store(run: CommandLine, place: str, tmp_path: Path) -> None:
+    config = save_config(tmp_path, tmp_path / "inputs", examples=24, shard_rows=8, steps=4)
+    for out in (place, str(tmp_path / "here")):
+        run.works("run", config, "--set", f"out={out}")
+        assert run("verify", out).out.endswith(" 0 problems\n")
+        assert run.works("run", config, "--set", f"out={out}").count("finished already") == 5
+    for folder in ("tokens", "scores/step-0", "scores/step-4", "masked"):
+        here = tables.parts(tmp_path / "here" / folder)
+        there = tables.parts(storage.address(f"{place}/{folder}"))
+        assert [tables.read_table(p) for p in here] == [tables.read_table(p) for p in there]
+    assert "finished" in run.works("plan", config, "--set", f"out={place}")

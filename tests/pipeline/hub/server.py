@@ -145,6 +145,17 @@ class Handler(BaseHTTPRequestHandler):
             200, [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in folders] + entries
         )
 
+    def paths_info(self, name, revision):
+        """What hf:// addresses look at: files and folders by name, without those that are not there."""
+        files = self.at(name, revision)["files"]
+        given = self.body.decode()
+        asked = json.loads(given)["paths"] if given.startswith("{") else parse_qs(given)["paths"]
+        found = [entry(path, files[path]) for path in asked if path in files]
+        for path in asked:
+            if any(file.startswith(f"{path}/") for file in files):
+                found.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
+        self.send(200, found)
+
     def refs(self, name):
         branches = self.repo(name)["branches"].items()
         listed = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": oid} for b, oid in branches]
@@ -276,6 +287,7 @@ ROUTES = [
     ("GET", rf"{_REPO}", Handler.info),
     ("GET", rf"{_REPO}/revision/(?P<revision>[^/]+)", Handler.info),
     ("GET", rf"{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", Handler.tree),
+    ("POST", rf"{_REPO}/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
     ("GET", rf"{_REPO}/refs", Handler.refs),
     ("POST", rf"{_REPO}/branch/(?P<revision>[^/]+)", Handler.branch),
     ("POST", rf"{_REPO}/preupload/(?P<revision>[^/]+)", Handler.preupload),
