@@ -14,11 +14,11 @@ from sstoken.errors import SstokenError
 from sstoken.pipeline import ranks, runner
 from sstoken.pipeline.verbs import stages as api
 from sstoken.pipeline.verbs.looking import verify
+from sstoken.stages import faults, storage, tables
 from sstoken.stages import manifest as manifests
-from sstoken.stages import storage, tables
 from sstoken.stages.object_store import ObjectStore
 from tests.object_stores import BUCKET, SECRET, needs_s3, s3_server
-from tests.pipeline.small_run import PIPELINE, environment, save_config
+from tests.pipeline.small_run import environment, save_config
 from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World, make_world
 from tests.support import PATIENCE
 
@@ -91,19 +91,25 @@ def commands(world: World, root: str) -> list[tuple[object, ...]]:
 def test_every_stage_writes_the_bytes_that_it_writes_on_a_disk(
     world: World, run: CommandLine, place: str, tmp_path: Path
 ) -> None:
-    said = []
-    for here, there in zip(commands(world, str(tmp_path)), commands(world, place), strict=True):
-        on_disk, remote = run(*here), run(*there)
-        assert (on_disk.code, remote.code) == (0, 0), remote.err
-        assert on_disk.out.replace(str(tmp_path), place) == remote.out
-        said.append(remote)
+    api.select(tokens=world.tokens, scores=world.scores, out=tmp_path / "masked")
+    api.export(masked=tmp_path / "masked", to="trl", out=tmp_path / "export")
+    said = [run(*command) for command in commands(world, place)]
+    assert [outcome.code for outcome in said] == [0] * len(said), said
     assert "5 finished folders checked, 0 problems" in said[-2].out
-    for folder in ("tokens", "scores/base", "scores/later", "masked", "export"):
-        assert content(f"{place}/{folder}") == content(tmp_path / folder)
+    assert "all " in said[-3].out.splitlines()[-1], "read back as the trainer would"
+    for name, folder in {
+        "tokens": world.tokens,
+        "scores/base": world.scores / "base",
+        "scores/later": world.scores / "later",
+        "masked": tmp_path / "masked",
+        "export": tmp_path / "export",
+    }.items():
+        assert content(f"{place}/{name}") == content(folder)
         here, there = (
-            manifests.finished(storage.address(f"{root}/{folder}"), folder) for root in (tmp_path, place)
+            manifests.finished(storage.address(root), name) for root in (folder, f"{place}/{name}")
         )
         assert here.files == there.files
+    assert said[-1].out == run.works("show", tmp_path / "masked", "--row", 2)
     assert "finished already" in run.works(*commands(world, place)[0])
     assert not [outcome for outcome in said if SECRET in outcome.out + outcome.err]
     everything = storage.address(place).files()
@@ -136,10 +142,12 @@ def test_data_and_checkpoints_are_read_from_there(
 def test_work_in_the_store_is_not_done_again(
     world: World, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = environment() | {"SSTOKEN_FAULT": "kill:rename:6"}  # a mark, the tokenizer's files, two shards
-    del killed["HF_HUB_OFFLINE"]  # the tokenizer's files say it
-    command = [*PIPELINE, *map(str, commands(world, place)[0])]
-    assert subprocess.run(command, env=killed, timeout=PATIENCE, capture_output=True).returncode == -9
+    monkeypatch.setenv(faults.VARIABLE, "EIO:rename:6")  # a mark, the tokenizer's files, two shards
+    faults.plan.cache_clear()
+    with pytest.raises(OSError, match="Input/output"):
+        encode(world, f"{place}/tokens")
+    monkeypatch.delenv(faults.VARIABLE)
+    faults.plan.cache_clear()
     root = storage.address(f"{place}/tokens")
     assert not root.exists(), "nothing half-done is to be seen"
     there = {file.name for file in storage.address(f"{place}/tokens.partial").glob("part-*.parquet")}
