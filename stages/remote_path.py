@@ -14,6 +14,7 @@ from sstoken.errors import SstokenError, UsageError
 _SCHEME = re.compile(r"\A([a-z][a-z0-9+.-]*):/+")
 _PATIENCE = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
 """Of botocore: a store that is down is an error within a minute. Seconds, and attempts for a request."""
+_S3 = ("s3", "s3a")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid", "mtime", "created")
 """What a store says of an object that changes with its content, the best first."""
 _PACKAGES = {
@@ -115,8 +116,11 @@ class RemotePath(PurePosixPath):
             return bytes(filesystem.cat_file(key))
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """See `Path`."""
-        return self.read_bytes().decode(encoding)
+        """See `Path`. For small files: in one request."""
+        filesystem, key = self.located()
+        with explained(self):
+            more = {"max_concurrency": 1} if self.scheme in _S3 else {}  # else s3fs asks for the size first
+            return bytes(filesystem.cat_file(key, **more)).decode(encoding)
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open it for reading; it can seek, and fetches what is read."""
@@ -187,7 +191,7 @@ def options(scheme: str) -> dict[str, Any]:
     import fsspec
 
     found: dict[str, Any] = {"use_listings_cache": False}  # others write there, too
-    if scheme in ("s3", "s3a"):
+    if scheme in _S3:
         found["config_kwargs"] = {**_PATIENCE, **fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
     return found
 

