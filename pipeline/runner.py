@@ -178,8 +178,10 @@ def run_stage(job: Job, identity: Identity) -> dict[str, Any]:
     context = context_of(job, identity)
     if isinstance(job.stage, ShardedStage):
         return job.stage.run(context)
-    with storage.of(context.out).local_work(context.out) as out:  # libraries write what such a stage makes
-        return job.stage.run(with_other(context, out=out))
+    store = storage.of(context.out)
+    with store.local_work(context.out) as out:  # libraries write what such a stage makes
+        keep = partial(store.keep_work, out, context.out)
+        return job.stage.run(with_other(context, out=out, keep=keep))
 
 
 def context_of(job: Job, identity: Identity) -> Context:

@@ -216,7 +216,7 @@ class Anchor(Stage):
             callbacks=[
                 resumable.Watch(stack, context.progress, self.learning_rate),
                 snapshots,
-                resumable.Resumable(folder, snapshots),
+                resumable.Resumable(folder, snapshots, context.keep),
                 resumable.LiveLog(folder / _LOG),
             ],
         )

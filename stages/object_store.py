@@ -20,7 +20,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import faults, remote_cache
 from sstoken.stages.processes import is_main_process
 from sstoken.stages.remote_path import RemotePath, explained, version
-from sstoken.stages.storage import CLAIM, MARKS
+from sstoken.stages.storage import CLAIM, MARKS, UNFINISHED
 
 _MANIFEST = MARKS[0]
 _PARTIAL = ".partial"
@@ -194,17 +194,28 @@ class ObjectStore:
 
     @contextmanager
     def local_work(self, folder: RemotePath) -> Iterator[Path]:
-        """See `Storage`. What a run left, here or in the store, is there again."""
+        """See `Storage`. What a run has kept in the store is there again, and nothing else."""
         made_by = _read(folder / MARKS[1]) or ""
         scratch = remote_cache.workshop(folder, made_by)
         with FileLock(scratch.parent / ".lock"):
-            for file in self.list(folder):
-                if not (copy := scratch / file.relative_to(folder)).exists():
-                    remote_cache.fetch(file, copy)
+            there = {scratch / file.relative_to(folder).as_posix(): file for file in self.list(folder)}
+            for path in _files(scratch) if is_main_process() else ():
+                if path not in there or self.digest(there[path])[1] != _sha256(path):
+                    path.unlink()
+            for path, file in there.items():
+                if not path.exists():
+                    remote_cache.fetch(file, path)
         yield scratch
         if is_main_process():
-            self._put_all(scratch, folder)
+            self.keep_work(scratch, folder)
             shutil.rmtree(scratch)
+
+    def keep_work(self, scratch: Path, folder: RemotePath) -> None:
+        """See `Storage`. In the order in which files were written: what names others follows them."""
+        self._put_all(scratch, folder)
+        self._remove(
+            [file for file in self.list(folder) if not (scratch / file.relative_to(folder)).exists()]
+        )
 
     def on_this_machine(self, place: RemotePath) -> Path:
         """See `Storage`."""
@@ -228,9 +239,7 @@ class ObjectStore:
         return size, digest.hexdigest()
 
     def _upload(self, local: Path, file: RemotePath) -> None:
-        size = local.stat().st_size
-        with open(local, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        size, digest = local.stat().st_size, _sha256(local)
         filesystem, key = file.located()
         faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
         with _writing(file):
@@ -238,12 +247,11 @@ class ObjectStore:
         self._note(file, size, digest)
 
     def _put_all(self, scratch: Path, folder: RemotePath) -> None:
-        for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+        for path in _files(scratch):
             file = folder / path.relative_to(scratch).as_posix()
             noted = self._noted(file)
-            with open(path, "rb") as opened:
-                if noted is None or noted["sha256"] != hashlib.file_digest(opened, "sha256").hexdigest():
-                    self._upload(path, file)
+            if noted is None or noted["sha256"] != _sha256(path):
+                self._upload(path, file)
 
     def _note(self, file: RemotePath, size: int, digest: str) -> None:
         """Check what the store took; record it where it is part of unfinished work."""
@@ -303,6 +311,17 @@ def _record(file: RemotePath) -> RemotePath | None:
         if folder.name.endswith(_PARTIAL):
             return folder / _RECORDS / f"{file.relative_to(folder).as_posix()}.json"
     return None
+
+
+def _files(folder: Path) -> Sequence[Path]:
+    """The files below a folder, in the order in which they were written."""
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(UNFINISHED)]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _claim(manifest: str) -> str:

@@ -122,6 +122,8 @@ class Context:
     """Fingerprint of this stage with these settings and inputs, for provenance."""
     engine: Engine
     progress: ProgressBar
+    keep: Callable[[], None] = lambda: None
+    """Called where a later run could go on from `out`: has its storage keep what is there."""
 
 
 class Settings(BaseModel):

@@ -95,6 +95,9 @@ class Storage(Protocol):
     def local_work(self, folder: Path) -> AbstractContextManager[Path]:
         """Give the local folder in which work on `folder` goes on; what is new in it is put there in the end."""
 
+    def keep_work(self, scratch: Path, folder: Path) -> None:
+        """Put what there is in the local folder of `local_work` at a moment at which a later run can go on from it."""
+
     def on_this_machine(self, place: Path) -> Path:
         """Return the local path at which to keep what concerns this machine alone: locks, remembered digests."""
 
@@ -249,6 +252,9 @@ class LocalDisk:
     def local_work(self, folder: Path) -> Iterator[Path]:
         """See `Storage`."""
         yield folder
+
+    def keep_work(self, scratch: Path, folder: Path) -> None:
+        """See `Storage`. It is there."""
 
     def on_this_machine(self, place: Path) -> Path:
         """See `Storage`."""

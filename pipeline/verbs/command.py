@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar, cast
 
 import click
@@ -124,6 +124,18 @@ def named_places(given: Iterable[Place]) -> dict[str, Path]:
             raise UsageError(f"two masked datasets are called {name!r}; name one of them: NAME={folder}")
         named[name] = place(folder)
     return named
+
+
+def local_place(path: Place) -> Path:
+    """The same, of what other libraries read or write.
+
+    Raises:
+        UsageError: it is remote.
+    """
+    found: PurePath = place(path)
+    if not isinstance(found, Path):
+        raise UsageError(f"{path}: has to be on a local disk here; copy it to one, or name another place")
+    return found
 
 
 def print_finished(name: str, result: Result, as_json: bool) -> None:

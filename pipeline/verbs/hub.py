@@ -15,7 +15,7 @@ from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.sections import stage_of
-from sstoken.pipeline.verbs.command import Internal, Place, place, verb
+from sstoken.pipeline.verbs.command import Internal, Place, local_place, place, verb
 from sstoken.stages import manifest as manifests
 from sstoken.stages.hub.provenance import PROVENANCE, find_origin, read_provenance
 from sstoken.stages.hub.publication import Publication
@@ -69,7 +69,7 @@ class PublishCall(Publication):
         check_branch(self.branch)
         if not self.dry_run:
             connect(write=True)  # refuse before any work
-        masked = place(self.masked)
+        masked = local_place(self.masked)
         masked = masked if masked.name not in ("", "..") else masked.resolve()
         folder = masked.with_name(masked.name + ".publish") if self.out is None else place(self.out)
         origin = self.origin or find_origin(masked, manifests.finished(masked, "masked"))

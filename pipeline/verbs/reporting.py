@@ -8,7 +8,7 @@ import click
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.cli_options import json_option
-from sstoken.pipeline.verbs.command import Place, command, named_places, place
+from sstoken.pipeline.verbs.command import Place, command, local_place, named_places, place
 
 __all__ = ["plot", "report"]
 
@@ -48,12 +48,12 @@ def report(
         given = "nothing" if out is None else "both out and space"
         raise UsageError(f"{given} was given; name the page (--out) or a folder for a Space (--space)")
     named = named_places(folders)
-    page = place(out) if out is not None else place(str(space)) / PAGE
+    page = local_place(out) if out is not None else local_place(str(space)) / PAGE
     if space is not None:
-        check_space(place(space))
+        check_space(local_place(space))
     facts = write_page(named, page, [place(each) for each in scores], seed)
     if space is not None:
-        write_card(place(space), f"Tokens of {' and '.join(named)}")
+        write_card(local_place(space), f"Tokens of {' and '.join(named)}")
     return {**facts, "page": str(page)}
 
 
@@ -101,9 +101,9 @@ def plot(
     from sstoken.stages.report.folders import open_folders
     from sstoken.stages.report.statistics import measure
 
-    check_name(figure, place(out))
+    check_name(figure, local_place(out))
     found = open_folders(named_places(folders), [place(each) for each in scores])
-    save(pick(measure(found, seed), figure), place(out))
+    save(pick(measure(found, seed), figure), local_place(out))
 
 
 @command(

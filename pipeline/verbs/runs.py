@@ -18,7 +18,7 @@ from sstoken.pipeline.job import Job, Result, State, state
 from sstoken.pipeline.plan import Step, check_run, run_steps
 from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.runner import execute
-from sstoken.pipeline.verbs.command import Place, command, place
+from sstoken.pipeline.verbs.command import Place, command, local_place
 from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
@@ -58,7 +58,7 @@ def demo(
 
     from sstoken.pipeline.demo.run import run_demo
 
-    return run_demo(place(out), seed, Console(stderr=True) if quiet else None, model=model)
+    return run_demo(local_place(out), seed, Console(stderr=True) if quiet else None, model=model)
 
 
 @command(

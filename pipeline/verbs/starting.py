@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from sstoken.pipeline.cli_options import json_option
-from sstoken.pipeline.verbs.command import Place, command, place
+from sstoken.pipeline.verbs.command import Place, command, local_place
 
 __all__ = ["init", "schema"]
 
@@ -32,7 +32,7 @@ def init(
     from sstoken.pipeline import starting
 
     found = starting.look(data, model)
-    path = place(file)
+    path = local_place(file)
     text = starting.configuration(
         starting.from_folder(data, path.parent), starting.from_folder(model, path.parent), str(out), found
     )
@@ -54,7 +54,7 @@ def _init(data: str, model: str, out: str, file: str, force: bool, as_json: bool
     if as_json:
         click.echo(json.dumps(found))
         return
-    click.echo(place(file).read_text(encoding="utf-8"))
+    click.echo(local_place(file).read_text(encoding="utf-8"))
     click.echo(f"written: {file}; next: sstoken-curate plan {file}")
 
 

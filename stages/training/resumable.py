@@ -61,9 +61,8 @@ class Resumable(TrainerCallback):
     It does not save at the last step, where nothing is left to resume.
     """
 
-    def __init__(self, folder: Path, snapshots: HistorySnapshots) -> None:
-        self._folder = folder
-        self._snapshots = snapshots
+    def __init__(self, folder: Path, snapshots: HistorySnapshots, keep: Callable[[], None]) -> None:
+        self._folder, self._snapshots, self._keep = folder, snapshots, keep
         self._seals = sealing.Seals(folder.parent)
 
     def on_step_end(
@@ -90,6 +89,7 @@ class Resumable(TrainerCallback):
         for earlier in self._folder.glob("checkpoint-*"):
             if earlier != saved:
                 storage.of(earlier).delete(earlier)
+        self._keep()
 
 
 def log_lines(history: Sequence[dict[str, Any]]) -> str:
