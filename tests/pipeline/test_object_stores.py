@@ -262,7 +262,7 @@ def test_what_cannot_be_reached_is_one_line(
 
 def test_what_wants_a_local_disk_says_so(run: CommandLine, place: str) -> None:
     for command in (
-        ("publish", f"{place}/masked", "me/x", "--dry-run"),
+        ("publish", f"{place}/masked", "--repo", "me/x", "--dry-run"),
         ("show", f"{place}/masked", "--svg", f"{place}/tokens.svg"),
         ("demo", "--out", f"{place}/demo"),
     ):
