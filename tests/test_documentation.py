@@ -1,5 +1,6 @@
 """The README's commands, those of further pages and every verb's example run as they are printed."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -163,3 +164,20 @@ def test_the_pages_point_at_what_is_there():
     for page in (ROOT / "docs").glob("*.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE)
+def test_the_notebook_runs_after_the_demo(clone):
+    cells = json.loads((ROOT / "examples/look_at_a_mask.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in code[:-1]), "it is kept executed"
+    program = "\n".join("".join(cell["source"]) for cell in code)
+    program += "\nassert '<script' not in masked.row(3)._repr_html_()"
+    program += "\nassert facts['signals'][:2] == ['rel', 'attention']"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=clone, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (clone / "runs/rho.svg").is_file()
+    run_programs((ROOT / "docs/report.md").read_text(), clone)
