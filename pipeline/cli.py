@@ -116,8 +116,13 @@ def _refused(error: OSError) -> str:
 def _fail(message: str, status: int) -> int:
     if is_verbose() and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    click.echo("error: " + " ".join(message.split()), err=True)
+    click.echo("error: " + _printable(" ".join(message.split())), err=True)
     return status
+
+
+def _printable(text: str) -> str:
+    """What drives a terminal, or turns text around, as its escape: names and texts come from data."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def set_up_libraries() -> None:

@@ -178,6 +178,7 @@ class LocalDisk:
         temporary.mkdir()
         try:
             yield temporary
+            _as_umask_says(temporary)
             self.flush(temporary)
             self.delete(folder)
             faults.point("rename", folder)
@@ -276,6 +277,14 @@ class LocalDisk:
                 faults.point("fsync", path)
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
+
+
+def _as_umask_says(folder: Path) -> None:
+    """Give files that a library made for its user alone the rights that files made here have."""
+    rights = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o666 != rights:
+            path.chmod(rights)
 
 
 def _flush_names(folder: Path) -> None:

@@ -184,11 +184,24 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
 
 
 def parquet_file(stream: Any) -> Any:
-    """Open a seekable Parquet file for little memory."""
+    """Open a seekable Parquet file for little memory.
+
+    Raises:
+        ValueError: its footer claims other rows than its columns can hold; they would be read without end.
+    """
     import pyarrow.parquet as pq
 
     # Read-ahead and threads each need memory in proportion to the row group, which may span the file.
-    return pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+    file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+    about = file.metadata
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    held = sum(group.num_rows for group in groups)
+    if about.num_rows != held or any(group.num_rows < 0 for group in groups):
+        raise ValueError(f"its footer claims {about.num_rows:,} rows, its row groups hold {held:,}")
+    for group in groups:
+        if any(group.column(i).num_values < group.num_rows for i in range(group.num_columns)):
+            raise ValueError(f"its footer claims {group.num_rows:,} rows, more than its columns hold")
+    return file
 
 
 def not_parquet(name: str, error: Exception) -> SstokenError:

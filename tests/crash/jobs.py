@@ -104,7 +104,7 @@ def contents(folder: Path) -> dict[str, bytes | str]:
         if path.name == "manifest.json" and (manifest := manifests.read_manifest(path.parent)) is not None:
             metrics = {key: value for key, value in manifest.metrics.items() if key != "seconds"}
             timeless = manifest.model_copy(update={"metrics": metrics})
-            found[name] = timeless.model_dump_json(exclude={"seconds", "digest", "files"})
+            found[name] = timeless.model_dump_json(exclude={"seconds", "took", "digest", "files"})
         elif path.suffix == ".parquet" or path.suffix == ".safetensors":
             found[name] = path.read_bytes()
         else:
