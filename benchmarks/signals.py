@@ -1,13 +1,14 @@
 """What the signals of one distribution cost on top of the loss, in one process on the CPU, sides in turns.
 
-CPU time of a `Scorer` on a random Llama (8 layers x 512, vocabulary 32,000): the loss alone, with all that the tiles
-give, and with `expected_rank`, which sorts, as well.
+CPU time of a `Scorer` on a random Llama (8 layers x 512, vocabulary 32,000) or a model of yours: the loss alone, with
+all but `expected_rank`, and with all. `--exact`: how far each signal is from that of the model in float64.
 """
 
 import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer rows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--model", help="a folder or Hub id, in bfloat16, instead of a random model")
+    parser.add_argument("--exact", action="store_true", help="float32 against float64 instead of the cost")
     args = parser.parse_args()
 
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     from sstoken.measure.distribution import OF_DISTRIBUTION
     from sstoken.measure.scorer import Scorer
@@ -33,10 +36,23 @@ def main() -> None:
         vocab_size=32000, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=8,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    if args.model:
+        dtype = torch.float32 if args.exact else torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+    else:
+        model = LlamaForCausalLM(config).eval()
+    entries = model.get_input_embeddings().weight.shape[0]
     random = np.random.default_rng(0)
-    sequences = [random.integers(3, 32000, 200).astype(np.int32) for _ in range(rows)]
+    sequences = [random.integers(3, entries, 200).astype(np.int32) for _ in range(rows)]
     masks = [np.arange(200) >= 80 for _ in sequences]
+    if args.exact:
+        single = measure(model, sequences, masks)
+        facts = {
+            name: float(np.abs(values.astype(np.float64) - single[name]).max())
+            for name, values in measure(model.double(), sequences, masks).items()
+        }
+        print(json.dumps(facts) if args.json else "  ".join(f"{k} {v:.1e}" for k, v in facts.items()))
+        return
     sides = {
         "loss": ("loss",),
         "all but expected_rank": tuple(OF_DISTRIBUTION - {"expected_rank"}),
@@ -53,6 +69,15 @@ def main() -> None:
     median = {name: statistics.median(times) for name, times in seconds.items()}
     facts = {name: round(value / median["loss"], 3) for name, value in median.items()}
     print(json.dumps(facts) if args.json else "  ".join(f"{k} {v:.2f}x" for k, v in facts.items()))
+
+
+def measure(model: Any, sequences: list[Any], masks: list[Any]) -> dict[str, Any]:
+    """All signals of one distribution, of all response tokens."""
+    from sstoken.measure.distribution import OF_DISTRIBUTION
+    from sstoken.measure.scorer import Scorer
+
+    found = dict(Scorer(model, signals=sorted(OF_DISTRIBUTION)).measure(sequences, masks))
+    return {name: np.concatenate([found[i][name] for i in sorted(found)]) for name in sorted(OF_DISTRIBUTION)}
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ def test_all_signals_from_disk_to_disk(tmp_path: Path) -> None:
                 assert (apart != 0).sum() <= 10, (name, (apart != 0).sum())
                 assert apart.max() <= 1, name
             else:
-                assert (apart / np.maximum(1, np.abs(values[measured]))).max() < 2e-5, (name, apart.max())
+                most = 1e-4 if name == "expected_rank" else 2e-5  # from buckets
+                assert (apart / np.maximum(1, np.abs(values[measured]))).max() < most, (name, apart.max())
 
 
 def write_folders(golden: pl.DataFrame, folder: Path) -> dict[str, Path]:

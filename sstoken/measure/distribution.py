@@ -1,9 +1,9 @@
 """Signals of the distribution that predicts a token: hidden states through the output embedding in tiles.
 
-All signals come from the same tiles, products that stay in the cache. No row of logits is held as a whole, but for
-`expected_rank`, which sorts some rows at a time.
+All signals come from the same tiles, products that stay in the cache. No row of logits is held as a whole, but for few
+that need it.
 
-Shapes: N rows, D hidden size, V vocabulary, W entries of a tile.
+Shapes: N rows, D hidden size, V vocabulary, W entries of a tile, S of a sample.
 """
 
 from collections.abc import Collection, Iterator
@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from sstoken.measure.expected_rank import ExpectedRank
 from sstoken.measure.precision import as_given
 from sstoken.measure.token_loss import (
     ROWS_PER_TILE,
@@ -30,6 +31,12 @@ OF_DISTRIBUTION = (
 """What `measure_distribution` gives."""
 _COUNTS = frozenset({"rank", "ties"})
 _TOP = 20
+_SAMPLE = 512
+"""Entries of the vocabulary in a sample, at most; and one in 64 at most, unless these are few."""
+_MOST_ABOVE = 40.0
+"""How far above the largest of a sample a logit may lie: the squares of exponentials must not overflow."""
+_MOST_OFF = 1e-4
+"""By what share an expected rank from buckets may be off at worst; what it is off in fact is a tenth of that."""
 _ROWS_PER_PRODUCT = 64
 """A product of so many rows and columns rounds as the tiles' do, but for some at their edges."""
 
@@ -69,46 +76,76 @@ def measure_distribution(
 
 
 def _measure_rows(
-    hidden: Tensor, targets: Tensor, head: OutputHead, names: Collection[str]
+    hidden: Tensor, targets: Tensor, head: OutputHead, names: Collection[str], above: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The signals of one tile's rows."""
+    """The signals of one tile's rows; `above` [N]: their largest logits, where known."""
     ranked = not RANKS.isdisjoint(names)
-    own = _own_logits(hidden, targets, head) if ranked else None
-    top = TopLogits(_TOP) if "entropy_top20" in names else None
-    sums = _sum_tiles(hidden, targets, head, own, top)
-    log_total = sums.total.log()
+    sums = _Sums(
+        sample=_sample(hidden, head),
+        shift=above,
+        own=_own_logits(hidden, targets, head) if ranked else None,
+        top=TopLogits(_TOP) if "entropy_top20" in names else None,
+        expected_rank="expected_rank" in names,
+    )
+    for start, logits in tiles(hidden, head):
+        sums.see(logits, start, targets)
+    log_total, total = sums.total.log(), sums.total
+    highest = (sums.largest - sums.shift).double()
     found = {
-        "entropy": (log_total - sums.weighted / sums.total).clamp_min_(0),
-        "sum_p2": sums.squares / sums.total.square(),
-        "max_prob": 1 / sums.total,
+        "entropy": (log_total - sums.weighted / total).clamp_min_(0),
+        "sum_p2": sums.squares / total.square(),
+        "max_prob": highest.exp() / total,
     }
     if "loss" in names:
-        found["loss"] = sums.largest + log_total - head.target_logits(hidden, targets)
-    if top is not None:
-        found["entropy_top20"] = _entropy(top.values())
-    if "expected_rank" in names:
-        found["expected_rank"] = _expected_rank(hidden, head)
+        found["loss"] = sums.shift + log_total - head.target_logits(hidden, targets)
+    if sums.top is not None:
+        found["entropy_top20"] = _entropy(sums.top.values())
+    if sums.expected_rank is not None:
+        found["expected_rank"] = _expected_rank(hidden, head, sums.expected_rank)
     if ranked:
         found["rank"] = sums.greater
         found["ties"] = sums.at_least - sums.greater - 1
-        found["mass_above"] = (sums.above / sums.total).clamp_max_(1)
+        found["mass_above"] = (sums.above / total).clamp_max_(1)
         rows = (~sums.agree).nonzero()[:, 0]
         for name, values in _ranks_by_row(hidden[rows], targets[rows], head).items():
+            found[name][rows] = values
+    if above is None and (rows := (highest > _MOST_ABOVE).nonzero()[:, 0]).numel():
+        again = _measure_rows(hidden[rows], targets[rows], head, names, sums.largest[rows])
+        for name, values in again.items():
             found[name][rows] = values
     return {name: found[name] for name in names}
 
 
 class _Sums:
-    """Sums over the vocabulary, [N] float64 each: of each row's logits z, and of e = exp(z - largest)."""
+    """Sums over the vocabulary, [N] float64 each: of each row's logits z, and of e = exp(z - shift)."""
 
-    def __init__(self, targets: Tensor) -> None:
-        zeros = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
-        self.largest = zeros - float("inf")
-        """The largest z so far."""
+    def __init__(
+        self,
+        sample: Tensor,
+        shift: Tensor | None,
+        own: Tensor | None,
+        top: TopLogits | None,
+        expected_rank: bool,
+    ) -> None:
+        """Prepare to see tiles.
+
+        Args:
+            sample: [N, S], some of the logits.
+            shift: [N]; None: the largest of the sample.
+            own: [N], the targets' logits, where ranks are wanted.
+            top: is shown every tile.
+            expected_rank: whether it is wanted.
+        """
+        zeros = torch.zeros(sample.shape[0], dtype=torch.float64, device=sample.device)
+        self.shift = sample.amax(1) if shift is None else shift
+        self.own, self.top = own, top
+        self.expected_rank = ExpectedRank(sample - self.shift[:, None]) if expected_rank else None
+        self.largest = self.shift.clone()
+        """The largest z."""
         self.total = zeros.clone()
         """The sum of e."""
         self.weighted = zeros.clone()
-        """The sum of e * (z - largest)."""
+        """The sum of e * (z - shift)."""
         self.squares = zeros.clone()
         """The sum of e * e."""
         self.above = zeros.clone()
@@ -117,60 +154,44 @@ class _Sums:
         """How many z are larger than the target's."""
         self.at_least = zeros.clone()
         """How many are not smaller, itself included."""
-        self.agree = torch.ones_like(targets, dtype=torch.bool)
+        self.agree = torch.ones_like(zeros, dtype=torch.bool)
         """Whether the target's logit in its tile is the one that all were compared with."""
+        self._memory: tuple[Tensor, Tensor] | None = None
 
-    def raise_largest(self, of_tile: Tensor) -> None:
-        """Take in a tile's largest logits [N]: what was summed so far shrinks where they are larger."""
-        largest = torch.maximum(self.largest, of_tile.double())
-        first = self.largest == float("-inf")
-        step = torch.where(first, 0.0, self.largest - largest)
-        factor = step.exp()
-        self.weighted = (self.weighted + self.total * step) * factor
-        self.total *= factor
-        self.squares *= factor.square()
-        self.above *= factor
-        self.largest = largest
-
-
-def _sum_tiles(
-    hidden: Tensor, targets: Tensor, head: OutputHead, own: Tensor | None, top: TopLogits | None
-) -> _Sums:
-    """Go through the tiles once.
-
-    Args:
-        hidden: [N, D].
-        targets: [N].
-        head: the output head.
-        own: [N], the targets' logits, where ranks are wanted.
-        top: is shown every tile.
-    """
-    rows = hidden.shape[0]
-    sums, memory = _Sums(targets), None
-    for start, logits in tiles(hidden, head):
-        width = logits.shape[1]
-        if memory is None:  # no tile is wider than the first
-            memory = (torch.empty_like(logits).flatten(), torch.empty_like(logits).flatten())
-            ones = logits.new_ones(width)
-        exponentials, larger = (m[: rows * width].view(rows, width) for m in memory)
-        sums.raise_largest(logits.amax(1))
-        if top is not None:
-            top.see(logits)
+    def see(self, logits: Tensor, start: int, targets: Tensor) -> None:
+        """Take in a tile, logits [N, W] of the entries from `start` on, which are overwritten."""
+        rows, width = logits.shape
+        if self._memory is None:  # no tile is wider than the first
+            self._memory = (torch.empty_like(logits).flatten(), torch.empty_like(logits).flatten())
+        exponentials, larger = (m[: rows * width].view(rows, width) for m in self._memory)
+        own = self.own
+        self.largest = torch.maximum(self.largest, logits.amax(1))
+        if self.top is not None:
+            self.top.see(logits)
         if own is not None:
             inside = ((targets >= start) & (targets < start + width)).nonzero()[:, 0]
-            sums.agree[inside] = logits[inside, targets[inside] - start] == own[inside]
+            self.agree[inside] = logits[inside, targets[inside] - start] == own[inside]
             torch.ge(logits, own[:, None], out=larger)
-            sums.at_least += larger @ ones[:width]
+            self.at_least += larger.sum(1)
             torch.gt(logits, own[:, None], out=larger)
-            sums.greater += larger @ ones[:width]
-        logits -= sums.largest.to(logits.dtype)[:, None]
+            self.greater += larger.sum(1)
+        logits -= self.shift[:, None]
         torch.exp(logits, out=exponentials)
-        sums.total += exponentials @ ones[:width]
-        sums.weighted += torch.linalg.vecdot(logits, exponentials)
-        sums.squares += torch.linalg.vecdot(exponentials, exponentials)
+        self.total += exponentials.sum(1)  # a product with ones would round ten times as much
+        self.weighted += torch.linalg.vecdot(logits, exponentials)
+        self.squares += torch.linalg.vecdot(exponentials, exponentials)
         if own is not None:
-            sums.above += torch.linalg.vecdot(larger, exponentials)
-    return sums
+            self.above += torch.linalg.vecdot(larger, exponentials)
+        if self.expected_rank is not None:
+            self.expected_rank.see(logits, exponentials)
+
+
+def _sample(hidden: Tensor, head: OutputHead) -> Tensor:
+    """Logits [N, S] of entries all over the vocabulary."""
+    size = head.weight.shape[0]
+    step = max(1, min(64, size // 32), size // _SAMPLE)
+    bias = None if head.bias is None else head.bias[::step]
+    return OutputHead(head.weight[::step], bias, head.scale, head.softcap).logits(hidden)
 
 
 def _own_logits(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
@@ -204,7 +225,15 @@ def _ranks_by_row(hidden: Tensor, targets: Tensor, head: OutputHead) -> dict[str
     return found
 
 
-def _expected_rank(hidden: Tensor, head: OutputHead) -> Tensor:
+def _expected_rank(hidden: Tensor, head: OutputHead, buckets: ExpectedRank) -> Tensor:
+    """Sum of rank times probability, [N], float64; of few rows by sorting them."""
+    found, off = buckets.values()
+    rows = (~(off < _MOST_OFF)).nonzero()[:, 0]
+    found[rows] = _expected_rank_by_row(hidden[rows], head)
+    return found
+
+
+def _expected_rank_by_row(hidden: Tensor, head: OutputHead) -> Tensor:
     """Sum of rank times probability, [N], float64."""
     found = hidden.new_zeros(hidden.shape[0], dtype=torch.float64)
     for rows, logits in _whole_rows(hidden, head):

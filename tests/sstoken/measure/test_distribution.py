@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sstoken.measure import token_loss
 from sstoken.measure.distribution import OF_DISTRIBUTION, measure_distribution
 from sstoken.measure.divergence import measure_divergence
+from sstoken.measure.expected_rank import ExpectedRank
 from sstoken.measure.scorer import Scorer
 from sstoken.measure.token_loss import OutputHead
 from sstoken.measure.top import TopLogits
@@ -71,11 +72,42 @@ def test_all_signals_are_those_of_the_full_logits(rows, size, kind, seed):
     for name, expected in reference(hidden, targets, head).items():
         exact = name in ("rank", "ties")
         scale = 1 + float(head.logits(hidden).abs().max()) / 10  # fp32 rounds large logits more
+        share = 1.1e-4 if name == "expected_rank" else 1e-5
         torch.testing.assert_close(
-            found[name].double(), expected.double(), atol=0 if exact else 1e-5 * scale, rtol=1e-5, msg=name
+            found[name].double(), expected.double(), atol=0 if exact else 1e-5 * scale, rtol=share, msg=name
         )
         torch.testing.assert_close(alone[name], found[name], atol=1e-6 * scale, rtol=1e-6)
         assert (found[name].dtype == torch.int32) == exact
+
+
+@pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "far apart", "one bucket", "not a number"])
+def test_expected_ranks_from_buckets_are_within_their_bounds_or_say_so(kind):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2.5 * torch.randn(8, 20000, generator=generator)
+    if kind == "peaked":
+        logits[:, 7:9] += 25
+    elif kind == "ties":
+        logits[:, ::3] = 1.0
+    elif kind == "far apart":
+        logits[:, ::2] -= 1000
+    elif kind == "one bucket":
+        logits = logits * 1e-4 + 3.0
+        logits[:, 0] = 50.0
+    elif kind == "not a number":
+        logits[0, 3] = float("nan")
+    shifted = logits - logits.nan_to_num(0).amax(1, keepdim=True)
+    buckets = ExpectedRank(shifted[:, ::40])
+    for part in shifted.split(3000, 1):
+        buckets.see(part, part.exp())
+    found, off = buckets.values()
+    p = logits.double().softmax(1).sort(1, descending=True).values
+    error = ((p @ torch.arange(1.0, 20001).double()) / found - 1).abs()
+    assert ((error <= 1.05 * off + 2e-6) | ~(off < 1e-2)).all()
+    if kind in ("smooth", "peaked"):
+        assert off.max() < 1e-4
+        assert error.max() < 2e-5
+    if kind in ("ties", "not a number"):
+        assert not off[0] < 1e-4
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 99))
