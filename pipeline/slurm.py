@@ -16,6 +16,7 @@ import yaml
 from sstoken.pipeline.config import RunConfig
 from sstoken.pipeline.job import Job
 from sstoken.pipeline.plan import promised_steps
+from sstoken.stages import storage
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.score import Score
 from sstoken.stages.sharded import ShardedStage
@@ -91,7 +92,7 @@ def write_scripts(config: RunConfig, folder: Path, ranks: int) -> list[Path]:
     written = {RESOLVED: resolved(config)}
     written |= {script.name: "\n".join(script.lines) + "\n" for script in scripts}
     written[SUBMIT] = _submit(folder, scripts)
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.of(folder).make_folder(folder)
     for name, text in written.items():
         write_atomic(folder / name, text)
     (folder / SUBMIT).chmod(0o755)

@@ -28,6 +28,8 @@ RUN_ELSEWHERE = {
     "audit.md": "tests/stages/auditing, with datasets in memory",
     "in-loop.md": "tests/sstoken/in_loop/test_recipe.py",
     "methods.md": "tests/sstoken/test_third_party.py",
+    "scale.md": "tests/pipeline/test_slurm.py, test_ranks.py, tests/ray",
+    "storage.md": "tests/pipeline/test_object_stores.py, against a server here",
     "vllm.md": "tests/vllm, in an environment of its own",
 }
 """Pages with programs or commands that other tests run."""

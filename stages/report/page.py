@@ -8,6 +8,7 @@ import numpy as np
 
 from sstoken.errors import SstokenError
 from sstoken.methods import METHODS
+from sstoken.stages import storage
 from sstoken.stages.masked_card import decisive_settings
 from sstoken.stages.report import examples as shown_examples
 from sstoken.stages.report import quality
@@ -61,7 +62,7 @@ def write_page(
     if size > MOST_BYTES:
         raise SstokenError(f"{file}: the page would take {size:,} bytes; show fewer folders side by side")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        storage.of(file).make_folder(file.parent)
         write_atomic(file, text)
     except OSError as error:
         raise SstokenError(f"{file}: cannot be written ({error.strerror})") from error
