@@ -31,6 +31,8 @@ class _Stop:
         """The first signal; 0: none."""
         self.at = 0.0
         self.told = False
+        self.at_work = False
+        """Whether the signals are handled now."""
         self.process = os.getpid()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -54,6 +56,16 @@ class _Stop:
 
 
 _stop = _Stop()
+
+
+def _in_forked_process() -> None:
+    """Take no notes of a forked process's signals: the pipe is its parent's, whom they do not concern."""
+    if _stop.at_work:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_process)
 
 
 def reason() -> str:
@@ -86,12 +98,14 @@ def stopping_safely() -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    stop.at_work = True
     threading.Thread(target=_end_in_time, args=(read, stop), daemon=True).start()
     try:
         yield
     finally:
         border.replaceable.remove(stop.handle)
         if not stop.signal:
+            stop.at_work = False
             signal.set_wakeup_fd(woken)
             os.close(write)
             for number, handler in before.items():

@@ -101,7 +101,9 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def test_a_forked_process_ends_as_by_default() -> None:
+def test_a_forked_process_ends_as_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end is not its parent's."""
+    monkeypatch.setattr(stopping, "MOST_SECONDS", 0.1)
     with stopping.stopping_safely():
         child = os.fork()
         if child == 0:
@@ -110,3 +112,4 @@ def test_a_forked_process_ends_as_by_default() -> None:
         time.sleep(0.2)
         os.kill(child, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+        time.sleep(0.5)
