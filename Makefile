@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-browser test-mutants lint format bench docs clean test-ray flips fuzz
+.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-browser test-mutants test-lowest lint format bench docs clean test-ray flips fuzz
 
 setup: $(READY)
 
@@ -84,6 +84,14 @@ test-browser: $(READY)
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-noto-core fonts-noto-color-emoji > /dev/null; }
 	$(BIN)/python -m pytest -m browser tests/browser
 
+# The lowest versions that pyproject.toml allows, in an environment of their own; minutes, not in CI.
+LOWEST := .venv-lowest
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[lora,trl]' \
+		pytest pytest-timeout hypothesis gguf jsonschema
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -p no:cacheprovider tests/stages tests/pipeline tests/test_golden.py
+
 # How many small changes to the code that decides no fast test notices; half an hour, not in CI.
 test-mutants: $(READY)
 	$(BIN)/python -m pip install --quiet 'mutmut==3.8.1'
@@ -110,4 +118,4 @@ bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
 
 clean:
-	rm -rf site $(VENV) .venv-trainers .venv-lm-eval $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants
+	rm -rf site $(LOWEST) $(VENV) .venv-trainers .venv-lm-eval $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

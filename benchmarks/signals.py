@@ -17,7 +17,7 @@ def main() -> None:
     """Print the ratio of medians of each side to the loss alone."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer rows")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="at least 3")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--model", help="a folder or Hub id, in bfloat16, instead of a random model")
     parser.add_argument("--exact", action="store_true", help="float32 against float64 instead of the cost")
@@ -60,7 +60,7 @@ def main() -> None:
     }
     scorers = {name: Scorer(model, signals=signals, batch_tokens=768) for name, signals in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(args.rounds + 1):
+    for round_number in range(max(3, args.rounds) + 1):
         for name, scorer in scorers.items():
             start = time.process_time()
             list(scorer.measure(sequences, masks))

@@ -1,4 +1,8 @@
-"""YAML as configurations have it: small, shallow, each key once; anything else is refused at its line, at once."""
+"""YAML as configurations have it: small, shallow, each key once; anything else is refused at its line, at once.
+
+PyYAML with a loader of our own, not ruamel.yaml, which also refuses a key that is there twice: neither library limits
+depth and size with aliases counted, and ruamel.yaml reads YAML 1.2, to which `yes` and `1e-5` mean something else.
+"""
 
 import reprlib
 from typing import Any

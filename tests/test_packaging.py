@@ -41,6 +41,19 @@ def test_citation_and_changelog_name_this_version():
     assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_lowest_versions_are_those_that_are_allowed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    allowed = dict(
+        dependency.split(">=") for dependency in [*project["dependencies"], *extras["lora"], *extras["trl"]]
+    )
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert tested.pop("torch") == "2.13.0"
+    del allowed["torch"]
+    assert tested == allowed
+
+
 def test_issue_templates_are_forms():
     templates = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
     assert templates

@@ -43,7 +43,10 @@ def no_stats() -> Stats:
 
 
 def _percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:
-    """Nearest-rank percentile: the smallest length that q percent of the examples do not exceed."""
+    """Nearest-rank percentile: the smallest length that q percent of the examples do not exceed.
+
+    Over counts by length, which add up over shards; numpy.percentile would want every length at once.
+    """
     pairs = list(lengths)
     rank = -(-q * sum(k for _, k in pairs) // 100)
     for length, k in pairs:

@@ -1,6 +1,5 @@
 """Upload a prepared folder to the Hub in one commit; files that are already there are not sent again."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,20 +136,13 @@ def _folders(files: Sequence[FileEntry]) -> set[str]:
 
 
 def _same(there: "RepoFile | None", folder: Path, file: FileEntry) -> bool:
+    from huggingface_hub.utils.sha import git_hash
+
     if there is None or there.size != file.bytes:
         return False
     if there.lfs is not None:
         return bool(there.lfs.sha256 == file.sha256)
-    return bool(there.blob_id == _git_oid(folder / file.path))
-
-
-def _git_oid(path: Path) -> str:
-    """Return git's object id of a file with this content."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return bool(there.blob_id == git_hash((folder / file.path).read_bytes()))  # small, or it were in LFS
 
 
 def _commit(

@@ -64,7 +64,10 @@ def draw(log: Sequence[dict[str, Any]], entries: Sequence[Entry], path: Path) ->
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean over up to `window` neighbours on either side, fewer at the ends."""
+    """Return the mean over up to `window` neighbours on either side, fewer at the ends.
+
+    numpy.convolve would count zeros beyond the ends, and pandas is no dependency.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     centre = np.arange(len(values))
     first, last = np.maximum(centre - window, 0), np.minimum(centre + window + 1, len(values))
