@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     given = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, float]]] = {
-        "score": lambda: speedup(8, 10, 1) if given.quick else speedup(24, 20, 3),
+        "score": lambda: speedup(4, 10, 3) if given.quick else speedup(24, 20, 3),
         "overhead": lambda: overhead(given.engine, 1000 if given.quick else 10_000),
     }
     found: dict[str, float] = {}
