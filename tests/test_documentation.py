@@ -25,8 +25,6 @@ PAGES = ("choosing.md", "critical-tokens.md", "faq.md", "report.md", "runs.md")
 PROGRAMS = ("api.md",)
 """Pages whose Python does."""
 RUN_ELSEWHERE = {
-    "scale.md": "tests/pipeline: ranks, engines and costs",
-    "storage.md": "tests/stages and tests/pipeline, on a simulated S3",
     "audit.md": "tests/stages/auditing, with datasets in memory",
     "in-loop.md": "tests/sstoken/in_loop/test_recipe.py",
     "methods.md": "tests/sstoken/test_third_party.py",
