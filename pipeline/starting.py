@@ -81,6 +81,7 @@ encode:
 #   lora_rank: 16               # adapters alone: less memory, small checkpoints, a higher learning rate
 score:
   checkpoints: {{base: {_scalar(model)}}}
+  attention_from: none          # recommended reads no attention; leave this out for sstoken
   dtype: {dtype:<24}# {why}
 select:
   method: recommended           # finds noise, without training; `sstoken-curate methods` lists the others
