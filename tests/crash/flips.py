@@ -36,7 +36,7 @@ class Reader:
     @property
     def reads_outside(self) -> bool:
         """Whether it knows what the outside was before."""
-        return self.arguments.startswith("run ")
+        return self.arguments.startswith("run ") and self.state != "encode"  # before, nothing was finished
 
 
 READERS = [
