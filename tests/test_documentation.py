@@ -14,7 +14,7 @@ from sstoken.pipeline.cli import VERBS, cli
 from tests.support import PATIENCE, ROOT
 
 README = (ROOT / "README.md").read_text()
-NOT_HERE = ("make ", "pip install ")
+NOT_HERE = ("make ", "pip install ", "ray ")
 """They set up what these tests run in; CI runs the make targets themselves."""
 NEEDS_THE_HUB = ("pull",)
 """tests/pipeline/hub runs them; here there is no network, which they have to say."""
@@ -33,8 +33,8 @@ RUN_ELSEWHERE = {
     "vllm.md": "tests/vllm, in an environment of its own",
 }
 """Pages with programs or commands that other tests run."""
-NEEDS_YOUR_OWN = ("runs/good-tokens", "runs/reference", "history=ref", "configs/self-evolving.yaml")
-"""Data that a clone does not have; what takes long, and has a test of its own."""
+NEEDS_YOUR_OWN = ("runs/good-tokens", "runs/reference", "history=ref", "configs/self-evolving.yaml", "engine=ray")
+"""Data that a clone does not have; what takes long or needs a cluster, and has a test of its own."""
 
 
 def blocks(language, text=README):
@@ -120,6 +120,11 @@ def test_every_page_with_commands_is_run():
         if blocks("bash", page.read_text()) or blocks("python", page.read_text())
     }
     assert found == {*PAGES, *PROGRAMS, *RUN_ELSEWHERE}
+
+
+def test_the_readme_outgrows_a_machine_as_the_page_does():
+    """tests/ray runs the page's first block."""
+    assert blocks("bash", (ROOT / "docs" / "scale.md").read_text())[0] in blocks("bash")
 
 
 def test_every_page_is_in_the_menu():
