@@ -33,7 +33,13 @@ RUN_ELSEWHERE = {
     "vllm.md": "tests/vllm, in an environment of its own",
 }
 """Pages with programs or commands that other tests run."""
-NEEDS_YOUR_OWN = ("runs/good-tokens", "runs/reference", "history=ref", "configs/self-evolving.yaml", "engine=ray")
+NEEDS_YOUR_OWN = (
+    "runs/good-tokens",
+    "runs/reference",
+    "history=ref",
+    "configs/self-evolving.yaml",
+    "engine=ray",
+)
 """Data that a clone does not have; what takes long or needs a cluster, and has a test of its own."""
 
 
