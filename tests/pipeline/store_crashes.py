@@ -21,7 +21,7 @@ def main(seed: str, folder: str, arguments: list[str]) -> int:
 
     kills, random_ = 0, random.Random(seed)
     while True:
-        at = random_.randrange(1, 60)
+        at = random_.randrange(1, 20 if kills < 3 else 60)
         child = os.fork()  # after the heavy imports, before anything speaks to the store
         if child == 0:
             os.environ[faults.VARIABLE] = f"kill:any:{at}"
