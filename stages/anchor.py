@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _LOG = "log.jsonl"
 _TRAINER = "trainer"
+_IN_SNAPSHOTS = ("generation_config.json",)
+"""The base model's files, beside weights and configuration, that its snapshots take over."""
 """The folder of an unfinished run: what it needs to go on. Its end removes it."""
 
 
@@ -113,7 +115,7 @@ class Anchor(Stage):
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
         """See `Stage.sources`."""
-        return {"model": checkpoints.identity(self.model, digest)}
+        return {"model": checkpoints.identity(self.model, digest, also=_IN_SNAPSHOTS)}
 
     def faster(self) -> str:
         """See `Stage.faster`."""

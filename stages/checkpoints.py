@@ -191,13 +191,16 @@ def _check_task(folder: Path) -> None:
         )
 
 
-def identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """Return what identifies a checkpoint's content: the hashes of its weights and settings, or its Hub commit."""
+def identity(ref: str, digest: Callable[[Path], str], also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what identifies a checkpoint's content: the hashes of its weights and settings, or its Hub commit.
+
+    `also` names further files that count, where they exist.
+    """
     folder = local_folder(ref)
     if folder is None:
         return {"hub": split_revision(ref)[0], "commit": hub_commit(ref)}
     base = adapter_base(ref)
-    settings = _matching(folder, ("config.json", _CODE))
+    settings = _matching(folder, ("config.json", _CODE, *also))
     facts: dict[str, Any] = {"files": {f.name: digest(f) for f in (*weight_files(folder), *settings)}}
     if base is not None:
         config = read_json(folder / ADAPTER_CONFIG)

@@ -296,6 +296,15 @@ def test_refuses_to_go_on_with_another_number_of_processes(model, tokens, tmp_pa
         run(stage, tmp_path, tokens)
 
 
+def test_what_snapshots_take_over_from_the_model_is_a_source(tmp_path):
+    folder = factories.save_model(tmp_path / "base")
+    config = folder / "generation_config.json"
+    config.write_text("{}")
+    before = Anchor(model=str(folder)).sources(lambda file: file.read_text("latin-1"))
+    config.write_text('{"temperature": 0.5}')
+    assert Anchor(model=str(folder)).sources(lambda file: file.read_text("latin-1")) != before
+
+
 def test_fingerprint_leaves_speed_out(model):
     assert "data_workers" not in Anchor(model=str(model)).fingerprinted()
     assert "batch_size" in Anchor(model=str(model)).fingerprinted()
