@@ -430,7 +430,7 @@ def test_adapter(
         (("--backend-option", "speed=9"), ("hf has no option 'speed'", "legal: compile")),
         (("--batch-tokens", 0), ("batch_tokens is 0",)),
         (("--tokens", "nowhere"), ("nowhere", "no such folder")),
-        (("--tokens", __file__), ("no such folder",)),
+        (("--tokens", __file__), ("is a file", "the folder that holds the tokens")),
         (("--tokens", "SCORES"), ("written by 'score'", "'encode'")),
     ],
     ids=str,

@@ -50,6 +50,8 @@ def test_configurations_of_the_repository_are_valid_and_name_it(
     config: Path, checker: jsonschema.Draft202012Validator
 ) -> None:
     checker.validate(yaml.safe_load(config.read_text()))
+    if config.parent.name == "slurm":  # written by `run --dry-run`, for machines
+        return
     named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", config.read_text())
     assert named is not None
     assert (config.parent / named[1]).resolve() == PUBLISHED
