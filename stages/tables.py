@@ -133,7 +133,7 @@ def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
         SstokenError: the file is not one of ours, or is damaged.
     """
     with _readable(path):
-        raw = (footer(path).metadata or {}).get(METADATA_KEY)
+        raw = (_schema(path).metadata or {}).get(METADATA_KEY)
         if raw is None:
             raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
         metadata: dict[str, Any] = json.loads(raw)
@@ -149,6 +149,12 @@ def footer(path: Path) -> pq.FileMetaData:
         return pq.read_metadata(file)
 
 
+def _schema(path: Path) -> pa.Schema:
+    # Not of the `footer`: a schema made from that leaves memory that grows with the number of shards.
+    with storage.of(path).open(path) as file:
+        return pq.read_schema(file)
+
+
 def _digest(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()[:16]
 
@@ -160,7 +166,7 @@ def columns(path: Path) -> list[str]:
         SstokenError: it is damaged.
     """
     with _readable(path):
-        return list(footer(path).schema.to_arrow_schema().names)
+        return list(_schema(path).names)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
