@@ -108,6 +108,7 @@ def test_help_says_how_to_run_it(name):
     assert "--json" in text
 
 
+@pytest.mark.slow
 def test_the_last_line_of_the_scoring_benchmark_is_its_figures():
     lines = run(
         "scoring.py", "--models", "tiny", "--rows", "4", "--rounds", "1", "--lengths", "short",

@@ -95,6 +95,7 @@ def test_snapshots_that_make_no_phase(world, tmp_path, checkpoints, match):
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.slow
 def test_the_example_trains_phase_after_phase(world, tmp_path):
     """As a user runs it: with no more than what a clone and the demo's folders hold."""
     demo = tmp_path / "runs" / "demo"

@@ -110,6 +110,7 @@ def killed_config(whole: Path, name: str) -> Path:
     return save_config(inputs / name, inputs, examples=90, shard_rows=3, steps=8)
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage(whole: Path) -> None:
     config = killed_config(whole, "each")
     finished: dict[Path, int] = {}

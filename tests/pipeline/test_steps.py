@@ -123,6 +123,7 @@ def weights(run: Path, step: str) -> dict[str, Any]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_self_evolving(world: World) -> None:
     config = self_evolving(world, 3, "run")
     planned = {p.step: p.state for p in curate.plan(config)}
@@ -150,6 +151,7 @@ def test_self_evolving(world: World) -> None:
     assert any(not np.array_equal(first[name], last[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_self_evolving_goes_on_where_it_stopped(world: World) -> None:
     whole, stopped = self_evolving(world, 3, "whole"), self_evolving(world, 3, "stopped")
     curate.run(whole)

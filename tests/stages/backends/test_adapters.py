@@ -160,6 +160,7 @@ def test_an_adapter_gives_its_losses_and_leaves_the_base(kind, base, tmp_path):
     assert_base_is_itself(base, before, alone)
 
 
+@pytest.mark.slow
 def test_adapters_of_all_kinds_one_after_the_other(base, tmp_path):
     expected = {}
     for kind in ("plain", "embeddings saved", "rsLoRA", "bias all", "PiSSA", "LOHA", "norm saved", "DoRA"):
