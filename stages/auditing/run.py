@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +29,6 @@ from sstoken.stages.encoding.layouts import Preference
 from sstoken.stages.encoding.messages import TrainedTurns
 from sstoken.stages.encoding.templates import ChatTemplate, read_template
 from sstoken.stages.weight_files import read_json
-
-if TYPE_CHECKING:
-    from sstoken.stages.encoding.chat import ChatEncoder
 
 _ANY_LENGTH = 1 << 40
 
@@ -87,7 +84,17 @@ def audit(
                 f"{opened.shown}: raw conversations (no input_ids); name the --model whose chat template and "
                 "tokenizer are used"
             )
-        encoder = _encoder(ref, template, turns, allow_lost, keep_special_tokens, trust_remote_code)
+        from sstoken.stages.encoding.chat import load_encoder
+
+        encoder = load_encoder(
+            ref,
+            None,
+            template,
+            trust_remote_code=trust_remote_code,
+            turns=turns,
+            allow_lost=allow_lost,
+            keep_special_tokens=keep_special_tokens,
+        )
         declared = encoder.max_length
         encoder.max_length = _ANY_LENGTH
         vocabulary = _vocabulary(ref, encoder.tokenizer)
@@ -205,28 +212,6 @@ class _Counted:
         row = next(self._rows)
         self.count += 1
         return row
-
-
-def _encoder(
-    ref: str,
-    template: str | None,
-    turns: TrainedTurns,
-    allow_lost: Collection[str],
-    keep_special_tokens: bool,
-    trust_remote_code: bool,
-) -> "ChatEncoder":
-    from sstoken.stages.encoding.chat import ChatEncoder
-
-    tokenizer = checkpoints.load_tokenizer(ref, trust_remote_code=trust_remote_code)
-    return ChatEncoder(
-        tokenizer,
-        None,
-        template,
-        turns=turns,
-        allow_lost=allow_lost,
-        keep_special_tokens=keep_special_tokens,
-        stop_tokens=checkpoints.stop_tokens(ref, tokenizer),
-    )
 
 
 def _vocabulary(ref: str, tokenizer: Any) -> Vocabulary:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
+from sstoken.stages import checkpoints
 from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation, TrainedTurns
 from sstoken.stages.encoding.rendering import Rendered, Renderer, Vocabulary
 from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span
@@ -271,3 +272,30 @@ def _belongs(text: str, token: Span, start: int, stop: int) -> bool:
 def _length_to_last(mask: list[bool]) -> int:
     """Return the number of tokens up to and including the last response token."""
     return next((i + 1 for i in range(len(mask) - 1, -1, -1) if mask[i]), 0)
+
+
+def load_encoder(
+    ref: str,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    turns: TrainedTurns = "all",
+    allow_lost: Collection[str] = (),
+    keep_special_tokens: bool = False,
+) -> ChatEncoder:
+    """Load the encoder of a checkpoint: its tokenizer, and the tokens that stop its generation.
+
+    Raises:
+        UsageError, SstokenError: as `load_tokenizer`.
+    """
+    tokenizer = checkpoints.load_tokenizer(ref, trust_remote_code=trust_remote_code)
+    return ChatEncoder(
+        tokenizer,
+        max_length,
+        chat_template,
+        turns=turns,
+        allow_lost=allow_lost,
+        keep_special_tokens=keep_special_tokens,
+        stop_tokens=checkpoints.stop_tokens(ref, tokenizer),
+    )

@@ -227,15 +227,14 @@ def _encoder(
     stamp: tuple[Any, ...],
 ) -> "ChatEncoder":
     """Load the encoder once per process: loading a tokenizer is slow. Another `stamp` loads it anew."""
-    from sstoken.stages.encoding.chat import ChatEncoder
+    from sstoken.stages.encoding.chat import load_encoder
 
-    tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
-    return ChatEncoder(
-        tokenizer,
+    return load_encoder(
+        model,
         max_length,
         chat_template,
+        trust_remote_code=trust_remote_code,
         turns=turns,
         allow_lost=allow_lost,
         keep_special_tokens=keep_special_tokens,
-        stop_tokens=checkpoints.stop_tokens(model, tokenizer),
     )

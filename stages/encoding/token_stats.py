@@ -29,8 +29,7 @@ def metrics(stats: Stats) -> dict[str, Any]:
         "tokens": stats["tokens"],
         "response_tokens": stats["response_tokens"],
         "response_share": round(stats["response_tokens"] / max(stats["tokens"], 1), 4),
-        "length": {f"p{q}": _percentile(lengths, q) for q in (50, 90, 99)}
-        | {"max": _percentile(lengths, 100)},
+        "length": {f"p{q}": percentile(lengths, q) for q in (50, 90, 99)} | {"max": percentile(lengths, 100)},
         "truncated": stats["truncated"],
         "dropped_no_response": stats["dropped"],
     } | {name: dict(sorted(stats[name].items())) for name in COUNTED}
@@ -42,7 +41,7 @@ def no_stats() -> Stats:
     return dict.fromkeys(counts, 0) | {name: {} for name in ("lengths", *COUNTED)}
 
 
-def _percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:
+def percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:
     """Nearest-rank percentile: the smallest length that q percent of the examples do not exceed.
 
     Over counts by length, which add up over shards; numpy.percentile would want every length at once.

@@ -11,6 +11,7 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.findings import Shown
 from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.encoding.token_stats import percentile
 
 FAMILY = "lengths"
 CUT = kind(
@@ -85,7 +86,7 @@ class Lengths:
         """Return percentiles and the curve."""
         lengths = sorted(self.rows.items())
         return {
-            "length": {f"p{q}": _percentile(lengths, q) for q in (50, 90, 99)}
+            "length": {f"p{q}": percentile(lengths, q) for q in (50, 90, 99)}
             | {"max": lengths[-1][0] if lengths else 0},
             "max_length": self.max_length,
             "within": [
@@ -98,13 +99,3 @@ class Lengths:
                 for limit in self._limits()
             ],
         }
-
-
-def _percentile(lengths: list[tuple[int, int]], q: int) -> int:
-    """Nearest rank."""
-    rank = -(-q * sum(k for _, k in lengths) // 100)
-    for length, k in lengths:
-        rank -= k
-        if rank <= 0:
-            return length
-    return 0
