@@ -12,9 +12,10 @@ import click
 
 from sstoken.errors import SstokenError
 from sstoken.pipeline import stopping
-from sstoken.pipeline.stopping import GOES_ON, stopping_safely
+from sstoken.pipeline.stopping import stopping_safely
 from sstoken.pipeline.verbosity import Verbosity, is_verbose, set_verbosity
 from sstoken.pipeline.verbs import index, verbs
+from sstoken.stages.shard_border import GOES_ON
 from sstoken.version import __version__
 
 VERBS = verbs()

@@ -80,9 +80,7 @@ class Lease:
             SstokenError: its holder is alive; says who it is.
         """
         found = holder(self._file)
-        if (
-            found is not None and found.boot != self._own.boot
-        ):  # of this machine: its lock would not have been free
+        if found is not None and found.boot != self._own.boot:  # this machine's own would have held the lock
             watched(found)
             _wait_for_end(self._file, found, wait)
         for left in self._file.parent.glob(f"{self._file.name}.*{UNFINISHED}"):

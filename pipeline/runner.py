@@ -32,9 +32,9 @@ from sstoken.stages import joins, storage, tables, took
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
 from sstoken.stages.processes import is_main_process, num_processes
+from sstoken.stages.shard_border import StoppedError
 from sstoken.stages.sharded import QUARANTINE, ShardedStage
 from sstoken.stages.stage import Context, Engine, EngineOptions, Settings, no_progress_bar
-from sstoken.stages.stopping import StoppedError
 from sstoken.stages.storage import write_atomic
 from sstoken.version import __version__
 

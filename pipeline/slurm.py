@@ -19,8 +19,8 @@ from sstoken.pipeline.plan import promised_steps
 from sstoken.stages import storage
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.score import Score
+from sstoken.stages.shard_border import STATUS
 from sstoken.stages.sharded import ShardedStage
-from sstoken.stages.stopping import STATUS
 from sstoken.stages.storage import write_atomic
 
 RESOLVED = "config.yaml"

@@ -13,13 +13,11 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from sstoken.stages import stopping as border
+from sstoken.stages import shard_border
+from sstoken.stages.shard_border import GOES_ON, SAME
 
-GOES_ON = "what is finished is kept, the same command goes on from there"
-MOST_SECONDS = 8.0
+MOST_SECONDS = shard_border.GRACE
 """From the first signal to the end."""
-_SAME = 0.3
-"""Seconds within which a second signal is the first one, sent to the process and to its group."""
 _HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -44,7 +42,7 @@ class _Stop:
         if not self.signal:
             self.signal, self.at = number, time.monotonic()
             raise KeyboardInterrupt
-        if time.monotonic() - self.at > _SAME:
+        if time.monotonic() - self.at > SAME:
             self.end()
 
     def end(self) -> None:
@@ -94,7 +92,7 @@ def stopping_safely() -> Iterator[None]:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             before[number] = signal.signal(number, stop.handle)
     # Shard by shard, SIGTERM waits for the shard's end.
-    border.replaceable.append(stop.handle)
+    shard_border.replaceable.append(stop.handle)
     read, write = os.pipe()
     os.set_blocking(write, False)
     woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -103,7 +101,7 @@ def stopping_safely() -> Iterator[None]:
     try:
         yield
     finally:
-        border.replaceable.remove(stop.handle)
+        shard_border.replaceable.remove(stop.handle)
         if not stop.signal:
             stop.at_work = False
             signal.set_wakeup_fd(woken)

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from sstoken.errors import SstokenError
 from sstoken.pipeline import lease
 from sstoken.stages import storage
+from sstoken.stages.shard_border import GOES_ON
 
 
 def check_writable(folder: PurePath) -> None:
@@ -160,7 +161,7 @@ def full_disk(error: BaseException, folder: Path) -> SstokenError | None:
     usage = shutil.disk_usage(disk)
     return SstokenError(
         f"{place}: no space left on the disk at {disk} ({_size(usage.free)} free of {_size(usage.total)}); make "
-        "room there; what is finished is kept, the same command goes on from there"
+        f"room there; {GOES_ON}"
     )
 
 

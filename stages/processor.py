@@ -1,4 +1,4 @@
-"""What this machine's processor multiplies natively, and which setting would speed work up."""
+"""What this machine's processor multiplies natively."""
 
 from functools import cache
 from pathlib import Path

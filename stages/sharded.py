@@ -11,8 +11,8 @@ from pydantic import Field
 
 from sstoken.errors import QuarantinedError
 from sstoken.stages import storage, tables
+from sstoken.stages.shard_border import at_a_border
 from sstoken.stages.stage import SPEED_ONLY, Context, Engine, EngineOptions, Progress, Stage, Task, Worker
-from sstoken.stages.stopping import at_a_border
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.took import Took
 

@@ -16,14 +16,14 @@ from sstoken.pipeline import api
 from sstoken.pipeline.engines.dispatch import ATTEMPTS
 from sstoken.pipeline.job import Job
 from sstoken.pipeline.runner import execute
-from sstoken.stages import stopping
+from sstoken.stages import shard_border
 from sstoken.stages.export import Export
 from sstoken.stages.manifest import Digests
 from sstoken.stages.select import Select
 from sstoken.stages.sharded import Work
 from sstoken.stages.stage import Context, Worker
 from tests.pipeline.small_run import PIPELINE, environment, save_conversations
-from tests.pipeline.worlds import World, make_world
+from tests.pipeline.worlds import World
 from tests.support import PATIENCE, ROOT
 
 POISON = "poison"
@@ -53,11 +53,6 @@ class PoisonedExport(Export):
     def work(self, context: Context) -> Work:
         work = super().work(context)
         return Work(_Poisoned(work.function, context.out.parent / POISON), work.tasks, work.total)
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 def select_job(world: World, out: Path, **settings: Any) -> Job:
@@ -132,7 +127,7 @@ def test_sigterm_ends_a_run_between_two_shards(world: World, tmp_path: Path, wor
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: the workers get it too
     _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == stopping.STATUS, err
+    assert process.returncode == shard_border.STATUS, err
     assert "error: stopped by SIGTERM at a shard's border" in err
     assert not list(partial.glob("*.tmp"))
     made = {path.name: path.stat().st_ino for path in partial.glob("part-*.parquet")}
@@ -147,13 +142,14 @@ def test_sigterm_ends_a_run_between_two_shards(world: World, tmp_path: Path, wor
 def test_a_shard_that_takes_longer_is_given_up(tmp_path: Path) -> None:
     code = (
         "import os, signal, time\n"
-        "from sstoken.stages import stopping\n"
-        "stopping.GRACE = 0.3\n"
-        "with stopping.at_a_border() as stopped:\n"
+        "from sstoken.stages import shard_border\n"
+        "shard_border.GRACE = 0.3\n"
+        "with shard_border.at_a_border() as stopped:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert stopped()\n"
         f"    time.sleep({PATIENCE})\n"
     )
     assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=PATIENCE).returncode == stopping.STATUS
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=PATIENCE).returncode
+        == shard_border.STATUS
     )

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from sstoken.pipeline import stopping
+from sstoken.stages import shard_border
 from tests.pipeline.small_run import environment
 from tests.support import PATIENCE, ROOT, messages
 
@@ -63,7 +64,7 @@ def test_one_signal_ends_it_with_one_line(kind: str, number: signal.Signals) -> 
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == CODES[number]
     (line,) = messages(err)
-    assert line == f"error: {WORDS[number]}; {stopping.GOES_ON}"
+    assert line == f"error: {WORDS[number]}; {shard_border.GOES_ON}"
 
 
 @pytest.mark.parametrize("number", CODES)
@@ -72,11 +73,11 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals) -> None:
     process.send_signal(number)
     assert process.stdout is not None
     assert process.stdout.readline() == "held up\n"
-    time.sleep(2 * stopping._SAME)
+    time.sleep(2 * shard_border.SAME)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == CODES[number]
-    assert messages(err) == [f"error: {WORDS[number]}; {stopping.GOES_ON}"]
+    assert messages(err) == [f"error: {WORDS[number]}; {shard_border.GOES_ON}"]
 
 
 def test_the_end_comes_within_ten_seconds() -> None:

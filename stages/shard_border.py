@@ -17,9 +17,9 @@ STATUS = 128 + signal.SIGTERM
 """Exit code of a process that ended so, in time or not."""
 replaceable: list[Any] = [signal.SIG_DFL]
 """Handlers of SIGTERM that may be replaced meanwhile: the system's, and the command line's own. Not a user's."""
-_SAME = 0.3
+SAME = 0.3
 """Seconds within which a second signal is the first one, sent to the process and to its group."""
-_KEPT = "what is finished is kept, the same command goes on from there"
+GOES_ON = "what is finished is kept, the same command goes on from there"
 
 
 class StoppedError(SstokenError):
@@ -45,7 +45,7 @@ def at_a_border() -> Iterator[Callable[[], bool]]:
         if not asked:
             asked.append(time.monotonic())
             threading.Thread(target=_end_late, args=(over,), daemon=True).start()
-        elif time.monotonic() - asked[0] > _SAME:
+        elif time.monotonic() - asked[0] > SAME:
             _end()
 
     before = signal.getsignal(signal.SIGTERM)
@@ -59,7 +59,7 @@ def at_a_border() -> Iterator[Callable[[], bool]]:
         if ours:
             signal.signal(signal.SIGTERM, before)
     if asked:
-        raise StoppedError(f"stopped by SIGTERM at a shard's border; {_KEPT}")
+        raise StoppedError(f"stopped by SIGTERM at a shard's border; {GOES_ON}")
 
 
 def _end_late(over: threading.Event) -> None:
@@ -72,5 +72,5 @@ def _end_late(over: threading.Event) -> None:
 def _end() -> None:
     """End the process here and now. Worker processes notice, and end, too."""
     with suppress(OSError):
-        os.write(2, f"\nerror: stopped by SIGTERM; {_KEPT}\n".encode())
+        os.write(2, f"\nerror: stopped by SIGTERM; {GOES_ON}\n".encode())
     os._exit(STATUS)
