@@ -1,6 +1,7 @@
 """Progress bars: on a terminal, and as lines elsewhere."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -65,10 +66,11 @@ class _Bar:
     def __init__(self, bar: "tqdm[Any]", faster: Callable[[], str]) -> None:
         self._bar = bar
         self._faster: Callable[[], str] | None = None if bar.total is None else faster
+        self._began = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
         self._bar.update(amount)
-        if self._faster is not None and (elapsed := self._bar.format_dict["elapsed"]) >= _FIRST_ESTIMATE:
+        if self._faster is not None and (elapsed := time.monotonic() - self._began) >= _FIRST_ESTIMATE:
             self._estimate(elapsed)
 
     def _estimate(self, elapsed: float) -> None:
