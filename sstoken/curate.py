@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from sstoken.pipeline.config import RunConfig as RunConfig
     from sstoken.pipeline.config import load_config as load_config
     from sstoken.pipeline.verbs.auditing import *
+    from sstoken.pipeline.verbs.configuring import *
     from sstoken.pipeline.verbs.hub import *
     from sstoken.pipeline.verbs.looking import *
     from sstoken.pipeline.verbs.planning import *
     from sstoken.pipeline.verbs.reporting import *
     from sstoken.pipeline.verbs.runs import *
     from sstoken.pipeline.verbs.stages import *
-    from sstoken.pipeline.verbs.starting import *
 
 _OTHERS = {
     "RunConfig": "sstoken.pipeline.config",

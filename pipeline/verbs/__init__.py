@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-GROUPS = ("runs", "planning", "starting", "stages", "trajectory", "hub", "looking", "auditing", "reporting")
+GROUPS = (
+    "runs",
+    "planning",
+    "configuring",
+    "stages",
+    "trajectory",
+    "hub",
+    "looking",
+    "auditing",
+    "reporting",
+)
 """The files of this folder that define verbs, in the order of the help."""
 
 

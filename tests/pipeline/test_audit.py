@@ -16,19 +16,9 @@ from datasets import Dataset, DatasetDict
 from sstoken import curate
 from sstoken.stages import tables
 from sstoken.stages.exporting import TARGETS
-from tests.pipeline.worlds import CommandLine, World, cut, list_anew, make_world
+from tests.pipeline.worlds import CommandLine, World, cut, list_anew
 from tests.stages.auditing import datasets
 from tests.stages.auditing.datasets import Row
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @pytest.fixture(scope="module")

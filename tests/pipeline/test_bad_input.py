@@ -28,18 +28,12 @@ from tests.pipeline.worlds import (
     copy_model,
     cut,
     damage,
-    make_world,
     no_trace,
     snapshot,
 )
 from tests.support import PATIENCE, messages
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @pytest.fixture

@@ -9,12 +9,7 @@ import pytest
 
 from sstoken.pipeline import api
 from sstoken.pipeline.job import Result
-from tests.pipeline.worlds import World, copy_model, make_world
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
+from tests.pipeline.worlds import World, copy_model
 
 
 def encode(place: Path, world: World, out: Path, **options: Any) -> Result:

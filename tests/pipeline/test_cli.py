@@ -25,7 +25,7 @@ from sstoken.stages.score import ScoreOptions
 from sstoken.stages.select import Select
 from sstoken.version import __version__
 from tests.pipeline.small_run import PIPELINE, ROOT, environment
-from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.pipeline.worlds import CommandLine, World
 from tests.support import messages
 
 STAGES: dict[str, type[BaseModel]] = {
@@ -36,11 +36,6 @@ STAGES: dict[str, type[BaseModel]] = {
 }
 OF_FIELDS = STAGES | {"export": Export, "publish": Publication}
 """The verbs whose options are made from fields."""
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @pytest.fixture

@@ -9,12 +9,7 @@ import pytest
 from sstoken import curate
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.report.compare import CLASSES
-from tests.pipeline.worlds import CommandLine, World, make_world
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
+from tests.pipeline.worlds import CommandLine, World
 
 
 @pytest.fixture(scope="module")

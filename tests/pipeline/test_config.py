@@ -16,15 +16,10 @@ from sstoken.pipeline.checkpoint_names import named_checkpoints
 from sstoken.pipeline.config import load_config
 from sstoken.stages import tables
 from tests import factories
-from tests.pipeline.worlds import SHARD_ROWS, World, copy_model, make_world, snapshot
+from tests.pipeline.worlds import SHARD_ROWS, World, copy_model, snapshot
 
 MINIMAL = "out: o\nencode: {data: d, model: m}\n"
 HISTORY = ("step-0", "step-1", "step-2")
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 def write(folder: Path, text: str) -> Path:

@@ -8,7 +8,7 @@ import yaml
 from sstoken.pipeline import api
 from sstoken.pipeline.config import RunConfig, load_config
 from sstoken.stages.encoding.sources import check_source
-from tests.pipeline.worlds import World, make_world
+from tests.pipeline.worlds import World
 from tests.support import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -16,11 +16,6 @@ PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 SECTIONS = [path for path in CONFIGS if "steps" not in yaml.safe_load(path.read_text())]
 """The others are run by tests/pipeline/test_steps.py."""
 MADE_BY_THE_DEMO = ("runs/demo/data.jsonl", "runs/demo/base")
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 def places(config: RunConfig) -> list[str]:

@@ -17,20 +17,10 @@ from sstoken.stages import manifest as manifests
 from sstoken.stages import tables
 from sstoken.stages.exporting import TARGETS
 from sstoken.stages.exporting.rows import prepare
-from tests.pipeline.worlds import CommandLine, World, make_world, no_trace, snapshot
+from tests.pipeline.worlds import CommandLine, World, no_trace, snapshot
 
 WEIGHTED = [name for name, target in TARGETS.items() if target.weights]
 every_target = pytest.mark.parametrize("target", TARGETS)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import yaml
 
 from sstoken.pipeline import api
 from sstoken.stages import tables
-from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.pipeline.worlds import CommandLine, World
 from tests.support import PATIENCE
 
 AXOLOTL = """\
@@ -55,16 +55,6 @@ CHANGED = {
 }
 LENGTH = {"axolotl": "sequence_len", "llamafactory": "cutoff_len", "trl": "max_length"}
 every_own = pytest.mark.parametrize("target", OWN)
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,7 @@ from rich.console import Console
 
 from sstoken.pipeline import verbosity
 from sstoken.pipeline.first_example import print_first_example
-from tests.pipeline.worlds import CommandLine, World, make_world
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
+from tests.pipeline.worlds import CommandLine, World
 
 
 @pytest.fixture

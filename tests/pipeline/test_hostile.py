@@ -25,11 +25,6 @@ def world() -> World:
     return make_world()
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
 def rows(path: Path, *found: object) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     return path
@@ -105,7 +100,7 @@ def test_a_small_file_of_a_huge_text(kind: str, world: World, cli: CommandLine, 
 
 
 def test_names_that_lead_out_of_the_folder(world: World, cli: CommandLine, tmp_path: Path) -> None:
-    for name in ("..", "../x", "a/../../x", "/tmp/x"):
+    for name in ("..", "../x", "a/../../x", "/x"):
         cli.fails(
             2,
             "score",

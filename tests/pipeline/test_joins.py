@@ -12,7 +12,7 @@ from sstoken.errors import SstokenError
 from sstoken.pipeline import api
 from sstoken.stages import joins, tables
 from sstoken.stages.training.score_column import with_history
-from tests.pipeline.worlds import CommandLine, World, list_anew, make_world
+from tests.pipeline.worlds import CommandLine, World, list_anew
 
 Row = tuple[str, list[tuple[int, bool]]]
 rows = st.lists(
@@ -48,11 +48,6 @@ def test_a_fingerprint_does_not_depend_on_how_the_table_lies_in_memory(
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
-
-
-@pytest.fixture(scope="module")
 def other(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens and scores of the same ids and lengths, and of other text."""
     folder = tmp_path_factory.mktemp("other")
@@ -76,11 +71,6 @@ def other(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
             map(len, tables.rows(theirs["input_ids"]))
         )
     return folder
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def test_scores_of_another_text_with_the_same_ids_and_lengths(

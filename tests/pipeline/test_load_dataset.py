@@ -4,12 +4,6 @@ import datasets
 import pytest
 
 from sstoken import curate
-from tests.pipeline.worlds import make_world
-
-
-@pytest.fixture(scope="module")
-def world():
-    return make_world()
 
 
 def kept(folder, tmp_path):

@@ -20,15 +20,10 @@ from sstoken.stages.object_store import ObjectStore
 from sstoken.stages.training import resumable
 from tests.object_stores import BUCKET, SECRET, needs_s3, s3_server
 from tests.pipeline.small_run import environment, save_config
-from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World, make_world
+from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World
 from tests.support import PATIENCE
 
 pytestmark = needs_s3
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @pytest.fixture(scope="module", autouse=True)

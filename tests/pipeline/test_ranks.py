@@ -22,15 +22,10 @@ from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import tables
 from sstoken.stages.sharded import ShardedStage
 from tests.pipeline.small_run import PIPELINE, environment, leftovers, save_conversations
-from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.pipeline.worlds import CommandLine, World
 from tests.support import PATIENCE
 
 WORLD_SIZE = 7
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 def calls(

@@ -8,12 +8,7 @@ import yaml
 
 from sstoken import curate
 from sstoken.errors import UsageError
-from tests.pipeline.worlds import CommandLine, World, make_world
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
+from tests.pipeline.worlds import CommandLine, World
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +20,6 @@ def masked(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         ).folder
         for method in ("sstoken", "rel")
     }  # fmt: skip
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def test_one_folder_with_its_scores(

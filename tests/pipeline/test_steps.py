@@ -20,7 +20,7 @@ from sstoken.pipeline.config import load_config
 from sstoken.pipeline.plan import run_steps
 from sstoken.stages import manifest as manifests
 from sstoken.stages import tables
-from tests.pipeline.worlds import CommandLine, World, make_world, snapshot
+from tests.pipeline.worlds import CommandLine, World, snapshot
 
 SELF_EVOLVING = Path(__file__).parents[2] / "configs" / "self-evolving.yaml"
 ENCODE = "{{data: {data}, model: {base}, workers: 1, shard_rows: 10}}"
@@ -38,11 +38,6 @@ steps:
   scores: {{stage: score, checkpoints: [step-0, step-1, last]}}
   masked: {{stage: select}}
 """
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @pytest.fixture

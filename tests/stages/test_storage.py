@@ -115,7 +115,7 @@ def test_no_stage_writes_past_the_storage() -> None:
         "stages/report/show.py",  # a picture where the user wants it
         "stages/report/page.py",  # as are pages,
         "pipeline/slurm.py",  # scripts
-        "pipeline/starting.py",  # and configurations
+        "pipeline/new_configuration.py",  # and configurations
         "stages/hub/pull.py",  # a download that is not what was promised
         "stages/training/observed_losses.py",  # a database of its own
         "pipeline/writing.py",  # locks

@@ -14,16 +14,11 @@ from sstoken.errors import UsageError
 from sstoken.pipeline.config import RunConfig, load_config
 from sstoken.pipeline.schema import schema
 from sstoken.pipeline.sections import KINDS
-from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.pipeline.worlds import CommandLine, World
 from tests.support import ROOT
 
 PUBLISHED = ROOT / "docs" / "sstoken.schema.json"
 CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml")])
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return make_world()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The verbs of the first hour: a configuration to start from, and what an editor needs to help with it."""
+"""`init` and `schema`: a configuration to start from, and what an editor needs to help with it."""
 
 import json
 from typing import Any
@@ -29,14 +29,17 @@ def init(
     Returns:
         What `encode` counted in the first rows.
     """
-    from sstoken.pipeline import starting
+    from sstoken.pipeline import new_configuration
 
-    found = starting.look(data, model)
+    found = new_configuration.look(data, model)
     path = local_place(file)
-    text = starting.configuration(
-        starting.from_folder(data, path.parent), starting.from_folder(model, path.parent), str(out), found
+    text = new_configuration.configuration(
+        new_configuration.from_folder(data, path.parent),
+        new_configuration.from_folder(model, path.parent),
+        str(out),
+        found,
     )
-    starting.write(path, text, json.dumps(schema(), indent=1) + "\n", force=force)
+    new_configuration.write(path, text, json.dumps(schema(), indent=1) + "\n", force=force)
     return found
 
 
