@@ -172,6 +172,7 @@ def test_every_study_can_tell(path):
     assert study.base in BASES
 
 
+@pytest.mark.slow
 @needs_shared
 def test_a_study_from_end_to_end_and_again(tmp_path):
     from benchmarks.quality.report import write_report

@@ -926,6 +926,7 @@ def test_a_process_of_its_own_prints_one_line(world: World, tmp_path: Path) -> N
     assert (tmp_path / "scores" / "base" / "manifest.json").is_file(), "what was finished before is kept"
 
 
+@pytest.mark.slow
 def test_compiled_without_a_compiler(world: World, cli: CommandLine, tmp_path: Path) -> None:
     command = ["score", "--tokens", world.tokens, "--ckpt", world.base, "--out", tmp_path / "scores"]
     without = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -82,6 +82,7 @@ def test_a_finished_folder_on_a_read_only_disk_is_finished(
         assert "cannot be written to" in cli.fails(1, *select, "--force")
 
 
+@pytest.mark.slow
 def test_plan_names_unfinished_work_of_other_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ def start_two_workers(folder: str) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = f"from {__name__} import start_two_workers; start_two_workers({str(tmp_path)!r})"

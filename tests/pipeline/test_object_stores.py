@@ -84,6 +84,7 @@ def commands(world: World, root: str) -> list[tuple[object, ...]]:
     ]
 
 
+@pytest.mark.slow
 def test_every_stage_writes_the_bytes_that_it_writes_on_a_disk(
     world: World, run: CommandLine, place: str, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_seven_ranks_write_what_one_run_writes(world: World, tmp_path: Path) -> 
     assert not list(seven.rglob("*rank-*"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_was_killed_is_run_again(world: World, tmp_path: Path) -> None:
     data, one, seven = save_conversations(tmp_path / "data.jsonl", 2000), tmp_path / "one", tmp_path / "seven"
     given = {"data": str(data), "model": str(world.base), "shard_rows": 10}

@@ -140,6 +140,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_equals_uninterrupted(model, tokens, tmp_path, variant):
     stage = Anchor(model=str(model), epochs=2, snapshots=4, learning_rate=1e-2, **VARIANTS[variant])
@@ -210,6 +211,7 @@ def child(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_killed_process_goes_on_to_the_same_bytes(model, tokens, tmp_path):
     assert child(model, tokens, tmp_path / "killed", "saving").returncode == -signal.SIGKILL
     torn = tmp_path / "killed/trainer/checkpoint-3"

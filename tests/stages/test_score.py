@@ -156,6 +156,7 @@ def test_shards_that_are_there_are_not_scored_again(tokens, model, tmp_path):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_bytes(tokens, model, tmp_path):
     score(tokens, tmp_path / "one", model)
     context = make_context(tmp_path / "two", {"tokens": tokens})

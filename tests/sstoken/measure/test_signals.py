@@ -143,6 +143,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_sequence_that_does_not_is_an_
         list(scorer.measure(sequences, masks))
 
 
+@pytest.mark.slow
 def test_too_little_memory_on_the_cpu_is_found_out(tmp_path):
     """A process that may not map more memory than a small batch needs: real refusals of the allocator."""
     done = subprocess.run(
