@@ -1,7 +1,6 @@
 """Token-level data selection for LLM fine-tuning: the method itself. No input or output happens here.
 
-What trains in the loop (`SelfModulatedTrainer`, ...) and the pipeline's Python API (`curate`) are imported when they
-are first asked for.
+The in-loop trainers (`SelfModulatedTrainer`, ...) and the pipeline's Python API (`curate`) are imported on first use.
 """
 
 from importlib import import_module

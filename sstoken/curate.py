@@ -5,8 +5,8 @@
     curate.score(tokens="runs/tokens", checkpoints=["runs/base", "runs/sft"], out="runs/scores")
 
 Functions take the same settings as the verbs' options and the YAML's sections, by name. They raise `UsageError` for a
-wrong request and `SstokenError` where the work fails, with one line to show. A call that finds its output finished
-returns at once. Nothing is imported before it is asked for.
+wrong request and `SstokenError` for failed work, each with a one-line message. A call whose output is finished returns
+at once. Each verb is imported on first use.
 """
 
 from importlib import import_module
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sstoken.pipeline.verbs.reporting import *
     from sstoken.pipeline.verbs.runs import *
     from sstoken.pipeline.verbs.stages import *
+    from sstoken.pipeline.verbs.trajectory import *
 
 _OTHERS = {
     "RunConfig": "sstoken.pipeline.config",
@@ -35,7 +36,7 @@ _OTHERS = {
     "load_config": "sstoken.pipeline.config",
 }
 
-if not TYPE_CHECKING:  # who checks types reads the imports above
+if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted({*index(), *_OTHERS})
 
     def __getattr__(name: str) -> Any:

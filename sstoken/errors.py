@@ -5,28 +5,28 @@ from typing import Any
 
 
 class SstokenError(Exception):
-    """The work failed: one line that says what was given, what is legal and what to do. Exit code 1."""
+    """The work failed. The message is one line: what was given, what is legal, what to do. Exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(SstokenError, ValueError):
-    """The request itself is wrong (a value out of range, a path that is not there). Exit code 2."""
+    """The request itself is wrong: a value out of range, a path that does not exist. Exit code 2."""
 
     exit_code = 2
 
 
 class NothingLeftError(SstokenError):
-    """The work came to its end, and there is nothing in it to go on from: the data has to change, or the settings."""
+    """The work finished with an empty result; rerunning needs other data or settings."""
 
 
 class QuarantinedError(SstokenError):
-    """Some shards failed each time that they were tried. All others are done."""
+    """Some shards failed at every attempt. All others are done."""
 
     _NAMED = 5
 
     def __init__(self, failed: Sequence[tuple[str, str]], attempts: int) -> None:
-        """`failed`: the file of each shard, and how its last attempt ended."""
+        """`failed`: each shard's file, and how its last attempt ended."""
         self.failed, self.attempts = tuple(failed), attempts
         named = ", ".join(f"{file} ({reason})" for file, reason in self.failed[: self._NAMED])
         more = len(self.failed) - self._NAMED

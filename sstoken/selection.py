@@ -1,8 +1,8 @@
 """Selection: from scores to a keep mask. Pure functions over numpy arrays and, for training loops, torch tensors.
 
-The response tokens of several examples stand one after the other in flat arrays: N tokens, E examples;
-`offsets` [E + 1] says where each example starts (`offsets[e]:offsets[e + 1]`). Scores are float64. Ties always
-go to the earlier token, so that every engine agrees.
+Flat arrays hold the response tokens of several examples back to back: N tokens, E examples. `offsets` [E + 1] says
+where each example starts (`offsets[e]:offsets[e + 1]`). Scores are float64. Ties always go to the earlier token, so
+that every engine agrees.
 """
 
 import math
@@ -23,7 +23,7 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 MINMAX_EPSILON = 1e-8
-"""Added to the range of min-max, as the authors' code does: a constant signal gives 0 everywhere."""
+"""Added to the min-max range, as in the authors' code: a constant signal gives 0 everywhere."""
 
 
 def check_ratio(rho: float) -> None:
@@ -37,13 +37,13 @@ def check_ratio(rho: float) -> None:
 
 
 def num_kept(num_tokens: int, rho: float) -> int:
-    """`ceil(rho * n)`, with rho read as the decimal it is written as (0.55 of 100 tokens is 55, not 56)."""
+    """`ceil(rho * n)`, with rho taken as the decimal it is written as: 0.55 of 100 tokens is 55, not 56."""
     check_ratio(rho)
     return math.ceil(Fraction(str(rho)) * num_tokens)
 
 
 def minmax(values: Float64Array, offsets: IntArray) -> Float64Array:
-    """Each example's values scaled to [0, 1) by their own minimum and range (paper, equation 6).
+    """Scale each example's values to [0, 1) by their own minimum and range (paper, equation 6).
 
     Args:
         values: [N].
@@ -63,7 +63,7 @@ def minmax(values: Float64Array, offsets: IntArray) -> Float64Array:
 
 
 def minmax_tensor(values: "Tensor", example: "Tensor", num_examples: int) -> "Tensor":
-    """`minmax` over a tensor, on its device and equal to the last bit.
+    """`minmax` of a tensor, on its device; equal to the numpy version bit for bit.
 
     Args:
         values: [N] float64.
@@ -79,7 +79,7 @@ def minmax_tensor(values: "Tensor", example: "Tensor", num_examples: int) -> "Te
 
 
 def minmax_units(values: Any, units: IntArray, unit: Any) -> Any:
-    """`minmax` or `minmax_tensor`, whichever the values are for.
+    """`minmax` of an array, `minmax_tensor` of a tensor.
 
     Args:
         values: [N] float64, numpy or torch.
@@ -124,16 +124,16 @@ def keep_per_example(scores: Float64Array, offsets: IntArray, rho: float) -> Boo
         [N] bool.
     """
     counts = np.diff(offsets)
-    lengths, inverse = np.unique(counts, return_inverse=True)  # exact arithmetic, once a length
+    lengths, inverse = np.unique(counts, return_inverse=True)  # one exact (slow) quota per distinct length
     quotas = np.array([num_kept(int(n), rho) for n in lengths], dtype=np.int64)[inverse]
     return keep_top(scores, offsets, quotas.tolist(), np.repeat(np.arange(counts.size), counts))
 
 
 def keep_per_example_tensor(scores: "Tensor", example: "Tensor", quotas: Sequence[int]) -> "Tensor":
-    """`keep_per_example` over a tensor, on its device.
+    """`keep_per_example` of a tensor, on its device.
 
     Args:
-        scores: [N] float64, finite; the examples' tokens one after the other.
+        scores: [N] float64, finite; the examples' tokens back to back.
         example: [N] index of each token's example, ascending.
         quotas: [E], how many to keep of each (`num_kept`).
 
@@ -150,31 +150,31 @@ def keep_per_example_tensor(scores: "Tensor", example: "Tensor", quotas: Sequenc
 
 
 class Cut(NamedTuple):
-    """Where a global selection cuts: keep every key above `key`, and the first `num_ties` equal to it."""
+    """The threshold of a global selection: keep every key above `key`, and the first `num_ties` equal to it."""
 
     key: int
     num_ties: int
 
     @property
     def value(self) -> float:
-        """The score that stands at the cut."""
+        """The score at the cut."""
         key, sign = np.uint64(self.key), np.uint64(1 << 63)
         bits = key ^ sign if key & sign else ~key
         return float(np.array(bits, dtype=np.uint64).view(np.float64))
 
 
 Chunks = Callable[[], Iterable[Float64Array]]
-"""Called once a pass; yields all scores, [n] float64 each, in the order of the dataset."""
+"""Called once per pass; yields all scores in dataset order, in chunks [n] float64."""
 
 
 def global_cuts(chunks: Chunks, ks: Sequence[int]) -> list[Cut]:
-    """The cuts that keep the k highest of all scores, in memory that does not depend on how many there are.
+    """Find the cut that keeps the k highest scores, for each k, in constant memory.
 
-    A radix selection: four passes over the scores, each settling 16 of the key's 64 bits.
+    Radix selection: four passes over the scores, each fixing 16 of the key's 64 bits.
 
     Args:
         chunks: the scores.
-        ks: how many to keep, each at most the number of scores; 0 keeps none.
+        ks: how many to keep; each at most the number of scores, 0 keeps none.
     """
     prefixes, remaining = [np.uint64(0)] * len(ks), list(ks)
     for shift in (48, 32, 16, 0):
@@ -199,7 +199,7 @@ def global_cuts(chunks: Chunks, ks: Sequence[int]) -> list[Cut]:
 
 
 def global_quantile(chunks: Chunks, q: float) -> float:
-    """The quantile of all scores, interpolated as `numpy.quantile` does; 0 where there is none."""
+    """The q-quantile of all scores, interpolated as `numpy.quantile` does; 0 if there are no scores."""
     total = sum(scores.size for scores in chunks())
     if not total:
         return 0.0
@@ -214,10 +214,10 @@ def keep_above(scores: Float64Array, cut: Cut, ties_before: int) -> tuple[BoolAr
     Args:
         scores: [n], the chunk.
         cut: from `global_cuts`.
-        ties_before: how many scores equal to the cut's stood in the chunks before.
+        ties_before: how many scores in earlier chunks equal the cut's.
 
     Returns:
-        [n] bool, and the number of such ties after this chunk.
+        [n] bool, and that number after this chunk.
     """
     keys = sortable_keys(scores)
     tied = keys == np.uint64(cut.key)
@@ -226,7 +226,7 @@ def keep_above(scores: Float64Array, cut: Cut, ties_before: int) -> tuple[BoolAr
 
 
 def sortable_keys(scores: Float64Array) -> NDArray[np.uint64]:
-    """Unsigned integers in the same order as the scores."""
+    """Map scores to unsigned integers that sort in the same order."""
     bits = (scores + 0.0).view(np.uint64)  # + 0.0 makes -0.0 and 0.0 the same
     sign = np.uint64(1 << 63)
     return np.where(bits & sign != 0, ~bits, bits | sign)

@@ -1,8 +1,8 @@
-"""The registry of signals: what `score` can measure of a token, under which name, in which unit.
+"""The registry of signals: what `score` can measure for each token, with name, unit and range.
 
-A signal is a per-token measurement of one checkpoint; its name is its column in a scores folder and what a method asks
-for. To add one, enter it in `SIGNALS` and compute it in `sstoken.measure` (`distribution.py`, if one distribution is
-all that it needs).
+A signal is a per-token measurement of one checkpoint. Its name is its column in a scores folder, and the name by which
+a method asks for it. To add one, enter it in `SIGNALS` and compute it in `sstoken.measure` (in `distribution.py` if it
+needs nothing but the predicting distribution).
 
 Some names take an argument after `@`: `attention@-1` (a decoder layer), `kl@base` (another checkpoint).
 """
@@ -14,9 +14,9 @@ from typing import Literal
 
 from sstoken.errors import UsageError
 
-Need = Literal["distribution", "attention", "second look", "second checkpoint", "generation"]
-"""What a signal is computed from: the distribution that predicts the token; attention weights of a layer; another pass
-over the data; another checkpoint beside the first; what the checkpoint generates (the verb `critical`)."""
+Need = Literal["distribution", "attention", "second pass", "second checkpoint", "generation"]
+"""What a signal is computed from: the distribution that predicts the token; a layer's attention weights; another pass
+over the data; a second checkpoint; text that the checkpoint generates (the verb `critical`)."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,24 @@ class Signal:
     unit: str
     """`nats`, `probability`, `tokens`, ..."""
     meaning: str
-    """One line."""
+    """One line for the table of signals."""
     low: float
     high: float
-    """Range, both ends legal."""
+    """The range, both ends included."""
     needs: Need
     dtype: Literal["float32", "int32"] = "float32"
     takes: Literal["layer", "checkpoint", "draw"] | None = None
-    """What stands after `@`."""
+    """What the argument after `@` is; None: the name takes none."""
     bare: bool = True
     """Whether the name works without an argument."""
     from_second: bool = False
-    """An example's first response token has none: null in its column."""
+    """An example's first response token has no value: null in its column."""
     argument: str | None = None
+    """What the name has after `@`."""
 
     @property
     def partial(self) -> bool:
-        """Whether it may be null where it was not measured, within a budget."""
+        """Whether tokens may be null because a budget left them unmeasured."""
         return self.needs == "generation"
 
     @property
@@ -54,100 +55,54 @@ class Signal:
 
     @property
     def layer(self) -> int | None:
-        """The decoder layer asked for, negative from the end; None: none in particular."""
+        """The requested decoder layer, negative from the end; None: no particular one."""
         return int(self.argument) if self.takes == "layer" and self.argument is not None else None
 
 
-def _signals() -> list[Signal]:
-    inf, nats, share, count = math.inf, "nats", "probability", "tokens"
-    one: Need = "distribution"
-    other: Need = "second checkpoint"
-    layer: Need = "attention"
-    again: Need = "second look"
-    prompt = "share of attention on the prompt, mean over heads, in the row"
-    return [
-        Signal("loss", nats, "-log p(token)", 0, inf, one),
-        Signal("entropy", nats, "entropy of the distribution that predicts the token", 0, inf, one),
-        Signal(
-            "entropy_top20",
-            nats,
-            "entropy of the 20 most likely tokens, their probabilities made to sum to 1",
-            0,
-            math.log(20) + 1e-6,
-            one,
-        ),
-        Signal("rank", count, "how many tokens are strictly likelier; 0: the most likely", 0, inf, one, "int32"),
-        Signal("ties", count, "how many other tokens are exactly as likely", 0, inf, one, "int32"),
-        Signal("mass_above", share, "probability of all strictly likelier tokens together", 0, 1, one),
-        Signal("max_prob", share, "probability of the most likely token", 0, 1, one),
-        Signal("sum_p2", share, "sum of squared probabilities", 0, 1, one),
-        Signal("expected_rank", count, "sum of rank times probability, ranks from 1", 1, inf, one),
-        Signal(
-            "entropy_at",
-            nats,
-            "entropy of the distribution at the token's position, which predicts the next token",
-            0,
-            inf,
-            one,
-        ),
-        Signal("attention", share, f"{prompt} of the token", 0, 1, layer, takes="layer"),
-        Signal(
-            "attention_predicting", share, f"{prompt} that predicts the token", 0, 1, layer, takes="layer"
-        ),
-        Signal(
-            "loss_unconditional",
-            nats,
-            "-log p(token) of the response alone, without its prompt",
-            0,
-            inf,
-            again,
-            from_second=True,
-        ),
-        Signal(
-            "pmi_noisy",
-            nats,
-            "loss minus loss_unconditional, with noise on the embeddings (draw ARG of T-SHIRT's)",
-            -inf,
-            inf,
-            again,
-            takes="draw",
-            bare=False,
-            from_second=True,
-        ),
-        Signal("kl", nats, "KL(this checkpoint || ARG)", 0, inf, other, takes="checkpoint", bare=False),
-        Signal("reverse_kl", nats, "KL(ARG || this checkpoint)", 0, inf, other, takes="checkpoint", bare=False),
-        Signal(
-            "kl_at",
-            nats,
-            "KL(this checkpoint || ARG) at the token's position, which predicts the next token",
-            0,
-            inf,
-            other,
-            takes="checkpoint",
-            bare=False,
-        ),
-        Signal(
-            "critical",
-            "0 or 1",
-            "1: without the token, every greedy continuation ends wrong; null: not tried",
-            0,
-            1,
-            "generation",
-        ),
-    ]  # fmt: skip
+_PROMPT = "share of attention on the prompt, mean over heads, in the row"
+_INF = math.inf
+_SIGNALS = (
+    Signal("loss", "nats", "-log p(token)", 0, _INF, "distribution"),
+    Signal("entropy", "nats", "entropy of the distribution that predicts the token", 0, _INF, "distribution"),
+    Signal("entropy_top20", "nats", "entropy of the 20 most likely tokens, their probabilities made to sum to 1",
+           0, math.log(20) + 1e-6, "distribution"),
+    Signal("rank", "tokens", "how many tokens are strictly likelier; 0: the most likely",
+           0, _INF, "distribution", "int32"),
+    Signal("ties", "tokens", "how many other tokens are exactly as likely", 0, _INF, "distribution", "int32"),
+    Signal("mass_above", "probability", "probability of all strictly likelier tokens together", 0, 1, "distribution"),
+    Signal("max_prob", "probability", "probability of the most likely token", 0, 1, "distribution"),
+    Signal("sum_p2", "probability", "sum of squared probabilities", 0, 1, "distribution"),
+    Signal("expected_rank", "tokens", "sum of rank times probability, ranks from 1", 1, _INF, "distribution"),
+    Signal("entropy_at", "nats", "entropy of the distribution at the token's position, which predicts the next token",
+           0, _INF, "distribution"),
+    Signal("attention", "probability", f"{_PROMPT} of the token", 0, 1, "attention", takes="layer"),
+    Signal("attention_predicting", "probability", f"{_PROMPT} that predicts the token",
+           0, 1, "attention", takes="layer"),
+    Signal("loss_unconditional", "nats", "-log p(token) of the response alone, without its prompt",
+           0, _INF, "second pass", from_second=True),
+    Signal("pmi_noisy", "nats", "loss minus loss_unconditional, with noise on the embeddings (draw ARG of T-SHIRT's)",
+           -_INF, _INF, "second pass", takes="draw", bare=False, from_second=True),
+    Signal("kl", "nats", "KL(this checkpoint || ARG)",
+           0, _INF, "second checkpoint", takes="checkpoint", bare=False),
+    Signal("reverse_kl", "nats", "KL(ARG || this checkpoint)",
+           0, _INF, "second checkpoint", takes="checkpoint", bare=False),
+    Signal("kl_at", "nats", "KL(this checkpoint || ARG) at the token's position, which predicts the next token",
+           0, _INF, "second checkpoint", takes="checkpoint", bare=False),
+    Signal("critical", "0 or 1", "1: without the token, every greedy continuation ends wrong; null: not tried",
+           0, 1, "generation"),
+)  # fmt: skip
 
-
-SIGNALS: dict[str, Signal] = {signal.name: signal for signal in _signals()}
-"""By name, without argument."""
+SIGNALS: dict[str, Signal] = {signal.name: signal for signal in _SIGNALS}
+"""By name without argument."""
 ATTENTION = "attention"
 LOSS = "loss"
 
 
 def get_signal(name: str) -> Signal:
-    """The signal of that name, argument included.
+    """Look up a signal by name, argument included.
 
     Raises:
-        UsageError: there is none, or its argument is not legal; lists what is.
+        UsageError: unknown name or illegal argument; lists the legal ones.
     """
     base, separator, argument = name.partition("@")
     signal = SIGNALS.get(base)
@@ -163,7 +118,7 @@ def get_signal(name: str) -> Signal:
     if not _legal(signal, argument):
         example = {"layer": "-1", "draw": "1", "checkpoint": "base"}[signal.takes]
         raise UsageError(
-            f"signal {name!r}: {argument!r} is not a {signal.takes}; legal is such as {base}@{example}"
+            f"signal {name!r}: {argument!r} is not a {signal.takes}; write it as in {base}@{example}"
         )
     meaning = signal.meaning.replace("ARG", argument)
     if signal.takes == "layer":
@@ -181,7 +136,7 @@ def _legal(signal: Signal, argument: str) -> bool:
 
 
 def get_signals(names: Iterable[str]) -> list[Signal]:
-    """The signals of those names, each once, in the order of the registry.
+    """Look up several signals; each is returned once, in the order of the registry.
 
     Raises:
         UsageError: see `get_signal`.
@@ -192,7 +147,7 @@ def get_signals(names: Iterable[str]) -> list[Signal]:
 
 
 def is_signal(name: str) -> bool:
-    """Whether a column of that name holds a signal."""
+    """Whether `name` is a legal signal name (and so a signal's column)."""
     try:
         get_signal(name)
     except UsageError:

@@ -69,8 +69,8 @@ def _reasons(method: Method, history: str) -> Iterator[str]:
         if given.role != CURRENT:
             if history != "scores" and needs != "distribution":
                 yield f"history {history!r} gives no {given.signal}; take history 'scores', whose columns do"
-        elif needs == "second look":
-            yield f"{name} needs a second look at the data at every step; select offline"
+        elif needs == "second pass":
+            yield f"{name} needs another pass over the data at every step; select offline"
         elif needs == "second checkpoint" and history == "scores":
             yield (
                 f"{name} compares whole distributions with the role {other!r}, which a column does not hold; take "

@@ -1,7 +1,7 @@
 """Every selection and weighting method, one file a family.
 
 A method is a `Method`: the signals it reads, a `score` function over flat arrays (numpy or torch), a policy and its
-parameters. To add one, write it into the file of its family, or offer it from a package of your own under the entry
+parameters. To add one, write it into the file of its family, or declare it in a package of your own under the entry
 point group `sstoken.methods`.
 """
 

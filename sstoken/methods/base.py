@@ -1,4 +1,4 @@
-"""What a method is."""
+"""`Method` and what it is made of: its parameters, inputs and statistics."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sstoken.errors import UsageError
 from sstoken.methods.policies import Everything, Outcome, Policy, Top, Weight
 from sstoken.methods.tokens import Array, Tokens
+from sstoken.signals import SIGNALS
 
 Scope = Literal["token", "turn", "sample", "global"]
 Denominator = Literal["kept", "response"]
@@ -22,7 +23,7 @@ EVIDENCE = {
 
 
 class Params(BaseModel):
-    """The parameters of a method: its fields, each with type, range, default and a docstring."""
+    """Base class of a method's parameters; each field has a type, a range, a default and a docstring."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -49,12 +50,12 @@ class Input(str):
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number that a method asks of all tokens of its scope."""
+    """A number computed from all tokens of the scope, before the method scores them."""
 
     values: Callable[[Tokens, Any], Array]
-    """`values(tokens, params)`: [N], or [E]: one an example."""
+    """`values(tokens, params)`: [N], or [E] with one value per example."""
     quantile: Callable[[Any], float] | None = None
-    """`quantile(params)` in [0, 1], interpolated between neighbours; None: the mean."""
+    """`quantile(params)` in [0, 1]: the number is that quantile, interpolated between neighbours; None: the mean."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,22 @@ class Method:
     formula: str
     source: str
     score: Callable[[Tokens, Any], Array]
-    """`score(tokens, params) -> [N]`: what the policy judges by; numpy or torch, as the tokens are."""
+    """`score(tokens, params) -> [N]`: what the policy decides by; numpy or torch, like the tokens."""
     policy: Policy
     params: type[Params] = Params
     scopes: tuple[Scope, ...] = ("token",)
-    """What it can take together, the default first. `token`: it judges each token alone."""
+    """Legal scopes, the default first. `token`: each token is judged alone."""
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
-    """What it asks of the whole scope; `score` finds it in `tokens.statistics`."""
+    """By name; `score` finds their values in `tokens.statistics`."""
     evidence: str = "-"
     """A, T, F, S or -: how its formula is known (see `EVIDENCE`)."""
     in_loop: bool = True
     """Whether it can run in a training loop."""
     ignores: tuple[str, ...] = ()
-    """Options of other methods that it takes and does not use, so that a sweep over methods needs one line."""
+    """Options of other methods that it accepts and ignores, so that one sweep can cover several methods."""
     aliases: tuple[str, ...] = ()
     denominator: Denominator | None = None
-    """What the authors' loss is a mean over; None: the kept tokens, or, of soft weights, all response tokens."""
+    """What the authors' loss is averaged over; None: the kept tokens, or all response tokens with soft weights."""
 
     def __post_init__(self) -> None:
         wrong = [i for i in self.inputs if not Input(i).role or not Input(i).signal]
@@ -101,7 +102,7 @@ class Method:
     def roles(self) -> tuple[str, ...]:
         """The checkpoints' roles, in the order in which its inputs name them."""
         named = [Input(i).role for i in self.inputs]
-        compared = [Input(i).signal.partition("@")[2] for i in self.inputs if "kl@" in i]
+        compared = [Input(i).signal.partition("@")[2] for i in self.inputs if _takes_checkpoint(Input(i))]
         return tuple(dict.fromkeys([*named, *compared]))
 
     @property
@@ -111,29 +112,29 @@ class Method:
 
     @property
     def selective(self) -> bool:
-        """False: it keeps every token with weight 1."""
+        """Whether it may drop or weight tokens; False: it keeps every token with weight 1."""
         return not isinstance(self.policy, Everything)
 
     @property
     def weighted(self) -> bool:
-        """Whether it gives weights."""
+        """Whether it writes weights."""
         return isinstance(self.policy, Weight) or (
             isinstance(self.policy, Top) and self.policy.negative is not None
         )
 
     @property
     def cost(self) -> str:
-        """What measuring its signals takes."""
+        """The forward passes that measuring its signals takes, in words."""
         names = {role: "one forward pass of the " + role + " checkpoint" for role in self.roles}
         if list(names) == ["history", "current"]:
             return "one forward pass of the history and one of the current checkpoint"
         return ", ".join(names.values()) or "none"
 
     def check_scope(self, scope: str | None) -> Scope:
-        """The scope asked for, or the default.
+        """Return the requested scope, or the default for None.
 
         Raises:
-            UsageError: it cannot take that together.
+            UsageError: this method does not support it.
         """
         if scope is None or "scope" in self.ignores:
             return self.scopes[0]
@@ -146,10 +147,10 @@ class Method:
         raise UsageError(f"scope is {scope!r}, and method {self.name!r} {legal_scopes}")
 
     def read_params(self, given: Mapping[str, Any]) -> Params:
-        """Its parameters from values or from text.
+        """Build its parameters from values or from text.
 
         Raises:
-            UsageError: one that it does not have, or a value out of range; one line.
+            UsageError: an unknown parameter, or a value out of range.
         """
         used = {name: value for name, value in given.items() if name not in self.ignores}
         fields = self.params.model_fields
@@ -173,19 +174,27 @@ class Method:
             ) from None
 
     def decide(self, tokens: Tokens, params: Any) -> tuple[Array, Outcome]:
-        """Scores [N] and what they lead to, where all tokens of the scope are at hand.
+        """Score tokens that make up the whole scope, and decide about them.
 
         Args:
-            tokens: whose `units` are those of the scope.
-            params: of this method's class.
+            tokens: their `units` are those of the scope.
+            params: an instance of this method's `params` class.
+
+        Returns:
+            The scores [N], and the outcome.
         """
         tokens = tokens.with_(statistics=local_statistics(self, tokens, params))
         scores = self.score(tokens, params)
         return scores, self.policy.apply(scores, tokens, params)
 
 
+def _takes_checkpoint(given: Input) -> bool:
+    signal = SIGNALS.get(given.signal.partition("@")[0])
+    return signal is not None and signal.takes == "checkpoint"
+
+
 def local_statistics(method: Method, tokens: Tokens, params: Any) -> dict[str, Array]:
-    """A method's statistics over these tokens taken as the whole scope; each a number (a tensor of none)."""
+    """Compute a method's statistics over tokens that make up the whole scope; each is a scalar."""
     xp, found = tokens.xp, {}
     for name, statistic in method.statistics.items():
         values = statistic.values(tokens, params)
@@ -199,14 +208,14 @@ def local_statistics(method: Method, tokens: Tokens, params: Any) -> dict[str, A
 
 
 def parameter_type(params: type[Params], name: str) -> str:
-    """`float`, `int`, `bool`, `str`, or the legal words joined by `|`."""
+    """The type for the table of methods: `float`, `int`, `bool`, `str`, or the legal words joined by `|`."""
     annotation = params.model_fields[name].annotation
     words = [str(word) for word in get_args(annotation) if word is not type(None)]
     return getattr(annotation, "__name__", "") if not words else "|".join(words)
 
 
 def legal(params: type[Params], name: str) -> str:
-    """The range of a parameter, as `0 < rho <= 1`."""
+    """The range of a parameter, such as `0 < rho <= 1`."""
     low, high = "", ""
     for bound in params.model_fields[name].metadata:
         for attribute, sign in (("gt", "<"), ("ge", "<=")):

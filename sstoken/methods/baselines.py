@@ -1,4 +1,4 @@
-"""What every method is compared with: one signal alone, chance, everything."""
+"""Baselines: one signal alone, chance, every token."""
 
 import numpy as np
 

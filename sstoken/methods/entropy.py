@@ -1,4 +1,4 @@
-"""Methods that look at the entropy of the distribution that predicts the token."""
+"""Methods that use the entropy of the distribution that predicts the token."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,33 +15,33 @@ _TRL = "Wang et al. 2025, arXiv 2506.01939; TRL; an analogy for fine-tuning"
 
 
 class EaftParams(Params):
-    """EAFT's."""
+    """Parameters of EAFT."""
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """The exponent."""
 
 
 class QuantileParams(Params):
-    """EAFT's hard masks'."""
+    """Parameters of EAFT's hard masks."""
 
     quantile: Annotated[float, Field(ge=0, le=1)] = 0.15
     """The lower quantile."""
 
 
 class ShareParams(Params):
-    """A share of the tokens."""
+    """The share of tokens to keep."""
 
     rho: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The share of response tokens to keep."""
 
 
 class EksftParams(Params):
-    """EKSFT's."""
+    """Parameters of EKSFT."""
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """The share that each signal excludes."""
     combine: Literal["union", "intersection", "kl", "entropy"] = "union"
-    """Exclude what either, both or one of the signals chooses."""
+    """Exclude the tokens that either signal, both, or only the named one picks."""
 
 
 def _pilot(tokens: Tokens, params: Params) -> Array:

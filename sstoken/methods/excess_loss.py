@@ -14,33 +14,33 @@ _PAPER = "ssToken, Qin et al. 2025, arXiv 2510.18250"
 
 
 class Share(Params):
-    """How much is kept."""
+    """The share of tokens to keep."""
 
     rho: Rho = 0.6
     """The share of response tokens to keep."""
 
 
 class SstokenParams(Share):
-    """ssToken's."""
+    """Parameters of ssToken."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The weight of REL against attention."""
 
 
 class TossParams(Params):
-    """TOSS's."""
+    """Parameters of TOSS."""
 
     discard: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """The share of response tokens to drop."""
 
 
 class ForgettingParams(Params):
-    """Forgetting's."""
+    """Parameters of Forgetting."""
 
     rho: Rho = 0.7
     """The share of response tokens to learn; the others are forgotten."""
     forget: Annotated[float, Field(ge=0)] = 0.25
-    """Minus the weight of a token to forget; the authors raise it from 0 to 0.25 during training."""
+    """Tokens to forget get minus this weight; the authors raise it from 0 to 0.25 during training."""
 
 
 KEEP_SHARE = Top("keeps the ceil(rho n) highest", lambda n, p: num_kept(n, p.rho))

@@ -10,7 +10,7 @@ from sstoken.methods.tokens import Array, Tokens
 
 
 class TshirtParams(Params):
-    """T-SHIRT's."""
+    """Parameters of T-SHIRT."""
 
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The share of tokens that count."""

@@ -14,28 +14,30 @@ from sstoken.selection import num_kept
 
 
 class PrefixParams(Params):
-    """A prefix's."""
+    """Parameters of the prefix."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """How much of it is kept."""
+    """The share of it to keep."""
     of: Literal["sequence", "response"] = "sequence"
-    """What is cut: the whole sequence, prompt included, as published; or the response alone."""
+    """Cut the whole sequence, prompt included, as published; or the response alone."""
 
 
 class TrimmingParams(Share):
-    """Trimming's."""
+    """Parameters of loss trimming."""
 
     keep: Literal["high", "low"] = "high"
-    """Keep the tokens of the highest losses, or of the lowest."""
+    """Keep the tokens with the highest losses, or those with the lowest."""
 
 
 def _prefix(tokens: Tokens, params: PrefixParams) -> Array:
-    """How many places before the end of the prefix a token stands; 0 and less is outside."""
+    """Tokens left until the prefix ends, counting this one; 0 or less is outside it."""
     if params.of == "response":
         ends = np.array([num_kept(int(n), params.share) for n in np.diff(tokens.offsets)], dtype=np.float64)
         return tokens.like(ends)[tokens.example] - tokens.index
     if tokens.positions is None or tokens.lengths is None:
-        raise UsageError("method 'prefix' needs the tokens' positions; take of=response")
+        raise UsageError(
+            "method 'prefix' needs the tokens' positions, which are not known here; set of=response"
+        )
     ends = np.array([max(1, int(n * params.share)) for n in tokens.lengths], dtype=np.float64)
     return tokens.like(ends)[tokens.example] - tokens.positions
 

@@ -1,4 +1,4 @@
-"""The table of all methods, as facts and as rows to print."""
+"""The table of all methods: as JSON facts, as rows to print, and as docs/methods.md."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def parameters(params: type[Params]) -> list[dict[str, Any]]:
 
 
 def describe(method: Method) -> dict[str, Any]:
-    """All facts of a method, ready for JSON."""
+    """Describe a method, ready for JSON."""
     return {
         "name": method.name,
         "family": method.family,
@@ -47,7 +47,7 @@ def describe(method: Method) -> dict[str, Any]:
 
 
 def facts() -> list[dict[str, Any]]:
-    """Describe every method, and what each preset stands for (`stands_for`; None for a method)."""
+    """Describe every method and preset; `stands_for` is what a preset stands for, None for a method."""
     found = [{"method": m.name, **describe(m), "stands_for": None} for m in METHODS.values()]
     for preset in PRESETS.values():
         described = describe(get_method(preset.method)) | {"name": preset.name, "source": preset.about}
@@ -56,7 +56,7 @@ def facts() -> list[dict[str, Any]]:
 
 
 def print_rows() -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Names of the columns, and a row for each method."""
+    """Column names, and one row per method."""
     names = ("method", "signals", "formula", "policy", "parameters", "evidence", "source")
     rows = [
         (
@@ -74,7 +74,7 @@ def print_rows() -> tuple[Sequence[str], Sequence[Sequence[str]]]:
 
 
 def page() -> str:
-    """docs/methods.md."""
+    """The text of docs/methods.md."""
     methods = own_methods()
     families = list(dict.fromkeys(m.family for m in methods))
     table = "\n".join(
@@ -121,48 +121,49 @@ sstoken-curate select --tokens T --scores S --out M --method eaft --param alpha=
 
 A method reads signals, each as `role.signal`: `history.loss` is the loss under the checkpoint in the role `history`.
 `history` is the frozen checkpoint (base, reference, pretrained), `current` the one trained or compared. `--role` (or
-`--history`, `--current`) says which of the scored checkpoints plays it. `kl@history` is measured beside the checkpoint
-in that role. Signals that are missing are named with the `score` command that measures them.
+`--history`, `--current`) says which scored checkpoint plays it. `kl@history` compares with the checkpoint in that role.
+If a signal is missing, the error names the `score` command that measures it.
 
-Offline, what a method would recompute at each step is frozen at the checkpoint, and what it takes together from a
-batch it takes from the whole dataset (scope `global`).
+Offline, a method's values are frozen at the checkpoint instead of recomputed at each step, and what a method computes
+over a batch is computed over the whole dataset (scope `global`).
 
-Evidence: A, checked against the authors' published code; T, against someone else's; F, against the formula as
-published; second-hand, the formula is known from summaries alone; -, this project's own.
+Evidence: A, checked against the authors' published code; T, against someone else's; F, against the published formula;
+second-hand, the formula is known from summaries only; -, this project's own.
 
 | method | family | signals | policy | scope | in the loop | evidence |
 |---|---|---|---|---|---|---|
 TABLE
 
 PRESETS
-Options given beside it win, and `--protect` adds to it; manifests and cards record what it stands for. The default of
-`--method` is `sstoken` as published.
+Other options take precedence, and `--protect` adds to it; manifests and cards record what it stands for. `--method`
+defaults to `sstoken` as published.
 
 ## What is written
 
-`keep_mask` and `labels` say which tokens are learned; `score` is what the method judged by. A method of soft or signed
-weights adds the column `weight`: what the token's loss is multiplied by. Tokens of weight 0 or below are not kept.
-`export` hands weights to the trainers that take them (swift, verl, jsonl); the others refuse, unless `--no-weights`.
+`keep_mask` and `labels` say which tokens are trained on; `score` is what the method decided by. A method with soft or
+signed weights adds the column `weight`: what the token's loss is multiplied by. Tokens of weight 0 or below are not
+kept. `export` passes weights on to the trainers that support them (swift, verl, jsonl); the others refuse, unless
+`--no-weights`.
 
 With any method:
 
 | option | |
 |---|---|
-| `--scope sample`, `global`, `turn` | what stands together, where the method ranks |
-| `--budget N` | keep N tokens of the whole dataset in the place of a share |
-| `--pool word`, `sentence` | judge words or sentences as one, by the mean of their tokens |
+| `--scope sample`, `global`, `turn` | the unit within which the method ranks tokens |
+| `--budget N` | keep N tokens of the whole dataset instead of a share |
+| `--pool word`, `sentence` | rank whole words or sentences, by the mean of their tokens |
 | `--protect NAME` | keep these whatever their score: `end_of_turn`, `tool_calls`, `code`, `regex:PATTERN` |
 
 `--example keep=0.05` chooses examples by T-SHIRT first (`ratio=0.5`; `draws=30` where `pmi_noisy@1` to `@30` were
 measured; the role `scorer`, else `current`), then the method chooses their tokens; `--method full` keeps them all.
 
-A pooled share is exceeded by less than one word or sentence a unit. Protected tokens come on top of the share, with
-weight 1.
+With pooling, each unit may exceed its share by less than one word or sentence. Protected tokens come on top of the
+share, with weight 1.
 
 ## Add a method
 
-In this repository: write it into the file of its family in `sstoken/methods/`. From a package of your own, by entry
-point:
+In this repository, write it into the file of its family in `sstoken/methods/`. From a package of your own, declare it
+as an entry point:
 
 ```toml
 [project]
@@ -201,9 +202,9 @@ METHOD = Method(
 )
 ```
 
-`score` is given flat arrays of the response tokens, numpy's offline and torch's in a training loop; functions come from
-`tokens.xp`, and `tokens.mean`, `tokens.minmax` and `tokens.in_top` work within examples. Other policies: `Where` (a
-test of the score), `Weight` (the score is the weight).
+`score` gets flat arrays of the response tokens, numpy's offline and torch's in a training loop; take functions from
+`tokens.xp`. `tokens.mean`, `tokens.minmax` and `tokens.in_top` work within examples. Other policies: `Where` (a test of
+the score), `Weight` (the score is the weight).
 
 ## Each method
 

@@ -10,7 +10,7 @@ from sstoken.methods.tokens import Array, Tokens
 
 _SOURCE = "STM, Wu et al. 2025, arXiv 2501.14315; appier-research/robust-llm-finetunes"
 _NOT_USABLE = 88888.0
-"""The perplexity that the authors give a token that tuning made less likely."""
+"""The perplexity that the authors assign to a token that tuning made less likely."""
 
 
 class Tau(Params):
@@ -21,10 +21,10 @@ class Tau(Params):
 
 
 class StmParams(Tau):
-    """STM's."""
+    """Parameters of STM."""
 
     drop: Literal["highest", "lowest"] = "highest"
-    """Drop the tokens above tau, or, as the authors' ablation does, those below."""
+    """Drop the tokens above tau, or those below it, as in the authors' ablation."""
 
 
 def _at_most(scores: Array, tokens: Tokens, params: Tau) -> Array:

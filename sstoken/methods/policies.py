@@ -1,4 +1,4 @@
-"""Policies: from a method's scores to what is kept, and with which weight."""
+"""Policies: from a method's scores to a keep mask and weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ from sstoken.methods.tokens import Array, Tokens
 
 
 class Outcome(NamedTuple):
-    """What a method decides about N tokens."""
+    """A method's decision about N tokens."""
 
     keep: Array
-    """[N] bool: whether the token is learned."""
+    """[N] bool: whether the token is kept."""
     weight: Array | None
-    """[N] float64: what its loss is multiplied by; None: 1 where it is kept."""
+    """[N] float64: what the token's loss is multiplied by; None: 1 if it is kept, else 0."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Base: decides token by token, from the scores alone."""
+    """Base class: decides token by token, from the scores alone."""
 
     text: str
-    """For the table of methods."""
+    """What it does, for the table of methods."""
 
     @property
     def ranks(self) -> bool:
-        """Whether it ranks the tokens of a unit against each other."""
+        """Whether it ranks the tokens of a unit against one another."""
         return False
 
     def apply(self, scores: Array, tokens: Tokens, params: Any) -> Outcome:
-        """Decide about the tokens [N]."""
+        """Decide about N tokens, given their scores [N]."""
         raise NotImplementedError
 
 
@@ -38,34 +38,34 @@ class Top(Policy):
     """Keep the highest scores of each unit of the scope."""
 
     quota: Callable[[int, Any], int]
-    """`quota(n, params)`: how many of n tokens are kept."""
+    """`quota(n, params)`: how many of n tokens to keep."""
     drop: bool = False
-    """The highest are dropped instead, and the others kept."""
+    """Drop the highest instead, and keep the others."""
     negative: Callable[[int, Any], tuple[int, float]] | None = None
-    """`negative(n, params)`: how many of those that follow get which weight; the others get 0."""
+    """`negative(n, params)`: how many tokens after the quota get a weight, and which; all others get 0."""
 
     @property
     def ranks(self) -> bool:
-        """It does."""
+        """Always."""
         return True
 
     def quotas(self, num_tokens: int, params: Any) -> list[int]:
-        """The ranks at which the outcome changes, of a unit of that size."""
+        """The ranks at which the outcome changes, in a unit of `num_tokens`."""
         first = self.quota(num_tokens, params)
         if self.negative is None:
             return [first]
         return [first, min(num_tokens, first + self.negative(num_tokens, params)[0])]
 
     def apply(self, scores: Array, tokens: Tokens, params: Any) -> Outcome:
-        """Rank the tokens of each unit."""
+        """Rank the tokens of each unit, and decide by rank."""
         quotas = [self.quotas(int(n), params) for n in tokens.counts]
         within = [tokens.top(scores, each) for each in zip(*quotas, strict=True)] if quotas else []
         if not within:
-            within = [scores > 0] * (1 if self.negative is None else 2)  # no unit, no token
+            within = [scores > 0] * (1 if self.negative is None else 2)  # no unit: `scores` is empty
         return self.decide(within, scores, tokens, params)
 
     def decide(self, within: Sequence[Array], scores: Array, tokens: Tokens, params: Any) -> Outcome:
-        """From whether each token stands above each of `quotas`."""
+        """Decide, given for each of `quotas` a mask [N] of the tokens within it."""
         if self.negative is None:
             return Outcome(~within[0] if self.drop else within[0], None)
         xp, below = tokens.xp, self.negative(1, params)[1]
@@ -91,10 +91,10 @@ class Weight(Policy):
 
     text: str = "soft weights"
     of: Callable[[Array, Tokens, Any], Array] | None = None
-    """`of(scores, tokens, params) -> [N]`; None: the score itself."""
+    """`of(scores, tokens, params) -> [N]`: the weights; None: the scores themselves."""
 
     def apply(self, scores: Array, tokens: Tokens, params: Any) -> Outcome:
-        """Take the score as the weight."""
+        """Use the scores as weights."""
         weight = scores if self.of is None else self.of(scores, tokens, params)
         return Outcome(weight != 0, weight)
 
@@ -106,5 +106,5 @@ class Everything(Policy):
     text: str = "keeps every token"
 
     def apply(self, scores: Array, tokens: Tokens, params: Any) -> Outcome:
-        """Keep them."""
+        """Keep all."""
         return Outcome(scores == scores, None)

@@ -1,4 +1,4 @@
-"""Presets: a name for `select --method` that stands for a method with settings."""
+"""Presets: names for `select --method` that stand for a method with settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,31 +9,31 @@ from sstoken.methods.registry import get_method
 
 @dataclass(frozen=True)
 class Preset:
-    """A method with settings, each of which the user may outrank."""
+    """A method with settings; what the user sets takes precedence."""
 
     name: str
     method: str
     about: str
-    """Why: one line, with the page that has the evidence."""
+    """Why, in one line that names the page with the evidence."""
     params: Mapping[str, Any] = field(default_factory=dict)
     protect: tuple[str, ...] = ()
 
     @property
     def stands_for(self) -> dict[str, Any]:
-        """What a manifest records in its place."""
+        """What a manifest records instead of its name."""
         params = get_method(self.method).read_params(self.params).model_dump(mode="json")
         return {"method": self.method, "params": params, "protect": list(self.protect)}
 
     @property
     def text(self) -> str:
-        """The options of `select` that it is short for."""
+        """The options of `select` that it stands for."""
         options = [f"--param {name}={value}" for name, value in self.params.items()]
         options += [f"--protect {name}" for name in self.protect]
         return " ".join([f"--method {self.method}", *options])
 
     @property
     def line(self) -> str:
-        """What it is short for and why, to be shown."""
+        """What it stands for and why, in one line."""
         return f"{self.name} is short for {self.text}: {self.about}"
 
 
@@ -51,15 +51,15 @@ PRESETS = {
 
 
 def method_name(name: str) -> str:
-    """The method that a name in `select` stands for: a preset's, or the name itself."""
+    """Return the method that a name in `select` stands for: a preset's, or the name itself."""
     return PRESETS[name].method if name in PRESETS else name
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a selection with a preset's name replaced by what it stands for.
+    """Replace a preset's name by the settings that it stands for.
 
     Args:
-        given: the settings as the user gave them; those outrank the preset's, and `protect` adds to its.
+        given: the user's settings of a selection. They take precedence over the preset's; `protect` adds to it.
     """
     found = dict(given)
     preset = PRESETS.get(name) if isinstance(name := given.get("method"), str) else None

@@ -1,4 +1,4 @@
-"""Methods that look at the token's own probability p = exp(-loss)."""
+"""Methods that use the token's own probability p = exp(-loss)."""
 
 import math
 from typing import Annotated, Literal
@@ -14,64 +14,64 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ProfitParams(Params):
-    """ProFit's."""
+    """Parameters of ProFit."""
 
     direction: Literal["higher", "lower", "middle"] = "higher"
-    """Keep probabilities from tau on, up to tau, or between tau and upper."""
+    """Keep probabilities of at least tau, of at most tau, or between tau and upper."""
     tau: Share = 0.1
-    """The threshold, itself kept."""
+    """The threshold, inclusive."""
     upper: Share = 1.0
     """The upper threshold of `middle`."""
 
 
 class MassParams(Params):
-    """PriFT-mass's."""
+    """Parameters of PriFT-mass."""
 
     tau: Share = 0.5
-    """The least probability mass below the token."""
+    """Keep a token if at least this much probability mass lies below it."""
 
 
 class InfoParams(Params):
-    """InfoSFT's."""
+    """Parameters of InfoSFT."""
 
     P: Annotated[float, Field(gt=0.5, lt=1)] = 0.93
-    """From this probability on the weight is 0."""
+    """The weight is 0 from this probability on."""
 
 
 class TalrParams(Params):
-    """TALR's."""
+    """Parameters of TALR."""
 
     median: Literal["sequence", "token"] = "sequence"
     """tau is the median of the sequences' mean losses, or of all tokens' losses."""
     w_min: Share = 0.01
-    """The least weight."""
+    """The smallest weight."""
 
 
 class PowerParams(Params):
-    """The p^q family's."""
+    """Parameters of the p^q family."""
 
     form: Literal["power", "top", "bottom"] = "power"
-    """Weight p^q; or weight 1 from tau on (top) or up to tau (bottom), and 0 elsewhere."""
+    """Weight p^q; or weight 1 if p is at least tau (top) or at most tau (bottom), else 0."""
     q: Annotated[float, Field(gt=0)] = 1.0
     """The exponent."""
     tau: Share = 0.1
-    """The threshold of `top` and `bottom`, itself kept."""
+    """The threshold of `top` and `bottom`, inclusive."""
 
 
 class KnowledgeParams(Params):
-    """XTF's."""
+    """Parameters of XTF."""
 
     tau: Share = 0.05
-    """The least improbability, 1 - p."""
+    """Keep a token if 1 - p is at least this."""
 
 
 class AsftParams(Params):
-    """ASFT's."""
+    """Parameters of ASFT."""
 
     kl: Annotated[float, Field(ge=0)] = 0.1
     """The weight of the KL penalty; 0.05 in the authors' README."""
     loss: Literal["dft", "sft"] = "dft"
-    """What the penalty is added to: p * loss, or the plain loss."""
+    """The loss to which the penalty is added: p * loss, or the plain loss."""
 
 
 def probability(tokens: Tokens, role: str = "current") -> Array:

@@ -1,14 +1,14 @@
-"""`pmi-band`: which stretches of an answer belong to its question, by one checkpoint and without training.
+"""`pmi-band`: finds the stretches of an answer that belong to its question, with one checkpoint and no training.
 
-Two causes, each a mean over a window of tokens, because noise comes in stretches and a single token's value says more
-about what kind of word it is than about where it stands:
+The score has two terms. Both are means over a window of tokens: noise comes in stretches, and a single token's value
+tells more about the kind of word than about its place.
 
-- what the prompt makes likelier belongs to the answer: pointwise mutual information, `loss_unconditional - loss`.
-  Stock phrases, fillers, other answers' sentences and repeated ones gain nothing from the prompt;
-- what is unlikely in its place is broken, and what is certain teaches nothing: the distance of the mean loss from
-  `level`. Shuffled words, typing errors and wrong numbers are unlikely; copies are certain.
+- Pointwise mutual information, `loss_unconditional - loss`: what the prompt makes likelier belongs to the answer.
+  Stock phrases, fillers, repetitions and sentences from other answers gain nothing from the prompt.
+- The distance of the mean loss from `level`: unlikely text (shuffled words, typos, wrong numbers) is broken, and
+  certain text (copies) teaches nothing.
 
-Plain arithmetic that works on numpy arrays and on torch tensors, on their device.
+Plain arithmetic, on numpy arrays or on torch tensors on any device.
 """
 
 from typing import Annotated, Any
@@ -22,20 +22,20 @@ from sstoken.methods.tokens import Array, Tokens
 from sstoken.selection import IntArray
 
 MOST_LOSS = 8.0
-"""Nats: a token's loss counts for no more, so that one token does not rule its window."""
+"""Nats; a token's loss is clipped to this, so that one token does not dominate its window."""
 
 
 class PmiBandParams(Share):
-    """pmi-band's."""
+    """Parameters of pmi-band."""
 
     window: Annotated[int, Field(ge=0)] = 4
-    """How many tokens on either side a mean takes in."""
+    """Tokens on either side that a mean includes."""
     clip: Annotated[float, Field(gt=0)] = 2.0
-    """The most nats that one token's gain from the prompt counts for."""
+    """One token's gain from the prompt is clipped to plus or minus this many nats."""
     level: Annotated[float, Field(ge=0)] = 1.0
     """The mean loss, in nats, that costs nothing."""
     weight: Annotated[float, Field(ge=0)] = 0.5
-    """What a nat of distance from `level` costs."""
+    """The cost of each nat of distance from `level`."""
 
 
 def pmi_band(
@@ -48,20 +48,20 @@ def pmi_band(
     level: float = 1.0,
     weight: float = 0.5,
 ) -> Array:
-    """The score of each response token, nats; higher is kept first. Comparable across examples.
+    """Score each response token, in nats; higher is kept first. Scores are comparable across examples.
 
     Args:
-        loss: [N] float64, nats, of the response tokens of E examples, one after the other.
-        loss_unconditional: [N], of the response alone, without the prompt. NaN (an example's first token has none)
-            counts as no gain from the prompt.
+        loss: [N] float64, nats: the response tokens of E examples, back to back.
+        loss_unconditional: [N], the loss of the response alone, without its prompt. NaN, as at an example's first
+            token, counts as no gain from the prompt.
         offsets: [E + 1], where each example starts.
-        window: a mean takes in so many tokens on either side, within the example.
-        clip: a token's gain from the prompt counts for at most so many nats.
+        window: tokens on either side that a mean includes, within the example.
+        clip: nats; a token's gain from the prompt is clipped to plus or minus this.
         level: nats; the mean loss that costs nothing.
-        weight: what a nat of distance from `level` costs.
+        weight: the cost of each nat of distance from `level`.
 
     Returns:
-        [N], of the type of `loss`.
+        [N], of the same type as `loss`.
     """
     gain = loss_unconditional - loss
     gain = gain.clip(-clip, clip)
@@ -71,9 +71,9 @@ def pmi_band(
 
 
 def window_mean(values: Array, offsets: IntArray, window: int) -> Array:
-    """The mean of the values at most `window` places away, within the example: [N], of the type of `values`.
+    """Mean of the values at most `window` tokens away, within the example: [N], of the same type as `values`.
 
-    Summed in the order of the tokens: the same bits on numpy and torch, whatever examples stand beside.
+    Sums in token order, so that numpy and torch give the same bits, whatever examples share the batch.
     """
     counts = np.diff(offsets)
     at = np.arange(offsets[-1])

@@ -1,4 +1,4 @@
-"""Methods that look at the token's rank in the distribution that predicts it."""
+"""Methods that use the token's rank in the distribution that predicts it."""
 
 import math
 

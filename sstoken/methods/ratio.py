@@ -12,23 +12,23 @@ _IW_SFT = "iw-SFT 2025, arXiv 2507.12856; emmyqin/iw_sft"
 
 
 class SequenceParams(Params):
-    """iw-SFT's."""
+    """Parameters of iw-SFT."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """What the mean is multiplied by."""
+    """Factor of the mean."""
     most: Annotated[float, Field(gt=0)] = 16.0
     """The largest weight."""
 
 
 class ClipParams(Params):
-    """iw-SFT's per token."""
+    """Parameters of iw-SFT per token."""
 
     clip: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """The ratio is kept within 1 - clip and 1 + clip."""
+    """The ratio is clipped to 1 - clip and 1 + clip."""
 
 
 class PsftParams(Params):
-    """PSFT's."""
+    """Parameters of PSFT."""
 
     clip: Annotated[float, Field(ge=0)] = 0.28
     """A ratio above 1 + clip gets weight 0."""

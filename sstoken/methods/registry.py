@@ -1,4 +1,4 @@
-"""All methods by name: those of this package's files, and those that others install."""
+"""All methods by name: this package's, and those of other installed packages."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -19,11 +19,11 @@ from sstoken.selection import IntArray
 GROUP = "sstoken.methods"
 """The entry point group: each names a `Method`, or a sequence of them."""
 _ORDER = ("excess_loss", "baselines")
-"""Families that are listed first."""
+"""Families to list first."""
 
 
 class _Methods(Mapping[str, Method]):
-    """The methods by name, found when first asked for; third-party ones after ours."""
+    """The methods by name, imported on first use; third-party ones come after ours."""
 
     def __getitem__(self, name: str) -> Method:
         return _found()[name]
@@ -39,11 +39,11 @@ METHODS: Mapping[str, Method] = _Methods()
 
 
 def get_method(name: str) -> Method:
-    """The method of that name or alias.
+    """Look up a method by name or alias.
 
     Raises:
-        UsageError: there is none; suggests the nearest, or lists those there are.
-        SstokenError: an installed package offers it, and cannot be imported.
+        UsageError: unknown name; suggests the nearest and lists the legal ones.
+        SstokenError: the package that declares it cannot be imported.
     """
     if name in METHODS:
         return METHODS[name]
@@ -66,26 +66,25 @@ def get_method(name: str) -> Method:
 def decide(
     method: str, offsets: IntArray, signals: Mapping[str, Array], scope: str | None = None, **params: Any
 ) -> Outcome:
-    """What a method decides about tokens that are all at hand.
+    """Run a method on tokens in memory.
 
     Args:
         method: its name.
         offsets: [E + 1], where each example starts among the N tokens.
         signals: by `role.signal`, such as `history.loss`: [N] float64, numpy or torch.
-        scope: `sample`, `global`; None: the method's own.
-        params: the method's.
+        scope: `sample` or `global`; None: the method's default.
+        params: the method's parameters.
 
     Raises:
-        UsageError: a method, scope or parameter that there is not, or a signal that is missing.
+        UsageError: an unknown method, scope or parameter, or a missing signal.
     """
-    of = get_method(method)
-    together = of.check_scope(scope) == "global"
-    units = np.array([0, offsets[-1]]) if together else None
-    return of.decide(Tokens(offsets, signals, own_units=units), of.read_params(params))[1]
+    chosen = get_method(method)
+    units = np.array([0, offsets[-1]]) if chosen.check_scope(scope) == "global" else None
+    return chosen.decide(Tokens(offsets, signals, own_units=units), chosen.read_params(params))[1]
 
 
 def broken_entry_points() -> list[str]:
-    """A line for each method that an installed package offers and that cannot be used."""
+    """One line for each method that an installed package declares but that cannot be used."""
     _found()
     return list(_broken().values())
 
@@ -110,7 +109,7 @@ def _found() -> dict[str, Method]:
 
 
 def own_methods() -> list[Method]:
-    """Those of this package."""
+    """The methods of this package."""
     return [m for m in METHODS.values() if m.name not in _third_party()[0]]
 
 
@@ -121,7 +120,7 @@ def _third_party() -> tuple[dict[str, Method], dict[str, str]]:
     for point in entry_points(group=GROUP):
         try:
             given = point.load()
-        except Exception as error:  # whatever a stranger's import raises
+        except Exception as error:  # a third party's import can raise anything
             broken[point.name] = _about(point, f"cannot be imported ({type(error).__name__}: {error})")
             continue
         methods = [given] if isinstance(given, Method) else given

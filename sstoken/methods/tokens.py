@@ -1,7 +1,7 @@
-"""What a method reads: the response tokens of some examples, flat, with their signals.
+"""`Tokens`, a method's input: the response tokens of some examples, as flat arrays, with their signals.
 
-The arrays are numpy's (offline) or torch tensors (in a training loop). A method is written once for both: it takes
-functions from `tokens.xp`, which is `numpy` or `torch`, and what runs over units from the helpers here.
+Arrays are numpy's offline and torch's in a training loop. A method is written once for both: it takes functions from
+`tokens.xp`, which is `numpy` or `torch`, and operations over units from the methods of `Tokens`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,30 +15,30 @@ from sstoken.errors import UsageError
 from sstoken.selection import IntArray, keep_top, minmax_units
 
 Array = Any
-"""A numpy array or a torch tensor; float64 unless it says otherwise."""
+"""A numpy array or a torch tensor; float64 unless stated otherwise."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """E examples with N response tokens, one example after the other."""
+    """The N response tokens of E examples, back to back."""
 
     offsets: IntArray
     """[E + 1] on the host; where each example starts."""
     signals: Mapping[str, Array]
     """By `role.signal`, such as `history.loss`: [N] float64."""
     own_units: IntArray | None = None
-    """[U + 1] on the host; where each unit of the scope starts: a turn, or everything. None: each example is one."""
+    """[U + 1] on the host; where each unit of the scope starts: a turn, or all tokens. None: each example is one."""
     statistics: Mapping[str, Array] = field(default_factory=dict)
-    """By name, what the method asks of the whole scope: a number, or [N] where each unit has its own."""
+    """The method's statistics by name: a scalar, or [N] where each unit has its own."""
     seed: tuple[int, ...] = (0,)
-    """What `random` draws from."""
+    """Seed of the method `random`."""
     positions: Array = None
-    """[N] integers: each token's place in its sequence, prompt included; None: not known."""
+    """[N] integers: each token's position in its sequence, prompt included; None: unknown."""
     lengths: IntArray | None = None
-    """[E]: the length of each sequence, prompt included; None: not known."""
+    """[E]: the length of each sequence, prompt included; None: unknown."""
 
     def __getitem__(self, name: str) -> Array:
-        """The signal `role.signal`.
+        """Return the signal `role.signal`, [N].
 
         Raises:
             UsageError: it was not measured.
@@ -52,7 +52,7 @@ class Tokens:
         return self.signals.get(name) is not None
 
     def with_(self, **fields: Any) -> "Tokens":
-        """A copy with other fields."""
+        """Return a copy with some fields replaced."""
         return replace(self, **fields)
 
     @property
@@ -71,7 +71,7 @@ class Tokens:
 
     @property
     def rel(self) -> Array:
-        """REL [N], nats: history loss minus current loss, positive where the model has learned."""
+        """REL [N], in nats: history loss minus current loss; positive where the loss has fallen."""
         return self["history.loss"] - self["current.loss"]
 
     @property
@@ -86,7 +86,7 @@ class Tokens:
 
     @cached_property
     def index(self) -> Array:
-        """[N] integers: each token's place among the response tokens of its example, from 0."""
+        """[N] integers: each token's index among the response tokens of its example, from 0."""
         return self.like(np.arange(self.num_tokens) - np.repeat(self.offsets[:-1], np.diff(self.offsets)))
 
     @cached_property
@@ -95,7 +95,7 @@ class Tokens:
         return self.like(np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets)))
 
     def like(self, values: Any) -> Array:
-        """A host array as the signals are: a tensor on their device, or as it is."""
+        """Convert a host array to the signals' kind: a tensor on their device, or unchanged for numpy."""
         if self.xp is np:
             return values
         return self.xp.as_tensor(values, device=next(iter(self.signals.values())).device)
@@ -105,11 +105,11 @@ class Tokens:
         return self.like(np.zeros(self.num_tokens))
 
     def minmax(self, values: Array) -> Array:
-        """Each example's values scaled to [0, 1) by their own minimum and range (ssToken, equation 6)."""
+        """Scale each example's values to [0, 1) by their own minimum and range (ssToken, equation 6)."""
         return minmax_units(values, self.offsets, self.example)
 
     def mean(self, values: Array) -> Array:
-        """Each example's mean [E]; 0 where it has no token."""
+        """Mean of each example [E]; 0 for an example without tokens."""
         num = len(self.offsets) - 1
         counts = self.like(np.maximum(1, np.diff(self.offsets)).astype(np.float64))
         if self.xp is np:
@@ -117,10 +117,10 @@ class Tokens:
         return values.new_zeros(num).index_add(0, self.example, values) / counts
 
     def in_top(self, values: Array, quota: Callable[[int], int]) -> Array:
-        """[N] bool: whether a token is among its unit's `quota(n)` highest; ties go to the earlier token."""
+        """Mark the `quota(n)` highest values of each unit, [N] bool; ties go to the earlier token."""
         return self.top(values, [quota(int(n)) for n in self.counts])
 
     def top(self, values: Array, quotas: Sequence[int]) -> Array:
-        """As `in_top`, with the number for each of the U units given."""
+        """Like `in_top`, with one quota for each of the U units."""
         unit = self.like(np.repeat(np.arange(len(self.counts)), self.counts))
         return keep_top(values, self.units, quotas, unit)

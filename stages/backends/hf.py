@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sstoken.measure.rope import longest
 from sstoken.measure.scorer import MEASURABLE, Scorer
-from sstoken.measure.second_look import SECOND_LOOK, second_look
+from sstoken.measure.second_pass import SECOND_PASS, measure_second_pass
 from sstoken.signals import LOSS, get_signals
 from sstoken.stages.backends import Backend, BackendOptions, Measured
 from sstoken.stages.backends.base_models import SharedBase, pick_device, shared_base
@@ -36,7 +36,7 @@ class HFSettings(Settings):
 class HFBackend(Backend):
     """Signals from a transformers causal language model."""
 
-    signals = MEASURABLE | SECOND_LOOK
+    signals = MEASURABLE | SECOND_PASS
     settings = HFSettings
 
     def __init__(self, options: BackendOptions) -> None:
@@ -53,8 +53,8 @@ class HFBackend(Backend):
         shared.use(options.checkpoint if base else None)
         self._model, self._unused = shared.model, shared.unused
         wanted = get_signals(options.signals)
-        self._again = [s for s in wanted if s.base in SECOND_LOOK]
-        self._names = [s.name for s in wanted if s.base not in SECOND_LOOK]
+        self._again = [s for s in wanted if s.base in SECOND_PASS]
+        self._names = [s.name for s in wanted if s.base not in SECOND_PASS]
         self._scorer = Scorer(
             shared.model,
             signals=self._names or [LOSS],
@@ -100,7 +100,7 @@ class HFBackend(Backend):
                 batch_tokens=self._scorer.batch_tokens,
                 cuda_kernels=self._kernels,
             )
-            again = second_look(losses, sequences, response_masks, self._again)
+            again = measure_second_pass(losses, sequences, response_masks, self._again)
         if not self._names:
             yield from enumerate(again)
             return

@@ -39,6 +39,13 @@ def test_the_ends_of_gamma_rank_like_one_signal(gamma, alone):
         )
 
 
+def test_every_checkpoint_that_an_input_names_has_a_role():
+    for method in METHODS.values():
+        named = {Input(i).signal.partition("@")[2] for i in method.inputs} - {""}
+        assert named <= set(method.roles), method.name
+    assert get_method("eksft").roles == ("current", "history")
+
+
 def test_random_is_seeded():
     def draw(*seed):
         return score("random", Tokens(np.array([0, 100]), {}, seed=seed))

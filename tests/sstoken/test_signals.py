@@ -30,7 +30,7 @@ def test_a_name_with_its_argument(name, layer, argument):
     [
         ("los", "signal 'los' is not known; legal: loss, entropy,"),
         ("loss@3", "loss takes nothing after '@'; write loss"),
-        ("attention@last", "'last' is not a layer; legal is such as attention@-1"),
+        ("attention@last", "'last' is not a layer; write it as in attention@-1"),
         ("attention@", "'' is not a layer"),
         ("attention@01", "'01' is not a layer"),
         ("kl", "signal 'kl' needs a checkpoint: kl@CHECKPOINT"),

@@ -361,6 +361,6 @@ def test_noise_is_that_of_the_example_alone(tokens, model, tmp_path):
     assert np.abs(first - plain)[measured].mean() < 2
 
 
-def test_a_second_look_alone(tokens, model, tmp_path):
+def test_a_second_pass_alone(tokens, model, tmp_path):
     table = run_score(tokens, tmp_path / "out", checkpoint=str(model), signals=("loss_unconditional",))
     assert table.column_names == ["example_id", "loss_unconditional"]

@@ -367,7 +367,7 @@ def test_a_parameter_may_move_during_training(tmp_path):
         ({"rho": 0.5, "params": {"rho": 0.5}}, "rho is given twice"),
         ({"method": "eaft", "scope": "turn"}, "method 'eaft' judges each token alone; leave scope out"),
         ({"denominator": "all"}, "denominator is 'all'; legal: kept, response"),
-        ({"method": "t-shirt"}, "current.loss_unconditional needs a second look at the data"),
+        ({"method": "t-shirt"}, "current.loss_unconditional needs another pass over the data"),
         ({"method": "asft", "history": "base"}, "a loss that is no weight"),
         ({"method": "eksft"}, "current.kl_at@history compares whole distributions"),
     ],

@@ -14,11 +14,11 @@ from sstoken.measure.noise import Noise, draw_noise
 from sstoken.measure.scorer import Measured, Scorer
 from sstoken.signals import Signal
 
-SECOND_LOOK = frozenset({"loss_unconditional", "pmi_noisy"})
-"""What `second_look` measures, by name without argument."""
+SECOND_PASS = frozenset({"loss_unconditional", "pmi_noisy"})
+"""What `measure_second_pass` measures, by name without argument."""
 
 
-def second_look(
+def measure_second_pass(
     scorer: Scorer, sequences: Sequence[Ids], response_masks: Sequence[Mask], wanted: Sequence[Signal]
 ) -> list[Measured]:
     """The signals of every sequence: of its response tokens but the first, [n - 1] each (none where n is 0).
@@ -27,7 +27,7 @@ def second_look(
         scorer: measures the loss.
         sequences: token ids, [T] each.
         response_masks: [T] each. A response alone is the response tokens of all turns, one after the other.
-        wanted: of `SECOND_LOOK`.
+        wanted: of `SECOND_PASS`.
     """
     found: list[Measured] = [{} for _ in sequences]
     for signal in wanted:
