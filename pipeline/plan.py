@@ -5,6 +5,7 @@ What is scored can depend on what an anchor run left behind, so the jobs are mad
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from sstoken.errors import SstokenError, UsageError
@@ -79,6 +80,11 @@ def run_steps(config: RunConfig) -> Iterator[Step]:
     return _Planner(config, promised=False).steps()
 
 
+def run_groups(config: RunConfig) -> Iterator[list[Step]]:
+    """The steps of a run in groups that may be run together; ask for the next group when the last is finished."""
+    return _Planner(config, promised=False).groups()
+
+
 def score_job(ref: str, attention: bool, options: Mapping[str, object], tokens: Path, out: Path) -> Job:
     """The job that scores one checkpoint; finished scores that hold more signals are as good."""
     stage = Score(checkpoint=ref, attention=attention, **options)
@@ -108,8 +114,13 @@ class _Planner:
         self._scored: dict[str, Scored | None] = {}
 
     def steps(self) -> Iterator[Step]:
+        return chain.from_iterable(self.groups())
+
+    def groups(self) -> Iterator[list[Step]]:
         for name, section in self._config.named.items():
-            yield from self._steps_of(name, section)
+            steps = list(self._steps_of(name, section))
+            # no checkpoint's scores need another one's
+            yield from [steps] if isinstance(section, ScoreSection) else ([step] for step in steps)
             self._made[name] = section.name
             self._places.setdefault(name, self._config.place(name))
             if isinstance(section, Anchor):

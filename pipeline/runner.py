@@ -5,7 +5,7 @@ run leaves the partial folder, whose complete shards the next run with the same 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace as with_other
 from functools import partial
@@ -63,12 +63,7 @@ def execute(
         UsageError: wrong settings, or an output folder that is not this job's.
         SstokenError: the work failed; a partial folder may remain and the same call goes on from it.
     """
-    if job.place.name in ("", ".."):
-        raise UsageError(
-            f"{job.place}: name the output folder itself, such as {job.place / job.stage.folder}"
-        )
-    job.stage.check()
-    _engine(job.stage)  # refuse an unknown engine or rank before any work
+    check_job(job)
     identity = identify(job, digests)
     if isinstance(job.stage, ShardedStage) and job.stage.world_size > 1:
         from sstoken.pipeline.ranks import execute_rank
@@ -82,24 +77,40 @@ def execute(
     if not is_main_process():
         # What the folder holds, the main process may be about to change.
         if not job.stage.agree(None):
-            return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
+            return skipped(job)
         return Result(job.out, run_stage(job, identity), skipped=False)
-    if (
-        not force
-        and state_of(job, identity) is State.FINISHED
-        and not storage.of(job.place).is_interrupted(job.place)
-    ):
-        # Before the folder is tried: it may be on a disk that takes no files.
+    if not force and is_finished(job, identity):
         job.stage.agree(False)
-        return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
+        return skipped(job)
+    with having_folder(job, identity, replace=replace, force=force) as end:
+        if end is None:
+            job.stage.agree(False)
+            return skipped(job)
+        job.stage.agree(True)
+        start = time.monotonic()
+        return end(run_stage(job, identity), start)
+
+
+End = Callable[[dict[str, Any], float], Result]
+"""Publishes the finished work with these metrics, which began at this moment of `time.monotonic`."""
+
+
+@contextmanager
+def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -> Iterator[End | None]:
+    """Have the job's folder for this process alone, ready to be worked in.
+
+    Yields:
+        What ends the work; None where the job turns out to be finished.
+
+    Raises:
+        UsageError, SstokenError: the folder is not this job's, or others work on it.
+    """
     check_out(job)
     with one_run_at_a_time(job.place, fingerprint=identity.fingerprint) as check_lease:
         recover(job, identity)
-        current = state_of(job, identity)
-        if current is State.FINISHED and not force:
-            finished = manifests.finished(job.out, job.stage.folder)
-            job.stage.agree(False)
-            return Result(job.out, finished.metrics, skipped=True)
+        if state_of(job, identity) is State.FINISHED and not force:
+            yield None
+            return
         there = manifests.read_manifest(job.out)
         if there is not None and not (replace or force or only_sources_changed(job, identity, there)):
             raise UsageError(
@@ -113,15 +124,40 @@ def execute(
             )
         if others := at_work(job.place, RANKS):
             raise SstokenError(f"{job.out}: {others[0]} is writing it; wait for the ranks, then `commit`")
+
+        def end(metrics: dict[str, Any], began: float) -> Result:
+            check_lease()
+            finish(job, identity, metrics, time.monotonic() - began, there)
+            return Result(job.out, metrics, skipped=False)
+
         with keeping_what_is_complete(job):
             prepare(job, identity, fresh=force)
             storage.of(job.partial).sweep(job.partial)
-            start = time.monotonic()
-            job.stage.agree(True)
-            metrics = run_stage(job, identity)
-            check_lease()
-            finish(job, identity, metrics, time.monotonic() - start, there)
-        return Result(job.out, metrics, skipped=False)
+            yield end
+
+
+def check_job(job: Job) -> None:
+    """Refuse, before any work, what can be seen to be wrong without reading the data.
+
+    Raises:
+        UsageError: wrong settings, an unknown engine or rank, or no folder's name.
+    """
+    if job.place.name in ("", ".."):
+        raise UsageError(
+            f"{job.place}: name the output folder itself, such as {job.place / job.stage.folder}"
+        )
+    job.stage.check()
+    _engine(job.stage)
+
+
+def is_finished(job: Job, identity: Identity) -> bool:
+    """Whether there is nothing to do. Asked before the folder is tried: it may be on a disk that takes no files."""
+    return state_of(job, identity) is State.FINISHED and not storage.of(job.place).is_interrupted(job.place)
+
+
+def skipped(job: Job) -> Result:
+    """Return the result of a job that was finished before."""
+    return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
 
 
 @contextmanager

@@ -61,52 +61,125 @@ class ShardedStage(Stage, EngineOptions):
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do the tasks of this rank that are not done yet; a single rank finishes, too."""
-        engine, work = context.engine, self.work(context)
-        tasks, total = work.tasks, work.total
-        if engine.world_size > 1:
-            tasks, total = _own(tasks, engine.rank, engine.world_size), None
-        if isinstance(work.tasks, Sequence):
-            tasks = list(tasks)
-            total = sum(task.size for task in tasks)
-        record = context.out / _record_name(engine)
-        storage.of(record).delete(record)
-        with context.progress(self.unit, total) as bar, at_a_border() as stopped:
-            took = Took(context.out, f"{engine.rank}-of-{engine.world_size}")
-            try:
-                for seconds in engine.map(_Timed(work.function), self._left(tasks, bar, stopped), bar):
-                    took.add(seconds)
-            except QuarantinedError as error:
-                write_atomic(record, _as_lines(error))
-                raise
-            finally:
-                took.save()
-        return self.finish(context) if engine.world_size == 1 else {}
+        run_queue([(self, context)])
+        return self.finish(context) if context.engine.world_size == 1 else {}
 
-    def _left(
-        self, tasks: Iterable[Task[Any]], bar: Progress, stopped: Callable[[], bool]
-    ) -> Iterator[Task[Any]]:
+
+class _Share:
+    """One stage's share of a queue."""
+
+    def __init__(self, index: int, stage: ShardedStage, context: Context) -> None:
+        self.index, self._stage, self._out = index, stage, context.out
+        engine, work = context.engine, stage.work(context)
+        self.function, self.total = work.function, work.total
+        self._tasks = work.tasks
+        if engine.world_size > 1:
+            self._tasks, self.total = _own(work.tasks, engine.rank, engine.world_size), None
+        if isinstance(work.tasks, Sequence):
+            self._tasks = list(self._tasks)
+            self.total = sum(task.size for task in self._tasks)
+        self._record = context.out / _record_name(engine)
+        storage.of(self._record).delete(self._record)
+        self._took = Took(context.out, f"{engine.rank}-of-{engine.world_size}")
+        self.began = time.monotonic()
+        self._running, self._read, self._ended = 0, False, False
+
+    def tasks(self, bar: Progress, stopped: Callable[[], bool]) -> Iterator[Task[Any]]:
         """The tasks that are not done. No manifest lists their files yet, so a damaged one is made again."""
-        for task in tasks:
+        self.began = time.monotonic()
+        for task in self._tasks:
             if stopped():
                 return
             if task.output.exists():
-                if self.is_done(task.output):
+                if self._stage.is_done(task.output):
                     bar.skip(task.size)
                     continue
                 storage.of(task.output).delete(task.output)
-            yield task
+            self._running += 1
+            yield Task(task.output, task.size, (self.index, task.work))
+        self._read = True
+
+    def count(self, seconds: float) -> None:
+        """Count a task that is done."""
+        self._running -= 1
+        self._took.add(seconds)
+
+    def ends(self) -> bool:
+        """Whether all of its tasks are done; true once."""
+        if self._ended or self._running or not self._read:
+            return False
+        self._took.save()
+        self._ended = True
+        return True
+
+    def save(self) -> None:
+        """Record what was done of a share that has not ended: where one has, its folder may be published."""
+        if not self._ended:
+            self._took.save()
+
+    def quarantine(self, error: QuarantinedError) -> None:
+        """Record which of its shards failed."""
+        failed = [(file, why) for file, why in error.failed if file.startswith(f"{self._out}/")]
+        if failed:
+            write_atomic(self._record, _as_lines(failed, error.attempts))
+
+
+def run_queue(
+    stages: Sequence[tuple[ShardedStage, Context]], done: Callable[[int, float], None] | None = None
+) -> None:
+    """Do the tasks of several stages as one queue, so that no worker waits for the last shard of a stage.
+
+    A worker gets the tasks in order: it loads what a stage needs once.
+
+    Args:
+        stages: each with its context; their engine and progress bar are alike, the first one's is taken.
+        done: called with a stage's position, and when (by `time.monotonic`) its first task was begun, as soon as all
+            of its tasks are done.
+
+    Raises:
+        QuarantinedError: some tasks failed each time. All others are done.
+        StoppedError: SIGTERM came meanwhile.
+    """
+    (stage, context), *_ = stages
+    shares = [_Share(index, *each) for index, each in enumerate(stages)]
+    totals = [share.total for share in shares]
+    total = None if None in totals else sum(filter(None, totals))
+    done = done or (lambda index, began: None)
+    with context.progress(stage.unit, total) as bar, at_a_border() as stopped:
+        tasks = (task for share in shares for task in share.tasks(bar, stopped))
+        function = _Timed([share.function for share in shares])
+
+        def end() -> None:
+            for share in shares:
+                if share.ends():
+                    done(share.index, share.began)
+
+        try:
+            for index, seconds in context.engine.map(function, tasks, bar):
+                shares[index].count(seconds)
+                end()
+            end()  # those of which nothing was left to do
+        except QuarantinedError as error:
+            for share in shares:
+                share.quarantine(error)
+            end()
+            raise
+        finally:
+            for share in shares:
+                share.save()
 
 
 class _Timed:
-    """A task's function that returns how many seconds it took; pickles into worker processes."""
+    """Does a task of any of the stages; returns which one, and the seconds that it took. Pickles into workers."""
 
-    def __init__(self, function: Callable[[Any, Worker], None]) -> None:
-        self._function = function
+    def __init__(self, functions: Sequence[Callable[[Any, Worker], None]]) -> None:
+        self._functions = functions
 
-    def __call__(self, work: Any, worker: Worker) -> float:
+    def __call__(self, work: tuple[int, Any], worker: Worker) -> tuple[int, float]:
+        index, given = work
         start = time.monotonic()
-        self._function(work, worker)
-        return time.monotonic() - start
+        self._functions[index](given, worker)
+        return index, time.monotonic() - start
 
 
 def _own(tasks: Iterable[Task[Any]], rank: int, world_size: int) -> Iterator[Task[Any]]:
@@ -118,6 +191,6 @@ def _record_name(engine: Engine) -> str:
     return f"{QUARANTINE}{part}.jsonl"
 
 
-def _as_lines(error: QuarantinedError) -> str:
-    rows = ({"file": Path(file).name, "attempts": error.attempts, "error": why} for file, why in error.failed)
+def _as_lines(failed: Iterable[tuple[str, str]], attempts: int) -> str:
+    rows = ({"file": Path(file).name, "attempts": attempts, "error": why} for file, why in failed)
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -15,9 +15,9 @@ from sstoken.pipeline.claim import claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
 from sstoken.pipeline.job import Job, Result, State, state
-from sstoken.pipeline.plan import Step, check_run, run_steps
+from sstoken.pipeline.plan import Step, check_run, run_groups
 from sstoken.pipeline.printing import print_result
-from sstoken.pipeline.runner import execute
+from sstoken.pipeline.together import execute_together
 from sstoken.pipeline.verbs.command import Place, command, local_place
 from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import storage
@@ -135,28 +135,39 @@ def run(
             config, digests, anew=bool(forced & {n for n, s in config.named.items() if isinstance(s, Encode)})
         )
     results: dict[str, Result] = {}
-    for step in run_steps(config):
-        if until is not None and names.index(step.step) > names.index(until):
+    for group in run_groups(config):
+        if until is not None and names.index(group[0].step) > names.index(until):
             break
-        assert step.job is not None, "a finished anchor run leaves a history"
-        if only not in (None, step.step):
-            if (found := state(step.job, digests)) is not State.FINISHED:
+        jobs: list[Job] = []
+        for step in group:
+            assert step.job is not None, "a finished anchor run leaves a history"
+            if only in (None, step.step):
+                jobs.append(_placed(step.job, config, rank, world_size))
+            elif (found := state(step.job, digests)) is not State.FINISHED:
                 raise SstokenError(
                     f"{only}: needs {step.name}, which is not finished ({found.value}); run that first"
                 )
+        if not jobs:
             continue
-        job = _placed(step.job, config, rank, world_size)
-        replaced = changes(step.step, job, digests)
-        result = execute(
-            job,
-            digests,
-            replace=True,
-            force=step.step in forced,
-        )
-        results[step.name] = result if result.skipped else replace(result, replaced=replaced)
+        results |= _together(group, jobs, digests, group[0].step in forced, listener)
+    return results
+
+
+def _together(
+    group: list[Step], jobs: list[Job], digests: Digests, force: bool, listener: Listener | None
+) -> dict[str, Result]:
+    """Run the steps of a group; say of each what it replaced."""
+    replaced = [changes(step.step, job, digests) for step, job in zip(group, jobs, strict=True)]
+    results: dict[str, Result] = {}
+
+    def done(index: int, result: Result) -> None:
+        step = group[index]
+        results[step.name] = result if result.skipped else replace(result, replaced=replaced[index])
         if listener is not None:
             listener(step, results[step.name])
-    return results
+
+    execute_together(jobs, digests, done, replace=True, force=force)
+    return {step.name: results[step.name] for step in group}
 
 
 def _placed(job: Job, config: RunConfig, rank: int, world_size: int) -> Job:

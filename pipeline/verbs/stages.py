@@ -22,6 +22,7 @@ from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.roles import NO_ATTENTION
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.sections import stage_of
+from sstoken.pipeline.together import execute_together
 from sstoken.pipeline.verbs.command import (
     Internal,
     Place,
@@ -120,7 +121,7 @@ class ScoreCall(_Output, ScoreOptions):
     attention_from: Annotated[str | None, Option(value="M")] = None
     """The checkpoint whose attention is measured, by name or path; `none`: no attention.  [default: the last --ckpt]"""
     listener: Annotated[Callable[[str, Result], None] | None, Internal] = None
-    """Called with `(name, result)` after each checkpoint."""
+    """Called with `(name, result)` as each checkpoint is finished."""
 
     def do(self) -> Result:
         """`metrics` holds each checkpoint's, by name."""
@@ -132,22 +133,22 @@ class ScoreCall(_Output, ScoreOptions):
             attended = (same or list(extra))[0]
             named |= extra
         options = stage_of(self, ScoreOptions).model_dump()
-        out, digests = place(self.out), Digests()
+        out = place(self.out)
         jobs = {
             name: score_job(
                 ref, name == attended, compared(options, name, named), place(self.tokens), out / name
             )
             for name, ref in named.items()
         }
-        for job in jobs.values():  # refuse before the first forward pass
-            job.stage.check()
-        results = {}
-        for name, job in jobs.items():
-            results[name] = execute(job, digests, force=self.force)
+        names = list(jobs)
+
+        def done(index: int, result: Result) -> None:
             if self.listener is not None:
-                self.listener(name, results[name])
-        metrics = {name: result.metrics for name, result in results.items()}
-        return Result(out, metrics, all(result.skipped for result in results.values()))
+                self.listener(names[index], result)
+
+        results = execute_together([*jobs.values()], Digests(), done, force=self.force)
+        metrics = {name: result.metrics for name, result in zip(names, results, strict=True)}
+        return Result(out, metrics, all(result.skipped for result in results))
 
 
 def _show_scores(values: dict[str, Any], as_json: bool) -> None:

@@ -1,0 +1,102 @@
+"""Jobs that do not need each other, such as the checkpoints of one `score`: one queue of shards for all of them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from sstoken.pipeline.job import Identity, Job, Result, identify
+from sstoken.pipeline.runner import (
+    End,
+    check_job,
+    context_of,
+    execute,
+    having_folder,
+    is_finished,
+    skipped,
+)
+from sstoken.stages.manifest import Digests
+from sstoken.stages.processes import num_processes
+from sstoken.stages.sharded import ShardedStage, run_queue
+from sstoken.stages.stage import Settings
+
+
+def execute_together(
+    jobs: Sequence[Job],
+    digests: Digests,
+    listener: Callable[[int, Result], None],
+    *,
+    replace: bool = False,
+    force: bool = False,
+) -> list[Result]:
+    """Run jobs that do not need each other as one queue of shards; each has its own folder and manifest.
+
+    Args:
+        jobs: their engine options are alike.
+        digests: of the files read from outside.
+        listener: called with a job's position and its result as soon as it is finished.
+        replace: see `execute`.
+        force: see `execute`.
+
+    Raises:
+        UsageError: as `execute`; before any work.
+        SstokenError: the work failed; which jobs are finished, `listener` was told.
+    """
+    results: dict[int, Result] = {}
+
+    def add(index: int, result: Result) -> None:
+        results[index] = result
+        listener(index, result)
+
+    if len(jobs) == 1 or not all(_in_one_process(job.stage) for job in jobs):
+        for index, job in enumerate(jobs):
+            add(index, execute(job, digests, replace=replace, force=force))
+        return [results[index] for index in range(len(jobs))]
+    for job in jobs:
+        check_job(job)
+    left: list[_Begun] = []
+    with ExitStack() as all_folders:
+        for index, job in enumerate(jobs):
+            identity = identify(job, digests)
+            if not force and is_finished(job, identity):
+                add(index, skipped(job))
+                continue
+            folder = all_folders.enter_context(ExitStack())
+            end = folder.enter_context(having_folder(job, identity, replace=replace, force=force))
+            if end is None:
+                add(index, skipped(job))
+            else:
+                left.append(_Begun(index, job, identity, end, folder))
+
+        def done(number: int, began: float) -> None:
+            begun = left[number]
+            metrics = begun.stage.finish(contexts[number][1])
+            result = begun.end(metrics, began)
+            begun.folder.close()
+            add(begun.index, result)
+
+        contexts = [(begun.stage, context_of(begun.job, begun.identity)) for begun in left]
+        if contexts:
+            run_queue(contexts, done)
+    return [results[index] for index in range(len(jobs))]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A job that is being worked on beside others."""
+
+    index: int
+    job: Job
+    identity: Identity
+    end: End
+    folder: ExitStack
+    """Closed once the job is finished: it gives its folder free."""
+
+    @property
+    def stage(self) -> ShardedStage:
+        assert isinstance(self.job.stage, ShardedStage)
+        return self.job.stage
+
+
+def _in_one_process(stage: Settings) -> bool:
+    """Whether the stage's shards are all this process's to hand out."""
+    return isinstance(stage, ShardedStage) and stage.world_size == 1 and num_processes() == 1
