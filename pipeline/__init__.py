@@ -1,1 +1,1 @@
-"""Configuration, plan, runner, engines and the command line."""
+"""Configuration, plan, runner, engines, and the command line."""

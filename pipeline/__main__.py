@@ -1,4 +1,4 @@
-"""`python -m sstoken.pipeline`: the command line, where the console script is not on the path."""
+"""`python -m sstoken.pipeline`: the command line, for when the console script is not on the path."""
 
 from sstoken.pipeline.cli import main
 

@@ -1,4 +1,4 @@
-"""`sstoken.curate` by its older name: programs that import this module get that one."""
+"""The older name of `sstoken.curate`: importing this module returns that one."""
 
 import sys
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What `audit` prints: one screen."""
+"""Prints the result of `audit`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +12,11 @@ from sstoken.stages.token_text import visible
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _LONGEST = 200
-"""Characters of an example."""
+"""Characters of an example to show."""
 
 
 def print_audit(result: AuditResult) -> None:
-    """Print the facts, then each finding with its example and what to do."""
+    """Print the facts, then each finding with its example and remedy."""
     console = Console(soft_wrap=True, highlight=False)
     for name, line in _facts(result):
         console.print(Text(f"{name:<11}{line}"))

@@ -1,4 +1,4 @@
-"""What differs between a finished output and what its job would make now, in words."""
+"""Differences between a finished output and what its job would write now, in words."""
 
 import json
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from sstoken.version import __version__
 
 
 def changes(step: str, job: Job, digests: Digests) -> tuple[str, ...]:
-    """Each setting and input that is another than that of the finished output, such as `select.rho 0.6 -> 0.4`.
+    """List every setting and input that differs from the finished output's, such as `select.rho 0.6 -> 0.4`.
 
     Args:
-        step: its name, for the lines.
-        job: its inputs are finished.
-        digests: of files.
+        step: the step's name, with which lines begin.
+        job: the step's job; its inputs are finished.
+        digests: cache of file digests.
 
     Returns:
-        Nothing where there is no finished output, or where it is what the job would make.
+        One line per difference; empty if there is no finished output, or if it is up to date.
     """
     there = manifests.read_manifest(job.out)
     if there is None or there.stage != job.stage.name:

@@ -1,4 +1,4 @@
-"""Checkpoints by name, and which of them plays which role of a method."""
+"""Names of checkpoints, and which checkpoint plays which role of a method."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,10 +11,10 @@ from sstoken.stages.manifest import MANIFEST, read_manifest
 
 
 def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
-    """Checkpoints by name from `PATH` (named after its folder) or `NAME=PATH`; a name holds no slash.
+    """Read checkpoints given as `PATH` (named after its folder) or `NAME=PATH`; return paths by name.
 
     Raises:
-        UsageError: two of one name, or a name that cannot be a folder's.
+        UsageError: no checkpoint, two with one name, or a name that cannot be a folder's.
     """
     named: dict[str, str] = {}
     for given in refs:
@@ -29,35 +29,35 @@ def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
 
 
 def _names_a_folder(given: str, ref: str) -> bool:
-    """Whether `NAME=PATH` was meant though NAME holds a slash; a path may hold `=` itself: runs/lr=1e-5/step-100."""
+    """Whether `NAME=PATH` was meant although NAME has a slash; a path may contain `=` itself: runs/lr=1e-5/step-100."""
     return not Path(given).expanduser().is_dir() and Path(ref).expanduser().is_dir()
 
 
 def check_name(name: str, given: str, ref: str) -> None:
-    """Refuse a checkpoint's name that cannot be a folder's.
+    """Refuse a checkpoint name that cannot be a folder's.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it is empty, hidden or has a slash.
     """
     if not name or "/" in name or name.startswith("."):
         raise UsageError(f"checkpoint {given!r}: {name!r} cannot be a folder's name; write NAME={ref}")
 
 
 def enter(named: dict[str, str], name: str, ref: str) -> None:
-    """Add a checkpoint.
+    """Add a checkpoint to `named`.
 
     Raises:
-        UsageError: another one has that name.
+        UsageError: another checkpoint has that name.
     """
     if named.setdefault(name, ref) != ref:
         raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
 
 
 def given_roles(roles: Mapping[str, str], history: str | None, current: str | None) -> dict[str, str]:
-    """The checkpoint's name by role, of those given.
+    """Merge `--role`, `--history` and `--current`; return checkpoint names by role.
 
     Raises:
-        UsageError: a role that is given twice, with two names.
+        UsageError: a role is given twice, with different names.
     """
     found = dict(roles)
     for role, name in (("history", history), ("current", current)):
@@ -67,16 +67,16 @@ def given_roles(roles: Mapping[str, str], history: str | None, current: str | No
 
 
 def select_inputs(method: str, scores: Path, given: Mapping[str, str]) -> dict[str, Path]:
-    """The score folders that a selection reads, by role, found below `scores`.
+    """Find the score folders that a selection reads, by role, below `scores`.
 
     Args:
-        method: its roles decide what has to be there.
-        scores: holds a folder for each scored checkpoint.
-        given: the checkpoint's name by role. Where there is none, `history` is `base`, `step-0` or the one that is not
-            current, and `current` the only other one, or the one of the highest step.
+        method: its roles decide which checkpoints are needed.
+        scores: the folder with one folder per scored checkpoint.
+        given: checkpoint names by role. By default, `history` is `base`, `step-0` or the one that is not current, and
+            `current` is the only other one, or the one of the highest step.
 
     Raises:
-        UsageError: a name that is not there, or several that could be meant.
+        UsageError: no scores of that name, or several candidates for a role.
     """
     if not scores.is_dir():
         raise UsageError(f"{scores}: no such folder; name the one that holds the checkpoints' scores")
@@ -112,7 +112,7 @@ def select_inputs(method: str, scores: Path, given: Mapping[str, str]) -> dict[s
 
 
 def _guess_roles(found: dict[str, str], needed: Iterable[str], there: list[str]) -> None:
-    """Add `history` and `current` where the names leave no doubt."""
+    """Add `history` and `current` if the names of the checkpoints are unambiguous."""
     history, current = found.get("history"), found.get("current")
     if history is None and ("history" in needed or "current" in needed):
         history = next((n for n in ("base", "step-0") if n in there and n != current), None)
@@ -132,7 +132,7 @@ def check_compared(method: str, history: str | None, current: str | None) -> Non
     """Refuse to compare a checkpoint with itself.
 
     Raises:
-        UsageError: the method compares history and current, and they are one.
+        UsageError: the method compares history and current, and both are the same checkpoint.
     """
     if history == current and {"history", "current"} <= set(get_method(method).roles):
         raise UsageError(
@@ -141,7 +141,7 @@ def check_compared(method: str, history: str | None, current: str | None) -> Non
 
 
 def _only_or_last(names: list[str]) -> str | None:
-    """The only name; or, of `step-*` names, the highest step."""
+    """The only name; or, among `step-*` names, the highest step."""
     if len(names) == 1:
         return names[0]
     steps = [n for n in names if n.removeprefix("step-").isdigit()]
@@ -149,7 +149,7 @@ def _only_or_last(names: list[str]) -> str | None:
 
 
 def _is_generated(folder: Path) -> bool:
-    """Whether the signals in a folder come from generation, and the others are elsewhere."""
+    """Whether a folder was written by `critical`, and so holds only signals from generation."""
     manifest = read_manifest(folder)
     return manifest is not None and manifest.stage == Critical.name
 

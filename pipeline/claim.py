@@ -1,4 +1,4 @@
-"""`run.json`: whose run a folder is. A run of other data or another model is never mixed into it."""
+"""`run.json` marks a folder as the run of some data and model, so that runs of others are never mixed into it."""
 
 import hashlib
 import json
@@ -20,19 +20,19 @@ _RUN_FILE = "run.json"
 
 
 def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
-    """Mark a run's folder as this configuration's; refuse one that holds the run of other data or another model.
+    """Mark a folder as this configuration's run; refuse one that holds the run of other data or another model.
 
-    Data and model are known by their content, or else by their place: a run goes on where they, the run or the working
-    directory moved, and where a file was edited in its place.
+    Data and model count as the same if either their content or their path is the same: a run goes on after they, the
+    run or the working directory were moved, and after a file was edited in place.
 
     Args:
         config: the run.
-        digests: of files.
+        digests: cache of file digests.
         anew: take over the folder of another run.
 
     Raises:
-        UsageError: another run's folder, or no run's.
-        SstokenError: the mark is damaged, or the folder takes no files.
+        UsageError: the folder holds another run, or was not written by a run.
+        SstokenError: `run.json` is damaged, or the folder cannot be written to.
     """
     folder = config.folder
     path = folder / _RUN_FILE
@@ -63,7 +63,7 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """What a kill leaves of the mark."""
+    """Whether a file is a `run.json` whose writing was interrupted."""
     return path.name.startswith(_RUN_FILE) and path.name.endswith(UNFINISHED)
 
 
@@ -88,8 +88,7 @@ def _identity(config: RunConfig, digests: Digests) -> dict[str, dict[str, str]]:
 
 
 def _place(name: str, folder: PurePath) -> str:
-    """A path as it is seen from the run's folder, or absolute where that is remote; a Hub id or an address as it is,
-    without its secrets."""
+    """A path relative to the run's folder, or absolute if that is remote; a Hub id unchanged; a URL without secrets."""
     if "://" in name:
         return shown(name)
     path = Path(name).expanduser()
@@ -105,7 +104,7 @@ def _digest(identity: Any) -> str:
 
 
 def _same(held: Any, found: dict[str, str], folder: Path) -> bool:
-    if isinstance(held, str):  # as an older version wrote it: the place as it was typed
+    if isinstance(held, str):  # older versions wrote the path as it was typed
         held = {"place": _place(held, folder)}
     return isinstance(held, dict) and any(held.get(key) == value for key, value in found.items())
 

@@ -1,4 +1,4 @@
-"""`sstoken-curate`: the command line. Verbs are loaded when used, so that `--help` answers at once."""
+"""`sstoken-curate`: the command line. Verbs are imported on use, so that `--help` answers at once."""
 
 import difflib
 import os
@@ -92,9 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         status = _fail(f"{stopping.reason()}; {GOES_ON}", stopping.code())
     except OSError as error:
         status = _fail(_refused(error), 1)
-    except (
-        Exception
-    ) as error:  # libraries in Rust and C++ have kinds of their own for what the system refuses
+    except Exception as error:  # libraries in Rust and C++ raise their own types for errors of the system
         if "(os error " in str(error):
             status = _fail(f"{error}; {GOES_ON}", 1)
         elif "out of memory" in str(error).lower() or isinstance(error, MemoryError):
@@ -105,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refused(error: OSError) -> str:
-    """What the system refused, of which file; of a full disk also how full it is."""
+    """Say what the system refused, for which file; for a full disk, also how full it is."""
     from sstoken.pipeline.writing import full_disk
 
     if (told := full_disk(error, Path.cwd())) is not None:
@@ -122,21 +120,21 @@ def _fail(message: str, status: int) -> int:
 
 
 def _printable(text: str) -> str:
-    """What drives a terminal, or turns text around, as its escape: names and texts come from data."""
+    """Escape control characters and text direction marks: messages quote names and texts from the data."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def set_up_libraries() -> None:
-    """Keep other libraries' notices, warnings and bars out of sight, and their memory small, unless told otherwise.
+    """Silence other libraries' notices, warnings and progress bars, and limit their memory; keeps what the user set.
 
-    To be called before they are imported; worker processes take it over.
+    Call it before they are imported. Worker processes inherit it.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads spin while they wait; on a machine that does anything else, that is ten times slower.
+    # OpenMP threads spin while waiting; if the machine does anything else, that is ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Arrow's own allocators take 27 MB to write a file of one, and share none of it with the rest of the process.
+    # Arrow's own allocators take 27 MB to write a 1 MB file, and share none of it with the rest of the process.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

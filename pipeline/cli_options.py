@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of a stage: one place documents both."""
+"""Command-line options made from a stage's fields, so that both are documented in one place."""
 
 import types
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -17,24 +17,24 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print facts 
 
 @dataclass(frozen=True)
 class Option:
-    """How a field shows on the command line; stands in its `Annotated[...]`."""
+    """How a field appears on the command line; goes into its `Annotated[...]`."""
 
     flag: str | None = None
-    """Instead of the field's name; a boolean's own flag has no `--no-` form."""
+    """Replaces the flag made from the field's name; a boolean with its own flag has no `--no-` form."""
     value: str | None = None
-    """What the help calls the value."""
+    """Name of the value in the help."""
     argument: bool = False
-    """It is given by its place, not by a flag."""
+    """Whether it is a positional argument."""
     shown: bool = True
-    """False: the command line does not have it."""
+    """Whether the command line has it."""
 
 
 def stage_options(stage: type[BaseModel], *, sweep: Collection[str] = ()) -> Callable[[F], F]:
-    """Add an option for each field of `stage`, its own before those it inherits; one not given is None.
+    """Add an option for each field of `stage`, its own fields before inherited ones; an omitted option is None.
 
     Args:
-        stage: its fields' descriptions are the help.
-        sweep: fields that may be given several times; several values come as a list.
+        stage: its fields' descriptions become the help.
+        sweep: fields that may be given several times; several values become a list.
     """
 
     def decorate(command: F) -> F:
@@ -55,7 +55,7 @@ def stage_options(stage: type[BaseModel], *, sweep: Collection[str] = ()) -> Cal
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given: the others keep the stage's defaults."""
+    """Keep the options that the user gave; for the others, the stage's defaults apply."""
     return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
@@ -79,11 +79,11 @@ def _signals() -> Iterable[str]:
 
 
 _COMPLETED: dict[str, Callable[[], Iterable[str]]] = {"method": _methods, "to": _targets, "signals": _signals}
-"""By field: what the shell completes."""
+"""Values for shell completion, by field."""
 
 
 def _completion(name: str) -> dict[str, Any]:
-    """The setting that has the shell complete the values of a field; nothing for most."""
+    """click's setting for completing a field's values in the shell; empty for most fields."""
     if name not in _COMPLETED:
         return {}
 
@@ -120,21 +120,19 @@ def _option(name: str, field: FieldInfo, asked: Option, sweep: bool) -> Callable
         }
         singular = flag.removesuffix("s")
         return click.option(singular, name, **settings)
-    if get_origin(kind) in (tuple, Sequence):  # given once for each
+    if get_origin(kind) in (tuple, Sequence):  # the option is repeated, once per value
         each = get_args(kind)[0]
         if get_origin(each) is Literal:
             settings["type"] = click.Choice(list(get_args(each)))
         settings |= {"multiple": True, "callback": lambda _context, _option, values: values or None}
         return click.option(flag.removesuffix("s"), name, **settings)
-    if (
-        bounds
-    ):  # shown here, checked by the stage: a value out of range gets the same line from YAML and Python
+    if bounds:  # shown here but checked by the stage, so that the error is the same from YAML and Python
         settings["metavar"] = f"{click.types.convert_type(kind).name} range".upper()
     return click.option(flag, name, type=kind, **settings)
 
 
 def _default(flag: str, field: FieldInfo) -> list[str]:
-    """The default for the help; none where it is None (the description says what that means) or empty."""
+    """The default, for the help; nothing if it is None (the description explains that) or empty."""
     default = field.default
     if isinstance(default, bool):
         return [f"default: {'' if default else 'no-'}{flag[2:]}"]
@@ -147,12 +145,12 @@ def _default(flag: str, field: FieldInfo) -> list[str]:
 
 
 def _metadata(field: FieldInfo) -> list[Any]:
-    """What stands in the field's `Annotated`, also below a union with None."""
+    """The contents of the field's `Annotated`, also inside a union with None."""
     return [*field.metadata, *(m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ()))]
 
 
 def _plain_type(annotation: Any, metadata: Iterable[Any]) -> tuple[Any, list[str]]:
-    """The type without `| None` and `Annotated`, and its bounds: `x>=1`."""
+    """The type without `| None` and `Annotated`, and its bounds, such as `x>=1`."""
     metadata = list(metadata)
     while True:
         if get_origin(annotation) in (Union, types.UnionType):
@@ -168,10 +166,10 @@ def _plain_type(annotation: Any, metadata: Iterable[Any]) -> tuple[Any, list[str
 
 
 def pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
-    """Options given as NAME=VALUE, as a mapping; None where there is none.
+    """Turn NAME=VALUE options into a mapping; None if there are none.
 
     Raises:
-        click.BadParameter: one without `=`, or a name that is given twice.
+        click.BadParameter: a value without `=`, or a name given twice.
     """
     found = pairs_or_lists(context, option, values) or {}
     for name, content in found.items():
@@ -183,10 +181,10 @@ def pairs(context: click.Context, option: click.Parameter, values: tuple[str, ..
 def pairs_or_lists(
     context: click.Context, option: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, str | list[str]] | None:
-    """As `pairs`, but a name that is given several times has a list of its values.
+    """Like `pairs`, but a name given several times gets a list of its values.
 
     Raises:
-        click.BadParameter: one without `=`.
+        click.BadParameter: a value without `=`.
     """
     found: dict[str, list[str]] = {}
     for value in values:

@@ -1,4 +1,4 @@
-"""The run's configuration: YAML, validated at the edge."""
+"""The run's configuration, read from YAML and validated."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -25,10 +25,10 @@ from sstoken.stages.sharded import ShardedStage
 from sstoken.stages.stage import Stage
 
 LARGEST_SEED = 2**32 - 1
-"""The largest that numpy takes."""
+"""numpy's limit."""
 M = TypeVar("M", bound=BaseModel)
 _FOLDERS = {"encode": "tokens", "anchor": "history", "score": "scores", "select": "masked"}
-"""Where the four sections write; a named step writes into a folder of its name."""
+"""The folder that each of the four sections writes; a named step writes a folder of its own name."""
 
 
 class RunConfig(BaseModel):
@@ -41,14 +41,14 @@ class RunConfig(BaseModel):
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of the anchor runs and of the method `random`."""
     engine: str | None = None
-    """What runs the work of every step that does not name its own: local or ray."""
+    """Engine of every step that does not name its own: local or ray."""
     ray_address: str | None = None
     """Engine ray: the cluster's address."""
     ray_env: str | None = None
     """Engine ray: a YAML file with Ray's runtime environment."""
     encode: Encode | None = None
     anchor: AnchorSection | None = None
-    """None: no anchor run; `score.checkpoints` names checkpoints that are there already."""
+    """None: no anchor run; `score.checkpoints` names existing checkpoints."""
     score: ScoreSection = ScoreSection()
     select: SelectSection = SelectSection()
     steps: dict[str, SerializeAsAny[Stage]] = Field(default_factory=dict)
@@ -63,17 +63,17 @@ class RunConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """Where the run stands."""
+        """The run's folder."""
         return storage.address(self.out)
 
     @property
     def file(self) -> Path | None:
-        """The file that it was read from."""
+        """The YAML file; None: made in Python."""
         return self._file
 
     @property
     def named(self) -> dict[str, Stage]:
-        """Every step by name, in order; the four sections are steps of their names."""
+        """Every step by name, in order; each of the four sections is a step of its name."""
         if self.steps:
             return self.steps
         assert self.encode is not None, "checked when it was made"
@@ -81,7 +81,7 @@ class RunConfig(BaseModel):
         return {"encode": self.encode, **anchor, "score": self.score, "select": self.select}
 
     def place(self, step: str) -> Path:
-        """The folder of a step."""
+        """The folder that a step writes."""
         return self.folder / (step if self.steps else _FOLDERS[step])
 
 
@@ -89,12 +89,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML file.
 
     Args:
-        path: the file. Relative paths in it are found from its folder, else from the working directory; `out` and what
-            `overrides` names are relative to the working directory.
+        path: the file. Relative paths in it are resolved from its folder, else from the working directory; `out` and
+            `overrides` are relative to the working directory.
         overrides: `section.field=value`, the value in YAML.
 
     Raises:
-        UsageError: not there, not YAML, an unknown key (the nearest legal one is suggested), a value out of range.
+        UsageError: no such file, not YAML, an unknown key (suggests the nearest legal one), or a value out of range.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -142,10 +142,10 @@ def _steps(values: Any, where: str) -> dict[str, Stage]:
 
 
 def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
-    """Build a configuration object, or say in one line what is wrong with the values.
+    """Build a configuration object from values.
 
     Raises:
-        UsageError: names the field, the value, what is legal.
+        UsageError: a value is wrong; says in one line which field, what was given and what is legal.
     """
     try:
         return model.model_validate(dict(values))
@@ -155,7 +155,7 @@ def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
 
 
 def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
-    # pydantic names the branch of a union in the location, such as `dict[str,str]`
+    # Within a union, pydantic adds the branch to the location, such as `dict[str,str]`.
     location = [str(part) for part in error["loc"] if "[" not in str(part)]
     name = short(".".join(location))[1:-1]
     if error["type"] == "extra_forbidden":
@@ -175,12 +175,12 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
 
 
 def _fields(model: type[BaseModel]) -> list[str]:
-    """The fields of a section, what only says where it runs last."""
+    """The fields of a section; those that only say where it runs come last."""
     return sorted(model.model_fields, key=lambda name: name in ShardedStage.model_fields)
 
 
 def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
-    """The configuration class at that place."""
+    """The configuration class at a location."""
     for part in location:
         if part not in model.model_fields:
             continue

@@ -1,9 +1,9 @@
-"""What a run costs before it is paid for: tokens, FLOPs, device-hours and bytes, from config.json and token counts.
+"""Estimates what a run costs: tokens, FLOPs, device-hours and bytes, from config.json and token counts.
 
-FLOPs are those of the matrix products that cannot be avoided (a multiplication and an addition are two): for a token,
-twice the weights of the linear layers that it passes; for an example of n tokens, causal attention over n^2 / 2 pairs;
-the output head where a loss is needed. Training costs three times the forward pass. What is finished is not estimated:
-its manifest says what it took.
+FLOPs count the unavoidable matrix products (a multiplication and an addition are two): per token, twice the weights of
+the linear layers that it passes; per example of n tokens, causal attention over n^2 / 2 pairs; the output head where a
+loss is needed. Training costs three times the forward pass. Finished steps are not estimated: their manifests record
+what they took.
 """
 
 import tempfile
@@ -29,27 +29,27 @@ from sstoken.stages.score import Score
 from sstoken.stages.select import Select
 
 SAMPLE = 256
-"""Rows that are encoded to guess the size of a dataset which is not encoded yet."""
+"""Rows to encode for estimating the size of a dataset that is not encoded yet."""
 _BYTES = {"ids": 0.92, "labels": 0.54, "mask": 0.1, "value": 2.5}
-"""For each token, in Parquet with zstd: measured on GSM8K."""
+"""Bytes per token in Parquet with zstd, measured on GSM8K."""
 _TRAINING = 3
-"""Forward passes that a step of training costs; with LoRA the products for the weights' gradients fall away."""
+"""Cost of a training step in forward passes; LoRA saves the products for the weights' gradients."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A tokens folder in numbers."""
+    """Size of a tokens folder."""
 
     examples: float
     tokens: float
     response_tokens: float
     squares: float
-    """Sum over examples of their length squared."""
+    """Sum of the examples' squared lengths."""
     guessed: bool = False
-    """From a sample."""
+    """Whether it was estimated from a sample."""
 
     def times(self, factor: float, guessed: bool) -> "Sizes":
-        """Return those of a folder so many times as large."""
+        """Return the size of a folder `factor` times as large."""
         return Sizes(
             factor * self.examples,
             factor * self.tokens,
@@ -61,10 +61,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Weights:
-    """A model in numbers."""
+    """Size of a model."""
 
     layers: int
-    """Weights of the linear layers that one token passes, without the head."""
+    """Weights of the linear layers that one token passes, without the output head."""
     head: int
     width: int
     """Sum over layers of heads times head size."""
@@ -78,29 +78,30 @@ class Weights:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step costs, or cost."""
+    """Estimated cost of one step and, if it is finished, what it took."""
 
     step: str
     tokens: float | None
-    """That it reads. None: not known before an earlier step has run."""
+    """Tokens that it reads; None: unknown before an earlier step has run."""
     flops: float | None
     device_hours: float | None
-    """At the speed that was assumed."""
+    """At the assumed speed."""
     bytes: float | None
-    """That it writes."""
+    """Bytes that it writes."""
     guessed: bool
-    """From a sample of the data."""
+    """Whether it was estimated from a sample of the data."""
     took_hours: float | None = None
-    """Worker-hours that it took, of a finished step."""
+    """Worker-hours that the finished step took."""
     took_bytes: int | None = None
+    """Bytes that the finished step wrote."""
 
 
 def costs(config: RunConfig, tflops: float) -> list[Cost]:
-    """Return the cost of each step.
+    """Estimate the cost of each step.
 
     Args:
         config: the run.
-        tflops: what a device is assumed to reach, in 10^12 FLOPs a second.
+        tflops: assumed speed of a device, in 10^12 FLOPs per second.
 
     Raises:
         SstokenError: a config.json or the data cannot be read.
@@ -133,7 +134,7 @@ def _finished(cost: Cost, done: Manifest) -> Cost:
 
 
 def _sizes(job: Job, known: dict[Path, Sizes | None], done: Manifest | None) -> Sizes | None:
-    """What a step reads and hands on, measured in tokens."""
+    """Size of the tokens folder that a step reads, or writes itself; None: unknown yet."""
     stage = job.stage
     if isinstance(stage, Encode):
         return _measured(job.out) if done is not None else _sampled(stage)
@@ -156,11 +157,11 @@ def _measured(folder: Path) -> Sizes:
 
 
 def _sampled(stage: Encode) -> Sizes | None:
-    """Encode the first rows, and take the others for their like."""
+    """Estimate from the first rows; None if counting the rows would read all data over the network."""
     if "://" in stage.data or not (
         Path(stage.data).expanduser().exists() or any(c in stage.data for c in "*?[")
     ):
-        return None  # counting the rows would mean to read them all over the network
+        return None
     rows = sum(piece.count for shard in cut(stage.data, stage.split, 1 << 16, stage.limit) for piece in shard)
     few = stage.model_copy(update={"limit": min(SAMPLE, rows), "workers": 1, "engine": "local"})
     with tempfile.TemporaryDirectory(prefix="sstoken-") as folder:
@@ -198,7 +199,7 @@ def weights(checkpoint: str) -> Weights:
     """Count the weights that a checkpoint's config.json describes, without loading any.
 
     Raises:
-        SstokenError: there is no config that transformers knows.
+        SstokenError: there is no configuration that transformers knows.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -211,7 +212,7 @@ def weights(checkpoint: str) -> Weights:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
-    except Exception as error:  # each model's config has its own ways to be wrong
+    except Exception as error:  # each model's configuration class can fail in its own way
         line = " ".join(str(error).split())[:200]
         raise SstokenError(f"{checkpoint}: config.json does not describe a known model ({line})") from error
     text = config.get_text_config()
@@ -231,14 +232,14 @@ def weights(checkpoint: str) -> Weights:
 
 
 def _active(config: Any) -> float:
-    """Share of a mixture's experts that a token passes."""
+    """Share of a mixture's experts that a token passes; 1 without experts."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     taken = getattr(config, "num_experts_per_tok", None)
     return taken / experts if experts and taken else 1.0
 
 
 def shown(found: list[Cost]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of a table, and of its sums."""
+    """Yield the rows of the table, then its totals."""
     for cost in found:
         about = "~" if cost.guessed else ""
         yield (

@@ -20,11 +20,11 @@ _PACKAGES = {
 }
 _SIDE, _TRIALS = 512, 5
 _WORTH_IT = 1.3
-"""How much faster bfloat16 has to multiply to be worth its rounding."""
+"""How many times faster bfloat16 products must be to be worth the rounding."""
 
 
 def examine() -> dict[str, Any]:
-    """Return devices, backends, versions and memory."""
+    """Look up devices, backends, versions and memory."""
     import psutil
     import torch
 
@@ -67,7 +67,7 @@ def examine() -> dict[str, Any]:
 
 
 def advice(facts: dict[str, Any]) -> list[str]:
-    """Return what would make work on this machine faster, and what it changes."""
+    """Suggest settings that speed up work on this machine, with their effect on results."""
     rates = facts["devices"][0]["gflops"]
     if facts["default_device"] != "cpu":
         return [
@@ -77,13 +77,13 @@ def advice(facts: dict[str, Any]) -> list[str]:
         ratio = rates["bfloat16"] / rates["float32"]
         return [
             f"score --dtype bfloat16 and anchor --precision bfloat16: this processor multiplies it {ratio:.1f} times "
-            "as fast as float32; of the keep decisions it changes about 0.3 % (docs/performance.md)"
+            "as fast as float32; it changes about 0.3 % of the keep decisions (docs/performance.md)"
         ]
     return ["keep float32: this processor multiplies bfloat16 no faster"]
 
 
 def _gflops(dtype: str) -> float:
-    """Billions of operations a second in products of matrices: the best of a few, after one to warm up."""
+    """Matrix products in billions of operations per second: the best of a few trials, after a warm-up."""
     import torch
 
     matrix = torch.ones(_SIDE, _SIDE, dtype=getattr(torch, dtype))
@@ -96,7 +96,7 @@ def _gflops(dtype: str) -> float:
 
 
 def missing(facts: dict[str, Any]) -> dict[str, str]:
-    """Return what is not installed, and what each would enable."""
+    """List the packages that are not installed, with what each would enable."""
     return {name: _PACKAGES[name] for name, version in facts["packages"].items() if version is None}
 
 

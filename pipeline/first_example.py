@@ -1,4 +1,4 @@
-"""The first example of a tokens folder, as `encode` shows it: prompt and response as the trainer will see them."""
+"""Prints the first example of a tokens folder after `encode`: prompt and response as the trainer will see them."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -12,11 +12,11 @@ from sstoken.stages.report.show import default_console, is_plain, render_example
 from sstoken.stages.token_text import token_texts
 
 _HEAD, _TAIL = 60, 20
-"""Tokens shown at the start and the end of each stretch of prompt or response."""
+"""Tokens to show at the start and the end of each stretch of prompt or response."""
 
 
 def print_first_example(tokens: Path, console: Console | None = None) -> None:
-    """Print the first example of a finished tokens folder, with its response marked; long stretches are cut."""
+    """Print the first example of a finished tokens folder with its response marked; shortens long stretches."""
     console = console or default_console()
     row = next(
         (tables.read_row_group(part, 0, _COLUMNS).slice(0, 1).to_pylist() for part in _filled(tokens)), None
@@ -40,7 +40,7 @@ def _filled(tokens: Path) -> Iterator[Path]:
 
 
 def _cut(texts: Sequence[str], mask: Sequence[bool]) -> tuple[list[str], list[bool]]:
-    """Replace the middle of long stretches by how many tokens it has."""
+    """Replace the middle of long stretches by its number of tokens."""
     shown: list[str] = []
     kept: list[bool] = []
     for response, group in groupby(zip(texts, mask, strict=True), key=lambda pair: pair[1]):

@@ -1,4 +1,4 @@
-"""A job: a stage bound to its folders, and how far it is."""
+"""A job: a stage with its folders, and its state."""
 
 import hashlib
 import json
@@ -12,17 +12,16 @@ from sstoken.errors import UsageError
 from sstoken.stages import joins, storage
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
-from sstoken.stages.sharded import ShardedStage
 from sstoken.stages.stage import EngineOptions, Stage
 from sstoken.version import __version__
 
 FINGERPRINT_FILE = ".fingerprint"
 _MADE_BY = {"tokens": ("encode", "part"), "masked": ("select", "pull")}
-"""Which stages an input can come from; any other one is a checkpoint's scores."""
+"""The stages that can write an input; all other inputs are a checkpoint's scores."""
 
 
 class State(Enum):
-    """How far a step is."""
+    """State of a step."""
 
     FINISHED = "finished"
     RESUMABLE = "interrupted: goes on where it stopped"
@@ -32,19 +31,19 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """What a step gave."""
+    """The result of a step."""
 
     folder: Path
     metrics: dict[str, Any]
     skipped: bool
-    """It was finished already; nothing was done."""
+    """Whether it was finished already, so that nothing was done."""
     replaced: tuple[str, ...] = ()
-    """How what stood there before differed, where a run made its step anew: `select.rho 0.6 -> 0.4`."""
+    """How the output that this one replaced differed: `select.rho 0.6 -> 0.4`."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage bound to its folders."""
+    """A stage with its input and output folders."""
 
     stage: Stage
     inputs: Mapping[str, Path]
@@ -54,18 +53,18 @@ class Job:
 
     @property
     def place(self) -> Path:
-        """Where the output folder stands: `out`, or what it links to. A link stays, and its target is written."""
+        """The folder to write: `out`, or the target if `out` is a link, which stays."""
         return self.out.resolve() if self.out.is_symlink() else self.out
 
     @property
     def partial(self) -> Path:
-        """Where it works."""
+        """The partial folder in which it works."""
         return storage.of(self.place).workplace(self.place)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides a job's output."""
+    """Everything that determines a job's output."""
 
     fingerprint: str
     inputs: dict[str, str]
@@ -73,10 +72,10 @@ class Identity:
 
 
 def state(job: Job, digests: Digests) -> State:
-    """How far the job is, without doing anything.
+    """Determine the job's state, without changing anything.
 
     Raises:
-        SstokenError: an input is not finished or cannot be read, or a finished output has lost a file.
+        SstokenError: an input is not finished or cannot be read, or a file of the finished output is missing.
     """
     found = state_of(job, identify(job, digests))
     if found is State.FINISHED:
@@ -85,13 +84,13 @@ def state(job: Job, digests: Digests) -> State:
 
 
 def superseded(job: Job, digests: Digests) -> Path | None:
-    """Unfinished work of other settings or inputs beside the job's output, if there is any."""
+    """The partial folder beside the job's output, if it holds work of other settings or inputs."""
     other = partial_fingerprint(job.partial)
     return job.partial if other and other != identify(job, digests).fingerprint else None
 
 
 def identify(job: Job, digests: Digests) -> Identity:
-    """Read what decides the job's output."""
+    """Collect what determines the job's output."""
     inputs = {name: _input(name, folder).fingerprint for name, folder in job.inputs.items()}
     sources = job.stage.sources(digests)
     facts = {
@@ -113,13 +112,13 @@ def _input(name: str, folder: Path) -> Manifest:
         raise UsageError(
             f"{folder}: written by {manifest.stage!r}; {name} has to be what {expected[0]!r} wrote"
         )
-    # a pulled shard says the run that selected it
+    # a pulled shard carries the fingerprint of the run that selected it
     joins.check_one_run(folder, None if manifest.stage == "pull" else manifest.fingerprint)
     return manifest
 
 
 def only_sources_changed(job: Job, identity: Identity, there: Manifest) -> bool:
-    """Whether the finished output is of the same call, before what it reads was changed in place."""
+    """Whether the finished output came from the same call, and only the files that it read were edited since."""
     return (
         job.stage.follows_sources
         and _without_engine(there.settings) == settings_of(job.stage)
@@ -129,7 +128,7 @@ def only_sources_changed(job: Job, identity: Identity, there: Manifest) -> bool:
 
 
 def state_of(job: Job, identity: Identity) -> State:
-    """How far the job of that identity is; looks at the marks alone."""
+    """Determine the job's state from manifest and fingerprint alone."""
     finished = manifests.read_manifest(job.out)
     if finished is not None and finished.fingerprint == identity.fingerprint:
         return State.FINISHED
@@ -139,7 +138,7 @@ def state_of(job: Job, identity: Identity) -> State:
 
 
 def partial_fingerprint(partial: Path) -> str | None:
-    """The fingerprint of unfinished work; None where there is none."""
+    """The fingerprint of a partial folder; None if there is none."""
     path = partial / FINGERPRINT_FILE
     return path.read_text() if path.is_file() else None
 
@@ -148,14 +147,9 @@ _ENGINE = {*EngineOptions.model_fields, "rank", "world_size"}
 
 
 def settings_of(stage: Stage) -> dict[str, Any]:
-    """The stage's fields, for its manifest: without those of the engine, which never change what is written."""
+    """The stage's settings for its manifest, without the engine's, which never change the output."""
     return _without_engine(stage.model_dump(mode="json"))
 
 
 def _without_engine(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _ENGINE}
-
-
-def num_ranks(job: Job) -> int:
-    """Parts that the job's work is cut into."""
-    return job.stage.world_size if isinstance(job.stage, ShardedStage) else 1

@@ -1,9 +1,9 @@
-"""A lease beside a lock: who works on a folder, since when, and that it still does.
+"""A lease beside a lock: which process works on a folder, since when, and whether it is still alive.
 
-The lock keeps processes of one machine apart, and dies with its process. Some network file systems do not tell other
-machines of it, so its holder also writes a lease, and writes it anew every few seconds. Who gets the lock and finds
-the lease of another machine watches it: while it changes, its holder lives; when it has not changed for `PATIENCE`
-seconds, the holder has died, and the lease is taken over. No clock is compared with another one's.
+The lock keeps processes of one machine apart, and ends with its process. Some network file systems do not share locks
+between machines, so the holder also writes a lease, and rewrites it every few seconds. A process that gets the lock but
+finds another machine's lease watches it: as long as it changes, its holder lives; once it has not changed for
+`PATIENCE` seconds, the holder is dead and the lease is taken over. Clocks of two machines are never compared.
 """
 
 import getpass
@@ -22,9 +22,9 @@ from sstoken.errors import SstokenError
 from sstoken.stages.storage import UNFINISHED
 
 BEAT = 5.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 PATIENCE = 60.0
-"""Seconds without one after which a holder on another machine has died."""
+"""Seconds without a heartbeat after which a holder on another machine counts as dead."""
 _LOOK = 0.5
 
 
@@ -36,14 +36,14 @@ class Holder:
     """The user's name."""
     host: str
     boot: str
-    """Changes when the machine starts; the same in its containers, whose locks see each other."""
+    """The machine's boot id; containers of one machine share it, and see each other's locks."""
     pid: int
     since: str
-    """When it began, in its own local time."""
+    """When it began, in its local time."""
     fingerprint: str
-    """Of the work; empty where that is not known."""
+    """Fingerprint of the work; empty: unknown."""
     token: str
-    """Of this one holding."""
+    """Random; identifies this lease."""
 
     def __str__(self) -> str:
         work = f", of work {self.fingerprint}" if self.fingerprint else ""
@@ -51,7 +51,7 @@ class Holder:
 
 
 class Lease:
-    """Holds a lease from `take` to `release`, in a file whose lock this process has."""
+    """Holds a lease from `take` to `release`, in a file whose lock this process holds."""
 
     def __init__(self, file: Path, fingerprint: str = "") -> None:
         self._file = file
@@ -70,17 +70,19 @@ class Lease:
         self._thread = Thread(target=self._live, daemon=True)
 
     def take(self, wait: float = 0, watched: Callable[[Holder], None] = lambda holder: None) -> None:
-        """Write the lease, once nobody else's is alive.
+        """Write the lease, once no other holder is alive.
 
         Args:
             wait: seconds to wait for a living holder to release it.
-            watched: called before another machine's is watched, which takes up to `PATIENCE` seconds.
+            watched: called before another machine's lease is watched, which takes up to `PATIENCE` seconds.
 
         Raises:
-            SstokenError: its holder is alive; says who it is.
+            SstokenError: its holder is alive; names it.
         """
         found = holder(self._file)
-        if found is not None and found.boot != self._own.boot:  # this machine's own would have held the lock
+        if (
+            found is not None and found.boot != self._own.boot
+        ):  # a living holder on this machine would hold the lock
             watched(found)
             _wait_for_end(self._file, found, wait)
         for left in self._file.parent.glob(f"{self._file.name}.*{UNFINISHED}"):
@@ -97,15 +99,15 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Refuse to publish what another process took over while this one was held up.
+        """Check, before publishing, that no other process took over while this one was suspended.
 
         Raises:
-            SstokenError: says who has the lease now.
+            SstokenError: another process has the lease; names it.
         """
         found = holder(self._file)
         if found is not None and found.token != self._own.token:
             raise SstokenError(
-                f"{self._file.parent}: {found} took over while this process was held up; let it finish"
+                f"{self._file.parent}: {found} took over while this process was suspended; let it finish"
             )
 
     def release(self) -> None:
@@ -120,11 +122,11 @@ class Lease:
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT):
-            with suppress(OSError):  # others may take it for dead then, and `check` notices
+            with suppress(OSError):  # others may then count it as dead, which `check` notices
                 self._beat()
 
     def _beat(self) -> None:
-        """Write it over, as long as before, into the file that was opened: never into that of a successor."""
+        """Overwrite the lease, at the same length, through the open file: never a successor's file of that name."""
         self._beats += 1
         text = json.dumps({**asdict(self._own), "beats": f"{self._beats:012d}"})
         os.pwrite(self._opened, text.encode(), 0)
@@ -132,7 +134,7 @@ class Lease:
 
 
 def holder(file: Path) -> Holder | None:
-    """Return whose lease lies there; None where there is none, or none that can be read."""
+    """Read a lease; None if there is none, or none that can be read."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads(file.read_bytes())
         return Holder(**{key: found[key] for key in Holder.__dataclass_fields__})

@@ -1,4 +1,4 @@
-"""`init`: a commented configuration for a model and a dataset, after a look at both."""
+"""`init`: writes a commented configuration for a model and a dataset, after a look at both."""
 
 import os
 import tempfile
@@ -17,14 +17,14 @@ from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.token_text import visible
 
 ROWS = 200
-"""Rows looked at."""
+"""Rows to look at."""
 
 
 def look(data: str, model: str) -> dict[str, Any]:
-    """Encode the first rows as `encode` would, and return its counts.
+    """Encode the first rows as `encode` would, and return its metrics.
 
     Raises:
-        UsageError, SstokenError: as `encode`; that no row of them can be used.
+        UsageError, SstokenError: as `encode`; also if none of these rows can be used.
     """
     stage = Encode(data=data, model=model, limit=ROWS, on_bad_row="skip", workers=1)
     with tempfile.TemporaryDirectory(prefix="sstoken-init-") as folder:
@@ -32,7 +32,7 @@ def look(data: str, model: str) -> dict[str, Any]:
 
 
 def configuration(data: str, model: str, out: str, found: dict[str, Any]) -> str:
-    """Return the YAML text: what is needed, what was seen, and the settings that people change first."""
+    """Return the YAML text: the required settings, what was found, and the settings that people change first."""
     read, length = found["read_as"], found["length"]
     columns = ", ".join(name if name == role else f"{name} ({role})" for role, name in read["columns"])
     seen = [
@@ -94,10 +94,10 @@ def write(file: Path, text: str, schema: str, *, force: bool) -> None:
     """Write the configuration, and the schema beside it.
 
     Raises:
-        UsageError: the file is there already, or cannot be written.
+        UsageError: the file exists already, or cannot be written.
     """
     if file.exists() and not force:
-        raise UsageError(f"{file}: is there already; name another with --file, or write over it with --force")
+        raise UsageError(f"{file}: exists already; name another with --file, or overwrite it with --force")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
@@ -107,7 +107,7 @@ def write(file: Path, text: str, schema: str, *, force: bool) -> None:
 
 
 def from_folder(given: str, folder: Path) -> str:
-    """Return a path that is there as seen from the YAML's folder; anything else as it was given."""
+    """Make an existing relative path relative to the YAML's folder; leave everything else unchanged."""
     place = Path(given).expanduser()
     if "://" in given or place.is_absolute() or not place.exists():
         return given

@@ -1,7 +1,7 @@
-"""YAML as configurations have it: small, shallow, each key once; anything else is refused at its line, at once.
+"""Reads YAML as configurations need it: small, shallow, each key once; the rest is refused with its line number.
 
-PyYAML with a loader of our own, not ruamel.yaml, which also refuses a key that is there twice: neither library limits
-depth and size with aliases counted, and ruamel.yaml reads YAML 1.2, to which `yes` and `1e-5` mean something else.
+Uses PyYAML with a custom loader. ruamel.yaml also refuses duplicate keys, but neither library limits depth, or size
+with aliases counted, and ruamel.yaml reads YAML 1.2, in which `yes` and `1e-5` mean something else.
 """
 
 import reprlib
@@ -14,7 +14,7 @@ from sstoken.errors import UsageError
 _MOST_BYTES = 1 << 18
 _MOST_LEVELS = 20
 _MOST_NODES = 10_000
-"""With each alias counted as what it stands for."""
+"""Each alias counts as much as its target."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 100
@@ -22,19 +22,19 @@ _short.maxlevel = 3
 
 
 def short(value: object) -> str:
-    """`repr`, cut to what fits an error's line."""
+    """`repr`, shortened to fit an error message."""
     return _short.repr(value)
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Args:
-        text: bytes have to be UTF-8.
-        where: what an error begins with.
+        text: bytes must be UTF-8.
+        where: the beginning of error messages.
 
     Raises:
-        UsageError: not YAML, or more than a configuration can hold.
+        UsageError: not YAML, or larger than a configuration may be.
     """
     if len(text) > _MOST_BYTES:
         raise UsageError(f"{where}: {len(text):,} bytes; a configuration has at most {_MOST_BYTES:,}")
@@ -51,7 +51,7 @@ def read_yaml(text: str | bytes, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what grows or repeats: aliases of aliases; a key twice, of which YAML takes the last without a word."""
+    """Refuses exploding aliases, and duplicate keys, of which YAML would silently take the last."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark = self.peek_event().start_mark
         if self._level > _MOST_LEVELS:
-            raise _error(f"more than {_MOST_LEVELS} levels, one in the other", mark)
+            raise _error(f"more than {_MOST_LEVELS} levels deep", mark)
         self._level += 1
         node = super().compose_node(parent, index)
         self._level -= 1
@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
             elif isinstance(node, yaml.MappingNode):
                 parts = [part for pair in node.value for part in pair]
             if node.end_mark is None or any(id(part) not in self._sizes for part in parts):
-                raise _error("an alias within what it stands for", mark)
+                raise _error("an alias inside its own target", mark)
             self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
         if self._sizes[id(node)] > _MOST_NODES:
             raise _error(f"more than {_MOST_NODES:,} values, aliases counted", mark)
@@ -86,20 +86,15 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _error("a key that is a list or a mapping", key.start_mark)
             if key.value in seen:
-                raise _error(f"the key {short(key.value)} stands there twice", key.start_mark)
+                raise _error(f"the key {short(key.value)} appears twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (
-            ValueError,
-            OverflowError,
-            TypeError,
-            AttributeError,
-        ) as error:  # such as a date
-            raise _error(f"a value that cannot be: {short(str(error))}", node.start_mark) from error
+        except (ValueError, OverflowError, TypeError, AttributeError) as error:  # such as an impossible date
+            raise _error(f"an impossible value: {short(str(error))}", node.start_mark) from error
 
 
 def _error(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:

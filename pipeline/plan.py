@@ -1,6 +1,6 @@
 """From a configuration to the jobs of a run, in order.
 
-What is scored can depend on what an anchor run left behind, so the jobs are made one after the other.
+What is scored can depend on the checkpoints that an anchor run left, so the jobs are made one by one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,6 @@ from sstoken.pipeline.config import RunConfig, validated
 from sstoken.pipeline.job import Job, State, state
 from sstoken.pipeline.roles import History, Promised, Resolver, Scored, scored_for
 from sstoken.pipeline.sections import (
-    AnchorSection,
     ExportSection,
     PartSection,
     ScoreSection,
@@ -33,34 +32,35 @@ from sstoken.stages.training.history_index import INDEX, read_history
 
 @dataclass(frozen=True)
 class Step:
-    """One job of a run, or the promise of one."""
+    """One job of a run."""
 
     name: str
-    """Its name; `score/<checkpoint>` for a checkpoint's scores, `select/<setting>` for one of several selections."""
+    """`score/<checkpoint>` for a checkpoint's scores, `select/<setting>` for one selection of a sweep, else the step's
+    name."""
     kind: str
     """Its stage: `encode`, `part`, `anchor`, `score`, `select`, `export`."""
     job: Job | None
-    """None: not known before an earlier step has run."""
+    """None: unknown before an earlier step has run."""
     after: tuple[str, ...] = ()
-    """The steps whose results it needs."""
+    """Names of the steps whose results it needs."""
 
     @property
     def step(self) -> str:
-        """Its name in the configuration."""
+        """The step's name in the configuration."""
         return self.name.partition("/")[0]
 
     @property
     def stage(self) -> str:
-        """The same, for programs that know the four sections alone."""
+        """Alias of `step`, for programs written for the four sections."""
         return self.step
 
 
 def check_run(config: RunConfig) -> None:
-    """Refuse, before any work, what can be seen to be wrong without doing it.
+    """Check a run as far as possible before any work.
 
     Raises:
-        UsageError: a section's field, or a checkpoint's name.
-        SstokenError: an incomplete checkpoint.
+        UsageError: a field or a checkpoint's name is wrong.
+        SstokenError: a checkpoint is incomplete.
     """
     try:
         for step in promised_steps(config):
@@ -71,12 +71,12 @@ def check_run(config: RunConfig) -> None:
 
 
 def promised_steps(config: RunConfig) -> Iterator[Step]:
-    """The steps of a run as they will be once every step before is done; each has its job."""
+    """Yield the steps of a run as if every anchor run had left all its checkpoints; each step has its job."""
     return _Planner(config, promised=True).steps()
 
 
 def run_steps(config: RunConfig) -> Iterator[Step]:
-    """The steps of a run; ask for the next one when the last is finished."""
+    """Yield the steps of a run; run each before asking for the next."""
     return _Planner(config, promised=False).steps()
 
 
@@ -86,7 +86,7 @@ def run_groups(config: RunConfig) -> Iterator[list[Step]]:
 
 
 def score_job(ref: str, attention: bool, options: Mapping[str, object], tokens: Path, out: Path) -> Job:
-    """The job that scores one checkpoint; finished scores that hold more signals are as good."""
+    """Make the job that scores one checkpoint; finished scores with additional signals count as its output."""
     stage = Score(checkpoint=ref, attention=attention, **options)
     job = Job(stage, {"tokens": tokens}, out, seed=0)
     finished = read_manifest(out)
@@ -101,17 +101,18 @@ def score_job(ref: str, attention: bool, options: Mapping[str, object], tokens: 
 
 
 class _Planner:
-    """Makes the steps of a run one by one; `promised`: as if every anchor run had left every checkpoint."""
+    """Makes the steps of a run one by one; with `promised`, as if every anchor run had left all its checkpoints."""
 
     def __init__(self, config: RunConfig, *, promised: bool) -> None:
         self._config, self._promised = config, promised
         self._made: dict[str, str] = {}
-        """The kind of each step so far, by name."""
+        """The stage of each step so far."""
         self._places: dict[str, Path] = {}
-        """The folder of each step so far; of several selections, of each."""
+        """The folder of each step so far; a sweep has one per selection."""
         self._histories: dict[str, History | None] = {}
-        """By anchor step; None: it has not run yet."""
+        """The checkpoints of each anchor step; None: it has not run yet."""
         self._scored: dict[str, Scored | None] = {}
+        """What each score step measures; None: unknown yet."""
 
     def steps(self) -> Iterator[Step]:
         return chain.from_iterable(self.groups())
@@ -148,7 +149,7 @@ class _Planner:
         return Step(name, stage.name, job, (*after, *inputs.values()))
 
     def _step(self, step: str, what: str, given: str | None, kinds: tuple[str, ...]) -> str:
-        """The earlier step that a step reads: the one named, or the only one that there is."""
+        """The earlier step that a step reads: the one that it names, or the only candidate."""
         there = [name for name in self._places if self._made[name.partition("/")[0]] in kinds]
         if given in there:
             return str(given)
@@ -161,15 +162,13 @@ class _Planner:
         )
 
     def _anchor(self, name: str, section: Anchor) -> Step:
-        inputs = {"tokens": None} if not isinstance(section, AnchorSection) else {"tokens": section.tokens}
-        if isinstance(section, AnchorSection) and section.masked is not None:
-            if section.tokens is not None:
-                raise UsageError(
-                    f"{name}.tokens is {section.tokens!r} and {name}.masked is {section.masked!r}; give one of them"
-                )
-            named = {"masked": self._step(name, "masked", section.masked, ("select",))}
+        tokens, masked = getattr(section, "tokens", None), getattr(section, "masked", None)
+        if tokens is not None and masked is not None:
+            raise UsageError(f"{name}.tokens is {tokens!r} and {name}.masked is {masked!r}; give one of them")
+        if masked is not None:
+            named = {"masked": self._step(name, "masked", masked, ("select",))}
         else:
-            named = {"tokens": self._step(name, "tokens", inputs["tokens"], ("encode", "part"))}
+            named = {"tokens": self._step(name, "tokens", tokens, ("encode", "part"))}
         start = section.model.partition("/")[0]
         if start not in self._histories:
             return self._job(name, stage_of(section, Anchor), named)
@@ -221,7 +220,7 @@ class _Planner:
             yield Step(f"{name}/{checkpoint}", Score.name, job, after)
 
     def _selections(self, score: str) -> list[tuple[str, SelectSection]]:
-        """The selections that read the scores of a step."""
+        """The selections that read a step's scores."""
         named = self._config.named
         scores = [n for n, s in named.items() if isinstance(s, ScoreSection)]
         return [
@@ -254,7 +253,7 @@ class _Planner:
 
 
 def _looked(config: RunConfig, error: str) -> str:
-    """Where a relative path of a configuration file was looked for, for an error that says it is not there."""
+    """For an error about a missing path: the folders from which the configuration's relative paths are resolved."""
     if config.file is None or "no such" not in error:
         return ""
     here, beside = Path.cwd(), config.file.parent.resolve()

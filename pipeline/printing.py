@@ -1,4 +1,4 @@
-"""What the verbs print about a finished step."""
+"""Tables, and the summaries that verbs print about a finished step."""
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +15,11 @@ from sstoken.stages.processes import is_main_process
 from sstoken.stages.token_text import visible
 
 _REMARKS = ("note:", "warning:")
-"""What the lines begin with that `--quiet` shows as well."""
+"""Lines that begin with these are shown even with `--quiet`."""
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A plain table; text is shown as it is, never read as markup."""
+    """Print a plain table; text is shown literally, never read as markup."""
     table = Table(show_header=any(names), box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in names:
         table.add_column(name, overflow="fold")
@@ -29,7 +29,7 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_comparison(facts: dict[str, Any]) -> None:
-    """What `compare` found."""
+    """Print what `compare` found."""
     print(f"{facts['response_tokens']:,} response tokens of {facts['examples']:,} examples that all have")
     left = {name: number for name, number in facts["left_out"].items() if number}
     if left:
@@ -59,7 +59,7 @@ def print_comparison(facts: dict[str, Any]) -> None:
 
 
 def print_result(name: str, result: Result, kind: str | None = None) -> None:
-    """A step's summary, or that it was finished already; once, if several processes did it together."""
+    """Print a step's summary, or that it was finished already; of several processes, only the main one prints."""
     if not is_main_process():
         return
     stage = kind or name.partition("/")[0]
@@ -75,7 +75,9 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
         return
     if "world_size" in result.metrics:
         rank, world_size = result.metrics["rank"], result.metrics["world_size"]
-        print(f"{name}: rank {rank} of {world_size} done, in {result.folder}; `commit` finishes when all are")
+        print(
+            f"{name}: rank {rank} of {world_size} done, in {result.folder}; run `commit` once all ranks are"
+        )
         return
     print(f"{name}: done, in {result.folder}")
     if result.replaced:
@@ -119,7 +121,7 @@ def _encode(m: dict[str, Any]) -> list[str]:
 
 
 def _read_as(facts: dict[str, Any]) -> list[str]:
-    """How rows were understood, and what the chat template adds to them."""
+    """How rows were read, and what the chat template adds to them."""
     columns = ", ".join(name if name == role else f"{name} as {role}" for role, name in facts["columns"])
     lines = [f"layout: {facts['layout']} ({visible(columns, newline=' ')})"]
     if facts["template"] == "plain":
@@ -199,8 +201,8 @@ def _select(m: dict[str, Any]) -> list[str]:
 
 
 def _compared(m: dict[str, Any]) -> list[str]:
-    """Which checkpoint played which role, and how far the losses fell between them."""
-    if not m.get("compared"):  # a method without checkpoints, or a folder that was pulled
+    """Which checkpoint had which role, and how far the losses fell between them."""
+    if not m.get("compared"):  # a method without checkpoints, or a pulled folder
         return []
     line = ", ".join(f"{role} is {name}" for role, name in m["compared"].items())
     return [line + (f"; mean REL {m['mean_rel']:.4f} nats" if "mean_rel" in m else "")]

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal, and as lines elsewhere."""
+"""Progress: a bar on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _FIRST_LINE = 5.0
-"""Seconds until the first line; shorter work needs none."""
+"""Seconds until the first line; shorter work prints none."""
 _LONGEST_WAIT = 60.0
-"""Seconds between two lines, at most: they grow rarer, so that a log stays short."""
+"""Longest interval between two lines, in seconds; intervals grow, so that logs stay short."""
 _FIRST_ESTIMATE = 20.0
-"""Seconds after which the rate is steady enough to tell how long the work will take."""
+"""Seconds after which the rate is steady enough to estimate the remaining time."""
 _LONG = 600.0
-"""Seconds still to go that are worth saying what would be faster."""
+"""Remaining seconds from which on faster settings are suggested."""
 
 
 @contextmanager
 def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) -> Iterator[Progress]:
-    """Show how much is done, how fast it goes and how long it will take.
+    """Show how much is done, how fast, and the remaining time.
 
     Args:
-        unit: what is counted.
-        total: how many there are; None: not known.
-        faster: what would speed the work up; said once, if it turns out to be long.
+        unit: name of what is counted.
+        total: their number; None: unknown.
+        faster: returns what would speed the work up; shown once, if it turns out to take long.
     """
     if is_quiet():
         yield NoProgress()
@@ -47,7 +47,7 @@ def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) 
         "miniters": 0,
         "smoothing": 0.02,
     }
-    tqdm.monitor_interval = 0  # no thread: what is shown comes with the work
+    tqdm.monitor_interval = 0  # no monitor thread; the work itself updates the bar
     if sys.stderr.isatty():
         bar = tqdm(
             **common, file=sys.stderr, leave=False, dynamic_ncols=True, bar_format="{l_bar}{bar}| " + figures
@@ -61,7 +61,7 @@ def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) 
 
 
 class _Bar:
-    """A `Progress` that tqdm shows."""
+    """A `Progress` shown by tqdm."""
 
     def __init__(self, bar: "tqdm[Any]", faster: Callable[[], str]) -> None:
         self._bar = bar
@@ -74,7 +74,7 @@ class _Bar:
             self._estimate(elapsed)
 
     def _estimate(self, elapsed: float) -> None:
-        """Say once how long the work will take and what would speed it up."""
+        """Print, once, the remaining time and what would speed the work up."""
         bar, faster, self._faster = self._bar, self._faster, None
         left = (bar.total - bar.n) * elapsed / max(1, bar.n - bar.initial)
         advice = faster() if faster is not None and left >= _LONG else ""
@@ -91,7 +91,7 @@ class _Bar:
 
 
 class _Lines:
-    """Where tqdm writes its lines when there is no terminal."""
+    """The file to which tqdm writes its lines if there is no terminal."""
 
     bar: Any = None
 

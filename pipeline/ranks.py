@@ -1,8 +1,8 @@
-"""Work shared by ranks that know nothing of each other, such as the tasks of a SLURM array.
+"""Work shared by independent ranks, such as the tasks of a SLURM array.
 
-Rank R of W does every W-th task, beginning with its own number, and leaves an empty completion file. `commit` checks
-that every shard is there, sums up and publishes. All work in one folder: a rank that was killed is run again, and so
-is a shard that two ranks make, with the same bytes.
+Rank R of W does every W-th task, starting with task R, and leaves an empty completion file. `commit` checks that every
+shard is there, sums up and publishes. All ranks work in one folder. A killed rank is simply run again; if two ranks
+write the same shard, they write the same bytes.
 """
 
 import json
@@ -21,6 +21,7 @@ from sstoken.pipeline.runner import (
     prepare,
     recover,
     run_stage,
+    skipped,
 )
 from sstoken.pipeline.writing import RANKS, at_work, forget_parts, naming_full_disk, one_run_at_a_time
 from sstoken.stages import manifest as manifests
@@ -29,27 +30,19 @@ from sstoken.stages.manifest import MANIFEST, Digests
 from sstoken.stages.sharded import ShardedStage
 
 JOB_FILE = ".job.json"
-"""In a partial folder: the job that its ranks do."""
+"""In a partial folder: the job that its ranks share."""
 COMPLETIONS = "completions"
 """Folder, in a partial folder, with an empty file for each finished rank."""
-_STAGES = {
-    "encode": "sstoken.stages.encode:Encode",
-    "score": "sstoken.stages.score:Score",
-    "critical": "sstoken.stages.critical:Critical",
-    "part": "sstoken.stages.part:Part",
-    "select": "sstoken.stages.select:Select",
-    "export": "sstoken.stages.export:Export",
-}
 _SOON = 60.0
 """Seconds that a rank waits for another one to prepare the folder."""
 
 
 def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
-    """Do this rank's share of the job unless it is done.
+    """Do this rank's share of the job, unless it is done already.
 
     Raises:
-        UsageError: an output folder that is not this job's.
-        SstokenError: the work failed, or other settings are being worked on; the same call goes on.
+        UsageError: the output folder is not this job's.
+        SstokenError: the work failed, so that the same call resumes it, or ranks with other settings are at work.
     """
     part = f"rank-{stage.rank:05d}-of-{stage.world_size:05d}"
     metrics = {"rank": stage.rank, "world_size": stage.world_size}
@@ -64,7 +57,7 @@ def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
                 others := [other for other in at_work(job.place, RANKS) if other != part]
             ):
                 raise SstokenError(
-                    f"{job.out}: {others[0]} works on it with other settings; wait for it to end"
+                    f"{job.out}: {others[0]} is at work with other settings; wait for it to end"
                 )
             with naming_full_disk(disk):
                 prepare(job, identity, fresh=False)
@@ -82,7 +75,7 @@ def commit(out: Path) -> dict[str, Result]:
 
     Raises:
         UsageError: no rank worked there.
-        SstokenError: a shard is missing, a rank is at work, or what the ranks read has changed since.
+        SstokenError: a shard is missing, a rank is still at work, or the ranks' inputs have changed.
     """
     below = out.iterdir() if out.is_dir() else ()
     known = {
@@ -109,7 +102,7 @@ def _commit(out: Path) -> Result:
             raise SstokenError(f"{out}: {others[0]} is still at work; commit when all have ended")
         recover(job, identity)
         if state_of(job, identity) is State.FINISHED:
-            return Result(out, manifests.finished(out, job.stage.folder).metrics, skipped=True)
+            return skipped(job)
         there = manifests.read_manifest(out)
         with keeping_what_is_complete(job):
             start = time.monotonic()
@@ -125,7 +118,7 @@ def _commit(out: Path) -> Result:
 
 
 def _check_complete(out: Path, partial: Path, outputs: list[Path]) -> None:
-    """Refuse work of which a shard is missing; say which ranks to run again."""
+    """Refuse to commit while shards are missing; say which ranks to run again."""
     missing = [index for index, file in enumerate(outputs) if storage.of(file).size(file) is None]
     if not missing:
         return
@@ -174,11 +167,12 @@ def _read_record(file: Path) -> dict[str, Any] | None:
 
 
 def _job(out: Path, record: dict[str, Any]) -> Job:
-    module, _, name = _STAGES[record["stage"]].partition(":")
-    stage = getattr(import_module(module), name).model_validate(record["settings"])
-    return Job(
-        stage,
-        {name: storage.address(folder) for name, folder in record["inputs"].items()},
-        out,
-        record["seed"],
-    )
+    inputs = {name: storage.address(folder) for name, folder in record["inputs"].items()}
+    return Job(_stage(record["stage"]).model_validate(record["settings"]), inputs, out, record["seed"])
+
+
+def _stage(name: str) -> type[ShardedStage]:
+    """The class of a stage, from the file of its name."""
+    module = import_module(f"sstoken.stages.{name}")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, ShardedStage)]
+    return next(c for c in classes if c.__module__ == module.__name__ and getattr(c, "name", None) == name)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run scores, with which signals, and which of them plays which role of a selection."""
+"""Which checkpoints a run scores, with which signals, and which checkpoint plays which role of a selection."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,11 +16,11 @@ LAST = "last"
 NO_ATTENTION = "none"
 _SNAPSHOT = re.compile(r"step-\d+(-ema)?")
 History = Mapping[str, str]
-"""What an anchor run left, name to path, in the order of training."""
+"""The checkpoints that an anchor run left: name to path, in the order of training."""
 
 
 class Promised(dict[str, str]):
-    """What an anchor run will leave: any snapshot, for which its base model stands."""
+    """The history that an anchor run will leave: it has any snapshot, with the base model in its place."""
 
     def __init__(self, model: str) -> None:
         super().__init__({"step-0": model, LAST: model})
@@ -34,32 +34,30 @@ class Promised(dict[str, str]):
 
 
 class Resolver:
-    """Finds checkpoints: those of anchor runs by name, others by place.
-
-    `histories`: of the anchor steps before, by name; None: not run yet.
-    """
+    """Finds checkpoints: those of anchor runs by name, others by path."""
 
     def __init__(self, histories: Mapping[str, History | None]) -> None:
+        """`histories`: those of earlier anchor steps, by step; None: the step has not run yet."""
         self._histories = histories
 
     @property
     def known(self) -> History:
-        """The checkpoints that are named without their run: those of the only one."""
+        """The checkpoints that can be named without their run: those of the only anchor run."""
         only = next(iter(self._histories.values()), None) if len(self._histories) == 1 else None
         return {} if only is None else only
 
     def run_of(self, given: str) -> str | None:
-        """The anchor step that a name such as `train/last` is of."""
+        """The anchor step in a name such as `train/last`; None: the name has none."""
         step, slash, _ = given.partition("/")
         return step if slash and step in self._histories else None
 
     def unknown(self, given: str) -> bool:
-        """Whether the checkpoint is that of a run which has not left any yet."""
+        """Whether the checkpoint belongs to an anchor step that has not run yet."""
         run = self.run_of(given)
         return run is not None and self._histories[run] is None
 
     def waits_for(self, score: ScoreSection, selections: Iterable[SelectSection]) -> list[str]:
-        """The anchor steps that have to run before it is known what is scored."""
+        """The anchor steps that must run before it is known what to score."""
         if len(self._histories) == 1:
             return [name for name, history in self._histories.items() if history is None]
         sections: list[ScoreSection | SelectSection] = [score, *selections]
@@ -67,7 +65,7 @@ class Resolver:
         return list(dict.fromkeys(str(self.run_of(given)) for given in named if self.unknown(given)))
 
     def asked(self, score: ScoreSection, checkpoint: str) -> tuple[str, ...]:
-        """The anchor steps that a checkpoint to score may come from."""
+        """The anchor steps from which a scored checkpoint may come."""
         if len(self._histories) == 1:
             return tuple(self._histories)
         listed = score.checkpoints
@@ -76,14 +74,14 @@ class Resolver:
         return tuple(self._histories) if run is None else (run,)
 
     def resolve(self, given: str, others: Iterable[str] = ()) -> tuple[str, str]:
-        """Name and place of a checkpoint.
+        """Return name and path of a checkpoint.
 
         Raises:
-            UsageError: there is none of that name; lists those there are, `others` among them.
+            UsageError: no such checkpoint; lists the known ones and `others`.
         """
         run = self.run_of(given)
         known = self.known if run is None else self._histories[run]
-        assert known is not None, "asked only once it has run"
+        assert known is not None, "called only once the run is finished"
         wanted = given if run is None else given.partition("/")[2]
         steps = [name for name in known if not name.endswith("-ema")]
         name = steps[-1] if wanted == LAST and steps else wanted
@@ -100,14 +98,14 @@ class Resolver:
 
 @dataclass
 class Scored:
-    """What a score step measures, and for whom."""
+    """What a score step measures, and the roles of its checkpoints in each selection."""
 
     refs: dict[str, str] = field(default_factory=dict)
-    """Every checkpoint, name to place."""
+    """Every checkpoint: name to path."""
     attended: set[str] = field(default_factory=set)
-    """Those whose prompt attention is measured."""
+    """Checkpoints whose prompt attention is measured."""
     signals: dict[str, list[str]] = field(default_factory=dict)
-    """What the selections need of each besides loss and attention."""
+    """By checkpoint: the signals that selections need besides loss and attention."""
     roles: dict[str, dict[str, str]] = field(default_factory=dict)
     """By selection: the checkpoint in each role."""
 
@@ -123,14 +121,15 @@ def scored_for(
     """Plan a score step for the selections that read it.
 
     Args:
-        name: of the step.
+        name: the score step's name.
         score: its section.
-        selections: name and section of each.
+        selections: names and sections of the selections.
         resolver: finds checkpoints.
-        short: the run is the four sections: roles that are not given are the first and last of its history.
+        short: whether the run is written as the four sections; roles then default to the first and last checkpoint of
+            its history.
 
     Raises:
-        UsageError: a checkpoint that is not there, a role that is not given, a checkpoint compared with itself.
+        UsageError: a missing checkpoint, a role without a checkpoint, or a checkpoint compared with itself.
     """
     scored, known = Scored(), resolver.known
     listed = score.checkpoints
@@ -173,7 +172,7 @@ def scored_for(
 def _add_needs(
     selection: str, section: SelectSection, roles: Mapping[str, str], score: ScoreSection, scored: Scored
 ) -> None:
-    """Note the signals that the selection's methods need, and refuse roles that are missing."""
+    """Record the signals that the selection's methods need; refuse a selection that lacks a role."""
     for name in _methods(section):
         method = get_method(name)
         check_compared(name, roles["history"], roles["current"])

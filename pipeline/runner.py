@@ -1,7 +1,7 @@
-"""The runner: one stage, from finished input folders to one finished output folder, or to none at all.
+"""Runs one stage: from finished input folders to one finished output folder, or to none at all.
 
-A stage works in `<out>.partial`; its manifest is the last file written, then the folder is renamed. A killed
-run leaves the partial folder, whose complete shards the next run with the same fingerprint goes on from.
+A stage works in `<out>.partial`. The manifest is the last file written; then the folder is renamed. A killed run leaves
+the partial folder, and the next run with the same fingerprint reuses its complete shards.
 """
 
 import time
@@ -39,7 +39,7 @@ from sstoken.stages.storage import write_atomic
 from sstoken.version import __version__
 
 _COMPLETE_WORK = ("part-*.parquet", "*.safetensors")
-"""What is worth keeping of a stage that failed."""
+"""A failed stage's partial folder is kept if it has any of these."""
 OF_UNFINISHED_WORK = (FINGERPRINT_FILE, ".job.json", "completions", took.FOLDER)
 """Files and folders that publishing removes."""
 
@@ -55,13 +55,13 @@ def execute(
 
     Args:
         job: the stage and its folders.
-        digests: of the files read from outside.
-        replace: where `job.out` is the finished output of other settings, make it anew rather than refuse.
-        force: run again even where it is finished.
+        digests: cache of file digests.
+        replace: replace finished output of other settings instead of refusing.
+        force: run again even if it is finished.
 
     Raises:
         UsageError: wrong settings, or an output folder that is not this job's.
-        SstokenError: the work failed; a partial folder may remain and the same call goes on from it.
+        SstokenError: the work failed; a partial folder may remain, from which the same call resumes.
     """
     check_job(job)
     identity = identify(job, digests)
@@ -75,7 +75,7 @@ def execute(
             "torchrun, and only anchor with it"
         )
     if not is_main_process():
-        # What the folder holds, the main process may be about to change.
+        # Do not look into the folder: the main process may be about to change it.
         if not job.stage.agree(None):
             return skipped(job)
         return Result(job.out, run_stage(job, identity), skipped=False)
@@ -92,18 +92,18 @@ def execute(
 
 
 End = Callable[[dict[str, Any], float], Result]
-"""Publishes the finished work with these metrics, which began at this moment of `time.monotonic`."""
+"""`end(metrics, start)` publishes the work that began at `start` (`time.monotonic`)."""
 
 
 @contextmanager
 def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -> Iterator[End | None]:
-    """Have the job's folder for this process alone, ready to be worked in.
+    """Lock the job's output folder for this process, and prepare its partial folder.
 
     Yields:
-        What ends the work; None where the job turns out to be finished.
+        The function that publishes the work; None if the job turns out to be finished.
 
     Raises:
-        UsageError, SstokenError: the folder is not this job's, or others work on it.
+        UsageError, SstokenError: the folder is not this job's, or another process is at work on it.
     """
     check_out(job)
     with one_run_at_a_time(job.place, fingerprint=identity.fingerprint) as check_lease:
@@ -119,7 +119,7 @@ def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -
             )
         if there is not None and (own := manifests.unlisted(job.out, there)):
             raise UsageError(
-                f"{job.out}: would be made anew, and {own[0]} in it is not of its making ({len(own)} such files); "
+                f"{job.out}: would be replaced, but {own[0]} in it was not written by sstoken ({len(own)} such files); "
                 "move them elsewhere first"
             )
         if others := at_work(job.place, RANKS):
@@ -137,10 +137,10 @@ def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -
 
 
 def check_job(job: Job) -> None:
-    """Refuse, before any work, what can be seen to be wrong without reading the data.
+    """Check a job as far as possible without reading data.
 
     Raises:
-        UsageError: wrong settings, an unknown engine or rank, or no folder's name.
+        UsageError: wrong settings, an unknown engine or rank, or an output path without a name.
     """
     if job.place.name in ("", ".."):
         raise UsageError(
@@ -151,18 +151,18 @@ def check_job(job: Job) -> None:
 
 
 def is_finished(job: Job, identity: Identity) -> bool:
-    """Whether there is nothing to do. Asked before the folder is tried: it may be on a disk that takes no files."""
+    """Whether there is nothing to do. Does not test the folder for writing: it may be on a read-only disk."""
     return state_of(job, identity) is State.FINISHED and not storage.of(job.place).is_interrupted(job.place)
 
 
 def skipped(job: Job) -> Result:
-    """Return the result of a job that was finished before."""
+    """The result of a job that was finished before."""
     return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
 
 
 @contextmanager
 def keeping_what_is_complete(job: Job) -> Iterator[None]:
-    """Where the work fails, delete what there is no use in keeping."""
+    """If the work fails, delete the partial folder, unless it has complete files to resume from."""
     try:
         with naming_full_disk(storage.of(job.partial).on_this_machine(job.partial)):
             yield
@@ -176,7 +176,7 @@ def keeping_what_is_complete(job: Job) -> Iterator[None]:
 
 
 def check_out(job: Job) -> None:
-    """Refuse an output folder that cannot be written or is somebody else's."""
+    """Refuse an output folder that cannot be written, or that this stage did not write."""
     out = job.place
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; the output has to be a folder")
@@ -191,7 +191,7 @@ def check_out(job: Job) -> None:
 
 
 def recover(job: Job, identity: Identity) -> None:
-    """Finish what a run killed between its manifest and its rename had left."""
+    """Publish the work of a run that was killed between writing its manifest and renaming its folder."""
     storage.of(job.place).recover(job.place)
     written = manifests.read_manifest(job.partial)
     if written is not None and written.fingerprint == identity.fingerprint:
@@ -201,7 +201,7 @@ def recover(job: Job, identity: Identity) -> None:
 
 
 def prepare(job: Job, identity: Identity, *, fresh: bool) -> None:
-    """Have a workplace for this very job; unfinished work of other settings goes."""
+    """Create the job's partial folder; unfinished work of other settings is deleted."""
     store = storage.of(job.partial)
     if fresh or partial_fingerprint(job.partial) != identity.fingerprint:
         store.delete(job.partial)
@@ -210,18 +210,18 @@ def prepare(job: Job, identity: Identity, *, fresh: bool) -> None:
 
 
 def run_stage(job: Job, identity: Identity) -> dict[str, Any]:
-    """Run the stage in its workplace; return its metrics."""
+    """Run the stage in its partial folder; return its metrics."""
     context = context_of(job, identity)
     if isinstance(job.stage, ShardedStage):
         return job.stage.run(context)
     store = storage.of(context.out)
-    with store.local_work(context.out) as out:  # libraries write what such a stage makes
+    with store.local_work(context.out) as out:  # these stages' files are written by libraries
         keep = partial(store.keep_work, out, context.out)
         return job.stage.run(with_other(context, out=out, keep=keep))
 
 
 def context_of(job: Job, identity: Identity) -> Context:
-    """What the stage is given."""
+    """Make the stage's context."""
     return Context(
         inputs=job.inputs,
         out=job.partial,
@@ -242,17 +242,17 @@ def _engine(stage: Settings) -> Engine:
 def finish(
     job: Job, identity: Identity, metrics: dict[str, Any], seconds: float, there: Manifest | None
 ) -> None:
-    """Write the manifest, and publish in the place of what was there when the work began.
+    """Write the manifest and publish, replacing `there`, the output when the work began.
 
     Raises:
-        SstokenError: another machine has published meanwhile.
+        SstokenError: another run has published in the meantime.
     """
     files = [
         file
         for file in manifests.list_files(job.partial)
         if file.path.partition("/")[0] not in OF_UNFINISHED_WORK and not file.path.startswith(QUARANTINE)
     ]
-    if job.stage.name != "pull":  # whose shards say the run that selected them
+    if job.stage.name != "pull":  # pulled shards carry the fingerprint of the run that selected them
         _check_own(job.partial, identity.fingerprint)
     manifests.write_manifest(
         job.partial,
@@ -278,19 +278,19 @@ def finish(
 
 
 def _check_own(partial: Path, fingerprint: str) -> None:
-    """Refuse shards that a process left over from an attempt with other settings wrote in between."""
+    """Delete and refuse shards that a leftover process of an attempt with other settings wrote meanwhile."""
     others = [p for p in tables.parts(partial) if tables.read_metadata(p).get(joins.RUN) != fingerprint]
     for path in others:
         storage.of(path).delete(path)
     if others:
         raise SstokenError(
-            f"{others[0]}: written meanwhile by a process of an earlier attempt, and removed; end such processes, then "
-            "the same command goes on from there"
+            f"{others[0]}: written meanwhile by a process of an earlier attempt, and removed; end such processes and "
+            "run the same command again"
         )
 
 
 def publish(job: Job) -> None:
-    """Put finished work at its place."""
+    """Move finished work to its place."""
     store = storage.of(job.partial)
     for name in OF_UNFINISHED_WORK:
         store.delete(job.partial / name)

@@ -1,4 +1,4 @@
-"""The JSON schema of a run's configuration, for editors; made from the configuration's classes."""
+"""The JSON schema of a run's configuration, for editors; generated from the configuration's classes."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ SCHEMA_FILE = "sstoken.schema.json"
 _NAMES_OR_LISTS = frozenset(
     ("stage", "tokens", "scores", "roles", "history", "current", "sweep", "protect", "examples", "params")
 )
-"""Fields of a selection of which a list makes no sweep, or is no news."""
+"""Fields of a selection for which a list is no sweep."""
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema() -> dict[str, Any]:
-    """Return the schema: what the YAML may hold, with every field's description, range and default.
+    """Return the schema of the YAML file, with every field's description, range and default.
 
-    It is as strict as the configuration on keys, types and ranges. What only the run can know (that a checkpoint
-    exists, that a method takes a parameter) stays for `plan`.
+    It checks keys, types and ranges as strictly as the configuration does. What only the run can know (that a
+    checkpoint exists, that a method has a parameter) is left to `plan`.
     """
     whole = RunConfig.model_json_schema()
     definitions = whole.pop("$defs")
@@ -35,9 +35,9 @@ def schema() -> dict[str, Any]:
         steps.append({"$ref": f"#/$defs/{kind}_step"})
     _take_lists(definitions[SelectSection.__name__])
     anchor = definitions["AnchorSection"]
-    anchor["required"] = [name for name in anchor["required"] if name != "model"]  # that of encode
+    anchor["required"] = [name for name in anchor["required"] if name != "model"]  # defaults to encode's
     step = {"oneOf": steps}
-    # `{t}` may stand where a number does
+    # Repeated steps are not checked field by field: `{t}` may stand for any number.
     repeated = {"type": "object", "properties": {"stage": {"enum": list(KINDS)}}, "required": ["stage"]}
     repeat = {
         "type": "object",
@@ -50,14 +50,14 @@ def schema() -> dict[str, Any]:
         "properties": {"repeat": repeat},
         "additionalProperties": step,
     }
-    for name in ("score", "select"):  # nothing under it asks for the defaults
+    for name in ("score", "select"):  # an empty section means the defaults
         whole["properties"][name] = {"anyOf": [whole["properties"][name], {"type": "null"}]}
     whole["oneOf"] = [{"required": ["encode"]}, {"required": ["steps"]}]
     return {"$schema": _DIALECT, **whole, "$defs": dict(sorted(definitions.items()))}
 
 
 def _take_lists(section: dict[str, Any]) -> None:
-    """Have each setting take a list of values, which is a sweep."""
+    """Let each setting take a list of values, which makes a sweep."""
     about = ("description", "default", "title")
     for name, field in section["properties"].items():
         if name in _NAMES_OR_LISTS:

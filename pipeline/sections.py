@@ -1,4 +1,4 @@
-"""What a run's configuration can hold: a section for each kind of step, with what it reads by the names of steps."""
+"""The sections of a run's configuration: one class per kind of step, with the names of the steps that it reads."""
 
 from typing import Any, ClassVar, TypeVar
 
@@ -70,15 +70,14 @@ class ExportSection(Export):
     """The step whose masked dataset is exported. None: the only one before."""
 
 
-Section = Encode | PartSection | AnchorSection | ScoreSection | SelectSection | ExportSection
 KINDS: dict[str, type[Stage]] = {
     section.name: section
     for section in (Encode, PartSection, AnchorSection, ScoreSection, SelectSection, ExportSection)
 }
-"""By what a step says under `stage`."""
+"""Sections by a step's `stage`."""
 
 
 def stage_of(section: Settings, stage: type[S], **changed: Any) -> S:
-    """The stage whose fields are among those of a section; what was not given is not given to it either."""
+    """Build a stage from a section that has its fields, passing on only those that were given."""
     given = {name: getattr(section, name) for name in stage.model_fields if name in section.model_fields_set}
     return stage(**{**given, **changed})

@@ -1,7 +1,7 @@
-"""`run --dry-run`: the resolved configuration, and scripts that run it on SLURM, step by step.
+"""`run --dry-run`: writes the resolved configuration, and scripts that run it on SLURM, step by step.
 
-Steps whose work is shards become job arrays of ranks, each followed by a short job that commits. The scripts call
-`sstoken-curate` alone, so they can be read, changed and run by hand.
+Steps that work by shards become job arrays of ranks, each followed by a short job that commits. The scripts only call
+`sstoken-curate`, so they can be read, changed and run by hand.
 """
 
 import json
@@ -26,7 +26,7 @@ from sstoken.stages.storage import write_atomic
 RESOLVED = "config.yaml"
 SUBMIT = "submit.sh"
 _WARNING = 60
-"""Seconds that SLURM gives notice before a job's time is over."""
+"""Seconds before a job's time limit at which SLURM sends it a signal."""
 
 
 @dataclass
@@ -46,16 +46,16 @@ class _Planned:
 
     @property
     def shared(self) -> bool:
-        """Whether ranks can share it."""
+        """Whether ranks can share its work."""
         return all(isinstance(job.stage, ShardedStage) for job in self.jobs)
 
     @property
     def runs_a_model(self) -> bool:
-        """Whether a GPU is of use to it."""
+        """Whether it can use a GPU."""
         return any(hasattr(job.stage, "device") or job.stage.name == Anchor.name for job in self.jobs)
 
     def folders(self, place: Path) -> list[Path]:
-        """What is committed: of `score`, the folder above the checkpoints', some of which are not known yet."""
+        """The folders to commit; for `score`, the parent folder, as some checkpoints are not known yet."""
         return [place] if self.jobs[0].stage.name == Score.name else [job.out for job in self.jobs]
 
 
@@ -64,7 +64,7 @@ def write_scripts(config: RunConfig, folder: Path, ranks: int) -> list[Path]:
 
     Args:
         config: the run.
-        folder: where they are written; the scripts name it, so it is relative to where jobs are submitted.
+        folder: the folder to write; the scripts name it, so jobs must be submitted from where that path is valid.
         ranks: tasks of each job array; 1: no arrays.
     """
     steps: dict[str, _Planned] = {}
@@ -100,9 +100,9 @@ def write_scripts(config: RunConfig, folder: Path, ranks: int) -> list[Path]:
 
 
 def resolved(config: RunConfig) -> str:
-    """Return the configuration as YAML with overrides, defaults of other sections and repeated steps written out.
+    """Return the configuration as YAML, with overrides, copied settings and repeated steps written out.
 
-    A setting that was not given is left out: some mean something else when they are given.
+    Settings that were not given stay out: for some, giving the default has another meaning.
     """
     values: dict[str, Any] = json.loads(config.model_dump_json(exclude_unset=True, by_alias=True))
     if config.steps:
@@ -149,7 +149,7 @@ def _requeue() -> tuple[str, ...]:
 
 
 def _until_stopped(call: str, job: str) -> list[str]:
-    """Run a command, hand SIGTERM on to it, and have SLURM queue the job again when it ended by that."""
+    """Run a command, forward SIGTERM to it, and requeue the job if that stopped it."""
     return [
         f"{call} &",
         "child=$!",

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM end a command soon and safely: all that is written is complete or not there.
+"""Ctrl-C and SIGTERM end a command soon and safely: every file is complete or absent.
 
-The first one is a `KeyboardInterrupt` in the main thread. Where that does not end the process within `MOST_SECONDS`,
+The first signal raises `KeyboardInterrupt` in the main thread. If that does not end the process within `MOST_SECONDS`,
 because a library is busy or swallows it, a thread ends it; a second signal ends it at once.
 """
 
@@ -17,24 +17,26 @@ from sstoken.stages import shard_border
 from sstoken.stages.shard_border import GOES_ON, SAME
 
 MOST_SECONDS = shard_border.GRACE
-"""From the first signal to the end."""
+"""Longest time from the first signal to the end of the process."""
 _HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class _Stop:
-    """What has been asked of this process."""
+    """The signals that this process has received."""
 
     def __init__(self) -> None:
         self.signal = 0
         """The first signal; 0: none."""
         self.at = 0.0
+        """When it arrived."""
         self.told = False
+        """Whether the user was told."""
         self.at_work = False
-        """Whether the signals are handled now."""
+        """Whether signals are being handled."""
         self.process = os.getpid()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Interrupt the main thread, or end at the second time."""
+        """Interrupt the main thread; at the second signal, end the process."""
         if os.getpid() != self.process:  # a forked helper process
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -46,7 +48,7 @@ class _Stop:
             self.end()
 
     def end(self) -> None:
-        """End the process here and now. Worker processes notice, and end, too."""
+        """End the process at once. Worker processes notice and end, too."""
         if not self.told:
             with suppress(OSError):
                 os.write(2, f"\nerror: {reason()}; {GOES_ON}\n".encode())
@@ -57,7 +59,7 @@ _stop = _Stop()
 
 
 def _in_forked_process() -> None:
-    """Take no notes of a forked process's signals: the pipe is its parent's, whom they do not concern."""
+    """Stop recording signals in a forked process: the pipe belongs to its parent."""
     if _stop.at_work:
         signal.set_wakeup_fd(-1)
 
@@ -67,7 +69,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def reason() -> str:
-    """Return what stopped the command, for its last line."""
+    """Say what stopped the command, for its last line."""
     _stop.told = True
     return {0: "interrupted", signal.SIGINT: "interrupted"}.get(_stop.signal) or (
         f"stopped by {signal.Signals(_stop.signal).name}"
@@ -75,13 +77,13 @@ def reason() -> str:
 
 
 def code() -> int:
-    """Return the exit code, as shells have it: 130 after Ctrl-C, 143 after SIGTERM."""
+    """The exit code by shell convention: 130 after Ctrl-C, 143 after SIGTERM."""
     return 128 + (_stop.signal or signal.SIGINT)
 
 
 @contextmanager
 def stopping_safely() -> Iterator[None]:
-    """Handle the signals meanwhile; after one, until the process has ended. Ignored ones stay ignored."""
+    """Handle signals within this context and, after a first one, until the process ends; ignored ones stay ignored."""
     global _stop
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -91,7 +93,7 @@ def stopping_safely() -> Iterator[None]:
     for number in _HANDLED:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             before[number] = signal.signal(number, stop.handle)
-    # Shard by shard, SIGTERM waits for the shard's end.
+    # Stages that work by shards replace this handler: SIGTERM then waits for the end of the shard.
     shard_border.replaceable.append(stop.handle)
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -111,7 +113,7 @@ def stopping_safely() -> Iterator[None]:
 
 
 def _end_in_time(read: int, stop: _Stop) -> None:
-    """Wait for a signal, which the system notes at once, also while a library keeps the main thread busy."""
+    """Wait for a signal in the pipe, which the system writes even while a library keeps the main thread busy."""
     with open(read, "rb", buffering=0) as signals:
         while noted := signals.read(1):
             if noted[0] in _HANDLED and signal.getsignal(noted[0]) == stop.handle:

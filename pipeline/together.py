@@ -1,4 +1,4 @@
-"""Jobs that do not need each other, such as the checkpoints of one `score`: one queue of shards for all of them."""
+"""Runs independent jobs, such as the checkpoints of one `score`, as one queue of shards."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,18 +28,18 @@ def execute_together(
     replace: bool = False,
     force: bool = False,
 ) -> list[Result]:
-    """Run jobs that do not need each other as one queue of shards; each has its own folder and manifest.
+    """Run independent jobs as one queue of shards; each has its own folder and manifest.
 
     Args:
-        jobs: their engine options are alike.
-        digests: of the files read from outside.
-        listener: called with a job's position and its result as soon as it is finished.
+        jobs: all with the same engine options.
+        digests: cache of file digests.
+        listener: called with a job's index and result as soon as it is finished.
         replace: see `execute`.
         force: see `execute`.
 
     Raises:
         UsageError: as `execute`; before any work.
-        SstokenError: the work failed; which jobs are finished, `listener` was told.
+        SstokenError: the work failed; `listener` was called for the jobs that finished.
     """
     results: dict[int, Result] = {}
 
@@ -82,14 +82,14 @@ def execute_together(
 
 @dataclass(frozen=True)
 class _Begun:
-    """A job that is being worked on beside others."""
+    """A job in progress."""
 
     index: int
     job: Job
     identity: Identity
     end: End
     folder: ExitStack
-    """Closed once the job is finished: it gives its folder free."""
+    """Releases the output folder when it is closed."""
 
     @property
     def stage(self) -> ShardedStage:
@@ -98,5 +98,5 @@ class _Begun:
 
 
 def _in_one_process(stage: Settings) -> bool:
-    """Whether the stage's shards are all this process's to hand out."""
+    """Whether this process hands out all shards of the stage."""
     return isinstance(stage, ShardedStage) and stage.world_size == 1 and num_processes() == 1

@@ -1,4 +1,4 @@
-"""How much the command line says: `sstoken-curate --quiet VERB`, or `--verbose`."""
+"""How much the command line prints: `sstoken-curate --quiet VERB`, or `--verbose`."""
 
 from enum import Enum
 
@@ -7,10 +7,10 @@ class Verbosity(Enum):
     """Levels, from least to most."""
 
     QUIET = "quiet"
-    """Errors, notes and warnings, and what was asked for (`show`, `--json`)."""
+    """Errors, notes and warnings, and requested output (`show`, `--json`)."""
     NORMAL = "normal"
     VERBOSE = "verbose"
-    """Also what libraries say, and the traceback of an error."""
+    """Also the messages of libraries, and tracebacks of errors."""
 
 
 _level = Verbosity.NORMAL

@@ -1,1 +1,1 @@
-"""Selection against the live model, inside the training step."""
+"""In-loop selection: tokens are selected inside each training step, with the model as it is then."""

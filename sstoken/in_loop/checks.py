@@ -1,4 +1,4 @@
-"""Checks that run when an in-loop trainer is made, before the first step."""
+"""Checks of an in-loop trainer, when it is created and before the first step."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.measure.architecture import check_causal, last_softmax_layer
 
 LOSS_TYPES = ("nll", "dft", "chunked_nll")
-"""TRL's losses that are sums over log-probabilities of tokens, so that dropping tokens is exact."""
+"""TRL losses that are sums over the tokens' log-probabilities, so that dropping tokens is exact."""
 _LOSS_KERNELS = ("fused_linear_cross_entropy", "cross_entropy")
-"""Liger kernels that replace the loss. All others replace layers and are allowed."""
+"""Liger kernels that replace the loss. The others replace layers and are allowed."""
 
 
 def check_trainer(trainer: Any) -> None:
     """Refuse trainer settings that would bypass or distort the selection.
 
     Raises:
-        UsageError: names the setting and what to do about it.
+        UsageError: names the setting and how to change it.
     """
     args, selection = trainer.args, trainer._selection
     config, late = trainer.model.config.get_text_config(), selection.divides_late
@@ -34,6 +34,7 @@ def check_trainer(trainer: Any) -> None:
     fused = [name for name in _LOSS_KERNELS if kernels.get(name)]
     adapter = getattr(trainer.model, "active_peft_config", None)
     tuning = getattr(getattr(adapter, "peft_type", None), "value", "")
+    known_late = f"the number of tokens that method {selection.method!r} keeps is known only after the last micro-batch"
     for wrong, text in (
         (
             trainer.model.config.is_encoder_decoder,
@@ -41,13 +42,13 @@ def check_trainer(trainer: Any) -> None:
         ),
         (
             getattr(adapter, "is_prompt_learning", False),
-            f"{tuning} puts virtual tokens before each sequence, which have no attention to "
-            "a prompt; train LoRA or another adapter of the weights",
+            f"{tuning} puts virtual tokens before each sequence, and attention to a prompt is not defined with them; "
+            "train LoRA or another adapter of the weights",
         ),
         (
             trainer.compute_loss_func is not None,
-            "compute_loss_func is set, which would replace the loss that selects; leave it out, or select in a "
-            "loop of your own (self_modulated_loss)",
+            "compute_loss_func is set, which would replace the loss that selects; remove it, or select in your own "
+            "training loop (self_modulated_loss)",
         ),
         (
             args.label_smoothing_factor,
@@ -60,10 +61,10 @@ def check_trainer(trainer: Any) -> None:
         ),
         (
             bool(args.use_liger_kernel and fused),
-            f"liger_kernel_config asks for {' and '.join(fused)}, for a loss of all tokens; leave that out, the "
-            "layer kernels of use_liger_kernel work",
+            f"liger_kernel_config asks for {' and '.join(fused)}, for a loss of all tokens; remove that, the layer "
+            "kernels of use_liger_kernel work",
         ),
-        (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process; start one process a GPU (torchrun)"),
+        (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process; start one process per GPU (torchrun)"),
         (
             max(sizes) > 1,
             "tensor, context and sequence parallelism split examples; use data parallelism or FSDP",
@@ -74,26 +75,23 @@ def check_trainer(trainer: Any) -> None:
         ),
         (
             loss_type == "dft" and selection.of.weighted,
-            f"loss_type is 'dft', which weights tokens, and so does method {selection.method!r}; take loss_type 'nll'",
+            f"loss_type is 'dft', which weights tokens, and so does method {selection.method!r}; set loss_type='nll'",
         ),
         (
             late and trainer.is_deepspeed_enabled,
-            f"method {selection.method!r} tells only after the last micro-batch how many tokens it keeps, and "
-            "DeepSpeed keeps gradients to itself; give denominator='response'",
+            f"{known_late}, and DeepSpeed does not let gradients be rescaled; set denominator='response'",
         ),
         (
             late and not args.average_tokens_across_devices and args.world_size > 1,
-            f"method {selection.method!r} tells only after the last micro-batch how many tokens it keeps; set "
-            "average_tokens_across_devices=True, or give denominator='response'",
+            f"{known_late}; set average_tokens_across_devices=True, or denominator='response'",
         ),
         (
             late and getattr(config, "output_router_logits", False),
-            f"method {selection.method!r} tells only after the last micro-batch how many tokens it keeps, too late for "
-            "the auxiliary loss of a mixture of experts; give denominator='response'",
+            f"{known_late}, too late for the auxiliary loss of a mixture of experts; set denominator='response'",
         ),
         (
             trainer.is_fsdp_enabled and selection.history in ("ema", "snapshot"),
-            "histories 'ema' and 'snapshot' keep weights, which FSDP shards; take 'scores', or 'base' with LoRA",
+            "histories 'ema' and 'snapshot' keep weights, which FSDP shards; use 'scores', or 'base' with LoRA",
         ),
     ):
         if wrong:
@@ -103,8 +101,8 @@ def check_trainer(trainer: Any) -> None:
         if (args.fp16 or args.bf16) and not torch.is_autocast_enabled(device):
             asked = "fp16" if args.fp16 else "bf16"
             warnings.warn(
-                f"in-loop selection: {asked}=True does nothing on this device ({device}): training runs in the dtype "
-                "of the weights",
+                f"in-loop selection: {asked}=True does nothing on this device ({device}): training uses the dtype of "
+                "the weights",
                 UserWarning,
                 stacklevel=2,
             )
@@ -128,7 +126,7 @@ def choose_layer(trainer: Any) -> int:
 
 
 def _can_run(trainer: Any) -> bool:
-    """Return whether the model's weights are loaded and unsharded, so that it can run now."""
+    """Whether the model can run now: its weights are loaded and not sharded."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return not sharded and trainer.model.get_input_embeddings().weight.device.type != "meta"
 
@@ -151,11 +149,11 @@ class _KeepAll:
 
 @torch.no_grad()
 def try_out(trainer: Any) -> None:
-    """Run three tokens through the model, so that an unusable one is refused before the first step.
+    """Run three tokens through the model, to refuse an unsuitable one before the first step.
 
     Raises:
-        SstokenError: the model is not causal, its attention cannot be captured, or its logits are not one per
-            position.
+        SstokenError: the model is not causal, its attention cannot be captured, or it does not compute one row of
+            logits per position.
     """
     model, capture = trainer.model, trainer._capture
     if not _can_run(trainer):

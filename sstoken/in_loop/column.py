@@ -1,4 +1,4 @@
-"""History signals in the dataset: columns such as `history_loss`, checked before training, then carried into batches.
+"""History signals from dataset columns such as `history_loss`: checked before training, then carried into batches.
 
 A column is named `ROLE_SIGNAL`. It holds one list per example, as long as `input_ids`; null or NaN off the response.
 """
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 1000
 
 
 class CarryHistory:
-    """Wraps a data collator and adds history columns [B, T] float32 to its batch, 0 off the response."""
+    """Wraps a data collator and adds history columns to its batches: [B, T] float32, 0 off the response."""
 
     def __init__(
         self, collator: Callable[..., Mapping[str, Any]], columns: Sequence[str] = (HISTORY,)
@@ -28,16 +28,16 @@ class CarryHistory:
         """Wrap a collator.
 
         Args:
-            collator: any that pads, flattens or packs, and keeps the order of tokens.
+            collator: any data collator that pads, flattens or packs, and keeps the order of tokens.
             columns: the history columns to carry.
         """
         self._collator, self._columns = collator, tuple(columns)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate the examples and place each history value where its token went, padded, flattened or packed.
+        """Collate the examples and put each history value at its token's new position.
 
         Raises:
-            UsageError: an example has no history values, too few, or NaN on the response.
+            UsageError: an example's history values are missing, too few, or NaN on the response.
             SstokenError: the collator drops tokens or changes their order.
         """
         for feature in features:
@@ -52,8 +52,8 @@ class CarryHistory:
             places = torch.arange(min(ids.size, flat_ids.numel()))
         if places.numel() != ids.size or not np.array_equal(flat_ids[places].numpy(), ids):
             raise SstokenError(
-                f"{type(self._collator).__name__} gives {places.numel()} tokens for {ids.size}, or others: history "
-                "losses cannot follow; let the data collator pad and nothing else"
+                f"{type(self._collator).__name__} turns {ids.size} tokens into {places.numel()}, or reorders them: "
+                "history losses cannot follow; use a data collator that only pads"
             )
         for column in self._columns:
             values = np.concatenate([_floats(feature[column]) for feature in features])
@@ -113,13 +113,12 @@ def _check_example(example: Mapping[str, Any], wanted: Sequence[str], name: str)
     for column in wanted:
         if example.get(column) is None:
             raise UsageError(
-                f"{name} has no {column}; score the history checkpoint, or take another history than 'scores'"
+                f"{name} has no {column}; score the history checkpoint, or use another history than 'scores'"
             )
         values, what = _floats(example[column]), "losses" if column == HISTORY else f"values of {column}"
         if values.size != num_tokens:
             raise UsageError(
-                f"{name}: {values.size} history {what} for {num_tokens} tokens; they must be the scores of these "
-                "tokens"
+                f"{name}: {values.size} history {what} for {num_tokens} tokens; use the scores of these very tokens"
             )
         wrong = response & ~np.isfinite(values)
         if _lacks_first(column):
@@ -132,7 +131,7 @@ def _check_example(example: Mapping[str, Any], wanted: Sequence[str], name: str)
 
 
 def _lacks_first(column: str) -> bool:
-    """Return whether a column has no value for an example's first response token: its signal has none there."""
+    """Whether a column's signal has no value at an example's first response token."""
     name = column.partition("_")[2]
     return is_signal(name) and get_signal(name).from_second
 
@@ -146,22 +145,22 @@ def prepare_with_columns(prepare: Callable[[Any], Any], dataset: Any, columns: S
     """Carry history columns through TRL's truncation and packing.
 
     TRL cuts and packs `input_ids` and `labels` and drops all other columns. So the values travel in the upper 32 bits
-    of the labels, one preparation a column.
+    of the labels, one column per preparation.
 
     Args:
-        prepare: TRL's, from a dataset to the one that is trained on.
-        dataset: `input_ids`, `labels` and the columns.
+        prepare: TRL's preparation of the training dataset.
+        dataset: has `input_ids`, `labels` and the columns.
         columns: the history columns.
 
     Raises:
-        SstokenError: the preparation is random, so that columns would end up at other tokens.
+        SstokenError: the preparation is random, so columns would end up at other tokens.
     """
     from accelerate import PartialState
 
     prepared: Any = None
     for column in columns:
         others = ["labels", *columns]
-        with PartialState().main_process_first():  # the others read its cache
+        with PartialState().main_process_first():  # the other processes read its cache
             joined = dataset.map(
                 _join, batched=True, remove_columns=others, fn_kwargs={"column": column}
             ).rename_column("joined", "labels")
@@ -173,15 +172,15 @@ def prepare_with_columns(prepare: Callable[[Any], Any], dataset: Any, columns: S
             continue
         if any(prepared[i]["input_ids"] != rows[i]["input_ids"] for i in (0, len(rows) - 1)):
             raise SstokenError(
-                "the dataset is prepared in another order each time, and several history columns cannot follow; "
-                "shuffle it before it is given to the trainer"
+                "the dataset is prepared in a different order each time, and several history columns cannot follow; "
+                "shuffle it before you pass it to the trainer"
             )
         prepared = prepared.add_column(column, rows.data.column(column).combine_chunks())
     return prepared
 
 
 def _join(rows: Mapping[str, Sequence[Any]], column: str) -> dict[str, list[NDArray[np.int64]]]:
-    """Store each history value in the upper 32 bits of its label. -100 stays -100."""
+    """Store each history value in the upper 32 bits of its label; -100 stays -100."""
     joined = []
     for labels, values in zip(rows["labels"], rows[column], strict=True):
         label = np.asarray(labels, dtype=np.int64)

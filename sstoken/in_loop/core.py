@@ -38,19 +38,19 @@ def self_modulated_loss(
 ) -> Selected:
     """Select tokens by ssToken's score and average the loss of the kept ones (paper, equations 5 to 8).
 
-    Keeps exactly the tokens that `select` keeps offline on the same values. The selection carries no gradient.
+    Keeps exactly the tokens that `select` keeps offline for the same values. No gradient flows through the selection.
 
     Args:
-        current_loss: [B, T] nats, with gradients; index i speaks of token i (`token_loss`).
+        current_loss: [B, T] nats, with gradients; index i belongs to token i (`token_loss`).
         history_loss: [B, T] nats; not needed if gamma is 0.
-        attention: [B, T] in [0, 1], attention mass on the prompt; not needed if gamma is 1.
+        attention: [B, T] in [0, 1], prompt attention; not needed if gamma is 1.
         response_mask: [B, T] bool.
-        rho: selection ratio, in (0, 1].
-        gamma: balance, in [0, 1].
-        scope: keep the best `ceil(rho * n)` of each example, or of all of them together.
+        rho: share of response tokens to keep, in (0, 1].
+        gamma: weight of REL against attention, in [0, 1].
+        scope: keep the best `ceil(rho * n)` tokens of each example, or of the whole batch.
         segments: the sequences of the batch; None: each row is one.
-        num_kept: the divisor of the summed loss; None: the number kept here. With gradient accumulation or several
-            processes, give the number that the whole optimisation step keeps.
+        num_kept: divisor of the summed loss; None: the number kept here. With gradient accumulation or several
+            processes, pass the number kept in the whole optimisation step.
 
     Raises:
         UsageError: rho or gamma out of range, or a signal that gamma needs is missing.
@@ -71,7 +71,7 @@ def self_modulated_loss(
 
 
 def kept_loss(loss: Tensor, keep: Tensor) -> Tensor:
-    """Sum the losses [N] of the tokens kept [N]. A dropped token's loss does not count even if it is NaN."""
+    """Sum the losses [N] of the kept tokens; a dropped token's loss may be NaN."""
     return torch.where(keep, loss, 0.0).sum()
 
 

@@ -1,8 +1,8 @@
 """Selection inside the forward pass of the training step.
 
 A trainer calls `model(**inputs)` and reads a loss, or log-probabilities, from the outputs. `SelectingModel` takes the
-model's place in that call, and its outputs cover the kept tokens alone. The selection uses losses measured in float32
-from the last hidden states. The loss that is trained on is computed as the trainer does it, under its autocast.
+model's place in that call, and its outputs cover only the kept tokens. Tokens are selected by losses measured in
+float32 from the last hidden states; the training loss itself is computed as the trainer does, under its autocast.
 
 Shapes: B rows, T positions, N response tokens, K kept ones, D hidden size, V vocabulary.
 """
@@ -21,32 +21,32 @@ _OF_THE_LOSS = ("labels", "num_items_in_batch", "fused_lm_head")
 
 
 class Decision(NamedTuple):
-    """What a selector decides about N response tokens."""
+    """A selector's decision about N response tokens."""
 
     keep: Tensor
     """[N] bool."""
     weight: Tensor | None = None
     """[N], factors of the tokens' losses; None: 1 for kept tokens, 0 for the others."""
     num_kept: int | None = None
-    """Number of kept tokens if known on the host: then nothing waits for the device."""
+    """Number of kept tokens, if the host knows it without waiting for the device."""
 
 
 class Selector(Protocol):
-    """Decides which tokens a step keeps. `SelectingModel` uses it in this order."""
+    """Decides which tokens a step keeps. `SelectingModel` uses its members in this order."""
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Get ready for the forward pass of `model(**inputs)`."""
+        """Prepare for the forward pass `model(**inputs)`."""
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """Names of the signals that `select` needs, such as `loss`; none if it keeps everything anyway."""
+        """Names of the signals that `select` needs, such as `loss`; empty if it keeps everything anyway."""
 
     @property
     def reference(self) -> MeasuredStates | None:
         """The history's states, for signals that compare distributions."""
 
     def select(self, signals: Mapping[str, Tensor]) -> Decision:
-        """Decide, given the signals [N] by name."""
+        """Decide, given the signals by name, [N] each."""
 
 
 class SelectingModel:
@@ -54,7 +54,7 @@ class SelectingModel:
 
     calls = 0
     num_kept: Tensor | None = None
-    """How many tokens were kept, once the model was called."""
+    """Number of kept tokens; None before the call."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SelectingModel:
         """Take a model's place for one call.
 
         Args:
-            model: the model being trained, wrapped for several processes or not.
+            model: the model being trained; may be wrapped for several processes.
             head: measures that model's signals.
             tokens: the response tokens of the batch.
             selector: chooses the tokens to keep.
@@ -77,12 +77,12 @@ class SelectingModel:
         self._selector, self._aux_divisor = selector, aux_divisor
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run the model; the loss in its outputs is that of the kept tokens.
+        """Run the model; the loss in its outputs covers only the kept tokens.
 
-        With `fused_lm_head` (TRL's call) the outputs hold log-probabilities, which are 0 for dropped tokens.
+        With `fused_lm_head` (TRL's call), the outputs hold log-probabilities instead, 0 for dropped tokens.
 
         Raises:
-            SstokenError: the model does not compute one row of logits per position with its output embedding.
+            SstokenError: the model's output embedding does not compute one row of logits per position.
         """
         self.calls += 1
         self._selector.prepare(self._model, inputs)
@@ -104,7 +104,7 @@ class SelectingModel:
     def _forward(
         self, inputs: Mapping[str, Any], targets: Tensor
     ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
-        """Return the model's outputs, the learned tokens' logits [K, V], their indices [K] among the N, and weights."""
+        """Return the outputs, the trained tokens' logits [K, V], their indices [K] among the N, and the weights [N]."""
         found: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
 
         def choose(hidden: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class SelectingModel:
         return outputs, logits[0], learned_K, weight
 
     def _decide(self, hidden: Tensor, targets: Tensor) -> Decision:
-        """Measure and select, given the last states [B * T, D]."""
+        """Measure signals and select, given the last states [B * T, D]."""
         selector = self._selector
         measured: dict[str, Tensor] = {}
         if selector.signals:
@@ -135,11 +135,11 @@ class SelectingModel:
         return decision
 
     def _fused(self, inputs: Mapping[str, Any]) -> Any:
-        """TRL's fused output head computes log-probabilities of all response tokens, for its metrics."""
+        """Handle TRL's fused output head, which computes log-probabilities of all response tokens for its metrics."""
         tokens = self._tokens
         found: list[Decision] = []
 
-        def take(hidden: Tensor) -> None:  # log-probabilities are of rounded logits, under autocast
+        def take(hidden: Tensor) -> None:  # TRL's log-probabilities come from rounded logits, under autocast
             found.append(self._decide(hidden, tokens.gather(inputs["labels"])))
 
         with last_states(self._model, take):
@@ -164,17 +164,17 @@ def measure_signals(
     """Measure signals of each response token in a forward pass without gradients and without full logits.
 
     Args:
-        model: a causal language model, wrapped for several processes or not.
+        model: a causal language model; may be wrapped for several processes.
         head: measures that model's signals.
-        inputs: what its trainer calls it with, including `labels` [B, T].
+        inputs: the trainer's arguments to the model, including `labels` [B, T].
         tokens: the response tokens of the batch.
-        names: which signals; those that compare distributions are not measured, but their states are kept.
+        names: the signals; those that compare distributions are not measured, but the states they need are kept.
 
     Returns:
-        Each signal [N], and the states that they come from.
+        Each signal [N], and the states from which they were measured.
 
     Raises:
-        SstokenError: the model does not compute one row of logits per position with its output embedding.
+        SstokenError: the model's output embedding does not compute one row of logits per position.
     """
     targets, found = tokens.gather(inputs["labels"]), []
 
@@ -196,7 +196,7 @@ def _without_loss(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _learned(decision: Decision) -> Tensor:
-    """Return the indices [K] of the tokens whose loss counts, in order."""
+    """Indices [K] of the tokens whose loss counts, ascending."""
     keep, weight, count = decision
     if weight is not None:
         return (weight != 0).nonzero()[:, 0]
@@ -207,6 +207,6 @@ def _learned(decision: Decision) -> Tensor:
 
 def _not_causal(model: nn.Module) -> SstokenError:
     return SstokenError(
-        f"{type(unwrapped(model)).__name__}: its logits do not come from its output embedding, one "
-        "for each position; in-loop selection needs a plain causal language model"
+        f"{type(unwrapped(model)).__name__}: its output embedding does not compute one row of logits per position; "
+        "in-loop selection needs a plain causal language model"
     )

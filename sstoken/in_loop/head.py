@@ -1,4 +1,4 @@
-"""Measures signals of each response token from the state that predicts it: in float32, without gradients.
+"""Measures the signals of response tokens from the model's last hidden states, in float32 and without gradients.
 
 Shapes: B rows, T positions, N response tokens, D hidden size, V vocabulary.
 """
@@ -14,8 +14,9 @@ from sstoken.errors import SstokenError
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.measure.distribution import measure_distribution
 from sstoken.measure.divergence import measure_divergence
-from sstoken.measure.precision import as_given, cast_as_autocast
+from sstoken.measure.precision import cast_as_autocast
 from sstoken.measure.token_loss import (
+    ComputedLogits,
     OutputHead,
     measure_logits,
     output_embedding,
@@ -23,7 +24,7 @@ from sstoken.measure.token_loss import (
 )
 
 ROWS_PER_CALL = 1024
-"""Rows of logits alive at once if the output embedding is not a plain `nn.Linear`."""
+"""Rows of logits held at once if the output embedding is not a plain `nn.Linear`."""
 _ROWS_VERIFIED = 8
 _TOLERANCE, _TOLERANCE_OF_HALF = 5e-3, 5e-2
 """Relative and absolute tolerance of logits; float32 products may be rounded to TF32."""
@@ -35,18 +36,18 @@ def unwrapped(model: Any) -> Any:
 
 
 class MeasuredStates(NamedTuple):
-    """The last states of N response tokens, and the output head at that moment."""
+    """The last hidden states of N response tokens, and the output head at that time."""
 
     hidden: Tensor
-    """[N, D], those that predict the tokens."""
+    """[N, D], the states that predict the tokens."""
     own: Tensor | None
-    """[N, D], those at the tokens' own positions; None if no signal wants them."""
+    """[N, D], the states at the tokens' own positions; None if no signal needs them."""
     head: OutputHead | None
-    """None: the output embedding is not a plain `nn.Linear`, and only the module can compute its product."""
+    """None if the output embedding is no plain `nn.Linear`, so that only the module can apply it."""
 
 
 class HeadSignals:
-    """Measures the signals that the model's output head gives, before rounding to half precision."""
+    """Measures the signals of the model's distributions, before logits are rounded to half precision."""
 
     def __init__(self, model: nn.Module) -> None:
         """Read the output head of an unwrapped causal language model.
@@ -63,14 +64,14 @@ class HeadSignals:
 
     @torch.no_grad()
     def states(self, hidden: Tensor, tokens: ResponseTokens, names: Sequence[str]) -> MeasuredStates:
-        """Pick the states that signals come from. Call it within the forward pass.
+        """Pick the states from which signals are measured. Call it within the forward pass.
 
-        States and weights are rounded once, to the dtype that autocast multiplies in there.
+        States and weights are rounded once, to the dtype in which autocast multiplies there.
 
         Args:
             hidden: [B * T, D], the last states.
             tokens: the response tokens of the batch.
-            names: of the signals.
+            names: the signals to measure.
         """
         head = self._linear(self._scale_now) if type(self._head) is nn.Linear else None
         hidden = hidden if head is None else hidden.to(head.weight.dtype)
@@ -88,10 +89,10 @@ class HeadSignals:
         """Measure signals; products and sums are float32.
 
         Args:
-            states: of N response tokens.
-            targets: [N], their ids.
-            names: of the signals.
-            reference: the history's states, for `kl` and its kin.
+            states: the states of N response tokens.
+            targets: [N], the tokens' ids.
+            names: the signals to measure.
+            reference: the history's states, for `kl` and other signals that compare distributions.
 
         Returns:
             Each signal, [N].
@@ -111,8 +112,8 @@ class HeadSignals:
         """Measure signals that compare distributions with the history's."""
         if reference is None or reference.head is None or states.head is None:
             raise SstokenError(
-                f"{names[0]}: the output embedding of {self._name} is no plain linear layer (an adapter, or "
-                "quantized weights), and distributions cannot be compared with the history's; leave it out of the "
+                f"{names[0]}: the output embedding of {self._name} is not a plain linear layer (an adapter, or "
+                "quantized weights), so distributions cannot be compared with the history's; remove it from the "
                 "adapter's target modules"
             )
         found: dict[str, Tensor] = {}
@@ -127,22 +128,23 @@ class HeadSignals:
     def _distribution(
         self, hidden: Tensor, targets: Tensor, head: OutputHead | None, names: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Measure signals of the distributions that states [N, D] predict."""
+        """Measure signals of the distributions that follow from states [N, D]."""
         if head is not None:
             return measure_distribution(hidden, targets, head, names)
-        parts = [{name: hidden.new_zeros(0, dtype=torch.float32) for name in names}]
+        parts = []
         for rows, ids in zip(hidden.split(ROWS_PER_CALL), targets.split(ROWS_PER_CALL), strict=True):
             logits = self._logits(rows, self._scale_now)
-            parts.append(signals_of_logits(logits, ids, names))
+            entries = torch.arange(logits.shape[1], device=logits.device)
+            parts.append(measure_distribution(logits, ids, ComputedLogits(entries), names))
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     @torch.no_grad()
     def verify(self, hidden: Tensor, logits: Tensor, rounded: bool) -> None:
-        """Find the factor by which the model scales its logits [N, V] of states [N, D]. Does so once.
+        """Find the factor by which the model scales its logits, once.
 
         Args:
-            hidden: [N, D].
-            logits: [N, V], the model's own.
+            hidden: [N, D], states.
+            logits: [N, V], the model's own logits of these states.
             rounded: whether they were rounded to half precision.
 
         Raises:
@@ -166,12 +168,12 @@ class HeadSignals:
 
     @property
     def _scale_now(self) -> float:
-        """The verified factor; before that, the one that the configuration names, or 1."""
+        """The verified factor; before verification, the one that the configuration names, or 1."""
         return self._candidates[-1] if self._scale is None else self._scale
 
     def _linear(self, scale: float) -> OutputHead:
         module: Any = self._head
-        (weight,) = cast_as_autocast(module.weight.detach())  # what it is now: histories swap the data
+        (weight,) = cast_as_autocast(module.weight.detach())  # read anew: histories swap the data
         bias = None if module.bias is None else module.bias.to(weight.dtype)
         return OutputHead(weight, bias, scale, self._softcap)
 
@@ -185,51 +187,19 @@ class HeadSignals:
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
 
-@as_given
-def signals_of_logits(logits: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Measure signals of whole rows of logits (`sstoken.signals`).
-
-    Args:
-        logits: [R, V].
-        targets: [R] token ids.
-        names: of signals that one distribution gives.
-
-    Returns:
-        [R] float32 each.
-    """
-    log_p = logits.log_softmax(1)
-    own = log_p.gather(1, targets[:, None])
-    p, larger = log_p.exp(), logits > logits.gather(1, targets[:, None])
-    ranks = torch.arange(1, logits.shape[1] + 1, device=logits.device, dtype=logits.dtype)
-    measured: dict[str, Callable[[], Tensor]] = {
-        "loss": lambda: -own[:, 0],
-        "entropy": lambda: -(p * log_p).nan_to_num(0.0).sum(1),
-        "entropy_top20": lambda: torch.distributions.Categorical(
-            logits=logits.topk(min(20, logits.shape[1]), 1).values, validate_args=False
-        ).entropy(),
-        "rank": lambda: larger.sum(1),
-        "ties": lambda: (log_p == own).sum(1) - 1,
-        "mass_above": lambda: (p * larger).sum(1),
-        "max_prob": lambda: p.amax(1),
-        "sum_p2": lambda: p.square().sum(1),
-        "expected_rank": lambda: p.sort(1, descending=True).values @ ranks,
-    }
-    return {name: measured[name]().float() for name in names}
-
-
 @contextmanager
 def states_to_head(
     model: nn.Module, tokens: ResponseTokens, choose: Callable[[Tensor], Tensor]
 ) -> Iterator[list[bool]]:
-    """Within this context the output embedding receives only the states that `choose` returns.
+    """Within this context, the output embedding gets only the states that `choose` returns; logits are [1, K, V].
 
     Args:
-        model: a causal language model, wrapped for several processes or not.
+        model: a causal language model; may be wrapped for several processes.
         tokens: the response tokens of the batch.
-        choose: gets the states [B * T, D], returns the rows [K, D] to compute logits of.
+        choose: gets the states [B * T, D] and returns the rows [K, D] to compute logits of.
 
     Yields:
-        A list with an entry for each time the output embedding was reached; logits are [1, K, V].
+        A list that gains an entry whenever the output embedding is called.
     """
     used: list[bool] = []
 
@@ -253,9 +223,9 @@ def states_to_head(
 
 @contextmanager
 def last_states(model: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within this context the forward pass calls `take` with the last states [B * T, D].
+    """Within this context, the forward pass calls `take` with the last states [B * T, D].
 
-    For a forward pass that bypasses the output embedding's module.
+    For forward passes that bypass the output embedding's module.
     """
     inner = unwrapped(model)
     if hasattr(inner, "get_base_model"):  # peft
@@ -273,10 +243,10 @@ def last_states(model: nn.Module, take: Callable[[Tensor], None]) -> Iterator[No
 
 
 def rounds(hidden: Tensor) -> bool:
-    """Return whether products of these states are rounded below float32. Call it within the forward pass."""
+    """Whether products of these states are rounded below float32. Call it within the forward pass."""
     return torch.finfo(hidden.dtype).bits < 32 or torch.is_autocast_enabled(hidden.device.type)
 
 
 def _own(name: str) -> bool:
-    """Return whether a signal speaks of the distribution at the token's own position, which predicts the next one."""
+    """Whether a signal belongs to the distribution at the token's own position, which predicts the next token."""
     return name.partition("@")[0].endswith("_at")

@@ -1,4 +1,4 @@
-"""Metrics of the selection, summed up without waiting for the device."""
+"""Metrics of the selection, accumulated without waiting for the device."""
 
 import time
 from collections import OrderedDict
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sstoken.in_loop.observation import Observation
@@ -16,13 +17,13 @@ from sstoken.in_loop.response_tokens import ResponseTokens
 
 PREFIX = "selection/"
 REMEMBERED_EXAMPLES = 50_000
-"""At most this many examples' last masks are remembered, so that memory does not grow with the dataset."""
+"""Limit on the examples whose last mask is kept, so that memory does not grow with the dataset."""
 _NUM_SUMS = 12
 
 
 @dataclass(frozen=True)
 class TrainedBatch:
-    """The result of one training forward pass, still on its device; N response tokens."""
+    """The result of one training forward pass over N response tokens, still on its device."""
 
     step: int
     tokens: ResponseTokens
@@ -39,32 +40,22 @@ class TrainedBatch:
 
     def observations(self) -> Iterator[Observation]:
         """Yield an observation of each example that has response tokens."""
-        ids = self.input_ids.cpu().numpy()
-        response = self.tokens.response_mask.cpu().numpy()
-        keep = self.tokens.scatter(self.keep).cpu().numpy()
-        loss = np.full(keep.shape, np.nan, np.float32)
-        if self.loss is not None:
-            loss = self.tokens.scatter(self.loss.float()).cpu().numpy()
-        attention = None
-        if self.attention is not None:
-            attention = self.tokens.scatter(self.attention.float()).cpu().numpy()
-        weight = None
-        if self.weight is not None:
-            weight = self.tokens.scatter(self.weight).cpu().numpy()
+
+        def on_host(values: Tensor | None) -> NDArray[Any] | None:
+            return None if values is None else self.tokens.scatter(values).cpu().numpy()
+
+        ids, response = self.input_ids.cpu().numpy(), self.tokens.response_mask.cpu().numpy()
+        keep, loss, attention, weight = map(on_host, (self.keep, self.loss, self.attention, self.weight))
+        assert keep is not None
+        nan = np.float32("nan")
+        loss = np.full(keep.shape, nan) if loss is None else np.where(response, loss, nan).astype(np.float32)
+        if attention is not None:
+            attention = np.where(response, attention, nan).astype(np.float32)
         for index, (row, start, stop) in enumerate(self.tokens.segments):
-            if self.tokens.offsets[index] == self.tokens.offsets[index + 1]:
-                continue
-            place = (row, slice(start, stop))
-            mask = response[place]
-            yield Observation(
-                self.step,
-                ids[place],
-                mask,
-                keep[place],
-                np.where(mask, loss[place], np.float32("nan")),
-                None if attention is None else np.where(mask, attention[place], np.float32("nan")),
-                None if weight is None else weight[place],
-            )
+            if self.tokens.offsets[index] < self.tokens.offsets[index + 1]:
+                place = (row, slice(start, stop))
+                given = [None if values is None else values[place] for values in (attention, weight)]
+                yield Observation(self.step, ids[place], response[place], keep[place], loss[place], *given)
 
 
 @dataclass
@@ -79,7 +70,7 @@ class SelectionMetrics:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Add the time spent in this context, by the device's clock on CUDA."""
+        """Add the time spent in this context, on CUDA by the device's clock."""
         if device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -110,7 +101,7 @@ class SelectionMetrics:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def remember(self, observation: Observation) -> None:
-        """Compare an example's mask with the one of its last visit."""
+        """Compare an example's mask with that of its last visit."""
         key, mask = observation.key, observation.keep_mask
         before = self._masks.get(key)
         if before is not None:
@@ -121,25 +112,23 @@ class SelectionMetrics:
             self._masks[key] = np.packbits(mask).tobytes()
 
     def read(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """Return the metrics of all processes since the last call, and start anew.
+        """Return the metrics of all processes since the last call, and reset them.
 
         Args:
             gather: turns a tensor [1, n] into [processes, n].
-            device: where `gather` wants its tensors.
+            device: where `gather` expects its tensors.
 
         Returns:
-            kept_share; weight, the mean over response tokens; the means of rel and attention over kept and over
-            dropped tokens; mask_overlap, the share of
-            kept tokens that were also kept at their example's last visit; seconds that this process spent on the
-            selection. Metrics that were not measured are left out.
+            kept_share; weight, the mean over response tokens; rel and attention, means over kept and over dropped
+            tokens; mask_overlap, the share of kept tokens that were also kept at their example's last visit; seconds
+            that this process spent on the selection. Metrics that were not measured are left out.
         """
         sums = torch.zeros(_NUM_SUMS, device=device) if self._sums is None else self._sums
         local = torch.cat([sums.to(device, _precise(device)), sums.new_tensor(self._overlap).to(device)])
         pairs = gather(local[None]).sum(0).view(-1, 2).tolist()
         tokens, rel, num_rel, attention, num_attention, weight, overlap = pairs
-        self._seconds += sum(
-            begin.elapsed_time(end) / 1000 for begin, end in self._events
-        )  # `gather` waited for them
+        # `gather` has waited for the events.
+        self._seconds += sum(begin.elapsed_time(end) / 1000 for begin, end in self._events)
         found = {"kept_share": (tokens[0], sum(tokens)), "mask_overlap": overlap, "weight": weight}
         for name, totals, counts in (("rel", rel, num_rel), ("attention", attention, num_attention)):
             found |= {

@@ -1,4 +1,4 @@
-"""`Observation`: what observers of in-loop training see of an example. Loads no torch."""
+"""`Observation`: what observers of in-loop training get for each example. Does not import torch."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Observation:
     keep_mask: NDArray[np.bool_]
     """[n]."""
     loss: NDArray[np.float32]
-    """[n] nats of the model in training; NaN off the response."""
+    """[n] nats under the model in training; NaN off the response."""
     attention: NDArray[np.float32] | None
     """[n] in [0, 1], NaN off the response; None if the selection does not use it."""
     weight: NDArray[np.float64] | None = None
@@ -30,7 +30,7 @@ class Observation:
 
     @property
     def key(self) -> bytes:
-        """Identifies the example by its tokens and response mask, however it is batched."""
+        """Identifies the example by its tokens and response mask, in whatever batch it appears."""
         return example_key(self.input_ids, self.response_mask)
 
 
@@ -38,7 +38,7 @@ Observer = Callable[[Observation], None]
 
 
 def example_key(input_ids: NDArray[Any], response_mask: NDArray[np.bool_]) -> bytes:
-    """Return 16 bytes that identify an example; whether its first token is a response token does not count."""
+    """Return 16 bytes that identify an example; whether its first token is a response token is ignored."""
     digest = hashlib.blake2b(input_ids.astype(np.int64).tobytes(), digest_size=16)
     digest.update(response_mask[1:].tobytes())
     return digest.digest()

@@ -1,4 +1,4 @@
-"""Warnings, given once at the first batch, about a selection that runs but means nothing.
+"""Warnings about a selection that runs but is meaningless; each is given once, at the first batch.
 
 Shapes: N response tokens of a batch.
 """
@@ -14,14 +14,14 @@ from sstoken.in_loop.rule import Rule
 from sstoken.in_loop.settings import SelfModulation
 
 MOST = 0.5
-"""Warn if more than this share of the examples is concerned."""
+"""Warn if more than this share of the examples is affected."""
 UNRELATED = 0.3
-"""Below this correlation, history and current losses are hardly those of related models."""
+"""Below this correlation, history and current losses hardly come from related models."""
 SAME_MODEL = 0.1
-"""Up to this mean difference, in nats a token, history and current losses may be those of one model, scored in
+"""Up to this mean difference, in nats per token, history and current losses may come from one model, scored in
 float32 and trained in half precision."""
 FEWEST_TOKENS = 32
-"""A mean or a correlation of fewer tokens is not reported."""
+"""Means and correlations over fewer tokens are not reported."""
 
 
 def remarks_on_examples(
@@ -30,8 +30,8 @@ def remarks_on_examples(
     """Warn about the batches of the first optimisation step, before the model has seen them.
 
     Args:
-        batches: their response tokens.
-        settings: the selection's.
+        batches: the response tokens of each batch.
+        settings: of the selection.
         rule: the method at that step.
     """
     lengths, promptless = [], 0
@@ -49,23 +49,23 @@ def remarks_on_examples(
     if promptless > MOST * number and settings.needs_attention:
         yield (
             f"{promptless} of the first {number} examples have no prompt: all their tokens are trained on, and "
-            "attention to the prompt says nothing; mask the prompt's labels with -100 (TRL: assistant_only_loss=True "
-            "for conversations, or prompt and completion columns), or take gamma=1"
+            "prompt attention is meaningless; mask the prompt's labels with -100 (TRL: assistant_only_loss=True "
+            "for conversations, or prompt and completion columns), or set gamma=1"
         )
     single = lengths.count(1)
     if single > MOST * number and rule.scope == "sample" and settings.of.policy.ranks:
         yield (
             f"{single} of the first {number} responses have one token, which is always kept: there is nothing to "
-            "select; take scope='batch', or train without selection"
+            "select; set scope='batch', or train without selection"
         )
         return
     if settings.keeps_all and settings.of.selective:
-        yield "rho is 1: every response token is kept, as without selection; take rho below 1"
+        yield "rho is 1: every response token is kept, as without selection; set rho below 1"
     elif not rule.keeps_all and all(rule.num_kept(tokens) == tokens.num_tokens for tokens in batches):
         rho = getattr(rule.params, "rho", 1.0)
         yield (
             f"rho={rho:g} keeps every token of the first {number} responses, of up to {max(lengths)} tokens: "
-            "ceil(rho n) is n; take a smaller rho, or scope='batch'"
+            "ceil(rho n) is n; set a smaller rho, or scope='batch'"
         )
 
 
@@ -81,12 +81,12 @@ def remarks_on_losses(
     """Warn about the losses of the first batch that selects. Waits for the device.
 
     Args:
-        losses: [N] nats, of the live model.
+        losses: [N] nats, under the model in training.
         history: [N] nats; None: not needed.
-        settings: the selection's.
-        step: optimizer steps finished.
-        vocabulary: number of tokens in the model's vocabulary.
-        dtype: the one that the model computes in.
+        settings: of the selection.
+        step: finished optimizer steps.
+        vocabulary: size of the model's vocabulary.
+        dtype: in which the model computes.
         noisy: whether training's forward pass is random (dropout, NEFTune).
     """
     if not losses.numel():
@@ -95,8 +95,8 @@ def remarks_on_losses(
     mean = float(current.mean())
     if step == 0 and current.numel() >= FEWEST_TOKENS and mean > 1.5 * math.log(vocabulary):
         yield (
-            f"the model's loss on the first batch is {mean:.1f} nats a token, more than guessing among "
-            f"{vocabulary} tokens ({math.log(vocabulary):.1f}): are these tokens of another tokenizer?"
+            f"the model's loss on the first batch is {mean:.1f} nats per token, more than guessing among "
+            f"{vocabulary} tokens ({math.log(vocabulary):.1f}): do these tokens come from another tokenizer?"
         )
     if history is None:
         return
@@ -105,9 +105,9 @@ def remarks_on_losses(
     noise = torch.finfo(dtype).eps * max(1.0, mean)
     if rel <= noise or (step == 0 and settings.history in ("ema", "snapshot")):
         yield (
-            f"history {settings.history!r} is the model as it stands: REL is "
+            f"history {settings.history!r} equals the current model: REL is "
             f"{'the noise of dropout or NEFTune' if noisy else 'rounding error'} (mean {rel:.1g} nats at step {step}), "
-            "which min-max blows up to [0, 1]; give warmup_steps, so that the model moves away first"
+            "which min-max inflates to [0, 1]; set warmup_steps, so that the model moves away first"
         )
 
 
@@ -115,9 +115,9 @@ def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[
     """Warn about history losses that do not fit the model that training starts from. Waits for the device.
 
     Args:
-        losses: [N] nats, of the live model at the first batch, before any step.
+        losses: [N] nats, under the model at the first batch, before any step.
         history: [N] nats, from the column.
-        noisy: whether training's forward pass is random (dropout, NEFTune), so that a small difference means nothing.
+        noisy: whether training's forward pass is random (dropout, NEFTune), so that small differences are expected.
     """
     if losses.numel() < FEWEST_TOKENS:
         return
@@ -128,13 +128,13 @@ def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[
         return
     if not correlation >= UNRELATED:
         yield (
-            f"the column's history losses and the model's own correlate by {correlation:.2f} at the first batch: "
-            "they look like those of another model or of other tokens; score this model's base checkpoint on "
+            f"the correlation of the column's history losses with the model's own is {correlation:.2f} at the first "
+            "batch: they look like those of another model or of other tokens; score this model's base checkpoint on "
             "these tokens"
         )
     elif not noisy:
         yield (
             "the column's history losses are not those of the model that training starts from: they differ by "
-            f"{apart:.2f} nats a token at the first batch, more than rounding ({SAME_MODEL:g}); score the checkpoint "
-            "that training starts from, or ignore this where an earlier one is meant"
+            f"{apart:.2f} nats per token at the first batch, more than rounding ({SAME_MODEL:g}); score the checkpoint "
+            "that training starts from, or ignore this if you meant an earlier one"
         )

@@ -1,7 +1,7 @@
-"""Divides by the number of kept tokens where only the forward passes tell how many there are.
+"""Divides by the number of kept tokens when that is known only after the forward passes.
 
-Micro-batches are back-propagated one by one, before the last one's scores are known. Their losses are divided by the
-number of response tokens at first; after the last one, gradients and loss are multiplied by what was missing.
+Micro-batches are back-propagated one by one, before the scores of the last one are known. Their losses are first
+divided by the number of response tokens; after the last one, gradients and loss are rescaled to the number kept.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from sstoken.in_loop.rule import Rule
 
 
 class Rescale:
-    """The divisor of one optimisation step, N response tokens a micro-batch."""
+    """The divisor of one optimisation step."""
 
     def __init__(self, rule: Rule) -> None:
         """Take the rule of the step."""
@@ -26,7 +26,7 @@ class Rescale:
         """Whether the divisor in use is provisional."""
 
     def planned(self, tokens: ResponseTokens) -> int:
-        """Return what to divide a micro-batch's loss by, as far as it is known before its forward pass."""
+        """Return the divisor of a micro-batch's loss, as far as it is known before its forward pass."""
         if self._rule.denominator == "response":
             return tokens.num_tokens
         kept = self._rule.num_kept(tokens)
@@ -34,7 +34,7 @@ class Rescale:
         return tokens.num_tokens if kept is None else kept
 
     def add(self, kept: Tensor | None, num_tokens: int) -> None:
-        """Count a micro-batch after its forward pass: the number kept, and that of its response tokens."""
+        """Count a micro-batch after its forward pass: its kept tokens, and its response tokens."""
         if self.due and kept is not None:
             self._kept = kept if self._kept is None else self._kept + kept
             self._divided_by += num_tokens
@@ -42,15 +42,15 @@ class Rescale:
     def after_backward(
         self, loss: Tensor, model: nn.Module, of_all_processes: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
-        """Take note of a micro-batch's loss; after the last one, rescale the gradients.
+        """Record a micro-batch's loss; after the last one, rescale the gradients.
 
         Args:
-            loss: of the micro-batch, detached, divided by the provisional divisor.
-            model: whose gradients are complete after the last micro-batch.
+            loss: the micro-batch's loss, detached, divided by the provisional divisor.
+            model: its gradients are complete after the last micro-batch.
             of_all_processes: sums a count over processes; None: more micro-batches follow.
 
         Returns:
-            What to add to the loss of the step.
+            The amount to add to the step's loss.
         """
         if of_all_processes is None or self._kept is None:
             self._loss = loss if self._loss is None else self._loss + loss

@@ -1,4 +1,4 @@
-"""The response tokens of a batch and their places, found on the host before the forward pass.
+"""The response tokens of a batch and their positions, found on the host before the forward pass.
 
 Shapes: B rows, T positions, E examples (segments) of the batch, N response tokens.
 """
@@ -36,7 +36,7 @@ class ResponseTokens:
     offsets: tuple[int, ...]
     """[E + 1]: example e has the tokens `offsets[e]:offsets[e + 1]` of the N."""
     places: IntArray
-    """[N] on the host: each response token's place in its example, prompt included."""
+    """[N] on the host: each response token's position in its example, prompt included."""
 
     @classmethod
     def of(
@@ -45,10 +45,10 @@ class ResponseTokens:
         """Find the response tokens of a batch.
 
         Args:
-            response_mask: [B, T] bool, on any device. A sequence's first token is predicted from nothing, so it is
-                not a response token whatever the mask says.
+            response_mask: [B, T] bool, on any device. A sequence's first token is never a response token, as nothing
+                predicts it.
             segments: the sequences, in the order of the batch; None: each row is one.
-            device: of the tensors; None: that of the mask.
+            device: for the result's tensors; None: the mask's.
         """
         device = response_mask.device if device is None else device
         mask_BT = response_mask.cpu().numpy()
@@ -78,8 +78,7 @@ class ResponseTokens:
         """Return the offsets [U + 1] of the units within which a method ranks tokens.
 
         Args:
-            scope: `turn`: each run of response tokens is a unit; `batch`: all tokens together are one; otherwise each
-                example is one.
+            scope: `turn`: each run of response tokens is a unit; `batch`: the batch is one; otherwise each example is.
         """
         offsets = np.asarray(self.offsets, dtype=np.int64)
         if scope == "batch":
@@ -107,7 +106,9 @@ def find_response_tokens(batch: Mapping[str, Any], device: Any = None) -> Respon
     """
     labels = batch.get("labels")
     if labels is None:
-        raise SstokenError("the batch has no labels; the data collator must give them, -100 off the response")
+        raise SstokenError(
+            "the batch has no labels; the data collator must provide them, -100 off the response"
+        )
     return ResponseTokens.of(
         labels.cpu() != IGNORED, find_segments(batch), labels.device if device is None else device
     )
@@ -116,8 +117,8 @@ def find_response_tokens(batch: Mapping[str, Any], device: Any = None) -> Respon
 def find_segments(batch: Mapping[str, Any]) -> list[Segment]:
     """Find the sequences of a batch: row, first position, one past the last.
 
-    Padding-free batches mark them by `cu_seq_lens_q` or by `position_ids` that start again; padded ones, on either
-    side, by `attention_mask`. Without any of these each row is one sequence.
+    Padding-free batches mark sequences by `cu_seq_lens_q` or by `position_ids` that restart; padded batches (on either
+    side) by `attention_mask`. Without any of these, each row is one sequence.
 
     Args:
         batch: `input_ids` [B, T] and any of `cu_seq_lens_q` [S + 1], `attention_mask` [B, T], `position_ids`
@@ -145,7 +146,7 @@ def find_segments(batch: Mapping[str, Any]) -> list[Segment]:
 
 
 def _runs(real_BT: NDArray[np.bool_], positions_BT: NDArray[np.int64] | None) -> list[Segment]:
-    """Return the runs of real tokens whose positions, if given, go up by one."""
+    """Find the runs of real (not padding) tokens; positions, if given, must increase by one within a run."""
     begins = real_BT.copy()
     begins[:, 1:] &= ~real_BT[:, :-1]
     if positions_BT is not None:

@@ -1,7 +1,7 @@
-"""What a method needs in the loop, and what it decides there.
+"""What a method needs in the training loop, and what it decides there.
 
-The method is the one that `select` runs, on tensors instead of arrays. The role `current` is the model in training;
-every other role is the history: columns of the dataset, or a model.
+The methods are those of `select`, run on tensors instead of arrays. The role `current` is the model in training; every
+other role is the history: columns of the dataset, or a model.
 
 Shapes: N response tokens, U units of the scope.
 """
@@ -50,7 +50,7 @@ def check_in_loop(method: Method, history: str) -> None:
         history: `SelfModulation.history`.
 
     Raises:
-        UsageError: names the method and the reason.
+        UsageError: gives the method and the reason.
     """
     reason = next(_reasons(method, history), None)
     if reason:
@@ -68,20 +68,20 @@ def _reasons(method: Method, history: str) -> Iterator[str]:
         needs = get_signal(given.signal).needs
         if given.role != CURRENT:
             if history != "scores" and needs != "distribution":
-                yield f"history {history!r} gives no {given.signal}; take history 'scores', whose columns do"
+                yield f"history {history!r} cannot provide {given.signal}; use history 'scores', whose columns can"
         elif needs == "second pass":
             yield f"{name} needs another pass over the data at every step; select offline"
         elif needs == "second checkpoint" and history == "scores":
             yield (
-                f"{name} compares whole distributions with the role {other!r}, which a column does not hold; take "
+                f"{name} compares whole distributions with the role {other!r}, which a column cannot hold; use "
                 "history 'base', 'ema' or 'snapshot'"
             )
         elif needs == "attention" and name != ATTENTION:
             yield f"{name} is not captured in the loop, only the attention of the setting `layer`; select offline"
     if history != "scores" and len(frozen) > 1:
         yield (
-            f"it compares {len(frozen)} checkpoints beside the model in training ({', '.join(frozen)}), and history "
-            f"{history!r} is one; take history 'scores', with their columns"
+            f"it compares the model in training with {len(frozen)} checkpoints ({', '.join(frozen)}), and history "
+            f"{history!r} is only one; use history 'scores', with their columns"
         )
     if not method.in_loop:
         yield "its authors add a loss that is no weight, or it judges examples; select offline"
@@ -95,11 +95,11 @@ class Rule:
     params: Params
     scope: str
     asked: Denominator | None = None
-    """The denominator asked for; None: the published one."""
+    """The requested denominator; None: as published."""
 
     @cached_property
     def inputs(self) -> frozenset[str]:
-        """The inputs that the method reads with these parameters, as `role.signal`: gamma = 1 reads no attention."""
+        """The inputs that the method reads with these parameters, as `role.signal`; gamma = 1 needs no attention."""
         return frozenset() if self.keeps_all else _inputs_read(self.method, self.params)
 
     @property
@@ -120,11 +120,11 @@ class Rule:
 
     @property
     def divides_late(self) -> bool:
-        """Whether the divisor is a number of kept tokens that only the scores tell."""
+        """Whether the divisor is a number of kept tokens that depends on the scores."""
         return self.denominator == "kept" and not self.keeps_all and not isinstance(self.method.policy, Top)
 
     def num_kept(self, tokens: ResponseTokens) -> int | None:
-        """Return how many tokens will be kept; None if only their scores tell."""
+        """How many tokens will be kept; None if that depends on their scores."""
         if self.keeps_all:
             return tokens.num_tokens
         policy = self.method.policy
@@ -135,10 +135,10 @@ class Rule:
         return sum(counts) - sum(quotas) if policy.drop else sum(quotas)
 
     def loss_weight(self, weight: Tensor | None, tokens: ResponseTokens) -> Tensor | None:
-        """Return the factors of the losses: weights, but for methods with negative ones.
+        """Return the factors of the losses: the weights, corrected for methods with negative ones.
 
-        These take one mean over the tokens to learn and one over the tokens to forget (Forgetting, as published), so
-        that the latter's weight is divided by their own number and not by that of the kept tokens.
+        Those average separately over the tokens to learn and the tokens to forget (Forgetting, as published): the
+        latter's weights are divided by their own number instead of the number of kept tokens.
         """
         policy = self.method.policy
         if weight is None or not isinstance(policy, Top) or policy.negative is None:
@@ -151,15 +151,15 @@ class Rule:
     def decide(
         self, signals: Mapping[str, Tensor], tokens: ResponseTokens, seed: tuple[int, ...] = (0,)
     ) -> Outcome:
-        """Decide about the response tokens of a batch. The same as `select` decides on the same values.
+        """Decide about the response tokens of a batch, as `select` does offline for the same values.
 
         Args:
             signals: by `role.signal`, [N].
-            tokens: the batch's.
-            seed: what `random` draws from.
+            tokens: the response tokens of the batch.
+            seed: of the method `random`.
 
         Returns:
-            keep [N] bool and weight [N] float64 or None, on the device of the tokens.
+            keep [N] bool, and weight [N] float64 or None, on the device of the tokens.
 
         Raises:
             UsageError: a signal that the method reads is missing.
@@ -181,11 +181,11 @@ class Rule:
 
 
 _MANY = 1 << 40
-"""A number of tokens that no share below 1 keeps all of."""
+"""A number of tokens so large that any share below 1 drops some."""
 
 
 def _inputs_read(method: Method, params: Params) -> frozenset[str]:
-    """Run the method on three made-up tokens and see what it reads."""
+    """Run the method on three made-up tokens, and record which inputs it reads."""
     read: set[str] = set()
 
     class Recording(dict[str, Array]):

@@ -1,4 +1,4 @@
-"""Selects the tokens of one forward pass of a trainer."""
+"""`StepSelector`: selects the tokens of one forward pass of a trainer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from sstoken.in_loop.forward import Decision, measure_signals
 from sstoken.in_loop.head import MeasuredStates, rounds
+from sstoken.in_loop.histories import as_history
+from sstoken.in_loop.isolation import remarks_on_batch
 from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
 from sstoken.in_loop.remarks import remarks_on_column, remarks_on_losses
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.rule import ATTENTION, CURRENT, Rule, column_of
-from sstoken.in_loop.together import remarks_on_batch
-from sstoken.in_loop.weights import as_history
 from sstoken.methods import Input
 from sstoken.signals import get_signal
 
@@ -25,13 +25,13 @@ _HISTORY_LOSS = "history.loss"
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of one forward pass, known before it runs; travels with its batch."""
+    """What is known about a forward pass before it runs; travels with its batch."""
 
     tokens: ResponseTokens
     rule: Rule
     step: int
     batch: int
-    """Which micro-batch of the step, counted over all processes."""
+    """Index of the micro-batch within the step, counted over all processes."""
 
 
 class StepSelector:
@@ -40,11 +40,11 @@ class StepSelector:
     reference: MeasuredStates | None = None
 
     def __init__(self, trainer: Any, plan: Plan, columns: Mapping[str, Tensor], input_ids: Tensor) -> None:
-        """Take what is known before the forward pass.
+        """Collect what is known before the forward pass.
 
         Args:
             trainer: the in-loop trainer.
-            plan: the forward pass's.
+            plan: of this forward pass.
             columns: history signals [B, T] that came with the batch, by column.
             input_ids: [B, T].
         """
@@ -64,7 +64,7 @@ class StepSelector:
             self.signals += ("loss",)
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Measure the history's signals; announce which attention to capture."""
+        """Measure the history's signals, and announce which attention to capture."""
         plan, trainer = self._plan, self._trainer
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             half = rounds(trainer.model.get_input_embeddings().weight)
@@ -83,7 +83,7 @@ class StepSelector:
             return
         names = tuple(sorted(Input(name).signal for name in frozen))
         if compares:
-            names += tuple(name for name in self.signals if "@" in name)  # for the states that they come from
+            names += tuple(name for name in self.signals if "@" in name)  # so that their states are kept
         with self._metrics.timed(self._input_ids.device), as_history(trainer.model, trainer._history):
             measured, states = measure_signals(model, trainer._head, inputs, plan.tokens, names)
         self._signals |= {name: measured[Input(name).signal] for name in frozen}
@@ -126,7 +126,7 @@ class StepSelector:
 
 
 def _noisy(trainer: Any) -> bool:
-    """Return whether training's losses are random. An adapter's dropout does not count: it starts on zeros."""
+    """Whether training's losses are random. An adapter's dropout does not count: the adapter starts at zero."""
     config = trainer.model.config.get_text_config()
     dropouts = [
         m.p for n, m in trainer.model.named_modules() if isinstance(m, nn.Dropout) and "lora_" not in n

@@ -16,12 +16,12 @@ _DEFAULT_EVERY = {"ema": 1, "snapshot": 100}
 
 @dataclass(frozen=True)
 class Schedule:
-    """Moves from `start`, at the first step that selects, to `end`, at the last step of training."""
+    """A value that moves from `start`, at the first step that selects, to `end`, at the last step of training."""
 
     start: float
     end: float
     shape: Literal["linear", "cosine"] = "linear"
-    """cosine: half a period, slow at both ends."""
+    """`cosine` is half a period: slow at both ends."""
 
     def __post_init__(self) -> None:
         if self.shape not in ("linear", "cosine"):
@@ -42,22 +42,22 @@ class SelfModulation:
     """
 
     rho: float | Schedule | None = None
-    """Selection ratio: the share of response tokens kept, in (0, 1]. Short for `params={"rho": ...}`. None: the
-    method's default, 0.6 for ssToken."""
+    """Share of response tokens to keep, in (0, 1]. Short for `params={"rho": ...}`. None: the method's default, 0.6
+    for ssToken."""
     gamma: float | Schedule | None = None
-    """Balance: the weight of REL against attention, in [0, 1]. 0 needs no history loss, 1 no attention. Short for
+    """Weight of REL against attention, in [0, 1]. 0 needs no history loss, 1 no attention. Short for
     `params={"gamma": ...}`. None: 0.5."""
     layer: int | Literal["last"] = "last"
-    """Decoder layer whose attention is measured; negative counts from the end. "last": the last with softmax
-    attention; where weights are sharded before training, the last."""
+    """Decoder layer whose attention is measured, negative from the end. "last": the last with softmax attention; if
+    weights are sharded before training, the last."""
     warmup_steps: int = 0
     """Optimizer steps at the start that train on every response token."""
     scope: Literal["sample", "turn", "batch"] | None = None
-    """Rank the tokens of each example, of each turn, or of all the examples that go through the model together. None:
-    the method's own; one that ranks a whole dataset offline ranks the batch here."""
+    """Rank tokens within each example, each turn, or the whole batch that goes through the model. None: the method's
+    default; a method that ranks the whole dataset offline ranks the batch here."""
     history: Literal["scores", "base", "ema", "snapshot"] = "scores"
     """Source of the history losses: the dataset's column `history_loss` ("scores"), the base model under a LoRA
-    adapter, a moving average of the weights, or the weights of `history_every` or fewer steps ago. All but "scores"
+    adapter, a moving average of the weights, or the weights of at most `history_every` steps ago. All but "scores"
     cost a forward pass without gradients."""
     history_every: int | None = None
     """Optimizer steps between updates of the average (None: 1) or of the snapshot (None: 100)."""
@@ -99,7 +99,7 @@ class SelfModulation:
 
     @cached_property
     def of(self) -> Method:
-        """The method."""
+        """The method itself."""
         return get_method(self.method)
 
     @property
@@ -109,7 +109,7 @@ class SelfModulation:
 
     @property
     def _rules(self) -> Iterator[Rule]:
-        """The rules at the first and at the last step that selects."""
+        """The rules at the first and the last step that selects."""
         yield self._rule_at(0.0)
         if any(isinstance(value, Schedule) for value in self._given.values()):
             yield self._rule_at(1.0)
@@ -124,24 +124,24 @@ class SelfModulation:
 
     @cached_property
     def inputs(self) -> frozenset[str]:
-        """What the method reads at any step, as `role.signal`."""
+        """The inputs that the method reads at some step, as `role.signal`."""
         return frozenset().union(*(rule.inputs for rule in self._rules))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Columns that the dataset has to hold, such as `history_loss`."""
+        """Columns that the dataset must have, such as `history_loss`."""
         if self.history != "scores":
             return ()
         return tuple(column_of(name) for name in self.of.inputs if name in self.inputs and _is_frozen(name))
 
     @cached_property
     def needs_history(self) -> bool:
-        """Whether the method reads the history at any step."""
+        """Whether the method reads the history at some step."""
         return any(map(_is_frozen, self.inputs)) or any("@" in name for name in self.inputs)
 
     @property
     def needs_attention(self) -> bool:
-        """Whether the method reads attention at any step."""
+        """Whether the method reads attention at some step."""
         return ATTENTION in self.inputs
 
     @property
@@ -151,7 +151,7 @@ class SelfModulation:
 
     @property
     def divides_late(self) -> bool:
-        """Whether losses are divided by a number of kept tokens that only the forward passes tell."""
+        """Whether losses are divided by a number of kept tokens that is known only after the forward passes."""
         return any(rule.divides_late for rule in self._rules)
 
     @property
@@ -165,11 +165,11 @@ class SelfModulation:
         return self.history_decay or _DEFAULT_DECAY if self.history == "ema" else 0.0
 
     def rule(self, step: int, num_steps: int) -> Rule:
-        """Return the method as it is at an optimizer step: during the warm-up, `full`, which keeps every token.
+        """Return the rule for an optimizer step; during the warm-up, that is `full`, which keeps every token.
 
         Args:
             step: finished optimizer steps.
-            num_steps: optimizer steps of the whole training, including the warm-up.
+            num_steps: optimizer steps of the whole training, warm-up included.
         """
         if step < self.warmup_steps:
             full = get_method("full")

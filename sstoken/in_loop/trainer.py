@@ -18,6 +18,7 @@ from sstoken.in_loop.checks import check_trainer, choose_layer, try_out
 from sstoken.in_loop.column import CarryHistory, check_columns, prepare_with_columns
 from sstoken.in_loop.forward import SelectingModel
 from sstoken.in_loop.head import HeadSignals
+from sstoken.in_loop.histories import History, make_history
 from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
 from sstoken.in_loop.observation import Observer
 from sstoken.in_loop.remarks import remarks_on_examples
@@ -25,7 +26,6 @@ from sstoken.in_loop.rescale import Rescale
 from sstoken.in_loop.response_tokens import find_response_tokens
 from sstoken.in_loop.selector import Plan, StepSelector
 from sstoken.in_loop.settings import SelfModulation
-from sstoken.in_loop.weights import History, make_history
 from sstoken.measure.capture import AttentionCapture
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ _PLAN = "selection_plan"
 
 
 class SelfModulatedMixin(_Base):
-    """Trains on the tokens that ssToken, or another method, selects or weights with the model as it is at each step.
+    """Selects or weights the tokens of each training step, by ssToken or another method, with the current model.
 
     The loss of an optimisation step is the mean over the kept tokens of all its batches and processes, or the weighted
-    sum over the number of response tokens. Evaluation and prediction are the trainer's own. Metrics are logged under
+    sum divided by the number of response tokens. Evaluation and prediction are unchanged. Metrics are logged under
     `selection/`.
     """
 
@@ -54,13 +54,13 @@ class SelfModulatedMixin(_Base):
         observers: Sequence[Observer] = (),
         **kwargs: Any,
     ) -> None:
-        """Make the trainer.
+        """Create the trainer.
 
         Args:
-            args: the trainer's.
+            args: passed on to the trainer.
             selection: the settings; None: the defaults.
-            observers: called with every example that was trained on, one step later (`observation.Observation`).
-            kwargs: the trainer's.
+            observers: each is called with every trained example, one step later (`observation.Observation`).
+            kwargs: passed on to the trainer.
 
         Raises:
             UsageError: the data, the model or the trainer's settings do not allow in-loop selection.
@@ -120,7 +120,7 @@ class SelfModulatedMixin(_Base):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """Return the batches of an optimisation step, and the number of tokens that all processes will keep."""
+        """Return the batches of an optimisation step, and the number of tokens that all processes keep."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._look_back()
         settings, step = self._selection, self.state.global_step
@@ -147,7 +147,7 @@ class SelfModulatedMixin(_Base):
         return count
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a training step; the last of an optimisation step divides by the tokens kept, where only now known."""
+        """Run a micro-batch; after the last of a step, rescale if the number of kept tokens is known only now."""
         loss: Tensor = super().training_step(model, *args, **kwargs)
         if self._rescale is not None and self._rescale.due:
             last = self.accelerator.sync_gradients
@@ -155,7 +155,7 @@ class SelfModulatedMixin(_Base):
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the trainer's loss of the kept tokens; outside of training steps, of all tokens."""
+        """Return the trainer's loss over the kept tokens; outside training steps, over all tokens."""
         plan = inputs.pop(_PLAN, None)
         if plan is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -182,7 +182,7 @@ class SelfModulatedMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train. Observers have seen every step when this returns."""
+        """Train; observers have seen every step when this returns."""
         self._history_made = False
         result = super().train(*args, **kwargs)
         self._look_back()
@@ -196,7 +196,7 @@ class SelfModulatedMixin(_Base):
                 warnings.warn(f"in-loop selection: {text}", UserWarning, stacklevel=2)
 
     def _look_back(self) -> None:
-        """Show observers what was trained on; by now, this does not delay the device."""
+        """Show observers what was trained on. One step later, this no longer delays the device."""
         for step in self._unseen:
             for observation in step.observations():
                 self._selection_metrics.remember(observation)

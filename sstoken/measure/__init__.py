@@ -1,1 +1,1 @@
-"""Everything that runs a model: its losses, its attention on the prompt, and batches for both."""
+"""Everything that runs a model: signals, prompt attention, generation, and the batches for them."""

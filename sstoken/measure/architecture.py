@@ -1,4 +1,4 @@
-"""What can be measured of a model, whatever its architecture: found out by short forward passes."""
+"""What can be measured of a model of any architecture, found out by short forward passes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +11,25 @@ from sstoken.measure.capture import IMPLEMENTATION, attention_calls
 
 _LENGTH = 11
 _SHARED = 5
-"""Tokens that the second row of the trial batch has in common with the first."""
+"""Length of the prefix that both rows of the trial batch share."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the trial showed."""
+    """Results of the trial."""
 
     softmax_layers: tuple[int, ...]
     """Decoder layers whose attention goes through transformers' attention interface, ascending."""
     rows_agree: bool
-    """A row has the same logits in a padded batch as alone."""
+    """Whether a row has the same logits in a padded batch as alone."""
 
 
 @torch.inference_mode()
 def examine(model: Any) -> Findings:
-    """Try a model, and set its attention implementation to `IMPLEMENTATION` where that changes nothing else.
+    """Run a model on a few tokens, and set its attention to `IMPLEMENTATION` if its logits stay the same.
 
     Raises:
-        SstokenError: it cannot run on token ids alone, or its states depend on tokens that come later.
+        SstokenError: it cannot run on token ids alone, or a token's states depend on later tokens.
     """
     name = type(model).__name__
     ids = torch.arange(2, _LENGTH + 2) % int(model.get_input_embeddings().weight.shape[0])
@@ -42,7 +42,7 @@ def examine(model: Any) -> Findings:
             batch[1, :_SHARED], alone[:_SHARED], model.dtype
         )
         causal = agree or _agree(_logits(model, other[None])[0, :_SHARED], alone[:_SHARED], model.dtype)
-    except Exception as error:  # an architecture that was not made for this may fail in any way
+    except Exception as error:  # an unknown architecture can fail in any way
         raise SstokenError(
             f"{name}: cannot run on token ids alone ({_line(error)}); it is not supported"
         ) from error
@@ -53,10 +53,10 @@ def examine(model: Any) -> Findings:
 
 @torch.no_grad()
 def check_causal(model: Any) -> None:
-    """Try two sequences that begin alike on a model in evaluation mode.
+    """Compare the logits of two sequences with the same beginning; the model is in evaluation mode.
 
     Raises:
-        SstokenError: its states depend on tokens that come later.
+        SstokenError: a token's states depend on later tokens.
     """
     ids = torch.arange(2, _LENGTH + 2) % int(model.get_input_embeddings().weight.shape[0])
     other = torch.cat([ids[:_SHARED], ids[_SHARED:].flip(0)])
@@ -68,17 +68,17 @@ def check_causal(model: Any) -> None:
 
 def _not_causal(name: str) -> SstokenError:
     return SstokenError(
-        f"{name}: a token's prediction depends on the tokens after it; only causal language models work (of an "
-        "encoder, one with is_decoder in its config.json)"
+        f"{name}: a token's prediction depends on the tokens after it; only causal language models work (an encoder "
+        "needs is_decoder in its config.json)"
     )
 
 
 @torch.no_grad()
 def last_softmax_layer(model: Any) -> int:
-    """The last decoder layer whose attention can be captured, found by a short forward pass; the model stays as it is.
+    """Find the last decoder layer whose attention can be captured, by a short forward pass; leaves the model unchanged.
 
     Raises:
-        UsageError: the attention of no layer can be, or not by the model's present implementation.
+        UsageError: no layer's attention can be captured, or not with the model's present implementation.
     """
     now = model.config.get_text_config()._attn_implementation
     tried = IMPLEMENTATION if now == "eager" and model._can_set_attn_implementation() else now
@@ -100,9 +100,9 @@ def last_softmax_layer(model: Any) -> int:
     if not layers:
         raise UsageError(
             f"{type(model).__name__}: its attention cannot be captured, as it does not go through transformers' "
-            "attention interface (linear attention or a custom model); take gamma=1, which needs none"
+            "attention interface (linear attention or a custom model); set gamma=1, which needs none"
         )
-    with attention_calls(now):  # refuses one that is not observed
+    with attention_calls(now):  # refuses an implementation that cannot be observed
         return layers[-1]
 
 
@@ -113,7 +113,7 @@ def _indices(modules: list[nn.Module]) -> tuple[int, ...]:
 
 
 def _softmax_layers(model: Any, ids: Tensor, expected: Tensor) -> tuple[int, ...]:
-    """The layers whose attention can be observed; none where the model is not the same then."""
+    """The layers whose attention can be observed; none if observing them would change the model's logits."""
     before = model.config._attn_implementation
     if not model._can_set_attn_implementation():
         return ()
@@ -124,7 +124,7 @@ def _softmax_layers(model: Any, ids: Tensor, expected: Tensor) -> tuple[int, ...
         layers = _indices(modules)
         if layers and _agree(logits, expected, model.dtype):
             return layers
-    except Exception:  # what was not made for the interface may fail in any way
+    except Exception:  # a model not made for the interface can fail in any way
         pass
     model.set_attn_implementation(before)
     return ()
@@ -138,7 +138,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _agree(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether they are the same but for rounding; NaN is told later, with the example that has it."""
+    """Whether they agree up to rounding; NaN passes here and is reported later, with its example."""
     apart = (values - expected).abs().mean() / expected.abs().mean()
     return bool(apart.isnan()) or float(apart) <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1)
 

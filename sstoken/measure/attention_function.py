@@ -1,4 +1,4 @@
-"""The attention function that models are loaded with: sdpa that also knows soft-capping and sinks.
+"""The attention function that models are loaded with: sdpa, extended by soft-capping and sinks.
 
 Shapes: B batch, H heads, T positions, D head size, R rows of a block.
 """
@@ -15,7 +15,7 @@ from sstoken.measure.precision import cast_as_autocast
 from sstoken.measure.prompt_attention import BLOCK_ELEMENTS, attention_scores, log_sum_exp_rows
 
 IMPLEMENTATION = "sstoken"
-"""For `attn_implementation`."""
+"""Its name, for `attn_implementation`."""
 
 
 def _attend_by_blocks(
@@ -27,7 +27,7 @@ def _attend_by_blocks(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention output [B, T, H, D] where sdpa has no such option (soft-capping, sinks), block by block."""
+    """Attention output [B, T, H, D] with soft-capping or sinks, which sdpa lacks, in blocks of rows."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     positions = torch.arange(query.shape[2], device=query.device)
@@ -72,7 +72,7 @@ def attention_forward(
 
 
 def scale_of(query: Tensor, scaling: float | None) -> float:
-    """The factor of the scores: as given, or one over the root of the head size."""
+    """The factor of the attention scores: as given, or one over the root of the head size."""
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
@@ -82,7 +82,7 @@ CPU_FORWARDS = (attention_forward, sdpa_attention_forward)
 def plain_on_cpu(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether the layer does on a CPU what sdpa's kernel does: causal, or masked, attention of a batch to itself."""
+    """Whether sdpa's CPU kernel can compute the layer: causal or masked self-attention of a batch."""
     is_causal = kwargs.get("is_causal")
     return (
         query.device.type == "cpu"
@@ -99,14 +99,14 @@ def plain_on_cpu(
 def sdpa_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """sdpa's CPU kernel: attention output [B, T, H, D] and, what sdpa drops, the scores' log-sum-exp [B, H, T].
+    """Call sdpa's CPU kernel for the attention output [B, T, H, D] and the log-sum-exp [B, H, T], which sdpa drops.
 
     Args:
         query: [B, H, T, D].
         key: [B, K, T, D].
         value: [B, K, T, D].
-        mask: as sdpa takes it; None: causal.
-        scaling: factor of the scores.
+        mask: in sdpa's format; None: causal.
+        scaling: factor of the attention scores.
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
@@ -119,7 +119,7 @@ def sdpa_kernel(
 
 
 def with_position_bias(mask: Tensor | None, bias: Tensor | None, window: int | None) -> Tensor | None:
-    """The mask [B, 1, T, T] with what the model adds to its scores, [B, H, T, T] or with 1 for B or H."""
+    """Combine the mask [B, 1, T, T] with the bias that the model adds to its scores, [B or 1, H or 1, T, T]."""
     if bias is None:
         return mask
     if mask is None:

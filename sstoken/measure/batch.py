@@ -1,4 +1,4 @@
-"""Sequences laid out in batches, and where in them a signal is read.
+"""Sequences laid out in batches, and the positions at which signals are read.
 
 Shapes: B rows, T positions, N response tokens of a batch, R positions that are read.
 """
@@ -31,7 +31,7 @@ class Batch:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """[N] positions of the response tokens in the batch laid flat."""
+        """[N] positions of the response tokens in the flattened batch."""
         return self.response.flatten().nonzero()[:, 0]
 
     @property
@@ -45,17 +45,17 @@ class Reading:
     """The positions of a batch whose hidden states are read."""
 
     positions: Tensor
-    """[R] of the batch laid flat, ascending."""
+    """[R] in the flattened batch, ascending."""
     targets: Tensor
-    """[R] the ids that follow; 0 where no response token does."""
+    """[R] the id that follows each position; 0 if that is no response token."""
     predicting: Tensor
-    """[N] into `positions`: what predicts each response token."""
+    """[N] indices into `positions`: the position that predicts each response token."""
     at: Tensor | None
-    """[N] into `positions`: the response tokens themselves, where that is wanted."""
+    """[N] indices into `positions`: each response token's own position; None: not read."""
 
 
 def read_positions(batch: Batch, *, at: bool) -> Reading:
-    """Where to read what predicts each response token, and, with `at`, what each of them predicts."""
+    """Choose the positions that predict the response tokens and, with `at`, the tokens' own positions."""
     before, flat = batch.tokens - 1, batch.ids.flatten()
     if not at:
         return Reading(before, flat[batch.tokens], torch.arange(before.numel()), None)
@@ -67,7 +67,7 @@ def read_positions(batch: Batch, *, at: bool) -> Reading:
 
 
 def segments_of(lengths: Sequence[int]) -> list[Segment]:
-    """The sequences of a packed batch, as `AttentionCapture.expect` takes them."""
+    """Segments of a packed batch, in the form that `AttentionCapture.expect` takes."""
     segments, start = [], 0
     for length in lengths:
         segments.append((0, start, start + length))
@@ -78,7 +78,7 @@ def segments_of(lengths: Sequence[int]) -> list[Segment]:
 def lay_out(
     indices: list[int], sequences: Sequence[Ids], response_masks: Sequence[Mask], layout: str
 ) -> Batch:
-    """Padded on the right, a row each; packed: one after the other in one row."""
+    """Lay sequences out: "padded" on the right, one per row, or "packed" back to back into one row."""
     lengths = [len(sequences[i]) for i in indices]
     shape = (1, sum(lengths)) if layout == "packed" else (len(lengths), max(lengths))
     padded = [(row, 0, length) for row, length in enumerate(lengths)]

@@ -4,16 +4,16 @@ from collections.abc import Hashable, Sequence
 
 
 def plan_padded(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group sequences of like length so that each padded batch holds at most `batch_tokens` positions.
+    """Group sequences of similar length so that each padded batch holds at most `batch_tokens` positions.
 
-    A sequence longer than that is a batch of its own. The plan depends on the arguments alone.
+    A longer sequence is a batch of its own. The plan depends on the arguments alone.
 
     Args:
         lengths: tokens of each sequence.
-        batch_tokens: number of sequences times the longest one's length, at most.
+        batch_tokens: limit on the number of sequences times the length of the longest.
 
     Returns:
-        Indices into `lengths`, longest sequences first, so that a batch too large shows at once.
+        Indices into `lengths`, longest sequences first, so that a batch that is too large fails at once.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -24,13 +24,13 @@ def plan_padded(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def plan_packed(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group sequences in their order so that each packed batch holds at most `batch_tokens` tokens.
+    """Group sequences in order so that each packed batch holds at most `batch_tokens` tokens.
 
-    A sequence longer than that is a batch of its own.
+    A longer sequence is a batch of its own.
 
     Args:
         lengths: tokens of each sequence.
-        batch_tokens: sum of the lengths, at most.
+        batch_tokens: limit on the sum of lengths.
 
     Returns:
         Indices into `lengths`.
@@ -47,11 +47,11 @@ def plan_packed(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def by_class(indices: Sequence[int], classes: Sequence[Hashable]) -> list[list[int]]:
-    """The indices grouped by their class, in the order in which classes first appear.
+    """Group indices by class, in the order in which classes first appear.
 
     Args:
-        indices: of sequences.
-        classes: of each; those of different classes never share a batch.
+        indices: sequences.
+        classes: the class of each; sequences of different classes never share a batch.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, kind in zip(indices, classes, strict=True):

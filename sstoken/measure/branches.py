@@ -1,4 +1,4 @@
-"""What greedy generation starts from and gives."""
+"""Input and output of greedy generation."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,21 @@ IdArray = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Branch:
-    """The beginning of a sequence, and a token of one's own put after it."""
+    """A prefix of a sequence, optionally followed by another token than the sequence has."""
 
     sequence: int
     """Index of the sequence."""
     length: int
-    """How many of its tokens are kept, at least 1."""
+    """Length of the prefix, at least 1."""
     token: int | None = None
-    """What comes after them; None: nothing, the continuation begins there."""
+    """The token after the prefix; None: the continuation follows the prefix directly."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What the model says after a branch."""
+    """What the model generates after a branch."""
 
     ids: IdArray
-    """[T], without the token on which it stopped."""
+    """[T], without the stop token."""
     ended: bool
-    """It stopped by itself; False: it was cut at the limit."""
+    """Whether it reached a stop token; False: it was cut at the limit."""

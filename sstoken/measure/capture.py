@@ -1,8 +1,8 @@
 """Prompt attention, captured inside the model's own forward pass.
 
-A model's attention functions are reached through transformers' attention interface. The function that a model
-uses is registered there again with an observer around it: in the chosen layer it also sums, for each response
-token, the attention that it pays to the prompt. No layer's weights are ever held as a whole.
+Models call their attention functions through transformers' attention interface. The function that a model uses is
+registered again, wrapped in an observer: in the chosen layer, it also sums each response token's attention to the
+prompt. A layer's full attention weights are never held.
 
 Shapes: B batch, H heads, K key-value heads, T positions, D head size, R rows and C columns of a block.
 """
@@ -38,13 +38,13 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class ForwardStopped(Exception):  # noqa: N818
-    """Raised inside a forward pass that was wanted for the attention of one layer alone."""
+    """Raised inside a forward pass once the attention that it was run for is measured."""
 
 
 class AttentionCapture:
     """Captures the prompt attention of one decoder layer.
 
-    Works with sdpa, flash attention, and whatever else is registered with transformers' attention interface.
+    Works with sdpa, flash attention, and any function registered with transformers' attention interface.
 
     Example:
         >>> capture = AttentionCapture(model, layer=-1)
@@ -59,10 +59,10 @@ class AttentionCapture:
         Args:
             model: a decoder model that uses transformers' attention interface.
             layer: index of the decoder layer, negative from the end.
-            kernels: on CUDA, measure with the Triton kernel where it gives right numbers in a trial.
+            kernels: on CUDA, measure with the Triton kernel if a trial shows it accurate.
 
         Raises:
-            UsageError: there is no such layer, or the model's attention implementation cannot be observed.
+            UsageError: no such layer, or the model's attention implementation cannot be observed.
         """
         config: Any = model.config.get_text_config()
         num_layers = config.num_hidden_layers
@@ -86,13 +86,13 @@ class AttentionCapture:
         stop: bool = False,
         rows: Tensor | None = None,
     ) -> None:
-        """Say which positions the next forward pass has to measure.
+        """Announce which positions the next forward pass measures.
 
         Args:
             response_mask: [B, T] bool.
-            segments: the sequences of the batch, wherever they stand in it; None: each row is one that starts at
-                position 0 (padding, if any, on the right).
-            stop: raise `ForwardStopped` as soon as the layer is measured: what comes after is not wanted.
+            segments: the sequences of the batch; None: each row is one, from position 0, padded on the right if at
+                all.
+            stop: raise `ForwardStopped` once the layer is measured, to skip the rest of the forward pass.
             rows: [B, T] bool, the positions whose attention is measured; None: the response tokens.
         """
         self._response_mask, self._segments, self._stop = response_mask, segments, stop
@@ -100,9 +100,9 @@ class AttentionCapture:
         self._attention = None
 
     def take(self) -> Tensor:
-        """The prompt attention measured by the last forward pass, [B, T] fp32, 0 off the response.
+        """Return the prompt attention measured by the last forward pass, [B, T] fp32, 0 off the response.
 
-        Nothing is measured after this before the next `expect`: the second forward of gradient checkpointing is free.
+        Nothing is measured again before the next `expect`, so gradient checkpointing's second forward costs nothing.
 
         Raises:
             SstokenError: the layer did not go through the attention interface.
@@ -121,29 +121,29 @@ class AttentionCapture:
             delattr(module, _SLOT)
 
     def check_unmasked(self) -> None:
-        """Called where sdpa is given no mask: each sequence must stand in a row of its own, from position 0 on.
+        """Check a batch that sdpa gets no mask for: each sequence must start at position 0 of its row.
 
         Raises:
-            SstokenError: one does not, so that it would attend to what stands before it.
+            SstokenError: a sequence starts later, so it would attend to what precedes it.
         """
         for row, start, _ in self._segments or ():
             if start:
                 raise SstokenError(
                     f"row {row} of the batch has a sequence that starts at position {start}, but attention has no mask "
-                    "and would look at what stands before; call the model with use_cache=False, and with the "
+                    "and would reach what precedes it; call the model with use_cache=False, and with the "
                     "position_ids or the attention_mask of the batch; an architecture that ignores position_ids cannot "
                     "be packed, pad its sequences on the right"
                 )
 
     @torch.compiler.disable
     def measure(self, query: Tensor, key: Tensor, mask: Any, **how: Any) -> None:
-        """Called by the attention function of the chosen layer.
+        """Measure one call of the chosen layer's attention function.
 
         Raises:
-            ForwardStopped: `expect` asked for it.
+            ForwardStopped: if `expect` asked to stop.
         """
         assert self._response_mask is not None
-        if mask is not None and not isinstance(mask, Tensor):  # flex attention's says what segments say
+        if mask is not None and not isinstance(mask, Tensor):  # flex attention's mask repeats the segments
             mask = None
         measure = prompt_attention
         if self._rows is not None:
@@ -157,14 +157,14 @@ class AttentionCapture:
 
     @property
     def due(self) -> Tensor | None:
-        """The response mask, [B, T], of a measurement that is due."""
+        """The response mask [B, T] of the pending measurement; None if there is none."""
         return self._response_mask if self._attention is None else None
 
 
 def _by_kernel(
     query: Tensor, key: Tensor, *, softcap: float | None, sinks: Tensor | None, window: int | None, **_: Any
 ) -> Callable[..., Tensor]:
-    """A kernel that reads queries and keys once, where it runs and gives right numbers; else `prompt_attention`."""
+    """The Triton kernel, which reads queries and keys once, if a trial shows it accurate; else `prompt_attention`."""
     from sstoken.measure.cuda.choices import choose_prompt_attention
 
     return choose_prompt_attention(
@@ -174,7 +174,7 @@ def _by_kernel(
 
 
 def _observed(forward: AttentionFunction) -> AttentionFunction:
-    """The attention function with the capture around it, where one is attached and waiting."""
+    """Wrap an attention function so that it also measures, if a capture is attached and waiting."""
 
     @wraps(forward)
     def observed(
@@ -197,14 +197,14 @@ def _observed(forward: AttentionFunction) -> AttentionFunction:
             "sinks": kwargs.get("s_aux"),
             "window": kwargs.get("sliding_window"),
         }
-        # What attention under autocast multiplies. A layer that norms its queries gives them in float32.
+        # Autocast multiplies in this dtype, but a layer that norms its queries passes them in float32.
         query, key, value = cast_as_autocast(query, key, value)
         response_mask = capture.due
         if response_mask is not None and attention_mask is None and forward in CPU_FORWARDS:
             capture.check_unmasked()
         learned_mask = isinstance(attention_mask, Tensor) and attention_mask.requires_grad  # Doge's
         if forward in CPU_FORWARDS and not learned_mask and plain_on_cpu(module, query, key, value, kwargs):
-            # Measured or not: the second forward of gradient checkpointing has to save the same tensors.
+            # Also if not measured: gradient checkpointing's second forward must save the same tensors.
             output, how["log_sum_exp"] = sdpa_kernel(query, key, value, attention_mask, how["scaling"])
             if response_mask is not None:
                 capture.measure(query, key, attention_mask, **how)
@@ -222,10 +222,10 @@ _calls: list[nn.Module] | None = None
 
 @contextmanager
 def attention_calls(implementation: str = IMPLEMENTATION) -> Iterator[list[nn.Module]]:
-    """The modules whose attention goes through `implementation` within this context, in the order of their calls.
+    """Record the modules that call `implementation` within this context, in the order of their calls.
 
     Raises:
-        UsageError: it is not one that is called through transformers' attention interface.
+        UsageError: it is not registered with transformers' attention interface.
     """
     global _calls
     _observe(implementation)
@@ -240,10 +240,10 @@ _OBSERVED: set[str] = set()
 
 
 def _observe(implementation: str) -> None:
-    """Put the observer around a registered attention function, once.
+    """Wrap a registered attention function in the observer, once.
 
     Raises:
-        UsageError: it is not one that is called through the interface.
+        UsageError: it is not registered with the interface.
     """
     if implementation in _OBSERVED:
         return

@@ -1,7 +1,7 @@
 """Signals of the distribution that predicts a token: hidden states through the output embedding in tiles.
 
-All signals come from the same tiles, products that stay in the cache. No row of logits is held as a whole, but for few
-that need it.
+All signals come from the same tiles, which stay in the CPU's cache. Full rows of logits are computed only for the few
+rows that need them.
 
 Shapes: N rows, D hidden size, V vocabulary, W entries of a tile, S of a sample.
 """
@@ -14,8 +14,9 @@ from torch import Tensor
 from sstoken.measure.expected_rank import ExpectedRank
 from sstoken.measure.precision import as_given
 from sstoken.measure.token_loss import (
-    ROWS_PER_TILE,
+    Head,
     OutputHead,
+    row_tiles,
     tile_elements,
     tiles,
     token_losses,
@@ -24,61 +25,58 @@ from sstoken.measure.token_loss import (
 from sstoken.measure.top import TopLogits
 
 RANKS = frozenset({"rank", "ties", "mass_above"})
-"""What takes comparisons with the token's own logit."""
+"""Signals that compare all logits with the token's own."""
 OF_DISTRIBUTION = (
     frozenset({"loss", "entropy", "entropy_top20", "max_prob", "sum_p2", "expected_rank"}) | RANKS
 )
-"""What `measure_distribution` gives."""
+"""What `measure_distribution` measures."""
 _COUNTS = frozenset({"rank", "ties"})
 _TOP = 20
 _SAMPLE = 512
-"""Entries of the vocabulary in a sample, at most; and one in 64 at most, unless these are few."""
+"""Vocabulary entries in a sample; one in 64 in a large vocabulary."""
 _MOST_ABOVE = 40.0
-"""How far above the largest of a sample a logit may lie: the squares of exponentials must not overflow."""
+"""Rows with a logit further above the sample's largest are measured again: squared exponentials would overflow."""
 _MOST_OFF = 1e-4
-"""By what share an expected rank from buckets may be off at worst; what it is off in fact is a tenth of that."""
+"""Bound on the relative error of an expected rank from buckets; the actual error is about a tenth of it."""
 _ROWS_PER_PRODUCT = 64
-"""A product of so many rows and columns rounds as the tiles' do, but for some at their edges."""
+"""A product of this many rows and columns rounds like the tiles' products, except at some of their edges."""
 
 
 @as_given
 def measure_distribution(
-    hidden: Tensor, targets: Tensor, head: OutputHead, names: Collection[str], *, kernels: bool = False
+    hidden: Tensor, targets: Tensor, head: Head, names: Collection[str], *, kernels: bool = False
 ) -> dict[str, Tensor]:
-    """Signals of the distributions over the vocabulary that predict some tokens.
+    """Measure signals of the distributions over the vocabulary that predict N tokens.
 
     Args:
         hidden: [N, D]; row i is the state that predicts `targets[i]`.
         targets: [N] token ids.
         head: the output head.
-        names: of `OF_DISTRIBUTION`.
-        kernels: on CUDA, take the loss alone by a Triton kernel.
+        names: from `OF_DISTRIBUTION`.
+        kernels: on CUDA, if only the loss is wanted, measure it with a Triton kernel.
 
     Returns:
         [N] each, by name; fp32 (float64 where the model is), counts int32.
     """
     if {*names} <= {"loss"}:
-        measure = token_losses_by_kernel if kernels else token_losses
-        return {name: measure(hidden, targets, head) for name in names}
+        if kernels and isinstance(head, OutputHead):
+            return {name: token_losses_by_kernel(hidden, targets, head) for name in names}
+        return {name: token_losses(hidden, targets, head) for name in names}
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     found = {
         name: hidden.new_empty(hidden.shape[0], dtype=torch.int32 if name in _COUNTS else dtype)
         for name in names
     }
-    # In equal parts: a small remainder would cost as much as a whole tile.
-    parts = max(1, round(hidden.shape[0] / ROWS_PER_TILE))
-    for rows in torch.arange(hidden.shape[0], device=hidden.device).tensor_split(parts):
-        if rows.numel():
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            for name, values in _measure_rows(hidden[part], targets[part], head, names).items():
-                found[name][part] = values
+    for rows in row_tiles(hidden.shape[0]):
+        for name, values in _measure_rows(hidden[rows], targets[rows], head, names).items():
+            found[name][rows] = values
     return found
 
 
 def _measure_rows(
-    hidden: Tensor, targets: Tensor, head: OutputHead, names: Collection[str], above: Tensor | None = None
+    hidden: Tensor, targets: Tensor, head: Head, names: Collection[str], above: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The signals of one tile's rows; `above` [N]: their largest logits, where known."""
+    """Measure the rows of one tile; `above` [N]: their largest logits, if known."""
     ranked = not RANKS.isdisjoint(names)
     sums = _Sums(
         sample=_sample(hidden, head),
@@ -117,7 +115,7 @@ def _measure_rows(
 
 
 class _Sums:
-    """Sums over the vocabulary, [N] float64 each: of each row's logits z, and of e = exp(z - shift)."""
+    """Sums over each row's logits z and their exponentials e = exp(z - shift); [N] float64 each."""
 
     def __init__(
         self,
@@ -127,13 +125,13 @@ class _Sums:
         top: TopLogits | None,
         expected_rank: bool,
     ) -> None:
-        """Prepare to see tiles.
+        """Start at 0.
 
         Args:
             sample: [N, S], some of the logits.
             shift: [N]; None: the largest of the sample.
-            own: [N], the targets' logits, where ranks are wanted.
-            top: is shown every tile.
+            own: [N], the targets' logits, if ranks are wanted.
+            top: sees every tile, if given.
             expected_rank: whether it is wanted.
         """
         zeros = torch.zeros(sample.shape[0], dtype=torch.float64, device=sample.device)
@@ -149,17 +147,17 @@ class _Sums:
         self.squares = zeros.clone()
         """The sum of e * e."""
         self.above = zeros.clone()
-        """The sum of e where z is larger than the target's."""
+        """The sum of e over all z above the target's."""
         self.greater = zeros.clone()
-        """How many z are larger than the target's."""
+        """The number of z above the target's."""
         self.at_least = zeros.clone()
-        """How many are not smaller, itself included."""
+        """The number of z at or above the target's, itself included."""
         self.agree = torch.ones_like(zeros, dtype=torch.bool)
-        """Whether the target's logit in its tile is the one that all were compared with."""
+        """Whether the target's logit in its tile equals `own`, with which all were compared."""
         self._memory: tuple[Tensor, Tensor] | None = None
 
     def see(self, logits: Tensor, start: int, targets: Tensor) -> None:
-        """Take in a tile, logits [N, W] of the entries from `start` on, which are overwritten."""
+        """Add a tile: logits [N, W] of the entries from `start` on. They are overwritten."""
         rows, width = logits.shape
         if self._memory is None:  # no tile is wider than the first
             self._memory = (torch.empty_like(logits).flatten(), torch.empty_like(logits).flatten())
@@ -177,7 +175,7 @@ class _Sums:
             self.greater += larger.sum(1)
         logits -= self.shift[:, None]
         torch.exp(logits, out=exponentials)
-        self.total += exponentials.sum(1)  # a product with ones would round ten times as much
+        self.total += exponentials.sum(1)  # a product with ones would have ten times the rounding error
         self.weighted += torch.linalg.vecdot(logits, exponentials)
         self.squares += torch.linalg.vecdot(exponentials, exponentials)
         if own is not None:
@@ -186,35 +184,28 @@ class _Sums:
             self.expected_rank.see(logits, exponentials)
 
 
-def _sample(hidden: Tensor, head: OutputHead) -> Tensor:
-    """Logits [N, S] of entries all over the vocabulary."""
-    size = head.weight.shape[0]
-    step = max(1, min(64, size // 32), size // _SAMPLE)
-    bias = None if head.bias is None else head.bias[::step]
-    return OutputHead(head.weight[::step], bias, head.scale, head.softcap).logits(hidden)
+def _sample(hidden: Tensor, head: Head) -> Tensor:
+    """Logits [N, S] of entries spread over the vocabulary."""
+    step = max(1, min(64, head.size // 32), head.size // _SAMPLE)
+    return head.select(slice(None, None, step)).logits(hidden)
 
 
-def _own_logits(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """The targets' logits [N], from products that round as the tiles' do, not from a sum of their own."""
-    own = [
-        OutputHead(head.weight[ids], None if head.bias is None else head.bias[ids], head.scale, head.softcap)
-        .logits(rows)
-        .diagonal()
-        for rows, ids in zip(hidden.split(_ROWS_PER_PRODUCT), targets.split(_ROWS_PER_PRODUCT), strict=True)
-    ]
-    return torch.cat(own)
+def _own_logits(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """The targets' logits [N], from products that round like the tiles' instead of from a sum of their own."""
+    parts = zip(hidden.split(_ROWS_PER_PRODUCT), targets.split(_ROWS_PER_PRODUCT), strict=True)
+    return torch.cat([head.select(ids).logits(rows).diagonal() for rows, ids in parts])
 
 
-def _whole_rows(hidden: Tensor, head: OutputHead) -> Iterator[tuple[slice, Tensor]]:
-    """Whole rows of logits [R, V], some at a time, and which they are."""
-    most = max(1, tile_elements(hidden.device) // head.weight.shape[0])
+def _whole_rows(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
+    """Yield full rows of logits [R, V], a few at a time, with their place among the N."""
+    most = max(1, tile_elements(hidden.device) // head.size)
     for start in range(0, hidden.shape[0], most):
         rows = slice(start, start + most)
         yield rows, head.logits(hidden[rows])
 
 
-def _ranks_by_row(hidden: Tensor, targets: Tensor, head: OutputHead) -> dict[str, Tensor]:
-    """`RANKS` of a few rows [N, D], float64."""
+def _ranks_by_row(hidden: Tensor, targets: Tensor, head: Head) -> dict[str, Tensor]:
+    """Measure `RANKS` for a few rows [N, D], float64, from full rows of logits."""
     found = {name: hidden.new_zeros(hidden.shape[0], dtype=torch.float64) for name in RANKS}
     for rows, logits in _whole_rows(hidden, head):
         own = logits.gather(1, targets[rows, None])
@@ -225,20 +216,22 @@ def _ranks_by_row(hidden: Tensor, targets: Tensor, head: OutputHead) -> dict[str
     return found
 
 
-def _expected_rank(hidden: Tensor, head: OutputHead, buckets: ExpectedRank) -> Tensor:
-    """Sum of rank times probability, [N], float64; of few rows by sorting them."""
+def _expected_rank(hidden: Tensor, head: Head, buckets: ExpectedRank) -> Tensor:
+    """Sum of rank times probability, [N] float64: from the buckets where they are accurate, else by sorting."""
     found, off = buckets.values()
     rows = (~(off < _MOST_OFF)).nonzero()[:, 0]
     found[rows] = _expected_rank_by_row(hidden[rows], head)
     return found
 
 
-def _expected_rank_by_row(hidden: Tensor, head: OutputHead) -> Tensor:
-    """Sum of rank times probability, [N], float64."""
+def _expected_rank_by_row(hidden: Tensor, head: Head) -> Tensor:
+    """Sum of rank times probability, [N] float64, from sorted rows of logits."""
     found = hidden.new_zeros(hidden.shape[0], dtype=torch.float64)
     for rows, logits in _whole_rows(hidden, head):
         ranks = torch.arange(logits.shape[1], 0, -1, dtype=torch.float64, device=logits.device)
-        if logits.device.type == "cpu":  # several times faster than torch's, which moves indices along
+        if (
+            logits.device.type == "cpu"
+        ):  # numpy sorts several times faster than torch, which also sorts indices
             array = logits.numpy()
             array.sort(axis=1)
         else:
@@ -249,7 +242,7 @@ def _expected_rank_by_row(hidden: Tensor, head: OutputHead) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Entropy [N], float64, of the distribution over a few logits [N, K]."""
+    """Entropy [N] float64 of the distribution over K logits, [N, K]."""
     log_p = logits.double().log_softmax(1)
     terms = torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p)
     return (-terms.sum(1)).clamp_min_(0)

@@ -1,4 +1,4 @@
-"""The Kullback-Leibler divergence of two checkpoints' distributions, over the full vocabulary, tile by tile.
+"""Kullback-Leibler divergence of two checkpoints' distributions, over the full vocabulary, tile by tile.
 
 Shapes: N rows, D hidden size, V vocabulary.
 """
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from sstoken.measure.precision import as_given
-from sstoken.measure.token_loss import ROWS_PER_TILE, OutputHead, tiles
+from sstoken.measure.token_loss import OutputHead, row_tiles, tiles
 
 Side = tuple[Tensor, OutputHead]
-"""Hidden states [N, D] and the output head that they go through."""
+"""Hidden states [N, D], and the output head to apply to them."""
 
 
 @as_given
@@ -20,26 +20,23 @@ def measure_divergence(
     """KL(this || other) and KL(other || this), in nats, [N] each, at least fp32.
 
     Args:
-        hidden: [N, D] of this checkpoint, at the positions to compare.
+        hidden: [N, D], this checkpoint's states at the positions to compare.
         head: its output head.
-        other_hidden: [N, D'] of the other one at the same positions.
-        other_head: its output head, of the same vocabulary.
+        other_hidden: [N, D'], the other checkpoint's states at the same positions.
+        other_head: its output head, over the same vocabulary.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     forward, reverse = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
-    parts = max(1, round(hidden.shape[0] / ROWS_PER_TILE))
-    for rows in torch.arange(hidden.shape[0], device=hidden.device).tensor_split(parts):
-        if rows.numel():
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            forward[part], reverse[part] = _compare((hidden[part], head), (other_hidden[part], other_head))
+    for rows in row_tiles(hidden.shape[0]):
+        forward[rows], reverse[rows] = _compare((hidden[rows], head), (other_hidden[rows], other_head))
     return forward, reverse
 
 
 def _compare(this: Side, other: Side) -> tuple[Tensor, Tensor]:
-    """Both directions for the rows of one tile's height, float64."""
+    """Both directions for the rows of one tile, [N] float64 each."""
     size, device = this[0].shape[0], this[0].device
     sums = torch.zeros(2, 2, size, dtype=torch.float64, device=device)
-    """By side: of its exponentials, and of these times how far its logits are above the other's."""
+    """By side: the sum of exponentials, and the sum of these times the difference of logits, this minus other."""
     largest = torch.full((2, size), float("-inf"), dtype=torch.float64, device=device)
     for (_, ours), (_, theirs) in zip(tiles(*this), tiles(*other), strict=True):
         apart = ours - theirs

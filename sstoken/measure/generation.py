@@ -1,4 +1,4 @@
-"""Greedy continuation with a transformers model: many branches of a few sequences, what they share computed once.
+"""Greedy generation with a transformers model: many branches of a few sequences, whose shared prefixes run once.
 
 Shapes: B rows of a batch, N cached positions, H key-value heads, D head size, V vocabulary.
 """
@@ -18,17 +18,18 @@ from sstoken.errors import SstokenError
 from sstoken.measure import rope
 from sstoken.measure.architecture import examine
 from sstoken.measure.branches import Branch, Continuation, IdArray
+from sstoken.measure.memory import free_memory, is_out_of_memory
 
 _TIES = 16
-"""Candidates looked at beyond those asked for, so that of equally likely ones the lower ids are taken."""
+"""Extra candidates to sort, so that lower ids win among equally likely ones."""
 _MOST_ROWS = {"cpu": 64}
 _MOST_ROWS_ELSEWHERE = 512
 _KEPT_ROWS = 0.75
-"""When no larger share of a batch's rows is unfinished, the others are taken out."""
+"""Finished rows are removed from a batch once at most this share of rows is unfinished."""
 
 
 class _ReservedLayer(DynamicLayer):
-    """Keys and values in a buffer with room for all tokens to come: `DynamicLayer` copies everything at each token."""
+    """Keys and values in a preallocated buffer; `DynamicLayer` would copy everything at each token."""
 
     def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
         """Take buffers [B, H, room, D] whose first `used` positions are filled."""
@@ -40,7 +41,7 @@ class _ReservedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append, and return all that is held."""
+        """Append keys and values, and return all."""
         end = self._used + key_states.shape[-2]
         self._keys[:, :, self._used : end] = key_states
         self._values[:, :, self._used : end] = value_states
@@ -49,21 +50,21 @@ class _ReservedLayer(DynamicLayer):
         return self.keys, self.values
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keep these rows of the batch alone."""
+        """Keep only these rows of the batch."""
         self._keys, self._values = self._keys[rows], self._values[rows]
         self.keys, self.values = self._keys[:, :, : self._used], self._values[:, :, : self._used]
 
 
 class GreedyDecoder:
-    """A causal language model in evaluation mode that continues greedily."""
+    """Continues sequences greedily with a causal language model in evaluation mode."""
 
     def __init__(self, model: Any, *, max_length: int | None, batch_tokens: int | None) -> None:
-        """Try the model, as before scoring: transformers' own attention may leave out soft-capping.
+        """Examine the model as scoring does: transformers' own attention may leave out soft-capping.
 
         Args:
-            model: of transformers, in evaluation mode and on its device; its attention implementation is changed.
-            max_length: longest sequence in tokens that the model was made for; None: no limit.
-            batch_tokens: positions in a batch, prefixes and continuations counted; None: from the free memory.
+            model: a transformers model in evaluation mode, on its device; its attention implementation is changed.
+            max_length: the model's longest sequence, in tokens; None: no limit.
+            batch_tokens: positions in a batch, prefixes plus continuations; None: from the free memory.
 
         Raises:
             SstokenError: it cannot run on token ids alone, or is not causal.
@@ -77,15 +78,15 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def candidates(self, ids: IdArray, positions: IdArray, count: int) -> IdArray:
-        """The likeliest tokens at some positions of a sequence, given what precedes them.
+        """Find the likeliest tokens at some positions of a sequence, given what precedes them.
 
         Args:
             ids: [T].
             positions: [P], each at least 1.
-            count: how many candidates.
+            count: number of candidates.
 
         Returns:
-            [P, count], likeliest first; of equally likely ones the lower id.
+            [P, count] ids, likeliest first; equally likely ones by ascending id.
         """
         last = int(positions.max())
         inputs = self._row(ids[:last])
@@ -105,14 +106,14 @@ class GreedyDecoder:
     ) -> Iterator[tuple[int, Continuation]]:
         """Yield `(index, continuation)` for every branch, in any order.
 
-        The keys and values of a sequence are computed once for all its branches of a batch. Batches take branches in
-        the order of their sequences, and are halved where they do not fit into memory.
+        A sequence's keys and values are computed once for all its branches in a batch. Batches take branches in the
+        order of their sequences, and are halved if they do not fit into memory.
 
         Args:
             sequences: token ids, [T] each.
-            branches: where to go on from.
-            stop: ids that end a continuation, none of which it keeps; a branch whose own token is one is at its end.
-            max_new_tokens: at which a continuation is cut; at the model's longest sequence too.
+            branches: what to continue.
+            stop: ids that end a continuation and are not part of it; a branch whose own token is one ends at once.
+            max_new_tokens: longest continuation; the model's longest sequence is a limit, too.
         """
         self._check_rope(branches, max_new_tokens)
         order = sorted(range(len(branches)), key=lambda i: (branches[i].sequence, branches[i].length))
@@ -131,7 +132,7 @@ class GreedyDecoder:
             try:
                 found = self._decode(sequences, [branches[i] for i in batch], stop, max_new_tokens)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if count == 1 or not _out_of_memory(error):
+                if count == 1 or not is_out_of_memory(error):
                     raise
                 most = count // 2
                 continue
@@ -139,21 +140,20 @@ class GreedyDecoder:
             todo = todo[count:]
 
     def _room(self, branch: Branch, max_new_tokens: int) -> int:
-        """How many tokens may come after the branch."""
+        """How many tokens may follow the branch."""
         length = branch.length + (branch.token is not None)
         return max_new_tokens if self._max_length is None else min(max_new_tokens, self._max_length - length)
 
     def _batch_rows(self, sequences: Sequence[IdArray], branches: Sequence[Branch], new: int) -> int:
-        """How many of the branches, from the first, make a batch."""
+        """How many branches, from the first on, fit a batch."""
         most = _MOST_ROWS.get(self._device.type, _MOST_ROWS_ELSEWHERE)
         room = self._batch_tokens
         if room is None:
             first = branches[0]
             cache = self._prefill(sequences[first.sequence][: first.length])
-            bytes_a_position = (
-                sum(t.nbytes for layer in cache for t in layer if t is not None) // first.length
-            )
-            room = self._batch_tokens = max(1, _free_memory(self._device) // 3 // max(1, bytes_a_position))
+            cached_bytes = sum(t.nbytes for layer in cache for t in layer if t is not None)
+            bytes_per_position = max(1, cached_bytes // first.length)
+            room = self._batch_tokens = max(1, free_memory(self._device) // 3 // bytes_per_position)
         longest = 0
         for count, branch in enumerate(branches[:most]):
             longest = max(longest, branch.length + 1 + new)
@@ -163,7 +163,7 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def _prefill(self, ids: IdArray) -> list[tuple[Tensor | None, Tensor | None]]:
-        """The keys and values [1, H, N, D] of each layer; None where a layer uses another's."""
+        """Compute the keys and values [1, H, N, D] of each layer; None for a layer that shares another's."""
         cache = DynamicCache()
         inputs = self._row(ids)
         try:
@@ -188,8 +188,8 @@ class GreedyDecoder:
     def _decode(
         self, sequences: Sequence[IdArray], branches: Sequence[Branch], stop: Collection[int], new: int
     ) -> list[Continuation]:
-        """Rows are padded on the left, so that all write their next token at the same place."""
-        # The last token of each branch is fed to the model; what precedes it is cached.
+        """Continue one batch; rows are padded on the left, so that all have their next token at the same position."""
+        # The model gets each branch's last token; everything before it is cached.
         cached = np.array([b.length - (b.token is None) for b in branches])
         feed = [sequences[b.sequence][b.length - 1] if b.token is None else b.token for b in branches]
         rooms = [self._room(b, new) for b in branches]
@@ -199,11 +199,13 @@ class GreedyDecoder:
         for row, length in enumerate(cached):
             mask[row, width - length :] = 1
         positions = torch.as_tensor(cached, dtype=torch.long, device=self._device)[:, None]
-        top = None if self._max_length is None else self._max_length - 1  # a finished row goes on for a while
+        top = (
+            None if self._max_length is None else self._max_length - 1
+        )  # finished rows stay in the batch for a while
         tokens = torch.as_tensor(np.array(feed), dtype=torch.long, device=self._device)[:, None]
         said: list[list[int]] = [[] for _ in branches]
         ended = [False] * len(branches)
-        rows = list(range(len(branches)))  # which branch each row of the batch is
+        rows = list(range(len(branches)))  # the branch of each row
         for step in range(max(rooms)):
             logits = self._logits(
                 tokens.new_tensor([0]),
@@ -245,7 +247,7 @@ class GreedyDecoder:
         width: int,
         room: int,
     ) -> DynamicCache:
-        """The cache of a batch: each row holds the beginning of its sequence, at the right end of `width` positions."""
+        """Build a batch's cache: each row holds its sequence's prefix, right-aligned in `width` positions."""
         buffers: list[tuple[Tensor, Tensor] | None] = []
         last = -1
         computed: list[tuple[Tensor | None, Tensor | None]] = []
@@ -274,7 +276,7 @@ class GreedyDecoder:
         """Compare a row of the first batch with the same tokens alone, without any cache.
 
         Raises:
-            SstokenError: padding or the cache changes what this model says.
+            SstokenError: padding or the cache changes this model's logits.
         """
         own = [] if branch.token is None else [branch.token]
         alone = torch.as_tensor([[*ids[: branch.length].tolist(), *own]], device=self._device)
@@ -286,8 +288,8 @@ class GreedyDecoder:
         limit = 1e-3 if self._model.dtype in (torch.float32, torch.float64) else 5e-2
         if not difference <= limit * scale:
             raise SstokenError(
-                f"{type(self._model).__name__}: its logits in a padded batch with cached keys and values are not those "
-                f"of the same tokens alone (off by {float(difference):.3g}); use --backend vllm"
+                f"{type(self._model).__name__}: its logits in a padded batch with cached keys and values differ from "
+                f"those of the same tokens alone (by {float(difference):.3g}); use --backend vllm"
             )
         self._checked = True
 
@@ -298,7 +300,7 @@ class GreedyDecoder:
             )
 
     def _check_rope(self, branches: Sequence[Branch], new: int) -> None:
-        """Refuse continuations in whose course the rotary embedding changes: what is cached would be of another."""
+        """Refuse continuations during which the rotary embedding would change: the cached keys would be stale."""
         kind = rope.length_class(self._model)
         if kind is None:
             return
@@ -321,15 +323,3 @@ class GreedyDecoder:
             return logits
         every: Tensor = self._model(**inputs).logits
         return every[:, positions]
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -1,7 +1,7 @@
-"""Noise on a model's input embeddings, as T-SHIRT (arXiv 2506.01317) takes it from NEFTune.
+"""Noise on a model's input embeddings: NEFTune's, as used by T-SHIRT (arXiv 2506.01317).
 
-Uniform in +-alpha / sqrt(T * D), drawn for each sequence from its tokens and the draw's number alone: neither the order
-of the examples nor their batches change it.
+Uniform within +-alpha / sqrt(T * D). A sequence's noise depends only on its tokens and the number of the draw, not on
+the order of examples or their batches.
 
 Shapes: B rows, T positions, D hidden size.
 """
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from sstoken.measure.batch import Batch, Ids
 
 ALPHA = 5.0
-"""T-SHIRT's."""
+"""T-SHIRT's setting."""
 Noise = Callable[[int, int], NDArray[np.float32]]
 """`noise(index, D)`: [T, D], added to the embeddings of the sequence of that index."""
 
 
 def draw_noise(ids: Ids, size: int, draw: int) -> NDArray[np.float32]:
-    """The noise of a sequence, [T, D]: the draw of that number."""
+    """Draw the noise of a sequence, [T, D]; `draw` counts independent draws."""
     digest = hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=8).digest()
     random = np.random.Generator(np.random.Philox(key=[int.from_bytes(digest), draw]))
     noise = random.random((ids.size, size), np.float32)
@@ -34,7 +34,7 @@ def draw_noise(ids: Ids, size: int, draw: int) -> NDArray[np.float32]:
 
 @contextmanager
 def noisy_embeddings(model: Any, batch: Batch, noise: Noise | None) -> Iterator[None]:
-    """Within this context a forward pass on the batch sees its embeddings with noise; None: without."""
+    """Within this context, a forward pass on the batch adds noise to its embeddings; None adds none."""
     if noise is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Autocast is for training; what is measured is computed in the dtype that it is given."""
+"""Autocast is for training; measurements are computed in the dtype of their input."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def as_given(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a measurement without gradients and with autocast off, on the device of its first argument, a tensor.
+    """Run a function without gradients and with autocast off; its first argument is a tensor on the device to use.
 
     Autocast would round products to half precision, whatever dtype their factors were cast to.
     """
@@ -28,7 +28,7 @@ def as_given(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Floating tensors in the dtype that autocast computes products in; as they are where it is off."""
+    """Cast floating tensors to the dtype in which autocast computes products; unchanged if autocast is off."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

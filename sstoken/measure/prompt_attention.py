@@ -11,10 +11,10 @@ from torch import Tensor
 from sstoken.measure.precision import as_given
 
 BLOCK_ELEMENTS = 1 << 20
-"""Attention weights alive at once, at most (4 MB in fp32), unless a single row has more."""
+"""Limit on the attention weights held at once (4 MB in fp32), unless a single row has more."""
 
 Segment = tuple[int, int, int]
-"""Row of the batch, first position, one past the last: one sequence of a padded or packed batch."""
+"""One sequence of a padded or packed batch: row, first position, one past the last."""
 
 
 @as_given
@@ -32,9 +32,9 @@ def prompt_attention(
     log_sum_exp: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """The attention mass of each response token on the prompt before it, mean over heads (paper, equation 5).
+    """Each response token's attention mass on the prompt before it, mean over heads (paper, equation 5).
 
-    The prompt of token i: the positions of its sequence before i that are not response tokens.
+    The prompt of token i is all positions of its sequence before i that are not response tokens.
 
     Args:
         query: [B, H, T, D], after rotary embedding.
@@ -42,11 +42,11 @@ def prompt_attention(
         response_mask: [B, T] bool.
         mask: [B or 1, 1 or H, T, T], True (or 0 if additive) where attended; None: causal, within `window`.
         segments: the sequences of the batch; None: each row is one.
-        scaling: factor of the scores.
-        softcap: scores become `softcap * tanh(scores / softcap)`.
-        sinks: [H], logits that take part in the softmax and attend to nothing.
-        window: how many positions a token sees, itself included; None: all before it.
-        log_sum_exp: [B, H, T], of each row's scores, if known: then only the prompt's columns are looked at.
+        scaling: factor of the attention scores.
+        softcap: soft-caps the scores: `softcap * tanh(scores / softcap)`.
+        sinks: [H], logits that take part in the softmax but attend to nothing.
+        window: how many positions a token attends to, itself included; None: all before it.
+        log_sum_exp: [B, H, T], of each row's scores, if known; then only the prompt's columns are computed.
         rows: [B, T] bool, the positions whose attention is summed; None: the response tokens.
 
     Returns:
@@ -60,7 +60,7 @@ def prompt_attention(
         wanted = (response if rows is None else rows[b, start:stop]).nonzero()[:, 0]
         if wanted.numel() == 0:
             continue
-        response = response[: int(wanted[-1]) + 1]  # nothing after the last row is attended to
+        response = response[: int(wanted[-1]) + 1]  # no row attends to anything after the last one
         columns = (
             torch.arange(response.numel(), device=query.device)
             if log_sum_exp is None
@@ -99,7 +99,7 @@ def attention_scores(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Raw products [..., H, R, C] of the query positions `rows` and key positions `columns` as attention scores."""
+    """Turn products [..., H, R, C] of query positions `rows` and key positions `columns` into attention scores."""
     scores = scores * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

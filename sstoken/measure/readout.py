@@ -1,4 +1,4 @@
-"""From hidden states to the signals of distributions: one model's, and those that compare it with others.
+"""From hidden states to signals: those of one model's distributions, and those that compare two models'.
 
 Shapes: N response tokens of a batch, R positions that are read, D hidden size.
 """
@@ -18,24 +18,24 @@ from sstoken.measure.token_loss import OutputHead, intercept_head, read_head
 from sstoken.signals import Signal
 
 _AT = {"entropy_at": "entropy", "kl_at": "kl"}
-"""Signals of the distribution at the token's own position, and what they are there."""
+"""Signals of the distribution at the token's own position, by the signal that is measured there."""
 READABLE = OF_DISTRIBUTION | {"kl", "reverse_kl", *_AT}
-"""What a `Readout` gives, by name without argument."""
+"""What a `Readout` measures, by name without argument."""
 
 
 class Readout:
-    """Reads a model, and the references that its signals name, at the positions of a batch."""
+    """Measures a model, and the references that its signals name, at chosen positions of a batch."""
 
     def __init__(
         self, model: Any, references: Mapping[str, Any], wanted: Sequence[Signal], *, kernels: bool = False
     ) -> None:
-        """Find what is needed.
+        """Find the models and signals that are needed.
 
         Args:
-            model: a causal language model of transformers.
-            references: other models by the names that `kl@NAME` says; those that no signal names are left alone.
-            wanted: what to measure; signals of attention are somebody else's.
-            kernels: on CUDA, take the loss alone by a Triton kernel.
+            model: a causal transformers language model.
+            references: other models by the NAME of `kl@NAME`; those that no signal names are ignored.
+            wanted: signals to measure; those not in `READABLE` are ignored.
+            kernels: on CUDA, if only the loss is wanted, measure it with a Triton kernel.
 
         Raises:
             UsageError: a signal names a checkpoint that was not given.
@@ -43,7 +43,7 @@ class Readout:
         self._wanted = [s for s in wanted if s.base in READABLE]
         self._names = [s.argument for s in wanted if s.needs == "second checkpoint" and s.argument]
         if missing := [s.name for s in wanted if s.argument in self._names and s.argument not in references]:
-            raise UsageError(f"{missing[0]}: no checkpoint of that name was given; give it beside this one")
+            raise UsageError(f"{missing[0]}: no checkpoint of that name was given; add it to the references")
         self._names = list(dict.fromkeys(self._names))
         self.models = [model, *(references[name] for name in self._names)]
         """The model, then the references."""
@@ -55,30 +55,30 @@ class Readout:
         self._heads: list[OutputHead] = []
 
     def prepare(self) -> None:
-        """Read the output heads; models are loaded and have their attention implementation by now.
+        """Read the output heads. Call it once the models have their final attention implementation.
 
         Raises:
-            SstokenError: a head is not understood.
-            UsageError: two vocabularies differ.
+            SstokenError: an output head is not supported.
+            UsageError: two vocabularies differ in size.
         """
         if not self.needed:
             return
         self._heads = [read_head(model) for model in self.models]
-        size, *others = (len(head.weight) for head in self._heads)
+        size, *others = (head.size for head in self._heads)
         for name, other in zip(self._names, others, strict=True):
             if other != size:
                 raise UsageError(
-                    f"kl@{name}: its vocabulary has {other} entries, this checkpoint's {size}; two checkpoints can be "
-                    "compared that have the same"
+                    f"kl@{name}: its vocabulary has {other} entries, this checkpoint's {size}; only checkpoints with "
+                    "the same vocabulary can be compared"
                 )
 
     def read(self, inputs: dict[str, Any], positions: Tensor, *, by_length: bool) -> list[Tensor]:
-        """What each model feeds to its output embedding, [R, D] each.
+        """Run each model; return the inputs of its output embedding at `positions`, [R, D] each.
 
         Args:
-            inputs: of the models' forward passes.
-            positions: [R] of the batch laid flat.
-            by_length: rotary embeddings depend on the batch's length: forget earlier ones.
+            inputs: arguments of the forward pass.
+            positions: [R] in the flattened batch.
+            by_length: whether rotary embeddings depend on the batch's length, so that earlier lengths must be reset.
         """
         found = []
         for model in self.models:
@@ -93,11 +93,11 @@ class Readout:
     def signals(
         self, batches: Sequence[tuple[Reading, list[Tensor]]], to_device: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """The signals of the response tokens of several batches, [N] each, by name.
+        """Compute the signals of the response tokens of several batches, [N] each, by name.
 
         Args:
-            batches: where each was read, and what `read` gave there.
-            to_device: brings a tensor of the host to the models' device.
+            batches: each batch's reading, and what `read` returned for it.
+            to_device: moves a host tensor to the models' device.
         """
         readings = [reading for reading, _ in batches]
         hidden = [torch.cat(states) for states in zip(*(states for _, states in batches), strict=True)]
@@ -122,7 +122,7 @@ class Readout:
 
 
 def _joined(readings: Sequence[Reading], indices: Sequence[Tensor]) -> Tensor:
-    """Indices into each batch's positions as indices into all of them."""
+    """Turn indices into each batch's positions into indices into all positions."""
     start, joined = 0, []
     for reading, index in zip(readings, indices, strict=True):
         joined.append(index + start)

@@ -1,23 +1,23 @@
 """Rotary embeddings whose factors depend on the longest row of a batch (LongRoPE, dynamic NTK).
 
-Rows share a batch only where each would have the same factors alone.
+Rows may share a batch only if each would have the same factors alone.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 _BY_LENGTH = "dynamic"
-"""Part of the names of kinds with factors of their own for each length beyond the original one."""
+"""Part of the names of rope types whose factors differ for each length beyond the original one."""
 _STRETCHED = ("linear", "yarn")
-"""Kinds that stretch all positions by a factor."""
+"""Rope types that scale all positions by one factor."""
 _BY_SIDE = ("longrope", "su")
-"""Kinds with one set of factors up to the original length, and another beyond."""
+"""Rope types with one set of factors up to the original length and another beyond it."""
 
 
 def longest(config: Any) -> int | None:
-    """How many tokens a model was made for, by its configuration; None: it does not say.
+    """The model's longest sequence in tokens, from its configuration; None: not stated.
 
-    Kinds that stretch positions by a factor are often configured beside the original `max_position_embeddings`.
+    Rope types that scale positions are often configured beside the original `max_position_embeddings`.
     """
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -32,7 +32,7 @@ def longest(config: Any) -> int | None:
 
 
 def length_class(model: Any) -> Callable[[int], tuple[int, ...]] | None:
-    """What decides the factors for a row of so many tokens; None: the length does not matter."""
+    """A function from a row's length to a key for its factors; None: they do not depend on the length."""
     kinds = sorted(set(_kinds(model)))
     if not kinds:
         return None
@@ -42,7 +42,7 @@ def length_class(model: Any) -> Callable[[int], tuple[int, ...]] | None:
 
 
 def reset(model: Any) -> None:
-    """Forget the longest row so far: dynamic factors would stay those of an earlier, longer one."""
+    """Forget the longest row so far; dynamic factors would otherwise remain those of an earlier, longer row."""
     for module in model.modules():
         for prefix, kind in _types(module):
             original = getattr(module, f"{prefix}original_inv_freq", None)
@@ -53,7 +53,7 @@ def reset(model: Any) -> None:
 
 
 def _types(module: Any) -> list[tuple[str, str]]:
-    """The prefix of its buffers and the kind, one of the module or one for each kind of layer."""
+    """Buffer prefix and rope type, one for the module or one for each type of layer."""
     kinds = getattr(module, "rope_type", None)
     if isinstance(kinds, str):
         return [("", kinds)]
@@ -61,7 +61,7 @@ def _types(module: Any) -> list[tuple[str, str]]:
 
 
 def _kinds(model: Any) -> list[tuple[bool, int]]:
-    """For each length-dependent embedding, whether it has two sets of factors, and up to which length one holds."""
+    """For each length-dependent embedding: whether it has two sets of factors, and the length at which they change."""
     config = model.config.get_text_config()
     found = []
     for kind, part in _parts(config):
@@ -72,13 +72,13 @@ def _kinds(model: Any) -> list[tuple[bool, int]]:
             config, "original_max_position_embeddings", None
         )
         if _BY_LENGTH in kind:
-            original = positions  # transformers grows the factors from here on
+            original = positions  # transformers changes the factors beyond this length
         found.append((kind in _BY_SIDE, int(original or positions)))
     return found
 
 
 def _parts(config: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The kind and settings of a text configuration's rotary embeddings: one, or one for each kind of layer."""
+    """Rope type and settings of a text configuration: one, or one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     parts = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
     kinds = [(part.get("rope_type") or part.get("type"), part) for part in parts]

@@ -1,7 +1,7 @@
 """Signals of many sequences, from a model in memory: planned batches, one forward pass each.
 
-Batches are padded on the right, which needs no mask in a causal model. On CUDA they can be packed without padding
-instead, with kernels of `sstoken.measure.cuda`, where that is asked for.
+Batches are padded on the right, which needs no mask in a causal model. On CUDA, on request, they are packed without
+padding instead, with the kernels of `sstoken.measure.cuda`.
 
 Shapes: B rows, T positions, N response tokens of a batch, R positions that are read, D hidden size.
 """
@@ -23,6 +23,7 @@ from sstoken.measure.batch import Batch, Ids, Mask, Reading, lay_out, read_posit
 from sstoken.measure.batching import by_class, plan_packed, plan_padded
 from sstoken.measure.capture import AttentionCapture, ForwardStopped
 from sstoken.measure.decoder import check_layer, decoder_layers
+from sstoken.measure.memory import is_out_of_memory
 from sstoken.measure.noise import Noise, noisy_embeddings
 from sstoken.measure.readout import READABLE, Readout
 from sstoken.measure.rope import length_class, reset
@@ -30,14 +31,14 @@ from sstoken.measure.token_loss import ROWS_PER_TILE
 from sstoken.signals import get_signals
 
 Measured = dict[str, NDArray[np.float32] | NDArray[np.int32]]
-"""Signals of one sequence by name, a value for each response token."""
+"""Signals of one sequence by name, one value per response token."""
 
 _ROW_BEFORE = "attention_predicting"
 MEASURABLE = READABLE | {"attention", _ROW_BEFORE}
 """What a `Scorer` measures, by name without argument."""
 
 _MOST_PASSED = 16
-"""Batches that wait for their losses, at most."""
+"""Limit on the batches whose signals are computed together."""
 
 
 class Scorer:
@@ -46,7 +47,7 @@ class Scorer:
     Example:
         >>> scorer = Scorer(model, signals=["loss", "attention@-1"])
         >>> for index, signals in scorer.measure(sequences, response_masks):
-        ...     signals["loss"]  # one value for each response token
+        ...     signals["loss"]  # one value per response token
     """
 
     def __init__(
@@ -61,25 +62,25 @@ class Scorer:
         cuda_kernels: bool = False,
         references: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepare a causal language model of transformers; its attention implementation is changed.
+        """Prepare a causal transformers language model; its attention implementation is changed.
 
         Args:
             model: in eval mode, on its device.
-            signals: what to measure, by name (`sstoken.signals`). Where attention alone is wanted, the forward pass
-                ends at its last layer.
+            signals: names of the signals to measure (`sstoken.signals`). If only attention is wanted, the forward pass
+                ends at the last layer that is measured.
             layer: decoder layer of the signal `attention`, negative from the end; None: the last with softmax
                 attention.
-            batch_tokens: positions in a batch, at most; halved whenever a batch does not fit in memory.
-            layout: how sequences share a batch; None: padded, or packed with `cuda_kernels` where the model can be.
-            compiled: compile the decoder layers, but those that are looked into.
-            cuda_kernels: on CUDA, use packed batches and the Triton kernels of `sstoken.measure.cuda`, each where it
-                gives right numbers in a trial; never run on a GPU yet.
-            references: the other models that a signal such as `kl@NAME` names, in eval mode, on the same device.
+            batch_tokens: limit on the positions in a batch; halved whenever a batch does not fit in memory.
+            layout: how sequences share a batch; None: padded, or packed with `cuda_kernels` if the model supports it.
+            compiled: compile the decoder layers, except those whose attention is captured.
+            cuda_kernels: on CUDA, use packed batches and the Triton kernels of `sstoken.measure.cuda`, each only if a
+                trial shows it accurate. They have never run on a GPU yet.
+            references: the other models that signals such as `kl@NAME` name, in eval mode, on the same device.
 
         Raises:
-            UsageError: there is no such signal or layer, or its attention cannot be measured.
-            SstokenError: the model is not causal, its output head is not understood, or it cannot be packed and that
-                was asked for.
+            UsageError: no such signal or layer, or its attention cannot be measured.
+            SstokenError: the model is not causal, its output head is not supported, or `layout` is packed and the
+                model cannot be.
         """
         self._model, self.batch_tokens = model, batch_tokens
         self._wanted = get_signals(signals)
@@ -88,7 +89,7 @@ class Scorer:
         self._device: torch.device = model.get_input_embeddings().weight.device
         blocks = decoder_layers(model)
         for block in blocks:
-            block._compiled_call_impl = None  # what another scorer compiled; torch has no other way back
+            block._compiled_call_impl = None  # undo another scorer's compilation; torch has no other way
         self._kernels = cuda_kernels and self._device.type == "cuda"
         self._readout = Readout(model, references or {}, self._wanted, kernels=self._kernels)
         models = self._readout.models
@@ -121,7 +122,7 @@ class Scorer:
                     block.compile(dynamic=True)
 
     def _choose_layout(self, layout: str | None, found: Findings) -> tuple[str, str]:
-        """The layout, and a remark on it for the user."""
+        """Choose the layout; return it with a remark for the user."""
         if not found.rows_agree and layout != "packed":
             return (
                 "padded",
@@ -152,15 +153,15 @@ class Scorer:
         Args:
             sequences: token ids, [T] each.
             response_masks: [T] each; token 0 is never a response token, as nothing predicts it.
-            noise: what is added to the embeddings of each; None: nothing.
+            noise: added to each sequence's embeddings; None: no noise.
 
         Raises:
-            SstokenError: not even one sequence fits in memory, or torch.compile fails.
+            SstokenError: a single sequence does not fit in memory, or torch.compile fails.
         """
         passed: list[_Passed] = []
         rows = 0
         under_way: deque[_Measured] = deque()
-        behind = 1 if self._device.type == "cuda" else 0  # there, the device computes on while the host reads
+        behind = 1 if self._device.type == "cuda" else 0  # lets the GPU compute while the host reads results
         for batch in self._pass_all(sequences, response_masks, noise):
             passed.append(batch)
             rows += batch.reading.positions.numel()
@@ -177,7 +178,7 @@ class Scorer:
     def _pass_all(
         self, sequences: Sequence[Ids], response_masks: Sequence[Mask], noise: Noise | None
     ) -> Iterator["_Passed"]:
-        """Every sequence through the model; in smaller batches from where one does not fit in memory."""
+        """Run every sequence through the model; batches shrink once one does not fit in memory."""
         lengths = [len(ids) for ids in sequences]
         waiting = deque(self._plan(range(len(sequences)), lengths))
         while waiting:
@@ -192,7 +193,7 @@ class Scorer:
                     raise SstokenError(
                         f"the model's layers do not compile ({reason}); score without compiling"
                     ) from error
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._shrink(indices, lengths)
                 left = [i for batch in (indices, *waiting) for i in batch]
@@ -213,7 +214,7 @@ class Scorer:
         ]
 
     def _shrink(self, indices: list[int], lengths: Sequence[int]) -> None:
-        """Halve the budget after a batch that did not fit."""
+        """Halve the budget after a batch did not fit."""
         if len(indices) == 1:
             raise SstokenError(
                 f"a sequence of {lengths[indices[0]]} tokens does not fit in memory beside the model; encode with a "
@@ -252,7 +253,7 @@ class Scorer:
         return _Passed(batch, reading, hidden, by_name)
 
     def _finish(self, passed: list["_Passed"]) -> "_Measured":
-        """The signals of batches that went through the model; rows of several make a product worth its while."""
+        """Compute the signals of several batches together: few rows make slow products."""
         attention = {name: torch.cat([p.attention[name] for p in passed]) for name in self.layers}
         signals = {name: _to_host(values) for name, values in attention.items()}
         if self._readout.needed:
@@ -271,12 +272,12 @@ class Scorer:
 
 
 def _measurable(model: Any, layer: int | None, found: Findings) -> int:
-    """The layer to capture, counted from 0, if its attention can be; None: the last that has softmax attention."""
+    """The layer to capture, counted from 0, if its attention can be measured; None: the last with softmax attention."""
     name, layers = type(model).__name__, found.softmax_layers
     if not layers:
         raise UsageError(
             f"{name}: its attention cannot be measured, as it does not go through transformers' attention interface; "
-            "score its losses alone (--attention-from none), or take the attention of another checkpoint"
+            "score its losses only (--attention-from none), or use another checkpoint's attention"
         )
     if layer is None:
         return layers[-1]
@@ -292,19 +293,19 @@ def _measurable(model: Any, layer: int | None, found: Findings) -> int:
 
 @dataclass(frozen=True)
 class _Passed:
-    """A batch that went through the model."""
+    """A batch after its forward pass."""
 
     batch: Batch
     reading: Reading
     hidden: list[Tensor]
-    """[R, D] at the positions that were read, of the model and of each reference; empty: none were."""
+    """[R, D] at the positions read, for the model and each reference; empty if only attention is wanted."""
     attention: dict[str, Tensor]
-    """[N] of the response tokens, by signal."""
+    """[N], by signal."""
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Signals on their way to the host."""
+    """Signals that are being copied to the host."""
 
     batches: list[Batch]
     by_name: dict[str, Tensor]
@@ -312,7 +313,7 @@ class _Measured:
     copied: "torch.cuda.Event | None"
 
     def signals(self) -> Iterator[tuple[int, Measured]]:
-        """By sequence."""
+        """Yield `(index, signals)` for each sequence."""
         if self.copied is not None:
             self.copied.synchronize()
         at = 0
@@ -325,13 +326,9 @@ class _Measured:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    # Only on CUDA does anybody wait for the copy (`_Measured.copied`).
+    # Non-blocking only on CUDA, where `_Measured.copied` waits for it.
     dtype = tensor.dtype if tensor.dtype == torch.int32 else torch.float32
     return tensor.to(dtype).to("cpu", non_blocking=tensor.is_cuda)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _of_compiler(error: RuntimeError) -> bool:

@@ -1,4 +1,4 @@
-"""Signals that take another pass over the data: responses without their prompts, and noise on the embeddings.
+"""Signals that need another pass over the data: responses without their prompts, and noise on the embeddings.
 
 Shapes: T positions of a sequence, n response tokens, D hidden size.
 """
@@ -21,13 +21,13 @@ SECOND_PASS = frozenset({"loss_unconditional", "pmi_noisy"})
 def measure_second_pass(
     scorer: Scorer, sequences: Sequence[Ids], response_masks: Sequence[Mask], wanted: Sequence[Signal]
 ) -> list[Measured]:
-    """The signals of every sequence: of its response tokens but the first, [n - 1] each (none where n is 0).
+    """Measure signals of every sequence's response tokens except the first, [n - 1] each (empty if n is 0).
 
     Args:
         scorer: measures the loss.
         sequences: token ids, [T] each.
-        response_masks: [T] each. A response alone is the response tokens of all turns, one after the other.
-        wanted: of `SECOND_PASS`.
+        response_masks: [T] each. The response alone is the response tokens of all turns, back to back.
+        wanted: signals from `SECOND_PASS`.
     """
     found: list[Measured] = [{} for _ in sequences]
     for signal in wanted:
@@ -47,7 +47,7 @@ def measure_second_pass(
 def _losses_alone(
     scorer: Scorer, sequences: Sequence[Ids], response_masks: Sequence[Mask], draw: int | None
 ) -> list[Any]:
-    """The losses of each response without its prompt, [n - 1] each; with a draw, the noise it has beside the prompt."""
+    """Losses of each response without its prompt, [n - 1] each; a draw adds the noise that it gets with its prompt."""
     losses: list[Any] = [np.zeros(0, np.float32)] * len(sequences)
     indices = [i for i, mask in enumerate(response_masks) if mask.sum() > 1]
     responses = [sequences[i][response_masks[i]] for i in indices]
@@ -65,6 +65,6 @@ def _losses_alone(
 def _noise_of(
     sequences: Sequence[Ids], masks: Sequence[Mask] | None, draw: int, index: int, size: int
 ) -> Any:
-    """A draw of one sequence, [T, D]; with masks, of its response tokens alone, [n, D]."""
+    """Noise of one sequence, [T, D]; with masks, only of its response tokens, [n, D]."""
     noise = draw_noise(sequences[index], size, draw)
     return noise if masks is None else noise[masks[index]]

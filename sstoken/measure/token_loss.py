@@ -5,7 +5,7 @@ Shapes: N response tokens, D hidden size, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,21 @@ from sstoken.errors import SstokenError
 from sstoken.measure.precision import as_given
 
 ROWS_PER_TILE = 1024
-"""About so many rows at a time: a product of fewer than 128 is slow."""
+"""Approximate rows of a tile; products of fewer than 128 rows are slow."""
 TILE_ELEMENTS = {"cpu": 1 << 20}
-"""Logits alive at once: 4 MB in fp32 on a CPU, which stays in its cache."""
+"""Logits held at once: 4 MB in fp32 on a CPU, which fits its cache."""
 _TILE_ELEMENTS_ON_DEVICE = 1 << 24
-"""64 MB elsewhere, so that a kernel has enough to do."""
+"""64 MB elsewhere, to keep a GPU busy."""
 _NEAR_ZERO = 20.0
-"""Exponentials of a row whose largest logit is that near to 0 add up in fp32 without loss, and so do their squares."""
+"""If a row's largest logit is this close to 0, its exponentials and their squares add up in fp32 without overflow."""
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""What configurations call it."""
+"""Names of the soft-cap in model configurations."""
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The output embedding and what the model does to its product: `softcap * tanh(scale * z / softcap)`."""
+    """The output embedding, and how the model shapes its product z: `softcap * tanh(scale * z / softcap)`."""
 
     weight: Tensor
     """[V, D]."""
@@ -36,6 +36,16 @@ class OutputHead:
     """[V]."""
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    def select(self, entries: Tensor | slice) -> "OutputHead":
+        """Return the head of some vocabulary entries."""
+        bias = None if self.bias is None else self.bias[entries]
+        return replace(self, weight=self.weight[entries], bias=bias)
 
     def logits(
         self, hidden: Tensor, start: int = 0, stop: int | None = None, out: Tensor | None = None
@@ -46,7 +56,7 @@ class OutputHead:
             hidden: [N, D], what the model feeds to its output embedding.
             start: first entry.
             stop: one past the last; None: V.
-            out: [N, stop - start], where to put them.
+            out: [N, stop - start], written to if given.
 
         Returns:
             [N, stop - start].
@@ -57,7 +67,7 @@ class OutputHead:
         return self._shape(product)
 
     def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The logit of one vocabulary entry for each row: hidden [N, D], targets [N], gives [N]."""
+        """Logit of one vocabulary entry per row: hidden [N, D] and targets [N] give [N]."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         product = (hidden.to(dtype) * self.weight[targets].to(dtype)).sum(1)
         if self.bias is not None:
@@ -72,8 +82,38 @@ class OutputHead:
         return product
 
 
+@dataclass(frozen=True)
+class ComputedLogits:
+    """Stands for an `OutputHead` whose logits [N, V] are computed already: they take the place of hidden states."""
+
+    entries: Tensor
+    """The vocabulary entries that it gives, [V] to begin with."""
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.entries.numel()
+
+    def select(self, entries: Tensor | slice) -> "ComputedLogits":
+        """See `OutputHead.select`."""
+        return ComputedLogits(self.entries[entries])
+
+    def logits(
+        self, hidden: Tensor, start: int = 0, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """See `OutputHead.logits`; a copy, which the caller may overwrite."""
+        return torch.index_select(hidden, 1, self.entries[start:stop], out=out)
+
+    def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """See `OutputHead.target_logits`."""
+        return hidden.gather(1, targets[:, None])[:, 0]
+
+
+Head = OutputHead | ComputedLogits
+
+
 def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    """`hidden @ weight.T`, accumulated and given in fp32 at least, whatever the dtype of the weights."""
+    """`hidden @ weight.T`, accumulated and returned in at least fp32, whatever the dtype of the weights."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.is_cuda and hidden.dtype != dtype:
         return torch.mm(hidden, weight.T, out_dtype=dtype, out=out)
@@ -81,8 +121,8 @@ def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
 
 
 @as_given
-def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """`-log p(target)` of each row, in nats, by tiles of rows and vocabulary with a running sum.
+def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """`-log p(target)` of each row, in nats; a running sum over tiles of rows and vocabulary.
 
     Args:
         hidden: [N, D]; row i is the state that predicts `targets[i]`.
@@ -92,17 +132,26 @@ def token_losses(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
     Returns:
         [N], fp32 (float64 where the model is).
     """
-    if hidden.shape[0] == 0:
-        return hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    # In equal parts: a small remainder would cost as much as a whole tile.
-    parts = max(1, round(hidden.shape[0] / ROWS_PER_TILE))
-    tiles = zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
-    return torch.cat([_log_sum_exp(rows, head) - head.target_logits(rows, ids) for rows, ids in tiles])
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for rows in row_tiles(hidden.shape[0]):
+        losses[rows] = _log_sum_exp(hidden[rows], head) - head.target_logits(hidden[rows], targets[rows])
+    return losses
+
+
+def row_tiles(num_rows: int) -> Iterator[slice]:
+    """Cut rows into equal parts of about `ROWS_PER_TILE`: a small remainder would cost as much as a whole tile."""
+    parts = max(1, round(num_rows / ROWS_PER_TILE))
+    size, larger = divmod(num_rows, parts)
+    start = 0
+    for part in range(parts if num_rows else 0):
+        stop = start + size + (part < larger)
+        yield slice(start, stop)
+        start = stop
 
 
 @as_given
 def token_losses_by_kernel(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """`token_losses` by the Triton kernel where it gives right numbers in a trial, else as `token_losses` does."""
+    """`token_losses` with the Triton kernel if a trial shows it accurate, else without."""
     from sstoken.measure.cuda.choices import choose_token_losses
 
     choice = choose_token_losses(
@@ -114,22 +163,22 @@ def token_losses_by_kernel(hidden: Tensor, targets: Tensor, head: OutputHead) ->
 
 @as_given
 def measure_logits(hidden: Tensor, head: OutputHead) -> Tensor:
-    """All logits of the rows [N, D], [N, V], at least fp32."""
+    """All logits [N, V] of rows [N, D], at least fp32."""
     return head.logits(hidden)
 
 
-def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
-    """Log-sum-exp [N] of the logits of each row [N, D], with exponentials summed in place."""
+def _log_sum_exp(hidden: Tensor, head: Head) -> Tensor:
+    """Log-sum-exp [N] of the logits of each row [N, D]; exponentiates each tile in place."""
     total = shift = None
     for _, logits in tiles(hidden, head):
         if total is None:
             shift, total = shift_of(logits), logits.new_zeros(logits.shape[0])
         if shift is not None:
             logits -= shift[:, None]
-        total += logits.exp_().sum(1)  # a product with ones would round ten times as much
+        total += logits.exp_().sum(1)  # a product with ones would have ten times the rounding error
     assert total is not None
     log_sum = total.log() if shift is None else shift + total.log()
-    # A later tile may lie so far above the first that its exponentials overflow.
+    # A later tile may be so far above the first that its exponentials overflow.
     overflowed = ~log_sum.isfinite()
     if overflowed.any():
         log_sum[overflowed] = _safe_log_sum_exp(hidden[overflowed], head)
@@ -137,12 +186,12 @@ def _log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
 
 
 def shift_of(logits: Tensor) -> Tensor | None:
-    """What to take from each row [N] before the exponentials: its largest; None, for a pass less, if near 0 anyway."""
+    """What to subtract from each row before exponentiating: its largest logit, [N]; None if all are near 0 anyway."""
     largest = logits.amax(1)
     return None if (largest.abs() < _NEAR_ZERO).all() else largest
 
 
-def _safe_log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
+def _safe_log_sum_exp(hidden: Tensor, head: Head) -> Tensor:
     log_sum: Tensor | None = None
     for _, logits in tiles(hidden, head):
         tile_sum = logits.logsumexp(1)
@@ -152,21 +201,21 @@ def _safe_log_sum_exp(hidden: Tensor, head: OutputHead) -> Tensor:
 
 
 def tile_elements(device: torch.device) -> int:
-    """Logits alive at once on that device."""
+    """Logits to hold at once on a device."""
     return TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ON_DEVICE)
 
 
-def tiles(hidden: Tensor, head: OutputHead) -> Iterator[tuple[int, Tensor]]:
-    """Logits of all the vocabulary, a tile at a time, each in the same memory, with the first entry of each.
+def tiles(hidden: Tensor, head: Head) -> Iterator[tuple[int, Tensor]]:
+    """Compute the logits of the whole vocabulary tile by tile, all in the same buffer.
 
     Args:
         hidden: [N, D].
         head: the output head.
 
     Yields:
-        The first entry, and [N, entries].
+        The tile's first vocabulary entry, and its logits [N, entries].
     """
-    vocabulary, rows = head.weight.shape[0], hidden.shape[0]
+    vocabulary, rows = head.size, hidden.shape[0]
     width = min(vocabulary, max(256, tile_elements(hidden.device) // rows // 256 * 256))
     buffer = torch.empty(
         rows * width, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
@@ -177,16 +226,16 @@ def tiles(hidden: Tensor, head: OutputHead) -> Iterator[tuple[int, Tensor]]:
 
 
 class HeadInput:
-    """Holds what the model fed to its output embedding in the last forward pass: `hidden` [B, T, D]."""
+    """Holds the input of the output embedding in the last forward pass: `hidden` [B, T, D]."""
 
     hidden: Tensor | None = None
 
 
 @contextmanager
 def intercept_head(model: nn.Module) -> Iterator[HeadInput]:
-    """Within this context a forward pass stops short of the logits: their input is kept, no row is computed.
+    """Within this context a forward pass computes no logits; the input of the output embedding is kept instead.
 
-    Taking the input where the model hands it over includes whatever the model does to its last hidden state.
+    Taken there, it includes everything that the model does to its last hidden state.
     """
     held = HeadInput()
 
@@ -220,10 +269,10 @@ def output_embedding(model: nn.Module) -> nn.Module:
 def read_head(model: nn.Module) -> OutputHead:
     """The output head of a transformers causal language model, verified against the model's own logits.
 
-    Models name the scaling of their logits differently; the reading that reproduces the model is taken.
+    Models name the scaling of their logits differently: candidates are tried until one reproduces the model's logits.
 
     Raises:
-        SstokenError: no known reading does.
+        SstokenError: none does.
     """
     module = output_embedding(model)
     weight, bias = _weight_and_bias(module)
@@ -245,7 +294,7 @@ def read_head(model: nn.Module) -> OutputHead:
         head = OutputHead(weight, bias, scale, softcap)
         logits = head.logits(hidden)
         tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
-        # Weights that are NaN give NaN either way: the losses tell, with the example that has them.
+        # NaN weights give NaN either way; the losses report them, with the example.
         if torch.allclose(logits, expected.to(logits.dtype), rtol=tolerance, atol=tolerance, equal_nan=True):
             return head
     raise SstokenError(
@@ -255,10 +304,10 @@ def read_head(model: nn.Module) -> OutputHead:
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, D] and bias [V] of an output embedding; under an adapter, read off its outputs."""
+    """Weight [V, D] and bias [V] of an output embedding; under an adapter, reconstructed from its outputs."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = getattr(module, "bias", None)
-    # The wrapper of a module that peft saved whole shows that one's weight.
+    # peft's wrapper of a fully saved module exposes that module's weight.
     saved_whole = getattr(module, "modules_to_save", None)
     if saved_whole or next(module.children(), None) is None:
         return weight, bias
@@ -271,7 +320,7 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def scale_candidates(model: nn.Module, config: object) -> Iterator[float]:
-    """What the model may multiply its logits by: 1, or a number that it or its configuration names."""
+    """Factors by which the model may scale its logits: 1, or a number that it or its configuration names."""
     yield 1.0
     for owner in (model, config):
         for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):

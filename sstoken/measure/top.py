@@ -1,9 +1,9 @@
-"""The largest logits of each row, found while tiles go by.
+"""The K largest logits of each row, found tile by tile.
 
-Most of a tile is ruled out by the largest of each group of 8 entries: the 20th largest of these is a bound that the 20
-largest entries are not below. Only groups above it are looked into, and only what is above it in them is kept.
+The maxima of groups of 8 entries rule out most of a tile: the K-th largest maximum is a lower bound of the K largest
+logits. Only groups above it are searched, and only their entries above it are kept as candidates.
 
-Shapes: N rows, W entries of a tile, G groups, K the number wanted, C candidates.
+Shapes: N rows, W entries of a tile, G groups, K logits wanted, C candidates.
 """
 
 import numpy as np
@@ -12,25 +12,25 @@ from torch import Tensor
 
 _GROUP = 8
 _CANDIDATES = 128
-"""Entries that a row collects before all but the K largest are dropped."""
+"""Candidates that a row collects before all but the K largest are dropped."""
 
 
 class TopLogits:
-    """Keeps the K largest logits of each row of the tiles that it is shown."""
+    """Keeps the K largest logits of each row, over all tiles seen."""
 
     def __init__(self, number: int) -> None:
         """`number`: K."""
         self._number = number
         self._seen = 0
         self._largest: Tensor | None = None
-        """[N, K]: the K largest of groups' largest; a row's first is no larger than its K-th logit."""
+        """[N, K] ascending: the K largest group maxima; the first is the bound."""
         self._candidates: Tensor | None = None
-        """[N, C], from the left; -inf where there are none."""
+        """[N, C], filled from the left; -inf elsewhere."""
         self._filled: Tensor | None = None
-        """[N]: how many."""
+        """[N]: the number of candidates."""
 
     def see(self, logits: Tensor) -> None:
-        """Look at a tile [N, W]; it is not kept."""
+        """Look at a tile [N, W], without keeping or changing it."""
         if self._largest is None:
             rows = logits.shape[0]
             self._largest = logits.new_full((rows, self._number), float("-inf"))
@@ -38,7 +38,7 @@ class TopLogits:
             self._filled = torch.zeros(rows, dtype=torch.int64, device=logits.device)
         whole = logits.shape[1] // _GROUP * _GROUP
         if whole:
-            # A group's entries stand apart, so that the largest of all groups are found entry by entry.
+            # A group's entries are strided, so that one elementwise maximum serves all groups.
             self._see_groups(logits[:, :whole].unflatten(1, (_GROUP, -1)))
         if whole < logits.shape[1]:
             self._see_groups(logits[:, None, whole:])
@@ -58,7 +58,7 @@ class TopLogits:
             self._keep(rows[kept], found[kept, entries])
 
     def _keep(self, rows: Tensor, values: Tensor) -> None:
-        """Candidates [M] and their rows [M], in the rows' order."""
+        """Store candidates [M], given with their rows [M] in ascending order."""
         assert self._filled is not None
         assert self._candidates is not None
         counts = torch.bincount(rows, minlength=self._filled.shape[0])
@@ -83,12 +83,12 @@ class TopLogits:
     def values(self) -> Tensor:
         """The K largest logits of each row, [N, K], in ascending order; -inf where the vocabulary is smaller."""
         assert self._largest is not None
-        # Candidates are strictly above the bound. Where they are fewer than K, the rest equal the bound.
+        # Candidates are strictly above the bound. If they are fewer than K, the rest equal the bound.
         return torch.maximum(self._best(), self._largest[:, :1])
 
 
 def _largest(values: Tensor, number: int) -> Tensor:
-    """The largest values of each row, ascending."""
-    if values.device.type == "cpu":  # numpy sorts a row faster than torch finds the largest of it
+    """The `number` largest values of each row, ascending."""
+    if values.device.type == "cpu":  # numpy's sort is faster here than torch's topk
         return torch.from_numpy(np.sort(values.numpy(), axis=1)[:, -number:])
     return values.topk(number, 1).values.flip(1)

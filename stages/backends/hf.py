@@ -5,10 +5,10 @@ from functools import cache
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 
+from sstoken.measure.memory import free_memory
 from sstoken.measure.rope import longest
 from sstoken.measure.scorer import MEASURABLE, Scorer
 from sstoken.measure.second_pass import SECOND_PASS, measure_second_pass
@@ -137,6 +137,5 @@ def _budget(model: Any, device: str) -> int:
     config: Any = model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     bytes_per_token = model.dtype.itemsize * (8 * config.hidden_size + 4 * inner)
-    if torch.device(device).type == "cuda":
-        return max(1, min(_ON_CUDA, torch.cuda.mem_get_info(device)[0] // 2 // bytes_per_token))
-    return max(1, min(_ELSEWHERE, psutil.virtual_memory().available // 2 // bytes_per_token))
+    most = _ON_CUDA if torch.device(device).type == "cuda" else _ELSEWHERE
+    return max(1, min(most, free_memory(torch.device(device)) // 2 // bytes_per_token))

@@ -520,7 +520,7 @@ def test_a_run_measures_what_recommended_reads(world: World, cli: CommandLine, t
         (
             "cpu",
             30.0,
-            "multiplies it 3.0 times as fast as float32; of the keep decisions it changes about 0.3 %",
+            "multiplies it 3.0 times as fast as float32; it changes about 0.3 % of the keep decisions",
         ),
         ("cpu", 11.0, "keep float32"),
         ("cuda", 11.0, "--dtype bfloat16 is faster on this device"),

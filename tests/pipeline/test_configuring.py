@@ -122,7 +122,7 @@ def test_init_writes_a_configuration_that_plans(
     jsonschema.validate(yaml.safe_load(text), schema())
     assert "not run yet" in cli.works("plan", "deep/run.yaml")
     error = cli.fails(2, "init", "--data", "mine.jsonl", "--model", world.base, "--file", "deep/run.yaml")
-    assert "is there already; name another with --file" in error
+    assert "exists already; name another with --file" in error
 
 
 def test_every_setting_that_init_comments_out_is_legal(

@@ -118,7 +118,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "init over a configuration": (
         lambda p: ["init", "--data", p.world.data, "--model", p.world.base, "--file", p.file("c.yaml", "out: o\n")],
-        ("is there already", "--force"),
+        ("exists already", "--force"),
     ),
     "another trainer's configuration for --into": (
         lambda p: ["export", p.masked, "--to", "verl", "--out", p.free / "out", "--into", p.file("c.yaml", "a: 1\n")],

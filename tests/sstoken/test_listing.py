@@ -138,7 +138,10 @@ def test_decide_takes_examples_apart_or_all_together():
 def test_prefix_of_the_response():
     kept = decide("prefix", OFFSETS, {}, of="response", share=0.5).keep
     np.testing.assert_array_equal(kept, [True, False, True, True, False])
-    with pytest.raises(UsageError, match=r"^method 'prefix' needs the tokens' positions, which are not known here; set of=response$"):
+    with pytest.raises(
+        UsageError,
+        match=r"^method 'prefix' needs the tokens' positions, .*; set of=response$",
+    ):
         decide("prefix", OFFSETS, {})
 
 

@@ -380,7 +380,7 @@ def test_settings_that_do_not_fit_the_method(settings, match):
 def test_every_method_runs_or_says_why_not():
     refused = {name for name in METHODS if not runnable(name, "scores")}
     for name in refused & {name for name in METHODS if runnable(name, "base")}:
-        with pytest.raises(UsageError, match="take history 'base', 'ema' or 'snapshot'"):
+        with pytest.raises(UsageError, match="use history 'base', 'ema' or 'snapshot'"):
             SelfModulation(method=name)
     for name in refused:
         with pytest.raises(UsageError, match=f"method {name!r} cannot run in the loop: [^\\n]*$"):

@@ -70,6 +70,6 @@ def test_a_mask_that_is_learned(tmp_path):
 
 
 def test_a_model_without_softmax_attention(tmp_path):
-    with pytest.raises(UsageError, match="take gamma=1, which needs none"):
+    with pytest.raises(UsageError, match="set gamma=1, which needs none"):
         train(tmp_path, make_tiny("mamba"))
     assert train(tmp_path, make_tiny("mamba"), gamma=1.0).seen

@@ -91,7 +91,7 @@ def test_no_response(tmp_path):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_history_at_rest(tmp_path, history, bf16):
     (text,) = remarks(tmp_path, history=history, changes={"bf16": bf16})
-    assert f"history '{history}' is the model as it stands" in text
+    assert f"history '{history}' equals the current model" in text
     assert "warmup_steps" in text
 
 
@@ -100,7 +100,7 @@ def test_an_adapter_that_does_nothing_yet(tmp_path, bf16):
     torch.manual_seed(0)
     model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]))
     (text,) = remarks(tmp_path, model=model, history="base", changes={"bf16": bf16})
-    assert "history 'base' is the model as it stands" in text
+    assert "history 'base' equals the current model" in text
     # The first step moves it.
     model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     assert remarks(tmp_path, model=model, history="base", warmup_steps=1) == []

@@ -11,7 +11,7 @@ from sstoken.measure.distribution import OF_DISTRIBUTION, measure_distribution
 from sstoken.measure.divergence import measure_divergence
 from sstoken.measure.expected_rank import ExpectedRank
 from sstoken.measure.scorer import Scorer
-from sstoken.measure.token_loss import OutputHead
+from sstoken.measure.token_loss import ComputedLogits, OutputHead
 from sstoken.measure.top import TopLogits
 from tests.sstoken.measure.architectures import VOCABULARY, make_model
 
@@ -67,6 +67,8 @@ def test_all_signals_are_those_of_the_full_logits(rows, size, kind, seed):
     try:
         found = measure_distribution(hidden, targets, head, OF_DISTRIBUTION)
         alone = {name: measure_distribution(hidden, targets, head, [name])[name] for name in OF_DISTRIBUTION}
+        given = ComputedLogits(torch.arange(size))
+        computed = measure_distribution(head.logits(hidden), targets, given, OF_DISTRIBUTION)
     finally:
         token_loss.TILE_ELEMENTS["cpu"] = before
     for name, expected in reference(hidden, targets, head).items():
@@ -77,6 +79,13 @@ def test_all_signals_are_those_of_the_full_logits(rows, size, kind, seed):
             found[name].double(), expected.double(), atol=0 if exact else 1e-5 * scale, rtol=share, msg=name
         )
         torch.testing.assert_close(alone[name], found[name], atol=1e-6 * scale, rtol=1e-6)
+        torch.testing.assert_close(
+            computed[name].double(),
+            expected.double(),
+            atol=0 if exact else 1e-5 * scale,
+            rtol=share,
+            msg=name,
+        )
         assert (found[name].dtype == torch.int32) == exact
 
 

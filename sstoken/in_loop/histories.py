@@ -1,4 +1,4 @@
-"""Histories that need a forward pass of their own: the base under an adapter, an average, an earlier snapshot."""
+"""Histories that need their own forward pass: the base under an adapter, a moving average, an earlier snapshot."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.settings import SelfModulation
 
 _MOVES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Initialisations of LoRA that change the base weights: they subtract the adapter's first product, or round."""
+"""LoRA initialisations that change the base weights: they subtract the adapter's initial product, or round."""
 
 
 class BaseHistory:
-    """The model with its LoRA adapter off. Takes no extra memory."""
+    """The model with its LoRA adapter disabled. Takes no extra memory."""
 
     def __init__(self, model: nn.Module) -> None:
         """Take a PEFT model.
@@ -25,7 +25,7 @@ class BaseHistory:
         """
         if not hasattr(model, "disable_adapter"):
             raise UsageError(
-                "history 'base' is the model without its adapter, and this model has none; train LoRA (peft), or take "
+                "history 'base' is the model without its adapter, and this model has none; train LoRA (peft), or use "
                 "history 'scores', 'ema' or 'snapshot'"
             )
         self._model: Any = model
@@ -35,7 +35,7 @@ class BaseHistory:
             if start.startswith(_MOVES_THE_BASE):
                 raise UsageError(
                     f"history 'base' is the model without its adapter, and init_lora_weights={start!r} moves part of "
-                    "the base into the adapter; take history 'scores', 'ema' or 'snapshot', or another initialisation"
+                    "the base into the adapter; use history 'scores', 'ema' or 'snapshot', or another initialisation"
                 )
 
     def follow(self, step: int) -> None:
@@ -43,7 +43,7 @@ class BaseHistory:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within this context the model is the base model."""
+        """Within this context, the model is the base model."""
         with self._model.disable_adapter():
             yield
 
@@ -61,8 +61,8 @@ class WeightHistory:
         for name, parameter in model.named_parameters():
             if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
                 raise UsageError(
-                    f"history {settings.history!r}: parameter {name} is sharded over processes, which an average or a "
-                    "snapshot does not support; take history 'scores', or 'base' with LoRA"
+                    f"history {settings.history!r}: parameter {name} is sharded over processes, which averages and "
+                    "snapshots do not support; use history 'scores', or 'base' with LoRA"
                 )
         self._decay, self._every = settings.decay, settings.every
         self._offload = settings.offload_history
@@ -78,7 +78,7 @@ class WeightHistory:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within this context the model has the kept weights; afterwards its own again, bit for bit."""
+        """Within this context, the model has the kept weights; afterwards it has its own again, bit for bit."""
         own = [p.data for p in self._parameters]
         try:
             for parameter, kept in zip(self._parameters, self._kept, strict=True):
@@ -98,16 +98,16 @@ History = BaseHistory | WeightHistory
 
 
 def make_history(model: nn.Module, settings: SelfModulation, step: int) -> History | None:
-    """Make the history that the settings name; None if its losses come with the batch or are not needed.
+    """Create the history that the settings name; None if its losses come with the batch or are not needed.
 
     Args:
-        model: the model, unwrapped.
-        settings: the selection's.
-        step: optimizer steps finished; not 0 in a resumed run.
+        model: the model, not wrapped.
+        settings: of the selection.
+        step: finished optimizer steps; not 0 in a resumed run.
 
     Raises:
         UsageError: the model cannot provide it.
-        SstokenError: its weights would have to come from a checkpoint.
+        SstokenError: a resumed run would need weights that no checkpoint holds.
     """
     if settings.history == "scores" or not settings.needs_history:
         return None
@@ -116,14 +116,14 @@ def make_history(model: nn.Module, settings: SelfModulation, step: int) -> Histo
     if step:
         raise SstokenError(
             f"history {settings.history!r} cannot go on from step {step}: its weights are not part of a checkpoint; "
-            "start over, or take history 'scores' or 'base'"
+            "start over, or use history 'scores' or 'base'"
         )
     return WeightHistory(model, settings)
 
 
 @contextmanager
 def as_history(model: nn.Module, history: History) -> Iterator[None]:
-    """Within this context the model is its own history, without dropout and gradients."""
+    """Within this context, the model is its own history, without dropout and gradients."""
     with at_rest(model), history.installed():
         torch.clear_autocast_cache()
         yield
@@ -131,12 +131,12 @@ def as_history(model: nn.Module, history: History) -> Iterator[None]:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Within this context the model has no dropout and no gradients."""
+    """Within this context, the model has no dropout and no gradients."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.clear_autocast_cache()  # casts made here are of other weights, or lack gradients
+        torch.clear_autocast_cache()  # casts made here come from other weights, or lack gradients
         model.train(training)

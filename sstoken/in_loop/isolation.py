@@ -1,7 +1,7 @@
-"""Checks on the first batch that its sequences do not influence each other.
+"""Checks, on the first batch, that its sequences do not influence each other.
 
-Linear attention and convolutions run across the sequences of a packed row, absolute positions shift with padding on
-the left, and experts of limited capacity serve all sequences. Training then sees other losses than `score` does.
+Linear attention and convolutions run across the sequences of a packed row, padding on the left shifts absolute
+positions, and experts of limited capacity are shared by all sequences. Training then sees other losses than `score`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 from sstoken.in_loop.forward import measure_signals
 from sstoken.in_loop.head import HeadSignals
+from sstoken.in_loop.histories import at_rest
 from sstoken.in_loop.response_tokens import ResponseTokens
-from sstoken.in_loop.weights import at_rest
 
 _TOLERANCE, _TOLERANCE_OF_HALF = 0.01, 0.1
-"""Mean difference allowed, in nats a token."""
+"""Tolerated mean difference, in nats per token."""
 
 
 def remarks_on_batch(
     model: nn.Module, head: HeadSignals, inputs: Mapping[str, Any], tokens: ResponseTokens, rounded: bool
 ) -> Iterator[str]:
-    """Compare one sequence's losses in its batch with those alone. Runs two forward passes without gradients.
+    """Warn if one sequence's losses in its batch differ from those alone. Runs two forward passes without gradients.
 
     Args:
         model: a causal language model, not wrapped.
         head: measures that model's losses.
-        inputs: what its trainer calls it with, including `labels`.
+        inputs: the trainer's arguments to the model, including `labels`.
         tokens: the response tokens of the batch.
         rounded: whether the model computes in half precision.
     """
@@ -48,18 +48,18 @@ def remarks_on_batch(
                 alone | {"use_cache": False},
                 ResponseTokens.of(tokens.response_mask[row, start:stop][None]),
             )[0]["loss"]
-        except Exception:  # a model that wants more than token ids
+        except Exception:  # a model that needs more than token ids
             return
     apart = float((batched - single).abs().mean())
     if apart > (_TOLERANCE_OF_HALF if rounded else _TOLERANCE):
         where = "behind others in its row" if start and _behind(tokens, row, start) else "padded with others"
         yield (
-            f"{type(model).__name__} gives a sequence that is {where} other losses than alone, by {apart:.2f} nats a "
-            "token: its layers look over sequences' ends or count padding as positions; train without packing and "
-            "padding-free batches, padded on the right"
+            f"{type(model).__name__}: a sequence {where} has other losses than alone, by {apart:.2f} nats per token: "
+            "the layers mix sequences or count padding as positions; train without packing and padding-free batches, "
+            "padded on the right"
         )
 
 
 def _behind(tokens: ResponseTokens, row: int, start: int) -> bool:
-    """Return whether another sequence precedes position `start` in the row."""
+    """Whether another sequence precedes position `start` in the row."""
     return any(r == row and stop <= start for r, _, stop in tokens.segments)
