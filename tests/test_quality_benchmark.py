@@ -1,7 +1,6 @@
 """The quality benchmark: what it plants, how it marks and counts, and a small study from end to end."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -168,7 +167,7 @@ def test_every_study_can_tell(path):
     study = read_study(path.stem)
     assert study.name == path.stem
     methods = {method.method for method in study.methods}
-    assert not methods or {"full", "random", "prefix", "worst"} <= methods
+    assert not methods or study.variance or {"full", "random", "prefix", "worst"} <= methods
     assert study.base in BASES
 
 
@@ -183,7 +182,7 @@ def test_a_study_from_end_to_end_and_again(tmp_path):
     study = Study(
         name="tiny", about="A test.", base="small", data="families", num_train=6, noise_rate=0.5, batch_size=3,
         learning_rate=1e-3, num_held_out=4, num_greedy=2, max_new_tokens=4, num_forgetting=2, max_length=128,
-        methods=methods, seeds=seeds,
+        methods=methods, seeds=seeds, checkpoints=(1,), layers=True,
     )  # fmt: skip
     said: list[str] = []
     cells = Cells(study, tmp_path / "cells", said.append)
@@ -207,14 +206,82 @@ def test_a_study_from_end_to_end_and_again(tmp_path):
     write_report(cells, tmp_path / "results", "a command")
     again = json.loads((tmp_path / "results" / "tiny.json").read_text())
     assert again["methods"] == first["methods"], "another result from the same seeds"
+    layers = first["sweeps"]["Prompt attention of the base by layer"]["rows"]
+    assert len(layers) == len(set(layers)) >= 4
+    [histories] = [table for title, table in first["sweeps"].items() if "by checkpoint" in title]
+    assert list(histories["rows"]) == [
+        "the base to after step 1",
+        "the base to after all steps",
+        "after step 1 to after all steps",
+    ]
+    write_report(Cells(study, tmp_path / "nothing", said.append), tmp_path / "results", "a command")
+    of_table = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    for method, figures in again["methods"].items():
+        assert of_table["methods"][method]["loss"] == figures["loss"]
+        assert of_table["methods"][method].get("right") == figures.get("right")
+    assert of_table["found"] == again["found"]
 
 
-def test_the_folder_of_results_names_its_commands():
-    for path in (Path(data.__file__).parent / "results").glob("*.json"):
-        figures = json.loads(path.read_text())
-        assert figures["command"].startswith("python benchmarks/quality")
-        assert {"torch", "transformers"} <= set(figures["versions"])
-        assert len(figures["seeds"]) >= 5, f"{path.name}: a claim needs five seeds"
+@needs_shared
+def test_each_source_of_variance_moves_what_it_names_alone(tmp_path):
+    from benchmarks.quality.study import Cells
+    from benchmarks.quality.training import batches
+
+    random = MethodRun(method="random")
+    first = Seed(data=0, noise=0, order=0)
+    study = Study(
+        name="sources", about="A test.", base="small", data="families", num_train=6, noise_rate=0.5,
+        methods=(MethodRun(method="full"), random), seeds=(first,),
+    )  # fmt: skip
+    cells = Cells(study, tmp_path, lambda line: None)
+
+    def drawn(seed):
+        training = cells.training_set(seed)
+        clean = [row.question for row in data.draw("families", "train", 6, seed.data)]
+        noisy = [e.ids.tolist() for e in training]
+        return (
+            clean,
+            noisy,
+            batches(6, 2, 9, seed.order),
+            np.concatenate(cells.keep(random, seed, training)[0]),
+        )
+
+    here = drawn(first)
+    for seed, moved in (
+        (Seed(data=1, noise=0, order=0), (True, True, False)),
+        (Seed(data=0, noise=1, order=0), (False, True, False)),
+        (Seed(data=0, noise=0, order=1, draw=0), (False, False, True)),
+        (Seed(data=0, noise=0, order=0, draw=1), (False, False, False)),
+    ):
+        there = drawn(seed)
+        assert tuple(a != b for a, b in zip(here[:3], there[:3], strict=True)) == moved, seed
+        if not any(moved[:2]):
+            assert np.array_equal(here[3], there[3]) == (seed.drawn == 0)
+    assert cells.path(random, first) != cells.path(random, Seed(data=0, noise=0, order=0, draw=1))
+
+
+@needs_shared
+@pytest.mark.parametrize("upper_layers", [None, 1])
+def test_the_last_of_all_layers_is_the_layer_that_is_measured(upper_layers):
+    from benchmarks.quality.signals import measure, measure_layers
+    from benchmarks.quality.student import Student
+
+    examples = encode(load_tokenizer("small"), plant(rows(number=2), rows(), rate=0.5, seed=0), 64)
+    student = Student("small", upper_layers, 0, attention="eager")
+    every = measure_layers(student, examples, "history")
+    last = measure(student, examples, "history", attention=True, unconditional=False)["history.attention"]
+    assert len(every) == student.model.config.num_hidden_layers
+    np.testing.assert_allclose(every[f"history.attention@{len(every) - 1}"], last, atol=1e-6)
+    assert not np.allclose(every["history.attention@0"], last, atol=1e-3)
+
+
+def test_a_standard_deviation_and_its_interval():
+    from benchmarks.quality.variance import deviation
+
+    rng = np.random.default_rng(0)
+    found = [deviation(rng.normal(0, 2, 5)) for _ in range(400)]
+    assert 0.92 < np.mean([low < 2 < high for _, low, high in found]) < 0.98
+    assert deviation(np.array([1.0, 3, 5])).value == pytest.approx(2)
 
 
 @needs_shared

@@ -4,8 +4,8 @@
     python benchmarks/quality noisy-gsm8k --out runs/quality
     python benchmarks/quality --json
 
-Without names, the studies of the small table (two cores, under 90 minutes). A cell (a method and a seed) that has been
-run is not run again. The real model: `make smollm2`; the data: `../shared`.
+Without names, the studies of the small table (two cores, under 90 minutes); `full-gsm8k` is for a GPU. A cell (a method
+and a seed) that has been run is not run again. The real model: `make smollm2`; the data: `../shared`.
 """
 
 import argparse
@@ -17,7 +17,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # not this folder, whose names are those of other modules
-SMALL_TABLE = ("found-gsm8k", "found-weak-base", "noisy-gsm8k", "weak-base", "noisy-families")
+SMALL_TABLE = (
+    "found-gsm8k",
+    "found-weak-base",
+    "noisy-gsm8k",
+    "weak-base",
+    "noisy-families",
+    "clean-families",
+    "clean-weak",
+    "variance",
+    "equal-tokens",
+)
 
 
 def main() -> None:
@@ -30,12 +40,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality", help="cells are kept there")
     parser.add_argument("--results", type=Path, help="where the results go (default: --out)")
-    parser.add_argument("--report-only", action="store_true", help="run nothing: report the cells there are")
+    parser.add_argument(
+        "--report-only",
+        action="store_true",
+        help="run nothing: report the cells there are, or without any the Parquet table in --results",
+    )
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     options = parser.parse_args()
 
     import torch
 
+    from benchmarks.quality.page import write_summary
     from benchmarks.quality.report import write_report
     from benchmarks.quality.settings import read_study
     from benchmarks.quality.study import Cells
@@ -50,6 +65,7 @@ def main() -> None:
             cells.run()
         command = "python benchmarks/quality " + ("--quick" if options.quick else study.name)
         figures[study.name] = write_report(cells, options.results or options.out, command)
+    write_summary(options.results or options.out)
     figures["seconds"] = round(time.monotonic() - began)
     if options.json:
         print(json.dumps(figures))

@@ -1,5 +1,6 @@
 """How well each score tells planted noise from content, and why."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from benchmarks.quality.intervals import (
     average_precision,
     over_examples,
     paired_difference,
-    spearman,
+    spearman_interval,
 )
 from benchmarks.quality.planting import KINDS
 from benchmarks.quality.scores import SCORES, position, rel
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 RHO = 0.6
 """The share of each answer that the masks keep whose content is counted."""
-RESAMPLES_OF_A_KIND = 50
-"""Fewer than over all noise: there are ten kinds."""
 
 
 class Pooled(NamedTuple):
@@ -70,9 +69,7 @@ def found_noise(cells: "Cells") -> dict[str, Any]:
         own = {"all": over_examples(auroc, values, content, noise, offsets)}
         for kind in KINDS:
             if (kinds == kind).any():
-                own[kind] = over_examples(
-                    auroc, values, content, kinds == kind, offsets, num_resamples=RESAMPLES_OF_A_KIND
-                )
+                own[kind] = over_examples(auroc, values, content, kinds == kind, offsets)
         of_kinds = [own[k] for k in KINDS if k in own]
         held = [own[k][0] for k, half in KINDS.items() if k in own and half == "held"]
         own["mean of kinds"] = tuple(float(np.mean([o[i] for o in of_kinds])) for i in range(3))  # type: ignore[assignment]
@@ -105,37 +102,51 @@ def kept_shares(scores: np.ndarray, pooled: Pooled, rho: float = RHO) -> dict[st
     return found | {"content less noise": paired_difference(*counts["content"], *counts["noise"])}
 
 
-def causes(cells: "Cells") -> dict[str, float]:
-    """The base's loss, and why ssToken ranks as it does: figures of its two halves."""
+def causes(cells: "Cells") -> dict[str, Interval]:
+    """The base's loss, and why ssToken ranks as it does: figures of its two halves, with intervals over answers."""
     pooled = pooled_signals(cells)
     if pooled is None:
         return {}
     signals, offsets = pooled.signals, pooled.offsets
-    level = {
-        "The base's loss of the answers' content, nats": float(
-            signals["history.loss"][pooled.kinds == CONTENT].mean()
-        )
+    content = (pooled.kinds == CONTENT).astype(float)
+    noise = 1 - content - (pooled.kinds == END)
+    found = {
+        "Noise among tokens of noise and content (the AUPRC of chance)": _token_mean(
+            noise, noise + content, offsets
+        ),
+        "The base's loss of the answers' content, nats": _token_mean(
+            signals["history.loss"] * content, content, offsets
+        ),
     }
     if "current.attention" not in signals:
-        return level
-    place, gain = position(offsets), rel(signals)
+        return found
+    gain, loss, attention = rel(signals), signals["history.loss"], signals["current.attention"]
     scaled = minmax(gain, offsets)
-    spans = list(zip(offsets[:-1], offsets[1:], strict=True))
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values))
-
-    return level | {
-        "Spearman correlation of attention with position, mean over answers": mean(
-            [spearman(signals["current.attention"][a:b], place[a:b]) for a, b in spans]
+    combined = SCORES["sstoken"](signals, offsets)
+    found |= {
+        "Spearman correlation of attention with position": spearman_interval(
+            attention, position(offsets), offsets
         ),
-        "Spearman correlation of REL with the history's loss, mean over answers": mean(
-            [spearman(gain[a:b], signals["history.loss"][a:b]) for a, b in spans]
-        ),
-        "Standard deviation within an answer of min-max REL": mean(
-            [float(scaled[a:b].std()) for a, b in spans]
-        ),
-        "Standard deviation within an answer of attention": mean(
-            [float(signals["current.attention"][a:b].std()) for a, b in spans]
-        ),
+        "Spearman correlation of REL with the history's loss": spearman_interval(gain, loss, offsets),
+        "Spearman correlation of sstoken with attention": spearman_interval(combined, attention, offsets),
+        "Spearman correlation of sstoken with REL": spearman_interval(combined, gain, offsets),
     }
+    of_answers = {
+        "Median of min-max REL (one outlier squeezes the rest; ranks have 0.5)": lambda a, b: np.median(
+            scaled[a:b]
+        ),
+        "Standard deviation of min-max REL": lambda a, b: scaled[a:b].std(),
+        "Standard deviation of attention": lambda a, b: attention[a:b].std(),
+    }
+    return found | {name: _answer_mean(of, offsets) for name, of in of_answers.items()}
+
+
+def _token_mean(total: np.ndarray, number: np.ndarray, offsets: np.ndarray) -> Interval:
+    sums = [np.add.reduceat(x, offsets[:-1])[None] for x in (total, number)]
+    return paired_difference(*sums, np.zeros_like(sums[0]), np.ones_like(sums[0]))
+
+
+def _answer_mean(of: Callable[[int, int], float], offsets: np.ndarray) -> Interval:
+    """The mean over answers of a figure of each answer's tokens."""
+    values = np.array([[float(of(a, b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]])
+    return paired_difference(values, np.ones_like(values), np.zeros_like(values), np.ones_like(values))

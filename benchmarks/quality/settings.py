@@ -23,12 +23,20 @@ class Seed(Strict):
     noise: int
     """Of the noise planted in their answers."""
     order: int
-    """Of the batches, of LoRA's first weights and of `random`."""
+    """Of the batches."""
+    draw: int | None = None
+    """Of LoRA's first weights and of the mask of `random`; None: the same number as `order`."""
+
+    @property
+    def drawn(self) -> int:
+        """The number that `draw` stands for."""
+        return self.order if self.draw is None else self.draw
 
     @property
     def key(self) -> str:
         """For file names."""
-        return f"d{self.data}-n{self.noise}-o{self.order}"
+        draw = "" if self.draw is None else f"-r{self.draw}"
+        return f"d{self.data}-n{self.noise}-o{self.order}{draw}"
 
 
 class Lesson(Strict):
@@ -103,7 +111,19 @@ class Study(Strict):
     """None: nothing is trained; the base model's signals alone are measured, and how they find the noise."""
     seeds: tuple[Seed, ...]
     variance: tuple[Seed, ...] = ()
-    """Seeds with which `full` alone is trained, too: they differ in one source at a time."""
+    """More seeds, each of which differs from the first of `seeds` in one source alone."""
+    variance_methods: tuple[MethodRun, ...] = (MethodRun(method="full"),)
+    """What is trained with those."""
+    checkpoints: tuple[int, ...] = ()
+    """Steps of `full` after which the loss of the training answers is measured: other histories for REL."""
+    layers: bool = False
+    """Measure the base's prompt attention in every layer."""
+
+    def varied(self, seed: Seed) -> list[MethodRun]:
+        """What is trained with one of `variance`: a draw matters to `random` alone where all weights are trained."""
+        if seed.drawn == self.seeds[0].drawn or self.upper_layers is not None:
+            return list(self.variance_methods)
+        return [m for m in self.variance_methods if m.method in ("full", "random")]
 
 
 def read_study(name: str) -> Study:

@@ -55,6 +55,29 @@ def measure(
     return {name: np.concatenate(values) for name, values in found.items()}
 
 
+@torch.no_grad()
+def measure_loss(student: Student, examples: Sequence[Encoded], role: str) -> Signals:
+    """The loss alone, as in `measure`."""
+    values = [_statistics(*student.response_logits([example]))[0] for example in examples]
+    return {f"{role}.loss": torch.cat(values).double().cpu().numpy()}
+
+
+def measure_layers(student: Student, examples: Sequence[Encoded], role: str) -> Signals:
+    """Each layer's prompt attention as `attention@LAYER`, counted from 0.
+
+    Args:
+        student: loaded with eager attention.
+        examples: measured one by one.
+        role: the first half of the signals' names.
+    """
+    found: dict[str, list[FloatArray]] = {}
+    for example in examples:
+        for layer, weights in enumerate(student.attend_everywhere(example)):
+            mass = weights[:, example.start :, : example.start].float().mean(0).sum(-1)
+            found.setdefault(f"{role}.attention@{layer}", []).append(mass.double().cpu().numpy())
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
 def _statistics(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -109,6 +109,18 @@ class Student:
         return found.last_hidden_state, found.attentions[-1][0]
 
     @torch.no_grad()
+    def attend_everywhere(self, example: Encoded) -> list[Tensor]:
+        """Every layer's attention, [H, T, T] each. Needs eager attention."""
+        ids = torch.from_numpy(example.ids)[None].to(self.device)
+        parts = [self.model.model] if self._lower is None else [self._lower, self._upper]
+        found, given = [], {"input_ids": ids}
+        for part in parts:
+            out = part(**given, output_attentions=True, use_cache=False)
+            found += [weights[0] for weights in out.attentions]
+            given = {"inputs_embeds": out.last_hidden_state}
+        return found
+
+    @torch.no_grad()
     def _below(self, example: Encoded) -> Tensor:
         """[T, D]: what the frozen layers give, computed once for each example."""
         key = example.ids.tobytes()

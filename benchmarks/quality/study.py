@@ -16,7 +16,7 @@ from benchmarks.quality.marking import right
 from benchmarks.quality.planting import Example, plant
 from benchmarks.quality.scores import SCORES
 from benchmarks.quality.settings import MethodRun, Seed, Study
-from benchmarks.quality.signals import Signals, measure
+from benchmarks.quality.signals import Signals, measure, measure_layers, measure_loss
 from benchmarks.quality.student import Student, load_tokenizer
 from benchmarks.quality.tokens import CONTENT, END, Encoded, encode, encode_plain, end_token, prompt_text
 from benchmarks.quality.training import answer_greedily, losses_by_class, train
@@ -45,15 +45,17 @@ class Cells:
 
     def run(self) -> None:
         """Run what is missing: for each seed `full` first, since its model is the signals' current one."""
-        full = MethodRun(method="full")
         for seed in self.study.seeds:
             for method in sorted(self.study.methods, key=lambda m: m.method != "full"):
                 self.cell(method, seed)
+            if self.study.layers:
+                self._measure_layers(seed)
             if not self.study.methods:
                 self.signals(seed, self.training_set(seed))
                 self.say(f"{self.study.name}  {seed.key}: measured")
         for seed in self.study.variance:
-            self.cell(full, seed)
+            for method in self.study.varied(seed):
+                self.cell(method, seed)
 
     def path(self, method: MethodRun, seed: Seed) -> Path:
         """Where a cell's result is kept."""
@@ -64,8 +66,9 @@ class Cells:
         path = self.path(method, seed)
         if path.exists():
             return
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         training = self.training_set(seed)
+        is_current = method.method == "full" and seed in self.study.seeds
         keep, share = self.keep(method, seed, training)
         student = self._student(seed)
         num_steps = self.study.epochs * len(training) // self.study.batch_size
@@ -73,6 +76,14 @@ class Cells:
             num_steps = round(num_steps / max(share["all"], 1e-9))
         if method.method == "base":
             num_steps = 0
+        early: Signals = {}
+
+        def after_step(step: int) -> None:
+            if is_current and step in self.study.checkpoints:
+                student.model.eval()
+                early.update(measure_loss(student, training, f"step{step}"))
+                student.model.train()
+
         trained = train(
             student,
             training,
@@ -81,25 +92,27 @@ class Cells:
             batch_size=self.study.batch_size,
             learning_rate=self.study.learning_rate,
             seed=seed.order,
+            after_step=after_step,
         )
         found = {
             "method": method.key,
-            "seed": seed.model_dump(),
+            "seed": seed.model_dump(exclude_none=True),
             "steps": num_steps,
             "trained_tokens": trained,
             "kept": share,
             **(self._untrained if method.method == "base" else self.evaluate(student)),
         }
-        if method.method == "full" and seed in self.study.seeds:
-            self._measure_current(student, seed, training)
+        if is_current:
+            self._measure_current(student, seed, training, early)
         found["seconds"] = round(time.monotonic() - began, 1)
+        found["cpu_seconds"] = round(time.process_time() - cpu_began, 1)
         path.with_suffix(".partial").write_text(json.dumps(found), encoding="utf-8")
         path.with_suffix(".partial").rename(path)
         loss = sum(r["loss_all"] for r in found["held_out"]) / sum(r["tokens_all"] for r in found["held_out"])
         self.say(f"{self.study.name}  {seed.key}  {method.key}: loss {loss:.3f}, {found['seconds']} s")
 
     def _student(self, seed: Seed) -> Student:
-        return Student(self._base, self.study.upper_layers, seed.order, below=self._below)
+        return Student(self._base, self.study.upper_layers, seed.drawn, below=self._below)
 
     @cached_property
     def _base(self) -> str | Path:
@@ -167,7 +180,7 @@ class Cells:
         self, name: str, seed: Seed, training: Sequence[Encoded], offsets: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         if name == "random":
-            return np.random.default_rng([seed.data, seed.noise, seed.order]).random(int(offsets[-1]))
+            return np.random.default_rng([seed.data, seed.noise, seed.drawn]).random(int(offsets[-1]))
         if name == "worst":
             return -SCORES["pmi-band"](self.signals(seed, training), offsets)
         return SCORES[name](self.signals(seed, training), offsets)
@@ -175,21 +188,30 @@ class Cells:
     def signals(self, seed: Seed, training: Sequence[Encoded]) -> Signals:
         """The history's signals (the base model's) and the current's, where `full` has been trained."""
         path = self.folder / "signals" / f"history-{seed.key}.npz"
+        same_answers = sorted(path.parent.glob(f"history-d{seed.data}-n{seed.noise}-*.npz"))
+        if not path.exists() and same_answers:
+            path = same_answers[0]  # the base does not depend on the order
         if not path.exists():
             student = self._student(seed)
             self._save(path, measure(student, training, "history", attention=False))
-        current = self.folder / "signals" / f"current-{seed.key}.npz"
-        return {**np.load(path), **(np.load(current) if current.exists() else {})}
+        others = [self.folder / "signals" / f"{name}-{seed.key}.npz" for name in ("layers", "current")]
+        return {name: values for p in (path, *others) if p.exists() for name, values in np.load(p).items()}
 
-    def _measure_current(self, student: Student, seed: Seed, training: Sequence[Encoded]) -> None:
+    def _measure_layers(self, seed: Seed) -> None:
+        path = self.folder / "signals" / f"layers-{seed.key}.npz"
+        if path.exists():
+            return
+        student = Student(self._base, self.study.upper_layers, seed.drawn, attention="eager")
+        self._save(path, measure_layers(student, self.training_set(seed), "history"))
+        self.say(f"{self.study.name}  {seed.key}: attention of every layer measured")
+
+    def _measure_current(
+        self, student: Student, seed: Seed, training: Sequence[Encoded], early: Signals
+    ) -> None:
         student.model.set_attn_implementation("eager")
-        path = self.folder / "signals" / f"current-{seed.key}.npz"
-        self._save(
-            path,
-            measure(
-                student, training, "current", attention=True, unconditional=self.study.upper_layers is None
-            ),
-        )
+        conditional_only = self.study.upper_layers is not None
+        found = measure(student, training, "current", attention=True, unconditional=not conditional_only)
+        self._save(self.folder / "signals" / f"current-{seed.key}.npz", found | early)
 
     @staticmethod
     def _save(path: Path, signals: Signals) -> None:

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from benchmarks.quality.detection import Pooled, kept_shares, pooled_signals
-from benchmarks.quality.intervals import auroc, over_examples, spearman_interval
+from benchmarks.quality.intervals import Interval, auroc, over_examples, spearman_interval
 from benchmarks.quality.scores import SCORES, position, ranks, rel
 from benchmarks.quality.signals import FloatArray
 from benchmarks.quality.tokens import CONTENT, END
@@ -14,15 +16,22 @@ if TYPE_CHECKING:
 
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RHOS = (0.4, 0.6, 0.8)
+_LAYERS = "Prompt attention of the base by layer"
+_HISTORIES = "AUROC by checkpoint: REL from a history to a current model, and `sstoken` of the two"
 OF_RHO = ("sstoken", "rel", "t3s", "low-loss", "pmi-band", "prefix")
 
 
 def sweeps(cells: "Cells") -> dict[str, Any]:
     """Tables by name, each with `columns` and `rows` of intervals by name; none without a current model."""
     pooled = pooled_signals(cells)
-    if pooled is None or "current.attention" not in pooled.signals:
+    if pooled is None:
         return {}
-    return {
+    found = {_LAYERS: _by_layer(pooled)} if "history.attention@0" in pooled.signals else {}
+    if "current.attention" not in pooled.signals:
+        return found
+    if cells.study.checkpoints:
+        found[_HISTORIES] = _by_checkpoint(pooled, cells.study.checkpoints)
+    return found | {
         "AUROC by gamma (1: REL alone, 0: attention alone), as published and with ranks": _by_gamma(pooled),
         "Kept content, less kept noise, by rho": _by_rho(pooled),
         "Spearman correlation with the position in the answer": _with_position(pooled),
@@ -77,4 +86,54 @@ def _with_position(pooled: Pooled) -> dict[str, Any]:
     return {
         "columns": ["mean over answers"],
         "rows": {name: [spearman_interval(values, place, offsets)] for name, values in named.items()},
+    }
+
+
+def _by_layer(pooled: Pooled) -> dict[str, Any]:
+    """Each layer; the mean of all; the best on every other answer, judged on those between."""
+    signals, kinds, _, offsets = pooled
+    content, noise = kinds == CONTENT, (kinds != CONTENT) & (kinds != END)
+    place = position(offsets)
+    layers = sorted(
+        (n for n in signals if n.startswith("history.attention@")), key=lambda n: int(n.split("@")[1])
+    )
+    odd = np.repeat(np.arange(len(offsets) - 1) % 2 == 1, np.diff(offsets))
+    judged_offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[1::2])]).astype(np.int64)
+
+    def chosen_by(values: FloatArray) -> float:
+        return over_examples(auroc, values, content & ~odd, noise & ~odd, offsets, num_resamples=1).value
+
+    def row(values: FloatArray) -> list[Interval]:
+        return [
+            over_examples(auroc, values, content, noise, offsets),
+            spearman_interval(values, place, offsets),
+        ]
+
+    rows = {f"layer {name.split('@')[1]}": row(signals[name]) for name in layers}
+    rows["mean of all layers"] = row(np.mean([signals[name] for name in layers], axis=0))
+    best = max(layers, key=lambda name: chosen_by(signals[name]))
+    own = signals[best][odd]
+    rows[f"layer {best.split('@')[1]}, chosen on every other answer, on the rest"] = [
+        over_examples(auroc, own, content[odd], noise[odd], judged_offsets),
+        spearman_interval(own, place[odd], judged_offsets),
+    ]
+    return {"columns": ["AUROC", "Spearman correlation with position"], "rows": rows}
+
+
+def _by_checkpoint(pooled: Pooled, steps: tuple[int, ...]) -> dict[str, Any]:
+    signals, kinds, _, offsets = pooled
+    content, noise = kinds == CONTENT, (kinds != CONTENT) & (kinds != END)
+    losses = {"the base": signals["history.loss"]}
+    losses |= {f"after step {step}": signals[f"step{step}.loss"] for step in steps}
+    losses["after all steps"] = signals["current.loss"]
+    names = list(losses)
+    pairs = [(names[0], name) for name in names[1:]] + [(name, names[-1]) for name in names[1:-1]]
+
+    def row(gain: FloatArray) -> list[Interval]:
+        both = 0.5 * minmax(gain, offsets) + 0.5 * signals["current.attention"]
+        return [over_examples(auroc, values, content, noise, offsets) for values in (gain, both)]
+
+    return {
+        "columns": ["REL", "`sstoken`"],
+        "rows": {f"{early} to {late}": row(losses[early] - losses[late]) for early, late in pairs},
     }

@@ -1,7 +1,7 @@
 """Fine-tuning on kept tokens, and what comes of it: losses by class, greedy answers."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,19 @@ def train(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> int:
     """Train on the kept tokens of batches that depend on the seed alone. Loss: the mean over a batch's kept tokens.
+
+    Args:
+        student: trained in place.
+        examples: all that may be drawn.
+        keep: which of their tokens have a loss.
+        num_steps: batches.
+        batch_size: examples a batch.
+        learning_rate: the peak.
+        seed: of the batches' order.
+        after_step: called with the number of steps taken, from 1.
 
     Returns:
         How many kept tokens were trained on.
@@ -41,7 +52,7 @@ def train(
     )
     student.model.train()
     trained = 0
-    for chosen in batches(len(examples), batch_size, num_steps, seed):
+    for step, chosen in enumerate(batches(len(examples), batch_size, num_steps, seed), start=1):
         logits, targets = student.response_logits([examples[i] for i in chosen], [keep[i] for i in chosen])
         if not len(targets):
             continue
@@ -51,6 +62,7 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        after_step(step)
     student.model.eval()
     return trained
 

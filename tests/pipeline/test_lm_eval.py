@@ -40,10 +40,20 @@ def own_accuracy(model: Path, rows: list[dict[str, object]]) -> float:
     return right / len(rows)
 
 
-def test_evaluate_sh_measures_what_transformers_measures(tmp_path: Path) -> None:
+SMOLLM2 = ROOT / ".models" / "smollm2"
+MODELS = {
+    "small": SHARED / "models" / "base",
+    "smollm2": pytest.param(
+        SMOLLM2, marks=pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs make smollm2")
+    ),
+}
+
+
+@pytest.mark.parametrize("trained", MODELS.values(), ids=MODELS)
+def test_evaluate_sh_measures_what_transformers_measures(trained: Path, tmp_path: Path) -> None:
     assert LM_EVAL is not None
     model = tmp_path / "model"
-    shutil.copytree(SHARED / "models" / "base", model)
+    shutil.copytree(trained, model)
     tasks = tmp_path / "tasks"
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"),
