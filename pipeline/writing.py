@@ -1,4 +1,4 @@
-"""Where work may be written, and by whom."""
+"""Access to output folders: whether they can be written, locks against other runs, and full disks."""
 
 import errno
 import os
@@ -18,49 +18,51 @@ from sstoken.stages.shard_border import GOES_ON
 
 
 def check_writable(folder: PurePath) -> None:
-    """Refuse a folder that cannot be made, or made anew.
+    """Refuse a folder that cannot be created or replaced.
 
     Raises:
-        SstokenError: its parent, or what there is of it, takes no files.
+        SstokenError: its nearest existing parent cannot be written to.
     """
     if not isinstance(folder, Path):
-        return  # an object store says so when it is asked to take the first file
+        return  # an object store refuses the first file instead
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     parent = existing if existing != folder.absolute() else existing.parent
     if not parent.is_dir() or not _writable(parent):
-        raise SstokenError(f"{parent}: cannot be written to; choose another output folder or mend its rights")
+        raise SstokenError(
+            f"{parent}: cannot be written to; choose another output folder or fix its permissions"
+        )
 
 
 def _writable(folder: Path) -> bool:
-    """Whether a file can be made there: tried, as rights alone do not tell for root or a read-only disk."""
+    """Whether a file can be created there. Tries it: permissions tell nothing about root or a read-only disk."""
     try:
-        with tempfile.TemporaryFile(dir=folder):  # without a name where the system can: a kill leaves nothing
+        with tempfile.TemporaryFile(dir=folder):  # usually has no name, so that a kill leaves nothing behind
             return True
     except OSError:
         return False
 
 
 RANKS = "rank-*-of-*"
-"""Parts of the work on a folder, as `one_run_at_a_time` and `at_work` have them."""
+"""Pattern of the parts that ranks lock; see `one_run_at_a_time` and `at_work`."""
 
 
 @contextmanager
 def one_run_at_a_time(
     out: Path, part: str = "", wait: float = 0, fingerprint: str = ""
 ) -> Iterator[Callable[[], None]]:
-    """Let one run at a time work on an output folder, or on a part of it; a process's end releases it.
+    """Lock an output folder, or a part of it, against other runs; the end of the process releases the lock.
 
     Args:
         out: the folder.
-        part: such as `rank-00003-of-00007`; empty: all of it.
-        wait: seconds to wait for another one.
-        fingerprint: of the work, for those who find the folder taken.
+        part: such as `rank-00003-of-00007`; empty: the whole folder.
+        wait: seconds to wait for another run.
+        fingerprint: of the work, shown to runs that find the folder locked.
 
     Yields:
-        A check, to be called before anything is published: it raises if another run has taken the folder over.
+        A check to call before publishing: it raises if another run has taken the folder over.
 
     Raises:
-        SstokenError: another run works on it; says whose it is.
+        SstokenError: another run holds the lock; names it.
     """
     storage.of(out).make_folder(out.parent)
     lock = FileLock(_lock_file(out, part))
@@ -81,16 +83,16 @@ def one_run_at_a_time(
         finally:
             own.release()
     finally:
-        lock.release()  # its file stays: unlinking it would let two runs lock two files of that name
+        lock.release()  # the lock file stays: after unlinking it, two runs could lock two files of that name
 
 
 def at_work(out: Path, parts: str) -> list[str]:
-    """Return the parts of an output folder that a run works on now, of those that a pattern names."""
+    """List the parts of an output folder, among those that match a pattern, that are locked now."""
     return [_part_of(out, file) for file in _lock_files(out, parts) if _is_held(file)]
 
 
 def forget_parts(out: Path, parts: str) -> None:
-    """Delete what marked the parts, once the folder is finished."""
+    """Delete the lock files of parts, once the folder is finished."""
     for file in _lock_files(out, parts):
         file.unlink(missing_ok=True)
 
@@ -129,19 +131,19 @@ def _is_held(file: Path) -> bool:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left", "os error 28", "Disk quota exceeded")
-"""How libraries put it in errors of their own kinds."""
+"""The same in the texts of libraries' own errors."""
 _TORCH_TEXTS = ("inline_container", "iostream error", "PytorchStreamWriter")
-"""How torch.save says that a write failed; not why."""
+"""Texts of torch.save when a write fails; they do not say why."""
 _NO_ROOM = 1 << 20
-"""Bytes."""
+"""With fewer bytes free than this, torch's failed write counts as a full disk."""
 
 
 @contextmanager
 def naming_full_disk(folder: Path) -> Iterator[None]:
-    """Say of a disk that is full which it is, what is free, and which file found no room.
+    """Turn errors of a full disk into one line: which disk, how much is free, and which file did not fit.
 
     Args:
-        folder: where the work is done; its disk is meant where a library does not say the file.
+        folder: where the work is done, for errors that do not name a file.
     """
     try:
         yield
@@ -153,7 +155,7 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
 
 
 def full_disk(error: BaseException, folder: Path) -> SstokenError | None:
-    """Return the error to show for one that a full disk caused, by itself or through a library; else None."""
+    """Return the error to show if a full disk caused `error`, directly or through a library; else None."""
     place = _without_room(error, folder)
     if place is None:
         return None
@@ -166,7 +168,7 @@ def full_disk(error: BaseException, folder: Path) -> SstokenError | None:
 
 
 def _without_room(error: BaseException | None, folder: Path) -> Path | None:
-    """The file or folder that an error, or what led to it, says has no room."""
+    """The file or folder on the full disk that caused an error; None: it had another cause."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return Path(os.fsdecode(error.filename)) if error.filename else folder

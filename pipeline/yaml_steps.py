@@ -1,4 +1,4 @@
-"""What a configuration's YAML may say in short: paths beside the file, repeated steps, settings with several values."""
+"""Shorthand in a configuration's YAML: paths beside the file, repeated steps, settings with several values."""
 
 import glob
 import re
@@ -13,12 +13,12 @@ from sstoken.errors import UsageError
 from sstoken.pipeline.plain_yaml import short
 
 _PATHS = ("data", "model", "chat_template", "checkpoints")
-"""Fields that name what is read."""
+"""Fields that hold paths of inputs."""
 _REPEAT = "repeat"
 
 
 def beside_the_file(values: dict[str, Any], folder: Path) -> None:
-    """Have relative paths that are found from the file's folder name that place, in every section and step."""
+    """Resolve relative paths that exist from the file's folder, in every section and step, in place."""
     if folder.resolve() == Path.cwd():
         return
 
@@ -43,12 +43,12 @@ def beside_the_file(values: dict[str, Any], folder: Path) -> None:
 
 
 def repeated(steps: Any, where: str) -> Any:
-    """Write out `repeat: {VARIABLE: [values], steps: {...}}`: its steps once for each value.
+    """Expand `repeat: {VARIABLE: [values], steps: {...}}` into its steps, once for each value.
 
-    `{VARIABLE}`, `{VARIABLE-1}` and `{VARIABLE+1}` in names and texts are replaced.
+    `{VARIABLE}`, `{VARIABLE-1}` and `{VARIABLE+1}` are replaced in names and texts.
 
     Raises:
-        UsageError: it is not made of one list of whole numbers and of steps, or a step is there twice.
+        UsageError: it is not one list of integers and a mapping of steps, or two steps get the same name.
     """
     if not isinstance(steps, dict) or _REPEAT not in steps:
         return steps
@@ -74,7 +74,7 @@ def repeated(steps: Any, where: str) -> Any:
                 key = _filled(inner_name, variables[0], number)
                 if key in written:
                     raise UsageError(
-                        f"{where}: step {short(key)} is there twice; write {{{variables[0]}}} into its name"
+                        f"{where}: step {short(key)} appears twice; write {{{variables[0]}}} into its name"
                     )
                 written[key] = _filled(inner_body, variables[0], number)
     return written
@@ -98,7 +98,7 @@ def _filled(value: Any, variable: str, number: int) -> Any:
 
 
 def swept(fields: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    """Move settings that have a list where one value belongs to `sweep`; those of `params` as `params.NAME`."""
+    """Move settings that have a list instead of one value to `sweep`; those of `params` become `params.NAME`."""
     kept: dict[str, Any] = dict(fields)
     several: dict[str, list[Any]] = {}
     for name, value in fields.items():
@@ -114,18 +114,18 @@ def swept(fields: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]
 
 
 def combinations(sweep: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """One value of each setting, in every combination; one empty choice where there is no setting."""
+    """Every combination of one value per setting; a single empty choice if there are no settings."""
     return [dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())]
 
 
 def label(choice: Mapping[str, Any]) -> str:
-    """What a folder of the sweep is called after: `rho-0.4-gamma-0.5`."""
+    """The suffix of a sweep's folder, such as `rho-0.4-gamma-0.5`."""
     parts = (f"{name.removeprefix('params.')}-{value}" for name, value in choice.items())
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
 
 
 def chosen(fields: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a selection with the values of one combination."""
+    """Set a selection's fields to the values of one combination."""
     found = dict(fields)
     for name, value in choice.items():
         group, dot, key = name.partition(".")

@@ -1,8 +1,8 @@
-"""Engines: how a function is mapped over tasks.
+"""Engines map a function over tasks.
 
-To add one, write a class with `sstoken.stages.stage.Engine`'s methods whose constructor takes an `EngineOptions`, rank
-and world size, and name it in `ENGINES`; or declare it in a package of your own as an entry point of the group
-`sstoken.engines` (`name = "module:class"`). Nothing else changes.
+To add one, write a class with the methods of `sstoken.stages.stage.Engine` whose constructor takes `EngineOptions`, a
+rank and a world size, and add it to `ENGINES`; or declare it in a package of your own as an entry point of the group
+`sstoken.engines` (`name = "module:class"`).
 """
 
 from importlib import import_module, metadata
@@ -14,21 +14,21 @@ ENGINES = {
     "local": "sstoken.pipeline.engines.local:LocalEngine",
     "ray": "sstoken.pipeline.engines.on_ray:RayEngine",
 }
-"""Name to `module:class`; the module is imported when the engine is used."""
+"""Name to `module:class`; the module is imported on use."""
 ENTRY_POINTS = "sstoken.engines"
-"""The group in which other packages declare theirs."""
+"""The entry point group of other packages' engines."""
 
 
 def make_engine(options: EngineOptions, rank: int = 0, world_size: int = 1) -> Engine:
-    """Return the engine of that name, for one of `world_size` parts of the work.
+    """Create the engine that the options name, for rank `rank` of `world_size`.
 
     Raises:
-        UsageError: there is none of that name, or the rank is out of range.
+        UsageError: unknown engine, or the rank is out of range.
     """
     if not rank < world_size:
         raise UsageError(f"rank is {rank} and world_size is {world_size}; legal is 0 to {world_size - 1}")
     place = ENGINES.get(options.engine)
-    if place is None:  # asked second: others are found by a look at every installed package
+    if place is None:  # entry points last: finding them reads the metadata of every installed package
         known = {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)} | ENGINES
         place = known.get(options.engine)
         if place is None:

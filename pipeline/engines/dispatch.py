@@ -1,7 +1,7 @@
-"""How tasks are handed out, whatever runs them: a bounded window, retries, and a list of the tasks that failed.
+"""Hands out tasks, whatever runs them: a bounded window, retries, and quarantine of tasks that keep failing.
 
-An engine gives a `Pool`; what is decided here (how far to read ahead, what is tried again, what stops the run) is the
-same for every engine, and `benchmarks/scale_sim.py` runs it with simulated workers.
+An engine provides a `Pool`. The policy here (how far to read ahead, what to retry, what stops the run) is the same for
+every engine; `benchmarks/scale_sim.py` runs it with simulated workers.
 """
 
 import errno
@@ -14,7 +14,7 @@ from sstoken.errors import QuarantinedError
 from sstoken.stages.stage import Progress, Task
 
 ATTEMPTS = 3
-"""Times that a task is tried before it is put in quarantine."""
+"""Attempts at a task before it is quarantined."""
 _TRANSIENT = {
     getattr(errno, name)
     for name in (
@@ -29,30 +29,30 @@ _TRANSIENT = {
     )
     if hasattr(errno, name)
 }
-"""What a network disk answers on a bad day."""
+"""Temporary errors of network file systems."""
 
 
 @dataclass(eq=False)
 class Attempt:
-    """One try at one task."""
+    """One attempt at one task."""
 
     index: int
-    """Position among the tasks."""
+    """Index of the task."""
     task: Task[Any]
     number: int = 1
     """From 1 to `ATTEMPTS`."""
     shown: int = 0
-    """Units of the progress bar that this attempt has counted."""
+    """Units of this attempt that the progress bar counts now."""
 
     def show(self, done: int, progress: Progress) -> None:
-        """Have the progress bar count `done` units of this attempt in all."""
+        """Make the progress bar count `done` units of this attempt in total."""
         progress.advance(done - self.shown)
         self.shown = done
 
 
 @dataclass(frozen=True)
 class Died:
-    """The process that ran an attempt ended without an answer."""
+    """The process of an attempt died."""
 
     reason: str
     """Such as `killed by SIGKILL`."""
@@ -70,26 +70,26 @@ class Pool(Protocol):
 
     @property
     def window(self) -> int:
-        """Attempts that may be started and not ended; may change from call to call."""
+        """Limit on the attempts under way; may change from call to call."""
 
     def start(self, attempt: Attempt) -> None:
         """Start an attempt."""
 
     def ended(self) -> Iterable[tuple[Attempt, Any]]:
-        """Wait a moment; return the attempts that have ended, each with its result, `Died` or `Raised`."""
+        """Wait briefly; return the attempts that have ended, each with its result, `Died` or `Raised`."""
 
     def stop(self) -> None:
-        """End every attempt at once: the caller has lost interest."""
+        """Kill every attempt: the results are no longer wanted."""
 
 
 def dispatch(pool: Pool, tasks: Iterable[Task[Any]], progress: Progress) -> Iterator[Any]:
-    """Run every task; yield the results as they come, in no order. Tasks are read when there is room for them.
+    """Run every task; yield results as they arrive, in any order. A task is read once there is room for it.
 
-    A task whose process dies, or which a network disk fails, is tried again, at most twice. Anything else that a task
-    raises would be raised again by the next try, and by other tasks: it stops the run.
+    A task is retried, at most twice, if its process died or a network disk failed. Any other error would recur, in a
+    retry as in other tasks, and stops the run.
 
     Raises:
-        QuarantinedError: names the tasks that failed each time; all others are done.
+        QuarantinedError: some tasks failed at every attempt; names them. All others are done.
     """
     try:
         yield from _dispatch(pool, tasks, progress)

@@ -1,6 +1,6 @@
-"""The local engine: tasks in this process, or in several on this machine, one task a process at a time.
+"""The local engine: runs tasks in this process, or in several on this machine, one task per process at a time.
 
-Each process is a pool of its own, so that one that dies costs its own task and no other.
+Each process is a pool of its own, so that its death costs only its own task.
 """
 
 import atexit
@@ -28,14 +28,14 @@ from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
 T = TypeVar("T")
 R = TypeVar("R")
 _LOOK_EVERY = 0.2
-"""Seconds between two looks at what the workers have done, and at whether their parent lives."""
+"""Seconds between polls: of the workers' progress, and by workers of whether their parent is alive."""
 _IDLE = 60
-"""Seconds after which a process without work ends; until then the next stage finds it warm."""
+"""Seconds after which an idle process ends; until then, the next stage can use it without a restart."""
 
 
 @dataclass
 class _InProcess:
-    """A worker that is this process."""
+    """The `Worker` of tasks in this process."""
 
     attempt: Attempt
     progress: Progress
@@ -48,7 +48,7 @@ class _InProcess:
 
 
 class _Here:
-    """A `Pool` that is this process."""
+    """A `Pool` of this process alone."""
 
     window = 1
 
@@ -59,7 +59,7 @@ class _Here:
         self._ended: list[tuple[Attempt, Any]] = []
 
     def start(self, attempt: Attempt) -> None:
-        """See `Pool`. Returns when the attempt has ended."""
+        """See `Pool`. Returns only when the attempt has ended."""
         try:
             result = self._function(attempt.task.work, _InProcess(attempt, self._progress, self._device))
         except Exception as error:
@@ -99,13 +99,13 @@ class LocalEngine:
 
 
 def _cores() -> int:
-    from joblib import cpu_count  # knows the limits of a container
+    from joblib import cpu_count  # respects a container's limits
 
     return int(cpu_count())
 
 
 class _Processes:
-    """The pool of one call of `map`: as many processes as workers, one task each at a time."""
+    """The pool of one call of `map`: one process per worker, one task per process at a time."""
 
     def __init__(
         self,
@@ -119,9 +119,9 @@ class _Processes:
         self._function, self._devices, self._progress = function, devices, progress
         self._board = folder / "done"
         self._done = np.memmap(self._board, np.int64, "w+", shape=(window,))
-        """[workers]: how far each process is with its task; the processes write it."""
+        """[workers]: units that each process has done of its task; written by the processes."""
         self._running: dict[Future[Any], tuple[Attempt, int]] = {}
-        """Each attempt with the slot of its process."""
+        """Attempts under way, each with the slot of its process."""
 
     def start(self, attempt: Attempt) -> None:
         """See `Pool`."""
@@ -155,7 +155,7 @@ class _Processes:
 
 
 def _how(error: BrokenExecutor) -> str:
-    """How a process ended, in a few words."""
+    """How a process died, in a few words."""
     found = re.search(r"(SIG[A-Z]+)\(|EXIT\((\d+)\)", str(error))
     if found is None:
         return "its process ended"
@@ -163,12 +163,12 @@ def _how(error: BrokenExecutor) -> str:
 
 
 _PROCESSES: dict[int, Any] = {}
-"""The pools of one process each, by slot. They outlive a call, and end when idle."""
+"""Single-process pools by slot. They outlive a call of `map`, and end when idle."""
 
 
 def _process(slot: int) -> Any:
     if slot not in _PROCESSES:
-        from joblib.externals.loky import ProcessPoolExecutor  # needs no guard in a user's script
+        from joblib.externals.loky import ProcessPoolExecutor  # users' scripts need no `if __name__` guard
 
         _PROCESSES[slot] = ProcessPoolExecutor(max_workers=1, timeout=_IDLE)
     return _PROCESSES[slot]
@@ -176,11 +176,11 @@ def _process(slot: int) -> Any:
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block ends; processes started in it never see them: this one ends them."""
+    """Block Ctrl-C and SIGTERM in this context; processes started in it inherit that, as this process ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # when it starts, it lets the signal through again
+    resource_tracker.ensure_running()  # started here, as its start unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -195,7 +195,7 @@ def _stop_all() -> None:
 
 
 def _kill(pool: Any) -> None:
-    # Not shutdown(kill_workers=True): its thread fails with a KeyError on work that was submitted a moment before.
+    # Not shutdown(kill_workers=True): its thread raises a KeyError for work submitted just before.
     from joblib.externals.loky.backend.utils import kill_process_tree
 
     for process in list(pool._processes.values()):
@@ -204,7 +204,7 @@ def _kill(pool: Any) -> None:
 
 
 class _Board:
-    """A worker that is one of several processes."""
+    """The `Worker` of tasks in one of several processes; reports progress through a shared array."""
 
     def __init__(self, board: str, workers: int, slot: int, device: str | None) -> None:
         self.device = device
@@ -220,15 +220,17 @@ def _in_worker(
     from joblib.externals.loky import process_executor
 
     parent, folder, board, workers, slot, device = place
-    os.chdir(folder)  # a process that was kept warm may have begun elsewhere
+    os.chdir(folder)  # a reused process may have started elsewhere
     end_with(parent)
-    process_executor._USE_PSUTIL = False  # it would take a model that was loaded for a leak, and start anew
+    process_executor._USE_PSUTIL = (
+        False  # loky would mistake a loaded model for a memory leak and restart the process
+    )
     return function(work, _Board(board, workers, slot, device))
 
 
 @cache
 def end_with(parent: int) -> None:
-    """Have this process end when `parent`, which started it, does, however that is: else it would write on."""
+    """End this process as soon as its parent process is gone for any reason: it would go on writing otherwise."""
 
     def watch() -> None:
         with suppress(OSError):

@@ -1,8 +1,8 @@
-"""The Ray engine: every task a remote function without state, on any node of a cluster.
+"""The Ray engine: every task is a stateless remote function, on any node of a cluster.
 
-One shard goes in, one atomic file comes out, and nothing else is kept on a node: no actor holds work that a lost node
-could take along, and Ray writes no file itself. A task may run twice, also at the same time, and writes the same bytes.
-The model is cached in each worker process, by the stage's own module.
+A task reads one shard and writes one atomic file. No actor holds results that a lost node would take with it, and Ray
+itself writes no file. A task may run twice, even at the same time; both write the same bytes. The model is cached in
+each worker process, by the stage's module.
 """
 
 import os
@@ -23,13 +23,13 @@ from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
 T = TypeVar("T")
 R = TypeVar("R")
 _LOOK_EVERY = 0.2
-"""Seconds between two looks at what the tasks have done."""
+"""Seconds between polls of the tasks' progress."""
 _COUNT_EVERY = 10.0
-"""Seconds between two looks at how large the cluster is: nodes come and go."""
+"""Seconds between polls of the cluster's size: nodes come and go."""
 _PATIENCE = 10.0
-"""Seconds that a cluster may take to answer at all."""
+"""Timeout for connecting to a cluster, in seconds."""
 _WAITING = 1.0
-"""Tasks that wait at Ray for each that runs: enough that no worker is ever idle."""
+"""Tasks queued at Ray per running task, so that no worker is ever idle."""
 _HANDED_ON = (
     "ARROW_DEFAULT_MEMORY_POOL",
     "HF_ENDPOINT",
@@ -39,17 +39,17 @@ _HANDED_ON = (
     "TOKENIZERS_PARALLELISM",
     "TRANSFORMERS_VERBOSITY",
 )
-"""Environment variables that worker processes take over from this one."""
+"""Environment variables that are passed on to worker processes."""
 
 
 class RayEngine:
     """Remote functions on a Ray cluster; see `Engine`."""
 
     def __init__(self, options: EngineOptions, rank: int = 0, world_size: int = 1) -> None:
-        """Read the options; nothing is started before there is a task.
+        """Check the options; Ray is started or connected to with the first task.
 
         Raises:
-            UsageError: Ray is not installed, or the options name the devices of one machine.
+            UsageError: Ray is not installed, or the options name particular devices of one machine.
         """
         _import()
         device = getattr(options, "device", "auto")
@@ -69,11 +69,11 @@ class RayEngine:
         if first:
             connect(self._options)
             pool = _Cluster(function, self._gpus(), self._options.workers, progress)
-            with redirect_stdout(sys.stderr):  # Ray prints what it lost; standard output is for results
+            with redirect_stdout(sys.stderr):  # Ray prints about lost workers; standard output is for results
                 yield from dispatch(pool, chain(first, tasks), progress)
 
     def _gpus(self) -> int:
-        """GPUs for each task; 0: a core instead."""
+        """GPUs per task; 0: one CPU core instead."""
         if not hasattr(self._options, "device") or self._device not in ("auto", "cuda", "cuda:0"):
             return 0
         if not _import().cluster_resources().get("GPU"):
@@ -90,7 +90,7 @@ def connect(options: EngineOptions) -> None:
     """Connect this process to the cluster, once; without an address, start Ray on this machine.
 
     Raises:
-        UsageError: no cluster answers there, or the runtime environment cannot be read.
+        UsageError: no cluster answers at the address, or the runtime environment cannot be read.
     """
     ray = _import()
     if ray.is_initialized():
@@ -122,7 +122,7 @@ def connect(options: EngineOptions) -> None:
 
 
 def _knock(address: str | None) -> None:
-    """Raise where nobody listens at HOST:PORT: Ray would try for minutes."""
+    """Raise if nothing listens at HOST:PORT; Ray itself would retry for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
@@ -163,14 +163,14 @@ class _Cluster:
         self._ray = ray = _import()
         self._gpus, self._workers, self._progress = gpus, workers, progress
         self._function = ray.put(function)
-        # max_calls=0: a process is used again, with its model; by default one that had a GPU ends with its task.
+        # max_calls=0 keeps processes and their models; by default, a process with a GPU ends after its task.
         needs = {"num_gpus": gpus, "num_cpus": 0} if gpus else {"num_cpus": 1}
         self._run = ray.remote(**needs, max_retries=0, max_calls=0, scheduling_strategy="SPREAD")(
             ray_task.run
         )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(ray_task.Board).options(num_cpus=0, scheduling_strategy=here).remote()
-        """Where tasks say how far they are: with the driver's node, so that no other node's loss takes it along."""
+        """Collects the tasks' progress; on the driver's node, so that it survives the loss of any other."""
         self._asked: Any = None
         self._running: dict[Any, Attempt] = {}
         self._keys: dict[tuple[int, int], Attempt] = {}
@@ -215,7 +215,7 @@ class _Cluster:
         except exceptions.RuntimeEnvSetupError as error:
             return Raised(SstokenError(f"Ray cannot set up ray_env on a node: {_first(error)}"))
         except exceptions.RayTaskError as error:
-            # Before our own code runs: the function or its arguments cannot be loaded there.
+            # Raised before our code runs: the worker cannot load the function or its arguments.
             return Raised(
                 SstokenError(
                     f"a Ray worker cannot run the task ({_first(error.cause)}); every node needs this version of "
@@ -227,7 +227,7 @@ class _Cluster:
         return Raised(result) if failed else result
 
     def _show(self) -> None:
-        """Count what tasks under way have done, without waiting for the answer."""
+        """Update the progress of running tasks, without waiting for the board's answer."""
         if self._asked is None:
             self._asked = self._board.all.remote()
             return
@@ -243,7 +243,7 @@ class _Cluster:
     def stop(self) -> None:
         """See `Pool`."""
         for reference in self._running:
-            with suppress(Exception):  # the cluster may be what is gone
+            with suppress(Exception):  # the cluster may be gone
                 self._ray.cancel(reference, force=True)
         self._running.clear()
 
@@ -253,7 +253,7 @@ def _first(error: BaseException) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why Ray lost a task, in a few words: its own texts fill a screen."""
+    """Why Ray lost a task, in a few words; Ray's own message fills a screen."""
     names = {
         "WorkerCrashedError": "its worker process died",
         "NodeDiedError": "its node was lost",

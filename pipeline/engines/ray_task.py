@@ -1,4 +1,4 @@
-"""What runs on a Ray node. A module of its own that imports no Ray, so that worker processes find it by name."""
+"""The code that runs on a Ray node. It does not import Ray, and worker processes find it by name."""
 
 import os
 import pickle
@@ -11,29 +11,29 @@ from typing import Any
 from sstoken.errors import SstokenError
 
 _SAY_EVERY = 1.0
-"""Seconds between two messages of a task on how far it is."""
+"""Seconds between a task's progress messages."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an attempt belongs."""
+    """What an attempt needs to know about the driver."""
 
     folder: str
-    """The driver's working directory: relative paths are meant from there."""
+    """The driver's working directory, to which relative paths refer."""
     key: tuple[int, int]
-    """The task's position, and which attempt it is."""
+    """Index of the task, and number of the attempt."""
     board: Any
-    """The actor that counts."""
+    """The actor that collects progress."""
 
 
 class Board:
-    """An actor that keeps how far each attempt is."""
+    """An actor that collects the progress of attempts."""
 
     def __init__(self) -> None:
         self._done: dict[tuple[int, int], int] = {}
 
     def add(self, key: tuple[int, int], amount: int) -> None:
-        """Count `amount` units more."""
+        """Add `amount` units."""
         self._done[key] = self._done.get(key, 0) + amount
 
     def end(self, key: tuple[int, int]) -> None:
@@ -41,14 +41,14 @@ class Board:
         self._done.pop(key, None)
 
     def all(self) -> dict[tuple[int, int], int]:
-        """How far each attempt is that has said so."""
+        """Units done, by attempt."""
         return self._done
 
 
 class _Reporting:
-    """A `Worker` of Ray: it speaks once a second, and of short tasks not at all."""
+    """The `Worker` of Ray tasks: reports at most once a second, and not at all for short tasks."""
 
-    device = None  # Ray shows a process its own GPUs alone
+    device = None  # Ray makes only the task's own GPUs visible
 
     def __init__(self, place: Place) -> None:
         self._place, self._held, self._said = place, 0, time.monotonic()
@@ -63,7 +63,7 @@ class _Reporting:
 
 
 def run(function: Callable[[Any, Any], Any], work: Any, place: Place) -> tuple[bool, Any]:
-    """Do one task; return whether it raised, and its result or its error."""
+    """Run one task; return whether it raised, and its result or error."""
     worker = _Reporting(place)
     try:
         _enter(place.folder)
@@ -88,7 +88,7 @@ def _enter(folder: str) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself if it pickles, with where it was raised as its cause; else its text."""
+    """The error itself if it pickles, with its traceback as a note; else an error with the traceback as its text."""
     where = traceback.format_exc()
     try:
         pickle.loads(pickle.dumps(error))

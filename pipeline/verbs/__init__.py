@@ -1,6 +1,6 @@
-"""The verbs: each is written once, in one file of this folder, as a function and as a command.
+"""The verbs. Each is defined once, in a file of this folder, as a function and a command.
 
-The index below is read from the source text, so that `--help` and `from sstoken import curate` load nothing heavy.
+The index below is parsed from the source text, so that `--help` and `from sstoken import curate` import nothing heavy.
 """
 
 import ast
@@ -25,16 +25,16 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index knows of a public name."""
+    """The index's entry of a public name."""
 
     module: str
     about: str | None
-    """The first line of its docstring; None: not a verb, such as the type of a result."""
+    """The first line of its docstring; None: it is no verb, but such as a result's type."""
 
 
 @cache
 def index() -> dict[str, Entry]:
-    """Every public name of the Python API."""
+    """Index every public name of the Python API."""
     return {
         name: Entry(f"{__name__}.{group}", about)
         for group in GROUPS
@@ -44,12 +44,12 @@ def index() -> dict[str, Entry]:
 
 @cache
 def verbs() -> dict[str, str]:
-    """What the help says of each verb of the command line, by name."""
+    """Each verb of the command line with its line of help."""
     return {name: entry.about for name, entry in index().items() if entry.about is not None}
 
 
 def _names(source: str) -> Iterator[tuple[str, str | None]]:
-    """The names in `__all__`, with the first line of a verb's docstring; the verbs as they follow in the file.
+    """Yield the names in `__all__`, verbs in file order, each verb with the first line of its docstring.
 
     A verb is a function followed by its `@command(...)`, or `name = verb(Call)`.
     """

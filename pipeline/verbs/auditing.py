@@ -1,4 +1,4 @@
-"""The verb that audits: what would be trained, for any dataset."""
+"""The verb `audit`: shows what would be trained, for any dataset."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ __all__ = ["AuditResult", "audit"]
 
 
 class AuditCall(Settings):
-    """Show what would be trained: of raw conversations, a tokenised dataset, or a folder of a run.
+    """Show what would be trained, for raw conversations, a tokenised dataset, or a folder of a run.
 
     No weights are loaded. docs/audit.md lists every check.
 
@@ -31,13 +31,13 @@ class AuditCall(Settings):
     """What to audit: files, a pattern, a folder, or a Hub dataset; in Python also a dataset, a table or a list of
     rows."""
     data: str | None = None
-    """The same as DATA, by name."""
+    """Same as DATA, as an option."""
     model: str | None = None
-    """Model whose tokenizer, chat template and stop tokens are used. Raw conversations need it."""
+    """Model whose tokenizer, chat template and stop tokens are used; required for raw conversations."""
     tokenizer: str | None = None
     """Tokenizer of a tokenised dataset.  [default: one found beside it]"""
     tokens: Place | None = None
-    """The folder of tokens that a scores folder belongs to.  [default: one found beside it]"""
+    """Tokens folder to which a scores folder belongs.  [default: one found beside it]"""
     split: str | None = None
     """Split of a Hub dataset or of a saved DatasetDict."""
     format: Format = "auto"
@@ -51,21 +51,21 @@ class AuditCall(Settings):
     chat_template: str | None = None
     """A Jinja file to use instead of the tokenizer's chat template, or `trl:NAME` for one that an installed TRL has."""
     turns: TrainedTurns = "all"
-    """Which turns of raw conversations are trained, as `encode` has it."""
+    """Which turns of raw conversations are trained, as in `encode`."""
     allow_lost: tuple[Losable, ...] = ()
     """What the chat template may leave out: reasoning, system, tools, tool_calls or content."""
     keep_special_tokens: bool = False
-    """Take raw rows whose text holds special tokens."""
+    """Accept raw rows whose text contains special tokens."""
     shifted_labels: Annotated[bool, Option(flag="--shifted-labels")] = False
-    """Labels are meant to be moved by one already: label i is what position i predicts (NeMo, Megatron)."""
+    """Labels are already shifted by one: label i is what position i predicts (NeMo, Megatron)."""
     max_length: Annotated[int | None, Field(ge=2)] = None
-    """What training will cut at, in tokens.  [default for raw conversations: as encode]"""
+    """Length at which training will truncate, in tokens.  [default for raw conversations: as encode]"""
     limit: Annotated[int | None, Field(ge=1)] = None
-    """Look at the first rows only, this many."""
+    """Look at the first LIMIT rows only."""
     trust_remote_code: bool = False
     """Run Python code that comes with the tokenizer."""
     fail_on: Literal["error", "warning", "never"] = "never"
-    """Exit with 1 if there is a finding this grave, or graver; for CI."""
+    """Exit with 1 if there is a finding of this severity or above; for CI."""
 
     def do(self) -> AuditResult:
         """Audit."""

@@ -1,14 +1,14 @@
-"""How a verb becomes a function with a real signature and a command with the same fields.
+"""Turns a verb into a Python function and a command with the same arguments, documented once.
 
-A verb that runs a stage is a class: the stage's fields and its own, each documented once, and `do`. What else the
-command line does is a function, and `command` beside it.
+A verb that runs a stage is a class with the stage's fields, its own fields and `do`; `verb` makes both from it. Any
+other verb is a function, whose docstring also gives the help of the options listed in `command`.
 """
 
 import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -29,14 +29,22 @@ R_co = TypeVar("R_co", covariant=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
 COMMANDS: dict[str, click.Command] = {}
-"""By verb, of the files of this folder that were imported."""
+"""By verb; has those of the files that were imported."""
 
 Place = str | Path
 """A folder as a caller names it."""
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Internal = Option(shown=False)
-"""The field is for Python callers; the command line has no option for it."""
-Out = Annotated[Place, Option(value="TEXT")]
+"""Marks a field for Python callers only; the command line has no option for it."""
+
+
+class Output(Settings):
+    """What every verb that writes a folder takes."""
+
+    out: Place
+    """Output folder, or a link to one; unfinished work is kept beside it in OUT.partial."""
+    force: Annotated[bool, Option(flag="--force")] = False
+    """Run again even if it is finished."""
 
 
 class Does(Protocol[R_co]):
@@ -49,12 +57,12 @@ class Does(Protocol[R_co]):
 def verb(
     call: Callable[P, Does[R]], show: Callable[..., None] | None = None, *, sweep: Collection[str] = ()
 ) -> Callable[P, R]:
-    """The function that takes the fields of `call` by name, checks them and does the work; and its command.
+    """Make the function that takes the fields of `call` by name, checks them and does the work; register its command.
 
     Args:
-        call: a class called `<Verb>Call` whose docstring is the verb's help.
-        show: `show(values, as_json)` calls and prints; by default, the result's summary is printed.
-        sweep: fields that the command line takes several times; `show` gets a list then.
+        call: a class named `<Verb>Call`, whose docstring is the verb's help.
+        show: `show(values, as_json)` calls the verb and prints; None: print the result's summary.
+        sweep: options that may be given several times; `show` then gets a list.
     """
     function = api_only(call)
     fields = cast(type[Settings], call)
@@ -72,7 +80,7 @@ def verb(
 
 
 def api_only(call: Callable[P, Does[R]]) -> Callable[P, R]:
-    """As `verb`, without a command."""
+    """Like `verb`, without a command."""
     fields = cast(type[Settings], call)
     name = fields.__name__.removesuffix("Call").lower()
 
@@ -92,28 +100,45 @@ def api_only(call: Callable[P, Does[R]]) -> Callable[P, R]:
 
 
 def command(function: Callable[..., Any], *options: Callable[[F], F]) -> Callable[[F], F]:
-    """Make what is decorated the command of a verb: it takes the options, calls `function` and prints."""
+    """Make the decorated function the command of a verb: it takes the options, calls `function` and prints.
+
+    An option without help gets the text of its name under "Args:" in the docstring of `function`.
+    """
 
     def decorate(body: F) -> F:
         name, decorated = function.__name__, body
         for option in reversed(options):
             decorated = option(decorated)
-        COMMANDS[name] = click.command(name, help=_help(function.__doc__))(decorated)
+        COMMANDS[name] = made = click.command(name, help=_help(function.__doc__))(decorated)
+        texts = _argument_texts(function.__doc__)
+        for option in made.params:
+            if isinstance(option, click.Option) and not option.help:
+                option.help = texts.get(str(option.name))
         return body
 
     return decorate
 
 
+def _argument_texts(docstring: str | None) -> dict[str, str]:
+    """The texts under "Args:", by argument, as sentences."""
+    section = inspect.cleandoc(docstring or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", section, re.MULTILINE)
+    return {
+        name: text[0].upper() + " ".join(text.split())[1:].replace("None: ", "default: ")
+        for name, text in entries
+    }
+
+
 def place(path: Place) -> Path:
-    """The address: a path without its tilde, or a URL."""
+    """The path without its tilde, or the URL, that a caller names."""
     return storage.address(path)
 
 
 def named_places(given: Iterable[Place]) -> dict[str, Path]:
-    """Folders by name: `NAME=FOLDER`, or a folder under its own name.
+    """Read folders given as `NAME=FOLDER`, or as a folder under its own name; return them by name.
 
     Raises:
-        UsageError: two have the same name.
+        UsageError: two folders have the same name.
     """
     named: dict[str, Path] = {}
     for each in map(str, given):
@@ -127,7 +152,7 @@ def named_places(given: Iterable[Place]) -> dict[str, Path]:
 
 
 def local_place(path: Place) -> Path:
-    """The same, of what other libraries read or write.
+    """Like `place`, for paths that other libraries read or write.
 
     Raises:
         UsageError: it is remote.
@@ -138,8 +163,17 @@ def local_place(path: Place) -> Path:
     return found
 
 
+def echo_results(results: Mapping[str, Result]) -> None:
+    """Print the results of several steps as JSON."""
+    facts = {
+        name: {"folder": str(result.folder), "skipped": result.skipped, "metrics": result.metrics}
+        for name, result in results.items()
+    }
+    click.echo(json.dumps(facts))
+
+
 def print_finished(name: str, result: Result, as_json: bool) -> None:
-    """A step's summary, for people or for programs."""
+    """Print a step's summary, as text or as JSON."""
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), "skipped": result.skipped, **result.metrics}))
     else:
@@ -147,7 +181,7 @@ def print_finished(name: str, result: Result, as_json: bool) -> None:
 
 
 def _help(docstring: str | None) -> str:
-    """The docstring without what only a Python caller reads; click keeps the lines of the example as they are."""
+    """The docstring without its sections for Python callers; click leaves the example's lines as they are."""
     text = re.split(r"\n\n(?:Args|Returns|Raises):", inspect.cleandoc(docstring or ""))[0]
     return text.replace("\n\nExample:\n", "\n\n\b\nExample:\n")
 

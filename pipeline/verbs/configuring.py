@@ -1,4 +1,4 @@
-"""`init` and `schema`: a configuration to start from, and what an editor needs to help with it."""
+"""`init` and `schema`: a configuration to start from, and its schema for editors."""
 
 import json
 from typing import Any
@@ -20,14 +20,14 @@ def init(
       sstoken-curate init --data runs/demo/data.jsonl --model runs/demo/base --out runs/mine --file mine.yaml
 
     Args:
-        data: as `encode` takes it.
+        data: the dataset, as `encode` takes it.
         model: the model to train: a folder or a Hub id.
         out: the run's folder, which the configuration names.
-        file: the configuration; the schema for editors is written beside it.
-        force: write over a file that is there.
+        file: the configuration to write; the schema for editors is written beside it.
+        force: overwrite an existing file.
 
     Returns:
-        What `encode` counted in the first rows.
+        The metrics of `encode` for the first rows.
     """
     from sstoken.pipeline import new_configuration
 
@@ -45,11 +45,11 @@ def init(
 
 @command(
     init,
-    click.option("--data", required=True, help="The dataset, as `encode` takes it."),
-    click.option("--model", required=True, help="The model to train: a folder or a Hub id."),
-    click.option("--out", default="runs/mine", show_default=True, help="The run's folder."),
-    click.option("--file", default="sstoken.yaml", show_default=True, help="The configuration to write."),
-    click.option("--force", is_flag=True, help="Write over a file that is there."),
+    click.option("--data", required=True),
+    click.option("--model", required=True),
+    click.option("--out", default="runs/mine", show_default=True),
+    click.option("--file", default="sstoken.yaml", show_default=True),
+    click.option("--force", is_flag=True),
     json_option,
 )
 def _init(data: str, model: str, out: str, file: str, force: bool, as_json: bool) -> None:
@@ -62,7 +62,7 @@ def _init(data: str, model: str, out: str, file: str, force: bool, as_json: bool
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of configurations, with which editors complete and check them.
+    """Print the JSON schema of configurations, with which editors complete and check them.
 
     Example:
       sstoken-curate schema > sstoken.schema.json

@@ -1,4 +1,4 @@
-"""The verbs of the Hugging Face Hub: a masked dataset out to a repository, and back."""
+"""`publish` and `pull`: a masked dataset to a repository on the Hugging Face Hub, and back."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.sections import stage_of
-from sstoken.pipeline.verbs.command import Internal, Place, local_place, place, verb
+from sstoken.pipeline.verbs.command import Internal, Output, Place, local_place, place, verb
 from sstoken.stages import manifest as manifests
 from sstoken.stages.hub.provenance import PROVENANCE, find_origin, read_provenance
 from sstoken.stages.hub.publication import Publication
@@ -24,7 +24,6 @@ from sstoken.stages.hub.remote import asking, check_branch, check_repo, connect
 from sstoken.stages.hub.repository import CARD
 from sstoken.stages.hub.upload import MAIN, Upload, upload
 from sstoken.stages.manifest import Digests, FileEntry
-from sstoken.stages.stage import Settings
 
 __all__ = ["Published", "publish", "pull"]
 
@@ -44,8 +43,8 @@ class Published:
 class PublishCall(Publication):
     """Publish a masked dataset on the Hugging Face Hub, in one commit.
 
-    What is there already is not sent again: a killed upload goes on where it stopped, and a dataset that is there
-    already makes no commit.
+    Files that the repository already has are not sent again: a killed upload resumes where it stopped, and an unchanged
+    dataset makes no commit.
 
     Example:
       sstoken-curate publish runs/demo/masked-sstoken --repo user/name --dry-run
@@ -56,11 +55,11 @@ class PublishCall(Publication):
     masked: Annotated[Place, Option(argument=True)]
     """A finished masked folder."""
     private: Annotated[bool, Option(flag="--private")] = False
-    """Only you may see it."""
+    """Make a new repository private."""
     branch: str = MAIN
-    """Branch to commit to; made where it is missing."""
+    """Branch to commit to; created if it does not exist."""
     dry_run: Annotated[bool, Option(flag="--dry-run")] = False
-    """Show the files and the card; publish nothing, and ask the Hub for nothing but the source's licence."""
+    """Show the files and the card but publish nothing; asks the Hub only for the source's licence."""
     out: Place | None = None
     """Where the files are prepared.  [default: MASKED.publish]"""
 
@@ -116,8 +115,8 @@ def _show_publication(values: dict[str, Any], as_json: bool) -> None:
 publish = verb(PublishCall, _show_publication)
 
 
-class PullCall(Settings):
-    """Fetch a published masked dataset into a folder that `show`, `export` and `verify` take, and check it.
+class PullCall(Output):
+    """Fetch a published masked dataset, and check it; `show`, `export` and `verify` take the folder.
 
     Example:
       sstoken-curate pull user/name --out runs/pulled
@@ -127,10 +126,6 @@ class PullCall(Settings):
     """The dataset's name on the Hub: user/name."""
     revision: str | None = None
     """Branch, tag or commit.  [default: main]"""
-    out: Place
-    """Output folder, or a link to one; unfinished work stands beside it in OUT.partial."""
-    force: Annotated[bool, Option(flag="--force")] = False
-    """Run again though it is finished."""
 
     def do(self) -> Result:
         check_repo(self.repo)
@@ -144,7 +139,7 @@ pull = verb(PullCall)
 
 
 def _source_license(origin: dict[str, Any], dry_run: bool) -> str | list[str] | None:
-    """What the Hub says of the source dataset's licence. A dry run goes on without an answer."""
+    """The source dataset's licence according to the Hub; a dry run goes on without an answer."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     source = (origin.get("data") or {}).get("hub")

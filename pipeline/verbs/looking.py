@@ -1,4 +1,4 @@
-"""The verbs that look: at a masked dataset, a finished run, the methods, this machine."""
+"""`show`, `compare`, `verify`, `methods` and `doctor`: they look at datasets, runs, methods and this machine."""
 
 import json
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ def show(
     pager: bool = False,
     svg: Place | None = None,
 ) -> None:
-    """Tokens in the terminal: kept and dropped, coloured by score.
+    """Show tokens in the terminal: kept and dropped, coloured by score.
 
     Example:
       sstoken-curate show runs/demo/masked-sstoken --row 2
 
     Args:
         masked: a finished masked folder, or a tokens folder.
-        row: number of the row, from 0; None: the first.
-        rows: how many.
-        search: only rows whose text holds this, upper or lower case.
-        sort: `surprise`: rows where two signals disagree most come first.
+        row: number of the first row, from 0.
+        rows: number of rows.
+        search: only rows whose text contains this; ignores case.
+        sort: `surprise`: rows in which two signals disagree most come first.
         signal: colour by this instead of the score: rel, attention, weight, or CHECKPOINT.SIGNAL of scores/ beside it.
-        pager: a screen at a time, on a terminal.
-        svg: write the picture to this file instead.
+        pager: show one screen at a time, on a terminal.
+        svg: write an SVG picture to this file instead.
     """
     from sstoken.stages.report.show import save_svg
     from sstoken.stages.report.show import show as show_examples
@@ -57,21 +57,13 @@ def show(
 @command(
     show,
     click.argument("masked"),
-    click.option("--row", type=int, help="Number of the row, from 0.  [default: the first]"),
-    click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="How many."),
-    click.option("--search", help="Only rows whose text holds this, upper or lower case."),
-    click.option(
-        "--sort",
-        type=click.Choice(["row", "surprise"]),
-        default="row",
-        show_default=True,
-        help="`surprise`: rows where two signals disagree most come first.",
-    ),
-    click.option(
-        "--signal", help="Colour by this: rel, attention, weight, CHECKPOINT.SIGNAL.  [default: the score]"
-    ),
-    click.option("--pager", is_flag=True, help="A screen at a time, on a terminal."),
-    click.option("--svg", help="Write the picture to this file instead."),
+    click.option("--row", type=int),
+    click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True),
+    click.option("--search"),
+    click.option("--sort", type=click.Choice(["row", "surprise"]), default="row", show_default=True),
+    click.option("--signal"),
+    click.option("--pager", is_flag=True),
+    click.option("--svg"),
 )
 def _show(masked: str, svg: str | None, **options: Any) -> None:
     show(masked, svg=svg, **options)
@@ -80,7 +72,7 @@ def _show(masked: str, svg: str | None, **options: Any) -> None:
 
 
 def methods() -> list[dict[str, Any]]:
-    """Every selection method: signals, formula, policy, parameters and source.
+    """List every selection method: signals, formula, policy, parameters and source.
 
     Example:
       sstoken-curate methods
@@ -107,14 +99,14 @@ def _methods(as_json: bool) -> None:
 
 
 def compare(masked: Sequence[Place], *, examples: int = 5) -> dict[str, Any]:
-    """How far masked datasets of the same tokens agree, and where they differ.
+    """Compare masked datasets of the same tokens: how far they agree, and where they differ.
 
     Example:
       sstoken-curate compare runs/demo/masked-sstoken runs/demo/masked-rel
 
     Args:
         masked: finished masked folders, two or more; `NAME=FOLDER` names one.
-        examples: how many of the examples that differ most are listed of each pair.
+        examples: number of examples to list for each pair, those that differ most.
 
     Returns:
         `kept` by name; `pairs` with Jaccard, Cohen's kappa, and the differences by position, token class and example.
@@ -127,9 +119,7 @@ def compare(masked: Sequence[Place], *, examples: int = 5) -> dict[str, Any]:
 @command(
     compare,
     click.argument("masked", nargs=-1, required=True),
-    click.option(
-        "--examples", type=click.IntRange(min=0), default=5, show_default=True, help="How many to list."
-    ),
+    click.option("--examples", type=click.IntRange(min=0), default=5, show_default=True),
     json_option,
 )
 def _compare(masked: tuple[str, ...], examples: int, as_json: bool) -> None:
@@ -141,13 +131,13 @@ def _compare(masked: tuple[str, ...], examples: int, as_json: bool) -> None:
 
 
 def verify(folder: Place) -> tuple[list[Path], list[str]]:
-    """Re-check every manifest and checksum below a folder.
+    """Check every manifest and checksum below a folder.
 
     Example:
       sstoken-curate verify runs/demo
 
     Returns:
-        The finished folders that were checked, and a line for each thing that is wrong.
+        The finished folders that were checked, and one line per problem.
     """
     root = place(folder)
     if not root.is_dir():
@@ -185,7 +175,7 @@ def _verify(folder: str, as_json: bool) -> None:
 
 
 def doctor() -> dict[str, Any]:
-    """What this machine can do: devices, backends, versions.
+    """Show what this machine can run: devices, backends, versions.
 
     Example:
       sstoken-curate doctor

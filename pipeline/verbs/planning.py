@@ -1,4 +1,4 @@
-"""The verb that says what a run would do, and what it would cost."""
+"""`plan`: what a run would do, and what it would cost."""
 
 import json
 from collections.abc import Iterable
@@ -30,13 +30,13 @@ class Planned:
     state: str
     """`finished`, or why it runs."""
     superseded: Path | None = None
-    """Unfinished work of other settings or inputs, which is in nobody's way; the step removes it when it runs."""
+    """A partial folder of other settings or inputs; the step deletes it when it runs."""
     changed: tuple[str, ...] = ()
-    """How the finished output that is there differs: `select.rho 0.6 -> 0.4`."""
+    """How the existing output differs: `select.rho 0.6 -> 0.4`."""
 
 
 def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> list[Planned]:
-    """What `run` would do, and why, without doing it.
+    """Show what `run` would do, and why.
 
     Example:
       sstoken-curate plan configs/demo.yaml
@@ -73,14 +73,14 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
         "--cost",
         "with_cost",
         is_flag=True,
-        help="What each step costs: tokens, FLOPs, device-hours, bytes; and what finished ones took.",
+        help="Estimate each step's tokens, FLOPs, device-hours and bytes; show what finished steps took.",
     ),
     click.option(
         "--tflops",
         type=click.FloatRange(0, min_open=True),
         default=100.0,
         show_default=True,
-        help="Of --cost: what a device is assumed to reach, in 10^12 FLOPs a second.",
+        help="For --cost: assumed speed of a device, in 10^12 FLOPs per second.",
     ),
     json_option,
 )
@@ -117,7 +117,7 @@ def _print_costs(config: RunConfig, tflops: float, as_json: bool) -> None:
     print_table(
         ("step", "tokens", "FLOPs", "device-hours", "bytes", "took", "wrote"), list(cost.shown(found))
     )
-    click.echo(f"device-hours: at {tflops:g} TFLOP/s for each device, say what yours reaches with --tflops")
+    click.echo(f"device-hours: at {tflops:g} TFLOP/s per device; give the speed of yours with --tflops")
     if any(each.guessed for each in found):
         click.echo(f"~: guessed from the first {cost.SAMPLE} rows; exact once they are encoded")
     if any(each.flops is None for each in found):

@@ -1,4 +1,4 @@
-"""The verbs that show a dataset to people: a page, and figures for a paper."""
+"""`report` and `plot`: an HTML page of a dataset, and figures for a paper."""
 
 import json
 from collections.abc import Sequence
@@ -21,20 +21,19 @@ def report(
     scores: Sequence[Place] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write one HTML page of a dataset: its tokens coloured by score, distributions, what is kept most.
+    """Write an HTML page of a dataset: tokens coloured by score, distributions, what is kept most.
 
-    The page holds all that it shows and loads nothing. It stays below 5 MB: of a large dataset, it shows a sample and
-    says so.
+    The page is self-contained and below 5 MB: for a large dataset, it shows a sample and says so.
 
     Example:
       sstoken-curate report runs/demo/masked-sstoken runs/demo/masked-rel --out runs/report.html
 
     Args:
         folders: a masked or a tokens folder, or several masked folders of the same tokens; `NAME=FOLDER` names one.
-        out: the page.
-        space: instead, a folder that becomes a static Space of the Hugging Face Hub: index.html and README.md.
-        scores: folders that `score` wrote; none: those in scores/ beside the first folder that fit.
-        seed: of the samples.
+        out: the page to write.
+        space: write a folder instead that can be pushed as a static Space of the Hugging Face Hub.
+        scores: a folder that `score` wrote; default: those in scores/ beside the first folder that fit.
+        seed: seed of the samples.
 
     Returns:
         `examples`, `response_tokens`, `kept_share`, `shown`, `signals`, `notes` and `bytes`.
@@ -60,14 +59,12 @@ def report(
 @command(
     report,
     click.argument("folders", nargs=-1, required=True, metavar="FOLDER..."),
-    click.option("--out", help="The page to write."),
-    click.option("--space", help="Instead, a folder to push as a static Space of the Hugging Face Hub."),
-    click.option(
-        "--scores", multiple=True, help="What score wrote.  [default: what fits in scores/ beside the first folder]"
-    ),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples."),
+    click.option("--out"),
+    click.option("--space"),
+    click.option("--scores", multiple=True),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     json_option,
-)  # fmt: skip
+)
 def _report(folders: tuple[str, ...], as_json: bool, **options: Any) -> None:
     facts = report(folders, **options)
     if as_json:
@@ -90,11 +87,11 @@ def plot(
       sstoken-curate plot rho runs/demo/masked-sstoken --out runs/rho.pdf
 
     Args:
-        figure: its name; a wrong one is answered with those that there are.
+        figure: its name; an unknown one lists them all.
         folders: as for `report`.
-        out: the file, which ends in .svg, .pdf or .png.
-        scores: as for `report`.
-        seed: of the samples.
+        out: file to write: .svg, .pdf or .png.
+        scores: a folder that `score` wrote; default: those in scores/ beside the first folder that fit.
+        seed: seed of the samples.
     """
     from sstoken.stages.report.drawing import save
     from sstoken.stages.report.figures import check_name, pick
@@ -110,12 +107,10 @@ def plot(
     plot,
     click.argument("figure"),
     click.argument("folders", nargs=-1, required=True, metavar="FOLDER..."),
-    click.option("--out", required=True, help="File to write: .svg, .pdf or .png."),
-    click.option(
-        "--scores", multiple=True, help="What score wrote.  [default: what fits in scores/ beside the first folder]"
-    ),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the samples."),
-)  # fmt: skip
+    click.option("--out", required=True),
+    click.option("--scores", multiple=True),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+)
 def _plot(figure: str, folders: tuple[str, ...], out: str, scores: tuple[str, ...], seed: int) -> None:
     plot(figure, folders, out=out, scores=scores, seed=seed)
     click.echo(f"written: {out}")

@@ -1,4 +1,4 @@
-"""The verbs of a whole run, which one configuration file describes."""
+"""`run` and `demo`: whole runs."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ from sstoken.pipeline.job import Job, Result, State, state
 from sstoken.pipeline.plan import Step, check_run, run_groups
 from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.together import execute_together
-from sstoken.pipeline.verbs.command import Place, command, local_place
+from sstoken.pipeline.verbs.command import Place, command, echo_results, local_place
 from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
@@ -29,7 +29,7 @@ __all__ = ["Step", "demo", "run"]
 
 DIGESTS = "digests.json"
 _SOON = 60.0
-"""Seconds that a rank waits for another one to mark the run's folder."""
+"""Seconds that a rank waits for another one to claim the run's folder."""
 Listener = Callable[[Step, Result], None]
 overrides_option = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=V", help="Set a field, such as select.rho=0.4."
@@ -39,19 +39,19 @@ overrides_option = click.option(
 def demo(
     out: Place = "runs/demo", *, seed: int = 0, quiet: bool = False, model: str | None = None
 ) -> dict[str, Any]:
-    """The whole pipeline on an embedded example, in minutes on a laptop's CPU.
+    """Run the whole pipeline on a generated example, in minutes on a laptop's CPU.
 
-    Makes a small instruction set with planted noise, a tiny base model and its history; then counts what each
+    Generates a small instruction set with planted noise, a tiny base model and its history; then counts what each
     method kept of the noise and of everything else.
 
     Example:
       sstoken-curate demo
 
     Args:
-        out: where it works; finished steps are kept.
-        seed: of everything random.
-        quiet: print on standard error, and nothing on standard output.
-        model: a pretrained model that scores the data instead, without training: a folder, a Hub id, or `smollm2`
+        out: the demo's folder; finished steps are not repeated.
+        seed: seed of everything random.
+        quiet: print to standard error only.
+        model: score the data with this pretrained model instead, without training: a folder, a Hub id, or `smollm2`
             (SmolLM2-135M-Instruct).
     """
     from rich.console import Console
@@ -65,19 +65,11 @@ def demo(
     demo,
     click.option(
         "--out",
-        help="Where it works; finished steps are kept.  [default: runs/demo, or runs/demo-pretrained with --model]",
+        help="The demo's folder; finished steps are not repeated.  [default: runs/demo, with --model "
+        "runs/demo-pretrained]",
     ),
-    click.option(
-        "--seed",
-        type=click.IntRange(0, LARGEST_SEED),
-        default=0,
-        show_default=True,
-        help="Seed of everything random.",
-    ),
-    click.option(
-        "--model",
-        help="Have this pretrained model score the data, without training: a folder, a Hub id, or smollm2.",
-    ),
+    click.option("--seed", type=click.IntRange(0, LARGEST_SEED), default=0, show_default=True),
+    click.option("--model"),
     json_option,
 )
 def _demo(out: str | None, seed: int, model: str | None, as_json: bool) -> None:
@@ -98,7 +90,7 @@ def run(
     world_size: int = 1,
     listener: Listener | None = None,
 ) -> dict[str, Result]:
-    """Run what is not finished of a configuration.
+    """Run the unfinished steps of a configuration.
 
     Example:
       sstoken-curate run configs/demo.yaml --set select.rho=0.4
@@ -107,10 +99,10 @@ def run(
         config: a YAML file or a configuration.
         overrides: `section.field=value`.
         until: the last step to run.
-        only: the one step to run; those before it have to be finished.
-        force: steps to run again though they are finished.
-        rank: which part of the work of `only` is done here.
-        world_size: parts that its work is cut into; `commit` ends it.
+        only: the only step to run; those before it must be finished.
+        force: a step to run again even if it is finished.
+        rank: this process's rank, for a step whose work several processes share (see `only`).
+        world_size: number of ranks; `commit` finishes the step once all are done.
         listener: called after each step.
 
     Returns:
@@ -171,7 +163,7 @@ def _together(
 
 
 def _placed(job: Job, config: RunConfig, rank: int, world_size: int) -> Job:
-    """Have a job run where the run's configuration says, and the part of it that is this rank's."""
+    """Give a job the engine that the run's configuration names, and this process's rank."""
     stage = job.stage
     if not isinstance(stage, ShardedStage):
         if world_size > 1:
@@ -189,38 +181,22 @@ def _placed(job: Job, config: RunConfig, rank: int, world_size: int) -> Job:
     run,
     click.argument("config"),
     overrides_option,
-    click.option("--until", metavar="STAGE", help="The last stage to run."),
-    click.option(
-        "--only", metavar="STAGE", help="The one stage to run; those before it have to be finished."
-    ),
-    click.option(
-        "--force", multiple=True, metavar="STAGE", help="Run this stage again though it is finished."
-    ),
-    click.option(
-        "--rank",
-        type=int,
-        default=0,
-        show_default=True,
-        help="Which part of the work of --only is done here.",
-    ),
-    click.option(
-        "--world-size",
-        type=int,
-        default=1,
-        show_default=True,
-        help="Parts that it is cut into; `commit` ends it.",
-    ),
+    click.option("--until", metavar="STEP"),
+    click.option("--only", metavar="STEP"),
+    click.option("--force", multiple=True, metavar="STEP"),
+    click.option("--rank", type=int, default=0, show_default=True),
+    click.option("--world-size", type=int, default=1, show_default=True),
     click.option(
         "--dry-run",
         is_flag=True,
-        help="Run nothing: write the resolved configuration, and scripts for SLURM, into OUT.slurm.",
+        help="Run nothing; write the resolved configuration, and scripts for SLURM, to OUT.slurm.",
     ),
     click.option(
         "--ranks",
         type=click.IntRange(1),
         default=8,
         show_default=True,
-        help="Of --dry-run: tasks of an array.",
+        help="For --dry-run: tasks of each job array.",
     ),
     json_option,
 )
@@ -255,11 +231,7 @@ def _run(
         listener=report,
     )
     if as_json:
-        facts = {
-            name: {"folder": str(result.folder), "skipped": result.skipped, "metrics": result.metrics}
-            for name, result in results.items()
-        }
-        click.echo(json.dumps(facts))
+        echo_results(results)
 
 
 def _write_scripts(config: RunConfig, ranks: int, as_json: bool) -> None:

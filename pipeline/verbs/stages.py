@@ -1,7 +1,7 @@
 """The verbs that run one stage: finished folders in, one finished folder out.
 
-All raise `UsageError` for a wrong request and `SstokenError` where the work fails, with one line to show.
-A call that finds its output finished returns at once (`result.skipped`).
+All raise `UsageError` for a wrong request and `SstokenError` for failed work, each with a one-line message. A call
+whose output is finished returns at once (`result.skipped`).
 """
 
 import json
@@ -25,10 +25,12 @@ from sstoken.pipeline.sections import stage_of
 from sstoken.pipeline.together import execute_together
 from sstoken.pipeline.verbs.command import (
     Internal,
+    Output,
     Place,
     Seed,
     api_only,
     command,
+    echo_results,
     place,
     print_finished,
     verb,
@@ -47,21 +49,11 @@ from sstoken.stages.manifest import Digests
 from sstoken.stages.score import ScoreOptions, compared
 from sstoken.stages.score_from_training import Observed
 from sstoken.stages.select import Select
-from sstoken.stages.stage import Settings
 
 __all__ = ["Result", "anchor", "commit", "critical", "encode", "export", "observed", "score", "select"]
 
 
-class _Output(Settings):
-    """What every verb that writes a folder takes."""
-
-    out: Place
-    """Output folder, or a link to one; unfinished work stands beside it in OUT.partial."""
-    force: Annotated[bool, Option(flag="--force")] = False
-    """Run again though it is finished."""
-
-
-class EncodeCall(_Output, Encode):
+class EncodeCall(Output, Encode):
     """Turn a dataset into tokens with response masks.
 
     Example:
@@ -76,11 +68,11 @@ class EncodeCall(_Output, Encode):
 encode = verb(EncodeCall)
 
 
-class AnchorCall(_Output, Anchor):
-    """Fine-tune, and keep snapshots along the way.
+class AnchorCall(Output, Anchor):
+    """Fine-tune a model, and keep snapshots along the way.
 
-    Trains on the responses of --tokens, or on what the masked dataset --masked keeps. Runs in several processes under
-    torchrun: `torchrun --no-python --nproc-per-node 2 sstoken-curate anchor ...`.
+    Trains on the responses of --tokens, or on the kept tokens of --masked. Runs in several processes under torchrun:
+    `torchrun --no-python --nproc-per-node 2 sstoken-curate anchor ...`.
 
     Example:
       sstoken-curate anchor --tokens runs/tokens --model runs/demo/base --out runs/history --max-steps 20
@@ -89,7 +81,7 @@ class AnchorCall(_Output, Anchor):
     tokens: Place | None = None
     """A finished tokens folder."""
     masked: Place | None = None
-    """Instead: a finished masked folder. Its weights, if it has any, multiply the tokens' losses."""
+    """A finished masked folder, instead of --tokens. Its weights, if any, multiply the tokens' losses."""
     seed: Seed = 0
     """Seed of everything random."""
 
@@ -107,8 +99,8 @@ class AnchorCall(_Output, Anchor):
 anchor = verb(AnchorCall)
 
 
-class ScoreCall(_Output, ScoreOptions):
-    """Signals of every response token (--signal: loss, attention, entropy, rank, ...), into OUT/<checkpoint>.
+class ScoreCall(Output, ScoreOptions):
+    """Measure signals of every response token (--signal: loss, attention, entropy, ...), into OUT/<checkpoint>.
 
     Example:
       sstoken-curate score --tokens runs/tokens --ckpt runs/demo/base --ckpt runs/history/step-20 --out runs/scores
@@ -117,14 +109,14 @@ class ScoreCall(_Output, ScoreOptions):
     tokens: Place
     """A finished tokens folder."""
     checkpoints: Annotated[Sequence[str], Option(flag="--ckpt", value="[NAME=]M")]
-    """A checkpoint: folder, LoRA adapter or Hub id. Give it once for each."""
+    """A checkpoint: folder, LoRA adapter or Hub id. Repeat it for each checkpoint."""
     attention_from: Annotated[str | None, Option(value="M")] = None
     """The checkpoint whose attention is measured, by name or path; `none`: no attention.  [default: the last --ckpt]"""
     listener: Annotated[Callable[[str, Result], None] | None, Internal] = None
     """Called with `(name, result)` as each checkpoint is finished."""
 
     def do(self) -> Result:
-        """`metrics` holds each checkpoint's, by name."""
+        """Score; `metrics` has each checkpoint's metrics by name."""
         named = named_checkpoints(self.checkpoints)
         attended = self.attention_from or list(named)[-1]
         if attended not in named and attended != NO_ATTENTION:
@@ -161,8 +153,8 @@ def _show_scores(values: dict[str, Any], as_json: bool) -> None:
 score = verb(ScoreCall, _show_scores)
 
 
-class CriticalCall(_Output, Critical):
-    """Which tokens a right answer hangs on: the signal critical, by generation and a checker, into OUT.
+class CriticalCall(Output, Critical):
+    """Find the tokens on which a right answer depends (signal critical), by generation and a checker, into OUT.
 
     Example:
       sstoken-curate critical --tokens runs/tokens --ckpt runs/demo/base --checker exact --out runs/scores/critical
@@ -181,8 +173,8 @@ class CriticalCall(_Output, Critical):
 critical = verb(CriticalCall)
 
 
-class ObservedCall(_Output, Observed):
-    """Make scores of the losses that in-loop training saw, such as `scores/epoch-1`."""
+class ObservedCall(Output, Observed):
+    """Turn the losses that in-loop training recorded into scores, such as `scores/epoch-1`."""
 
     tokens: Place
     """A finished tokens folder."""
@@ -195,11 +187,11 @@ class ObservedCall(_Output, Observed):
 observed = api_only(ObservedCall)
 
 
-class SelectCall(_Output, Select):
+class SelectCall(Output, Select):
     """Write the token-masked dataset.
 
-    --method, --param, --rho, --gamma and --scope may be given several times: every combination is selected, into
-    folders side by side (OUT-rho-0.4, OUT-rho-0.6).
+    --method, --param, --rho, --gamma and --scope may be repeated: every combination is written into a folder of its own
+    (OUT-rho-0.4, OUT-rho-0.6).
 
     Example:
       sstoken-curate select --tokens runs/tokens --scores runs/scores --out runs/masked --rho 0.5
@@ -208,9 +200,9 @@ class SelectCall(_Output, Select):
     tokens: Place
     """A finished tokens folder."""
     scores_folder: Place = Field(alias="scores")
-    """The folder that holds the checkpoints' scores."""
+    """The folder with the checkpoints' scores."""
     roles: dict[str, str] = Field(default_factory=dict)
-    """Which checkpoint in SCORES plays a role that the method names: ROLE=CHECKPOINT."""
+    """The checkpoint in SCORES that plays a role of the method: ROLE=CHECKPOINT."""
     history: str | None = None
     """Short for `--role history=NAME`.  [default: base, or step-0]"""
     current: str | None = None
@@ -228,7 +220,7 @@ class SelectCall(_Output, Select):
 
 
 def _show_selections(values: dict[str, Any], as_json: bool) -> None:
-    """Select once for every combination of values, into folders side by side: OUT-rho-0.4, OUT-rho-0.6."""
+    """Select for every combination of values, each into a folder of its own: OUT-rho-0.4, OUT-rho-0.6."""
     kept = swept(values, SelectCall)
     choices = combinations(kept.pop("sweep", {}))
     results = {}
@@ -250,8 +242,8 @@ def _show_selections(values: dict[str, Any], as_json: bool) -> None:
 select = verb(SelectCall, _show_selections, sweep=("method", "params", "rho", "gamma", "scope"))
 
 
-class ExportCall(_Output, Export):
-    """Write the masked dataset as a trainer takes it.
+class ExportCall(Output, Export):
+    """Write a masked dataset in a trainer's format.
 
     OUT/README.md has the command that trains on it.
 
@@ -262,13 +254,13 @@ class ExportCall(_Output, Export):
     masked: Annotated[Place, Option(argument=True)]
     """A finished masked folder."""
     into: Place | None = None
-    """Your own configuration of the trainer (YAML; trl, axolotl, llamafactory): a copy NAME-masked.yml beside it has
-    what must change changed, comments and all else kept."""
+    """Your own configuration of the trainer (YAML; trl, axolotl, llamafactory). A copy NAME-masked.yml is written
+    beside it, with the necessary changes; comments and everything else stay."""
     read_back: Annotated[bool, Option(flag="--check")] = Field(default=False, alias="check")
-    """Read it back as the trainer would, also where it was finished already, and compare every token."""
+    """Read it back as the trainer would, and compare every token; also if it was finished already."""
 
     def do(self) -> Result:
-        """`metrics["checked"]` counts what `check` compared; `metrics["into"]` has the file of `into` and its diff."""
+        """Export; `metrics["checked"]` counts what `check` compared, `metrics["into"]` has the file and its diff."""
         stage, masked = stage_of(self, Export), place(self.masked)
         if self.into is not None:
             check_into(place(self.into), get_target(self.to))
@@ -310,7 +302,7 @@ export = verb(ExportCall, _show_export)
 
 
 def commit(out: Place) -> dict[str, Result]:
-    """Finish what ranks (--rank, --world-size) have done: check that all shards are there, write the manifest.
+    """Finish the work of ranks (--rank, --world-size): check that all shards are there, and write the manifest.
 
     Example:
       sstoken-curate commit runs/tokens
@@ -319,7 +311,7 @@ def commit(out: Place) -> dict[str, Result]:
         out: the --out of the ranks.
 
     Returns:
-        The result of each folder, by name; of `score`, one for each checkpoint.
+        The result of each folder by name; for `score`, one per checkpoint.
     """
     from sstoken.pipeline.ranks import commit
 
@@ -330,11 +322,7 @@ def commit(out: Place) -> dict[str, Result]:
 def _commit(out: str, as_json: bool) -> None:
     results = commit(out)
     if as_json:
-        facts = {
-            name: {"folder": str(result.folder), "skipped": result.skipped, "metrics": result.metrics}
-            for name, result in results.items()
-        }
-        click.echo(json.dumps(facts))
+        echo_results(results)
         return
     for name, result in results.items():
         stage = manifests.finished(result.folder, name).stage

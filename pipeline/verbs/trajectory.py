@@ -1,4 +1,4 @@
-"""The verbs that look at several snapshots: a masked dataset for each phase, and the layer that is steadiest."""
+"""`layers` and `phases`: verbs over several snapshots of a training run."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from sstoken.pipeline.cli_options import Option, json_option
 from sstoken.pipeline.printing import print_result, print_table
 from sstoken.pipeline.runner import Job, Result, execute
 from sstoken.pipeline.sections import stage_of
-from sstoken.pipeline.verbs.command import Place, Seed, command, place, print_finished, verb
+from sstoken.pipeline.verbs.command import Output, Place, Seed, command, place, print_finished, verb
 from sstoken.stages.attention_layers import LayerStability, layer_stability
 from sstoken.stages.manifest import MANIFEST, Digests
 from sstoken.stages.select import Select
@@ -28,18 +28,18 @@ __all__ = ["layers", "phases"]
 def layers(scores: Place, *, checkpoints: Sequence[str] = ()) -> list[LayerStability]:
     """Compare layers: whose prompt attention is steadiest between snapshots.
 
-    The steadiest is a candidate for `score --layer`; nothing is chosen by itself. Score the snapshots with
-    `--signal attention@0 --signal attention@1 ...` before.
+    The steadiest is a candidate for `score --layer`; nothing is chosen automatically. Score the snapshots with
+    `--signal attention@0 --signal attention@1 ...` first.
 
     Example:
       sstoken-curate layers runs/layers --ckpt base --ckpt step-20
 
     Args:
-        scores: the folder that holds the snapshots' scores, each with signals `attention@LAYER`.
-        checkpoints: snapshots in SCORES, in the order of training; none: all `step-*`.
+        scores: the folder with the snapshots' scores, each with signals `attention@LAYER`.
+        checkpoints: a snapshot in SCORES, in the order of training; default: all `step-*`.
 
     Returns:
-        The layers, the steadiest first.
+        The layers, steadiest first.
     """
     folder = place(scores)
     return layer_stability([folder / name for name in _snapshots(folder, checkpoints)])
@@ -48,9 +48,7 @@ def layers(scores: Place, *, checkpoints: Sequence[str] = ()) -> list[LayerStabi
 @command(
     layers,
     click.argument("scores"),
-    click.option(
-        "--ckpt", "checkpoints", multiple=True, help="A snapshot in SCORES, in order. [default: step-*]"
-    ),
+    click.option("--ckpt", "checkpoints", multiple=True),
     json_option,
 )
 def _layers(scores: str, checkpoints: tuple[str, ...], as_json: bool) -> None:
@@ -64,10 +62,10 @@ def _layers(scores: str, checkpoints: tuple[str, ...], as_json: bool) -> None:
     click.echo(f"steadiest: layer {best.layer}; use it with: score --layer {best.layer}")
 
 
-class PhasesCall(Select):
+class PhasesCall(Output, Select):
     """Write a masked dataset for each training phase, into OUT/phase-1, OUT/phase-2, ...
 
-    Phase k keeps what the model learns between snapshots k - 1 and k: history is the one, current the other.
+    Phase k compares snapshots k - 1 (history) and k (current), and so keeps what the model learns between them.
 
     Example:
       sstoken-curate phases --tokens runs/tokens --scores runs/scores --out runs/phases --ckpt base --ckpt step-20
@@ -76,18 +74,14 @@ class PhasesCall(Select):
     tokens: Place
     """A finished tokens folder."""
     scores_folder: Place = Field(alias="scores")
-    """The folder that holds the snapshots' scores."""
+    """The folder with the snapshots' scores."""
     checkpoints: Annotated[Sequence[str], Option(flag="--ckpt", value="NAME")] = ()
-    """A snapshot in SCORES. Give it once for each, in the order of training.  [default: all `step-*`]"""
-    out: Place
-    """Output folder; each phase is a finished folder of its own below it."""
-    force: Annotated[bool, Option(flag="--force")] = False
-    """Run again though it is finished."""
+    """A snapshot in SCORES. Repeat it for each, in the order of training.  [default: all `step-*`]"""
     seed: Seed = 0
     """Seed of everything random."""
 
     def do(self) -> Result:
-        """`metrics` holds each phase's, by name."""
+        """Select; `metrics` has each phase's metrics by name."""
         stage, scores, out = stage_of(self, Select), place(self.scores_folder), place(self.out)
         stage.check()
         digests, results = Digests(), {}
@@ -103,7 +97,7 @@ class PhasesCall(Select):
 
 
 def _snapshots(scores: Path, given: Sequence[str]) -> list[str]:
-    """The snapshots' names in the order of training."""
+    """The names of the snapshots, in the order of training."""
     names = list(given)
     if not names and scores.is_dir():
         found = [p.name for p in scores.iterdir() if (p / MANIFEST).is_file()]

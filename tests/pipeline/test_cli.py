@@ -181,6 +181,12 @@ def test_every_field_is_a_documented_option(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_what_it_does(verb: str) -> None:
+    for option in command(verb).params:
+        assert not isinstance(option, click.Option) or option.hidden or option.help, option.name
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_names_types_that_people_know(verb: str) -> None:
     known = {
         "TEXT",
@@ -189,7 +195,7 @@ def test_help_names_types_that_people_know(verb: str) -> None:
         "INTEGER RANGE",
         "FLOAT RANGE",
         "NAME=VALUE",
-        "STAGE",
+        "STEP",
         "A.B=V",
         "M",
         "[NAME=]M",

@@ -297,7 +297,7 @@ REFUSED: dict[str, tuple[str, Iterable[str]]] = {
     ),
     "repeat without the variable": (
         steps(TOKENS, "repeat: {{t: [1, 2], steps: {{p: {{stage: part, part: 0, parts: 2}}}}}}"),
-        ("'p' is there twice", "{t}"),
+        ("'p' appears twice", "{t}"),
     ),
 }
 
