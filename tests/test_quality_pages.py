@@ -119,6 +119,15 @@ def test_a_result_is_of_the_study_as_it_stands(path):
         assert "nothing here is a claim" in page
 
 
+def test_the_readme_repeats_what_is_kept():
+    text = unwrapped((ROOT / "README.md").read_text(encoding="utf-8"))
+    studies = [path.stem for path in RESULTS.glob("*.json")]
+    found = INTERVAL.findall(text)
+    assert found
+    for value, unit, low, high in found:
+        assert any(is_kept((value, low, high), unit, study) for study in studies), (value, low, high)
+
+
 def test_worst_is_told_from_random():
     told = {
         path.stem: figures["methods"]["worst 0.6 global protected"]["loss_less"]["random 0.6 protected"]
