@@ -110,14 +110,12 @@ def causes(cells: "Cells") -> dict[str, Interval]:
     signals, offsets = pooled.signals, pooled.offsets
     content = (pooled.kinds == CONTENT).astype(float)
     noise = 1 - content - (pooled.kinds == END)
-    found = {
-        "Noise among tokens of noise and content (the AUPRC of chance)": _token_mean(
-            noise, noise + content, offsets
-        ),
-        "The base's loss of the answers' content, nats": _token_mean(
-            signals["history.loss"] * content, content, offsets
-        ),
-    }
+    found = {}
+    if noise.any():
+        chance = _token_mean(noise, noise + content, offsets)
+        found["Noise among tokens of noise and content (the AUPRC of chance)"] = chance
+    base_loss = _token_mean(signals["history.loss"] * content, content, offsets)
+    found["The base's loss of the answers' content, nats"] = base_loss
     if "current.attention" not in signals:
         return found
     gain, loss, attention = rel(signals), signals["history.loss"], signals["current.attention"]
