@@ -17,6 +17,7 @@ from sstoken.measure.token_loss import (
     Head,
     OutputHead,
     row_tiles,
+    take_own,
     tile_elements,
     tiles,
     token_losses,
@@ -95,7 +96,7 @@ def _measure_rows(
         "max_prob": highest.exp() / total,
     }
     if "loss" in names:
-        found["loss"] = sums.shift + log_total - head.target_logits(hidden, targets)
+        found["loss"] = sums.shift + log_total - sums.target
     if sums.top is not None:
         found["entropy_top20"] = _entropy(sums.top.values())
     if sums.expected_rank is not None:
@@ -154,6 +155,8 @@ class _Sums:
         """The number of z at or above the target's, itself included."""
         self.agree = torch.ones_like(zeros, dtype=torch.bool)
         """Whether the target's logit in its tile equals `own`, with which all were compared."""
+        self.target = zeros.clone()
+        """The target's z, out of its tile."""
         self._memory: tuple[Tensor, Tensor] | None = None
 
     def see(self, logits: Tensor, start: int, targets: Tensor) -> None:
@@ -163,12 +166,12 @@ class _Sums:
             self._memory = (torch.empty_like(logits).flatten(), torch.empty_like(logits).flatten())
         exponentials, larger = (m[: rows * width].view(rows, width) for m in self._memory)
         own = self.own
+        inside = take_own(self.target, logits, start, targets)
         self.largest = torch.maximum(self.largest, logits.amax(1))
         if self.top is not None:
             self.top.see(logits)
         if own is not None:
-            inside = ((targets >= start) & (targets < start + width)).nonzero()[:, 0]
-            self.agree[inside] = logits[inside, targets[inside] - start] == own[inside]
+            self.agree[inside] = self.target[inside] == own[inside]
             torch.ge(logits, own[:, None], out=larger)
             self.at_least += larger.sum(1)
             torch.gt(logits, own[:, None], out=larger)

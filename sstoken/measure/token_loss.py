@@ -66,14 +66,6 @@ class OutputHead:
             product += self.bias[start:stop]
         return self._shape(product)
 
-    def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Logit of one vocabulary entry per row: hidden [N, D] and targets [N] give [N]."""
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        product = (hidden.to(dtype) * self.weight[targets].to(dtype)).sum(1)
-        if self.bias is not None:
-            product += self.bias[targets]
-        return self._shape(product)
-
     def _shape(self, product: Tensor) -> Tensor:
         if self.scale != 1.0:
             product *= self.scale
@@ -104,10 +96,6 @@ class ComputedLogits:
         """See `OutputHead.logits`; a copy, which the caller may overwrite."""
         return torch.index_select(hidden, 1, self.entries[start:stop], out=out)
 
-    def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """See `OutputHead.target_logits`."""
-        return hidden.gather(1, targets[:, None])[:, 0]
-
 
 Head = OutputHead | ComputedLogits
 
@@ -134,7 +122,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     """
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     for rows in row_tiles(hidden.shape[0]):
-        losses[rows] = _log_sum_exp(hidden[rows], head) - head.target_logits(hidden[rows], targets[rows])
+        losses[rows] = _losses(hidden[rows], targets[rows], head)
     return losses
 
 
@@ -167,22 +155,41 @@ def measure_logits(hidden: Tensor, head: OutputHead) -> Tensor:
     return head.logits(hidden)
 
 
-def _log_sum_exp(hidden: Tensor, head: Head) -> Tensor:
-    """Log-sum-exp [N] of the logits of each row [N, D]; exponentiates each tile in place."""
-    total = shift = None
-    for _, logits in tiles(hidden, head):
-        if total is None:
-            shift, total = shift_of(logits), logits.new_zeros(logits.shape[0])
+def _losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Losses [N], float64, of one tile of rows [N, D]; exponentiates each tile of logits in place."""
+    shift: Tensor | None = None
+    total = torch.zeros(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+    own = torch.zeros_like(total)
+    for start, logits in tiles(hidden, head):
+        take_own(own, logits, start, targets)
+        if start == 0:
+            shift = shift_of(logits)
         if shift is not None:
             logits -= shift[:, None]
         total += logits.exp_().sum(1)  # a product with ones would have ten times the rounding error
-    assert total is not None
     log_sum = total.log() if shift is None else shift + total.log()
     # A later tile may be so far above the first that its exponentials overflow.
     overflowed = ~log_sum.isfinite()
     if overflowed.any():
-        log_sum[overflowed] = _safe_log_sum_exp(hidden[overflowed], head)
-    return log_sum
+        log_sum[overflowed] = _safe_log_sum_exp(hidden[overflowed], head).double()
+    return log_sum - own
+
+
+def take_own(own: Tensor, logits: Tensor, start: int, targets: Tensor) -> Tensor:
+    """Copy the targets' logits out of a tile, rounded like all others.
+
+    Args:
+        own: [N], where they go.
+        logits: [N, W], of the entries from `start` on.
+        start: the tile's first entry.
+        targets: [N] token ids.
+
+    Returns:
+        The rows whose targets are in the tile.
+    """
+    rows = ((targets >= start) & (targets < start + logits.shape[1])).nonzero()[:, 0]
+    own[rows] = logits[rows, targets[rows] - start].to(own.dtype)
+    return rows
 
 
 def shift_of(logits: Tensor) -> Tensor | None:
