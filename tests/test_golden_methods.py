@@ -5,6 +5,7 @@ written as `score` writes them, and `select` runs on them.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 {"checkpoint": role, "layer": -1, "dtype": "float32", **said},
             )
     return found
+
+
+SPECIFIED = Path(__file__).parents[2] / "shared/METHODS.md"
+NO_METHOD = {
+    "token-cleaning-self-evolving": "token-cleaning by the steps of configs/self-evolving.yaml",
+    "eaft-hard-masks": "eaft-pilot and eaft-masked",
+}
+"""Rows of the specification that are no method by themselves."""
+
+
+@pytest.mark.skipif(not SPECIFIED.is_file(), reason="needs ../shared")
+def test_every_method_of_the_specification_is_found_by_its_name_there() -> None:
+    table = SPECIFIED.read_text().partition("## Table")[2].partition("## Blocks")[0]
+    names = [row.split("|")[1].strip() for row in table.splitlines() if row.startswith("| ")][1:]
+    names = [name for cell in names if "CFT" not in cell for name in re.split(r" / ", cell)]
+    assert len(names) > 30
+    for name in names:
+        kebab = re.sub(r"[^a-z0-9]+", "-", name.partition(" (")[0].lower()).strip("-")
+        assert kebab in NO_METHOD or get_method(kebab), name
 
 
 def matching(column: str) -> tuple[str, str | None]:

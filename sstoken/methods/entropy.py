@@ -102,6 +102,7 @@ METHODS = (
         policy=Weight(),
         params=EaftParams,
         evidence="T",
+        aliases=("eaft-in-axolotl",),
     ),
     Method(
         name="eaft-pilot",
@@ -131,6 +132,7 @@ METHODS = (
         scopes=("global",),
         statistics={"low": Statistic(_entropy, _quantile)},
         evidence="F",
+        aliases=("masked-sft",),
     ),
     Method(
         name="token-entropy",
@@ -144,7 +146,7 @@ METHODS = (
         scopes=("global",),
         statistics={"high": Statistic(_entropy, lambda params: 1 - params.rho)},
         evidence="T",
-        aliases=("80-20",),
+        aliases=("80-20", "80-20-forking-tokens", "top-entropy"),
     ),
     Method(
         name="se-kd",

@@ -105,6 +105,7 @@ METHODS = (
         params=Share,
         scopes=("global", "sample", "turn"),
         evidence="A",
+        aliases=("token-cleaning-fixed",),
     ),
     Method(
         name="toss",

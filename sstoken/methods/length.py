@@ -69,5 +69,6 @@ METHODS = (
         params=TrimmingParams,
         scopes=("sample", "turn", "global"),
         evidence="F",
+        aliases=("trim",),
     ),
 )

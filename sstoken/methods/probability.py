@@ -252,6 +252,10 @@ METHODS = (
         policy=Weight(),
         params=PowerParams,
         evidence="A",
+        aliases=(
+            "p-q-family",
+            "bll",
+        ),
     ),
     Method(
         name="chord-phi",
@@ -273,5 +277,9 @@ METHODS = (
         policy=Where("drops what is below tau", lambda scores, tokens, params: scores >= params.tau),
         params=KnowledgeParams,
         evidence="S",
+        aliases=(
+            "xtf",
+            "xtf-kn-part",
+        ),
     ),
 )

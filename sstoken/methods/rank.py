@@ -41,6 +41,7 @@ METHODS = (
         score=_code,
         policy=Weight(),
         evidence="A",
+        aliases=("ranktuner-code",),
     ),
     Method(
         name="ranktuner-paper",

@@ -71,6 +71,7 @@ METHODS = (
         policy=Weight(),
         params=ClipParams,
         evidence="A",
+        aliases=("iw-sft-per-token",),
     ),
     Method(
         name="psft",

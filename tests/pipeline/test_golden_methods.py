@@ -14,7 +14,11 @@ from tests.pipeline.worlds import CommandLine
 from tests.support import SHARED, needs_shared
 from tests.test_golden_methods import COLUMNS, GOLDEN, NAMES, PAIRS, flat, golden_columns, matching
 
-pytestmark = [pytest.mark.slow, needs_shared, pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared")]
+pytestmark = [
+    pytest.mark.slow,
+    needs_shared,
+    pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared"),
+]
 OVER_VOCABULARY = ("entropy", "expected_rank", "kl", "reverse_kl")
 """Sums over the vocabulary, by the beginning of their names: within 1e-4."""
 COUNTS = ("rank", "ties")
@@ -47,7 +51,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         models = SHARED / "models"
-        run("encode", "--data", "data.jsonl", "--model", models / "base", "--shard-rows", 13, "--out", "tokens")
+        run(
+            "encode",
+            "--data",
+            "data.jsonl",
+            "--model",
+            models / "base",
+            "--shard-rows",
+            13,
+            "--out",
+            "tokens",
+        )
         signals = sorted({named(column)[1] for column in golden_signals()})
         asked = [word for signal in signals for word in ("--signal", signal)]
         checkpoints = [word for name in ("base", "sft") for word in ("--ckpt", f"{name}={models / name}")]
@@ -92,13 +106,23 @@ def test_methods(column: str, folder: Path, cli: CommandLine, tmp_path: Path) ->
     for parameter, value in params.items():
         options += ["--scope", value] if parameter == "scope" else ["--param", f"{parameter}={value}"]
     cli.works(
-        *("select", "--tokens", folder / "tokens", "--scores", folder / "scores", "--out", tmp_path / "masked"),
+        *(
+            "select",
+            "--tokens",
+            folder / "tokens",
+            "--scores",
+            folder / "scores",
+            "--out",
+            tmp_path / "masked",
+        ),
         *("--method", name, *roles, *options),
     )
     masked = pl.read_parquet(tmp_path / "masked/part-*.parquet")
     golden = pl.read_parquet(GOLDEN / "methods.parquet")
     response = flat(masked["response_mask"]) > 0
-    np.testing.assert_array_equal(response, flat(pl.read_parquet(GOLDEN / "signals.parquet")["response_mask"]))
+    np.testing.assert_array_equal(
+        response, flat(pl.read_parquet(GOLDEN / "signals.parquet")["response_mask"])
+    )
     wanted = flat(golden[column])[response]
     found = flat(masked[where if where != "dropped" else "keep_mask"])[response]
     if where == "dropped":
