@@ -1,13 +1,15 @@
 """Names of checkpoints, and which checkpoint plays which role of a method."""
 
+import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sstoken.errors import UsageError
-from sstoken.methods import Input, get_method
-from sstoken.signals import get_signal
+from sstoken.methods import METHODS, Input, get_method
+from sstoken.signals import get_signal, is_signal
 from sstoken.stages.critical import Critical
 from sstoken.stages.manifest import MANIFEST, read_manifest
+from sstoken.stages.selecting.examples import SCORER
 
 
 def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
@@ -53,12 +55,27 @@ def enter(named: dict[str, str], name: str, ref: str) -> None:
         raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
 
 
+def check_roles(roles: Iterable[str]) -> None:
+    """Refuse a role that no method has.
+
+    Raises:
+        UsageError: it is no method's, nor the name of a signal that a checkpoint supplies.
+    """
+    known = [*dict.fromkeys(role for method in METHODS.values() for role in method.roles), SCORER]
+    for role in roles:
+        if role not in known and not is_signal(role):
+            near = difflib.get_close_matches(role, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"no method has the role {role!r}; legal: {', '.join(known)}{hint}")
+
+
 def given_roles(roles: Mapping[str, str], history: str | None, current: str | None) -> dict[str, str]:
     """Merge `--role`, `--history` and `--current`; return checkpoint names by role.
 
     Raises:
-        UsageError: a role is given twice, with different names.
+        UsageError: a role is given twice, with different names, or no method has it.
     """
+    check_roles(roles)
     found = dict(roles)
     for role, name in (("history", history), ("current", current)):
         if name is not None and found.setdefault(role, name) != name:

@@ -17,7 +17,7 @@ from pydantic import (
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.plain_yaml import read_yaml, short
-from sstoken.pipeline.sections import KINDS, AnchorSection, ScoreSection, SelectSection
+from sstoken.pipeline.sections import KINDS, AnchorSection, CriticalSection, ScoreSection, SelectSection
 from sstoken.pipeline.yaml_steps import beside_the_file, repeated, swept
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
@@ -27,12 +27,18 @@ from sstoken.stages.stage import Stage
 LARGEST_SEED = 2**32 - 1
 """numpy's limit."""
 M = TypeVar("M", bound=BaseModel)
-_FOLDERS = {"encode": "tokens", "anchor": "history", "score": "scores", "select": "masked"}
-"""The folder that each of the four sections writes; a named step writes a folder of its own name."""
+_FOLDERS = {
+    "encode": "tokens",
+    "anchor": "history",
+    "critical": "critical",
+    "score": "scores",
+    "select": "masked",
+}
+"""The folder that each section writes; a named step writes a folder of its own name."""
 
 
 class RunConfig(BaseModel):
-    """A whole run: four sections, or any number of named steps."""
+    """A whole run: its sections, or any number of named steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -49,10 +55,12 @@ class RunConfig(BaseModel):
     encode: Encode | None = None
     anchor: AnchorSection | None = None
     """None: no anchor run; `score.checkpoints` names existing checkpoints."""
+    critical: CriticalSection | None = None
+    """None: no method reads the signal `critical`."""
     score: ScoreSection = ScoreSection()
     select: SelectSection = SelectSection()
     steps: dict[str, SerializeAsAny[Stage]] = Field(default_factory=dict)
-    """Instead of the four sections: steps by name, in the order in which they run."""
+    """Instead of the sections: steps by name, in the order in which they run."""
     _file: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -73,12 +81,18 @@ class RunConfig(BaseModel):
 
     @property
     def named(self) -> dict[str, Stage]:
-        """Every step by name, in order; each of the four sections is a step of its name."""
+        """Every step by name, in order; each section is a step of its name.
+
+        If the methods read nothing but the signal `critical`, `score` is a step only if the file has that section.
+        """
         if self.steps:
             return self.steps
         assert self.encode is not None, "checked when it was made"
         anchor = {} if self.anchor is None else {"anchor": self.anchor}
-        return {"encode": self.encode, **anchor, "score": self.score, "select": self.select}
+        critical = {} if self.critical is None else {"critical": self.critical}
+        scored = "score" in self.model_fields_set or self.select.reads_scores
+        score = {"score": self.score} if scored else {}
+        return {"encode": self.encode, **anchor, **critical, **score, "select": self.select}
 
     def place(self, step: str) -> Path:
         """The folder that a step writes."""
@@ -114,6 +128,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         encode, anchor = values.get("encode"), values.get("anchor")
         if isinstance(encode, dict) and isinstance(anchor, dict) and "model" in encode:
             anchor.setdefault("model", encode["model"])
+        if isinstance(encode, dict) and isinstance(values.get("critical"), dict) and "model" in encode:
+            values["critical"].setdefault("checkpoint", encode["model"])
         if isinstance(values.get("select"), dict):
             values["select"] = swept(values["select"], SelectSection)
         if "out" in values and "encode" not in values:

@@ -13,6 +13,7 @@ from sstoken.pipeline.config import RunConfig, validated
 from sstoken.pipeline.job import Job, State, state
 from sstoken.pipeline.roles import History, Promised, Resolver, Scored, scored_for
 from sstoken.pipeline.sections import (
+    CriticalSection,
     ExportSection,
     PartSection,
     ScoreSection,
@@ -21,6 +22,7 @@ from sstoken.pipeline.sections import (
 )
 from sstoken.pipeline.yaml_steps import chosen, combinations, label
 from sstoken.stages.anchor import Anchor
+from sstoken.stages.critical import CRITICAL, Critical
 from sstoken.stages.export import Export
 from sstoken.stages.manifest import Digests, read_manifest
 from sstoken.stages.part import Part
@@ -38,7 +40,7 @@ class Step:
     """`score/<checkpoint>` for a checkpoint's scores, `select/<setting>` for one selection of a sweep, else the step's
     name."""
     kind: str
-    """Its stage: `encode`, `part`, `anchor`, `score`, `select`, `export`."""
+    """Its stage: `encode`, `part`, `anchor`, `critical`, `score`, `select`, `export`."""
     job: Job | None
     """None: unknown before an earlier step has run."""
     after: tuple[str, ...] = ()
@@ -134,6 +136,8 @@ class _Planner:
             yield from self._select(name, section)
         elif isinstance(section, Anchor):
             yield self._anchor(name, section)
+        elif isinstance(section, CriticalSection):
+            yield self._critical(name, section)
         elif isinstance(section, PartSection):
             tokens = self._step(name, "tokens", section.tokens, ("encode", "part"))
             yield self._job(name, stage_of(section, Part), {"tokens": tokens})
@@ -177,6 +181,14 @@ class _Planner:
             return Step(name, Anchor.name, None, (start, *named.values()))
         model = resolver.resolve(section.model)[1]
         return self._job(name, stage_of(section, Anchor, model=model), named, (start,))
+
+    def _critical(self, name: str, section: CriticalSection) -> Step:
+        tokens, resolver = self._step(name, "tokens", section.tokens, ("encode", "part")), self._resolver()
+        if awaited := resolver.awaited(section.checkpoint):
+            return Step(name, Critical.name, None, (*awaited, tokens))
+        checkpoint = resolver.resolve(section.checkpoint)[1]
+        stage = stage_of(section, Critical, checkpoint=checkpoint)
+        return self._job(name, stage, {"tokens": tokens}, tuple(self._histories))
 
     def _history(self, name: str, section: Anchor) -> History | None:
         if self._promised:
@@ -226,13 +238,21 @@ class _Planner:
         return [
             (name, section)
             for name, section in named.items()
-            if isinstance(section, SelectSection) and (section.scores or scores[0]) == score
+            if isinstance(section, SelectSection)
+            and section.reads_scores
+            and (section.scores or scores[0]) == score
         ]
 
     def _select(self, name: str, section: SelectSection) -> Iterator[Step]:
         tokens = self._step(name, "tokens", section.tokens, ("encode", "part"))
-        score = self._step(name, "scores", section.scores, ("score",))
-        scored = self._scored[score]
+        supplied: dict[str, Path] = {}
+        read: list[str] = []
+        if section.reads_critical:
+            critical = self._step(name, "critical", section.critical, (Critical.name,))
+            read.append(critical)
+            supplied = {CRITICAL if section.reads_scores else "current": self._places[critical]}
+        score = self._step(name, "scores", section.scores, ("score",)) if section.reads_scores else None
+        scored = self._scored[score] if score is not None else Scored(roles={name: {}})
         anchors = tuple(self._histories)
         given = {f: getattr(section, f) for f in Select.model_fields if f in section.model_fields_set}
         for choice in combinations(section.sweep):
@@ -242,13 +262,14 @@ class _Planner:
             place = place.with_name(f"{place.name}-{suffix}") if choice else place
             self._places[full] = place
             if scored is None:
-                yield Step(full, Select.name, None, (*anchors, tokens, score))
+                yield Step(full, Select.name, None, (*anchors, tokens, *read, str(score)))
                 continue
             stage = validated(Select, chosen(given, choice), full)
             roles = scored.roles[name]
-            folder = self._config.place(score)
-            inputs = {"tokens": self._places[tokens], **{r: folder / c for r, c in roles.items()}}
-            after = (*anchors, tokens, *(f"{score}/{c}" for c in roles.values()))
+            inputs = {"tokens": self._places[tokens], **supplied}
+            if score is not None:
+                inputs |= {role: self._config.place(score) / name for role, name in roles.items()}
+            after = (*anchors, tokens, *(f"{score}/{c}" for c in roles.values()), *read)
             yield Step(full, Select.name, Job(stage, inputs, place, self._config.seed), after)
 
 

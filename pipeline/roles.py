@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sstoken.errors import UsageError
-from sstoken.methods import Input, get_method
-from sstoken.methods.presets import method_name
-from sstoken.pipeline.checkpoint_names import check_compared, check_name, enter, named_checkpoints
+from sstoken.methods import Input
+from sstoken.pipeline.checkpoint_names import (
+    check_compared,
+    check_name,
+    check_roles,
+    enter,
+    named_checkpoints,
+)
 from sstoken.pipeline.sections import ScoreSection, SelectSection
-from sstoken.pipeline.yaml_steps import combinations
+from sstoken.signals import get_signal
 
 LAST = "last"
 NO_ATTENTION = "none"
@@ -63,6 +68,17 @@ class Resolver:
         sections: list[ScoreSection | SelectSection] = [score, *selections]
         named = [given for section in sections for given in _named(section)]
         return list(dict.fromkeys(str(self.run_of(given)) for given in named if self.unknown(given)))
+
+    def awaited(self, given: str) -> list[str]:
+        """The anchor step that has to run before one checkpoint is known."""
+        if self.unknown(given):
+            return [str(self.run_of(given))]
+        named = (given == LAST or _SNAPSHOT.fullmatch(given)) and not Path(given).exists()
+        return (
+            [n for n, h in self._histories.items() if h is None]
+            if named and len(self._histories) == 1
+            else []
+        )
 
     def asked(self, score: ScoreSection, checkpoint: str) -> tuple[str, ...]:
         """The anchor steps from which a scored checkpoint may come."""
@@ -152,6 +168,7 @@ def scored_for(
         return checkpoint
 
     for selection, section in selections:
+        check_roles(section.roles)
         roles = {role: entered(given) for role, given in section.roles.items()}
         for role, asked, end in (("history", section.history, 0), ("current", section.current, -1)):
             if asked is not None and roles.get(role, asked) != asked:
@@ -173,8 +190,8 @@ def _add_needs(
     selection: str, section: SelectSection, roles: Mapping[str, str], score: ScoreSection, scored: Scored
 ) -> None:
     """Record the signals that the selection's methods need; refuse a selection that lacks a role."""
-    for name in _methods(section):
-        method = get_method(name)
+    for method in section.methods():
+        name = method.name
         check_compared(name, roles["history"], roles["current"])
         for role in method.roles:
             if role not in roles:
@@ -182,8 +199,11 @@ def _add_needs(
                     f"{selection}: method {name!r} needs a checkpoint in the role {role!r}; say "
                     f"{selection}.roles.{role}"
                 )
-        for signal_of in map(Input, method.inputs):
+        of_examples = section.examples.inputs({r: Path() for r in roles}) if section.examples else ()
+        for signal_of in map(Input, (*method.inputs, *of_examples)):
             signal = signal_of.signal
+            if get_signal(signal).needs == "generation":
+                continue  # that is a step of its own
             if signal == "attention" and score.attention_from == NO_ATTENTION:
                 raise UsageError(
                     f"score.attention_from is {NO_ATTENTION!r}, and method {name!r} needs attention; name a "
@@ -195,11 +215,6 @@ def _add_needs(
                 needed = scored.signals.setdefault(roles[signal_of.role], [])
                 if wanted not in needed:
                     needed.append(wanted)
-
-
-def _methods(section: SelectSection) -> Iterator[str]:
-    for choice in combinations({"method": section.sweep.get("method", [section.method])}):
-        yield method_name(str(choice["method"]))
 
 
 def _named(section: ScoreSection | SelectSection) -> Iterator[str]:

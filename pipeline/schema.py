@@ -7,7 +7,19 @@ from sstoken.pipeline.sections import KINDS, SelectSection
 
 SCHEMA_FILE = "sstoken.schema.json"
 _NAMES_OR_LISTS = frozenset(
-    ("stage", "tokens", "scores", "roles", "history", "current", "sweep", "protect", "examples", "params")
+    (
+        "stage",
+        "tokens",
+        "scores",
+        "critical",
+        "roles",
+        "history",
+        "current",
+        "sweep",
+        "protect",
+        "examples",
+        "params",
+    )
 )
 """Fields of a selection for which a list is no sweep."""
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -36,6 +48,8 @@ def schema() -> dict[str, Any]:
     _take_lists(definitions[SelectSection.__name__])
     anchor = definitions["AnchorSection"]
     anchor["required"] = [name for name in anchor["required"] if name != "model"]  # defaults to encode's
+    critical = definitions["CriticalSection"]
+    critical["required"] = [name for name in critical["required"] if name != "checkpoint"]  # likewise
     step = {"oneOf": steps}
     # Repeated steps are not checked field by field: `{t}` may stand for any number.
     repeated = {"type": "object", "properties": {"stage": {"enum": list(KINDS)}}, "required": ["stage"]}
@@ -50,7 +64,7 @@ def schema() -> dict[str, Any]:
         "properties": {"repeat": repeat},
         "additionalProperties": step,
     }
-    for name in ("score", "select"):  # an empty section means the defaults
+    for name in ("critical", "score", "select"):  # an empty section means the defaults
         whole["properties"][name] = {"anyOf": [whole["properties"][name], {"type": "null"}]}
     whole["oneOf"] = [{"required": ["encode"]}, {"required": ["steps"]}]
     return {"$schema": _DIALECT, **whole, "$defs": dict(sorted(definitions.items()))}

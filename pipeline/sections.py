@@ -1,16 +1,22 @@
 """The sections of a run's configuration: one class per kind of step, with the names of the steps that it reads."""
 
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
+from sstoken.methods import Input, Method, get_method
+from sstoken.methods.presets import method_name
+from sstoken.pipeline.yaml_steps import combinations
+from sstoken.signals import get_signal
 from sstoken.stages.anchor import Anchor
+from sstoken.stages.critical import Critical
 from sstoken.stages.encode import Encode
 from sstoken.stages.export import Export
 from sstoken.stages.part import Part
 from sstoken.stages.score import ScoreOptions
 from sstoken.stages.select import Select
-from sstoken.stages.stage import Settings, Stage
+from sstoken.stages.stage import BY_CONTENT, Settings, Stage
 
 S = TypeVar("S", bound=Settings)
 
@@ -29,6 +35,15 @@ class AnchorSection(Anchor):
     """The step whose tokens it trains on. None: the only one before."""
     masked: str | None = None
     """Instead: the step whose masked dataset it trains on."""
+
+
+class CriticalSection(Critical):
+    """Section `critical`: which checkpoint generates, and what says whether an answer is right."""
+
+    tokens: str | None = None
+    """The step whose tokens are tried. None: the only one before."""
+    checkpoint: Annotated[str, BY_CONTENT]
+    """A name in the run's history (`last`, or `STEP/last` of the anchor run STEP), a folder or a Hub id."""
 
 
 class ScoreSection(ScoreOptions):
@@ -52,6 +67,8 @@ class SelectSection(Select):
     """The step whose tokens are selected from. None: the only one before."""
     scores: str | None = None
     """The step that scored them. None: the only one before."""
+    critical: str | None = None
+    """The step that measured the signal `critical`, for a method that reads it. None: the only one before."""
     roles: dict[str, str] = Field(default_factory=dict)
     """Which checkpoint plays a role that the method names: `{history: base, current: sft}`."""
     history: str | None = None
@@ -61,6 +78,27 @@ class SelectSection(Select):
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """Settings with several values each; every combination is selected into a folder of its own. `rho: [0.4, 0.6]` is
     short for it."""
+
+    def methods(self) -> Iterator[Method]:
+        """The method, or each of a sweep."""
+        for choice in combinations({"method": self.sweep.get("method", [self.method])}):
+            yield get_method(method_name(str(choice["method"])))
+
+    @property
+    def reads_critical(self) -> bool:
+        """Whether a method reads what a `critical` step measures."""
+        return any(_is_generated(name) for method in self.methods() for name in method.inputs)
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether it reads the scores of a `score` step: all do but those that read the signal `critical` alone."""
+        if self.scores is not None or self.examples is not None:
+            return True
+        return not all(m.inputs and all(map(_is_generated, m.inputs)) for m in self.methods())
+
+
+def _is_generated(name: str) -> bool:
+    return get_signal(Input(name).signal).needs == "generation"
 
 
 class ExportSection(Export):
@@ -72,7 +110,15 @@ class ExportSection(Export):
 
 KINDS: dict[str, type[Stage]] = {
     section.name: section
-    for section in (Encode, PartSection, AnchorSection, ScoreSection, SelectSection, ExportSection)
+    for section in (
+        Encode,
+        PartSection,
+        AnchorSection,
+        CriticalSection,
+        ScoreSection,
+        SelectSection,
+        ExportSection,
+    )
 }
 """Sections by a step's `stage`."""
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from sstoken.errors import UsageError
 from sstoken.pipeline.plain_yaml import short
 
-_PATHS = ("data", "model", "chat_template", "checkpoints")
+_PATHS = ("data", "model", "chat_template", "checkpoint", "checkpoints")
 """Fields that hold paths of inputs."""
 _REPEAT = "repeat"
 

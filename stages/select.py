@@ -19,7 +19,8 @@ from sstoken.stages.masked_stats import PROTECTED, merge_stats, notes_on, shard_
 from sstoken.stages.selecting.deciding import Decided, Decider, Whole, WholeDataset
 from sstoken.stages.selecting.examples import ExampleChoice, choose_examples
 from sstoken.stages.selecting.harm import harm_notes, harm_stats
-from sstoken.stages.selecting.shard import Shard, check_measured
+from sstoken.stages.selecting.measured import check_measured
+from sstoken.stages.selecting.shard import Shard
 from sstoken.stages.selecting.text import check_protect
 from sstoken.stages.sharded import ShardedStage, Work
 from sstoken.stages.stage import Context, Task, Worker

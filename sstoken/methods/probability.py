@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sstoken.methods.base import Method, Params, Statistic
 from sstoken.methods.policies import Weight, Where
@@ -22,6 +22,14 @@ class ProfitParams(Params):
     """The threshold, inclusive."""
     upper: Share = 1.0
     """The upper threshold of `middle`."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ProfitParams":
+        if self.direction == "middle" and self.upper < self.tau:
+            raise ValueError(
+                f"upper is {self.upper:g}, below tau, {self.tau:g}; legal is {self.tau:g} <= upper <= 1"
+            )
+        return self
 
 
 class MassParams(Params):

@@ -13,6 +13,9 @@ from sstoken.selection import BoolArray, Float64Array, IntArray, global_quantile
 from sstoken.stages.selecting.shard import Shard
 from sstoken.stages.stage import Settings
 
+SCORER = "scorer"
+"""The role of the checkpoint whose losses T-SHIRT judges examples by."""
+
 
 class ExampleChoice(Settings):
     """How examples are chosen before their tokens are."""
@@ -28,7 +31,7 @@ class ExampleChoice(Settings):
 
     def inputs(self, scores: Mapping[str, Path]) -> tuple[str, ...]:
         """The signals it reads: of the role `scorer` where there is one, else of `current`."""
-        role = "scorer" if "scorer" in scores else "current"
+        role = SCORER if SCORER in scores else "current"
         noisy = (f"{role}.pmi_noisy@{draw}" for draw in range(1, self.draws + 1))
         return f"{role}.loss", f"{role}.loss_unconditional", *noisy
 

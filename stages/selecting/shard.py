@@ -134,32 +134,3 @@ def column_of(name: Input, scores: Mapping[str, Path]) -> str:
     """The column of a signal: `kl@history` is `kl@` and the name of the checkpoint in that role."""
     kind, separator, role = name.signal.partition("@")
     return f"{kind}@{scores[role].name}" if separator and role in scores else name.signal
-
-
-def check_measured(method: str, inputs: tuple[str, ...], scores: Mapping[str, Path], tokens: Path) -> None:
-    """Refuse a selection whose signals were not all measured.
-
-    Raises:
-        SstokenError: names the signal and the command that measures it.
-    """
-    for name in map(Input, inputs):
-        role = supplier_of(name, scores)
-        if role is None:
-            raise SstokenError(f"method {method!r} needs {name}, and no scores were given for {name.role!r}")
-        folder, column = scores[role], column_of(name, scores)
-        parts = tables.parts(folder)
-        if parts and column not in tables.columns(parts[0]):
-            facts = tables.read_metadata(parts[0])
-            if get_signal(column).needs == "generation":
-                raise SstokenError(
-                    f"{folder}: method {method!r} needs {name}, which was not measured; run sstoken-curate {column} "
-                    f"--tokens {tokens} --ckpt {facts['checkpoint']} --out {folder.parent / column}, then select with "
-                    f"--role {role}={column}"
-                )
-            there = [c for c in tables.columns(parts[0]) if c != "example_id"]
-            signals = " ".join(f"--signal {signal}" for signal in [*there, column])
-            raise SstokenError(
-                f"{folder}: method {method!r} needs {name}, which was not measured; there are {', '.join(there)}; "
-                f"run sstoken-curate score --tokens {tokens} --ckpt {folder.name}={facts['checkpoint']} {signals} "
-                f"--out {folder.parent} --force"
-            )

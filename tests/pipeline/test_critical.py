@@ -71,7 +71,7 @@ def measure(world, out, checker="congruent", **fields):
 
 
 def column(folder, name):
-    return [row for part in tables.parts(folder) for row in tables.rows(tables.read_table(part)[name])]
+    return [row for part in tables.parts(Path(folder)) for row in tables.rows(tables.read_table(part)[name])]
 
 
 def regenerate(world, check, max_positions, alternatives=2):
@@ -232,3 +232,69 @@ def test_positions_are_spread_and_each_once(count, most):
     assert len(set(chosen.tolist())) == chosen.size == min(count, most or count)
     assert 0 <= chosen[0] <= chosen[-1] < count
     assert np.ptp(np.diff(chosen)) <= 1 if chosen.size > 2 else True
+
+
+SECTIONS = """
+out: run
+encode: {{data: {data}, model: {model}, shard_rows: 6, workers: 1}}
+critical: {{checker: "checkers_of_test:congruent", max_new_tokens: 9, max_positions: 2, device: cpu}}
+select: {{method: critical-tokens, params: {{untried: [drop, keep]}}}}
+"""
+STEPS = """
+out: steps
+steps:
+  tokens: {{stage: encode, data: {data}, model: {model}, shard_rows: 6, workers: 1}}
+  train: {{stage: anchor, model: {model}, max_steps: 1, snapshots: 1}}
+  tried: {{stage: critical, checkpoint: train/last, checker: "checkers_of_test:congruent", max_new_tokens: 9,
+    max_positions: 2, device: cpu}}
+  scores: {{stage: score, checkpoints: {{base: {model}, sft: train/last}}, attention_from: none}}
+  rel: {{stage: select, method: rel}}
+  critical: {{stage: select, method: critical-tokens}}
+"""
+
+
+def test_it_is_a_section_of_a_run_that_goes_on_where_it_stopped(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(SECTIONS.format(data=world / "data.jsonl", model=world / "model"))
+    names = ["encode", "critical", "select/params.untried-drop", "select/params.untried-keep"]
+    names = [name.replace("params.", "") for name in names]
+    assert [step.step for step in curate.plan("run.yaml")] == names
+    curate.run("run.yaml", until="critical")
+    results = curate.run("run.yaml")
+    assert [(name, result.skipped) for name, result in results.items()] == [
+        *((name, True) for name in names[:2]),
+        *((name, False) for name in names[2:]),
+    ]
+    by_verb = measure(world, tmp_path / "verb", max_positions=2)
+    assert results["critical"].metrics == by_verb.metrics
+    critical = np.concatenate(column("run/critical", "critical"))
+    np.testing.assert_array_equal(critical, np.concatenate(column(tmp_path / "verb", "critical")))
+    np.testing.assert_array_equal(
+        np.concatenate(column("run/masked-untried-drop", "keep_mask")), critical == 1
+    )
+    again = curate.run("run.yaml", overrides=["critical.max_positions=1"])
+    assert [name for name, result in again.items() if not result.skipped] == names[1:]
+
+
+def test_it_is_a_named_step_of_a_snapshot_beside_other_selections(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(STEPS.format(data=world / "data.jsonl", model=world / "model"))
+    planned = {step.step: step.state for step in curate.plan("run.yaml")}
+    assert planned["tried"] == "waits for train"
+    assert planned["critical"] == "waits for train"
+    results = curate.run("run.yaml")
+    assert results["tried"].metrics["checkpoint"].endswith("train/step-1")
+    assert results["critical"].metrics["compared"] == {"current": "tried"}
+    assert all(result.skipped for result in curate.run("run.yaml").values())
+
+
+def test_a_run_without_the_step_that_a_method_reads(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(line for line in SECTIONS.splitlines() if not line.startswith("critical:"))
+    Path("run.yaml").write_text(text.format(data=world / "data.jsonl", model=world / "model"))
+    with pytest.raises(
+        UsageError,
+        match=r"select\.critical needs one step .* before it, there are: none \(a step of critical\)",
+    ):
+        curate.run("run.yaml")
+    assert not Path("run").exists()

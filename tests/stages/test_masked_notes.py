@@ -104,7 +104,11 @@ def test_a_signal_that_was_not_measured_names_the_command_that_measures_it(tmp_p
 
 def test_a_comparison_that_was_not_measured_names_the_other_checkpoint(tmp_path: Path) -> None:
     inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
-    with pytest.raises(SstokenError, match=r"--signal kl@history"):
+    command = "--ckpt history=models/history --ckpt current=models/current --signal loss --signal entropy "
+    command += "--signal kl@history --attention-from none"
+    with pytest.raises(
+        SstokenError, match=f"needs current.kl@history and current.entropy, which were .*{command}"
+    ):
         notes(inputs, tmp_path / "out", method="eksft-aligned")
 
 
