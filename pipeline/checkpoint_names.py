@@ -10,6 +10,7 @@ from sstoken.signals import get_signal, is_signal
 from sstoken.stages.critical import Critical
 from sstoken.stages.manifest import MANIFEST, read_manifest
 from sstoken.stages.selecting.examples import SCORER
+from sstoken.stages.storage import expanded
 
 
 def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
@@ -32,7 +33,7 @@ def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
 
 def _names_a_folder(given: str, ref: str) -> bool:
     """Whether `NAME=PATH` was meant although NAME has a slash; a path may contain `=` itself: runs/lr=1e-5/step-100."""
-    return not Path(given).expanduser().is_dir() and Path(ref).expanduser().is_dir()
+    return not expanded(given).is_dir() and expanded(ref).is_dir()
 
 
 def check_name(name: str, given: str, ref: str) -> None:

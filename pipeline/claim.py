@@ -9,12 +9,12 @@ from typing import Any
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.config import RunConfig
 from sstoken.pipeline.writing import check_writable
-from sstoken.stages import storage
+from sstoken.stages import plain_json, storage
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.sources import shown
 from sstoken.stages.manifest import Digests
-from sstoken.stages.storage import UNFINISHED, write_atomic
+from sstoken.stages.storage import UNFINISHED, expanded, write_atomic
 
 _RUN_FILE = "run.json"
 
@@ -91,7 +91,7 @@ def _place(name: str, folder: PurePath) -> str:
     """A path relative to the run's folder, or absolute if that is remote; a Hub id unchanged; a URL without secrets."""
     if "://" in name:
         return shown(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists() or any(sign in name for sign in "*?["):
         if not isinstance(folder, Path):
             return path.absolute().as_posix()
@@ -120,9 +120,6 @@ def _shown(folder: PurePath, held: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        held = json.loads(path.read_text())
+        return plain_json.parse_object(path.read_bytes())
     except ValueError:
-        held = None
-    if not isinstance(held, dict):
-        raise SstokenError(f"{path}: damaged; remove this file to go on with the run")
-    return held
+        raise SstokenError(f"{path}: damaged; remove this file to go on with the run") from None

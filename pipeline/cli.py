@@ -115,8 +115,17 @@ def _refused(error: OSError) -> str:
 def _fail(message: str, status: int) -> int:
     if is_verbose() and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    click.echo("error: " + _printable(" ".join(message.split())), err=True)
+    click.echo("error: " + _printable(" ".join(map(_shortened, message.split()))), err=True)
     return status
+
+
+_LONGEST_WORD = 500
+"""Characters of one word of an error, such as a path; data can hold longer ones."""
+
+
+def _shortened(word: str) -> str:
+    half = _LONGEST_WORD // 2
+    return word if len(word) <= _LONGEST_WORD else f"{word[:half]}...{word[-half:]}"
 
 
 def _printable(text: str) -> str:

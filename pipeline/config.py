@@ -23,6 +23,7 @@ from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.sharded import ShardedStage
 from sstoken.stages.stage import Stage
+from sstoken.stages.storage import expanded
 
 LARGEST_SEED = 2**32 - 1
 """numpy's limit."""
@@ -110,7 +111,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UsageError: no such file, not YAML, an unknown key (suggests the nearest legal one), or a value out of range.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise UsageError(f"{path}: {'is a folder' if file.is_dir() else 'no such file'}; name a YAML file")
     values = read_yaml(file.read_bytes(), str(file))
@@ -148,7 +149,7 @@ def _steps(values: Any, where: str) -> dict[str, Stage]:
         if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\"):
             raise UsageError(f"{where}: step {short(name)}: the name cannot be a folder's; choose another")
         kind = body.get("stage") if isinstance(body, dict) else None
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise UsageError(f"{place}: stage is {short(kind)}; legal: {', '.join(KINDS)}")
         fields = {key: value for key, value in body.items() if key != "stage"}
         if KINDS[kind] is SelectSection:
@@ -173,6 +174,8 @@ def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
 def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     # Within a union, pydantic adds the branch to the location, such as `dict[str,str]`.
     location = [str(part) for part in error["loc"] if "[" not in str(part)]
+    if error["type"] == "extra_forbidden":  # a key can be any text
+        location = [*location[: len(error["loc"]) - 1], str(error["loc"][-1])]
     name = short(".".join(location))[1:-1]
     if error["type"] == "extra_forbidden":
         legal = _fields(_owner(model, location[:-1]))

@@ -27,6 +27,7 @@ from sstoken.stages.manifest import Digests, Manifest
 from sstoken.stages.part import Part
 from sstoken.stages.score import Score
 from sstoken.stages.select import Select
+from sstoken.stages.storage import expanded
 
 SAMPLE = 256
 """Rows to encode for estimating the size of a dataset that is not encoded yet."""
@@ -158,9 +159,7 @@ def _measured(folder: Path) -> Sizes:
 
 def _sampled(stage: Encode) -> Sizes | None:
     """Estimate from the first rows; None if counting the rows would read all data over the network."""
-    if "://" in stage.data or not (
-        Path(stage.data).expanduser().exists() or any(c in stage.data for c in "*?[")
-    ):
+    if "://" in stage.data or not (expanded(stage.data).exists() or any(c in stage.data for c in "*?[")):
         return None
     rows = sum(piece.count for shard in cut(stage.data, stage.split, 1 << 16, stage.limit) for piece in shard)
     few = stage.model_copy(update={"limit": min(SAMPLE, rows), "workers": 1, "engine": "local"})

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import UsageError
+from sstoken.pipeline.writing import at_work
 from sstoken.stages import joins, storage
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
@@ -39,6 +41,13 @@ class Result:
     """Whether it was finished already, so that nothing was done."""
     replaced: tuple[str, ...] = ()
     """How the output that this one replaced differed: `select.rho 0.6 -> 0.4`."""
+    superseded: Path | None = None
+    """The partial folder beside a finished output, if it holds work that these settings never resume."""
+
+
+def linked(out: Path) -> Path:
+    """Return the target of an output folder that is a link, else the folder. A dangling link is no error here."""
+    return Path(os.path.realpath(out)) if out.is_symlink() else out
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Job:
     @property
     def place(self) -> Path:
         """The folder to write: `out`, or the target if `out` is a link, which stays."""
-        return self.out.resolve() if self.out.is_symlink() else self.out
+        return linked(self.out)
 
     @property
     def partial(self) -> Path:
@@ -83,10 +92,16 @@ def state(job: Job, digests: Digests) -> State:
     return found
 
 
-def superseded(job: Job, digests: Digests) -> Path | None:
-    """The partial folder beside the job's output, if it holds work of other settings or inputs."""
-    other = partial_fingerprint(job.partial)
-    return job.partial if other and other != identify(job, digests).fingerprint else None
+def superseded(job: Job, identity: Identity) -> Path | None:
+    """The partial folder beside the job's output, if the job would not resume it and no run is at work on it.
+
+    It holds work of other settings or inputs, or of a forced run of a finished job.
+    """
+    if not job.partial.exists() or at_work(job.place, ""):
+        return None
+    left = partial_fingerprint(job.partial)
+    resumed = left == identity.fingerprint and state_of(job, identity) is not State.FINISHED
+    return None if resumed else job.partial
 
 
 def identify(job: Job, digests: Digests) -> Identity:
@@ -140,7 +155,7 @@ def state_of(job: Job, identity: Identity) -> State:
 def partial_fingerprint(partial: Path) -> str | None:
     """The fingerprint of a partial folder; None if there is none."""
     path = partial / FINGERPRINT_FILE
-    return path.read_text() if path.is_file() else None
+    return path.read_bytes().decode(errors="replace") if path.is_file() else None
 
 
 _ENGINE = {*EngineOptions.model_fields, "rank", "world_size"}

@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from sstoken.errors import SstokenError
+from sstoken.stages import plain_json
 from sstoken.stages.storage import UNFINISHED
 
 BEAT = 5.0
@@ -133,10 +134,16 @@ class Lease:
         os.fsync(self._opened)
 
 
+def is_of_this_machine(file: Path) -> bool:
+    """Whether the lease there was taken on this machine, where the lock beside it tells whether its run is alive."""
+    found = holder(file)
+    return found is not None and found.boot == _boot()
+
+
 def holder(file: Path) -> Holder | None:
     """Read a lease; None if there is none, or none that can be read."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads(file.read_bytes())
+        found = plain_json.parse(file.read_bytes())
         return Holder(**{key: found[key] for key in Holder.__dataclass_fields__})
     return None
 

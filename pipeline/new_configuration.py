@@ -14,6 +14,7 @@ from sstoken.pipeline.schema import SCHEMA_FILE
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
 from sstoken.stages.processor import multiplies_bfloat16
+from sstoken.stages.storage import expanded
 from sstoken.stages.token_text import visible
 
 ROWS = 200
@@ -108,7 +109,7 @@ def write(file: Path, text: str, schema: str, *, force: bool) -> None:
 
 def from_folder(given: str, folder: Path) -> str:
     """Make an existing relative path relative to the YAML's folder; leave everything else unchanged."""
-    place = Path(given).expanduser()
+    place = expanded(given)
     if "://" in given or place.is_absolute() or not place.exists():
         return given
     return os.path.relpath(place, folder)

@@ -81,6 +81,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if node.id != "mapping":  # `!!map [a]`
+            return super().construct_mapping(node, deep)  # which refuses it
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -93,7 +95,9 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, OverflowError, TypeError, AttributeError) as error:  # such as an impossible date
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # whatever PyYAML's constructors run into: an impossible date, `!!int _`
             raise _error(f"an impossible value: {short(str(error))}", node.start_mark) from error
 
 

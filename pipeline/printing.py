@@ -18,6 +18,9 @@ _REMARKS = ("note:", "warning:")
 """Lines that begin with these are shown even with `--quiet`."""
 
 
+SUPERSEDED = "unfinished work of other settings or inputs, or of a forced run; go on with those, or remove it"
+
+
 def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a plain table; text is shown literally, never read as markup."""
     table = Table(show_header=any(names), box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -72,6 +75,8 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
         return
     if result.skipped:
         print(f"{name}: finished already, in {result.folder}")
+        if result.superseded is not None:
+            print(f"note: {result.superseded}: {SUPERSEDED}", file=sys.stderr)
         return
     if "world_size" in result.metrics:
         rank, world_size = result.metrics["rank"], result.metrics["world_size"]

@@ -5,14 +5,16 @@ shard is there, sums up and publishes. All ranks work in one folder. A killed ra
 write the same shard, they write the same bytes.
 """
 
-import json
 import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, field_validator
+
 from sstoken.errors import SstokenError, UsageError
-from sstoken.pipeline.job import Identity, Job, Result, State, identify, partial_fingerprint, state_of
+from sstoken.pipeline.config import validated
+from sstoken.pipeline.job import Identity, Job, Result, State, identify, linked, partial_fingerprint, state_of
 from sstoken.pipeline.runner import (
     check_out,
     context_of,
@@ -25,7 +27,7 @@ from sstoken.pipeline.runner import (
 )
 from sstoken.pipeline.writing import RANKS, at_work, forget_parts, naming_full_disk, one_run_at_a_time
 from sstoken.stages import manifest as manifests
-from sstoken.stages import storage
+from sstoken.stages import plain_json, storage
 from sstoken.stages.manifest import MANIFEST, Digests
 from sstoken.stages.sharded import ShardedStage
 
@@ -35,6 +37,25 @@ COMPLETIONS = "completions"
 """Folder, in a partial folder, with an empty file for each finished rank."""
 _SOON = 60.0
 """Seconds that a rank waits for another one to prepare the folder."""
+
+
+class _Record(BaseModel):
+    """What a job's ranks leave for `commit`."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    seed: int
+    fingerprint: str
+
+    @field_validator("stage")
+    @classmethod
+    def _known(cls, stage: str) -> str:
+        try:
+            _stage(stage)
+        except (ImportError, StopIteration):
+            raise ValueError("not a stage that ranks share") from None
+        return stage
 
 
 def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
@@ -95,7 +116,7 @@ def _commit(out: Path) -> Result:
         return Result(out, done.metrics, skipped=True)
     job = _job(out, record)
     identity = identify(job, Digests())
-    if identity.fingerprint != record["fingerprint"]:
+    if identity.fingerprint != record.fingerprint:
         raise SstokenError(f"{out}: settings or inputs have changed since the ranks began; run them again")
     with one_run_at_a_time(job.place, fingerprint=identity.fingerprint) as check_lease:
         if others := at_work(job.place, RANKS):
@@ -135,7 +156,7 @@ def _check_complete(out: Path, partial: Path, outputs: list[Path]) -> None:
 
 
 def _workplace(out: Path) -> Path:
-    place = out.resolve() if out.is_symlink() else out
+    place = linked(out)
     return storage.of(place).workplace(place)
 
 
@@ -145,30 +166,33 @@ def _place(partial: Path) -> Path:
 
 def _record(job: Job, identity: Identity) -> bytes:
     left_out = {"rank", "world_size"}
-    record = {
-        "stage": job.stage.name,
-        "settings": job.stage.model_dump(mode="json", exclude_unset=True, exclude=left_out),
-        "inputs": {name: str(folder.absolute()) for name, folder in job.inputs.items()},
-        "seed": job.seed,
-        "fingerprint": identity.fingerprint,
-    }
-    return json.dumps(record, indent=1).encode()
+    return (
+        _Record(
+            stage=job.stage.name,
+            settings=job.stage.model_dump(mode="json", exclude_unset=True, exclude=left_out),
+            inputs={name: str(folder.absolute()) for name, folder in job.inputs.items()},
+            seed=job.seed,
+            fingerprint=identity.fingerprint,
+        )
+        .model_dump_json(indent=1)
+        .encode()
+    )
 
 
-def _read_record(file: Path) -> dict[str, Any] | None:
+def _read_record(file: Path) -> _Record | None:
     if storage.of(file).size(file) is None:
         return None
     with storage.of(file).open(file) as opened:
         try:
-            record: dict[str, Any] = json.load(opened)
+            return _Record.model_validate(plain_json.parse(opened.read()))
         except ValueError:
             raise SstokenError(f"{file}: damaged; delete it and run one of the ranks again") from None
-    return record
 
 
-def _job(out: Path, record: dict[str, Any]) -> Job:
-    inputs = {name: storage.address(folder) for name, folder in record["inputs"].items()}
-    return Job(_stage(record["stage"]).model_validate(record["settings"]), inputs, out, record["seed"])
+def _job(out: Path, record: _Record) -> Job:
+    inputs = {name: storage.address(folder) for name, folder in record.inputs.items()}
+    stage = validated(_stage(record.stage), record.settings, str(_workplace(out) / JOB_FILE))
+    return Job(stage, inputs, out, record.seed)
 
 
 def _stage(name: str) -> type[ShardedStage]:

@@ -4,6 +4,7 @@ A stage works in `<out>.partial`. The manifest is the last file written; then th
 the partial folder, and the next run with the same fingerprint reuses its complete shards.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,9 +26,17 @@ from sstoken.pipeline.job import (
     partial_fingerprint,
     settings_of,
     state_of,
+    superseded,
 )
 from sstoken.pipeline.progress import progress_bar
-from sstoken.pipeline.writing import RANKS, at_work, check_writable, naming_full_disk, one_run_at_a_time
+from sstoken.pipeline.writing import (
+    RANKS,
+    at_work,
+    check_writable,
+    forget_dead_run,
+    naming_full_disk,
+    one_run_at_a_time,
+)
 from sstoken.stages import joins, storage, tables, took
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
@@ -81,7 +90,7 @@ def execute(
         return Result(job.out, run_stage(job, identity), skipped=False)
     if not force and is_finished(job, identity):
         job.stage.agree(False)
-        return skipped(job)
+        return found_finished(job, identity)
     with having_folder(job, identity, replace=replace, force=force) as end:
         if end is None:
             job.stage.agree(False)
@@ -155,6 +164,12 @@ def is_finished(job: Job, identity: Identity) -> bool:
     return state_of(job, identity) is State.FINISHED and not storage.of(job.place).is_interrupted(job.place)
 
 
+def found_finished(job: Job, identity: Identity) -> Result:
+    """As `skipped`, before the folder is locked: also say what killed runs left beside it."""
+    forget_dead_run(job.place)
+    return with_other(skipped(job), superseded=superseded(job, identity))
+
+
 def skipped(job: Job) -> Result:
     """The result of a job that was finished before."""
     return Result(job.out, manifests.finished(job.out, job.stage.folder).metrics, skipped=True)
@@ -169,10 +184,13 @@ def keeping_what_is_complete(job: Job) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (QuarantinedError, StoppedError)):
             raise
-        kept = any(next(job.partial.rglob(pattern), None) for pattern in _COMPLETE_WORK)
-        if isinstance(error, NothingLeftError) or not kept:
+        if isinstance(error, NothingLeftError) or not _holds_work(job.partial):
             storage.of(job.partial).delete(job.partial)
         raise
+
+
+def _holds_work(partial: Path) -> bool:
+    return any(next(partial.rglob(pattern), None) for pattern in _COMPLETE_WORK)
 
 
 def check_out(job: Job) -> None:
@@ -203,7 +221,13 @@ def recover(job: Job, identity: Identity) -> None:
 def prepare(job: Job, identity: Identity, *, fresh: bool) -> None:
     """Create the job's partial folder; unfinished work of other settings is deleted."""
     store = storage.of(job.partial)
-    if fresh or partial_fingerprint(job.partial) != identity.fingerprint:
+    left = partial_fingerprint(job.partial)
+    if left not in (None, identity.fingerprint) and _holds_work(job.partial):
+        print(
+            f"note: {job.partial}: unfinished work of other settings or inputs is dropped, and made anew",
+            file=sys.stderr,
+        )
+    if fresh or left != identity.fingerprint:
         store.delete(job.partial)
     store.make_folder(job.partial)
     write_atomic(job.partial / FINGERPRINT_FILE, identity.fingerprint)

@@ -10,6 +10,7 @@ from sstoken.pipeline.runner import (
     check_job,
     context_of,
     execute,
+    found_finished,
     having_folder,
     is_finished,
     skipped,
@@ -58,7 +59,7 @@ def execute_together(
         for index, job in enumerate(jobs):
             identity = identify(job, digests)
             if not force and is_finished(job, identity):
-                add(index, skipped(job))
+                add(index, found_finished(job, identity))
                 continue
             folder = all_folders.enter_context(ExitStack())
             end = folder.enter_context(having_folder(job, identity, replace=replace, force=force))

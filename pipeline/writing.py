@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
 from filelock import FileLock, Timeout
@@ -91,6 +91,17 @@ def at_work(out: Path, parts: str) -> list[str]:
     return [_part_of(out, file) for file in _lock_files(out, parts) if _is_held(file)]
 
 
+def forget_dead_run(out: Path) -> None:
+    """Delete the lease of a run that was killed when it had published, where no run works on the folder."""
+    file = _lease_file(out, "")
+    if file.exists() and lease.is_of_this_machine(file):
+        lock = FileLock(_lock_file(out, ""))
+        with suppress(Timeout, OSError):
+            lock.acquire(timeout=0)
+            file.unlink(missing_ok=True)
+        lock.release()
+
+
 def forget_parts(out: Path, parts: str) -> None:
     """Delete the lock files of parts, once the folder is finished."""
     for file in _lock_files(out, parts):
@@ -125,6 +136,8 @@ def _is_held(file: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
+    except OSError:
+        return False  # on a disk that takes no files, where nobody works
     lock.release()
     return False
 

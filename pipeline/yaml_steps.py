@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.plain_yaml import short
+from sstoken.stages.storage import expanded
 
 _PATHS = ("data", "model", "chat_template", "checkpoint", "checkpoints")
 """Fields that hold paths of inputs."""
@@ -27,7 +28,7 @@ def beside_the_file(values: dict[str, Any], folder: Path) -> None:
             return [found(item) for item in value]
         if isinstance(value, dict):
             return {key: found(item) for key, item in value.items()}
-        if not isinstance(value, str) or "://" in value or Path(value).expanduser().is_absolute():
+        if not isinstance(value, str) or "://" in value or expanded(value).is_absolute():
             return value
         place = str(folder / value)
         return place if Path(place).exists() or (glob.has_magic(value) and glob.glob(place)) else value

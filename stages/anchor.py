@@ -3,7 +3,6 @@
 import atexit
 import copy
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure.rope import longest
-from sstoken.stages import checkpoints, joins, storage
+from sstoken.stages import checkpoints, joins, plain_json, storage
 from sstoken.stages.hub_models import split_revision
 from sstoken.stages.loading import load_model
 from sstoken.stages.processes import is_main_process, num_processes
@@ -153,14 +152,16 @@ class Anchor(Stage):
         """
         began = time.monotonic()
         log = context.out / _LOG
+        if is_main_process():
+            joins.note_training(
+                context.out, _data(context)
+            )  # also of a run that goes on: nothing proves the old note
         if not log.exists():
-            if is_main_process():
-                joins.note_training(context.out, _data(context))
             with reporting.no_messages(), ExitStack() as stack:
                 self._train(context, stack)
         elif is_main_process():
             sealing.check_ended(context.out)
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [plain_json.parse(line) for line in log.read_bytes().splitlines()]
         entries = read_index(context.out)
         if num_processes() > 1:  # the main process's return renames the folder
             from torch import distributed

@@ -15,6 +15,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import folders, storage
 from sstoken.stages.adapter_kinds import check_kind
 from sstoken.stages.hub_models import check_hub_id, first_line, hub_adapter, hub_commit, split_revision
+from sstoken.stages.storage import expanded
 from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def local_folder(ref: str) -> Path | None:
         if not address.is_dir():
             raise UsageError(f"checkpoint {ref!r}: no such folder")
         return storage.local(address)
-    path = Path(ref).expanduser()
+    path = expanded(ref)
     if path.is_dir():
         return path
     if path.suffix == ".gguf" and path.exists():
@@ -87,7 +88,7 @@ def local_folder(ref: str) -> Path | None:
 def lasting_reference(ref: str, commit: str | None = None) -> str:
     """Return a full checkpoint's reference that is valid in any working directory: an absolute path, or a Hub id at
     its commit."""
-    folder = Path(ref).expanduser()
+    folder = expanded(ref)
     if "://" in ref:
         return ref
     if folder.is_dir():
@@ -113,7 +114,7 @@ def adapter_base(ref: str) -> str | None:
         raise SstokenError(
             f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; say which model it adapts"
         )
-    found = [p for p in (Path(base).expanduser(), folder / base) if p.is_dir()]
+    found = [p for p in (expanded(base), folder / base) if p.is_dir()]
     models = [p for p in found if (p / "config.json").is_file() or (p / ADAPTER_CONFIG).is_file()]
     if len({p.resolve() for p in models}) > 1:
         raise SstokenError(

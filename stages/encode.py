@@ -4,7 +4,6 @@ The rows are cut into shards of `shard_rows` input rows; each shard is read and 
 same whatever the number of workers, and shards that an interrupted run finished are kept.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from sstoken.errors import NothingLeftError, SstokenError
-from sstoken.stages import checkpoints
+from sstoken.stages import checkpoints, plain_json
 from sstoken.stages.encoding import sources
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Format, Layout, NoLayout, Preference, check_columns, detect_layout
@@ -29,7 +28,15 @@ from sstoken.stages.encoding.messages import (
 )
 from sstoken.stages.encoding.preference import wanted
 from sstoken.stages.encoding.ranges import cut
-from sstoken.stages.encoding.shards import BAD_ROWS, Settings, Shard, encode_shard, save_tokenizer, stopped
+from sstoken.stages.encoding.shards import (
+    BAD_ROWS,
+    Settings,
+    Shard,
+    encode_shard,
+    keeps_bad_rows,
+    save_tokenizer,
+    stopped,
+)
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.templates import read_template, template_file
 from sstoken.stages.encoding.token_stats import Stats, merge, metrics, no_stats
@@ -130,6 +137,10 @@ class Encode(ShardedStage):
         save_tokenizer(settings)
         return Work(partial(encode_shard, settings), self._tasks(context.out), self.limit)
 
+    def is_done(self, output: Path) -> bool:
+        """See `ShardedStage.is_done`."""
+        return super().is_done(output) and keeps_bad_rows(output)
+
     def finish(self, context: Context) -> dict[str, Any]:
         """Sum up the shards.
 
@@ -195,7 +206,7 @@ class Encode(ShardedStage):
 def _first_bad(out: Path) -> str:
     """What was wrong with the first row that was passed over."""
     for path in sorted((out / BAD_ROWS).glob("*.jsonl")):
-        bad = json.loads(path.read_text().partition("\n")[0])
+        bad = plain_json.parse(path.read_bytes().partition(b"\n")[0])
         return f"the first is row {bad['row']} of {bad['file']}: {bad['reason']} ({bad['detail']})"
     return "none can be trained on"
 

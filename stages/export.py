@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from sstoken.errors import NothingLeftError, UsageError
-from sstoken.stages import folders, storage, tables
+from sstoken.stages import folders, plain_json, storage, tables
 from sstoken.stages.exporting import TARGETS, get_target
 from sstoken.stages.exporting.base import DATA, FAST, SCORES, Facts
 from sstoken.stages.exporting.card import card
@@ -86,7 +86,7 @@ class Export(ShardedStage):
         """See `ShardedStage.is_done`."""
         out = output.parent.parent
         try:
-            record = json.loads(output.read_text())
+            record = plain_json.parse_object(output.read_bytes())
             said = record.pop("digest")
             files = {name: folders.hash_file(out / name) for name in record["files"]}
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
@@ -97,7 +97,9 @@ class Export(ShardedStage):
         """Write what the trainer needs beside the shards."""
         masked, out = context.inputs["masked"], context.out
         parts = tables.parts(masked)
-        found = [json.loads((out / _COUNTS / f"{path.stem}.json").read_text())["counts"] for path in parts]
+        found = [
+            plain_json.parse((out / _COUNTS / f"{path.stem}.json").read_bytes())["counts"] for path in parts
+        ]
         counts = merge_counts(found)
         if not counts["examples"]:
             cut = f" within {self.max_length} tokens" if self.max_length else ""

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
-from sstoken.stages import folders, tables
+from sstoken.stages import folders, plain_json, tables
 from sstoken.stages.storage import address, write_atomic
 
 TOKENS = "tokens"
@@ -130,7 +130,7 @@ def trained_on_others(checkpoint: str, tokens: Path) -> bool:
     """Whether a checkpoint is a snapshot of an anchor run on other tokens; False also where that is not known."""
     note = address(checkpoint).absolute().parent / _TRAINED_ON
     try:
-        said = json.loads(folders.read_file(note))[TOKENS]
+        said = plain_json.parse(folders.read_file(note))[TOKENS]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(said != folder_fingerprint(tokens))

@@ -10,12 +10,13 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages import storage
+from sstoken.stages import plain_json, storage
 from sstoken.stages.folders import MANIFEST as MANIFEST
 from sstoken.stages.folders import (
     NO_DIGEST,
     check_digest,
     damaged_manifest,
+    files_below,
     hash_file,
     read_manifest_text,
     seal,
@@ -116,11 +117,10 @@ def list_files(folder: Path) -> list[FileEntry]:
 def unlisted(folder: Path, manifest: Manifest) -> list[Path]:
     """Files below a finished folder that its manifest does not know; not the hidden ones, or other finished folders."""
     listed = {MANIFEST, *(entry.path for entry in manifest.files)}
-    inside = [path.parent for path in folder.rglob(MANIFEST) if path.parent != folder]
+    there = list(files_below(folder))
+    inside = [path.parent for path in there if path.name == MANIFEST and path.parent != folder]
     found = {
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.is_file() and not any(path.is_relative_to(other) for other in inside)
+        path.relative_to(folder) for path in there if not any(path.is_relative_to(other) for other in inside)
     }
     hidden = {path for path in found if any(part.startswith(".") for part in path.parts)}
     return sorted(folder / path for path in found - hidden if path.as_posix() not in listed)
@@ -152,8 +152,8 @@ class Digests:
         self._known: dict[str, str] = {}
         self._unsaved = self._holding = False
         if cache is not None and cache.is_file():
-            with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # only a cache
-                saved = json.loads(cache.read_text())
+            with suppress(OSError, ValueError, TypeError, KeyError):  # only a cache
+                saved = plain_json.parse(cache.read_bytes())
                 if saved["digest"] == _digest_of(saved["known"]):
                     self._known = saved["known"]
 
@@ -177,6 +177,7 @@ class Digests:
         """Write what is new into the cache file, if its folder is there."""
         if self._unsaved and self._cache is not None and self._cache.parent.is_dir():
             with suppress(OSError):  # a disk that takes no files
+                storage.of(self._cache).sweep(self._cache.parent, self._cache.name)
                 text = json.dumps({"digest": _digest_of(self._known), "known": self._known})
                 write_atomic(self._cache, text)
             self._unsaved = False

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 from filelock import FileLock
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages import faults, remote_cache
+from sstoken.stages import faults, plain_json, remote_cache
 from sstoken.stages.processes import is_main_process
 from sstoken.stages.remote_path import RemotePath, explained, version
 from sstoken.stages.storage import CLAIM, MARKS, UNFINISHED
@@ -125,7 +125,7 @@ class ObjectStore:
         if (record := _record(place)) is not None:
             self._remove([record])
 
-    def sweep(self, folder: RemotePath) -> None:
+    def sweep(self, folder: RemotePath, name: str = "") -> None:
         """See `Storage`. A writer that is killed leaves nothing in the store."""
 
     def workplace(self, place: RemotePath) -> RemotePath:
@@ -144,7 +144,7 @@ class ObjectStore:
         text = _read(partial / _MANIFEST)
         if text is None:
             raise SstokenError(f"{place}: another run finished it first; its output stands, not this one's")
-        made = json.loads(text)
+        made = plain_json.parse(text)
         claim = _claim(text)
         if not self.put_if_absent(place / CLAIM, claim.encode()) and _read(place / CLAIM) != claim:
             raise SstokenError(f"{place}: another run is publishing there; wait for it, then run this again")
@@ -273,8 +273,11 @@ class ObjectStore:
         info = None if text is None else file.info()
         if text is None or info is None:
             return None
-        noted: dict[str, Any] = json.loads(text)
-        return noted if noted["version"] == version(info) else None
+        try:
+            noted = plain_json.parse_object(text)
+        except ValueError:
+            return None
+        return noted if noted.get("version") == version(info) else None
 
     def _remove(self, files: Sequence[RemotePath]) -> None:
         for file in files[:1]:  # on its own: a mark goes before the rest

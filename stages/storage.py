@@ -133,9 +133,9 @@ class LocalDisk:
         else:
             place.unlink(missing_ok=True)
 
-    def sweep(self, folder: Path) -> None:
+    def sweep(self, folder: Path, name: str = "") -> None:
         """See `Storage`."""
-        for left in list(folder.rglob(f"*{UNFINISHED}")):
+        for left in list(folder.glob(f"{name}.*{UNFINISHED}") if name else folder.rglob(f"*{UNFINISHED}")):
             if _OURS.search(left.name):
                 self.delete(left)
 
@@ -239,17 +239,28 @@ def of(address: PurePath) -> Storage:
     return cast(Storage, ObjectStore())
 
 
+def expanded(text: str | PurePath) -> Path:
+    """Return the path that a user typed, with `~` as the home folder; of a user that there is not, as it stands."""
+    return Path(os.path.expanduser(text))
+
+
 def address(text: str | PurePath) -> Path:
     """Return the address of a file or folder as a user names it: a path, or a URL such as s3://bucket/tokens.
 
     Raises:
-        UsageError: a URL that holds credentials, or a chain of URLs.
+        UsageError: a URL that holds credentials, a chain of URLs, or a name that no file can have.
     """
     if isinstance(text, PurePath):
         return cast(Path, text)
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):  # not in UTF-8: libraries refuse it late
+        raise UsageError(f"{text}: no file can have such a name; name another")
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return Path(text).expanduser()
+        if (path := expanded(text)).parts[:1] and path.parts[0].startswith("~") and path.parts[0] != "~":
+            raise UsageError(
+                f"{text}: there is no user {path.parts[0][1:]!r}; write ./{text} if a folder is called so"
+            )
+        return path
     if scheme == "file":
         return Path(rest)
     if "@" in rest.partition("/")[0]:

@@ -51,8 +51,8 @@ class Storage(Protocol):
     def delete(self, place: Path) -> None:
         """Delete a file or a folder, its marks first: a half-deleted folder is never taken for work to go on from."""
 
-    def sweep(self, folder: Path) -> None:
-        """Delete what writers that were killed left below a folder. None may be at work."""
+    def sweep(self, folder: Path, name: str = "") -> None:
+        """Delete what killed writers left below a folder, or of the file `name` in it. None may be at work."""
 
     def workplace(self, place: Path) -> Path:
         """Return where the folder `place` is made."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
 from sstoken.signals import get_signal, is_signal
-from sstoken.stages import folders, storage
+from sstoken.stages import folders, plain_json, storage
 from sstoken.stages.storage import atomic_file
 
 IDS = pa.list_(pa.int32())
@@ -52,6 +52,8 @@ def masked_schema(weighted: bool, lean: bool) -> pa.Schema:
 
 
 METADATA_KEY = b"sstoken"
+_LEVEL = 3
+"""Of the shards that stages exchange."""
 _DIGEST = "digest"
 """Key in the metadata, of their own digest: they are read alone, without the file whose digest the manifest has."""
 
@@ -76,7 +78,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def write_part(
-    path: Path, table: pa.Table, metadata: Mapping[str, Any] | None, *, compression_level: int = 3
+    path: Path, table: pa.Table, metadata: Mapping[str, Any] | None, *, compression_level: int = _LEVEL
 ) -> None:
     """Write one shard atomically; `metadata` goes into the file as JSON.
 
@@ -92,30 +94,31 @@ def write_row_groups(
     schema: pa.Schema,
     metadata: Mapping[str, Any] | None,
     *,
-    compression_level: int = 3,
+    compression_level: int = _LEVEL,
 ) -> None:
     """As `write_part`, from tables of one schema that become a row group each and are never held together."""
     ours = None
     if metadata is not None:
         ours = {METADATA_KEY: json.dumps({**metadata, _DIGEST: _digest(metadata)}, sort_keys=True)}
-    schema = schema.with_metadata(ours)
+    with atomic_file(path) as file:
+        _write(file, groups, schema.with_metadata(ours), compression_level)
+    pa.default_memory_pool().release_unused()  # what encoding took, before the next shard asks for more
+
+
+def _write(file: Any, groups: Iterable[pa.Table], schema: pa.Schema, compression_level: int) -> None:
     floats = [f"{name}.list.element" for name in _float_columns(schema)]
     ids = [f"{f.name}.list.element" for f in schema if f.name in ("input_ids", "labels")]
-    with (
-        atomic_file(path) as file,
-        pq.ParquetWriter(
-            file,
-            schema,
-            compression="zstd",
-            compression_level=compression_level,
-            use_dictionary=ids,
-            use_byte_stream_split=floats,
-            write_page_checksum=True,
-        ) as writer,
-    ):
+    with pq.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        compression_level=compression_level,
+        use_dictionary=ids,
+        use_byte_stream_split=floats,
+        write_page_checksum=True,
+    ) as writer:
         for table in groups:
-            writer.write_table(table.cast(schema))
-    pa.default_memory_pool().release_unused()  # what encoding took, before the next shard asks for more
+            writer.write_table(table.cast(schema).combine_chunks())  # pages end where chunks do
 
 
 def _float_columns(schema: pa.Schema) -> list[str]:
@@ -136,7 +139,7 @@ def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
         raw = (_schema(path).metadata or {}).get(METADATA_KEY)
         if raw is None:
             raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
-        metadata: dict[str, Any] = json.loads(raw)
+        metadata = plain_json.parse_object(raw)
         digest = metadata.pop(_DIGEST, None)
         if digest != _digest(metadata) and (digest is not None or with_digest):
             raise ValueError("its metadata were changed")
@@ -210,18 +213,37 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a shard that no manifest lists yet is what was written: its pages, metadata and columns."""
+    """Whether a shard that no manifest lists yet is what was written, byte for byte.
+
+    Checksums do not cover a Parquet file's footer and the headers of its pages: writing what it holds has to give the
+    same file. One that another version of Arrow wrote is not taken, either.
+    """
     try:
         read_metadata(path, with_digest=True)
-        fields = read_table(path).schema.remove_metadata()
-    except SstokenError:
+        with _opened(path) as file:
+            fields = [_known(field) for field in file.schema_arrow]
+            groups = [file.read_row_group(i, use_threads=False) for i in range(file.num_row_groups)]
+            raw = file.schema_arrow.metadata[METADATA_KEY]
+        again = pa.BufferOutputStream()
+        _write(again, groups, pa.schema(fields, {METADATA_KEY: raw}), _LEVEL)
+        return bool(folders.read_file(path) == again.getvalue().to_pybytes())
+    except (SstokenError, pa.ArrowException, OSError, ValueError):
         return False
-    known = [field for schema in (TOKENS, MASKED.append(WEIGHT)) for field in schema]
-    return all(_is_signal(field) or any(field.equals(other) for other in known) for field in fields)
 
 
-def _is_signal(field: pa.Field) -> bool:
-    return is_signal(field.name) and field.type == SIGNAL_COLUMNS[get_signal(field.name).dtype]
+def _known(field: pa.Field) -> pa.Field:
+    """The field of one of our schemas that a field is; a file's own has other names within lists.
+
+    Raises:
+        ValueError: there is none.
+    """
+    ours = [*TOKENS, *MASKED, WEIGHT]
+    if is_signal(field.name):
+        ours.append(pa.field(field.name, SIGNAL_COLUMNS[get_signal(field.name).dtype]))
+    for known in ours:
+        if known.equals(field.remove_metadata()):
+            return known
+    raise ValueError(f"no column of ours: {field}")
 
 
 def num_rows(path: Path) -> int:

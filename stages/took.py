@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sstoken.stages import storage
+from sstoken.errors import SstokenError
+from sstoken.stages import plain_json, storage
 from sstoken.stages.storage import write_atomic
 
 FOLDER = ".took"
@@ -42,12 +43,20 @@ class Took:
 
 
 def total(out: Path) -> dict[str, Any]:
-    """Return `shards` and `worker_seconds` of all runs that worked on a partial folder; empty where none said."""
+    """Return `shards` and `worker_seconds` of all runs that worked on a partial folder; empty where none said.
+
+    Raises:
+        SstokenError: what a run said is damaged.
+    """
     shards, seconds = 0, 0.0
     store = storage.of(out)
     for file in store.list(out / FOLDER):
         with store.open(file) as opened:
-            said = json.load(opened)
-        shards += said["shards"]
-        seconds += said["seconds"]
+            try:
+                said = plain_json.parse_object(opened.read())
+                shards, seconds = shards + int(said["shards"]), seconds + float(said["seconds"])
+            except (ValueError, TypeError, KeyError, OverflowError):
+                raise SstokenError(
+                    f"{file}: damaged; it only says how long the work took, remove it to go on without"
+                ) from None
     return {"shards": shards, "worker_seconds": round(seconds, 3)} if shards else {}

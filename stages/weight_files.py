@@ -1,11 +1,11 @@
 """Which weight files of a folder count, as transformers and peft choose them, and why a folder has none."""
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError
+from sstoken.stages import plain_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_text()
         if text.startswith("version https://git-lfs"):
             raise SstokenError(f"{path}: a Git LFS pointer; run git lfs pull")
-        value = json.loads(text)
+        value = plain_json.parse(text)
     except (OSError, ValueError) as error:
         raise SstokenError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
     if not isinstance(value, dict):
@@ -85,7 +85,7 @@ def _model_files(folder: Path) -> list[Path]:
         else None
     )
     if named is not None:  # transformers' own setting takes precedence
-        if not (folder / named).is_file():
+        if not isinstance(named, str) or not (folder / named).is_file():
             raise SstokenError(
                 f"{folder}: config.json names weights {named!r}, which are not there; copy them again"
             )
@@ -141,7 +141,7 @@ def _check_file(folder: Path, file: Path) -> None:
         try:
             if length >= min(_LARGEST_HEADER, size):
                 raise ValueError
-            header = json.loads(opened.read(length))
+            header = plain_json.parse_object(opened.read(length))
             tensors = [v for k, v in header.items() if k != "__metadata__"]
             end = 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
             empty = [t for t in tensors if 0 in t["shape"]]

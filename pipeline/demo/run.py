@@ -23,12 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sstoken import curate
-from sstoken.errors import UsageError
+from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.demo import pretrained
 from sstoken.pipeline.demo.data import KINDS, DemoExample, Noise, generate, write_jsonl, write_noise
 from sstoken.pipeline.demo.model import build_model
 from sstoken.pipeline.job import Result
-from sstoken.stages import tables
+from sstoken.stages import plain_json, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.folders import copy_folder
 from sstoken.stages.report.show import default_console, print_example, print_legend, read_examples
@@ -228,13 +228,20 @@ def _atomic(folder: Path) -> Iterator[Path]:
     os.replace(partial, folder)
 
 
+def _held(marker: Path) -> dict[str, Any]:
+    try:
+        return plain_json.parse_object(marker.read_bytes())
+    except ValueError:
+        raise SstokenError(f"{marker}: damaged; name another folder, or delete this one") from None
+
+
 def _claim(out: Path, seed: int, model: str | None) -> None:
     """Mark a folder as this demo's; refuse one that holds something else."""
     marker = out / "demo.json"
     facts = {"seed": seed, "version": __version__} | ({} if model is None else {"model": model})
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
         raise UsageError(f"{out}: not empty, and not a demo; name another folder")
-    if marker.is_file() and (held := json.loads(marker.read_text())) != facts:
+    if marker.is_file() and (held := _held(marker)) != facts:
         raise UsageError(
             f"{out}: holds the demo of seed {held.get('seed')}{_of(held)}, by sstoken {held.get('version')}; name "
             "another folder, or delete this one"

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.engines import ray_task
 from sstoken.pipeline.engines.dispatch import Attempt, Died, Raised, dispatch
 from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
+from sstoken.stages.storage import expanded
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -134,7 +134,7 @@ def _runtime_env(file: str | None) -> dict[str, Any]:
         import yaml
 
         try:
-            found = yaml.safe_load(Path(file).expanduser().read_text())
+            found = yaml.safe_load(expanded(file).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             line = " ".join(str(error).split())[:200]
             raise UsageError(f"ray_env is {file!r}: cannot be read ({line})") from error

@@ -11,6 +11,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.printing import print_comparison, print_table
 from sstoken.pipeline.verbs.command import Place, command, local_place, named_places, place
+from sstoken.stages import folders
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import MANIFEST
 
@@ -142,7 +143,7 @@ def verify(folder: Place) -> tuple[list[Path], list[str]]:
     root = place(folder)
     if not root.is_dir():
         raise UsageError(f"{folder}: no such folder; name a run or a stage's output")
-    checked = sorted(path.parent for path in root.rglob(MANIFEST))
+    checked = sorted(path.parent for path in folders.files_below(root) if path.name == MANIFEST)
     if not checked:
         raise SstokenError(f"{folder}: no finished work below it (no {MANIFEST})")
     wrong: list[str] = []

@@ -10,9 +10,9 @@ import click
 from sstoken.pipeline.changes import changes
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import RunConfig, load_config
-from sstoken.pipeline.job import State, state, superseded
+from sstoken.pipeline.job import State, identify, state, superseded
 from sstoken.pipeline.plan import check_run, run_steps
-from sstoken.pipeline.printing import print_table
+from sstoken.pipeline.printing import SUPERSEDED, print_table
 from sstoken.pipeline.verbs.command import command
 from sstoken.pipeline.verbs.runs import DIGESTS, overrides_option
 from sstoken.stages import storage
@@ -57,7 +57,7 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
             why = why or state(step.job, digests).value
         if why != State.FINISHED.value:
             waiting.add(step.name)
-        other = superseded(step.job, digests) if step.job is not None and not awaited else None
+        other = superseded(step.job, identify(step.job, digests)) if step.job and not awaited else None
         differs: tuple[str, ...] = ()
         if step.job is not None and not awaited and why != State.FINISHED.value:
             differs = changes(step.step, step.job, digests)
@@ -101,9 +101,7 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
     ]
     print_table(("step", "folder", "state"), rows)
     for folder in (p.superseded for p in planned if p.superseded):
-        click.echo(
-            f"{folder}: unfinished work of other settings or inputs; go on with those, or remove it", err=True
-        )
+        click.echo(f"{folder}: {SUPERSEDED}", err=True)
 
 
 def _print_costs(config: RunConfig, tflops: float, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from sstoken.stages.auditing.data_files import read_files
 from sstoken.stages.auditing.opened import BATCH, Opened, arrow_rows
 from sstoken.stages.auditing.own_folders import export_around, own_folder, tokenizer_near
 from sstoken.stages.encoding import sources
+from sstoken.stages.storage import expanded
 
 
 def open_source(
@@ -33,7 +34,7 @@ def open_source(
     """
     if not isinstance(source, (str, Path)):
         return _in_memory(source, shifted)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir() and (manifest := manifests.read_manifest(path)) is not None:
         return own_folder(path, manifest, tokens)
     name = str(source)

@@ -28,6 +28,7 @@ from sstoken.stages.auditing.vocabulary import Vocabulary
 from sstoken.stages.encoding.layouts import Preference
 from sstoken.stages.encoding.messages import TrainedTurns
 from sstoken.stages.encoding.templates import ChatTemplate, read_template
+from sstoken.stages.storage import expanded
 from sstoken.stages.weight_files import read_json
 
 _ANY_LENGTH = 1 << 40
@@ -74,7 +75,7 @@ def audit(
     """
     template = None if chat_template is None else read_template(chat_template)
     opened = open_source(
-        source, split, shifted=shifted_labels, tokens=None if tokens is None else Path(tokens).expanduser()
+        source, split, shifted=shifted_labels, tokens=None if tokens is None else expanded(tokens)
     )
     opened.rows = _Counted(islice(opened.rows, limit))
     ref = model or tokenizer

@@ -1,6 +1,5 @@
 """What the vLLM backend takes: its settings, and what is refused before a weight is loaded, each in one line."""
 
-import json
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -107,7 +106,7 @@ def lora_rank(adapter: str) -> int:
     """The rank that vLLM has to be ready for: the adapter's, or the next that it knows."""
     folder = local_folder(adapter)
     assert folder is not None
-    rank = int(json.loads((folder / ADAPTER_CONFIG).read_text()).get("r", 8))
+    rank = int(read_json(folder / ADAPTER_CONFIG).get("r", 8))
     return next((known for known in _LORA_RANKS if known >= rank), rank)
 
 

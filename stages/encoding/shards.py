@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
-from sstoken.stages import checkpoints, joins, storage
+from sstoken.stages import checkpoints, folders, joins, storage
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout
 from sstoken.stages.encoding.messages import (
@@ -29,13 +29,15 @@ from sstoken.stages.encoding.time_limit import limited
 from sstoken.stages.encoding.token_stats import Stats, no_stats
 from sstoken.stages.stage import Worker
 from sstoken.stages.storage import write_atomic
-from sstoken.stages.tables import TOKENS, part_name, write_part
+from sstoken.stages.tables import TOKENS, part_name, read_metadata, write_part
 
 if TYPE_CHECKING:
     from sstoken.stages.encoding.chat import ChatEncoder
 
 BAD_ROWS = "bad_rows"
 """Folder, in the output, with the reasons for skipped rows (never their text)."""
+_BAD_ROWS_DIGEST = "bad_rows"
+"""Key in the metadata of a shard: the SHA-256 of its list of bad rows; none where no row is bad."""
 TOKENIZER = "tokenizer"
 """Folder, in the output, with the tokenizer that was used."""
 
@@ -131,18 +133,23 @@ def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
     stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}
     stats["bad_rows"] = dict(Counter(b["reason"] for b in bad))
     stats |= {"unused": dict(unused), "notes": dict(notes), "passed_over": dict(passed_over)}
+    about: dict[str, Any] = {"stats": stats, "first_row": first}
     if bad:
         lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
         storage.of(lines).make_folder(lines.parent)
-        write_atomic(lines, "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad))
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in bad)
+        write_atomic(lines, text)
+        about[_BAD_ROWS_DIGEST] = hashlib.sha256(text.encode()).hexdigest()
     table = pa.table(columns, schema=TOKENS)
-    about = {
-        joins.RUN: settings.fingerprint,
-        joins.TOKENS: joins.tokens_fingerprint(table),
-        "stats": stats,
-        "first_row": first,
-    }
+    about |= {joins.RUN: settings.fingerprint, joins.TOKENS: joins.tokens_fingerprint(table)}
     write_part(path, table, _metadata(settings, encoder) | about)
+
+
+def keeps_bad_rows(path: Path) -> bool:
+    """Whether the list of bad rows that belongs to a shard of unfinished work is what was written."""
+    digest = read_metadata(path).get(_BAD_ROWS_DIGEST)
+    lines = path.parent / BAD_ROWS / path.with_suffix(".jsonl").name
+    return digest is None or (storage.of(lines).size(lines) is not None and folders.sha256(lines) == digest)
 
 
 def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:

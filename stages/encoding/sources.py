@@ -14,10 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.stages import plain_json
 from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
 from sstoken.stages.encoding.row_files import first_line
 from sstoken.stages.remote_path import options
+from sstoken.stages.storage import expanded
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
@@ -154,7 +156,7 @@ def locate(data: str, split: str | None) -> Files | Saved | Hub:
     """Decide what `data` names; lists directories, but never contacts the Hub."""
     if "://" in data:
         return _no_split(_locate_files(data), split)
-    path = Path(data).expanduser()
+    path = expanded(data)
     if path.is_dir():
         return _locate_saved(path, split)
     if path.exists() or any(c in data for c in "*?["):
@@ -183,11 +185,9 @@ def _no_split(files: Files, split: str | None) -> Files:
 
 
 def _locate_saved(folder: Path, split: str | None) -> Saved:
-    import json
-
     if (folder / "dataset_dict.json").is_file():
         try:
-            names = list(json.loads((folder / "dataset_dict.json").read_text())["splits"])
+            names = list(plain_json.parse((folder / "dataset_dict.json").read_bytes())["splits"])
         except (ValueError, KeyError, TypeError) as error:
             raise SstokenError(
                 f"{folder / 'dataset_dict.json'}: damaged ({type(error).__name__}); save the dataset again"

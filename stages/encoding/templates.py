@@ -12,6 +12,7 @@ from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.encoding.messages import REASONING, BadRow, Conversation, Message
+from sstoken.stages.storage import expanded
 
 PLAIN_CHAT_TEMPLATE = (
     "{%- for m in messages -%}"
@@ -252,7 +253,7 @@ def template_file(given: str) -> Path:
             there = ", ".join(sorted(p.stem for p in folder.glob("*.jinja")))
             raise UsageError(f"chat_template {given!r}: the installed TRL has {there}")
         return path
-    path = Path(given).expanduser()
+    path = expanded(given)
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "no such file"
         raise UsageError(f"chat_template {given!r}: {problem}; name a Jinja file, or trl:NAME")

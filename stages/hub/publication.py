@@ -33,6 +33,7 @@ from sstoken.stages.hub.repository import (
 from sstoken.stages.masked_stats import merge_stats
 from sstoken.stages.stage import Context, EngineOptions, Stage, Task, Worker
 from sstoken.stages.storage import write_atomic
+from sstoken.stages.weight_files import read_json
 
 _LOCAL_SETTINGS = ("name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "cache_dir")
 """Keys under which some versions of transformers write local paths into tokenizer_config.json."""
@@ -155,7 +156,7 @@ def _publish_shard(
 ) -> None:
     index, sources = group
     path = out / tables.part_name(index)
-    if path.exists():
+    if path.exists() and tables.is_sound(path):  # it lay in unfinished work
         return
     metadata = [tables.read_metadata(source) for source in sources]
     stats = {
@@ -197,7 +198,7 @@ def _copy_tokenizer(source: Path, out: Path) -> None:
     folders.copy_folder(source, out)
     path = out / "tokenizer_config.json"
     if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         if any(key in settings for key in _LOCAL_SETTINGS):
             kept = {key: value for key, value in settings.items() if key not in _LOCAL_SETTINGS}
             write_atomic(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")

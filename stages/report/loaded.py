@@ -11,6 +11,7 @@ from sstoken.stages import tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.report.folders import Opened, open_folders
 from sstoken.stages.report.show import MaskedExample, ranks, read_examples
+from sstoken.stages.storage import expanded
 from sstoken.stages.token_text import token_texts, visible
 
 if TYPE_CHECKING:
@@ -161,5 +162,5 @@ def load(folder: str | Path) -> Loaded:
         UsageError: no such folder, or one of another kind.
         SstokenError: unfinished or damaged.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     return Loaded(open_folders({path.name or str(folder): path}).first)

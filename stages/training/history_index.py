@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages import storage
+from sstoken.stages import plain_json, storage
 from sstoken.stages.folders import read_file
 from sstoken.stages.storage import write_atomic
 
@@ -35,6 +37,9 @@ class Entry:
     """`reference`: the base model, not copied. `full`: all weights. `lora`: an adapter. `ema`: averaged weights."""
     absolute: str | None = None
     """For a reference to a folder: its original path, in case the history was moved without it."""
+
+
+_ENTRIES = TypeAdapter(list[Entry])
 
 
 def read_history(folder: Path) -> list[Entry]:
@@ -99,7 +104,7 @@ def read_index(folder: Path) -> list[Entry]:
     """
     path = storage.address(folder) / INDEX
     try:
-        return [Entry(**fields) for fields in json.loads(read_file(path))]
+        return _ENTRIES.validate_python(plain_json.parse(read_file(path)))
     except FileNotFoundError:
         raise UsageError(f"{folder}: no {INDEX}; name the folder that `anchor` wrote") from None
     except (OSError, ValueError, TypeError) as error:

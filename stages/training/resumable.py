@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError
-from sstoken.stages import storage
+from sstoken.stages import plain_json, storage
 from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.stage import Progress
 from sstoken.stages.storage import write_atomic
@@ -41,7 +41,7 @@ def last_complete(folder: Path) -> Path | None:
         return None
     last = max(complete, key=lambda c: int(c.name.rpartition("-")[2]))
     try:
-        seal = json.loads((last / _COMPLETE).read_text())
+        seal = plain_json.parse_object((last / _COMPLETE).read_bytes())
         then, now = int(seal["processes"]), num_processes()
     except (ValueError, TypeError, KeyError):
         raise SstokenError(f"{last / _COMPLETE}: damaged; remove {folder.parent} to train anew") from None

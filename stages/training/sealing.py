@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError
-from sstoken.stages import folders, storage
+from sstoken.stages import folders, plain_json, storage
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.training.history_index import read_index
 
@@ -54,7 +54,7 @@ def check_ended(out: Path) -> None:
     """
     if (out / SEAL).is_file():  # an older version wrote none
         try:
-            seal = json.loads((out / SEAL).read_bytes())
+            seal = plain_json.parse((out / SEAL).read_bytes())
         except ValueError:
             seal = None
         if not isinstance(seal, dict) or not {_FILES, _ENTRIES} <= set(seal):
@@ -77,7 +77,10 @@ def check(out: Path, seal: dict[str, Any]) -> None:
         file = out / name
         if not file.is_file() or folders.hash_file(file) != digest:
             raise _damaged(file, out)
-    steps = [entry.get("step", 0) for entry in entries]
+    try:
+        steps = [int(entry["step"]) for entry in entries]
+    except (TypeError, ValueError, KeyError):
+        raise _damaged(out, out) from None
     there = [asdict(entry) for entry in read_index(out) if entry.step <= max(steps, default=0)]
     if there != entries:
         raise _damaged(out / "history.json", out)

@@ -71,8 +71,16 @@ def build(source: Path, file: Path) -> None:
 
 
 def read_extent(file: Path) -> Extent:
-    """Return what `build` counted."""
-    return Extent(*map(int, file.with_suffix(".extent").read_text().split()))
+    """Return what `build` counted.
+
+    Raises:
+        SstokenError: it was damaged since.
+    """
+    counted = file.with_suffix(".extent")
+    try:
+        return Extent(*map(int, counted.read_bytes().split()))
+    except (ValueError, TypeError):
+        raise SstokenError(f"{counted}: damaged; remove {file.parent} to train anew") from None
 
 
 _SOURCE = {

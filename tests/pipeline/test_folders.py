@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sstoken.pipeline import api
+from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages.checkpoints import load_tokenizer
 from tests.pipeline.small_run import PIPELINE, environment, save_config
 from tests.pipeline.worlds import CommandLine, World, make_world
@@ -115,6 +116,61 @@ def test_plan_names_unfinished_work_of_other_settings(
         assert all(result.skipped for result in api.run(str(config)).values())
         shutil.rmtree(run / "history.partial")
         assert not any(step["superseded"] for step in json.loads(cli.works("plan", config, "--json")))
+
+
+def test_verify_follows_links(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step on a larger disk is checked, too; a link in a circle ends."""
+    run, large = tmp_path / "run", tmp_path / "large"
+    run.mkdir()
+    shutil.copytree(world.tokens, large)
+    (run / "tokens").symlink_to(large)
+    (large / "again").symlink_to(run)
+    (run / "nowhere").symlink_to(run / "nowhere")
+    cli = CommandLine(capsys)
+    assert "1 finished folders checked, 0 problems" in cli.works("verify", run)
+    part = large / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    shutil.copy(part, large / "stray.parquet")
+    outcome = cli("verify", run)
+    assert outcome.code == 1
+    assert "tokens/part-00000.parquet: content changed" in outcome.out
+    assert "tokens/stray.parquet: not in" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "name", ["circle", "circle/inside", "~nobody-of-this-name/x", "a\0b", "\ud800", "x" * 5000]
+)
+def test_an_output_folder_that_cannot_be(
+    name: str,
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    outcome = CommandLine(capsys)("select", "--tokens", world.tokens, "--scores", world.scores, "--out", name)
+    (line,) = messages(outcome.err)
+    assert outcome.code in (1, 2)
+    assert len(line) < 1200
+
+
+def test_what_a_killed_forced_run_left_is_said(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the verb that finds its work finished, and not while a run is at it."""
+    select = ("select", "--tokens", world.tokens, "--scores", world.scores, "--out", tmp_path / "out")
+    cli = CommandLine(capsys)
+    cli.works(*select)
+    shutil.copytree(tmp_path / "out", tmp_path / "out.partial")
+    (tmp_path / "out.partial/manifest.json").unlink()
+    (tmp_path / "out.partial/.fingerprint").write_bytes(b"\xff")
+    assert "out.partial: unfinished work" in cli(*select).err
+    with one_run_at_a_time(tmp_path / "out"):
+        outcome = cli(*select)
+        assert (outcome.code, outcome.err) == (0, "")
+    cli.works(*select, "--force")
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -42,6 +42,30 @@ def test_what_is_written_is_read(shard):
     assert [batch.num_rows for batch in tables.read_batches(shard, 2, ["example_id"])] == [2, 1]
 
 
+def test_no_byte_of_a_shard_of_unfinished_work_can_change(shard):
+    """Neither its pages nor its footer, which no checksum covers."""
+    content = shard.read_bytes()
+    for place in range(0, len(content), 2):
+        shard.write_bytes(content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :])
+        assert not tables.is_sound(shard), place
+    shard.write_bytes(content)
+    assert tables.is_sound(shard)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 3000])
+def test_a_shard_is_sound_however_it_was_cut_when_it_was_written(rows, tmp_path):
+    table = pa.Table.from_pylist((ROWS * 1000)[:rows], schema=tables.TOKENS)
+    pieces = pa.concat_tables([table.slice(0, rows // 3), table.slice(rows // 3)])
+    for name, groups in {
+        "one": [table],
+        "pieces": [pieces],
+        "groups": [table.slice(rows // 2), pieces],
+    }.items():
+        path = tmp_path / name
+        tables.write_row_groups(path, groups, table.schema, {"kind": "tokens"})
+        assert tables.is_sound(path), name
+
+
 def test_a_file_has_our_metadata_alone(shard, tmp_path):
     assert set(pq.read_schema(shard).metadata) == {tables.METADATA_KEY}
     plain = tmp_path / "plain.parquet"

@@ -1,0 +1,28 @@
+"""JSON of files that anything may have happened to: it parses, or there is one kind of error."""
+
+import json
+from typing import Any
+
+
+def parse(content: str | bytes) -> Any:
+    """The value of a JSON text; bytes are UTF-8.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, nested too deep, or a number of more than 4,300 digits.
+    """
+    try:
+        return json.loads(content if isinstance(content, str) else content.decode())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def parse_object(content: str | bytes) -> dict[str, Any]:
+    """As `parse`, of a text that has to hold an object.
+
+    Raises:
+        ValueError: see `parse`; or another value.
+    """
+    value = parse(content)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}, not an object")
+    return value
