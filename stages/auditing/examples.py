@@ -43,7 +43,7 @@ class Example:
     response: BoolArray | None = None
     """[T]: the assistant's tokens, where `trained` is a selection of them; None: not known, or the same."""
     padding: BoolArray | None = None
-    """[T]: what the attention mask hides; None: nothing."""
+    """[T]: what the attention mask hides, or what looks like padding where there is none; None: nothing."""
     whole: bool = True
     """False: it lies in a row with others."""
     offset: int = 0
@@ -61,6 +61,11 @@ class Example:
     def learned(self) -> BoolArray:
         """[T]: the assistant's tokens: those that are trained, or that a selection was taken from."""
         return self.trained if self.response is None else self.response
+
+    @property
+    def visible(self) -> BoolArray:
+        """[T]: what is not padding."""
+        return np.ones(len(self.ids), bool) if self.padding is None else ~self.padding
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:

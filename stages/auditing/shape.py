@@ -20,7 +20,7 @@ _ASKED, _SAID, _ASKED_MORE, _SAID_MORE = "Wqxask", "Wqxreply", "Wqxaskmore", "Wq
 _THOUGHT, _TOOL, _KEY, _VALUE, _RESULT = "Wqxthought", "Wqxtool", "Wqxkey", "Wqxvalue", "Wqxresult"
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
 """What a border between two marks never splits: a tag, a word, a run of whitespace."""
-_TAG = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_]{2,40}\]")
+_TAG = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,40}\]")
 
 
 @dataclass
@@ -32,7 +32,9 @@ class Shape:
     closers: set[int] = field(default_factory=set)
     """Tokens that end an assistant turn: those that stop generation, and what the template prints behind answers."""
     last_closers: set[int] = field(default_factory=set)
-    """Tokens that the template prints behind the last answer."""
+    """The token that the template prints behind the last answer."""
+    tail: frozenset[int] = frozenset()
+    """All special tokens that it prints there."""
     in_next_header: bool = False
     """The token that ends an answer opens the next turn: the last answer has none."""
     begins_with_bos: bool = False
@@ -68,7 +70,7 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
     shape.openers["assistant"] = list(dict.fromkeys(_answer_openers(prompt, closing_user, gaps)))
     shape.openers["user"] = _user_openers(before, to_user, tail, closing_user)
     shape.closers |= _closers(to_user, tail, vocabulary)
-    shape.last_closers = _first(tail, vocabulary)
+    shape.last_closers, shape.tail = _first(tail, vocabulary), frozenset(_ids_in(tail, vocabulary))
     if not shape.last_closers and (following := _first(to_user, vocabulary)):
         shape.in_next_header = True
         shape.closers |= following
@@ -112,13 +114,14 @@ def pattern(shape: Shape, vocabulary: Vocabulary) -> re.Pattern[bytes]:
 
 def _lenient(text: str, vocabulary: Vocabulary) -> bytes:
     """A pattern for a mark; tokenizers may put blanks behind special tokens, and take some away."""
-    core = text.strip()
+    pieces = vocabulary.split(text.strip())
     parts = []
-    for part in vocabulary.split(core):
-        if part in vocabulary.ids:
-            parts.append(re.escape(CONTROL + part.encode()) + b" ?")
+    for number, piece in enumerate(pieces, 1):
+        if piece in vocabulary.ids:
+            blank = b" ?" if number < len(pieces) else b""  # behind the mark it may be the turn's own
+            parts.append(re.escape(CONTROL + piece.encode()) + blank)
         else:
-            parts += [rb"\s*" if atom.isspace() else re.escape(atom.encode()) for atom in _words(part)]
+            parts += [rb"\s*" if atom.isspace() else re.escape(atom.encode()) for atom in _words(piece)]
     trailing = text[len(text.rstrip()) :].encode()
     return b"".join(parts) + (b"(?:%s)?" % re.escape(trailing) if trailing else b"")
 

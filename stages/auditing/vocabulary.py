@@ -47,6 +47,11 @@ class Vocabulary:
         found = self._tokens.get(token)
         return None if found is None else int(found)
 
+    @property
+    def pads_apart(self) -> bool:
+        """Whether padding has a token of its own, which neither ends turns nor begins documents."""
+        return self.pad is not None and self.pad not in {*self.stops, self.bos, self.unknown}
+
     @cached_property
     def adds_bos(self) -> bool:
         """Whether the tokenizer itself begins a text with BOS."""

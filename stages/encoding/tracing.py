@@ -248,9 +248,8 @@ def _share_names(
         called = "".join(names)
         if not called:
             continue
-        earlier = np.flatnonzero((owners >= TOOLS) & (owners <= index))
+        start = _behind_earlier(owners, index, named)
         later = np.flatnonzero((owners > index + 1) & (owners < named))
-        start = int(earlier[-1]) + 1 if earlier.size else 0
         later = later[later >= start]
         stop = int(later[0]) if later.size else owners.size
         places = start + np.flatnonzero(owners[start:stop] == named)[: len(called)]
@@ -269,6 +268,19 @@ def _share_names(
     letters = decoded(codes(text)[left])
     owners[left] = TEMPLATE
     return letters
+
+
+def _behind_earlier(owners: NDArray[np.int16], index: int, named: int) -> int:
+    """Return the first place behind the earlier turns, and behind the tool definitions that stand before this turn.
+
+    Some templates (Mistral's) print the definitions before the last question, so behind earlier calls.
+    """
+    earlier = np.flatnonzero((owners > TOOLS) & (owners <= index))
+    start = int(earlier[-1]) + 1 if earlier.size else 0
+    following = np.flatnonzero((owners[start:] > index) & (owners[start:] < named))
+    stop = start + int(following[0]) if following.size else owners.size
+    tools = np.flatnonzero(owners[start:stop] == TOOLS)
+    return start + int(tools[-1]) + 1 if tools.size else start
 
 
 def _has_letters(arguments: Any) -> bool:

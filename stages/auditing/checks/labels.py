@@ -85,13 +85,13 @@ ACROSS = kind(
 def check(example: Example, context: Context) -> None:
     """Look at what is trained."""
     found, trained = context.found, example.trained
-    visible = np.ones(len(trained), bool) if example.padding is None else ~example.padding
+    visible = np.flatnonzero(example.visible)
     if not trained.any():
         if example.whole:
             found.add(NOTHING_KEPT if example.selected else NOTHING, example)
         return
-    if trained[1:][visible[1:]].all() and visible.sum() > 1:
-        found.add(EVERYTHING, example, (0, 1))
+    if visible.size > 1 and trained[visible[1:]].all():  # nothing predicts the first token
+        found.add(EVERYTHING, example, (int(visible[0]), int(visible[0]) + 1))
         return
     if not example.whole and example.offset and trained[0]:
         found.add(ACROSS, example, (0, 1))
@@ -115,18 +115,19 @@ def check_pack(first: Example, trained: bool, context: Context) -> None:
 def _check_turns(example: Example, context: Context) -> None:
     vocabulary = context.vocabulary
     assert vocabulary is not None
-    before = 1  # nothing predicts the first token
+    trained, visible = example.trained & example.visible, np.flatnonzero(example.visible)
+    before = int(visible[0]) + 1 if visible.size else 0  # nothing predicts the first token
     prompt_trained = False
     for turn in example.turns:
         if turn.role != "assistant":
             start = max(turn.header, before)
-            run = next(iter(stretches(example.trained[start : turn.stop])), None)
+            run = next(iter(stretches(trained[start : turn.stop])), None)
             prompt_trained = run is not None
             if run is not None:
                 focus = (start + run[0], start + run[1])
                 context.found.add(PROMPT, example, focus, f"in a turn of the {turn.role}")
         else:
-            run = next(iter(stretches(example.trained[turn.header : turn.start])), None)
+            run = next(iter(stretches(trained[turn.header : turn.start])), None)
             if run is not None and _only_opens_reasoning(example, turn, run):
                 run = None
             if run is not None and not prompt_trained:
@@ -159,15 +160,6 @@ def _check_start(example: Example, turn: Turn, context: Context) -> None:
     context.found.add(LATE_START, example, (turn.start, turn.start + int(trained[0])))
 
 
-def _first_word(example: Example, turn: Turn, context: Context) -> int:
-    """The first token of an answer that is not blank."""
-    vocabulary = context.vocabulary
-    assert vocabulary is not None
-    ids = example.ids[turn.start : turn.stop]
-    words = np.flatnonzero(~vocabulary.is_blank[np.where((ids >= 0) & (ids < vocabulary.size), ids, 0)])
-    return turn.start + (int(words[0]) if words.size else 0)
-
-
 def _shifted(example: Example, context: Context) -> bool:
     """Whether every answer is trained from one token too early to one token too early."""
     closers = context.shape.closers
@@ -175,16 +167,17 @@ def _shifted(example: Example, context: Context) -> bool:
     if example.selected or not answers or not closers:
         return False
     for turn in answers:
-        trained = np.flatnonzero(example.trained[: turn.stop][max(0, turn.header - 1) :]) + max(
-            0, turn.header - 1
-        )
+        first = max(0, turn.header - 1)
+        trained = np.flatnonzero(example.trained[first : turn.stop]) + first
         behind = int(trained[-1]) + 1 if trained.size else 0
         if (
             not trained.size
-            or trained[0] != _first_word(example, turn, context) - 1
+            or trained[0] != turn.start - 1
             or behind >= len(example.ids)
             or int(example.ids[behind]) not in closers
+            or int(example.ids[behind - 1]) in closers
             or example.trained[behind]
+            or not example.visible[behind]
         ):
             return False
     return True

@@ -57,9 +57,9 @@ class Parts:
         spans: list[tuple[str, int, int]] = []
         said = example.text[begin:end]
         for match in thoughts.finditer(said) if self._closes in said else ():
-            if match["thought"].strip():
-                start, stop = match.span("thought")
-                spans.append(("reasoning", begin + start, begin + stop))
+            if (thought := match["thought"]).strip():
+                start = match.start("thought") + len(thought) - len(thought.lstrip())
+                spans.append(("reasoning", begin + start, begin + start + len(thought.strip())))
         if calls is not None and (call := calls.search(said)):
             spans.append(("tool_calls", begin + call.start(), end))
         learned = example.learned

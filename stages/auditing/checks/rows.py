@@ -14,6 +14,7 @@ from sstoken.stages.auditing.columns import Columns
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import Kind, kind
+from sstoken.stages.auditing.padding import find_padding
 from sstoken.stages.auditing.values import BadValue, is_nested, numbers
 
 FAMILY = "rows"
@@ -154,9 +155,14 @@ def _documents(row: Row, columns: Columns, context: Context) -> Iterator[Example
     if columns.response and values.get(columns.response) is not None:
         example.response = _mask(example, row, columns.response, values, context) > 0
         example.selected = True
+    shown = np.ones(len(ids), bool)
     if values.get("attention_mask") is not None:
         shown = _mask(example, row, "attention_mask", values, context) > 0
-        example.padding = None if shown.all() else ~shown
+    if context.vocabulary is not None:
+        inner = find_padding(ids[shown], example.trained[shown], context.vocabulary, context.shape)
+        if inner is not None:
+            shown[np.flatnonzero(shown)[inner]] = False
+    example.padding = None if shown.all() else ~shown
     positions = lengths = None
     if values.get("position_ids") is not None and not is_nested(values["position_ids"]):
         positions = _integers(row, "position_ids", values["position_ids"], context)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sstoken.stages.auditing.context import Context
-from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.examples import Example, stretches
 from sstoken.stages.auditing.kinds import kind
 
 FAMILY = "special tokens"
@@ -59,14 +59,14 @@ UNKNOWN = kind(
 def check(example: Example, context: Context) -> None:
     """Look at special tokens."""
     ids, found, vocabulary = example.ids, context.found, context.vocabulary
-    if example.padding is not None and (hidden := np.flatnonzero(example.padding & example.trained)).size:
-        found.add(PADDING, example, (int(hidden[0]), int(hidden[0]) + 1), "the attention mask hides it")
+    hidden = ~example.visible & example.trained
+    if vocabulary is not None and vocabulary.pads_apart:
+        hidden |= (ids == vocabulary.pad) & example.trained
+    for run in stretches(hidden)[:1]:
+        found.add(PADDING, example, run)
     if vocabulary is None:
         return
     _check_bos(example, context)
-    run = _padding(example, context)
-    if run is not None:
-        found.add(PADDING, example, run)
     if vocabulary.unknown is not None and vocabulary.unknown != vocabulary.pad:
         unknown = np.flatnonzero((ids == vocabulary.unknown) & example.trained)
         if unknown.size:
@@ -87,11 +87,7 @@ def _check_bos(example: Example, context: Context) -> None:
     bos = vocabulary.bos
     if bos is None or not ids.size:
         return
-    shown = (
-        np.flatnonzero(ids != vocabulary.pad) if vocabulary.pad not in (None, bos) else np.arange(ids.size)
-    )
-    if example.padding is not None:
-        shown = np.flatnonzero(~example.padding)
+    shown = np.flatnonzero(example.visible)
     if not shown.size:
         return
     first = int(shown[0])
@@ -113,20 +109,3 @@ def _check_bos(example: Example, context: Context) -> None:
             before -= 1
         if int(ids[before]) not in ends:  # else another document may begin here
             context.found.add(BOS_INSIDE, example, (int(position), int(position) + 1))
-
-
-def _padding(example: Example, context: Context) -> tuple[int, int] | None:
-    """A run of trained padding: pad tokens, or one special token three times or more where pad is EOS."""
-    ids, vocabulary = example.ids, context.vocabulary
-    assert vocabulary is not None
-    pad = vocabulary.pad
-    if pad is not None and pad not in vocabulary.stops and pad not in (vocabulary.bos, vocabulary.unknown):
-        trained = np.flatnonzero((ids == pad) & example.trained)
-        return (int(trained[0]), int(trained[-1]) + 1) if trained.size else None
-    if not ids.size or int(ids[-1]) not in vocabulary.stops | {pad}:
-        return None
-    others = np.flatnonzero(ids != ids[-1])
-    start = int(others[-1]) + 1 if others.size else 0
-    if len(ids) - start >= 3 and example.trained[start + 1 :].any():
-        return start + 1, len(ids)
-    return None

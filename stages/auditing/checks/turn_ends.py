@@ -121,7 +121,6 @@ class TurnEnds:
         vocabulary, found = context.vocabulary, context.found
         assert vocabulary is not None
         ids, learned, closers = example.ids, example.learned, context.shape.closers or vocabulary.stops
-        length = len(ids)
         limit = example.end(turn, closers, vocabulary.is_control)
         own = np.flatnonzero(learned[turn.header : limit]) + turn.header
         own = own[~vocabulary.is_blank[_inside(ids[own], vocabulary.size)]]
@@ -138,11 +137,12 @@ class TurnEnds:
             self._check_once(example, own, context)
             if example.selected and not example.trained[last]:
                 self._drop(example, last, context)
-            final = turn is example.answers[-1] and limit == length
+            final = turn is example.answers[-1] and limit >= row_length
             if final and int(ids[last]) in context.shape.last_closers - vocabulary.stops:
                 found.add(NOT_A_STOP, example, (last, last + 1))
             return
-        behind = next((i for i in range(last + 1, limit) if int(ids[i]) in closers), None)
+        visible = example.visible
+        behind = next((i for i in range(last + 1, limit) if int(ids[i]) in closers and visible[i]), None)
         if behind is not None:
             self.not_trained += 1
             found.add(NOT_TRAINED, example, (behind, behind + 1))
@@ -223,9 +223,9 @@ class TurnEnds:
 
 def _shown_length(example: Example, context: Context) -> int:
     """Where an example ends, without the padding behind it."""
-    shown = np.ones(len(example.ids), bool) if example.padding is None else ~example.padding
+    shown = example.visible.copy()
     vocabulary = context.vocabulary
-    if vocabulary is not None and vocabulary.pad is not None and vocabulary.pad not in vocabulary.stops:
+    if vocabulary is not None and vocabulary.pads_apart:
         shown &= example.ids != vocabulary.pad
     places = np.flatnonzero(shown)
     return int(places[-1]) + 1 if places.size else 0

@@ -30,6 +30,22 @@ MISTRAL = (
     "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+MISTRAL_TOOLS = (
+    "{{ bos_token }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{% if tools and m == asked[-1] %}"
+    "{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'tool' %}"
+    "{{ '[TOOL_RESULTS] {\"content\": ' + (m['content'] | tojson) + '}[/TOOL_RESULTS]' }}"
+    "{% elif m.get('tool_calls') %}{{ '[TOOL_CALLS] [' }}{% for call in m['tool_calls'] %}"
+    "{{ (call['function'] | tojson) + (']' if loop.last else ', ') }}{% endfor %}{{ eos_token }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+"""Calls, results and definitions in brackets, as Mistral has them: the definitions stand before the last question."""
+PHI4 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
 GLM4 = (
     "{{ '[gMASK]<sop>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
@@ -43,6 +59,13 @@ def chatml() -> PreTrainedTokenizerFast:
     return byte_tokenizer(
         special, eos_token="<|im_end|>", pad_token="<|pad|>", bos_token="<s>", chat_template=CHATML
     )
+
+
+@cache
+def qwen() -> PreTrainedTokenizerFast:
+    """ChatML whose pad token ends documents, as Qwen's."""
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    return byte_tokenizer(special, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML)
 
 
 @cache
@@ -81,6 +104,19 @@ def mistral_unknown() -> PreTrainedTokenizerFast:
 @cache
 def mistral() -> PreTrainedTokenizerFast:
     return byte_tokenizer(["<s>", "</s>"], bos_token="<s>", eos_token="</s>", chat_template=MISTRAL)
+
+
+@cache
+def mistral_tools() -> PreTrainedTokenizerFast:
+    names = ("INST", "AVAILABLE_TOOLS", "TOOL_RESULTS")
+    special = ["<s>", "</s>", "[TOOL_CALLS]", *(f"[{slash}{name}]" for name in names for slash in ("", "/"))]
+    return byte_tokenizer(special, bos_token="<s>", eos_token="</s>", chat_template=MISTRAL_TOOLS)
+
+
+@cache
+def phi4() -> PreTrainedTokenizerFast:
+    special = ["<|im_start|>", "<|im_sep|>", "<|im_end|>"]
+    return byte_tokenizer(special, eos_token="<|im_end|>", chat_template=PHI4)
 
 
 @cache

@@ -304,6 +304,59 @@ def trained_eos_as_padding(rows: list[Row]) -> None:
         insert(rows, len(third(rows)[0]), end, end)
 
 
+def visible_to_all(rows: list[Row]) -> None:
+    for row in rows:
+        row["attention_mask"] = [1] * len(row["input_ids"])
+
+
+@fault("padding-trained")
+def trained_padding_on_the_left(rows: list[Row]) -> None:
+    pad = token("<|pad|>")
+    for _ in range(4):
+        insert(rows, 0, pad, pad)
+    visible_to_all(rows)
+
+
+@fault("padding-trained", "llama3")
+def trained_eos_as_padding_on_the_left(rows: list[Row]) -> None:
+    end = token("<|eot_id|>", "llama3")
+    for _ in range(4):
+        insert(rows, 0, end, end)
+
+
+@fault("padding-trained", "qwen")
+def one_pad_behind_the_end(rows: list[Row]) -> None:
+    """The pad token stops generation too, and the template ends answers with another one."""
+    pad = token("<|endoftext|>", "qwen")
+    insert(rows, len(third(rows)[0]), pad, pad)
+    visible_to_all(rows)
+
+
+@fault("end-missing", "llama3")
+def no_end_and_eos_as_padding(rows: list[Row]) -> None:
+    """Only what the attention mask shows counts as an end."""
+    ids, labels = third(rows)
+    del ids[-1], labels[-1]
+    visible_to_all(rows)
+    for row in rows:
+        pads = 200 - len(row["input_ids"])
+        row["input_ids"] += [token("<|eot_id|>", "llama3")] * pads
+        row["labels"] += [-100] * pads
+        row["attention_mask"] += [0] * pads
+
+
+@fault("generation-prompt-trained", "llama3")
+def last_token_of_the_header(rows: list[Row]) -> None:
+    """With EOS as padding: the mask is not shifted, for the answer's end is trained."""
+    ids, labels = third(rows)
+    start, _ = list(spans(labels))[-1]
+    labels[start - 1] = ids[start - 1]
+    for row in rows:
+        pads = 200 - len(row["input_ids"])
+        row["input_ids"] += [token("<|eot_id|>", "llama3")] * pads
+        row["labels"] += [-100] * pads
+
+
 @fault("special-token-trained")
 def odd_token(rows: list[Row]) -> None:
     start, _ = next(spans(third(rows)[1]))
@@ -366,6 +419,16 @@ def thought_left_out(rows: list[Row]) -> None:
     text = datasets.chatml().convert_ids_to_tokens(row["input_ids"])
     closed = max(i for i, piece in enumerate(text) if piece == ">")
     row["labels"][start : closed + 1] = [-100] * (closed + 1 - start)
+
+
+@fault("reasoning-not-trained")
+def thought_left_out_between_its_marks(rows: list[Row]) -> None:
+    talk = datasets.talk(2)
+    talk[1]["content"] = "<think>\nFirst I think about it.\n</think>\n\n" + talk[1]["content"]
+    rows[THIRD] = row = datasets.sound_row(datasets.chatml(), talk)
+    start, _ = next(spans(row["labels"]))
+    first, last = len("<think>\n"), len("<think>\nFirst I think about it.")
+    row["labels"][start + first : start + last] = [-100] * (last - first)
 
 
 @fault("tool-call-not-trained")

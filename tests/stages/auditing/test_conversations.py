@@ -76,7 +76,17 @@ def test_sound_conversations_of_real_templates(name: str, tmp_path: Path) -> Non
     assert result.facts["turns_known"]
 
 
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("name", ["mistral", "mistral_tools", "llama2", "phi4"])
+def test_sound_conversations_of_other_templates(name: str, turns: int, tmp_path: Path) -> None:
+    data = [{"messages": datasets.talk(i, turns)} for i in range(6)]
+    result = audit(write(data, tmp_path), model=datasets.save(getattr(datasets, name)(), tmp_path / "model"))
+    assert kinds(result) == {}
+    assert result.facts["turns_known"]
+
+
 TEMPLATES_WITH_TOOLS = [
+    "mistral_tools",
     "llama3_1",
     "qwen3",
     "qwen3_5_think",
@@ -90,6 +100,8 @@ REASONERS = ["qwen3", "qwen3_5_think", "qwen3_5_nothink", "glm4moe", "gptoss"]
 
 def real_model(name: str, folder: Path) -> str:
     """The template's tokenizer, with the stop tokens of the real model."""
+    if name == "mistral_tools":
+        return datasets.save(datasets.mistral_tools(), folder / "model")
     real_templates.write_model(name, folder / "model")
     stops = {
         "glm4moe": ["<|endoftext|>", "<|user|>", "<|observation|>"],

@@ -117,7 +117,8 @@ def test_a_fault_of_every_row(name: str, tokenizers: dict[str, str]) -> None:
     assert found(lambda row: labelled(row, [*row["labels"][1:], -100])) == {"labels-shifted": 6}
     mask = lambda row: [int(label != -100) for label in row["labels"]]
     early = found(lambda row: {"input_ids": row["input_ids"], "loss_mask": [*mask(row)[1:], 0]})
-    assert early == {"mask-shifted": 6}
+    # Behind Mistral's `[/INST]` the mask then begins at a blank, which may as well be a part of the answer.
+    assert early == {"end-not-trained" if name == "mistral" else "mask-shifted": 6}
     assert found(without_end) == {"end-missing": 6}
     end = tokenizer.eos_token_id
     ends = [[-100 if label == end else label for label in row["labels"]] for row in sound]
