@@ -14,7 +14,7 @@ from sstoken.stages.encoding.row_files import first_line
 
 _ARROW = (".parquet", ".arrow", ".feather")
 _IN_FOLDERS = ("parquet", "arrow", "jsonl", "json")
-"""Extensions that are looked for in a folder, in this order."""
+"""Extensions that are looked for in a folder."""
 _NO_DATA = (
     "dataset_info.json",
     "config.json",
@@ -73,13 +73,23 @@ def _files(path: Path, name: str) -> list[Path] | None:
 def _in_folder(folder: Path) -> list[Path]:
     finished = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob("*/manifest.json"))
     for place in () if finished else ("", "data/", "*/"):
-        for extension in _IN_FOLDERS:
-            found = sorted(folder.glob(f"{place}*.{extension}"))
-            found = [p for p in found if p.name not in _NO_DATA and not p.name.startswith((".", "_"))]
-            if found:
-                return found
+        kinds = {kind: files for kind in _IN_FOLDERS if (files := _data_files(folder, f"{place}*.{kind}"))}
+        if len(kinds) > 1:
+            kinds.pop("json", None)  # beside others, mostly about them
+        if len(kinds) > 1:
+            raise UsageError(
+                f"{folder}: holds {' and '.join(f'.{kind}' for kind in kinds)} files; name those to be audited with a "
+                f"pattern, such as '{folder}/{place}*.{next(iter(kinds))}'"
+            )
+        for files in kinds.values():
+            return files
     what = f"name one of the folders in it: {', '.join(finished)}" if finished else "no data files in it"
     raise UsageError(f"{folder}: {what}")
+
+
+def _data_files(folder: Path, pattern: str) -> list[Path]:
+    found = sorted(folder.glob(pattern))
+    return [p for p in found if p.name not in _NO_DATA and not p.name.startswith((".", "_"))]
 
 
 def _names(file: Path) -> list[str]:

@@ -57,7 +57,7 @@ def _opened(shown: str, rows: Iterator[Row], names: Iterable[str] | None, shifte
         skipped.append(first)
         first = next(rows, None)
     if first is None and not skipped:
-        raise SstokenError(f"{shown}: no rows in it; there is nothing to audit")
+        raise SstokenError(f"{shown}: no rows in it; name data that has some")
     values = first.values if first is not None else {}
     found = columns.find(names if names is not None else values, values)
     if found is not None and shifted:

@@ -219,7 +219,7 @@ def cut(data: str, split: str | None, size: int, limit: int | None = None) -> It
         empty = False
         yield _pieces(shard)
     if empty:
-        raise SstokenError(f"{shown(data)}: no rows in it; there is nothing to encode")
+        raise SstokenError(f"{shown(data)}: no rows in it; name data that has some")
 
 
 def _pieces(marks: list[_Mark | Row]) -> list[Piece]:

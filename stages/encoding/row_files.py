@@ -83,7 +83,7 @@ def refuse_empty(stream: Any, name: str) -> None:
         SstokenError: it is one.
     """
     if not stream.peek(1):
-        raise SstokenError(f"{name}: the file is empty; there is nothing to encode")
+        raise SstokenError(f"{name}: the file is empty; name one that has rows")
 
 
 def _json_lines(stream: Any, name: str, parse: bool = True) -> Iterator[Parsed]:

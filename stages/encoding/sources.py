@@ -107,7 +107,7 @@ def open_rows(data: str, split: str | None = None, *, parse: bool = True) -> Ite
         empty = False
         yield row
     if empty:
-        raise SstokenError(f"{shown(data)}: no rows in it; there is nothing to encode")
+        raise SstokenError(f"{shown(data)}: no rows in it; name data that has some")
 
 
 def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sstoken.errors import UsageError
 from sstoken.stages.auditing import audit
 from tests.stages.auditing import datasets
 
@@ -66,3 +67,12 @@ def test_a_pattern_of_files(tokenizer: str, tmp_path: Path) -> None:
         (tmp_path / f"part-{number}.jsonl").write_text(json.dumps(row) + "\n")
     for source in (f"{tmp_path}/part-*.jsonl", tmp_path):
         assert audit(source, tokenizer=tokenizer).facts["rows"] == 4
+
+
+def test_a_folder_of_several_kinds_of_files_is_refused(tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(datasets.sound(datasets.chatml(), 1)[0]) + "\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert audit(tmp_path, tokenizer=tokenizer).facts["rows"] == 1
+    (tmp_path / "part.arrow").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"holds \.arrow and \.jsonl files; name those"):
+        audit(tmp_path, tokenizer=tokenizer)
