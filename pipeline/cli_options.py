@@ -3,6 +3,7 @@
 import types
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
@@ -59,27 +60,12 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
-def _methods() -> Iterable[str]:
-    from sstoken.methods import METHODS
-    from sstoken.methods.presets import PRESETS
-
-    return [*METHODS, *PRESETS]
-
-
-def _targets() -> Iterable[str]:
-    from sstoken.stages.exporting import TARGETS
-
-    return TARGETS
-
-
-def _signals() -> Iterable[str]:
-    from sstoken.signals import SIGNALS
-
-    return SIGNALS
-
-
-_COMPLETED: dict[str, Callable[[], Iterable[str]]] = {"method": _methods, "to": _targets, "signals": _signals}
-"""Values for shell completion, by field."""
+_COMPLETED = {
+    "method": ("sstoken.methods:METHODS", "sstoken.methods.presets:PRESETS"),
+    "to": ("sstoken.stages.exporting:TARGETS",),
+    "signals": ("sstoken.signals:SIGNALS",),
+}
+"""Registries whose names the shell completes, by field; imported on use."""
 
 
 def _completion(name: str) -> dict[str, Any]:
@@ -88,7 +74,9 @@ def _completion(name: str) -> dict[str, Any]:
         return {}
 
     def matching(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
-        return [value for value in _COMPLETED[name]() if value.startswith(begun)]
+        places = (place.partition(":") for place in _COMPLETED[name])
+        registries = (getattr(import_module(module), registry) for module, _, registry in places)
+        return [value for registry in registries for value in registry if value.startswith(begun)]
 
     return {"shell_complete": matching}
 

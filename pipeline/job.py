@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import UsageError
+from sstoken.pipeline.sections import MASKED, TOKENS
 from sstoken.pipeline.writing import at_work
 from sstoken.stages import joins, storage
 from sstoken.stages import manifest as manifests
@@ -18,7 +19,7 @@ from sstoken.stages.stage import EngineOptions, Stage
 from sstoken.version import __version__
 
 FINGERPRINT_FILE = ".fingerprint"
-_MADE_BY = {"tokens": ("encode", "part"), "masked": ("select", "pull")}
+_MADE_BY = {"tokens": TOKENS, "masked": (*MASKED, "pull")}
 """The stages that can write an input; all other inputs are a checkpoint's scores."""
 
 

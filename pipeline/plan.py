@@ -13,6 +13,9 @@ from sstoken.pipeline.config import RunConfig, validated
 from sstoken.pipeline.job import Job, State, state
 from sstoken.pipeline.roles import History, Promised, Resolver, Scored, scored_for
 from sstoken.pipeline.sections import (
+    MASKED,
+    SCORES,
+    TOKENS,
     CriticalSection,
     ExportSection,
     PartSection,
@@ -23,9 +26,7 @@ from sstoken.pipeline.sections import (
 from sstoken.pipeline.yaml_steps import chosen, combinations, label
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.critical import CRITICAL, Critical
-from sstoken.stages.export import Export
 from sstoken.stages.manifest import Digests, read_manifest
-from sstoken.stages.part import Part
 from sstoken.stages.score import Score, ScoreOptions, compared
 from sstoken.stages.select import Select
 from sstoken.stages.stage import Stage
@@ -138,12 +139,10 @@ class _Planner:
             yield self._anchor(name, section)
         elif isinstance(section, CriticalSection):
             yield self._critical(name, section)
-        elif isinstance(section, PartSection):
-            tokens = self._step(name, "tokens", section.tokens, ("encode", "part"))
-            yield self._job(name, stage_of(section, Part), {"tokens": tokens})
-        elif isinstance(section, ExportSection):
-            masked = self._step(name, "masked", section.masked, ("select",))
-            yield self._job(name, stage_of(section, Export), {"masked": masked})
+        elif isinstance(section, (PartSection, ExportSection)):
+            reads = section.reads.items()
+            inputs = {what: self._step(name, what, getattr(section, what), kinds) for what, kinds in reads}
+            yield self._job(name, stage_of(section, section.runs), inputs)
         else:
             yield self._job(name, section, {})
 
@@ -170,9 +169,9 @@ class _Planner:
         if tokens is not None and masked is not None:
             raise UsageError(f"{name}.tokens is {tokens!r} and {name}.masked is {masked!r}; give one of them")
         if masked is not None:
-            named = {"masked": self._step(name, "masked", masked, ("select",))}
+            named = {"masked": self._step(name, "masked", masked, MASKED)}
         else:
-            named = {"tokens": self._step(name, "tokens", tokens, ("encode", "part"))}
+            named = {"tokens": self._step(name, "tokens", tokens, TOKENS)}
         start = section.model.partition("/")[0]
         if start not in self._histories:
             return self._job(name, stage_of(section, Anchor), named)
@@ -183,7 +182,7 @@ class _Planner:
         return self._job(name, stage_of(section, Anchor, model=model), named, (start,))
 
     def _critical(self, name: str, section: CriticalSection) -> Step:
-        tokens, resolver = self._step(name, "tokens", section.tokens, ("encode", "part")), self._resolver()
+        tokens, resolver = self._step(name, "tokens", section.tokens, TOKENS), self._resolver()
         if awaited := resolver.awaited(section.checkpoint):
             return Step(name, Critical.name, None, (*awaited, tokens))
         checkpoint = resolver.resolve(section.checkpoint)[1]
@@ -204,7 +203,7 @@ class _Planner:
         return Resolver(self._histories)
 
     def _score(self, name: str, section: ScoreSection) -> Iterator[Step]:
-        tokens = self._step(name, "tokens", section.tokens, ("encode", "part"))
+        tokens = self._step(name, "tokens", section.tokens, TOKENS)
         resolver, selections = self._resolver(), self._selections(name)
         waits = resolver.waits_for(section, [s for _, s in selections])
         if waits:
@@ -244,14 +243,14 @@ class _Planner:
         ]
 
     def _select(self, name: str, section: SelectSection) -> Iterator[Step]:
-        tokens = self._step(name, "tokens", section.tokens, ("encode", "part"))
+        tokens = self._step(name, "tokens", section.tokens, TOKENS)
         supplied: dict[str, Path] = {}
         read: list[str] = []
         if section.reads_critical:
             critical = self._step(name, "critical", section.critical, (Critical.name,))
             read.append(critical)
             supplied = {CRITICAL if section.reads_scores else "current": self._places[critical]}
-        score = self._step(name, "scores", section.scores, ("score",)) if section.reads_scores else None
+        score = self._step(name, "scores", section.scores, SCORES) if section.reads_scores else None
         scored = self._scored[score] if score is not None else Scored(roles={name: {}})
         anchors = tuple(self._histories)
         given = {f: getattr(section, f) for f in Select.model_fields if f in section.model_fields_set}

@@ -19,10 +19,16 @@ from sstoken.stages.select import Select
 from sstoken.stages.stage import BY_CONTENT, Settings, Stage
 
 S = TypeVar("S", bound=Settings)
+TOKENS, SCORES, MASKED = ("encode", "part"), ("score",), ("select",)
+"""The stages that write tokens, scores and masked datasets, of those that a run can have."""
 
 
 class PartSection(Part):
     """A part of the examples of a tokens step."""
+
+    runs: ClassVar[type[Stage]] = Part
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"tokens": TOKENS}
+    """The stages that can write an input, by the field that names the step."""
 
     tokens: str | None = None
     """The step whose tokens are taken. None: the only one before."""
@@ -102,7 +108,11 @@ def _is_generated(name: str) -> bool:
 
 
 class ExportSection(Export):
-    """A masked dataset as a trainer takes it."""
+    """A masked dataset in a trainer's format."""
+
+    runs: ClassVar[type[Stage]] = Export
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"masked": MASKED}
+    """See `PartSection`."""
 
     masked: str | None = None
     """The step whose masked dataset is exported. None: the only one before."""

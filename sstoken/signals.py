@@ -54,6 +54,12 @@ class Signal:
         return self.name.partition("@")[0]
 
     @property
+    def form(self) -> str:
+        """How the name is written: `loss`, `kl@CHECKPOINT`, `attention[@LAYER]`."""
+        argument = f"@{(self.takes or '').upper()}"
+        return self.base + (f"[{argument}]" if self.bare and self.takes else argument if self.takes else "")
+
+    @property
     def layer(self) -> int | None:
         """The requested decoder layer, negative from the end; None: no particular one."""
         return int(self.argument) if self.takes == "layer" and self.argument is not None else None
@@ -107,11 +113,11 @@ def get_signal(name: str) -> Signal:
     base, separator, argument = name.partition("@")
     signal = SIGNALS.get(base)
     if signal is None:
-        legal = ", ".join(s.name + (f"[@{s.takes.upper()}]" if s.takes else "") for s in SIGNALS.values())
+        legal = ", ".join(s.form for s in SIGNALS.values())
         raise UsageError(f"signal {name!r} is not known; legal: {legal}")
     if not separator:
         if not signal.bare:
-            raise UsageError(f"signal {name!r} needs a {signal.takes}: {base}@{(signal.takes or '').upper()}")
+            raise UsageError(f"signal {name!r} needs a {signal.takes}: {signal.form}")
         return signal
     if signal.takes is None:
         raise UsageError(f"signal {name!r}: {base} takes nothing after '@'; write {base}")

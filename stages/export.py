@@ -18,7 +18,9 @@ from sstoken.stages.stage import Context, Task, Worker
 from sstoken.stages.storage import write_atomic
 
 _COUNTS = ".counts"
-"""Folder of unfinished work: what each shard holds, written when it is done."""
+"""Folder, in unfinished work, with what each finished shard holds."""
+_WEIGHTED = ", ".join(name for name, target in TARGETS.items() if target.weights)
+"""Trainers that support weights."""
 
 
 class Export(ShardedStage):
@@ -28,11 +30,14 @@ class Export(ShardedStage):
     folder: ClassVar[str] = "export"
     unit: ClassVar[str] = "examples"
 
-    to: str
-    """trl, transformers, unsloth, axolotl, llamafactory, nemo, swift, torchtune, verl, litgpt or jsonl."""
-    weights: bool = False
-    """Give each kept token a weight, where the trainer takes one (swift, verl, jsonl): the method's, or one in (0, 1]
-    by its score. What a weighting method selected has them unless --no-weights."""
+    to: Annotated[str, Field(description=f"The trainer: {', '.join(TARGETS)}.")]
+    weights: Annotated[
+        bool,
+        Field(
+            description=f"Give each kept token a weight, if the trainer supports it ({_WEIGHTED}): the method's, or "
+            "one in (0, 1] from its score. Datasets of weighting methods have weights unless --no-weights."
+        ),
+    ] = False
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Cut examples to this many tokens.  [default: not at all]"""
     scores: bool = True
@@ -42,9 +47,8 @@ class Export(ShardedStage):
         """Refuse an unknown trainer, and weights where it has no use for them."""
         target = get_target(self.to)
         if self.weights and not target.weights:
-            able = ", ".join(name for name, other in TARGETS.items() if other.weights)
             raise UsageError(
-                f"{self.to} takes no weight for a token; leave --weights out, or export to {able}"
+                f"{self.to} supports no weights of tokens; remove --weights, or export to {_WEIGHTED}"
             )
 
     def fingerprinted(self) -> dict[str, Any]:
@@ -63,10 +67,9 @@ class Export(ShardedStage):
         if not has_weights(masked):
             return False
         if not get_target(self.to).weights:
-            able = ", ".join(name for name, other in TARGETS.items() if other.weights)
             raise UsageError(
-                f"{masked}: its method gives each token a weight, and {self.to} takes none; export to {able}, or train "
-                "on all kept tokens alike (--no-weights)"
+                f"{masked}: its method gives each token a weight, and {self.to} supports none; export to {_WEIGHTED}, "
+                "or train on all kept tokens alike (--no-weights)"
             )
         return True
 

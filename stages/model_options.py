@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import SstokenError
-from sstoken.stages.backends import BackendOptions, Setting, deciding_settings, resolve_backend
+from sstoken.stages.backends import BACKENDS, BackendOptions, Setting, deciding_settings, resolve_backend
 from sstoken.stages.sharded import ShardedStage
 from sstoken.stages.stage import SPEED_ONLY
 
@@ -19,9 +19,13 @@ class ModelOptions(ShardedStage):
 
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Dtype of the weights; softmax and loss are always fp32. auto: as the checkpoint stores them."""
-    backend: str = "auto"
-    """Inference backend: hf (transformers), vllm, or another package's. auto: vllm on a GPU where it is installed and
-    takes the checkpoint, else hf."""
+    backend: Annotated[
+        str,
+        Field(
+            description=f"Inference backend: {', '.join(BACKENDS)}, or another package's. auto: vllm on a GPU if it is "
+            "installed and supports the checkpoint, else hf."
+        ),
+    ] = "auto"
     backend_options: dict[str, Setting] = Field(default_factory=dict)
     """The backend's own settings, such as vllm's `tensor_parallel_size`."""
     batch_tokens: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None

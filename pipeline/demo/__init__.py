@@ -1,1 +1,1 @@
-"""The complete pipeline on a small, self-generated example."""
+"""`sstoken-curate demo`: the whole pipeline on a small generated example."""

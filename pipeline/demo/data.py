@@ -1,8 +1,8 @@
-"""The instruction set of `sstoken-curate demo`: computed answers, with noise planted at known places.
+"""The demo's instruction set: computed answers, with noise planted at known places.
 
 Eight task families (word problems, sorting, reversing, counting letters, units, weekdays, comparing, capitals); some
-rows have several turns. Three kinds of noise are planted in the answers: a meaningless opening, a filler sentence
-between two sentences, and one value replaced by a wrong one.
+rows have several turns. The answers contain three kinds of noise: an empty opening phrase, a filler sentence between
+two sentences, and one value replaced by a wrong one.
 """
 
 import json
@@ -58,25 +58,25 @@ SYSTEMS = (
 
 
 class Noise(NamedTuple):
-    """A span of planted noise: characters [start, end) of the content of message `message`."""
+    """A span of planted noise: characters [start, end) of the content of message number `message`."""
 
     message: int
     start: int
     end: int
     kind: Kind
     clean: str
-    """The right text: the true value, or nothing where text was inserted."""
+    """The right text: the true value, or empty if text was inserted."""
 
 
 @dataclass(frozen=True)
 class DemoExample:
-    """One row, with the noise and the right answers, which are hidden from the pipeline."""
+    """One row, with its noise and right answers, which the pipeline never sees."""
 
     example_id: str
     messages: tuple[dict[str, str], ...]
     noise: tuple[Noise, ...]
     answers: tuple[str, ...]
-    """The right answer of each assistant turn, as stated in its last sentence."""
+    """The right answer of each assistant turn, as in its last sentence."""
 
 
 class _Piece(NamedTuple):
@@ -86,19 +86,10 @@ class _Piece(NamedTuple):
 
 
 def generate(num_examples: int, seed: int) -> Iterator[DemoExample]:
-    """Generate the first `num_examples` rows of the sequence determined by `seed`."""
+    """Generate the first `num_examples` rows of the sequence that `seed` determines."""
     rng = random.Random(seed)
     for index in range(num_examples):
         yield _example(f"demo-{index:05d}", rng)
-
-
-def clean_messages(example: DemoExample) -> list[dict[str, str]]:
-    """Return the messages with the noise removed and the right values restored."""
-    contents = [m["content"] for m in example.messages]
-    for span in sorted(example.noise, key=lambda s: s.start, reverse=True):
-        text = contents[span.message]
-        contents[span.message] = text[: span.start] + span.clean + text[span.end :]
-    return [{**m, "content": c} for m, c in zip(example.messages, contents, strict=True)]
 
 
 def write_jsonl(path: Path, examples: Iterable[DemoExample]) -> None:
@@ -154,13 +145,13 @@ def _answer(task: Task, rng: random.Random) -> list[_Piece]:
 
 
 def _values(task: Task, sentences: list[str]) -> list[tuple[int, re.Match[str]]]:
-    """Yield where values that can be falsified are: every number and every mention of the answer."""
+    """Find the values that can be falsified: every number and every mention of the answer."""
     pattern = rf"\b(?:{re.escape(task.answer)}|\d+)\b" if task.wrong_answers else r"\b\d+\b"
     return [(i, match) for i, s in enumerate(sentences) for match in re.finditer(pattern, s)]
 
 
 def _other_number(number: str, rng: random.Random) -> str:
-    """Return another number with as many digits, so that the length does not give it away."""
+    """Return another number with the same number of digits, so that its length does not give it away."""
     low = 10 ** (len(number) - 1)
     other = rng.randrange(low, 10 * low - 1)
     return str(other + (other >= int(number)))

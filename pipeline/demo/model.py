@@ -1,4 +1,4 @@
-"""The untrained model of `sstoken-curate demo`: a learned tokenizer and random weights."""
+"""The demo's untrained model: a trained tokenizer and random weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_model(folder: Path, examples: Sequence[DemoExample], seed: int) -> None:
-    """Write a byte-level BPE tokenizer trained on `examples`, and a Llama with one million random weights."""
+    """Write a byte-level BPE tokenizer trained on `examples`, and a Llama of one million random weights."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""`sstoken-curate demo --model M`: the same noisy data, scored by a pretrained model, without any training."""
+"""`sstoken-curate demo --model M`: the same noisy data, scored by a pretrained model without training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from sstoken.stages.processor import multiplies_bfloat16
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LOCAL = Path(".models") / "smollm2"
-"""Where `make smollm2` puts it."""
+"""The folder to which `make smollm2` downloads it."""
 NUM_EXAMPLES = 80
-"""Minutes on two cores for a model of 135 M parameters."""
+"""Takes minutes on two cores with a model of 135 M parameters."""
 METHODS = ("recommended", "random", "full")
 
 
 def place_of(model: str) -> str:
-    """Return the folder or Hub id of a model; `smollm2` is short for SmolLM2-135M-Instruct, local where it is there."""
+    """Return a model's folder or Hub id; `smollm2` stands for SmolLM2-135M-Instruct, the local copy if there is one."""
     if model != "smollm2":
         return model
     return str(_LOCAL) if (_LOCAL / "config.json").is_file() else SMOLLM2
@@ -27,7 +27,7 @@ def place_of(model: str) -> str:
 def run_pretrained(
     out: Path, model: str, examples: Sequence[DemoExample], seed: int, rho: float, say: Callable[[str], None]
 ) -> dict[str, Result]:
-    """Encode the examples, score them under `model`, and return the selection of each method."""
+    """Encode the examples, score them under `model`, and return each method's selection."""
     write_jsonl(out / "data.jsonl", examples)
     write_noise(out / "noise.jsonl", examples)
     say(f"encode: {len(examples):,} examples, with noise planted in their answers")
@@ -56,7 +56,7 @@ def run_pretrained(
 
 
 def _dtype() -> str:
-    """bfloat16 where it is fast."""
+    """bfloat16 if this machine is fast with it."""
     import torch
 
     return "bfloat16" if torch.accelerator.is_available() or multiplies_bfloat16() else "float32"

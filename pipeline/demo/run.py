@@ -1,7 +1,6 @@
-"""`sstoken-curate demo`: train a base model, run the real pipeline, and report how much planted noise each method
-kept.
+"""Trains a base model, runs the real pipeline, and reports how much planted noise each method kept.
 
-Everything is generated here: the data by code, a tiny model from random weights. No network, minutes on two cores.
+Everything is generated: the data by code, the tiny model from random weights. No network; minutes on two cores.
 """
 
 import json
@@ -37,11 +36,11 @@ from sstoken.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The sizes follow from the time budget alone: two minutes of one core's time, so under four on a slow laptop.
+# The sizes follow from the time budget: two minutes on one core, so under four on a slow laptop.
 NUM_BASE = 800
-"""Examples to train the base model on."""
+"""Examples on which the base model is trained."""
 NUM_PIPELINE = 500
-"""Examples that pass through the pipeline."""
+"""Examples that go through the pipeline."""
 TRAINING: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
 """Settings of the base model's training and of the anchor run."""
 RHO = 0.6
@@ -66,11 +65,11 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the demo in `out` and print its findings; parts finished by an earlier call are not repeated.
 
-    With a `model`, that one scores the examples and nothing is trained.
+    If `model` is given, it scores the examples, and nothing is trained.
 
     Returns:
-        `tokens`: response tokens by class; `kept`: by method, the share of each class kept, in [0, 1];
-        `kept_by_tenth`: by method, the share kept of each tenth of the responses.
+        `tokens`: response tokens by class; `kept`: by method, the share of each class that was kept, in [0, 1];
+        `kept_by_tenth`: by method, the share kept in each tenth of the responses.
 
     Raises:
         UsageError: `out` holds something else, or the demo of another seed.
@@ -109,7 +108,7 @@ def run_demo(
 def _pipeline(
     out: Path, base: Path, examples: Sequence[DemoExample], seed: int, say: Callable[[str], None]
 ) -> dict[str, Result]:
-    """Run the stages as a user would. Return the selection of each method."""
+    """Run the stages as a user would; return each method's selection."""
     write_jsonl(out / "data.jsonl", examples)
     write_noise(out / "noise.jsonl", examples)
     say(f"encode: {len(examples):,} other examples, with noise planted in their answers")
@@ -197,7 +196,7 @@ def token_classes(
 
 
 def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed: int) -> Path:
-    """Make the checkpoint `folder`: random weights, trained on `examples` by the pipeline's own stages in `work`."""
+    """Make the checkpoint `folder`: random weights, trained on `examples` by the pipeline's stages in `work`."""
     random_model = work / "random"
     if not random_model.is_dir():
         with _atomic(random_model) as partial:
@@ -221,7 +220,7 @@ def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed:
 
 @contextmanager
 def _atomic(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that atomically becomes `folder` when the block succeeds."""
+    """Yield a temporary folder that atomically becomes `folder` if the block succeeds."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
@@ -236,7 +235,7 @@ def _held(marker: Path) -> dict[str, Any]:
 
 
 def _claim(out: Path, seed: int, model: str | None) -> None:
-    """Mark a folder as this demo's; refuse one that holds something else."""
+    """Mark a folder as this demo's; refuse a folder with other content."""
     marker = out / "demo.json"
     facts = {"seed": seed, "version": __version__} | ({} if model is None else {"model": model})
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
@@ -277,7 +276,7 @@ def _findings(found: dict[str, Any]) -> Table:
 
 
 def _print_examples(masked: Path, examples: Sequence[DemoExample], console: Console) -> None:
-    """Print the first single-turn example of each kind of noise; chosen without looking at the masks."""
+    """Print the first single-turn example with each kind of noise, chosen without looking at the masks."""
     chosen: list[str] = []
     for kind in KINDS:
         of_kind = (e for e in examples if len(e.answers) == 1 and any(n.kind == kind for n in e.noise))

@@ -1,4 +1,4 @@
-"""Task families with known answers: a question, a short explanation and the answer."""
+"""The demo's task families: a question, a short explanation and its known answer."""
 
 import random
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Task(NamedTuple):
     """The explanation, at least two sentences; the last one states the answer."""
     answer: str
     wrong_answers: tuple[str, ...] = ()
-    """Plausible wrong words to replace it with; numbers need none."""
+    """Plausible wrong words to replace it; numbers need none."""
 
 
 def _bags(rng: random.Random) -> Task:

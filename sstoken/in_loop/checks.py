@@ -16,35 +16,67 @@ LOSS_TYPES = ("nll", "dft", "chunked_nll")
 """TRL losses that are sums over the tokens' log-probabilities, so that dropping tokens is exact."""
 _LOSS_KERNELS = ("fused_linear_cross_entropy", "cross_entropy")
 """Liger kernels that replace the loss. The others replace layers and are allowed."""
+Obstacle = tuple[Any, str]
+"""Whether a setting is in the way (its truth value), and what to say then."""
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse trainer settings that would bypass or distort the selection.
+    """Refuse a model or trainer settings that would bypass or distort the selection; turn off Liger's loss kernels.
 
     Raises:
         UsageError: names the setting and how to change it.
     """
-    args, selection = trainer.args, trainer._selection
-    config, late = trainer.model.config.get_text_config(), selection.divides_late
+    for wrong, text in (
+        *_model_obstacles(trainer),
+        *_loss_obstacles(trainer),
+        *_divisor_obstacles(trainer),
+        *_device_obstacles(trainer),
+    ):
+        if wrong:
+            raise UsageError(f"in-loop selection: {text}")
+    args = trainer.args
+    device = trainer.accelerator.device.type
+    with trainer.accelerator.autocast():
+        if (args.fp16 or args.bf16) and not torch.is_autocast_enabled(device):
+            asked = "fp16" if args.fp16 else "bf16"
+            warnings.warn(
+                f"in-loop selection: {asked}=True does nothing on this device ({device}): training uses the dtype of "
+                "the weights",
+                UserWarning,
+                stacklevel=2,
+            )
+    if args.use_liger_kernel:
+        kernels = getattr(args, "liger_kernel_config", None) or {}
+        args.liger_kernel_config = kernels | dict.fromkeys(_LOSS_KERNELS, False)
+
+
+def _model_obstacles(trainer: Any) -> list[Obstacle]:
     name = type(trainer.model).__name__
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    sizes = [getattr(parallelism, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp")]
-    loss_type = getattr(args, "loss_type", None)
-    kernels = getattr(args, "liger_kernel_config", None) or {}
-    fused = [name for name in _LOSS_KERNELS if kernels.get(name)]
     adapter = getattr(trainer.model, "active_peft_config", None)
     tuning = getattr(getattr(adapter, "peft_type", None), "value", "")
-    known_late = f"the number of tokens that method {selection.method!r} keeps is known only after the last micro-batch"
-    for wrong, text in (
+    return [
         (
             trainer.model.config.is_encoder_decoder,
             f"{name} is an encoder-decoder; only causal language models work",
+        ),
+        (
+            not trainer.model_accepts_loss_kwargs,
+            f"{name}.forward takes no **kwargs, so its loss cannot be averaged",
         ),
         (
             getattr(adapter, "is_prompt_learning", False),
             f"{tuning} puts virtual tokens before each sequence, and attention to a prompt is not defined with them; "
             "train LoRA or another adapter of the weights",
         ),
+    ]
+
+
+def _loss_obstacles(trainer: Any) -> list[Obstacle]:
+    args, selection = trainer.args, trainer._selection
+    loss_type = getattr(args, "loss_type", None)
+    kernels = getattr(args, "liger_kernel_config", None) or {}
+    fused = [name for name in _LOSS_KERNELS if kernels.get(name)]
+    return [
         (
             trainer.compute_loss_func is not None,
             "compute_loss_func is set, which would replace the loss that selects; remove it, or select in your own "
@@ -64,19 +96,18 @@ def check_trainer(trainer: Any) -> None:
             f"liger_kernel_config asks for {' and '.join(fused)}, for a loss of all tokens; remove that, the layer "
             "kernels of use_liger_kernel work",
         ),
-        (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process; start one process per GPU (torchrun)"),
-        (
-            max(sizes) > 1,
-            "tensor, context and sequence parallelism split examples; use data parallelism or FSDP",
-        ),
-        (
-            not trainer.model_accepts_loss_kwargs,
-            f"{name}.forward takes no **kwargs, so its loss cannot be averaged",
-        ),
         (
             loss_type == "dft" and selection.of.weighted,
             f"loss_type is 'dft', which weights tokens, and so does method {selection.method!r}; set loss_type='nll'",
         ),
+    ]
+
+
+def _divisor_obstacles(trainer: Any) -> list[Obstacle]:
+    args, selection = trainer.args, trainer._selection
+    config, late = trainer.model.config.get_text_config(), selection.divides_late
+    known_late = f"the number of tokens that method {selection.method!r} keeps is known only after the last micro-batch"
+    return [
         (
             late and trainer.is_deepspeed_enabled,
             f"{known_late}, and DeepSpeed does not let gradients be rescaled; set denominator='response'",
@@ -89,25 +120,24 @@ def check_trainer(trainer: Any) -> None:
             late and getattr(config, "output_router_logits", False),
             f"{known_late}, too late for the auxiliary loss of a mixture of experts; set denominator='response'",
         ),
+    ]
+
+
+def _device_obstacles(trainer: Any) -> list[Obstacle]:
+    args, selection = trainer.args, trainer._selection
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = [getattr(parallelism, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp")]
+    return [
+        (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process; start one process per GPU (torchrun)"),
+        (
+            max(sizes) > 1,
+            "tensor, context and sequence parallelism split examples; use data parallelism or FSDP",
+        ),
         (
             trainer.is_fsdp_enabled and selection.history in ("ema", "snapshot"),
             "histories 'ema' and 'snapshot' keep weights, which FSDP shards; use 'scores', or 'base' with LoRA",
         ),
-    ):
-        if wrong:
-            raise UsageError(f"in-loop selection: {text}")
-    device = trainer.accelerator.device.type
-    with trainer.accelerator.autocast():
-        if (args.fp16 or args.bf16) and not torch.is_autocast_enabled(device):
-            asked = "fp16" if args.fp16 else "bf16"
-            warnings.warn(
-                f"in-loop selection: {asked}=True does nothing on this device ({device}): training uses the dtype of "
-                "the weights",
-                UserWarning,
-                stacklevel=2,
-            )
-    if args.use_liger_kernel:
-        args.liger_kernel_config = kernels | dict.fromkeys(_LOSS_KERNELS, False)
+    ]
 
 
 def choose_layer(trainer: Any) -> int:

@@ -8,6 +8,7 @@ from pydantic_core import PydanticUndefined
 from sstoken.methods.base import EVIDENCE, Method, Params, legal, parameter_type
 from sstoken.methods.presets import PRESETS
 from sstoken.methods.registry import METHODS, get_method, own_methods
+from sstoken.signals import SIGNALS
 
 
 def parameters(params: type[Params]) -> list[dict[str, Any]]:
@@ -89,7 +90,13 @@ def page() -> str:
         f"`--method {p.name}` is short for `{p.text}` (see [choosing.md](choosing.md))."
         for p in PRESETS.values()
     )
-    return _PAGE.replace("PRESETS", presets).replace("TABLE", table).replace("ENTRIES", entries)
+    bar = "\\|"
+    signals = "\n".join(
+        f"| `{s.form}` | {s.unit} | {s.low:.4g} to {s.high:.4g} | {s.meaning.replace('|', bar)} |"
+        for s in SIGNALS.values()
+    )
+    filled = _PAGE.replace("PRESETS", presets).replace("TABLE", table).replace("SIGNALS", signals)
+    return filled.replace("ENTRIES", entries)
 
 
 def _evidence(method: Method) -> str:
@@ -142,7 +149,7 @@ defaults to `sstoken` as published.
 
 `keep_mask` and `labels` say which tokens are trained on; `score` is what the method decided by. A method with soft or
 signed weights adds the column `weight`: what the token's loss is multiplied by. Tokens of weight 0 or below are not
-kept. `export` passes weights on to the trainers that support them (swift, verl, jsonl); the others refuse, unless
+kept. `export` passes weights on to the trainers that support them (see `export --help`); the others refuse, unless
 `--no-weights`.
 
 With any method:
@@ -205,6 +212,14 @@ METHOD = Method(
 `score` gets flat arrays of the response tokens, numpy's offline and torch's in a training loop; take functions from
 `tokens.xp`. `tokens.mean`, `tokens.minmax` and `tokens.in_top` work within examples. Other policies: `Where` (a test of
 the score), `Weight` (the score is the weight).
+
+## Signals
+
+`score --signal NAME` measures these, except `critical`, which has a verb of its own. ARG is what follows the `@`.
+
+| signal | unit | range | meaning |
+|---|---|---|---|
+SIGNALS
 
 ## Each method
 

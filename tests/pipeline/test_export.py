@@ -145,7 +145,7 @@ def test_weights_where_they_are_of_use(masked: Path, tmp_path: Path, cli: Comman
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - set(WEIGHTED)))
 def test_weights_are_refused_elsewhere(masked: Path, tmp_path: Path, cli: CommandLine, target: str) -> None:
     line = cli.fails(2, "export", masked, "--to", target, "--weights", "--out", tmp_path / "out")
-    assert f"{target} takes no weight" in line
+    assert f"{target} supports no weights" in line
     assert "swift, verl, jsonl" in line
     no_trace(tmp_path / "out")
 
@@ -164,7 +164,7 @@ def test_the_weights_of_a_method(weighted: Path, tmp_path: Path, target: str) ->
         assert "what the method gave each kept token" in (out / "README.md").read_text()
     else:
         with pytest.raises(
-            UsageError, match=rf"{target} takes none; export to swift, verl, jsonl, or .*--no-weights"
+            UsageError, match=rf"{target} supports none; export to swift, verl, jsonl, or .*--no-weights"
         ):
             api.export(masked=weighted, to=target, out=out)
     alike = tmp_path / "alike"

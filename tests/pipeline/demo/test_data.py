@@ -12,7 +12,6 @@ from sstoken.pipeline.demo.data import (
     FILLER,
     KINDS,
     DemoExample,
-    clean_messages,
     generate,
     write_jsonl,
     write_noise,
@@ -61,6 +60,15 @@ def solve(question: str) -> str | None:
     found = re.search(r"the capital of ([A-Z]\w+)", question)
     assert found, question
     return SOME_CAPITALS.get(found[1])
+
+
+def clean_messages(example):
+    """The messages with the noise removed and the right values restored."""
+    contents = [m["content"] for m in example.messages]
+    for span in sorted(example.noise, key=lambda s: s.start, reverse=True):
+        text = contents[span.message]
+        contents[span.message] = text[: span.start] + span.clean + text[span.end :]
+    return [{**m, "content": c} for m, c in zip(example.messages, contents, strict=True)]
 
 
 def test_without_noise_every_answer_is_right(examples: list[DemoExample]) -> None:
