@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
+from benchmarks.rounds import ROUNDS
+
 VOCABULARY = 32_000
 SHAPES: dict[str, dict[str, int]] = {
     "6x256": {
@@ -75,7 +77,7 @@ def compare(model: str, *, quick: bool, on_gpu: bool) -> dict[str, Any]:
     """Time both backends in turns; the largest difference of each signal, and the ratio of their rates."""
     from sstoken.stages.backends import BackendOptions, make_backend
 
-    rounds, count = 3, 16 if quick else 256
+    rounds, count = ROUNDS, 16 if quick else 256
     if on_gpu:
         count *= 8
     sequences, masks = make_sequences(count)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
+from benchmarks.rounds import ROUNDS
 from sstoken.pipeline.cli import set_up_libraries
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -66,7 +67,7 @@ def main() -> None:
         if not any(given):
             given = [str(SHARED / "models" / name) for name in ("base", "sft")]
             given.append(encode_gsm8k(Path(folder), rows))
-        figures = compare(*given, rows=rows, rounds=3, device=options.device)
+        figures = compare(*given, rows=rows, rounds=ROUNDS, device=options.device)
     for case, facts in figures.items():
         print(f"{case:23}" + "  ".join(f"{name} {value:.2g}" for name, value in facts.items()))
     if options.json:

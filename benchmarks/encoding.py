@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.rounds import ROUNDS, at_least, middle
 from sstoken.pipeline import api
 from sstoken.stages.encoding.chat import ChatEncoder
 from sstoken.stages.encoding.messages import Conversation, Message
@@ -124,10 +125,14 @@ def rates(sides: dict[str, Callable[[Rows], None]], given: Rows) -> dict[str, fl
 
 def driver_share(data: str, seconds: float) -> float:
     """What share of one worker's time the driver needs to cut a file into shards and to hand them out."""
-    before = time.process_time()
-    for shard in cut(data, None, 100):
-        pickle.dumps(shard)
-    return (time.process_time() - before) / seconds
+
+    def once() -> dict[str, float]:
+        before = time.process_time()
+        for shard in cut(data, None, 100):
+            pickle.dumps(shard)
+        return {"share": (time.process_time() - before) / seconds}
+
+    return float(middle(once)["share"])
 
 
 def by_workers(kind: str, count: int, rounds: int) -> tuple[float, float]:
@@ -161,7 +166,7 @@ def of_the_stage(quick: bool) -> dict[str, float]:
     """The figures of the whole stage, for both kinds of file."""
     found: dict[str, float] = {}
     for kind in ("jsonl", "parquet"):
-        speedup, share = by_workers(kind, 4000 if quick else 40_000, 1 if quick else 3)
+        speedup, share = by_workers(kind, 4000 if quick else 40_000, ROUNDS)
         found |= {f"{kind}_two_workers_to_one": round(speedup, 2), f"{kind}_driver_share": round(share, 4)}
     return found
 
@@ -179,7 +184,7 @@ def main() -> None:
         data = rows(kind, 200 if given.quick else 2000)
         for side in sides.values():
             side(data[:5])
-        rounds = [rates(sides, data) for _ in range(max(3, given.rounds))]
+        rounds = [rates(sides, data) for _ in range(at_least(given.rounds))]
         for name in ("transformers", "encoder"):
             found[f"{kind}_{name}_rows_per_second"] = round(statistics.median(r[name] for r in rounds))
         found[f"{kind}_ratio"] = round(statistics.median(r["encoder"] / r["transformers"] for r in rounds), 2)

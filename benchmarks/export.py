@@ -20,13 +20,13 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.rounds import ROUNDS
 from sstoken.labels import labels_from_mask
 from sstoken.pipeline import api
 from sstoken.stages import tables
 from tests.factories import save_tokenizer
 
 ROWS_PER_SHARD = 5000
-ROUNDS = 3
 
 
 def save_masked(folder: Path, shards: int) -> tuple[Path, float]:

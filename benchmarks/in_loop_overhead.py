@@ -49,6 +49,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.rounds import at_least
 from sstoken import SelfModulatedTrainer, SelfModulation
 from sstoken.methods import decide
 
@@ -76,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = options.lengths or ("256" if options.quick else "256,1024")
-    rounds = max(3, options.rounds)
+    rounds = at_least(options.rounds)
     figures: dict[str, dict[str, Any]] = {}
     for length in map(int, lengths.split(",")):
         batch = max(1, TOKENS_A_STEP[device] // length)

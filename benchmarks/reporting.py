@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.rounds import middle
 from sstoken import curate
 from sstoken.stages import joins, tables
 from sstoken.stages.folders import copy_folder
@@ -50,7 +51,7 @@ def main() -> None:
         limit = 1500 if options.quick else None
         curate.encode(data=options.data, model=options.model, out=folder / "gsm8k", limit=limit)
         number = write_folders(folder, wanted)
-        figures = measure(folder)
+        figures = middle(lambda: measure(folder))
     figures["tokens"] = number
     print(
         f"{number:,} tokens, {figures['signals']} signals: {figures['seconds']:.1f} s "

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.rounds import ROUNDS, middle
 from sstoken.pipeline import api
 from sstoken.pipeline.engines import make_engine
 from sstoken.stages.stage import EngineOptions, NoProgress, Task, Worker
@@ -127,8 +128,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     given = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, float]]] = {
-        "score": lambda: speedup(4, 10, 3) if given.quick else speedup(24, 20, 3),
-        "overhead": lambda: overhead(given.engine, 1000 if given.quick else 10_000),
+        "score": lambda: speedup(4, 10, ROUNDS) if given.quick else speedup(24, 20, ROUNDS),
+        "overhead": lambda: middle(lambda: overhead(given.engine, 1000 if given.quick else 10_000)),
     }
     found: dict[str, float] = {}
     for part in given.parts:

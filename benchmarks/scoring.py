@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.rounds import at_least
 from sstoken.pipeline.cli import set_up_libraries
 
 ROWS = {"6x256": 384, "8x512": 192, "tiny": 16}
@@ -65,7 +66,7 @@ def main() -> None:
         return
     options.models = options.models or (["6x256"] if options.quick else ["6x256", "8x512"])
     options.lengths = options.lengths or (["short"] if options.quick else ["short", "long"])
-    options.rounds = max(3, options.rounds)
+    options.rounds = at_least(options.rounds)
     parts = options.parts or (["speed", "memory"] if options.quick else PARTS)
     run = {"speed": run_speed, "memory": run_memory, "steps": run_steps, "where": run_where}
     figures: dict[str, Any] = {}

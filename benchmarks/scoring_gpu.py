@@ -108,6 +108,7 @@ def make_model(folder: Path, name: str, device: str) -> None:
 
 def compare(folder: Path, device: str, length: int, total: int, batch_tokens: int) -> dict[str, Any]:
     """Both sides on the same sequences, one after the other, each after a warm-up."""
+    from benchmarks.rounds import middle
     from benchmarks.scoring_parts.speed import needed_flops
 
     random = np.random.default_rng(0)
@@ -116,9 +117,9 @@ def compare(folder: Path, device: str, length: int, total: int, batch_tokens: in
     sequences = [random.integers(0, vocabulary, n).astype(np.int32) for n in lengths]
     masks = [np.arange(n) >= n // 2 for n in lengths]
 
-    ours = measure_ours(folder, sequences, masks, device, batch_tokens)
+    ours = middle(lambda: measure_ours(folder, sequences, masks, device, batch_tokens))
     few = slice(0, 16)  # the plain script is slow; its rate does not depend on how many there are
-    theirs = measure_plain(folder, sequences[few], masks[few], device)
+    theirs = middle(lambda: measure_plain(folder, sequences[few], masks[few], device))
     needed = needed_flops(folder, lengths, int(sum(mask.sum() for mask in masks)))
     needed_per_second = needed / float(lengths.sum()) * ours["tokens_per_second"]
     peak_flops = next((rate for name, rate in PEAK_FLOPS.items() if name in device_name(device)), None)

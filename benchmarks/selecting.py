@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.rounds import middle
 from sstoken import curate
 from sstoken.methods import METHODS, Input
 from sstoken.signals import get_signal
@@ -56,7 +58,7 @@ def main() -> None:
         figures = {}
         selections = {name: ["--method", name] for name in METHODS} | OTHERS
         for name, asked in selections.items():
-            figures[name] = measure(folder, asked)
+            figures[name] = middle(partial(measure, folder, asked))
             print(
                 f"{name:28} {figures[name]['seconds']:6.2f} s {figures[name]['peak_mib']:6.0f} MiB",
                 flush=True,

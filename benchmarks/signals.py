@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rounds import at_least
+
 
 def main() -> None:
     """Print the ratio of medians of each side to the loss alone."""
@@ -60,7 +62,7 @@ def main() -> None:
     }
     scorers = {name: Scorer(model, signals=signals, batch_tokens=768) for name, signals in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(max(3, args.rounds) + 1):
+    for round_number in range(at_least(args.rounds) + 1):
         for name, scorer in scorers.items():
             start = time.process_time()
             list(scorer.measure(sequences, masks))

@@ -97,11 +97,15 @@ def select_inputs(method: str, scores: Path, given: Mapping[str, str]) -> dict[s
         UsageError: no scores of that name, or several candidates for a role.
     """
     if not scores.is_dir():
-        raise UsageError(f"{scores}: no such folder; name the one that holds the checkpoints' scores")
-    if (scores / MANIFEST).is_file():
+        kind = "is a file" if scores.exists() else "no such folder"
+        raise UsageError(f"{scores}: {kind}; name the one that holds the checkpoints' scores")
+    if (made := read_manifest(scores)) is not None and made.stage not in ("score", "observed", "critical"):
         raise UsageError(
-            f"{scores}: the scores of one checkpoint, or other work; name the folder above scores"
+            f"{scores}: written by {made.stage!r}; scores has to be the folder that 'score' wrote (exchanged with "
+            "another option?)"
         )
+    if made is not None:
+        raise UsageError(f"{scores}: the scores of one checkpoint; name the folder above scores")
     folders = sorted(p for p in scores.iterdir() if p.is_dir())
     there = [p.name for p in folders if (p / MANIFEST).is_file()]
     listed = f"there are: {', '.join(there) or 'none'}"

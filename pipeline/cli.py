@@ -19,6 +19,7 @@ from sstoken.stages.shard_border import GOES_ON
 from sstoken.version import __version__
 
 VERBS = verbs()
+_DASHES = ("\u2010", "\u2011", "\u2012", "\u2013", "\u2014", "\u2212")
 
 
 class _Verbs(click.Group):
@@ -38,8 +39,9 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = arguments[0]
         if name not in VERBS and not name.startswith("-"):
-            near = difflib.get_close_matches(name, VERBS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(VERBS)}"
+            near = difflib.get_close_matches(name.lower(), [*VERBS, "help"], n=1)
+            meant = "--help" if near == ["help"] else repr(near[0]) if near else ""
+            hint = f"did you mean {meant}?" if near else f"legal: {', '.join(VERBS)}"
             raise click.UsageError(f"no verb {name!r}; {hint}", context)
         return super().resolve_command(context, arguments)
 
@@ -85,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         verb = (
             error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "sstoken-curate"
         )
-        status = _fail(f"{error.format_message()} (see {verb} --help)", error.exit_code)
+        status = _fail(f"{error.format_message()}{_typed(arguments)} (see {verb} --help)", error.exit_code)
     except SstokenError as error:
         status = _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -100,6 +102,16 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             raise
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _typed(arguments: list[str] | None) -> str:
+    """What click cannot know of a command line that it refuses: how it was typed."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if dashed := [a for a in given if a.startswith(_DASHES) or a[:2] in {f"-{dash}" for dash in _DASHES}]:
+        return f" {dashed[0]!r} begins with a dash of word processors; type --"
+    if "=" in given:
+        return " Write NAME=VALUE without blanks around =."
+    return ""
 
 
 def _refused(error: OSError) -> str:

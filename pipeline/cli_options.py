@@ -116,7 +116,42 @@ def _option(name: str, field: FieldInfo, asked: Option, sweep: bool) -> Callable
         return click.option(flag.removesuffix("s"), name, **settings)
     if bounds:  # shown here but checked by the stage, so that the error is the same from YAML and Python
         settings["metavar"] = f"{click.types.convert_type(kind).name} range".upper()
-    return click.option(flag, name, type=kind, **settings)
+    return click.option(flag, name, type=_NUMBERS.get(kind, kind), **settings)
+
+
+class _Number(click.ParamType):
+    """A number; a wrong one is answered with how to write it."""
+
+    def __init__(self, kind: type[int] | type[float], name: str, example: str) -> None:
+        self._kind, self.name, self._example = kind, name, example
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        try:
+            return self._kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is no {self._example}", param, context)
+
+
+_NUMBERS = {
+    int: _Number(int, "integer", "whole number, such as 8"),
+    float: _Number(float, "float", "number; write it with a point, such as 0.6"),
+}
+
+
+class OnceEach(click.Command):
+    """A command that refuses an option given twice: click would take the last one without a word."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """See `click.Command`."""
+        options, _, order = self.make_parser(context).parse_args(list(arguments))
+        for parameter in order:
+            twice = order.count(parameter) > 1 and not parameter.multiple and parameter.nargs == 1
+            if twice and isinstance(parameter, click.Option) and not parameter.is_flag:
+                flag = parameter.opts[0]
+                raise click.UsageError(
+                    f"{flag} is given {order.count(parameter)} times; give it once", context
+                )
+        return super().parse_args(context, arguments)
 
 
 def _default(flag: str, field: FieldInfo) -> list[str]:

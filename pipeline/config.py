@@ -24,6 +24,7 @@ from sstoken.stages.encode import Encode
 from sstoken.stages.sharded import ShardedStage
 from sstoken.stages.stage import Stage
 from sstoken.stages.storage import expanded
+from sstoken.stages.wording import has_to_be
 
 LARGEST_SEED = 2**32 - 1
 """numpy's limit."""
@@ -133,7 +134,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
             values["critical"].setdefault("checkpoint", encode["model"])
         if isinstance(values.get("select"), dict):
             values["select"] = swept(values["select"], SelectSection)
-        if "out" in values and "encode" not in values:
+        if "out" in values and "encode" not in values and values.keys() <= RunConfig.model_fields.keys():
             raise UsageError(f"{path}: 'encode' is missing; set it")
     config = validated(RunConfig, values, str(path))
     config._file = file
@@ -167,7 +168,8 @@ def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors()[0]
+        # An unknown key first: what is missing is often the key that it was meant to be.
+        first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
         raise UsageError(f"{where}: {_explain(model, first)}") from None
 
 
@@ -180,17 +182,20 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         legal = _fields(_owner(model, location[:-1]))
         near = difflib.get_close_matches(location[-1], legal, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(legal)}"
-        return f"unknown key {name!r}; {hint}"
+        inside = [s for s in _FOLDERS if len(location) == 1 and name in _fields(_owner(model, [s]))]
+        if near:
+            return f"unknown key {name!r}; did you mean {near[0]!r}?"
+        if inside and model is RunConfig:
+            return f"unknown key {name!r}; did you mean {' or '.join(repr(f'{s}.{name}') for s in inside)}?"
+        return f"unknown key {name!r}; legal: {', '.join(legal)}"
     if error["type"] == "missing":
         return f"{name!r} is missing; set it"
     if error["type"] == "model_type":
         legal = _fields(_owner(model, location))
         return f"{name} is {short(error['input'])}; it has to be a section with the fields {', '.join(legal)}"
-    message = str(error["msg"]).removeprefix("Value error, ")
     if not location:
-        return message
-    return f"{name} is {short(error['input'])}; {message[:1].lower()}{message[1:]}"
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{name} is {short(error['input'])}; {has_to_be(error)}"
 
 
 def _fields(model: type[BaseModel]) -> list[str]:
@@ -213,6 +218,7 @@ def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
+    """Set one field. OmegaConf's dotlist would do it, with interpolation and a YAML reader of its own besides."""
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise UsageError(f"--set {override!r}: legal is section.field=value, such as select.rho=0.4")

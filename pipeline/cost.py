@@ -107,17 +107,12 @@ def costs(config: RunConfig, tflops: float) -> list[Cost]:
     Raises:
         SstokenError: a config.json or the data cannot be read.
     """
-    sizes: dict[Path, Sizes | None] = {}
     found = []
-    for step in promised_steps(config):
-        assert step.job is not None, "every checkpoint is promised"
-        job = step.job
-        done = manifests.read_manifest(job.out)
-        sizes[job.out] = size = _sizes(job, sizes, done)
-        flops, written = _estimate(job, size) if size is not None else (None, None)
+    for name, job, size, done in sized(config):
+        flops, written = estimate(job, size) if size is not None else (None, None)
         hours = None if flops is None else flops / (tflops * 1e12) / 3600
         cost = Cost(
-            step.name,
+            name,
             None if size is None else size.tokens,
             flops,
             hours,
@@ -126,6 +121,20 @@ def costs(config: RunConfig, tflops: float) -> list[Cost]:
         )
         found.append(cost if done is None else _finished(cost, done))
     return found
+
+
+def sized(config: RunConfig) -> Iterator[tuple[str, Job, Sizes | None, Manifest | None]]:
+    """Yield each step's name, its job, the size of what it reads (None: not known), and its manifest if it is finished.
+
+    Raises:
+        SstokenError: the data cannot be read.
+    """
+    sizes: dict[Path, Sizes | None] = {}
+    for step in promised_steps(config):
+        assert step.job is not None, "every checkpoint is promised"
+        done = manifests.read_manifest(step.job.out)
+        sizes[step.job.out] = size = _sizes(step.job, sizes, done)
+        yield step.name, step.job, size, done
 
 
 def _finished(cost: Cost, done: Manifest) -> Cost:
@@ -138,15 +147,16 @@ def _sizes(job: Job, known: dict[Path, Sizes | None], done: Manifest | None) -> 
     """Size of the tokens folder that a step reads, or writes itself; None: unknown yet."""
     stage = job.stage
     if isinstance(stage, Encode):
-        return _measured(job.out) if done is not None else _sampled(stage)
+        return measured(job.out) if done is not None else _sampled(stage)
     source = job.inputs.get("tokens", job.inputs.get("masked"))
     size = None if source is None else known.get(source)
     if isinstance(stage, Part) and size is not None:
-        return _measured(job.out) if done is not None else size.times(1 / stage.parts, size.guessed)
+        return measured(job.out) if done is not None else size.times(1 / stage.parts, size.guessed)
     return size
 
 
-def _measured(folder: Path) -> Sizes:
+def measured(folder: Path) -> Sizes:
+    """Return the size of a tokens folder."""
     examples = tokens = response = squares = 0
     for part in tables.parts(folder):
         stats = tables.read_metadata(part)["stats"]
@@ -166,11 +176,11 @@ def _sampled(stage: Encode) -> Sizes | None:
     with tempfile.TemporaryDirectory(prefix="sstoken-") as folder:
         out = Path(folder) / "tokens"
         execute(Job(few, {}, out, seed=0), Digests())
-        return _measured(out).times(rows / min(SAMPLE, rows), guessed=rows > SAMPLE)
+        return measured(out).times(rows / min(SAMPLE, rows), guessed=rows > SAMPLE)
 
 
-def _estimate(job: Job, size: Sizes) -> tuple[float, float]:
-    """FLOPs and bytes of a step."""
+def estimate(job: Job, size: Sizes) -> tuple[float, float]:
+    """Return the FLOPs and the bytes of a step."""
     stage, per = job.stage, _BYTES
     rows = size.tokens * (per["ids"] + per["mask"])
     if isinstance(stage, Score):
@@ -205,7 +215,10 @@ def weights(checkpoint: str) -> Weights:
 
     from sstoken.stages import checkpoints
 
+    if "://" in checkpoint:
+        raise SstokenError(f"{checkpoint}: not fetched to be counted")
     base = checkpoints.adapter_base(checkpoint) or checkpoint
+    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     try:
         config = AutoConfig.from_pretrained(base)
         with init_empty_weights():
@@ -243,27 +256,28 @@ def shown(found: list[Cost]) -> Iterator[tuple[str, ...]]:
         about = "~" if cost.guessed else ""
         yield (
             cost.step,
-            _number(cost.tokens, about),
-            _number(cost.flops or None, about),
-            _hours(cost.device_hours or None, about),
-            _number(cost.bytes, "~"),
-            _hours(cost.took_hours),
-            _number(cost.took_bytes),
+            number(cost.tokens, about),
+            number(cost.flops or None, about),
+            hours(cost.device_hours or None, about),
+            number(cost.bytes, "~"),
+            hours(cost.took_hours),
+            number(cost.took_bytes),
         )
     known = [cost for cost in found if cost.flops is not None]
     about = "~" if any(cost.guessed for cost in known) else ""
     yield (
         "all",
         "",
-        _number(sum(cost.flops or 0 for cost in known), about),
-        _hours(sum(cost.device_hours or 0 for cost in known), about),
-        _number(sum(cost.bytes or 0 for cost in known), "~"),
+        number(sum(cost.flops or 0 for cost in known), about),
+        hours(sum(cost.device_hours or 0 for cost in known), about),
+        number(sum(cost.bytes or 0 for cost in known), "~"),
         "",
         "",
     )
 
 
-def _number(value: float | None, about: str = "") -> str:
+def number(value: float | None, about: str = "") -> str:
+    """Return a number with a unit's prefix; `about` goes before it."""
     if value is None:
         return "-"
     for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -272,7 +286,8 @@ def _number(value: float | None, about: str = "") -> str:
     return f"{about}{value:.3g}"
 
 
-def _hours(value: float | None, about: str = "") -> str:
+def hours(value: float | None, about: str = "") -> str:
+    """Return hours as seconds, minutes or hours."""
     if value is None:
         return "-"
     if value < 1 / 60:

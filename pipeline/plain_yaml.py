@@ -15,6 +15,16 @@ _MOST_BYTES = 1 << 18
 _MOST_LEVELS = 20
 _MOST_NODES = 10_000
 """Each alias counts as much as its target."""
+_HINTS = {
+    "'\\t'": "; indent with spaces",
+    "mapping values are not allowed": "; put a value that holds ': ' in quotes, and indent keys alike",
+    "'%'": "; put a value that begins with % in quotes",
+    "'@'": "; put a value that begins with @ in quotes",
+    "'`'": "; put a value that begins with ` in quotes",
+    "undefined alias": "; put a value that begins with * in quotes",
+    "<document start>": "; name a configuration, whose sections are out, encode, anchor, score, select",
+}
+"""By what PyYAML says: what to do."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 100
@@ -44,10 +54,12 @@ def read_yaml(text: str | bytes, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = error.problem or error.context
-        hint = "; indent with spaces" if "'\\t'" in str(what) else ""
+        hint = next((told for marks, told in _HINTS.items() if marks in str(what)), "")
         raise UsageError(f"{where}: not valid YAML ({place}{what}){hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where}: not a YAML text in UTF-8 ({' '.join(str(error).split())})") from error
+        raise UsageError(
+            f"{where}: not a YAML text in UTF-8 ({' '.join(str(error).split())}); save it as UTF-8"
+        ) from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -157,7 +157,9 @@ def scored_for(
         for given in listed or ():
             enter(scored.refs, *resolver.resolve(given, scored.refs))
     if not scored.refs and not known:
-        raise UsageError(f"{name}.checkpoints is empty and there is no anchor run; name two checkpoints")
+        raise UsageError(
+            f"{name}.checkpoints is empty and there is no anchor run; name two checkpoints, or add a section anchor"
+        )
     from_history = known and (short or not scored.refs)
 
     def entered(given: str) -> str:

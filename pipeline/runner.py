@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import NothingLeftError, QuarantinedError, SstokenError, UsageError
+from sstoken.pipeline import rates
 from sstoken.pipeline.engines import make_engine
 from sstoken.pipeline.job import (
     FINGERPRINT_FILE,
@@ -32,6 +33,7 @@ from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.writing import (
     RANKS,
     at_work,
+    check_not_inside,
     check_writable,
     forget_dead_run,
     naming_full_disk,
@@ -136,9 +138,13 @@ def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -
 
         def end(metrics: dict[str, Any], began: float) -> Result:
             check_lease()
-            finish(job, identity, metrics, time.monotonic() - began, there)
+            seconds = time.monotonic() - began
+            finish(job, identity, metrics, seconds, there)
+            if from_the_start:
+                rates.remember(job, seconds)
             return Result(job.out, metrics, skipped=False)
 
+        from_the_start = force or partial_fingerprint(job.partial) != identity.fingerprint
         with keeping_what_is_complete(job):
             prepare(job, identity, fresh=force)
             storage.of(job.partial).sweep(job.partial)
@@ -198,6 +204,7 @@ def check_out(job: Job) -> None:
     out = job.place
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; the output has to be a folder")
+    check_not_inside(out)
     if out.is_dir():
         made = manifests.read_manifest(out)
         others = set(out.iterdir()) - set(out.glob(".*.lock")) - set(out.glob(".*.lease"))

@@ -11,9 +11,10 @@ from pathlib import Path, PurePath
 
 from filelock import FileLock, Timeout
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import lease
 from sstoken.stages import storage
+from sstoken.stages.manifest import MANIFEST, read_manifest
 from sstoken.stages.shard_border import GOES_ON
 
 
@@ -175,8 +176,8 @@ def full_disk(error: BaseException, folder: Path) -> SstokenError | None:
     disk = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.ismount(p))
     usage = shutil.disk_usage(disk)
     return SstokenError(
-        f"{place}: no space left on the disk at {disk} ({_size(usage.free)} free of {_size(usage.total)}); make "
-        f"room there; {GOES_ON}"
+        f"{place}: no space left on the disk at {disk} ({size_text(usage.free)} free of {size_text(usage.total)}); "
+        f"make room there; {GOES_ON}"
     )
 
 
@@ -193,7 +194,31 @@ def _without_room(error: BaseException | None, folder: Path) -> Path | None:
     return None
 
 
-def _size(count: int) -> str:
+def check_not_inside(out: PurePath) -> None:
+    """Refuse an output within a finished folder: what is in one is all of its own making.
+
+    Raises:
+        UsageError: names the finished folder.
+    """
+    if not isinstance(out, Path):
+        return
+    for folder in out.absolute().parents:
+        if (folder / MANIFEST).is_file() and (made := read_manifest(folder)) is not None:
+            raise UsageError(
+                f"{out}: lies in {folder}, which {made.stage!r} wrote; choose a place outside it"
+            )
+
+
+def free_bytes(folder: PurePath) -> int | None:
+    """Return what is free on the disk that a folder is or will be on; None where it is remote."""
+    if not isinstance(folder, Path):
+        return None
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as people read it."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 10_000:
             return f"{count:,} {unit}"

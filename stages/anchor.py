@@ -101,7 +101,7 @@ class Anchor(Stage):
             )
         reporting.check(self.report_to)
         if self.lora_rank is not None and importlib.util.find_spec("peft") is None:
-            raise UsageError("lora_rank needs PEFT; pip install 'sstoken[lora]'")
+            raise UsageError("lora_rank needs PEFT; pip install peft")
         for name in ("lora_alpha", "lora_dropout"):
             value = getattr(self, name)
             if self.lora_rank is None and value != type(self).model_fields[name].default:

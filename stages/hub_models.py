@@ -6,6 +6,8 @@ from pathlib import Path
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.weight_files import ADAPTER_CONFIG
 
+REMEDY = "name what is on this disk, or check the id, the network (HTTPS_PROXY) and `hf auth login`"
+
 
 def split_revision(ref: str) -> tuple[str, str | None]:
     """Split `user/name@revision`."""
@@ -76,8 +78,15 @@ def hub_commit(ref: str) -> str:
         ) from error
     except Exception as error:  # offline, missing or private: the remedy is the same
         raise SstokenError(
-            f"{ref}: no such folder, and the Hub does not answer for it ({first_line(error)})"
+            f"{ref}: no such folder{_beside(ref)}, and the Hub does not answer for it ({first_line(error)}); {REMEDY}"
         ) from error
+
+
+def _beside(ref: str) -> str:
+    """What stands in the folder that a reference names, where there is one: a step that was mistyped."""
+    folder = Path(ref).expanduser().parent
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    return f" (in {folder}: {', '.join(there[:10])})" if there and ref.count("/") else ""
 
 
 def first_line(error: BaseException) -> str:

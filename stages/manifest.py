@@ -84,10 +84,19 @@ def finished(folder: Path, what: str) -> Manifest:
         raise UsageError(f"{folder}: {kind}; it should be the folder that holds the {what}")
     manifest = read_manifest(folder)
     if manifest is None:
+        if inside := finished_inside(folder):
+            raise UsageError(f"{folder}: a folder of several; name one in it: {', '.join(inside)}")
         raise SstokenError(f"{folder}: unfinished (no {MANIFEST}), or not a folder of {what}; make it again")
     for problem in problems(folder, manifest, checksums=False):
         raise SstokenError(f"{problem}; put the file back, or make {folder} again (--force)")
     return manifest
+
+
+def finished_inside(folder: Path) -> list[str]:
+    """Return the finished folders within one, such as the steps of a run, as a user would name them."""
+    if not folder.is_dir():
+        return []
+    return [str(file.parent) for file in sorted(folder.glob(f"*/{MANIFEST}"))][:8]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

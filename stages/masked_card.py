@@ -19,6 +19,8 @@ def decisive_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
 def dataset_configs(data_files: str, identity: str) -> str:
     """Return the front matter by which `load_dataset(folder)` finds the data, and knows it from other data.
 
+    One line of JSON, which is YAML: huggingface_hub's `DatasetCardData` would be loaded for nothing else here.
+
     `datasets` looks a local folder up in its cache by its name and this entry, and not by its files: without an
     `identity` that changes with the content, it would give the rows of an earlier folder of the same name.
     """

@@ -18,8 +18,8 @@ _S3 = ("s3", "s3a")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid", "mtime", "created")
 """What a store says of an object that changes with its content, the best first."""
 _PACKAGES = {
-    "s3": "sstoken[s3]",
-    "s3a": "sstoken[s3]",
+    "s3": "s3fs",
+    "s3a": "s3fs",
     "gs": "gcsfs",
     "gcs": "gcsfs",
     "az": "adlfs",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,53 +12,32 @@ import click
 import pytest
 
 from sstoken.pipeline.cli import VERBS, cli
+from tests import documented
 from tests.support import PATIENCE, ROOT
 
-README = (ROOT / "README.md").read_text()
-NOT_HERE = ("make ", "pip install ", "ray ")
-"""They set up what these tests run in; CI runs the make targets themselves."""
+README = documented.text_of(documented.README)
 NEEDS_THE_HUB = ("pull",)
 """tests/pipeline/hub runs them; here there is no network, which they have to say."""
-
-
-PAGES = ("choosing.md", "critical-tokens.md", "faq.md", "report.md", "runs.md")
-"""Pages of docs/ whose commands go on from the README's."""
-PROGRAMS = ("api.md",)
-"""Pages whose Python does."""
-RUN_ELSEWHERE = {
-    "audit.md": "tests/stages/auditing, with datasets in memory",
-    "in-loop.md": "tests/sstoken/in_loop/test_recipe.py",
-    "methods.md": "tests/sstoken/test_third_party.py",
-    "scale.md": "tests/pipeline/test_slurm.py, test_ranks.py, tests/ray",
-    "storage.md": "tests/pipeline/test_object_stores.py, against a server here",
-    "vllm.md": "tests/vllm, in an environment of its own",
+STAND_INS = {
+    "Qwen/Qwen3-0.6B": "runs/demo/base",
+    "tokenised/": "runs/export-axolotl",
+    "rows.jsonl": "my.jsonl",
 }
-"""Pages with programs or commands that other tests run."""
-NEEDS_YOUR_OWN = (
-    "runs/good-tokens",
-    "runs/reference",
-    "history=ref",
-    "configs/self-evolving.yaml",
-    "engine=ray",
-)
-"""Data that a clone does not have; what takes long or needs a cluster, and has a test of its own."""
+"""What pages name and nobody has here, and what takes its place."""
 
 
-def blocks(language, text=README):
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
-def run_commands(text, folder):
-    """Run a page's commands, but those that need something else, and return how many they are."""
-    lines = [line for block in blocks("bash", text) for line in block.strip().splitlines()]
-    lines = [
-        line
-        for line in lines
-        if not line.startswith(NOT_HERE) and not any(own in line for own in NEEDS_YOUR_OWN)
-    ]
-    for line in lines:
-        shell(line, folder)
-    return len(lines)
+def run_page(page, folder):
+    """Run what a page prints and `documented.ELSEWHERE` does not except; return how many pieces that are."""
+    run = [piece for piece in documented.pieces(page) if piece.runs]
+    for piece in run:
+        text = piece.text
+        for name, here in STAND_INS.items():
+            text = text.replace(name, here)
+        if piece.language == "bash":
+            shell(text, folder)
+        else:
+            program(text, folder)
+    return len(run)
 
 
 def example(verb):
@@ -73,6 +53,10 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "configs", folder / "configs")
     shell("sstoken-curate demo", folder)
+    rows = (folder / "runs/demo/data.jsonl").read_text().splitlines(keepends=True)
+    (folder / "my.jsonl").write_text("".join(rows[:20]))
+    (folder / ".models").mkdir()
+    (folder / ".models/smollm2").symlink_to("../runs/demo/base")  # the real one takes minutes
     return folder
 
 
@@ -95,55 +79,62 @@ def shell(command, folder):
     return done.stdout
 
 
-def run_programs(text, folder):
-    programs = blocks("python", text)
-    assert programs
-    for program in programs:
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=PATIENCE
+def program(text, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, f"{text}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE)
+@pytest.mark.parametrize("page", documented.RUN)
+def test_a_page_runs_as_written_after_the_readme(clone, page):
+    assert run_page(page, clone)
+
+
+@pytest.mark.parametrize("page", documented.pages())
+def test_each_block_is_run_or_says_why_not(page):
+    used = set()
+    for piece in documented.pieces(page):
+        assert piece.language in (*documented.PROGRAMS, "text"), (
+            f"{page}: a block without its language: {piece.text}"
         )
-        assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
+        if piece.language in documented.PROGRAMS and not piece.runs:
+            why = piece.excepted
+            assert why is not None, f"{page}: nothing runs {piece.text!r}; see tests/documented.py"
+            used.add(why)
+            if re.fullmatch(r"tests/\S+\.py", why):
+                assert (ROOT / why).is_file(), why
+    listed = documented.ELSEWHERE.get(page, {})
+    assert used == set(listed.values()), f"{page}: what is excepted is no longer there"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE)
-def test_the_readme_runs_as_written(clone):
-    assert run_commands(README, clone)
-    run_programs(README, clone)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE)
-@pytest.mark.parametrize("page", PROGRAMS)
-def test_a_page_of_programs_runs_after_the_readme(clone, page):
-    run_programs((ROOT / "docs" / page).read_text(), clone)
-
-
-def test_every_page_with_commands_is_run():
-    found = {
-        page.name
-        for page in (ROOT / "docs").glob("*.md")
-        if blocks("bash", page.read_text()) or blocks("python", page.read_text())
-    }
-    assert found == {*PAGES, *PROGRAMS, *RUN_ELSEWHERE}
+@pytest.mark.parametrize("page", documented.pages())
+def test_each_command_has_the_options_that_its_verb_has(page):
+    for piece in documented.pieces(page):
+        if not piece.text.startswith("sstoken-curate ") or piece.language != "bash":
+            continue
+        words = shlex.split(piece.text.partition(" > ")[0], comments=True)[1:]
+        command = cli.get_command(click.Context(cli), words[0])
+        assert command is not None, piece.text
+        command.make_context(words[0], words[1:])  # refuses what it does not have
 
 
 def test_the_readme_outgrows_a_machine_as_the_page_does():
     """tests/ray runs the page's first block."""
-    assert blocks("bash", (ROOT / "docs" / "scale.md").read_text())[0] in blocks("bash")
+    commands = [piece.text for piece in documented.pieces("scale.md")][:4]
+    assert commands[-1] == "ray stop"
+    section = README.partition("## Outgrow your machine\n")[2].partition("\n## ")[0]
+    assert len(section.strip().splitlines()) <= 20
+    for command in commands:
+        assert f"\n{command}\n" in section
 
 
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"- {page.name}\n" in menu, page.name
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE)
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_runs_as_written_after_the_readme(clone, page):
-    assert run_commands((ROOT / "docs" / page).read_text(), clone) > 1
 
 
 @pytest.mark.slow
@@ -194,4 +185,3 @@ def test_the_notebook_runs_after_the_demo(clone):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (clone / "runs/rho.svg").is_file()
-    run_programs((ROOT / "docs/report.md").read_text(), clone)

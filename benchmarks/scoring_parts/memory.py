@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.rounds import middle
 from benchmarks.scoring_parts.inputs import VOCABULARY, make_model, real_examples, write_tokens
 from benchmarks.scoring_parts.sides import plain_model, plain_script, score_stage
 
@@ -39,7 +40,9 @@ def compare_memory(
     if vocabularies:
         cases.append(("sstoken", "128k", "model-128k", f"tokens-sstoken-{copies[0]}"))
     with ThreadPoolExecutor(2) as pool:  # what a process takes does not depend on how fast it runs
-        for case, facts in zip(cases, pool.map(lambda case: _in_process(work, *case), cases), strict=True):
+        for case, facts in zip(
+            cases, pool.map(lambda case: middle(lambda: _in_process(work, *case)), cases), strict=True
+        ):
             yield case[0], case[1], facts
 
 

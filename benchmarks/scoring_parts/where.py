@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from benchmarks.rounds import middle
 from benchmarks.scoring_parts.inputs import make_inputs, read_rows
 
 KINDS = {
@@ -17,7 +18,7 @@ KINDS = {
 
 
 def time_by_kind(work: Path, model: str, rows: int) -> dict[str, float]:
-    """Shares of the wall clock of the backend, both signals, after a warm-up; `fixed` is in seconds.
+    """Medians of shares of the wall clock of the backend, both signals, after a warm-up; `fixed` is in seconds.
 
     `rest` is Python and everything else; `fixed` is what the stage takes for two short rows, disk to disk.
     """
@@ -40,19 +41,21 @@ def time_by_kind(work: Path, model: str, rows: int) -> dict[str, float]:
     sequences = [np.array(row["input_ids"], np.int32) for row in examples]
     masks = [np.array(row["response_mask"]) for row in examples]
     list(backend.measure(sequences[:8], masks[:8]))
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
+    score_stage(work / "warm-up", work / "model", work)
+
+    def once() -> dict[str, float]:
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            start = time.perf_counter()
+            list(backend.measure(sequences, masks))
+            wall = time.perf_counter() - start
+        shares = dict.fromkeys(KINDS, 0.0)
+        for event in trace.key_averages():
+            kind = next((k for k, pieces in KINDS.items() if any(x in event.key for x in pieces)), None)
+            if kind is not None:
+                shares[kind] += event.self_cpu_time_total / 1e6 / wall
+        shares["rest"] = max(0.0, 1.0 - sum(shares.values()))
         start = time.perf_counter()
-        list(backend.measure(sequences, masks))
-        wall = time.perf_counter() - start
-    shares = dict.fromkeys(KINDS, 0.0)
-    for event in trace.key_averages():
-        kind = next((k for k, pieces in KINDS.items() if any(x in event.key for x in pieces)), None)
-        if kind is not None:
-            shares[kind] += event.self_cpu_time_total / 1e6 / wall
-    shares["rest"] = max(0.0, 1.0 - sum(shares.values()))
-    score_stage(work / "warm-up", work / "model", work)
-    start = time.perf_counter()
-    score_stage(work / "warm-up", work / "model", work)
-    return {kind: round(share, 3) for kind, share in shares.items()} | {
-        "fixed": round(time.perf_counter() - start, 3)
-    }
+        score_stage(work / "warm-up", work / "model", work)
+        return shares | {"fixed": time.perf_counter() - start}
+
+    return {kind: round(share, 3) for kind, share in middle(once).items()}

@@ -148,7 +148,7 @@ def _import() -> Any:
     try:
         import ray
     except ImportError:
-        raise UsageError("engine ray needs the package ray; pip install 'sstoken[ray]'") from None
+        raise UsageError("engine ray needs the package ray; pip install ray") from None
     return ray
 
 

@@ -16,10 +16,11 @@ import click
 from pydantic import Field
 
 from sstoken.errors import UsageError
-from sstoken.pipeline.cli_options import Option, given, json_option, stage_options
+from sstoken.pipeline.cli_options import OnceEach, Option, given, json_option, stage_options
 from sstoken.pipeline.config import LARGEST_SEED, validated
 from sstoken.pipeline.job import Result
 from sstoken.pipeline.printing import print_result
+from sstoken.pipeline.writing import check_not_inside
 from sstoken.stages import storage
 from sstoken.stages.stage import Settings
 
@@ -74,7 +75,7 @@ def verb(
         else:
             print_finished(name, cast(Result, cast(Any, function)(**given(values))), as_json)
 
-    command_of = click.command(name, help=_help(call.__doc__))
+    command_of = click.command(name, OnceEach, help=_help(call.__doc__))
     COMMANDS[name] = command_of(stage_options(fields, sweep=sweep)(json_option(on_command_line)))
     return function
 
@@ -109,7 +110,7 @@ def command(function: Callable[..., Any], *options: Callable[[F], F]) -> Callabl
         name, decorated = function.__name__, body
         for option in reversed(options):
             decorated = option(decorated)
-        COMMANDS[name] = made = click.command(name, help=_help(function.__doc__))(decorated)
+        COMMANDS[name] = made = click.command(name, OnceEach, help=_help(function.__doc__))(decorated)
         texts = _argument_texts(function.__doc__)
         for option in made.params:
             if isinstance(option, click.Option) and not option.help:
@@ -132,6 +133,19 @@ def _argument_texts(docstring: str | None) -> dict[str, str]:
 def place(path: Place) -> Path:
     """The path without its tilde, or the URL, that a caller names."""
     return storage.address(path)
+
+
+def local_file(path: Place) -> Path:
+    """A file to write, on a local disk: no folder, and not within a finished folder.
+
+    Raises:
+        UsageError: it cannot be one.
+    """
+    found = local_place(path)
+    if found.is_dir():
+        raise UsageError(f"{path}: is a folder; name the file to write")
+    check_not_inside(found)
+    return found
 
 
 def named_places(given: Iterable[Place]) -> dict[str, Path]:

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from sstoken.errors import SstokenError
 from sstoken.pipeline.changes import changes
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import RunConfig, load_config
@@ -17,6 +19,9 @@ from sstoken.pipeline.verbs.command import command
 from sstoken.pipeline.verbs.runs import DIGESTS, overrides_option
 from sstoken.stages import storage
 from sstoken.stages.manifest import Digests
+
+if TYPE_CHECKING:
+    from sstoken.pipeline.rates import Estimate
 
 __all__ = ["Planned", "plan"]
 
@@ -88,12 +93,30 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
     if with_cost:
         _print_costs(load_config(config, overrides), tflops, as_json)
         return
-    planned = plan(config, overrides=overrides)
+    from sstoken.pipeline.rates import estimates
+
+    loaded = load_config(config, overrides)
+    planned = plan(loaded)
+    to_do = {p.step for p in planned if p.state != State.FINISHED.value}
+    needed: list[Estimate] = []
+    refused: SstokenError | None = None
+    try:
+        needed = estimates(loaded, to_do) if to_do else []
+    except SstokenError as error:  # the data, which is read for its size
+        refused = error
     if as_json:
+        by_step = {e.step: asdict(e) for e in needed}
+        none = dict.fromkeys(("tokens", "seconds", "bytes", "guessed"))
         facts = [
-            vars(p) | {"folder": str(p.folder or ""), "superseded": str(p.superseded or "")} for p in planned
+            vars(p)
+            | {"folder": str(p.folder or ""), "superseded": str(p.superseded or "")}
+            | by_step.get(p.step, none)
+            | {"step": p.step}
+            for p in planned
         ]
         click.echo(json.dumps(facts))
+        if refused is not None:
+            raise refused
         return
     rows = [
         (p.step, str(p.folder or ""), f"{'; '.join(p.changed)}: runs again" if p.changed else p.state)
@@ -102,6 +125,43 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
     print_table(("step", "folder", "state"), rows)
     for folder in (p.superseded for p in planned if p.superseded):
         click.echo(f"{folder}: {SUPERSEDED}", err=True)
+    if refused is not None:
+        raise refused
+    if needed:
+        _print_needed(needed, loaded.folder)
+
+
+def _print_needed(needed: "list[Estimate]", out: Path) -> None:
+    """Print what the steps that are still to do need, and the sums."""
+    from sstoken.pipeline.cost import SAMPLE, hours, number
+    from sstoken.pipeline.writing import free_bytes, size_text
+
+    seconds = [e.seconds for e in needed if e.seconds is not None]
+    size = sum(e.bytes or 0 for e in needed)
+    rows = [
+        (
+            e.step,
+            number(e.tokens, "~" if e.guessed else ""),
+            hours(None if e.seconds is None else e.seconds / 3600, "~"),
+            "-" if e.bytes is None else "~" + size_text(int(e.bytes)),
+        )
+        for e in needed
+    ]
+    rows.append(("all", "", hours(sum(seconds) / 3600, "~") if seconds else "-", "~" + size_text(int(size))))
+    click.echo()
+    print_table(("still to do", "tokens", "time", "disk"), rows)
+    if seconds:
+        click.echo("time: at the rate of the last run of each kind on this machine")
+    if len(seconds) < len(needed):
+        click.echo("time -: none of its kind has run here yet; `plan --cost` estimates from the FLOPs")
+    if any(e.guessed for e in needed):
+        click.echo(f"tokens: from the first {SAMPLE} rows; exact once they are encoded")
+    free = free_bytes(out)
+    if free is not None and size > free:
+        click.echo(
+            f"warning: {out}: about {size_text(int(size))} would be written, and {size_text(free)} are free",
+            err=True,
+        )
 
 
 def _print_costs(config: RunConfig, tflops: float, as_json: bool) -> None:

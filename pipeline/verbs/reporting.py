@@ -8,7 +8,7 @@ import click
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.cli_options import json_option
-from sstoken.pipeline.verbs.command import Place, command, local_place, named_places, place
+from sstoken.pipeline.verbs.command import Place, command, local_file, local_place, named_places, place
 
 __all__ = ["plot", "report"]
 
@@ -47,7 +47,7 @@ def report(
         given = "nothing" if out is None else "both out and space"
         raise UsageError(f"{given} was given; name the page (--out) or a folder for a Space (--space)")
     named = named_places(folders)
-    page = local_place(out) if out is not None else local_place(str(space)) / PAGE
+    page = local_file(out) if out is not None else local_place(str(space)) / PAGE
     if space is not None:
         check_space(local_place(space))
     facts = write_page(named, page, [place(each) for each in scores], seed)
@@ -98,7 +98,7 @@ def plot(
     from sstoken.stages.report.folders import open_folders
     from sstoken.stages.report.statistics import measure
 
-    check_name(figure, local_place(out))
+    check_name(figure, local_file(out))
     found = open_folders(named_places(folders), [place(each) for each in scores])
     save(pick(measure(found, seed), figure), local_place(out))
 

@@ -121,6 +121,10 @@ class ScoreCall(Output, ScoreOptions):
         attended = self.attention_from or list(named)[-1]
         if attended not in named and attended != NO_ATTENTION:
             same = [name for name, ref in named.items() if ref == attended]
+            if not same and "/" not in attended and not place(attended).is_dir():
+                raise UsageError(
+                    f"attention_from is {attended!r}: no such folder, and none of {', '.join(named)}, {NO_ATTENTION}"
+                )
             extra = {} if same else named_checkpoints([attended])
             attended = (same or list(extra))[0]
             named |= extra

@@ -1,4 +1,4 @@
-"""`SelfModulatedSFTTrainer`: TRL's SFT trainer with in-loop selection. Needs `pip install sstoken[trl]`."""
+"""`SelfModulatedSFTTrainer`: TRL's SFT trainer with in-loop selection. Needs `pip install trl`."""
 
 from trl import SFTTrainer
 

@@ -122,7 +122,7 @@ _PAGE = """\
 `sstoken-curate methods` prints this table, `methods --json` all of it for programs. This page is written by
 `python -m sstoken.methods.listing`.
 
-```
+```bash
 sstoken-curate select --tokens T --scores S --out M --method eaft --param alpha=2 --role current=sft
 ```
 

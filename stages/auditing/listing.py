@@ -57,7 +57,7 @@ _PAGE = """\
 
 `audit` shows what a trainer would learn from a dataset, and what looks wrong about it. It loads no weights.
 
-```
+```bash
 sstoken-curate audit --data rows.jsonl --model Qwen/Qwen3-0.6B    # raw conversations
 sstoken-curate audit tokenised/ --tokenizer Qwen/Qwen3-0.6B       # token ids with labels or a mask
 sstoken-curate audit runs/masked                                  # a folder of a run: tokens, scores, masked, export

@@ -20,6 +20,7 @@ from sstoken.errors import UsageError
 from sstoken.signals import ATTENTION, LOSS, Signal, get_signals
 from sstoken.stages.checkpoints import check_content
 from sstoken.stages.stage import Settings
+from sstoken.stages.wording import has_to_be
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -188,10 +189,7 @@ def read_settings(name: str, options: BackendOptions) -> Settings:
         if first["type"] == "extra_forbidden":
             legal = ", ".join(kind.model_fields) or "none"
             raise UsageError(f"backend_options: {name} has no option {key!r}; legal: {legal}") from None
-        message = str(first["msg"])
-        raise UsageError(
-            f"backend_options: {key} is {first['input']!r}; {message[:1].lower()}{message[1:]}"
-        ) from None
+        raise UsageError(f"backend_options: {key} is {first['input']!r}; {has_to_be(first)}") from None
 
 
 def check_backend(name: str, options: BackendOptions, workers: int = 1) -> None:

@@ -39,7 +39,7 @@ class Adapter:
         try:
             import peft  # noqa: F401
         except ImportError as error:
-            raise SstokenError(f"{ref}: adapters need peft; pip install 'sstoken[lora]'") from error
+            raise SstokenError(f"{ref}: adapters need PEFT; pip install peft") from error
         self._saved = _read_weights(self._folder / ADAPTER_WEIGHTS)
 
     @property

@@ -48,7 +48,8 @@ def read_content(content: Any, where: str) -> Content:
         content = [content]
     if not isinstance(content, list):
         raise BadRow(
-            "not text", f"{where}: a content is a {type(content).__name__}, neither a string nor typed parts"
+            "not text",
+            f"{where}: a content is of type {type(content).__name__}; it has to be a string or typed parts",
         )
     if len(content) > 1 and all(isinstance(part, str) for part in content):
         raise BadRow(

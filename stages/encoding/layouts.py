@@ -1,5 +1,6 @@
 """Dataset layouts: which column plays which role."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,9 +144,31 @@ def detect_layout(
             "messages that it was made from, or cut it into prompt and completion"
         )
     raise NoLayout(
-        f"the columns {', '.join(map(str, row)) or '(none)'} match no known layout: {known}; say which column is "
-        f"which with --format and --column, e.g. --format qa --column question={next(iter(row), 'text')}"
+        f"the columns {', '.join(map(str, row)) or '(none)'} match no known layout: {known}; {_way_out(row, format)}"
     )
+
+
+def _way_out(row: Mapping[str, Any], format: str) -> str:
+    """What to do about columns that match no layout."""
+    names = [str(name) for name in row]
+    if len(names) == 1 and (mark := next((m for m in ";\t|" if m in names[0]), None)):
+        return f"they look separated by {mark!r}; save the file with commas"
+    inside = [n for n, v in row.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)]
+    if len(names) - len(inside) <= 1 and inside:
+        name = str(inside[0])
+        return f"the rows seem to be in {name!r}: save that list alone; if it has turns, --column messages={name}"
+    lowered = {name.lower().replace("-", "_").replace(" ", "_"): name for name in names}
+    for each in REQUIRED if format == "auto" else (format,):
+        found = {
+            role: next((lowered[n] for n in (role, *OTHER_NAMES.get(role, ())) if n in lowered), None)
+            for role in REQUIRED[each]
+        }
+        if all(found.values()):
+            given = " ".join(f"--column {shlex.quote(f'{role}={name}')}" for role, name in found.items())
+            return f"say which is which: --format {each} {given}"
+    first, second = (*names, "COLUMN", "COLUMN")[:2]
+    given = " ".join(f"--column {shlex.quote(pair)}" for pair in (f"question={first}", f"answer={second}"))
+    return f"say which column is which with --format and --column, e.g. --format qa {given}"
 
 
 def _column(row: Mapping[str, Any], role: str, given: Mapping[str, str]) -> str:

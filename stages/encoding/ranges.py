@@ -246,7 +246,7 @@ def _marks_of_files(files: Files, size: int) -> Iterator[_Mark | Row]:
 
 def _marks_of_lines(file: _Lines) -> Iterator[_Mark]:
     with file.open() as raw:
-        row_files.refuse_empty(raw, file.name)
+        row_files.refuse_mistaken(raw.peek(1)[:4096], file.name)
         for index, (offset, number, _) in enumerate(row_files.lines(raw)):
             yield _Mark(file, index, offset, number)
 
@@ -256,8 +256,7 @@ def _marks_of_parquet(filesystem: Any, path: str, name: str, label: str, size: i
 
     file = _Groups(filesystem, path, name, label)
     with file.open() as raw:
-        if not raw.read(1):
-            row_files.refuse_empty(raw, name)
+        row_files.refuse_mistaken(raw.read(4096), name)
         raw.seek(0)
         try:
             opened = row_files.parquet_file(raw)

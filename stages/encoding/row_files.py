@@ -62,7 +62,7 @@ def read(stream: Any, name: str, *, parse: bool = True) -> Iterator[Parsed]:
     format = kind(name)
     assert format is not None, name
     try:
-        refuse_empty(stream, name)
+        refuse_mistaken(stream.peek(1)[:4096], name)
         if format == "jsonl":
             yield from _json_lines(stream, name, parse)
         else:
@@ -76,14 +76,29 @@ def damaged(name: str, error: BaseException) -> SstokenError:
     return SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again")
 
 
-def refuse_empty(stream: Any, name: str) -> None:
-    """Refuse a buffered file without a byte.
+def refuse_mistaken(start: bytes, name: str) -> None:
+    """Refuse a file without a byte, or whose first bytes show that it is of another kind than its name says.
 
     Raises:
         SstokenError: it is one.
     """
-    if not stream.peek(1):
+    if not start:
         raise SstokenError(f"{name}: the file is empty; name one that has rows")
+    text, format = start.removeprefix(b"\xef\xbb\xbf").lstrip(), kind(name)
+    for mark, told in _OTHERS.items():
+        if text.lower().startswith(mark) and (mark, format) != (b"par1", "parquet"):
+            raise SstokenError(f"{name}: {told}")
+
+
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of Git LFS and not the data; fetch the file itself: git lfs pull",
+    b"<!doctype": "a web page and not the data; download the file itself (on the Hub, resolve in place of blob)",
+    b"<html": "a web page and not the data; download the file itself (on the Hub, resolve in place of blob)",
+    b"pk\x03\x04": "a zip archive or a spreadsheet; name an archive .zip, and save a sheet as .csv",
+    b"par1": "a Parquet file; name it .parquet",
+    b"\x1f\x8b": "compressed with gzip; add .gz to its name",
+}
+"""By the first bytes of a file, in small letters: what it is."""
 
 
 def _json_lines(stream: Any, name: str, parse: bool = True) -> Iterator[Parsed]:
@@ -130,9 +145,21 @@ def json_value(text: bytes) -> tuple[Any, Problem | None]:
     except DuplicateKeyError as error:
         return None, ("duplicate key", str(error))
     except json.JSONDecodeError as error:
-        return None, ("broken JSON", f"{error.msg} at column {error.colno}")
+        return None, ("broken JSON", f"{_explained(error)} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deep
         return None, ("broken JSON", str(error)[:100])
+
+
+def _explained(error: json.JSONDecodeError) -> str:
+    """What is wrong with a text, also where Python's parser says it less plainly."""
+    if error.doc.strip() in ("{", "["):
+        return "the row goes on over several lines; write one object a line, or name a list .json; broken"
+    found, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()[-1:]
+    if error.msg == "Extra data":
+        return "more than one value on the line"
+    if found and found in "]}" and before == ",":
+        return f"a comma before {found}"
+    return "names and texts stand in double quotes" if found == "'" else error.msg
 
 
 def _json(stream: Any, name: str) -> Iterator[Parsed]:

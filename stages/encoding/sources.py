@@ -18,6 +18,7 @@ from sstoken.stages import plain_json
 from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
 from sstoken.stages.encoding.row_files import first_line
+from sstoken.stages.hub_models import REMEDY
 from sstoken.stages.remote_path import options
 from sstoken.stages.storage import expanded
 
@@ -222,7 +223,7 @@ def _locate_files(data: str) -> Files:
     if any(c in path for c in "*?[") and not literal:
         paths = sorted(p for p in remote(filesystem.glob, path, shown(data)) if row_files.is_visible(p))
         if not paths:
-            raise UsageError(f"data {shown(data)!r}: no file matches the pattern")
+            raise UsageError(f"data {shown(data)!r}: no file matches the pattern; name files that are there")
     elif literal or remote(filesystem.info, path, shown(data))["type"] == "file":
         paths = [path]
     else:
@@ -236,11 +237,20 @@ def _locate_files(data: str) -> Files:
             suffix = PurePosixPath(_without_compression(each)).suffix or "none"
             raise UsageError(
                 f"data {each!r}: extension {suffix} is not one of {', '.join(row_files.EXTENSIONS)} "
-                f"(each also with {', '.join(COMPRESSED)})"
+                f"(each also with {', '.join(COMPRESSED)}); {_conversion(suffix)}"
             )
     prefix = "" if is_local(filesystem) else data.partition("://")[0] + "://"
     names = [shown(p) if "://" in p else prefix + p for p in paths]
     return Files(filesystem, tuple(paths), tuple(names))
+
+
+def _conversion(suffix: str) -> str:
+    """How to make rows of a file of another kind."""
+    if suffix in (".xlsx", ".xls", ".ods"):
+        return "save the sheet as .csv"
+    if suffix in (".tsv", ".tab"):
+        return "save it with commas as .csv"
+    return "convert it, for example to JSON lines: one object with the row's columns a line"
 
 
 def file_rows(files: Files, labels: list[str], parse: bool) -> Iterator[Row]:
@@ -302,7 +312,7 @@ def _hub_commit(source: Hub) -> str:
         return str(dataset_info(source.name, revision=source.revision).sha)
     except Exception as error:  # offline, missing or private: the remedy is the same
         raise SstokenError(
-            f"data {source.name!r}: no such file, and the Hub does not answer for it ({first_line(error)})"
+            f"data {source.name!r}: no such file, and the Hub does not answer for it ({first_line(error)}); {REMEDY}"
         ) from error
 
 
@@ -311,7 +321,7 @@ def remote(ask: Callable[[str], Any], path: str, name: str) -> Any:
     try:
         return ask(path)
     except FileNotFoundError as error:
-        raise UsageError(f"data {name!r}: no such file") from error
+        raise UsageError(f"data {name!r}: no such file there; download it, or check the address") from error
     except Exception as error:  # each filesystem raises its own types
         raise SstokenError(f"{name}: cannot be read ({first_line(error)})") from error
 

@@ -90,7 +90,9 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
     """
     raw = json_or_text(value)
     if not isinstance(raw, list) or not raw:
-        raise BadRow("no messages", "the conversation is not a non-empty list")
+        found = "an empty list" if raw == [] else f"of type {type(raw).__name__}"
+        hint = "; write it with json.dumps" if isinstance(raw, str) and raw[:1] == "[" else ""
+        raise BadRow("no messages", f"the conversation is {found}, and has to be a list of messages{hint}")
     if isinstance(raw[0], str):  # each turn as JSON text
         raw = [json_or_text(turn, "{") for turn in raw]
     turns = Turns()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import yaml
@@ -10,6 +10,9 @@ import yaml
 from sstoken.methods import METHODS
 from sstoken.stages.masked_card import decisive_settings
 from sstoken.stages.token_text import markdown
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetCardData
 
 TAGS = ("token-masked", "sstoken")
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
@@ -62,8 +65,10 @@ def card(
     """
     source, title, fields = _source(origin), _title(origin, repo), shards.schema
     front = front_matter(title, origin, license, shards)
+    # str.format, not DatasetCard.from_template: values are escaped for Markdown here, and are never a template.
     return _CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False, width=1000),
+        # not to_yaml, which writes characters that turn text around as they are
+        front=yaml.safe_dump(front.to_dict(), sort_keys=False, width=1000),
         title=markdown(title),
         source=f", made from {_link(source, origin)}" if source else "",
         examples=f"{shards.examples:,}",
@@ -83,25 +88,28 @@ def card(
 
 def front_matter(
     title: str, origin: Mapping[str, Any], license: str | list[str] | None, shards: Shards
-) -> dict[str, Any]:
-    """Return what the Hub reads: licence, tags, and the shards with their columns."""
-    front: dict[str, Any] = {"license": license} if license else {}
-    front |= {"pretty_name": title, "task_categories": ["text-generation"], "tags": list(TAGS)}
-    front["size_categories"] = [_SIZES[min(len(_SIZES) - 1, max(0, len(str(shards.examples)) - 3))]]
-    if source := _data(origin).get("hub"):
-        front["source_datasets"] = [source]
-    if models := base_models(origin):
-        front["base_model"] = models
-    split = {"name": "train", "num_bytes": shards.arrow_bytes, "num_examples": shards.examples}
+) -> "DatasetCardData":
+    """Return what the Hub reads: licence, tags, and the shards with their columns; what is not known is left out."""
+    from huggingface_hub import DatasetCardData
+
+    source = _data(origin).get("hub")
     paths = [{"split": "train", "path": "data/part-*.parquet"}]
-    front["configs"] = [{"config_name": "default", "data_files": paths}]
-    front["dataset_info"] = {
-        "features": [_feature(field) for field in shards.schema],
-        "splits": [split],
-        "download_size": shards.file_bytes,
-        "dataset_size": shards.arrow_bytes,
-    }
-    return front
+    return DatasetCardData(
+        license=license or None,
+        pretty_name=title,
+        task_categories=["text-generation"],
+        tags=list(TAGS),
+        size_categories=[_SIZES[min(len(_SIZES) - 1, max(0, len(str(shards.examples)) - 3))]],
+        source_datasets=[source] if source else None,
+        base_model=base_models(origin) or None,
+        configs=[{"config_name": "default", "data_files": paths}],
+        dataset_info={
+            "features": [_feature(field) for field in shards.schema],
+            "splits": [{"name": "train", "num_bytes": shards.arrow_bytes, "num_examples": shards.examples}],
+            "download_size": shards.file_bytes,
+            "dataset_size": shards.arrow_bytes,
+        },
+    )
 
 
 def base_models(origin: Mapping[str, Any]) -> list[str]:

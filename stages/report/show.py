@@ -23,6 +23,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
 from sstoken.stages import tables
 from sstoken.stages.checkpoints import load_tokenizer
+from sstoken.stages.manifest import finished_inside
 from sstoken.stages.report.choosing import choose, signal_values
 from sstoken.stages.token_text import token_texts, visible
 
@@ -127,7 +128,7 @@ def save_svg(
     try:
         file.write_text(svg, encoding="utf-8")
     except OSError as error:
-        raise SstokenError(f"{file}: cannot be written ({error.strerror})") from error
+        raise SstokenError(f"{file}: cannot be written ({error.strerror}); name another file") from error
 
 
 def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", console: Console) -> None:
@@ -222,8 +223,17 @@ def read_examples(masked: Path, row: int, num_examples: int = 1) -> list[MaskedE
     if not (masked / "manifest.json").is_file():
         if parts:
             raise SstokenError(f"{masked}: unfinished (no manifest.json); run its select again")
-        why = "not a masked dataset" if masked.is_dir() else "no such folder"
-        raise UsageError(f"{masked}: {why}; name the folder that select wrote")
+        why = (
+            "not a masked dataset"
+            if masked.is_dir()
+            else "is a file"
+            if masked.exists()
+            else "no such folder"
+        )
+        name = (
+            f"one in it: {', '.join(inside)}" if (inside := finished_inside(masked)) else "what select wrote"
+        )
+        raise UsageError(f"{masked}: {why}; name {name}")
     footers = [_footer(part) for part in parts]
     total = sum(footer.num_rows for footer in footers)
     if not 0 <= row < total:

@@ -46,6 +46,15 @@ def says(line: str, *words: str) -> None:
     assert not missing, f"{missing} not in: {line}"
 
 
+def instead(command: tuple[object, ...], options: tuple[object, ...]) -> list[object]:
+    """The command with the first of the options, and its value, in the place of what it says itself."""
+    given = list(command)
+    if options[0] in given:
+        at = given.index(options[0])
+        del given[at : at + 2]
+    return [*given, *options]
+
+
 def conversation(*roles: str) -> str:
     return json.dumps({"messages": [{"role": role, "content": "w1"} for role in roles]}) + "\n"
 
@@ -239,10 +248,8 @@ def test_options_of_encode(
     options: tuple[object, ...], words: tuple[str, ...], world: World, cli: CommandLine, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"
-    says(
-        cli.fails(USAGE, "encode", "--data", world.data, "--model", world.base, "--out", out, *options),
-        *words,
-    )
+    command = ("encode", "--data", world.data, "--model", world.base, "--out", out)
+    says(cli.fails(USAGE, *instead(command, options)), *words)
     no_trace(out)
 
 
@@ -437,7 +444,12 @@ def test_options_of_score(
     for name, place in places.items():
         value = value.replace(name, str(place))
     command = ("score", "--tokens", world.tokens, "--ckpt", world.base, "--out", tmp_path / "scores")
-    says(cli.fails(USAGE, *command, option, value), *words)
+    says(
+        cli.fails(
+            USAGE, *(instead(command, (option, value)) if option != "--ckpt" else (*command, option, value))
+        ),
+        *words,
+    )
     no_trace(tmp_path / "scores" / "base")
     cli.works(*command)
 
@@ -540,7 +552,7 @@ def test_options_of_select(
 ) -> None:
     options = tuple(value.replace("SCORES", str(world.scores)) for value in options)
     command = ("select", "--tokens", world.tokens, "--scores", world.scores, "--out", tmp_path / "masked")
-    says(cli.fails(USAGE, *command, *options), *words)
+    says(cli.fails(USAGE, *instead(command, options)), *words)
     no_trace(tmp_path / "masked")
     cli.works(*command)
 

@@ -245,17 +245,17 @@ def test_a_wrong_number_is_one_line_that_names_it(verb: str, cli: CommandLine) -
     numbers = 0
     for option in command(verb).params:
         name = option.name
-        if name not in OF_FIELDS[verb].model_fields or option.type not in (click.INT, click.FLOAT):
+        if name not in OF_FIELDS[verb].model_fields or option.type.name not in ("integer", "float"):
             continue
         numbers += 1
         line = cli.fails(2, verb, *required, option.opts[0], "many")
         assert f"'{option.opts[0]}'" in line
         assert "invalid literal" not in line
-        assert "'many' is not a valid" in line
+        assert "'many' is no " in line
         if "range" in str(option.make_metavar(click.Context(command(verb)))).lower():
             line = cli.fails(2, verb, *required, option.opts[0], "-1")
             assert f"{name} is -1" in line
-            assert "should be" in line
+            assert "legal is " in line
     assert numbers
 
 

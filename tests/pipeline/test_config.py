@@ -125,14 +125,14 @@ BROKEN = {
     MINIMAL + "anchor: {max_step: 3}": ("'anchor.max_step'", "did you mean 'max_steps'"),
     MINIMAL + "score: {batchtokens: 3}": ("'score.batchtokens'", "did you mean 'batch_tokens'"),
     MINIMAL + "zzz: 1": ("'zzz'", "legal: out, seed, encode"),
-    MINIMAL + "select: {gamma: -1}": ("select.gamma is -1", "greater than or equal to 0"),
-    MINIMAL + "select: {rho: high}": ("select.rho is 'high'", "valid number"),
+    MINIMAL + "select: {gamma: -1}": ("select.gamma is -1", "legal is 0"),
+    MINIMAL + "select: {rho: high}": ("select.rho is 'high'", "a number"),
     MINIMAL + "select: {scope: all}": ("select.scope is 'all'", "'sample' or 'global'"),
     MINIMAL + "anchor: {max_steps: 1.5}": ("anchor.max_steps is 1.5",),
     MINIMAL + "anchor: {learning_rate: .inf}": ("anchor.learning_rate is inf", "finite"),
     MINIMAL + "score: {checkpoints: 5}": ("score.checkpoints is 5",),
-    MINIMAL + "seed: x": ("seed is 'x'", "valid integer"),
-    MINIMAL + "seed: -1": ("seed is -1", "greater than or equal to 0"),
+    MINIMAL + "seed: x": ("seed is 'x'", "whole number"),
+    MINIMAL + "seed: -1": ("seed is -1", "legal is 0 or more"),
 }
 
 

@@ -120,7 +120,9 @@ def test_init_writes_a_configuration_that_plans(
     assert "data: ../mine.jsonl" in text
     assert json.loads((tmp_path / "deep" / "sstoken.schema.json").read_text()) == schema()
     jsonschema.validate(yaml.safe_load(text), schema())
-    assert "not run yet" in cli.works("plan", "deep/run.yaml")
+    planned = cli("plan", "deep/run.yaml")
+    assert "not run yet" in planned.out
+    assert "line 25: no answer" in planned.err, "what run would refuse"
     error = cli.fails(2, "init", "--data", "mine.jsonl", "--model", world.base, "--file", "deep/run.yaml")
     assert "exists already; name another with --file" in error
 

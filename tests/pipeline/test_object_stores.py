@@ -1,6 +1,7 @@
 """Every stage reads from and writes to S3 as it does on a disk; what fails or races there leaves nothing half-done."""
 
 import hashlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from sstoken.stages import faults, storage, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.object_store import ObjectStore
 from sstoken.stages.training import resumable
+from tests import documented
 from tests.object_stores import BUCKET, SECRET, needs_s3, s3_server
 from tests.pipeline.small_run import environment, save_config
 from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World
@@ -112,6 +114,21 @@ def test_every_stage_writes_the_bytes_that_it_writes_on_a_disk(
     everything = storage.address(place).files()
     assert not [file for file in everything if SECRET.encode() in file.read_bytes()]
     assert not [file for file in everything if ".partial" in str(file) or file.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_the_page_runs_as_printed(world: World, run: CommandLine, place: str) -> None:
+    """docs/storage.md, on a server here."""
+    store = fsspec.filesystem("s3", use_listings_cache=False)
+    store.put(str(world.data), f"{place}/raw/rows.jsonl")
+    store.put(str(world.base), f"{place}/base", recursive=True)
+    store.put(str(world.later), f"{place}/later", recursive=True)
+    lines = [
+        piece.text for piece in documented.pieces("storage.md") if piece.text.startswith("sstoken-curate ")
+    ]
+    assert len(lines) >= 6
+    for line in lines:
+        run.works(*shlex.split(line.replace("s3://bucket", place))[1:])
 
 
 def test_data_and_checkpoints_are_read_from_there(

@@ -1,5 +1,6 @@
 """Ordinary mistakes, each of which ends in one line that says what to do. More in test_bad_input.py."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,16 @@ class Place:
     """An empty folder."""
 
     def file(self, name: str, content: str) -> Path:
+        return self.binary(name, content.encode())
+
+    def binary(self, name: str, content: bytes) -> Path:
         path = self.free / name
-        path.write_text(content)
+        path.write_bytes(content)
         return path
+
+    def configuration(self, more: str) -> Path:
+        head = f"out: {self.free / 'run'}\nencode: {{data: {self.world.data}, model: {self.world.base}}}\n"
+        return self.file("c.yaml", head + more)
 
 
 Mistake = Callable[[Place], list[object]]
@@ -34,6 +42,12 @@ def scoring(place: Place, *options: object) -> list[object]:
 
 def encoding(place: Place, *options: object) -> list[object]:
     return ["encode", "--out", place.free / "out", *options]
+
+
+def selecting(place: Place, *options: object) -> list[object]:
+    return [
+        "select", "--tokens", place.world.tokens, "--scores", place.world.scores, "--out", place.free / "out", *options,
+    ]  # fmt: skip
 
 
 MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
@@ -124,7 +138,132 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
         lambda p: ["export", p.masked, "--to", "verl", "--out", p.free / "out", "--into", p.file("c.yaml", "a: 1\n")],
         ("not configured by a YAML file alone", "axolotl"),
     ),
+    "a role that is mistyped": (
+        lambda p: selecting(p, "--role", "historie=base"), ("'historie'", "did you mean 'history'?"),
+    ),
+    "a role that is mistyped in a configuration": (
+        lambda p: ["plan", p.configuration(f"score: {{checkpoints: [{p.world.base}, {p.world.later}]}}\n"
+                                           "select: {roles: {historie: base}}\n")],
+        ("'historie'", "did you mean 'history'?"),
+    ),
+    "an option given twice": (
+        lambda p: encoding(p, "--data", p.world.data, "--data", p.world.data, "--model", p.world.base),
+        ("--data is given 2 times", "give it once"),
+    ),
+    "the dash of a word processor": (
+        lambda p: encoding(p, "\u2014data", p.world.data, "--model", p.world.base), ("'\u2014data'", "type --"),
+    ),
+    "blanks around =": (
+        lambda p: ["run", p.configuration(""), "--set", "select.rho", "=", "0.4"], ("NAME=VALUE without blanks",),
+    ),
+    "a verb in capitals": (lambda p: ["ENCODE"], ("did you mean 'encode'?",)),
+    "help as a verb": (lambda p: ["help"], ("did you mean --help?",)),
+    "percent signs": (lambda p: selecting(p, "--rho", "60%"), ("'60%'", "such as 0.6")),
+    "no process": (lambda p: selecting(p, "--workers", -1), ("workers is -1", "legal is 1 or more")),
+    "a number in words": (lambda p: selecting(p, "--seed", "one"), ("'one'", "whole number")),
+    "an output within a finished folder": (
+        lambda p: [
+            "score", "--tokens", p.world.tokens, "--ckpt", p.world.base, "--out", p.world.tokens / "scores",
+        ],
+        ("which 'encode' wrote", "outside"),
+    ),
+    "a page written over a folder": (lambda p: ["report", p.masked, "--out", p.free], ("is a folder", "name the file")),
+    "a picture in a finished folder": (
+        lambda p: ["show", p.masked, "--svg", p.masked / "row.svg"], ("which 'select' wrote", "outside"),
+    ),
+    "tokens and scores exchanged": (
+        lambda p: ["select", "--tokens", p.world.scores, "--scores", p.world.tokens, "--out", p.free / "out"],
+        ("written by 'encode'", "exchanged"),
+    ),
+    "the folder of several as the tokens": (
+        lambda p: ["score", "--tokens", p.world.tokens.parent, "--ckpt", p.world.base, "--out", p.free / "out"],
+        ("name one in it", "tokens"),
+    ),
+    "attention of a checkpoint that is not scored": (
+        lambda p: scoring(p, "--ckpt", p.world.base, "--attention-from", "sft"),
+        ("attention_from is 'sft'", "none of base, none"),
+    ),
+    "a step that an anchor run did not leave": (
+        lambda p: scoring(p, "--ckpt", f"{os.path.relpath(p.world.base.parent)}/step-7"), ("no such folder",),
+    ),
+    "a model without a network": (
+        lambda p: encoding(p, "--data", p.world.data, "--model", "nobody/nothing"), ("nobody/nothing", "HTTPS_PROXY"),
+    ),
+    "a key that is mistyped": (
+        lambda p: ["run", p.file("c.yaml", "out: o\nencode: {data: d, modle: m}\n")], ("did you mean 'model'?",),
+    ),
+    "a section that is mistyped": (
+        lambda p: ["run", p.file("c.yaml", "out: o\nencod: {data: d, model: m}\n")], ("did you mean 'encode'?",),
+    ),
+    "a field without its section": (
+        lambda p: ["run", p.configuration(""), "--set", "rho=0.4"], ("did you mean 'select.rho'?",),
+    ),
+    "a colon in a value": (
+        lambda p: ["run", p.file("c.yaml", "out: a: b\n")], ("line 1, column 7", "in quotes"),
+    ),
+    "a configuration in UTF-16": (
+        lambda p: ["run", p.binary("c.yaml", "out: o\n".encode("utf-16"))], ("not a YAML text", "save it as UTF-8"),
+    ),
+    "data in place of a configuration": (
+        lambda p: ["run", p.file("d.jsonl", '{"a": 1}\n{"a": 2}\n')], ("name a configuration", "encode"),
+    ),
 }  # fmt: skip
+ROWS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
+    # what is wrong with the data: (file, content, what the line has to say)
+    "a trailing comma": ("d.jsonl", '{"question": "w1", "answer": "w2",}\n', ("line 1", "a comma before }")),
+    "single quotes": ("d.jsonl", "{'question': 'w1'}\n", ("line 1", "in double quotes")),
+    "two objects on a line": ("d.jsonl", '{"a": "w1"}{"a": "w2"}\n', ("line 1", "more than one value")),
+    "pretty-printed rows": (
+        "d.jsonl",
+        '{\n "question": "w1"\n}\n',
+        ("line 1", "several lines", "one object a line"),
+    ),
+    "a list in a .jsonl file": (
+        "d.jsonl",
+        '[\n{"question": "w1"}\n]\n',
+        ("several lines", "name a list .json"),
+    ),
+    "rows below a key": (
+        "d.json",
+        '{"data": [{"question": "w1", "answer": "w2"}]}',
+        ("'data'", "save that list alone"),
+    ),
+    "semicolons": ("d.csv", "question;answer\nw1;w2\n", ("separated by ';'", "commas")),
+    "tabs": ("d.tsv", "question\tanswer\nw1\tw2\n", (".tsv", "save it with commas")),
+    "an old spreadsheet": ("d.xls", "x", (".xls", "save the sheet as .csv")),
+    "a pickle": ("d.pkl", "x", (".pkl", "JSON lines")),
+    "columns in capitals": (
+        "d.jsonl",
+        '{"Question": "w1", "Answer": "w2"}\n',
+        ("--column question=Question --column answer=Answer",),
+    ),
+    "columns of another language": (
+        "d.jsonl",
+        '{"Frage": "w1", "Antwort nr 1": "w2"}\n',
+        ("--column question=Frage --column 'answer=Antwort nr 1'",),
+    ),
+    "a pointer of Git LFS": ("d.jsonl", "version https://git-lfs.github.com/spec/v1\n", ("git lfs pull",)),
+    "a pointer in place of Parquet": (
+        "d.parquet",
+        "version https://git-lfs.github.com/spec/v1\n",
+        ("git lfs pull",),
+    ),
+    "a web page": ("d.jsonl", "<!DOCTYPE html>\n<html>", ("web page", "download the file itself")),
+    "a spreadsheet by another name": ("d.csv", b"PK\x03\x04rest", ("spreadsheet", ".csv")),
+    "Parquet by another name": ("d.jsonl", b"PAR1rest", ("name it .parquet",)),
+    "gzip by another name": ("d.jsonl", b"\x1f\x8brest", ("add .gz",)),
+    "messages printed by Python": (
+        "d.jsonl",
+        "{\"messages\": \"[{'role': 'user', 'content': 'a'}]\"}\n",
+        ("of type str", "json.dumps"),
+    ),
+    "messages that are one": (
+        "d.jsonl",
+        '{"messages": {"role": "user"}}\n',
+        ("of type dict", "a list of messages"),
+    ),
+    "numbers in place of text": ("d.jsonl", '{"question": 1, "answer": 2}\n', ("of type int", "a string")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +272,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return api.select(tokens=world.tokens, scores=world.scores, out=out).folder
 
 
-@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize("case", [*MISTAKES, *ROWS])
 def test_ends_in_one_line(
     case: str,
     masked: Path,
@@ -144,9 +283,15 @@ def test_ends_in_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     free = tmp_path / "free"
     free.mkdir()
-    command, said = MISTAKES[case]
-    cli = CommandLine(capfd)
-    outcome = cli(*command(Place(make_world(), masked, free)))
+    cli, place = CommandLine(capfd), Place(make_world(), masked, free)
+    if case in ROWS:
+        name, content, said = ROWS[case]
+        data = place.binary(name, content if isinstance(content, bytes) else content.encode())
+        command = encoding(place, "--data", data, "--model", place.world.base)
+    else:
+        make, said = MISTAKES[case]
+        command = make(place)
+    outcome = cli(*command)
     assert outcome.code in (1, 2), outcome
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: ")

@@ -81,8 +81,8 @@ def test_without_the_package_its_name_is_not_known(model):
     ("settings", "words"),
     [
         ({"scala": 2}, "table has no option 'scala'; legal: scale, threads"),
-        ({"scale": "big"}, "scale is 'big'; input should be a valid number"),
-        ({"scale": 0}, "scale is 0; input should be greater than 0"),
+        ({"scale": "big"}, "scale is 'big'; it has to be a number"),
+        ({"scale": 0}, "scale is 0; legal is more than 0"),
     ],
 )
 def test_its_settings_are_checked_before_any_work(installed, model, settings, words):
