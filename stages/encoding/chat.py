@@ -17,6 +17,7 @@ from sstoken.stages import checkpoints
 from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation, TrainedTurns
 from sstoken.stages.encoding.rendering import Rendered, Renderer, Vocabulary
 from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span
+from sstoken.stages.hub_models import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,10 +141,21 @@ class ChatEncoder:
             return "given"
         return "plain" if self.tokenizer.chat_template is None else "tokenizer"
 
+    def _coded(self, text: str) -> Any:
+        """The tokens of a text, with their offsets in characters.
+
+        Raises:
+            BadRow: the tokenizer fails on it.
+        """
+        try:
+            return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's; no `Exception`
+                raise
+            raise BadRow("tokenizer fails", first_line(error)) from None
+
     def _tokenize(self, rendered: Rendered, turn: int | None, notes: tuple[str, ...]) -> Encoded:
-        coded = self.tokenizer(
-            rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        coded = self._coded(rendered.text)
         ids = coded["input_ids"]
         runs = _token_runs(rendered.text, rendered.spans, coded["offset_mapping"])
         changed = self._check_tokens([ids[first:last] for first, last in runs], rendered)

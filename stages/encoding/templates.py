@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
+from sstoken.stages.encoding.memory_limit import MOST_BYTES, memory_limited
 from sstoken.stages.encoding.messages import REASONING, BadRow, Conversation, Message
 from sstoken.stages.storage import expanded
 
@@ -37,6 +38,11 @@ FROM_TRL = "trl:"
 """`trl:NAME` names a chat template that an installed TRL ships."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_LONGEST = 1_000_000
+"""Characters of a template; real ones have up to 20,000."""
+_MOST_CHARS, _MOST_TIMES = 10_000_000, 10
+"""Characters of a rendered conversation above which it may have at most so many times those of its messages."""
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _WORDS = ("Wqxone", "Wqxtwo")
 """Words that no template prints by itself."""
 
@@ -65,9 +71,17 @@ class ChatTemplate:
     Args:
         source: the Jinja text.
         special_tokens: `bos_token` and the like, by name.
+
+    Raises:
+        SstokenError: the text is too long for a template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+        if len(source) > _LONGEST:
+            raise SstokenError(
+                f"chat template: {len(source):,} characters; it can have {_LONGEST:,}, name another one with "
+                "--chat-template"
+            )
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._dated = _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), source)
@@ -185,22 +199,43 @@ class ChatTemplate:
         if conversation.tools and dialect.tools_in_system:
             conversation = _with_tools_in_system(conversation)
         try:
-            texts, spans = render_jinja_template(
-                conversations=[[_adapted(message, dialect) for message in conversation.messages]],
-                tools=conversation.tools,
-                chat_template=self._dated,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=prompt,
-                **self._special_tokens,
-            )
+            with memory_limited():
+                texts, spans = render_jinja_template(
+                    conversations=[[_adapted(message, dialect) for message in conversation.messages]],
+                    tools=conversation.tools,
+                    chat_template=self._dated,
+                    return_assistant_tokens_mask=marked,
+                    add_generation_prompt=prompt,
+                    **self._special_tokens,
+                )
         except jinja2.TemplateSyntaxError as error:
             raise SstokenError(
                 f"chat template: not valid Jinja (line {error.lineno}: {error.message})"
             ) from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except MemoryError:
+            raise SstokenError(
+                f"chat template: rendering a conversation takes more than {MOST_BYTES >> 30} GiB; fix what multiplies "
+                "text in it, or name another one with --chat-template"
+            ) from None
+        except RecursionError:
+            raise SstokenError(
+                "chat template: nested too deep, or a macro that calls itself; name another one with --chat-template"
+            ) from None
+        except ImportError:
+            raise  # of an old Jinja
+        except Exception as error:  # the template's own code raises what it likes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BadRow("template refuses", reason) from error
+        _check_rendered(texts[0], conversation)
         return texts[0], [(start, end) for start, end in spans[0]] if marked else []
+
+
+def _check_rendered(text: str, conversation: Conversation) -> None:
+    """Refuse an output that is no text, or out of all proportion."""
+    if len(text) > _MOST_CHARS and len(text) > _MOST_TIMES * len(repr(conversation.messages)):
+        raise BadRow("template refuses", f"it makes {len(text):,} characters of this conversation")
+    if not text.isascii() and _SURROGATES.search(text):
+        raise BadRow("template refuses", "it writes half of a character (a lone surrogate)")
 
 
 def _message(role: str, content: str) -> Message:

@@ -18,6 +18,11 @@ class _TooLong(BaseException):
     """Not an `Exception`, so that no library catches it."""
 
 
+def interruptible() -> bool:
+    """Whether a signal can stop what this thread computes."""
+    return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def limited(what: str) -> Iterator[Callable[[str], None]]:
     """Stop a template that computes for longer than `MOST_SECONDS`.
@@ -33,7 +38,7 @@ def limited(what: str) -> Iterator[Callable[[str], None]]:
     Raises:
         SstokenError: the time limit was exceeded.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if not interruptible():
         yield lambda name: None
         return
 

@@ -6,12 +6,14 @@ is drawn from the seed alone: `--only 17` repeats the one of that number.
 
 import argparse
 import json
+import math
 import os
 import random
 import re
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -196,6 +198,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", type=int, help="the number of one trial")
+    parser.add_argument("--minutes", type=float, help="begin no trial after that time")
     parser.add_argument("--careless", action="store_true", help="write files in place, so that work is lost")
     asked = parser.parse_args()
     numbers = range(asked.trials) if asked.only is None else [asked.only]
@@ -208,7 +211,7 @@ def main() -> int:
         if asked.careless:
             _write_in_place()
         campaign = Campaign(folder)
-        results = _spread(campaign, list(numbers), asked.seed, asked.processes, folder)
+        results = _spread(campaign, list(numbers), asked.seed, asked.processes, folder, asked.minutes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     failures = [result for result in results if result["failure"]]
@@ -225,7 +228,7 @@ def main() -> int:
     print(json.dumps(summary, indent=1))
     for failure in failures:
         print(json.dumps(failure), file=sys.stderr)
-    return 1 if failures or len(results) < len(numbers) else 0
+    return 1 if failures or not results or (len(results) < len(numbers) and asked.minutes is None) else 0
 
 
 def _write_in_place() -> None:
@@ -241,13 +244,16 @@ def _write_in_place() -> None:
 
 
 def _spread(
-    campaign: Campaign, numbers: list[int], seed: int, processes: int, folder: Path
+    campaign: Campaign, numbers: list[int], seed: int, processes: int, folder: Path, minutes: float | None
 ) -> list[dict[str, Any]]:
     children = []
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for slot in range(processes):
         if (child := os.fork()) == 0:
             with open(folder / f"results-{slot}", "w", buffering=1) as file:
                 for number in numbers[slot::processes]:
+                    if time.monotonic() > end:
+                        break
                     file.write(json.dumps(_tried(campaign, campaign.draw(number, seed))) + "\n")
             os._exit(0)
         children.append(child)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from sstoken.errors import SstokenError
 from sstoken.pipeline import api
 from sstoken.stages.checkpoints import load_tokenizer
-from sstoken.stages.encoding import time_limit
+from sstoken.stages.encoding import memory_limit, time_limit
 from tests.pipeline.worlds import make_world
 
 SHOWN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -51,3 +53,64 @@ def test_a_regular_expression_that_never_ends_is_stopped(monkeypatch: pytest.Mon
     monkeypatch.setattr(time_limit, "MOST_SECONDS", 0.3)
     with pytest.raises(SstokenError, match=r"^row 3: the chat template"), time_limit.limited("row 3"):
         re.match(r"(a+)+$", "a" * 100 + "b")
+
+
+GROWING = {
+    "a text times a number": ("{{ 'x' * 10**12 }}", "takes more than"),
+    "a list times a number": ("{% set a = [1] * 10**12 %}", "takes more than"),
+    "a width": ("{{ '{:1000000000000}'.format(3) }}", "takes more than"),
+    "a text that doubles": (
+        "{% set n = namespace(s='x') %}{% for i in range(64) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "takes more than",
+    ),
+    "a long output": ("{{ 'w1 ' * 10**7 }}", "30,00"),
+    "a long range": ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
+    "a macro that calls itself": ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}", "nested too deep"),
+    "deep blocks": ("{% if true %}" * 3000 + "{% endif %}" * 3000, "nested too deep"),
+    "deep brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deep"),
+    "a long template": ("x" * 2_000_000, "2,000,"),
+    "half of a character": ("{{ '\\ud800' }}", "lone surrogate"),
+    "a file": ("{% include '/etc/passwd' %}", "no loader"),
+    "a class": ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    "an error of its own": ("{{ [].pop() }}", "template refuses"),
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_template_made_to_harm_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and without the memory that it asks for."""
+    monkeypatch.setattr(memory_limit, "MOST_BYTES", 1 << 29)
+    template, words = GROWING[kind]
+    data, file = tmp_path / "data.jsonl", tmp_path / "t.jinja"
+    data.write_text(json.dumps({"prompt": "w1", "completion": "w2"}) + "\n")
+    file.write_text(template + SHOWN)
+    with pytest.raises(SstokenError) as caught:
+        api.encode(
+            data=str(data),
+            model=str(make_world().base),
+            chat_template=str(file),
+            out=tmp_path / "out",
+            workers=1,
+        )
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.partial").exists()
+    assert resource.getrlimit(resource.RLIMIT_AS) == (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+
+def test_a_tokenizer_that_fails_on_a_text_passes_over_the_row(tmp_path: Path) -> None:
+    """Its regular expression takes too long: in Rust, which no signal of ours stops, but a limit of its own."""
+    model = tmp_path / "model"
+    shutil.copytree(make_world().base, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    endless = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [endless, tokenizer["pre_tokenizer"]]}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rows = [{"prompt": "w1", "completion": "w2"}, {"prompt": "x" * 60, "completion": "w2"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = api.encode(
+        data=str(tmp_path / "data.jsonl"), model=str(model), out=tmp_path / "out", on_bad_row="skip"
+    )
+    assert made.metrics["bad_rows"] == {"tokenizer fails": 1}
