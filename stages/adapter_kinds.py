@@ -29,7 +29,7 @@ SUPPORTED = (
     "VERA",
     "WAVEFT",
 )
-"""Tested kinds: their effect is confined to the modules of the base."""
+"""Tested kinds: they change nothing outside the base model's modules."""
 _UNSUPPORTED_SETTINGS = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA)",
     "arrow_config": "an Arrow router",
@@ -39,10 +39,10 @@ _UNSUPPORTED_SETTINGS = {
 
 
 def check_kind(ref: str, config: Mapping[str, Any]) -> None:
-    """Refuse an unsupported adapter, by its adapter_config.json.
+    """Refuse an adapter whose `adapter_config.json` names a kind that cannot be scored.
 
     Raises:
-        SstokenError: its kind is not supported.
+        SstokenError: names the kind and what to do.
     """
     kind = config.get("peft_type")
     if kind not in SUPPORTED:

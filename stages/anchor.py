@@ -1,4 +1,4 @@
-"""The anchor run: the supervised fine-tuning that supplies the history and the current checkpoint."""
+"""Stage `anchor`: fine-tune a model and keep the snapshots that serve as history and current checkpoint."""
 
 import atexit
 import copy
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 _LOG = "log.jsonl"
 _TRAINER = "trainer"
+"""Folder of what an unfinished run needs to resume; deleted when training ends."""
 _IN_SNAPSHOTS = ("generation_config.json",)
-"""The base model's files, beside weights and configuration, that its snapshots take over."""
-"""The folder of an unfinished run: what it needs to go on. Its end removes it."""
+"""Files of the base model, besides weights and configuration, that are copied into its snapshots."""
 
 
 class Anchor(Stage):
-    """Fine-tune `model` on `tokens`' responses or on what `masked` keeps, times its weights; keep snapshots.
+    """Fine-tune `model` on the responses of `tokens`, or on the kept and weighted tokens of `masked`; keep snapshots.
 
     Under `torchrun` or `accelerate launch`, every process calls `run` with the same context (data parallelism).
     """
@@ -51,19 +51,19 @@ class Anchor(Stage):
     model: Annotated[str, BY_CONTENT]
     """The base model: a folder or a Hub id. Its tokenizer must be the one that made the tokens."""
     snapshots: Annotated[int, Field(ge=1)] | None = None
-    """Number of snapshots, at even distances, the last at the last step. None: 4, or see `snapshot_every`."""
+    """Number of snapshots, evenly spaced, the last one at the last step. None: 4, unless `snapshot_every` is set."""
     snapshot_every: Annotated[int, Field(ge=1)] | None = None
-    """Instead: optimizer steps between snapshots."""
+    """Optimizer steps between snapshots, instead of `snapshots`."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per step, in (0, 1), of a moving average of the weights kept beside each snapshot. None: no average."""
+    """Per-step decay, in (0, 1), of a moving average of the weights, saved beside each snapshot. None: no average."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps, whatever `epochs` says."""
+    """Optimizer steps; overrides `epochs`."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak of AdamW's learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps, in [0, 1), over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -73,31 +73,30 @@ class Anchor(Stage):
     gradient_accumulation: int = Field(default=1, ge=1)
     """Forward passes per optimizer step."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Norm at which gradients are clipped. 0: they are not."""
+    """Norm to which gradients are clipped. 0: no clipping."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: slower, and needs less memory."""
+    """Recompute activations in the backward pass: slower, but needs less memory."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward pass; full weights always train in float32. auto: bfloat16 on a GPU that has it."""
+    """Precision of the forward pass; full weights always train in float32. auto: bfloat16 on a GPU that supports it."""
     lora_rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of LoRA adapters on every linear layer. None: train all weights."""
     lora_alpha: float = Field(default=32, gt=0)
     """LoRA's scale is alpha / rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share, in [0, 1), of the adapters' inputs dropped in training."""
+    """Dropout probability of the adapters' inputs, in [0, 1)."""
     trust_remote_code: bool = False
     """Run the model's own Python code."""
     data_workers: Annotated[int, Field(ge=0), SPEED_ONLY] = 0
-    """Processes that prepare batches. 0: the training process does."""
+    """Processes that prepare batches. 0: the training process does it itself."""
     report_to: Annotated[Reporter, SPEED_ONLY] = "none"
-    """Where loss, gradient norm and learning rate are reported as training goes, beside OUT.partial/trainer/log.jsonl.
-    TensorBoard's files go into the folder `tensorboard` beside OUT."""
+    """Where to report loss, gradient norm and learning rate during training, besides OUT.partial/trainer/log.jsonl.
+    TensorBoard files go into the folder `tensorboard` beside OUT."""
 
     def check(self) -> None:
         """See `Stage.check`."""
         if self.snapshots is not None and self.snapshot_every is not None:
             raise UsageError(
-                f"snapshots is {self.snapshots} and snapshot_every is {self.snapshot_every}; they exclude each "
-                "other, give one"
+                f"snapshots is {self.snapshots} and snapshot_every is {self.snapshot_every}; give one, not both"
             )
         reporting.check(self.report_to)
         if self.lora_rank is not None and importlib.util.find_spec("peft") is None:
@@ -106,7 +105,7 @@ class Anchor(Stage):
             value = getattr(self, name)
             if self.lora_rank is None and value != type(self).model_fields[name].default:
                 raise UsageError(
-                    f"{name} is {value} and there is no lora_rank; give one, or leave {name} out"
+                    f"{name} is {value}, which needs lora_rank; set lora_rank, or leave {name} out"
                 )
         if checkpoints.adapter_base(self.model) is not None:
             raise UsageError(f"model {self.model!r} is a LoRA adapter; merge it into its base model first")
@@ -143,9 +142,9 @@ class Anchor(Stage):
         return bool(word[0])
 
     def run(self, context: Context) -> dict[str, Any]:
-        """Train, or go on training; write the snapshots, `history.json`, `log.jsonl`, `learning_curve.png`.
+        """Train, or resume training; write the snapshots, `history.json`, `log.jsonl` and `learning_curve.png`.
 
-        An interrupted run goes on at its last snapshot and ends with the same bytes.
+        A run that resumes at its last snapshot writes the same bytes as one that was never interrupted.
 
         Raises:
             SstokenError: the model does not fit the tokens, the loss is not a number, or resuming is impossible.
@@ -163,7 +162,7 @@ class Anchor(Stage):
             sealing.check_ended(context.out)
         lines = [plain_json.parse(line) for line in log.read_bytes().splitlines()]
         entries = read_index(context.out)
-        if num_processes() > 1:  # the main process's return renames the folder
+        if num_processes() > 1:  # the folder is renamed once the main process returns: read it before
             from torch import distributed
 
             _join()
@@ -277,7 +276,7 @@ class Anchor(Stage):
         return arguments
 
     def _tokenizer(self, tokens: Path) -> "PreTrainedTokenizerBase":
-        """The model's own, kept beside the snapshots, with the template of the tokens; theirs where it brings none."""
+        """Return the model's tokenizer with the chat template of the tokens; theirs if it has none or the same one."""
         made_with = checkpoints.load_tokenizer(str(tokens / "tokenizer"))
         own = checkpoints.own_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
         if own is None:
@@ -292,9 +291,9 @@ class Anchor(Stage):
     def _model(self, extent: "Extent", tokens: Path, bfloat16: bool) -> "PreTrainedModel":
         import torch
 
-        # Full weights need float32 for updates far smaller than they are; frozen ones need not.
+        # bfloat16 would round away updates far smaller than the weights; frozen weights get none.
         dtype = "auto" if self.lora_rank is not None and bfloat16 else torch.float32
-        model = load_model(self.model, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        model, _ = load_model(self.model, dtype=dtype, trust_remote_code=self.trust_remote_code)
         vocabulary = model.get_input_embeddings().num_embeddings
         if extent.largest_id >= vocabulary:
             raise SstokenError(
@@ -326,12 +325,12 @@ class Anchor(Stage):
 
 
 def _data(context: Context) -> Path:
-    """What is trained on: the labels of a masked dataset, or all responses of tokens."""
+    """Return the folder to train on: the masked dataset, else the tokens with all their responses."""
     return context.inputs["masked"] if "masked" in context.inputs else context.inputs["tokens"]
 
 
 def _join() -> None:
-    """Connect the processes as the trainer does, and disconnect them at exit: its threads abort one that just ends."""
+    """Connect the processes as the trainer does, and disconnect at exit: a process that just ends is aborted."""
     import torch
     from accelerate import PartialState
 
@@ -341,7 +340,7 @@ def _join() -> None:
 
 
 def _padding(tokenizer: "PreTrainedTokenizerBase", rows: int) -> "PreTrainedTokenizerBase":
-    """A copy that pads on the right, with EOS where the model can embed no padding token: what is padded is masked."""
+    """Return a copy that pads on the right, with EOS if the model cannot embed the padding token (it is masked)."""
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
     if padding.pad_token_id is None or padding.pad_token_id >= rows:

@@ -30,7 +30,7 @@ class LayerStability:
 def layer_stability(snapshots: Sequence[Path]) -> list[LayerStability]:
     """Compare every layer's prompt attention between consecutive snapshots.
 
-    Constant attention correlates with nothing and counts as 0. Memory is that of one shard.
+    An example with constant attention counts as correlation 0. Holds one shard of two snapshots in memory.
 
     Args:
         snapshots: scores folders in the order of training, each with columns `attention@LAYER`.
@@ -79,8 +79,8 @@ def _common_columns(snapshots: Sequence[Path]) -> list[str]:
         named = [c for c in tables.columns(parts[0]) if c.startswith(f"{ATTENTION}@") and is_signal(c)]
         common = [c for c in common if c in named] if number else named
         for part, other in zip(parts, tables.parts(snapshots[0]), strict=False):
-            said = [tables.read_metadata(path).get(joins.TOKENS) for path in (part, other)]
-            if said[0] != said[1] or part.name != other.name:
+            mine, theirs = (tables.read_metadata(path).get(joins.TOKENS) for path in (part, other))
+            if mine != theirs or part.name != other.name:
                 raise SstokenError(
                     f"{folder}: scores of other tokens than {snapshots[0]}; score the same tokens"
                 )

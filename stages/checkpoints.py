@@ -46,24 +46,21 @@ _OTHER_TASKS = (
 """Suffixes of class names whose weights load into a causal language model with meaningless output."""
 _CODE = "*.py"
 """Code that runs under `trust_remote_code` and decides what is computed."""
-
-
 _HUB_PAGES = ("https://huggingface.co/", "http://huggingface.co/", "https://hf.co/")
 
 
 def local_folder(ref: str) -> Path | None:
-    """Return the folder that `ref` names, or None for a Hub id; a copy in the cache of a remote one, or of an adapter
-    on the Hub.
+    """Return the local folder of a checkpoint, or None for a full model on the Hub.
+
+    A folder in an object store and an adapter on the Hub are downloaded into the cache.
 
     Raises:
-        UsageError: it looks like a path, and there is no such folder.
+        UsageError: `ref` looks like a path, but there is no such folder.
     """
     if not ref:
-        raise UsageError("the name of a checkpoint is empty; name a folder or a Hub id")
+        raise UsageError("checkpoint is empty; name a folder or a Hub id")
     if ref.startswith(_HUB_PAGES):
-        raise UsageError(
-            f"checkpoint {ref!r} is a page of the Hub; name its id: {'/'.join(ref.split('/')[3:5])!r}"
-        )
+        raise UsageError(f"checkpoint {ref!r} is a Hub page; use its id, {'/'.join(ref.split('/')[3:5])!r}")
     if "://" in ref:
         address = storage.address(ref)
         if not address.is_dir():
@@ -74,7 +71,7 @@ def local_folder(ref: str) -> Path | None:
         return path
     if path.suffix == ".gguf" and path.exists():
         raise UsageError(
-            f"checkpoint {ref!r} is a GGUF file, made for llama.cpp; name the checkpoint that it was made from, or "
+            f"checkpoint {ref!r} is a GGUF file, made for llama.cpp; name the checkpoint it was made from, or "
             f"convert it: from_pretrained(folder, gguf_file={path.name!r}), then save_pretrained"
         )
     if path.exists():
@@ -86,8 +83,7 @@ def local_folder(ref: str) -> Path | None:
 
 
 def lasting_reference(ref: str, commit: str | None = None) -> str:
-    """Return a full checkpoint's reference that is valid in any working directory: an absolute path, or a Hub id at
-    its commit."""
+    """Return a reference that is valid in any working directory: an absolute path, a URL, or a Hub id at its commit."""
     folder = expanded(ref)
     if "://" in ref:
         return ref
@@ -100,10 +96,10 @@ def lasting_reference(ref: str, commit: str | None = None) -> str:
 def adapter_base(ref: str) -> str | None:
     """Return the base model of an adapter's folder, or None if `ref` is not an adapter.
 
-    A relative path is resolved against the working directory, as in peft, or else against the adapter's folder.
+    A relative path is resolved against the working directory, as in peft, then against the adapter's folder.
 
     Raises:
-        SstokenError: the adapter names no base, or a folder that does not exist.
+        SstokenError: the adapter names no base, one that does not exist, or another adapter.
     """
     folder = local_folder(ref)
     if folder is None or not (folder / ADAPTER_CONFIG).is_file():
@@ -118,8 +114,8 @@ def adapter_base(ref: str) -> str | None:
     models = [p for p in found if (p / "config.json").is_file() or (p / ADAPTER_CONFIG).is_file()]
     if len({p.resolve() for p in models}) > 1:
         raise SstokenError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path {base!r} is one model seen from the working directory "
-            "and another seen from the adapter's folder; set it to an absolute path"
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path {base!r} is one model in the working directory and "
+            "another in the adapter's folder; set it to an absolute path"
         )
     if found:
         place = (models or found)[0]
@@ -136,7 +132,7 @@ def adapter_base(ref: str) -> str | None:
 
 
 def _check_no_adapter(folder: Path, base: Path) -> None:
-    """Refuse a base that is itself an adapter: its weights would have to be merged first."""
+    """Refuse a base that is itself an adapter."""
     if not (base / ADAPTER_CONFIG).is_file():
         return
     if base.resolve() == folder.resolve():
@@ -152,7 +148,7 @@ def _check_no_adapter(folder: Path, base: Path) -> None:
 
 @contextlib.contextmanager
 def _named_by(adapter: Path) -> Iterator[None]:
-    """Add to an error about a base which adapter names it."""
+    """Add the adapter's name to an error about its base."""
     try:
         yield
     except SstokenError as error:
@@ -165,8 +161,8 @@ def check_loadable(ref: str) -> None:
     """Refuse a local checkpoint that cannot load, without loading it. Hub ids pass.
 
     Raises:
-        SstokenError: weights or config.json are missing or truncated, an adapter's base is, or its kind is
-            unsupported.
+        SstokenError: weights or config.json of the checkpoint or of its base are missing or truncated, or the kind of
+            adapter or model is not supported.
     """
     folder = local_folder(ref)
     if folder is None:
@@ -193,9 +189,9 @@ def _check_task(folder: Path) -> None:
 
 
 def identity(ref: str, digest: Callable[[Path], str], also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return what identifies a checkpoint's content: the hashes of its weights and settings, or its Hub commit.
+    """Return what identifies a checkpoint's content: the digests of its weights and settings, or its Hub commit.
 
-    `also` names further files that count, where they exist.
+    `also` are patterns of further files to include.
     """
     folder = local_folder(ref)
     if folder is None:
@@ -212,7 +208,7 @@ def identity(ref: str, digest: Callable[[Path], str], also: tuple[str, ...] = ()
 
 
 def tokenizer_identity(ref: str, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """Return what identifies the tokenization of `ref`: the hashes of its tokenizer files, or its Hub commit."""
+    """Return what identifies the tokenization of `ref`: the digests of its tokenizer files, or its Hub commit."""
     folder = local_folder(ref)
     if folder is None:
         return {"hub": split_revision(ref)[0], "commit": hub_commit(ref)}
@@ -225,7 +221,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def check_content(ref: str) -> None:
-    """Refuse a snapshot, or its base, that was damaged since `anchor` wrote it; other checkpoints pass.
+    """Refuse a snapshot that was damaged after `anchor` wrote it, or whose base was; other checkpoints pass.
 
     Raises:
         SstokenError: names the file.
@@ -243,8 +239,8 @@ def load_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedT
     """Load the tokenizer of a checkpoint for encoding.
 
     Raises:
-        SstokenError: there is none, it does not load, it has no EOS token, or it is not a fast one (response masks
-            need character offsets).
+        SstokenError: it is missing, does not load, has no EOS token, or is not a fast one (response masks need
+            character offsets).
     """
     tokenizer = _any_tokenizer(ref, trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -278,7 +274,7 @@ def _any_tokenizer(ref: str, trust_remote_code: bool) -> "PreTrainedTokenizerBas
 
 
 def stop_tokens(ref: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Return the tokens that stop a checkpoint's generation, by its generation_config.json, or else its EOS token."""
+    """Return the tokens that stop generation: those of generation_config.json, else the EOS token."""
     from transformers import GenerationConfig
 
     name, revision = place(ref)
@@ -295,15 +291,15 @@ def stop_tokens(ref: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash a vocabulary: equal for tokenizers that map every id to the same token."""
+    """Hash a vocabulary: 16 hexadecimal digits, equal for tokenizers that map every id to the same token."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def own_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
-    """Return the tokenizer that ships with a checkpoint (for an adapter without one: its base's), if any.
+    """Return the tokenizer that ships with a checkpoint, or with its base if it is an adapter without one; else None.
 
-    It serves to compare vocabularies and need not be usable for encoding.
+    It is for comparing vocabularies: unlike that of `load_tokenizer`, it may lack what encoding needs.
     """
     folder = local_folder(ref)
     if folder is not None and not _matching(folder, ("tokenizer_config.json", "tokenizer.json")):
@@ -313,7 +309,7 @@ def own_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTo
 
 
 def stamp(ref: str) -> tuple[Any, ...]:
-    """Return a value that changes when a local checkpoint's files change, including its base's: a cache key."""
+    """Return a cache key that changes when the files of a local checkpoint or of its base change."""
     folder = local_folder(ref)
     if folder is None:
         return ()

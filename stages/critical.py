@@ -1,4 +1,4 @@
-"""`critical`: which response tokens a right answer hangs on, by generation and a checker."""
+"""Stage `critical`: find the response tokens that a right answer depends on, by generating and checking answers."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ _WHY_NOT = {WRONG: "answer wrong", NO_REFERENCE: "reference not accepted by the 
 
 
 class Critical(ModelOptions):
-    """Measure the signal `critical` of one checkpoint. Reads `tokens`; writes row-aligned shards of the same names."""
+    """Measure the signal `critical` under one checkpoint: reads `tokens`, writes a row-aligned shard for each."""
 
     name: ClassVar[str] = "critical"
     folder: ClassVar[str] = "scores"
@@ -51,38 +51,38 @@ class Critical(ModelOptions):
     checkpoint: Annotated[str, BY_CONTENT]
     """A folder, a LoRA adapter's folder, or a Hub id."""
     checker: str = "final-number"
-    """What says whether an answer is right: final-number (the number after `####`, or the last one), exact (the same
-    text), or MODULE:FUNCTION, called as function(answer, reference)."""
+    """How an answer is checked: final-number (the number after `####`, else the last number), exact (the same text),
+    or MODULE:FUNCTION, called as function(answer, reference)."""
     max_positions: Annotated[int, Field(ge=0)] = 32
-    """Response tokens of an example that are tried, at even distances; the others are null. 0: all."""
+    """Response tokens tried in each example, evenly spaced; the others are null. 0: all."""
     alternatives: Annotated[int, Field(ge=1, le=8)] = 2
-    """How many other tokens replace a token, the likeliest first. It is critical if all of them end wrong."""
+    """Number of other tokens tried in its place, likeliest first. A token is critical if all of them end wrong."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    """Longest continuation in tokens; a longer one is cut here and judged as it stands."""
+    """Longest continuation in tokens; a longer one is cut and checked as it stands."""
 
     def check(self) -> None:
-        """Refuse a checker that is not there, an incomplete checkpoint, and a backend that cannot generate."""
+        """Refuse a missing checker, an incomplete checkpoint, and a backend that cannot generate."""
         Checker(self.checker)
         checkpoints.check_loadable(self.checkpoint)
         check_generator(self.backend, self.for_backend(), self.workers or 1)
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
-        """The checkpoint's content, and the file of the checker."""
+        """Identify the checkpoint's content and the checker's file."""
         found: dict[str, Any] = {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
         if (source := Checker(self.checker).source) is not None:
             found["checker"] = digest(source)
         return found
 
     def fingerprinted(self) -> dict[str, Any]:
-        """The backend is the one that runs."""
+        """See `Stage.fingerprinted`."""
         return self.fingerprinted_for(self.for_backend())
 
     def for_backend(self, log_folder: Path | None = None, device: str | None = None) -> BackendOptions:
-        """What the backend gets to know."""
+        """Return the backend's options for this stage."""
         return self.backend_for(self.checkpoint, log_folder=log_folder, device=device, signals=(), layer=None)
 
     def work(self, context: Context) -> Work:
-        """A task a shard."""
+        """See `ShardedStage.work`."""
         tokens = context.inputs["tokens"]
         own = checkpoints.own_tokenizer(self.checkpoint, trust_remote_code=self.trust_remote_code)
         check_vocabulary(self.checkpoint, own, tokens)
@@ -93,7 +93,7 @@ class Critical(ModelOptions):
         )
 
     def finish(self, context: Context) -> dict[str, Any]:
-        """Sum up the shards."""
+        """Add up the shards' counts."""
         metadata = [tables.read_metadata(path) for path in tables.parts(context.out)]
         stats = [m["stats"] for m in metadata]
         summary: dict[str, Any] = {"checkpoint": self.checkpoint, "checker": self.checker}
@@ -111,18 +111,18 @@ class Critical(ModelOptions):
 
 @Latest
 def _generator(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Generator:
-    """One generator per process; `stamp` tells when the checkpoint's files have changed."""
+    """Return this process's generator; a new `stamp` means that the checkpoint's files have changed."""
     return make_generator(name, options)
 
 
 class _CriticalShard:
-    """Judges one shard of tokens; pickles into worker processes."""
+    """Judges one shard of tokens. Picklable, for worker processes."""
 
     def __init__(self, stage: Critical, out: Path, run: str) -> None:
         self._stage, self._out, self._run = stage, out, run
 
     def __call__(self, tokens: Path, worker: Worker) -> None:
-        """Write what is critical in the shard."""
+        """Write the signal of one shard."""
         stage = self._stage
         table = tables.read_table(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
@@ -177,7 +177,7 @@ class _CriticalShard:
 
 
 def _problem(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Problem | None:
-    """The last run of response tokens with all that precedes it; None: there is no response."""
+    """Return the last run of response tokens with everything before it; None without a response."""
     places = np.flatnonzero(mask)
     if not places.size:
         return None
@@ -188,7 +188,7 @@ def _problem(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Problem | None:
 def _stop_tokens(
     checkpoint: str, tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem | None]
 ) -> frozenset[int]:
-    """What generation stops on by the checkpoint's configuration, and the special tokens that end these responses."""
+    """Return the ids that stop generation: the checkpoint's own, and special tokens that end these responses."""
     base = checkpoints.adapter_base(checkpoint) or checkpoint
     named = tokenizer.convert_tokens_to_ids(checkpoints.stop_tokens(base, tokenizer))
     ends = {int(problem.ids[-1]) for problem in problems if problem is not None}
@@ -200,14 +200,14 @@ def _stop_tokens(
 
 
 def _check_not_all_raised(verdicts: Sequence[Verdict], example_ids: Sequence[str]) -> None:
-    """Refuse to go on where the checker raised at every one of the first problems.
+    """Stop early if the checker raised an exception on every one of the first problems.
 
     Raises:
-        SstokenError: what it raised first.
+        SstokenError: quotes the first exception.
     """
     if verdicts and all(verdict.outcome == RAISED for verdict in verdicts):
         raise SstokenError(
-            f"{verdicts[0].error} (example {example_ids[0]!r}, and all of the first {len(verdicts)}); mend the "
+            f"{verdicts[0].error} (example {example_ids[0]!r}, and all of the first {len(verdicts)}); fix the "
             "checker, called as function(answer, reference), and run the same command again"
         )
 
@@ -215,9 +215,9 @@ def _check_not_all_raised(verdicts: Sequence[Verdict], example_ids: Sequence[str
 def _stats(
     example_ids: Sequence[str], masks: Sequence[NDArray[np.bool_]], verdicts: dict[int, Verdict]
 ) -> dict[str, Any]:
-    """Count what a shard holds.
+    """Return a shard's counts.
 
-    `tried` and `not_tried` add up to `response_tokens`, `outcomes` and `no_response` to `examples`.
+    `tried` plus `not_tried` is `response_tokens`; `outcomes` plus `no_response` is `examples`.
     """
     outcomes, not_tried = Counter[str](), Counter[str]()
     firsts: dict[str, str] = {}

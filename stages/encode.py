@@ -1,7 +1,7 @@
-"""Stage `encode`: conversations in any common layout become token ids with a response mask.
+"""Stage `encode`: turn conversations in any common layout into token ids with a response mask.
 
-The rows are cut into shards of `shard_rows` input rows; each shard is read and encoded by itself, so the result is the
-same whatever the number of workers, and shards that an interrupted run finished are kept.
+Each shard of `shard_rows` input rows is read and encoded on its own, so the result does not depend on the number of
+workers, and a run that resumes keeps the shards that are complete.
 """
 
 from collections import Counter
@@ -45,7 +45,7 @@ from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task
 from sstoken.stages.tables import part_name, parts, read_metadata
 
 _ROWS_TRIED = 100
-"""Bad rows at the head of a dataset, among which the first good one is looked for before any work."""
+"""Leading bad rows to read, at most, in search of a good one before any work starts."""
 
 
 class Encode(ShardedStage):
@@ -64,39 +64,39 @@ class Encode(ShardedStage):
     split: str | None = None
     """Split of a Hub dataset (default `train`) or of a saved DatasetDict."""
     format: Format = "auto"
-    """How rows hold conversations; `auto` looks at the first row's columns."""
+    """How rows hold conversations; `auto` decides by the first row's columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Column names that differ from the format's: `{question: prompt_text}`."""
     ignore_columns: tuple[str, ...] = ()
-    """Columns, or keys of messages, to leave out though they look like part of the conversation."""
+    """Columns, or keys of messages, to ignore although they look like part of the conversation."""
     preference: Preference = "stop"
-    """What preference data (DPO's chosen and rejected, KTO's labels) does: `stop` the run, or `take` the wanted
-    answers as demonstrations."""
+    """What to do with preference data (DPO's chosen and rejected, KTO's labels): `stop` the run, or `take` the
+    preferred answers as demonstrations."""
     max_length: Annotated[int | None, Field(ge=2)] = None
-    """Longest example in tokens, at least 2; longer ones keep their start. Default: what the tokenizer
-    declares, or 4096 where it declares no real limit."""
+    """Longest example in tokens, at least 2; a longer one is cut at its end. Default: the tokenizer's own limit, or
+    4096 if it declares none."""
     chat_template: Annotated[str | None, BY_CONTENT] = None
-    """A Jinja file to use instead of the tokenizer's chat template, or `trl:NAME` for one that an installed TRL has."""
+    """A Jinja file to use instead of the tokenizer's chat template, or `trl:NAME` for one of the installed TRL."""
     turns: TrainedTurns = "all"
     """Which assistant turns are trained: `all` in one example, the `last`, or `each` in an example of its own, shown as
     the model would see it at inference."""
     allow_lost: tuple[Losable, ...] = ()
-    """What the chat template may leave out of a row: reasoning, system, tools, tool_calls or content. Anything else
-    that it leaves out makes the row a bad one."""
+    """What the chat template may drop from a row: reasoning, system, tools, tool_calls or content. A row that loses
+    anything else is a bad row."""
     keep_special_tokens: bool = False
-    """Take rows whose text holds special tokens, such as data to which a chat template was applied already."""
+    """Take rows whose text contains special tokens, such as data to which a chat template was already applied."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What a row that cannot be used does: `stop` the run, or `skip` it, count it and list it in bad_rows/."""
+    """What to do with a row that cannot be used: `stop` the run, or `skip` it, count it and list it in bad_rows/."""
     max_chars: Annotated[int, Field(ge=1)] = MAX_CHARS
-    """Longest conversation taken, in characters; a longer one is a bad row."""
+    """Longest conversation in characters; a longer one is a bad row."""
     limit: Annotated[int | None, Field(ge=1)] = None
-    """Read only the first rows, this many."""
+    """Read only this many rows, from the first."""
     shard_rows: Annotated[int, Field(ge=1)] = 1000
-    """Input rows per output shard: the unit of parallel work, and of what a crash costs."""
+    """Input rows per output shard: the unit of parallel work, and the most that a crash costs a worker."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint's tokenizer."""
     workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
-    """Processes. Default: as many as there are cores; a single shard needs none."""
+    """Processes. Default: one per core; a single shard is encoded in the main process."""
 
     def check(self) -> None:
         """See `Stage.check`."""
@@ -114,10 +114,10 @@ class Encode(ShardedStage):
         }
 
     def work(self, context: Context) -> Work:
-        """Prepare `part-*.parquet` (schema `TOKENS`), a task each; write the tokenizer.
+        """Write the tokenizer and return one task per `part-*.parquet` (schema `TOKENS`).
 
         Raises:
-            SstokenError: a bad row under `on_bad_row="stop"`; a source or tokenizer that fails; nothing left.
+            SstokenError: the source or tokenizer fails to load, or none of the first rows can be used.
         """
         self.check()
         settings = Settings(
@@ -142,10 +142,10 @@ class Encode(ShardedStage):
         return super().is_done(output) and keeps_bad_rows(output)
 
     def finish(self, context: Context) -> dict[str, Any]:
-        """Sum up the shards.
+        """Add up the shards' counts.
 
         Raises:
-            SstokenError: nothing is left.
+            NothingLeftError: no example is left.
         """
         total = no_stats()
         read_as: dict[str, Any] = {}
@@ -167,10 +167,10 @@ class Encode(ShardedStage):
         return islice(sources.open_rows(self.data, self.split), self.limit)
 
     def _layout(self) -> Layout:
-        """The dataset's layout, from its first row that parses.
+        """Return the dataset's layout, detected on its first row that parses.
 
-        Goes on to the first row that makes a conversation (but not far): what that holds beside it, other rows
-        will hold too, and no shard is written before the user has said what to do with it.
+        Reads on to the first row that makes a conversation: if it needs a decision by the user, so do others, and
+        the run stops before any shard is written.
         """
         layout: Layout | None = None
         bad: Counter[str] = Counter()
@@ -204,7 +204,7 @@ class Encode(ShardedStage):
 
 
 def _first_bad(out: Path) -> str:
-    """What was wrong with the first row that was passed over."""
+    """Say what is wrong with the first row that was skipped."""
     for path in sorted((out / BAD_ROWS).glob("*.jsonl")):
         bad = plain_json.parse(path.read_bytes().partition(b"\n")[0])
         return f"the first is row {bad['row']} of {bad['file']}: {bad['reason']} ({bad['detail']})"

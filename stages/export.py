@@ -1,4 +1,4 @@
-"""`export`: the masked dataset as a trainer takes it."""
+"""Stage `export`: write the masked dataset in a trainer's own format."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from sstoken.stages.stage import Context, Task, Worker
 from sstoken.stages.storage import write_atomic
 
 _COUNTS = ".counts"
-"""Folder, in unfinished work, with what each finished shard holds."""
+"""Folder of unfinished work with the counts of each shard, written when the shard is done."""
 _WEIGHTED = ", ".join(name for name, target in TARGETS.items() if target.weights)
 """Trainers that support weights."""
 
@@ -39,12 +39,12 @@ class Export(ShardedStage):
         ),
     ] = False
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Cut examples to this many tokens.  [default: not at all]"""
+    """Cut examples to this many tokens. Default: no limit."""
     scores: bool = True
-    """Write the sidecar: ids, masks, signals and scores, row by row beside what the trainer reads."""
+    """Write `scores/`, row-aligned with the trainer's files: ids, masks, signals and scores."""
 
     def check(self) -> None:
-        """Refuse an unknown trainer, and weights where it has no use for them."""
+        """Refuse an unknown trainer, and weights if it takes none."""
         target = get_target(self.to)
         if self.weights and not target.weights:
             raise UsageError(
@@ -52,15 +52,15 @@ class Export(ShardedStage):
             )
 
     def fingerprinted(self) -> dict[str, Any]:
-        """Weights that were refused are not those that were not asked for."""
+        """Tell `--no-weights` from the default, which depends on the dataset."""
         refused = "weights" in self.model_fields_set and not self.weights
         return super().fingerprinted() | ({"weights": "none"} if refused else {})
 
     def with_weights(self, masked: Path) -> bool:
-        """Whether weights are exported.
+        """Return whether to export weights: as asked for, else if the dataset has them.
 
         Raises:
-            UsageError: the dataset has weights that the trainer cannot take, and nobody said to leave them out.
+            UsageError: the dataset has weights that the trainer cannot take, and they were not declined.
         """
         if "weights" in self.model_fields_set:
             return self.weights
@@ -74,7 +74,7 @@ class Export(ShardedStage):
         return True
 
     def work(self, context: Context) -> Work:
-        """A task a shard."""
+        """See `ShardedStage.work`."""
         out, parts = context.out, tables.parts(context.inputs["masked"])
         weighted = self.with_weights(context.inputs["masked"])
         for folder in (DATA, SCORES, _COUNTS) if self.scores else (DATA, _COUNTS):
@@ -90,14 +90,14 @@ class Export(ShardedStage):
         out = output.parent.parent
         try:
             record = plain_json.parse_object(output.read_bytes())
-            said = record.pop("digest")
+            digest = record.pop("digest")
             files = {name: folders.hash_file(out / name) for name in record["files"]}
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return False
-        return bool(said == _digest(record) and files == record["files"])
+        return bool(digest == _digest(record) and files == record["files"])
 
     def finish(self, context: Context) -> dict[str, Any]:
-        """Write what the trainer needs beside the shards."""
+        """Write the trainer's other files, the card and the tokenizer."""
         masked, out = context.inputs["masked"], context.out
         parts = tables.parts(masked)
         found = [
@@ -122,9 +122,10 @@ class Export(ShardedStage):
 
 
 def has_weights(masked: Path) -> bool:
-    """Whether the method that selected a masked dataset gave each token a weight."""
+    """Return whether the method that selected a masked dataset gave each token a weight."""
     parts = tables.parts(masked)
     return bool(parts) and "weight" in tables.columns(parts[0])
+
 
 
 def _digest(record: dict[str, Any]) -> str:
@@ -132,7 +133,7 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 class _ExportShard:
-    """Writes one shard; pickles into worker processes."""
+    """Writes one shard. Picklable, for worker processes."""
 
     def __init__(self, stage: Export, out: Path, weighted: bool) -> None:
         self._stage, self._out, self._weighted = stage, out, weighted
@@ -146,7 +147,7 @@ class _ExportShard:
         ready = prepare(tables.read_table(path, needed), stage.max_length, self._weighted)
         data = self._out / DATA / target.shard_name(index, shards)
         written = []
-        if ready.counts["examples"]:  # not every loader takes a file without a row
+        if ready.counts["examples"]:  # some loaders fail on a file without rows
             if stage.scores:
                 sidecar = self._out / SCORES / path.name
                 tables.write_part(sidecar, ready.sidecar, None, compression_level=FAST)

@@ -1,8 +1,7 @@
-"""Finished folders: what their manifest lists is all there is to read, and it is read only as it was written.
+"""Finished folders: read only the files that the manifest lists, and check each one's digest while reading it.
 
 Every reader of a folder that a stage wrote goes through here (`sstoken.stages.tables` for shards,
-`sstoken.stages.checkpoints` for models and tokenizers), so that none can take a damaged file, or one that does not
-belong.
+`sstoken.stages.checkpoints` for models and tokenizers), so that a damaged or stray file is never used.
 """
 
 import hashlib
@@ -18,13 +17,13 @@ from sstoken.stages import plain_json, storage
 
 MANIFEST = "manifest.json"
 _OWN_DIGEST = re.compile(rb'"digest": ?"([0-9a-f]{64})"\s*\}\s*\Z')
-"""The last field of a manifest: the sha256 of its text with zeros in this place."""
+"""The last field of a manifest: the SHA-256 of its text with zeros in place of the digest."""
 _REMAINS = re.compile(rb'digest|[0-9a-f]{64}"\s*\}\s*\Z')
-"""At the end of a manifest: of that field, once one of its bytes was changed. Older manifests have none."""
+"""What is left of that field at the end of a manifest if one of its bytes was changed. Older manifests have none."""
 _KEYS = ("stage", "fingerprint", "settings", "inputs", "sources", "metrics", "files")
 NO_DIGEST = "0" * 64
 _WORTH_REMEMBERING = 1 << 24
-"""Bytes: from here on hashing takes longer than the system's clock of files ticks."""
+"""Bytes from which digests are cached: hashing smaller files takes less time than a tick of their timestamps."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ class Listed:
 
 
 def read_manifest_text(folder: Path) -> bytes | None:
-    """The manifest of a folder as it was written, or None where there is none.
+    """Return the text of a folder's manifest, or None if there is none.
 
     Raises:
-        SstokenError: it was changed since, or cannot be read.
+        SstokenError: it was changed after it was written, or cannot be read.
     """
     path = folder / MANIFEST
     try:
@@ -62,17 +61,17 @@ def _is_ours(text: bytes) -> bool:
 
 
 def damaged_manifest(folder: Path) -> SstokenError:
-    """The error for a manifest that cannot be what was written."""
+    """Return the error for a manifest that was changed after it was written."""
     return SstokenError(f"{folder / MANIFEST}: damaged manifest; remove {folder} and make it again")
 
 
 def seal(text: bytes) -> str:
-    """The digest that a manifest's last field holds."""
+    """Return the digest for the last field of a manifest."""
     return hashlib.sha256(_OWN_DIGEST.sub(lambda m: m[0].replace(m[1], NO_DIGEST.encode()), text)).hexdigest()
 
 
 def listed(path: Path) -> Listed | None:
-    """What the manifest of the finished folder that holds `path` says of it, if any does."""
+    """Return the manifest's entry for `path`; None if no finished folder lists it."""
     path = path.absolute()
     for folder in path.parents:
         if (listing := _listing(folder)) is not None:
@@ -82,24 +81,24 @@ def listed(path: Path) -> Listed | None:
 
 
 def check_digest(path: Path, digest: str) -> None:
-    """Refuse a file whose content is not the one that its folder's manifest lists.
+    """Refuse a file whose digest differs from its folder's manifest; a file that no manifest lists passes.
 
     Raises:
         SstokenError: names the file.
     """
-    said = listed(path)
-    if said is not None and said.sha256 != digest:
+    entry = listed(path)
+    if entry is not None and entry.sha256 != digest:
         raise SstokenError(
-            f"{path}: damaged: its content is not what {said.folder / MANIFEST} says; put the file back, or make "
-            f"{said.folder} again (--force)"
+            f"{path}: damaged: its content is not what {entry.folder / MANIFEST} says; put the file back, or make "
+            f"{entry.folder} again (--force)"
         )
 
 
 def read_file(path: Path) -> bytes:
-    """A file's content, checked in the same pass.
+    """Read a file and check its digest in one pass.
 
     Raises:
-        SstokenError: it is not what the manifest lists.
+        SstokenError: its content differs from the manifest, or it lies in a finished folder that does not list it.
         OSError: it cannot be read.
     """
     content = path.read_bytes()
@@ -111,7 +110,7 @@ def read_file(path: Path) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a damaged file that another library is about to read.
+    """Check the digest of a file that another library is about to read.
 
     Raises:
         SstokenError: it is not what the manifest lists.
@@ -121,7 +120,7 @@ def check_file(path: Path) -> None:
 
 
 def listed_in(folder: Path) -> list[Path] | None:
-    """The files of a finished folder, or of a folder within one; None where there is no manifest.
+    """Return the files of a finished folder, or of a folder within one; None if there is no manifest.
 
     Raises:
         SstokenError: the manifest is damaged.
@@ -152,7 +151,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of a folder, checked while they are read; replace those that `target` holds.
+    """Copy the files of a folder, checking digests while reading; replace files that `target` has already.
 
     Raises:
         SstokenError: one is damaged or missing.
@@ -166,7 +165,7 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content in hexadecimal, cached for large files until size or times change."""
     stat = path.stat()
     if stat.st_size < _WORTH_REMEMBERING:
         return hash_file(path)
@@ -174,18 +173,18 @@ def sha256(path: Path) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """As `sha256`, read anew whenever it is asked."""
+    """Return the SHA-256 of a file's content in hexadecimal, never from a cache."""
     return storage.of(path).digest(path)[1]
 
 
 @lru_cache(maxsize=1024)
 def _remembered(path: Path, key: tuple[int, ...]) -> str:
-    """Weights are hashed for a fingerprint and checked when they load: once is enough while the file stands."""
+    """Hash weights once: they are needed for the fingerprint, and again when the model loads."""
     return hash_file(path)
 
 
 def _listing(folder: Path) -> dict[str, str] | None:
-    """Digests by name. Not one of ours, such as a web application's `manifest.json`: None."""
+    """Return the digests by file name; None without a manifest, or with one of another tool (a web application's)."""
     try:
         stat = (folder / MANIFEST).stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: resolve a reference to a commit, and detect adapters."""
+"""Checkpoints on the Hub: resolve a reference to a commit, and download adapters."""
 
 from functools import cache
 from pathlib import Path
@@ -16,10 +16,10 @@ def split_revision(ref: str) -> tuple[str, str | None]:
 
 
 def check_hub_id(ref: str) -> None:
-    """Refuse what cannot be a Hub id, such as one with a blank.
+    """Refuse what cannot be a Hub id, for example because it contains a space.
 
     Raises:
-        UsageError: says what an id may hold.
+        UsageError: says what an id may contain.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -34,10 +34,9 @@ def check_hub_id(ref: str) -> None:
 
 @cache  # ask the Hub once per process
 def hub_adapter(ref: str, besides: tuple[str, ...]) -> Path | None:
-    """Return the folder of an adapter on the Hub, downloaded; None if it is not an adapter or the Hub does not
-    answer.
+    """Download an adapter from the Hub and return its folder; None if it is no adapter, or the Hub does not answer.
 
-    `besides`: patterns of other files to download.
+    `besides` are patterns of other files to download.
     """
     from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
 
@@ -51,20 +50,20 @@ def hub_adapter(ref: str, besides: tuple[str, ...]) -> Path | None:
             return None
         wanted = ["adapter_*", *besides]
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
-    except Exception:  # no answer, missing or private: the next request tells which
+    except Exception:  # no answer, missing or private: the next request reports which
         return None
 
 
 def hub_commit(ref: str) -> str:
-    """Return the commit that a Hub id means now; offline, that of the cached copy.
+    """Return the current commit of a Hub id; offline, that of the cached copy.
 
     Raises:
         UsageError: not a Hub id.
         SstokenError: the Hub does not answer for it.
     """
     from huggingface_hub import constants, model_info, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
+    check_hub_id(ref)
     name, revision = split_revision(ref)
     if constants.HF_HUB_OFFLINE:  # loading will use the cached copy
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -72,11 +71,7 @@ def hub_commit(ref: str) -> str:
             return Path(cached).parent.name
     try:
         return str(model_info(name, revision=revision).sha)
-    except HFValidationError as error:
-        raise UsageError(
-            f"checkpoint {ref!r}: neither a folder nor a Hub id ({first_line(error)})"
-        ) from error
-    except Exception as error:  # offline, missing or private: the remedy is the same
+    except Exception as error:  # offline, missing or private
         raise SstokenError(
             f"{ref}: no such folder{_beside(ref)}, and the Hub does not answer for it ({first_line(error)}); {REMEDY}"
         ) from error
@@ -90,6 +85,6 @@ def _beside(ref: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The type and first line of an error, for a one-line message."""
+    """Return the type and first line of an error, for a one-line message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

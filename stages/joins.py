@@ -1,8 +1,7 @@
-"""Which tokens a folder was measured from: shards say so, and whoever joins two folders compares.
+"""Check that two folders belong together: each shard records the fingerprint of its tokens.
 
-Each shard of tokens says the fingerprint of its content, and each shard of scores that of the tokens it was measured
-from. A fingerprint is of example ids, token ids and response masks: the same for a folder that was copied or moved,
-another for other text.
+A shard of tokens records its own fingerprint, a shard of scores that of the tokens it was measured on. The
+fingerprint covers example ids, token ids and response masks, so copying or moving a folder does not change it.
 """
 
 import hashlib
@@ -18,15 +17,15 @@ from sstoken.stages import folders, plain_json, tables
 from sstoken.stages.storage import address, write_atomic
 
 TOKENS = "tokens"
-"""Key in the metadata of a shard, of tokens or scores: the fingerprint of the shard of tokens; in that of a masked
-shard: of all of them."""
+"""Metadata key: the fingerprint of the shard of tokens (in shards of tokens and scores), or of the whole folder of
+tokens (in masked shards)."""
 RUN = "fingerprint"
-"""Key in the metadata of a shard: the fingerprint of the run that wrote it."""
+"""Metadata key: the fingerprint of the run that wrote the shard."""
 _TRAINED_ON = "tokens.json"
 
 
 def tokens_fingerprint(table: pa.Table) -> str:
-    """The content of a shard of tokens, in 32 hexadecimal digits."""
+    """Hash the content of a shard of tokens to 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(table["example_id"].to_pylist()).encode())
     for name, kind in (("input_ids", np.int32), ("response_mask", np.bool_)):
@@ -37,10 +36,10 @@ def tokens_fingerprint(table: pa.Table) -> str:
 
 
 def measured_fingerprint(part: Path, table: pa.Table) -> str:
-    """The fingerprint of a shard of tokens that was read.
+    """Return the fingerprint of a shard of tokens, computed from `table`, its content.
 
     Raises:
-        SstokenError: the shard says another one: it was edited after it was written.
+        SstokenError: the shard records another one: it was edited after it was written.
     """
     found = tokens_fingerprint(table)
     if tables.read_metadata(part).get(TOKENS, found) != found:
@@ -51,17 +50,17 @@ def measured_fingerprint(part: Path, table: pa.Table) -> str:
 
 
 def folder_fingerprint(tokens: Path) -> str:
-    """The content of a folder of tokens, from what its shards say of themselves.
+    """Return the fingerprint of a folder of tokens, from those that its shards record.
 
     Raises:
-        SstokenError: a shard does not say it.
+        SstokenError: a shard records none.
     """
-    said = [_said(path, tokens, tables.read_metadata(path)) for path in tables.parts(tokens)]
-    return hashlib.blake2b("".join(said).encode(), digest_size=16).hexdigest()
+    recorded = [_recorded(path, tokens, tables.read_metadata(path)) for path in tables.parts(tokens)]
+    return hashlib.blake2b("".join(recorded).encode(), digest_size=16).hexdigest()
 
 
 def check_scores(tokens: Path, scores: Path) -> None:
-    """Refuse scores of other tokens by what the shards say, before any is read.
+    """Refuse scores of other tokens, by the shards' metadata alone.
 
     Raises:
         SstokenError: names both folders.
@@ -74,42 +73,42 @@ def check_scores(tokens: Path, scores: Path) -> None:
         for path, metadata, kind in zip((part, scored), kinds, ("tokens", "scores"), strict=True):
             if metadata.get("kind") != kind:
                 raise SstokenError(f"{path}: not {kind}; name the folder of {kind}")
-        if _said(part, tokens, kinds[0]) != _said(scored, scores, kinds[1]):
+        if _recorded(part, tokens, kinds[0]) != _recorded(scored, scores, kinds[1]):
             raise SstokenError(_other(tokens, scores))
     if len(tables.parts(scores)) > len(tables.parts(tokens)):
         raise SstokenError(f"{scores}: more shards than {tokens} has; {_other(tokens, scores)}")
 
 
 def check_shard(tokens: Path, fingerprint: str, scored: Path) -> None:
-    """Refuse a shard of scores that was not measured from these very tokens.
+    """Refuse a shard of scores that was not measured on these tokens.
 
     Args:
         tokens: the shard of tokens.
-        fingerprint: of what it holds, whatever it says of itself.
+        fingerprint: computed from its content, not the recorded one.
         scored: the shard of scores.
 
     Raises:
         SstokenError: names both.
     """
-    if _said(scored, scored.parent, tables.read_metadata(scored)) != fingerprint:
+    if _recorded(scored, scored.parent, tables.read_metadata(scored)) != fingerprint:
         raise SstokenError(_other(tokens, scored))
 
 
 def check_one_run(folder: Path, run: str | None = None) -> None:
-    """Refuse a finished folder some of whose shards another run wrote.
+    """Refuse a finished folder that mixes shards of several runs.
 
     Args:
-        folder: of shards; none is fine.
-        run: the fingerprint that they have to say; None: all the same.
+        folder: may hold no shard at all.
+        run: fingerprint of the run; None: that of the first shard.
 
     Raises:
-        SstokenError: names the first shard that says another one, or none.
+        SstokenError: names the first shard of another run, or of none.
     """
     for path in tables.parts(folder):
-        said = tables.read_metadata(path).get(RUN)
-        run = said if run is None else run
-        if said is None or said != run:
-            what = "does not say which run wrote it" if said is None else "was written by another run"
+        recorded = tables.read_metadata(path).get(RUN)
+        run = recorded if run is None else run
+        if recorded is None or recorded != run:
+            what = "does not say which run wrote it" if recorded is None else "was written by another run"
             raise SstokenError(
                 f"{path}: {what}, so it may not belong to {folder}; make {folder} again (--force), and copy folders as "
                 "a whole"
@@ -117,34 +116,37 @@ def check_one_run(folder: Path, run: str | None = None) -> None:
 
 
 def note_training(history: Path, source: Path) -> None:
-    """Have a folder of snapshots say which tokens, or whose masked dataset, they were trained on."""
+    """Record in a folder of snapshots the fingerprint of the tokens that they were trained on."""
     parts = tables.parts(source)
     facts = tables.read_metadata(parts[0]) if parts else {}
     fingerprint = (
-        _said(parts[0], source, facts) if facts.get("kind") == "masked" else folder_fingerprint(source)
+        _recorded(parts[0], source, facts) if facts.get("kind") == "masked" else folder_fingerprint(source)
     )
     write_atomic(history / _TRAINED_ON, json.dumps({TOKENS: fingerprint}))
 
 
 def trained_on_others(checkpoint: str, tokens: Path) -> bool:
-    """Whether a checkpoint is a snapshot of an anchor run on other tokens; False also where that is not known."""
+    """Return whether a checkpoint is a snapshot of an anchor run on other tokens; False if that is unknown."""
     note = address(checkpoint).absolute().parent / _TRAINED_ON
     try:
-        said = plain_json.parse(folders.read_file(note))[TOKENS]
+        recorded = plain_json.parse(folders.read_file(note))[TOKENS]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(said != folder_fingerprint(tokens))
+    return bool(recorded != folder_fingerprint(tokens))
 
 
-def _said(path: Path, folder: Path, metadata: dict[str, Any]) -> str:
-    said = metadata.get(TOKENS)
-    if not isinstance(said, str):
+def _recorded(path: Path, folder: Path, metadata: dict[str, Any]) -> str:
+    """Return the fingerprint of tokens in a shard's metadata."""
+    recorded = metadata.get(TOKENS)
+    if not isinstance(recorded, str):
         raise SstokenError(
             f"{path}: does not say which tokens it holds or was measured from (made by an older version or by hand); "
             f"make {folder} again"
         )
-    return said
+    return recorded
 
 
 def _other(tokens: Path, scores: Path) -> str:
-    return f"{scores}: the scores of other tokens than {tokens}; score these tokens again, or name the right ones"
+    return (
+        f"{scores}: scores of other tokens than {tokens}; score these tokens again, or name the right folder"
+    )

@@ -1,4 +1,4 @@
-"""Load a model and check that it matches its files: transformers carries on where they contradict config.json."""
+"""Load a model and check that it matches its files: transformers only warns where they contradict config.json."""
 
 import re
 from collections import defaultdict
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NUMBERED = re.compile(r"^(.*?\.)(\d+)\.(.*)$")
-"""A weight in one layer of a stack: the stack, the layer's number, and the weight's name within it."""
+"""A weight of one layer in a stack: the stack, the layer's number, the weight's name within the layer."""
 _OF_ACTIVATIONS = re.compile(r"\.(?:[kvq]|input|output)_scale$")
 """Scales of quantized activations, which are not weights."""
 
@@ -26,8 +26,8 @@ def load_model(
     dtype: "torch.dtype | str" = "auto",
     attention: str | None = None,
     trust_remote_code: bool = False,
-) -> "PreTrainedModel":
-    """Load the causal language model of a full checkpoint (for an adapter: load its base, then the adapter).
+) -> "tuple[PreTrainedModel, list[str]]":
+    """Load the causal language model of a full checkpoint, not of an adapter.
 
     Args:
         ref: a folder or Hub id.
@@ -35,20 +35,12 @@ def load_model(
         attention: the name of an attention function in transformers' attention interface.
         trust_remote_code: run the checkpoint's own Python code.
 
+    Returns:
+        The model, and the names of weights in its files that it does not use.
+
     Raises:
         SstokenError: it does not load, or does not match its files; one line with the reason.
     """
-    return load_with_unused(ref, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)[0]
-
-
-def load_with_unused(
-    ref: str,
-    *,
-    dtype: "torch.dtype | str" = "auto",
-    attention: str | None = None,
-    trust_remote_code: bool = False,
-) -> "tuple[PreTrainedModel, list[str]]":
-    """Like `load_model`; also return the names of weights in the files that the model does not use."""
     from transformers import AutoModelForCausalLM
 
     check_loadable(ref)
@@ -73,7 +65,7 @@ def load_with_unused(
 
 
 def _drops_capping(model: Any) -> bool:
-    """Whether transformers chose an attention function that leaves out the model's soft-capping."""
+    """Return whether transformers chose an attention function that ignores the model's soft-capping."""
     config = model.config.get_text_config()
     return bool(getattr(config, "attn_logit_softcapping", None)) and config._attn_implementation == "sdpa"
 
@@ -90,7 +82,7 @@ def _why_not(ref: str, error: Exception) -> str:
             f"transformers {transformers.__version__} does not know model_type {kind!r}; update transformers"
         )
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-        return "it comes with Python code of its own; read it, and say --trust-remote-code to run it"
+        return "it comes with Python code of its own; read it, and pass --trust-remote-code to run it"
     return first_line(error)
 
 
@@ -98,12 +90,12 @@ def check_loaded(ref: str, model: Any, report: Mapping[str, Any]) -> list[str]:
     """Refuse a model that does not match its files.
 
     Args:
-        ref: the checkpoint, for the message.
-        model: from `from_pretrained`.
-        report: its loading info.
+        ref: the checkpoint, for messages.
+        model: what `from_pretrained` returned.
+        report: the loading info that it returned.
 
     Returns:
-        Sorted names in the files that this model does not use (for example another task's head).
+        Sorted names of weights in the files that this model does not use, such as another task's head.
 
     Raises:
         SstokenError: weights are missing, have other shapes, or belong to the model but have no place in it.
@@ -130,8 +122,7 @@ def check_loaded(ref: str, model: Any, report: Mapping[str, Any]) -> list[str]:
 
 
 def _belonging(unused: Iterable[str], used: Iterable[str]) -> list[str]:
-    """Return the unused weights without which the model is a different one: more of a module it has, or another
-    layer."""
+    """Return the unused weights that the model cannot do without: part of a module it has, or a layer of its own."""
     used = list(used)
     modules = {name.rpartition(".")[0] for name in used if name.endswith(".weight")}
     numbers, names = defaultdict(set), defaultdict(set)

@@ -1,4 +1,4 @@
-"""Manifests: the last file written into a folder says that it is complete, what made it and what is in it."""
+"""Manifests: the last file written into a folder. It lists the files and records what made them."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a finished folder says of itself."""
+    """The content of a folder's manifest.json."""
 
     stage: str
     fingerprint: str
@@ -48,17 +48,17 @@ class Manifest(BaseModel):
     """Content identities of what was read from outside the run."""
     version: str
     seconds: float
-    """Of the last run that worked on it, from its start to its end."""
+    """Wall time of the last run that worked on it."""
     took: dict[str, float] = Field(default_factory=dict)
-    """`worker_seconds` that all runs and ranks spent on `shards`, where the stage works shard by shard."""
+    """For stages that work shard by shard: `shards` made, and `worker_seconds` spent on them by all runs and ranks."""
     metrics: dict[str, Any]
     files: list[FileEntry]
     digest: str = NO_DIGEST
-    """SHA-256 of the manifest's own text, with zeros in this place, set on writing. Older manifests have none."""
+    """SHA-256 of the manifest's own text with zeros in place of this digest. Older manifests have none."""
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder, or None where there is none.
+    """Return a folder's manifest, or None if there is none.
 
     Raises:
         SstokenError: it is damaged.
@@ -73,11 +73,15 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def finished(folder: Path, what: str) -> Manifest:
-    """The manifest of a finished folder, whose files are all there.
+    """Return the manifest of a finished folder, after checking that every file has its size.
+
+    Args:
+        folder: the folder.
+        what: what it should hold, for messages.
 
     Raises:
         UsageError: there is no such folder.
-        SstokenError: it is unfinished work, or a file was lost or cut since.
+        SstokenError: the folder is unfinished, or a file is missing or truncated.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "no such folder"
@@ -103,7 +107,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically.
 
     Raises:
-        SstokenError: in a store that several machines write, another one was first.
+        SstokenError: in an object store, another machine wrote its manifest first.
     """
     text = manifest.model_copy(update={"digest": NO_DIGEST}).model_dump_json(indent=1)
     start, _, end = text.rpartition(NO_DIGEST)
@@ -113,7 +117,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def list_files(folder: Path) -> list[FileEntry]:
-    """Every file below the folder but its manifest, with its checksum."""
+    """List every file below the folder except its manifest, with its digest."""
     store = storage.of(folder)
     entries = []
     for path in store.list(folder):
@@ -124,7 +128,7 @@ def list_files(folder: Path) -> list[FileEntry]:
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files below a finished folder that its manifest does not know; not the hidden ones, or other finished folders."""
+    """Return files below a finished folder that its manifest does not list, except hidden ones and finished folders."""
     listed = {MANIFEST, *(entry.path for entry in manifest.files)}
     there = list(files_below(folder))
     inside = [path.parent for path in there if path.name == MANIFEST and path.parent != folder]
@@ -136,7 +140,7 @@ def unlisted(folder: Path, manifest: Manifest) -> list[Path]:
 
 
 def problems(folder: Path, manifest: Manifest, *, checksums: bool = True) -> Iterator[str]:
-    """What differs between a folder and its manifest, a line each; without `checksums`, at a glance."""
+    """Yield one line for each file that differs from the manifest; without `checksums`, compare sizes only."""
     sizes = storage.of(folder).sizes(folder, [entry.path for entry in manifest.files])
     for entry in manifest.files:
         path, size = folder / entry.path, sizes[entry.path]
@@ -153,10 +157,10 @@ def _digest_of(known: dict[str, str]) -> str:
 
 
 class Digests:
-    """sha256 of files, remembered while a file's size and time stand, so that a finished run starts fast."""
+    """SHA-256 of files, cached until a file's size or times change, so that a finished run is recognised fast."""
 
     def __init__(self, cache: Path | None = None) -> None:
-        """`cache`: a JSON file to remember them in; None: for this object's life alone."""
+        """Load the cache from a JSON file; None: cache in memory only."""
         self._cache = cache
         self._known: dict[str, str] = {}
         self._unsaved = self._holding = False
@@ -167,10 +171,10 @@ class Digests:
                     self._known = saved["known"]
 
     def __call__(self, path: Path) -> str:
-        """The digest of a file.
+        """Return the digest of a file.
 
         Raises:
-            SstokenError: it lies in a finished folder whose manifest says another one.
+            SstokenError: the manifest of its folder lists another digest.
         """
         stat = path.stat()
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
@@ -183,9 +187,9 @@ class Digests:
         return self._known[key]
 
     def save(self) -> None:
-        """Write what is new into the cache file, if its folder is there."""
+        """Write new digests to the cache file, if its folder exists."""
         if self._unsaved and self._cache is not None and self._cache.parent.is_dir():
-            with suppress(OSError):  # a disk that takes no files
+            with suppress(OSError):  # a full or read-only disk
                 storage.of(self._cache).sweep(self._cache.parent, self._cache.name)
                 text = json.dumps({"digest": _digest_of(self._known), "known": self._known})
                 write_atomic(self._cache, text)
@@ -193,7 +197,7 @@ class Digests:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Write nothing before `save`: the folder may turn out to be somebody else's."""
+        """Write nothing before `save`: the folder may turn out to belong to another run."""
         self._holding = True
         try:
             yield

@@ -10,19 +10,19 @@ from sstoken.stages.token_text import markdown
 
 
 def decisive_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters and options that decided a mask, from a shard's metadata; older ones have rho and gamma alone."""
+    """Return the parameters and options that decided a mask, from a shard's metadata (older: rho and gamma only)."""
     params = facts["params"] if "params" in facts else {name: facts.get(name) for name in ("rho", "gamma")}
     found = {**params, **{name: facts.get(name) for name in ("examples", "budget", "pool", "protect")}}
     return {name: value for name, value in found.items() if value not in (None, [])}
 
 
 def dataset_configs(data_files: str, identity: str) -> str:
-    """Return the front matter by which `load_dataset(folder)` finds the data, and knows it from other data.
+    """Return the front matter that tells `load_dataset(folder)` which files are the data.
 
-    One line of JSON, which is YAML: huggingface_hub's `DatasetCardData` would be loaded for nothing else here.
+    One line of JSON, which is YAML, so that huggingface_hub's `DatasetCardData` need not be loaded.
 
-    `datasets` looks a local folder up in its cache by its name and this entry, and not by its files: without an
-    `identity` that changes with the content, it would give the rows of an earlier folder of the same name.
+    `datasets` caches a local folder by its name and this entry, not by its files: `identity` must change with the
+    content, or it would return the rows of an earlier folder of the same name.
     """
     entry = {"config_name": "default", "data_files": data_files, "description": identity}
     return f"configs: {json.dumps([entry])}"
@@ -31,9 +31,9 @@ def dataset_configs(data_files: str, identity: str) -> str:
 def write_card(
     folder: Path, provenance: dict[str, Any], summary: dict[str, Any], *, identity: str | None = None
 ) -> None:
-    """Write `folder/README.md`; `identity` changes with the content, by default the masked dataset's fingerprint.
+    """Write `folder/README.md`, with `identity` (default: the run's fingerprint) for `dataset_configs`.
 
-    The folder also holds JSON files; without the front matter `load_dataset(folder)` would load those as the data.
+    Without the front matter, `load_dataset(folder)` would load the folder's JSON files as the data.
     """
     checkpoints = "\n".join(
         f"| {markdown(role)} | {markdown(facts['name'])} |"

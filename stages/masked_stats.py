@@ -10,11 +10,17 @@ from sstoken.selection import BoolArray, Float64Array, IntArray, keep_per_exampl
 
 NUM_DECILES = 10
 PROTECTED = "protected:"
-"""What the count of protected tokens is called in a shard's counts, before the name of what protects them."""
+"""Prefix of the counts of protected tokens; what protects them follows."""
 
 
 def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str, Any]:
-    """Counts of one shard that add up over shards."""
+    """Return counts of one shard, which add up over shards.
+
+    Args:
+        tokens: N response tokens.
+        kept: [N].
+        rho: share of tokens kept, for the overlap of REL and attention; None: no overlap is counted.
+    """
     counts = np.diff(tokens.offsets)
     position = np.arange(kept.size) - np.repeat(tokens.offsets[:-1], counts)
     decile = position * NUM_DECILES // np.maximum(1, np.repeat(counts, counts))
@@ -35,7 +41,7 @@ def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str,
 
 
 def signal_stats(tokens: Tokens, kept: BoolArray, inputs: Sequence[str], turns: IntArray) -> dict[str, Any]:
-    """What `notes_on` needs of one shard; kept beside the counts, since ranges do not add up.
+    """Return what `notes_on` needs of one shard; kept apart from the counts, since ranges do not add up.
 
     Args:
         tokens: N response tokens.
@@ -56,7 +62,7 @@ def signal_stats(tokens: Tokens, kept: BoolArray, inputs: Sequence[str], turns: 
 
 
 def _set_by_one_token(values: Float64Array, offsets: IntArray) -> int:
-    """In how many examples, of four tokens or more, the range without one token is less than half of the range."""
+    """Count examples of four tokens or more in which leaving out one token more than halves the range of values."""
     lengths = np.diff(offsets)
     starts, counts = offsets[:-1][lengths > 0], lengths[lengths > 0]
     if not counts.size:
@@ -80,7 +86,7 @@ def _range(values: Float64Array) -> list[float] | None:
 
 
 def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
-    """What looks wrong with a selection though nothing forbids it, a line each.
+    """Return one line for each thing that is allowed but looks wrong with a selection.
 
     Args:
         stats: of all shards, with those of `signal_stats`.
@@ -101,7 +107,7 @@ def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
     elif compared and sum(s["rel_sum"] for s in stats) < 0:
         mean = sum(s["rel_sum"] for s in stats) / max(1, num_tokens)
         notes.append(
-            f"mean REL is {mean:.3f} nats: history fits these responses better than current; they may be exchanged"
+            f"mean REL is {mean:.3f} nats: history fits these responses better than current; they may be swapped"
         )
     examples, one_sided = (sum(s.get(key, 0) for s in stats) for key in ("examples", "one_sided"))
     if "minmax(rel)" in get_method(method).formula and 2 * one_sided > examples:
@@ -125,7 +131,7 @@ def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
 
 
 def merge_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of all shards.
+    """Add up the shards' counts.
 
     Returns:
         examples, left_out (no response token), response_tokens, kept, dropped, kept_share,

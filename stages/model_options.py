@@ -1,4 +1,4 @@
-"""How stages run a checkpoint through a backend: what `score` and `critical` share."""
+"""Options of the stages that run a checkpoint through a backend: `score` and `critical`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from sstoken.stages.stage import SPEED_ONLY
 
 
 class ModelOptions(ShardedStage):
-    """How a checkpoint is run, whatever is measured of it."""
+    """How a checkpoint is run, whatever is measured."""
 
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Dtype of the weights; softmax and loss are always fp32. auto: as the checkpoint stores them."""
@@ -29,17 +29,17 @@ class ModelOptions(ShardedStage):
     backend_options: dict[str, Setting] = Field(default_factory=dict)
     """The backend's own settings, such as vllm's `tensor_parallel_size`."""
     batch_tokens: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
-    """Positions in a batch, at most (padding counted); a longer sequence runs alone. None: from the free memory. Halved
+    """Most positions in a batch, padding included; a longer sequence runs alone. None: by the free memory. Halved
     when a batch does not fit."""
     device: Annotated[str, SPEED_ONLY] = "auto"
-    """cpu, cuda, mps, ..., or a list with one for each worker: cuda:0,cuda:1. auto: the best that is there."""
+    """cpu, cuda, mps, ..., or a list with one for each worker: cuda:0,cuda:1. auto: a GPU if there is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
     def backend_for(
         self, checkpoint: str, *, log_folder: Path | None = None, device: str | None = None, **more: Any
     ) -> BackendOptions:
-        """What the backend gets to know; `more`: what is measured, as `BackendOptions` has it."""
+        """Return the backend's options; `more` are fields of `BackendOptions` that say what is measured."""
         return BackendOptions(
             checkpoint=checkpoint,
             dtype=self.dtype,
@@ -52,7 +52,7 @@ class ModelOptions(ShardedStage):
         )
 
     def fingerprinted_for(self, options: BackendOptions) -> dict[str, Any]:
-        """The fields that decide what is written: the backend is the one that runs, with the settings that matter."""
+        """Return the fields that decide what is written, with `auto` resolved to the backend that runs."""
         backend = resolve_backend(self.backend, options)
         fields = super().fingerprinted() | {"backend": backend}
         del fields["backend_options"]
@@ -62,7 +62,7 @@ class ModelOptions(ShardedStage):
 
 
 class Limits(Protocol):
-    """What a loaded model takes."""
+    """The limits of a loaded model."""
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +80,7 @@ def check_lengths(
     example_ids: Sequence[str],
     sequences: Sequence[NDArray[np.int32]],
 ) -> None:
-    """Refuse a shard of tokens that the model does not take.
+    """Refuse a shard of tokens with an unknown token id or an example that is too long for the model.
 
     Raises:
         SstokenError: names the example.

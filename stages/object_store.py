@@ -98,11 +98,6 @@ class ObjectStore:
             self._put_all(scratch, folder)
             self._note(folder, 0, "")
 
-    def has_folder(self, folder: RemotePath) -> bool:
-        """See `Storage`."""
-        record = _record(folder)
-        return folder.is_dir() if record is None else record.is_file()
-
     def take(self, local: Path, file: RemotePath) -> None:
         """See `Storage`."""
         self._upload(local, file)

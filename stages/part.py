@@ -1,4 +1,4 @@
-"""`part`: every T-th example of a tokens folder, for methods that work through a dataset part by part."""
+"""Stage `part`: take every T-th example of a tokens folder, for methods that train part by part."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from sstoken.stages.stage import Context, Task, Worker
 
 
 class Part(ShardedStage):
-    """Reads `tokens`; writes a tokens folder that holds one part of its examples."""
+    """Reads `tokens`; writes a tokens folder with one part of its examples."""
 
     name: ClassVar[str] = "part"
     folder: ClassVar[str] = "tokens"
@@ -27,7 +27,7 @@ class Part(ShardedStage):
     part: Annotated[int, Field(ge=0)]
     """Which part, from 0."""
     parts: Annotated[int, Field(ge=1)]
-    """The number of parts. Example i belongs to part i modulo this number, so every part is a fair sample."""
+    """Number of parts. Example i belongs to part i modulo this number, so every part is a fair sample."""
 
     def check(self) -> None:
         """See `Stage.check`."""
@@ -43,10 +43,10 @@ class Part(ShardedStage):
         return Work(_TakePart(self.part, self.parts, context.out, context.fingerprint), tasks)
 
     def finish(self, context: Context) -> dict[str, Any]:
-        """Copy the tokenizer; add up what the shards hold.
+        """Copy the tokenizer; add up the shards' counts.
 
         Raises:
-            NothingLeftError: no example belongs to the part.
+            NothingLeftError: the part has no example.
         """
         tokens = context.inputs["tokens"]
         folders.copy_folder(tokens / "tokenizer", context.out / "tokenizer")
@@ -61,7 +61,7 @@ class Part(ShardedStage):
 
 @dataclass(frozen=True)
 class _TakePart:
-    """Writes the part of one shard."""
+    """Writes the part's examples of one shard. Picklable, for worker processes."""
 
     part: int
     parts: int

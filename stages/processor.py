@@ -1,15 +1,15 @@
-"""What this machine's processor multiplies natively."""
+"""Whether this machine's processor has bfloat16 instructions."""
 
 from functools import cache
 from pathlib import Path
 
 _FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-"""As Linux lists them: x86's two, and ARM's."""
+"""Names in Linux's /proc/cpuinfo: two of x86, one of ARM."""
 
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16; False where the system does not say."""
+    """Return whether the processor multiplies bfloat16 natively; False where the system does not say."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Where this machine keeps copies of remote files, and what concerns it alone: locks, digests, scratch."""
+"""This machine's cache: copies of remote files, and its own locks, digests and scratch folders."""
 
 import hashlib
 import json
@@ -13,22 +13,22 @@ from sstoken.errors import UsageError
 from sstoken.stages.remote_path import RemotePath, explained, version
 
 _NOT_FETCHED = ("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "global_step*/*", "*.tmp")
-"""What trainers leave in a checkpoint, and nobody here reads."""
+"""Files that trainers leave in a checkpoint and nothing here reads."""
 
 
 def cache() -> Path:
-    """Where copies of remote files, locks and scratch of this user lie; it may be deleted while nothing runs."""
+    """Return this user's cache folder; it may be deleted while nothing runs."""
     own = os.environ.get("SSTOKEN_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(own or Path(home) / "sstoken").expanduser()
 
 
 def fetched(place: RemotePath) -> Path:
-    """Return a copy of a file or folder, fetched once for each content, whoever on this machine asks.
+    """Return a local copy of a file or folder, downloaded once per machine and content.
 
     Raises:
-        UsageError: there is nothing.
-        SstokenError: what was fetched is not what a manifest lists.
+        UsageError: there is no such file or folder.
+        SstokenError: the content is not what a manifest lists.
     """
     files = {
         file: info
@@ -37,7 +37,7 @@ def fetched(place: RemotePath) -> Path:
     }
     info = None if files else place.info()
     if not files and info is None:
-        raise UsageError(f"{place}: there is nothing")
+        raise UsageError(f"{place}: no such file or folder")
     facts = [str(place), *([f.name, version(i)] for f, i in files.items()), version(info) if info else ""]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     target = cache() / "fetched" / key / place.name
@@ -55,7 +55,7 @@ def fetched(place: RemotePath) -> Path:
 
 
 def fetch(file: RemotePath, copy: Path) -> None:
-    """Download a file; refuse it if a manifest says another content."""
+    """Download a file; refuse it if a manifest lists another digest."""
     from sstoken.stages import folders
 
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -66,14 +66,14 @@ def fetch(file: RemotePath, copy: Path) -> None:
 
 
 def own_place(place: RemotePath) -> Path:
-    """Return the local path at which to keep what concerns this machine alone."""
+    """Return the local path for files that concern this machine only."""
     own = cache() / "own" / _hash(str(place.parent)) / place.name
     own.parent.mkdir(parents=True, exist_ok=True)
     return own
 
 
 def workshop(folder: RemotePath, made_by: str) -> Path:
-    """Return the local folder in which the work of that fingerprint on a remote folder goes on."""
+    """Return the local scratch folder for work with the fingerprint `made_by` on a remote folder."""
     scratch = cache() / "work" / _hash(f"{folder} {made_by}") / folder.name
     scratch.mkdir(parents=True, exist_ok=True)
     return scratch

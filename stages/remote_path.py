@@ -13,10 +13,10 @@ from sstoken.errors import SstokenError, UsageError
 
 _SCHEME = re.compile(r"\A([a-z][a-z0-9+.-]*):/+")
 _PATIENCE = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
-"""Of botocore: a store that is down is an error within a minute. Seconds, and attempts for a request."""
+"""Settings of botocore, in seconds and attempts per request: a store that is down is an error within a minute."""
 _S3 = ("s3", "s3a")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid", "mtime", "created")
-"""What a store says of an object that changes with its content, the best first."""
+"""Facts about an object that change with its content, the most reliable first."""
 _PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -29,7 +29,7 @@ _PACKAGES = {
 
 @dataclass(frozen=True)
 class Stat:
-    """What there is to know of an object, as `os.stat` has it."""
+    """What `RemotePath.stat` returns: the fields of `os.stat_result` that callers use."""
 
     st_size: int
     st_ino: int
@@ -39,12 +39,12 @@ class Stat:
 
 
 class RemotePath(PurePosixPath):
-    """A place in an object store, with those of `Path`'s methods that look and read.
+    """A file or folder in an object store, with the methods of `Path` that look and read.
 
-    It is written through `sstoken.stages.storage` alone. A folder exists while there is a file below it. No other
-    library can open it: `sstoken.stages.storage.local` gives a copy on the local disk.
+    Writing goes through `sstoken.stages.storage`. A folder exists while there is a file below it. Other libraries
+    cannot open it: `sstoken.stages.storage.local` makes a copy on the local disk.
 
-    Every method raises `SstokenError` where the store does not answer or refuses.
+    Every method raises `SstokenError` if the store does not answer or refuses access.
     """
 
     def __str__(self) -> str:
@@ -58,27 +58,27 @@ class RemotePath(PurePosixPath):
 
     @property
     def scheme(self) -> str:
-        """Such as `s3`."""
+        """The URL's scheme, such as `s3`."""
         return self.parts[0].removesuffix(":") if self.parts else ""
 
     def expanduser(self) -> "RemotePath":
-        """See `Path`; as are those below that say nothing."""
+        """Return itself: a URL has no home folder."""
         return self
 
     def absolute(self) -> "RemotePath":
-        """A URL always is."""
+        """Return itself: a URL is absolute."""
         return self
 
-    def resolve(self, strict: bool = False) -> "RemotePath":
-        """Object stores have no links."""
+    def resolve(self) -> "RemotePath":
+        """Return itself: object stores have no links."""
         return self
 
     def is_symlink(self) -> bool:
-        """Object stores have no links."""
+        """Return False: object stores have no links."""
         return False
 
     def info(self) -> dict[str, Any] | None:
-        """What the store says of it; None where there is nothing."""
+        """Return the store's facts about it; None if it does not exist."""
         if len(self.parts) < 2:
             return None
         filesystem, key = self.located()
@@ -116,21 +116,21 @@ class RemotePath(PurePosixPath):
             return bytes(filesystem.cat_file(key))
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """See `Path`. For small files: in one request."""
+        """See `Path`. Takes one request, for small files."""
         filesystem, key = self.located()
         with explained(self):
             more = {"max_concurrency": 1} if self.scheme in _S3 else {}  # else s3fs asks for the size first
             return bytes(filesystem.cat_file(key, **more)).decode(encoding)
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Open it for reading; it can seek, and fetches what is read."""
-        assert mode == "rb", "written through sstoken.stages.storage"
+        """Open it for reading; the file can seek, and downloads only what is read."""
+        assert mode == "rb", "write through sstoken.stages.storage"
         filesystem, key = self.located()
         with explained(self):
             return cast(BinaryIO, filesystem.open(key, "rb"))
 
     def files(self) -> dict["RemotePath", dict[str, Any]]:
-        """Every file below it and what the store says of it, sorted."""
+        """Return the store's facts about every file below it, sorted by name."""
         filesystem, key = self.located()
         try:
             with explained(self):
@@ -153,7 +153,7 @@ class RemotePath(PurePosixPath):
         return iter([self / name for name in sorted(names)])
 
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
-        """The files, no folders, that match; `*` stays within a name."""
+        """Yield the matching files, no folders; `*` stays within a name."""
         wanted = PurePosixPath(pattern).parts
         for file in self.files():
             parts = file.relative_to(self).parts
@@ -161,14 +161,14 @@ class RemotePath(PurePosixPath):
                 yield file
 
     def rglob(self, pattern: str) -> Iterator["RemotePath"]:
-        """The files, no folders, whose name matches."""
+        """Yield the files, no folders, whose name matches."""
         return (file for file in self.files() if fnmatchcase(file.name, pattern))
 
     def located(self) -> tuple[Any, str]:
-        """The file system that reaches it, and what it is called there.
+        """Return its fsspec file system, and its key there.
 
         Raises:
-            UsageError: fsspec does not know the scheme, or wants a package for it.
+            UsageError: fsspec does not know the scheme, or needs a package for it.
         """
         import fsspec
 
@@ -176,38 +176,37 @@ class RemotePath(PurePosixPath):
             filesystem = fsspec.filesystem(self.scheme, **options(self.scheme))
         except ImportError as error:
             package = _PACKAGES.get(self.scheme, "the fsspec package for it")
-            raise UsageError(
-                f"{self}: cannot be reached without another package; install {package}"
-            ) from error
+            raise UsageError(f"{self}: {self.scheme}:// needs another package; install {package}") from error
         except ValueError as error:
             raise UsageError(
-                f"{self}: no such kind of storage, {self.scheme!r}; s3, gs and hf are known"
+                f"{self}: unknown kind of storage {self.scheme!r}; s3, gs, hf and fsspec's others are known"
             ) from error
         return filesystem, filesystem._strip_protocol(str(self))
 
 
 def options(scheme: str) -> dict[str, Any]:
-    """What a file system of that scheme is made with."""
+    """Return the arguments for the fsspec file system of a scheme."""
     import fsspec
 
-    found: dict[str, Any] = {"use_listings_cache": False}  # others write there, too
+    found: dict[str, Any] = {"use_listings_cache": False}  # other machines write there
     if scheme in _S3:
         found["config_kwargs"] = {**_PATIENCE, **fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
     return found
 
 
 def version(info: dict[str, Any]) -> str:
-    """A hexadecimal text that changes with an object's content."""
+    """Return 16 hexadecimal digits that change with an object's content, from the store's facts about it."""
     said = next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), repr(sorted(info)))
     return hashlib.sha256(f"{info.get('size')}:{said}".encode()).hexdigest()[:16]
 
 
 @contextmanager
 def explained(place: PurePosixPath) -> Iterator[None]:
-    """Turn what libraries raise into one line; that something is there, or not, passes.
+    """Turn exceptions of fsspec and its file systems into one-line errors.
 
     Raises:
-        SstokenError: names the place.
+        SstokenError: names the place and the reason.
+        FileNotFoundError, FileExistsError: passed on.
     """
     try:
         yield

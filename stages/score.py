@@ -1,4 +1,4 @@
-"""`score`: signals of every response token under one checkpoint."""
+"""Stage `score`: measure signals of every response token under one checkpoint."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,55 +21,58 @@ from sstoken.stages.vocabularies import check_vocabulary
 
 
 class ScoreOptions(ModelOptions):
-    """How checkpoints are scored, whichever they are."""
+    """How checkpoints are scored: what all checkpoints of a run share."""
 
     signals: tuple[str, ...] = ()
-    """What is measured under every checkpoint, by name: loss, attention, entropy, rank, ... None: the loss."""
+    """Signals to measure under every checkpoint: loss, attention, entropy, rank, ... None: the loss."""
     layer: int | None = None
-    """Decoder layer of the signal `attention`; negative counts from the last. None: the last layer that has softmax
+    """Decoder layer of the signal `attention`; negative counts from the last. None: the last layer with softmax
     attention."""
     workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
     """Processes, each with the model in memory. Default: 1, or one for each device of a list."""
 
 
 class Score(ScoreOptions):
-    """Score one checkpoint. Reads `tokens`; writes row-aligned shards of the same names."""
+    """Score one checkpoint: reads `tokens`, writes a row-aligned shard for each."""
 
     name: ClassVar[str] = "score"
     folder: ClassVar[str] = "scores"
     unit: ClassVar[str] = "tokens"
-    follows_sources: ClassVar[bool] = True  # a checkpoint folder that was trained further
+    follows_sources: ClassVar[bool] = True  # a checkpoint may be trained further in the same folder
 
     checkpoint: Annotated[str, BY_CONTENT]
     """A folder, a LoRA adapter's folder, or a Hub id."""
     attention: bool = False
     """Measure the signal `attention` too."""
     references: Annotated[dict[str, str], BY_CONTENT] = Field(default_factory=dict)
-    """The checkpoints that signals such as `kl@NAME` compare with, by name."""
+    """Checkpoints that signals such as `kl@NAME` compare with, by name."""
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The names of all signals that are measured, in the order of their columns."""
+        """Names of all signals that are measured, in the order of their columns."""
         names = self.signals or (LOSS,)
         return tuple(s.name for s in get_signals((*names, ATTENTION) if self.attention else names))
 
     def holding(self, settings: Mapping[str, Any]) -> "Score":
-        """This stage with all the signals that finished scores hold, if these are at least its own.
+        """Return this stage with all the signals of finished scores, if they include its own.
 
         Args:
-            settings: the fields of the stage that made them, as its manifest has them.
+            settings: fields of the stage that made the scores, from their manifest.
         """
-        there = (*(settings.get("signals") or (LOSS,)), *((ATTENTION,) if settings.get("attention") else ()))
-        return self.model_copy(update={"signals": there}) if {*there} > {*self.measured} else self
+        finished = (
+            *(settings.get("signals") or (LOSS,)),
+            *((ATTENTION,) if settings.get("attention") else ()),
+        )
+        return self.model_copy(update={"signals": finished}) if {*finished} > {*self.measured} else self
 
     def check(self) -> None:
-        """Refuse an unknown signal, an incomplete checkpoint, or one that the backend does not take."""
+        """Refuse an unknown signal, and a checkpoint that is incomplete or that the backend does not support."""
         for ref in (self.checkpoint, *self.references.values()):
             checkpoints.check_loadable(ref)
         check_backend(self.backend, self.for_backend(), self.workers or 1)
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
-        """The content of the checkpoint and of what it is compared with; their places do not matter."""
+        """Identify the content of the checkpoint and of those it is compared with, wherever they lie."""
         sources: dict[str, Any] = {"checkpoint": checkpoints.identity(self.checkpoint, digest)}
         if self.references:
             sources["references"] = {
@@ -78,20 +81,20 @@ class Score(ScoreOptions):
         return sources
 
     def fingerprinted(self) -> dict[str, Any]:
-        """Without the layer where none is looked at; the backend is the one that runs."""
+        """See `Settings.fingerprinted`: the layer counts only if attention is measured."""
         fields = self.fingerprinted_for(self.for_backend())
         measured = set(self.measured)
         fields["attention"] = ATTENTION in measured
         if not fields["attention"]:
             del fields["layer"]
-        # With the signals that there always were, it stays what it always was: finished scores stay finished.
+        # Loss and attention came before `signals`: leave it out, so that scores made before stay finished.
         del fields["signals"]
         if measured - {ATTENTION} != {LOSS}:
             fields["signals"] = sorted(measured)
         return fields
 
     def for_backend(self, log_folder: Path | None = None, device: str | None = None) -> BackendOptions:
-        """What the backend gets to know."""
+        """Return the backend's options for this stage."""
         return self.backend_for(
             self.checkpoint,
             log_folder=log_folder,
@@ -120,7 +123,7 @@ class Score(ScoreOptions):
         return "; ".join(levers)
 
     def work(self, context: Context) -> Work:
-        """A task a shard."""
+        """See `ShardedStage.work`."""
         token_parts = tables.parts(context.inputs["tokens"])
         for ref in (self.checkpoint, *self.references.values()):
             own = checkpoints.own_tokenizer(ref, trust_remote_code=self.trust_remote_code)
@@ -131,7 +134,7 @@ class Score(ScoreOptions):
         )
 
     def finish(self, context: Context) -> dict[str, Any]:
-        """Sum up the shards."""
+        """Add up the shards' sums."""
         summary = summarize_scores(context.out, self.checkpoint)
         if joins.trained_on_others(self.checkpoint, context.inputs["tokens"]):
             summary["trained_on_other_tokens"] = True
@@ -139,15 +142,15 @@ class Score(ScoreOptions):
 
 
 def compared(options: Mapping[str, Any], name: str, named: Mapping[str, str]) -> dict[str, Any]:
-    """The options for one of several checkpoints: its signals, and the checkpoints that these compare it with.
+    """Return the options for scoring one of several checkpoints, with the `references` that its signals need.
 
     Args:
         options: the fields of `ScoreOptions`.
-        name: the checkpoint's; it is not compared with itself.
+        name: the checkpoint's name; signals that compare it with itself are left out.
         named: all checkpoints that are scored, by name.
 
     Raises:
-        UsageError: a signal names a checkpoint that is not scored.
+        UsageError: a signal refers to a checkpoint that is not scored.
     """
     wanted = get_signals(options["signals"])
     against = {s.name: s.argument for s in wanted if s.needs == "second checkpoint"}
@@ -164,12 +167,12 @@ def compared(options: Mapping[str, Any], name: str, named: Mapping[str, str]) ->
 
 @Latest
 def _backend(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Backend:
-    """One backend per process: shards of a checkpoint share it; `stamp` tells when its files have changed."""
+    """Return this process's backend, shared by all shards; a new `stamp` means that the files have changed."""
     return make_backend(name, options)
 
 
 class _ScoreShard:
-    """Scores one shard of tokens; pickles into worker processes."""
+    """Scores one shard of tokens. Picklable, for worker processes."""
 
     def __init__(self, stage: Score, out: Path, run: str) -> None:
         self._stage, self._out, self._run = stage, out, run
@@ -200,7 +203,7 @@ class _ScoreShard:
         masks: list[NDArray[np.bool_]],
         worker: Worker,
     ) -> dict[str, Column]:
-        """The signals of all examples, compact and one after the other."""
+        """Return each signal over all examples, one after the other: values of its measured tokens only."""
         stage = self._stage
         named = {name: get_signal(name) for name in stage.measured}
         counts = np.array([mask.sum() for mask in masks], dtype=np.int64)
@@ -208,7 +211,7 @@ class _ScoreShard:
             name: np.concatenate([[0], np.cumsum(np.maximum(counts - signal.from_second, 0))])
             for name, signal in named.items()
         }
-        # Flat from the start: thousands of small arrays would keep the heap in pieces.
+        # One flat array per signal: thousands of small ones would fragment the heap.
         columns: dict[str, Column] = {
             name: np.zeros(starts[name][-1], np.dtype(signal.dtype)) for name, signal in named.items()
         }
@@ -227,8 +230,8 @@ class _ScoreShard:
             worker.advance(sequences[index].size)
         if left:
             raise SstokenError(
-                f"backend {stage.backend!r} did not measure all that was asked for: {len(left)} of {len(sequences)} "
-                f"examples of {shard} are missing ({example_ids[min(left)]!r}); report it to its authors"
+                f"backend {stage.backend!r} did not measure {len(left)} of {len(sequences)} examples of {shard} "
+                f"(first: {example_ids[min(left)]!r}); report it to the backend's authors"
             )
         return columns
 

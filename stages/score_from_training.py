@@ -1,4 +1,4 @@
-"""`observed`: losses seen during in-loop training as the scores of a checkpoint, without a pass over the data."""
+"""Stage `observed`: turn losses recorded during in-loop training into scores, without another pass over the data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,9 @@ from sstoken.stages.training.observed_losses import PATTERN, Seen, SeenExamples
 
 
 class Observed(Stage):
-    """Reads `tokens` and what `ObservedLosses` kept; writes row-aligned shards as `score` does.
+    """Reads `tokens` and what `ObservedLosses` recorded; writes row-aligned shards as `score` does.
 
-    A token's loss is that of the model as it was when training last saw its example.
+    A token's loss is the one measured when training last saw its example.
     """
 
     name: ClassVar[str] = "observed"
@@ -27,19 +27,19 @@ class Observed(Stage):
     recorded: Annotated[str, BY_CONTENT]
     """The folder given to `ObservedLosses`."""
     attention: bool = True
-    """Prompt attention too, which training measured unless gamma was 1."""
+    """Write prompt attention, too; training measures it unless gamma is 1."""
 
     def check(self) -> None:
-        """Refuse a folder that holds nothing observed."""
+        """Refuse a folder without recorded losses."""
         with SeenExamples(Path(self.recorded)):
             pass
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
-        """What was observed."""
+        """Identify the recorded files."""
         return {path.name: digest(path) for path in sorted(Path(self.recorded).glob(PATTERN))}
 
     def run(self, context: Context) -> dict[str, Any]:
-        """Write the shards that are not there yet."""
+        """Write the shards that do not exist yet."""
         token_parts = tables.parts(context.inputs["tokens"])
         with (
             SeenExamples(Path(self.recorded)) as seen,
@@ -68,14 +68,14 @@ class Observed(Stage):
                 missing.append(example_id)
             elif self.attention and found.attention is None:
                 raise SstokenError(
-                    f"{self.recorded}: no attention was measured (gamma was 1); take attention=False, and another "
+                    f"{self.recorded}: no attention was measured (gamma was 1); set attention=False, and use another "
                     "checkpoint's attention"
                 )
             else:
                 rows.append(found)
         if missing:
             raise SstokenError(
-                f"{part}: {len(missing)} of {len(example_ids)} examples were not seen whole in training (first: "
+                f"{part}: {len(missing)} of {len(example_ids)} examples were not trained on in full (first: "
                 f"{missing[0]!r}); train at least one epoch on all of them, with a max_length that cuts none"
             )
         offsets = tables.flatten(table["input_ids"])[1]

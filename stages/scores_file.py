@@ -1,4 +1,4 @@
-"""One shard of `scores/<checkpoint>/`, row-aligned with the shard of tokens of the same name."""
+"""Write and summarize shards of `scores/<checkpoint>/`, row-aligned with the shards of tokens."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,16 +22,16 @@ def write_scores(
     signals: Mapping[str, Column],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write it, with the sums that a summary needs and each signal's unit and meaning.
+    """Write one shard of scores. Its metadata hold each signal's unit, meaning and sum.
 
     Args:
-        path: of the shard.
-        example_ids: of each of E rows.
+        path: the file.
+        example_ids: [E].
         offsets: [E + 1]; row i has the tokens `offsets[i]:offsets[i + 1]`.
-        response: [M] over all tokens of the shard, row after row.
-        signals: by name, compact: a value for each token that `measured_tokens` gives.
+        response: [M], True on the response tokens of all rows.
+        signals: by name; one value for each True in `measured_tokens`.
         provenance: `checkpoint`, `layer`, `dtype`, the fingerprints of the shard of tokens and of the run (see
-            `sstoken.stages.joins`) and, if known, `computed_with`, for the file's metadata.
+            `sstoken.stages.joins`) and, if known, `computed_with`, for the metadata.
     """
     named = {name: get_signal(name) for name in signals}
     columns: list[pa.Array] = [pa.array(example_ids, pa.string())]
@@ -39,7 +39,8 @@ def write_scores(
     stats: dict[str, Any] = {"examples": len(example_ids), "response_tokens": int(response.sum())}
     for name, values in signals.items():
         kind = tables.SIGNAL_COLUMNS[named[name].dtype]
-        columns.append(_scatter(values, measured_tokens(named[name], response, offsets), offsets, kind))
+        measured = measured_tokens(named[name], response, offsets)
+        columns.append(tables.scattered(values, measured, offsets, kind))
         fields.append(pa.field(name, kind))
         stats[f"{name}_sum"] = float(values.sum(dtype=np.float64))
         if named[name].from_second:
@@ -52,38 +53,25 @@ def write_scores(
 def measured_tokens(
     signal: Signal, response: NDArray[np.bool_], offsets: NDArray[np.integer[Any]]
 ) -> NDArray[np.bool_]:
-    """The tokens of a shard that have that signal.
+    """Return which tokens of a shard have a value of the signal, [M].
 
     Args:
-        signal: which.
-        response: [M] over all tokens of the shard.
-        offsets: [E + 1], where its examples start.
-
-    Returns:
-        [M].
+        signal: some leave out the first response token of each example.
+        response: [M], True on the shard's response tokens.
+        offsets: [E + 1], where each example starts.
     """
     if not signal.from_second:
         return response
     places = np.flatnonzero(response)
-    firsts = np.searchsorted(places, offsets[:-1])  # of each example; that of an empty one is another's
+    firsts = np.searchsorted(places, offsets[:-1])  # of an example without a response: another example's
     ends = np.searchsorted(places, offsets[1:])
     measured = response.copy()
     measured[places[firsts[firsts < ends]]] = False
     return measured
 
 
-def _scatter(
-    values: Column, measured: NDArray[np.bool_], offsets: NDArray[np.integer[Any]], kind: pa.ListType
-) -> pa.ListArray:
-    """Compact values as a list column that is null wherever nothing was measured."""
-    full = np.zeros(measured.size, values.dtype)
-    full[measured] = values
-    flat = pa.array(full, kind.value_type, mask=~measured)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
-
-
 def summarize_scores(folder: Path, checkpoint: str) -> dict[str, Any]:
-    """The metrics of a finished folder of scores, from its shards' sums."""
+    """Return the metrics of a folder of scores, from its shards' sums."""
     metadata = [tables.read_metadata(p) for p in tables.parts(folder)]
     stats = [m["stats"] for m in metadata]
     num_tokens = sum(s["response_tokens"] for s in stats)

@@ -1,4 +1,4 @@
-"""`select`: from scores to the masked dataset. No model, no GPU: a sweep over a parameter takes seconds."""
+"""Stage `select`: turn scores into a masked dataset. It needs no model, so a sweep over a parameter takes seconds."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -27,11 +27,11 @@ from sstoken.stages.stage import Context, Task, Worker
 from sstoken.version import __version__
 
 OTHER_INPUTS = ("tokens",)
-"""Inputs that are no checkpoint's scores."""
+"""Inputs that are not scores."""
 
 
 class Select(ShardedStage):
-    """Reads `tokens` and the scores of the checkpoints in the roles that its method names."""
+    """Reads `tokens` and a scores folder for each role of its method; writes the masked dataset."""
 
     name: ClassVar[str] = "select"
     folder: ClassVar[str] = "masked"
@@ -40,32 +40,32 @@ class Select(ShardedStage):
     method: str = "sstoken"
     """Selection method, or `recommended`; `sstoken-curate methods` lists them with their parameters."""
     params: dict[str, Any] = Field(default_factory=dict)
-    """A parameter of the method; give it once for each."""
+    """A parameter of the method; repeat it for several."""
     rho: float = 0.6
-    """Short for `--param rho=X`: the share of response tokens kept, in (0, 1]. Not given: the method's own default."""
+    """Short for `--param rho=X`: the share of response tokens to keep, in (0, 1]. Default: the method's own."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Short for `--param gamma=X`: the weight of REL against attention, in [0, 1]."""
     scope: Literal["turn", "sample", "global"] | None = None
-    """Keep the best share of each example, of the whole dataset, or of each turn.  [default: the method's own]"""
+    """Keep the best share of each example, of the whole dataset, or of each turn. Default: the method's own."""
     budget: Annotated[int, Field(ge=1)] | None = None
-    """Keep this many tokens of the whole dataset, in the place of a share."""
+    """Keep this many tokens of the whole dataset, instead of a share."""
     pool: Literal["token", "word", "sentence"] = "token"
-    """Judge words or sentences as one, by the mean over their tokens; they are kept or dropped whole."""
+    """Score words or sentences as one, by the mean over their tokens, and keep or drop all of it."""
     protect: tuple[str, ...] = ()
     """Keep these tokens whatever their score: end_of_turn, tool_calls, code or regex:PATTERN."""
     examples: ExampleChoice | None = None
     """Choose examples first, by T-SHIRT: method=t-shirt, keep=0.05 (a share, or a number), ratio=0.5, draws=0."""
     lean: bool = False
-    """Write only example_id, input_ids, labels, keep_mask and, of a weighting method, weight."""
+    """Write only example_id, input_ids, labels, keep_mask and, for a weighting method, weight."""
 
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, given: Any) -> Any:
-        """A preset is recorded as what it stands for, and so has the same fingerprint."""
+        """Replace a preset by the settings that it stands for, so that both have one fingerprint."""
         return expand(given) if isinstance(given, dict) else given
 
     def check(self) -> None:
-        """Refuse an unknown method, a parameter that it does not have or out of range, and a scope it cannot take."""
+        """Refuse an unknown method, a parameter that is unknown or out of range, and a scope it does not support."""
         if self.budget is not None:
             self._check_budget()
         self.resolved_scope, self.resolved  # noqa: B018
@@ -75,14 +75,14 @@ class Select(ShardedStage):
         policy = self.of.policy
         if not isinstance(policy, Top) or policy.drop or policy.negative is not None:
             raise UsageError(
-                f"budget is {self.budget}, and method {self.method!r} does not rank tokens to keep; leave budget out"
+                f"budget is {self.budget}, but method {self.method!r} does not rank tokens; leave budget out"
             )
         if "rho" in {*self.params, *self.model_fields_set} or self.scope not in (None, "global"):
             raise UsageError("budget is a number of tokens of the whole dataset; leave rho and scope out")
 
     @cached_property
     def of(self) -> Method:
-        """The method."""
+        """The registered method."""
         return get_method(self.method)
 
     @cached_property
@@ -94,7 +94,7 @@ class Select(ShardedStage):
             if name not in self.model_fields_set:
                 continue
             if str(given.setdefault(name, value)) != str(value):
-                raise UsageError(f"{name} is {value}, and params.{name} is {given[name]}; give it once")
+                raise UsageError(f"{name} is {value}, but params.{name} is {given[name]}; give it once")
         return self.of.read_params(given)
 
     @property
@@ -103,7 +103,7 @@ class Select(ShardedStage):
         return self.of.check_scope(self.scope if self.budget is None else "global")
 
     def fingerprinted(self) -> dict[str, Any]:
-        """The same for every way to write a selection, and for an old one what it was before methods had parameters."""
+        """See `Settings.fingerprinted`: equal however the parameters are given, and unchanged for older selections."""
         params = {"rho": self.rho, "gamma": self.gamma}
         params |= self.resolved.model_dump(mode="json")
         scope = self.scope if self.scope is not None and "scope" in self.of.ignores else self.resolved_scope
@@ -120,11 +120,11 @@ class Select(ShardedStage):
         return fields | {name: value for name, value in more.items() if value}
 
     def outputs(self, context: Context) -> list[Path]:
-        """See `ShardedStage.outputs`; looks at no score."""
+        """See `ShardedStage.outputs`. Reads no scores."""
         return [context.out / path.name for path in tables.parts(context.inputs["tokens"])]
 
     def work(self, context: Context) -> Work:
-        """A task a shard."""
+        """See `ShardedStage.work`."""
         tokens = context.inputs["tokens"]
         token_parts = tables.parts(tokens)
         scores = _scores(context)
@@ -151,19 +151,19 @@ class Select(ShardedStage):
         return Work(select_shard, tasks, len(token_parts))
 
     def finish(self, context: Context) -> dict[str, Any]:
-        """Sum up the shards; add the tokenizer and the card."""
+        """Add up the shards' counts; write the tokenizer and the card."""
         tokens = context.inputs["tokens"]
         folders.copy_folder(tokens / "tokenizer", context.out / "tokenizer")
-        said = [tables.read_metadata(p) for p in tables.parts(context.out)]
-        summary = merge_stats([m["stats"] for m in said])
+        metadata = [tables.read_metadata(p) for p in tables.parts(context.out)]
+        summary = merge_stats([m["stats"] for m in metadata])
         if not summary["examples"]:
             raise NothingLeftError(f"{tokens}: no example has a response token; nothing to select")
         provenance = self._provenance(context, _scores(context))
         named = {role: facts["name"] for role, facts in provenance["checkpoints"].items()}
         summary["compared"] = {role: named[role] for role in self.of.roles if role in named}
-        if all("rel_sum" in m["checks"] for m in said):
-            summary["mean_rel"] = sum(m["checks"]["rel_sum"] for m in said) / summary["response_tokens"]
-        checks = [{**m["stats"], **m["checks"]} for m in said]
+        if all("rel_sum" in m["checks"] for m in metadata):
+            summary["mean_rel"] = sum(m["checks"]["rel_sum"] for m in metadata) / summary["response_tokens"]
+        checks = [{**m["stats"], **m["checks"]} for m in metadata]
         if notes := notes_on(checks, self.method) + harm_notes(checks):
             summary["notes"] = notes
         write_card(context.out, provenance, summary)
@@ -199,12 +199,12 @@ class Select(ShardedStage):
 
 
 def _scores(context: Context) -> dict[str, Path]:
-    """Folders of scores by role."""
+    """Return the folders of scores by role."""
     return {role: folder for role, folder in context.inputs.items() if role not in OTHER_INPUTS}
 
 
 class _SelectShard:
-    """Writes one masked shard; pickles into worker processes."""
+    """Writes one masked shard. Picklable, for worker processes."""
 
     def __init__(self, decider: Decider, out: Path, provenance: dict[str, Any], lean: bool) -> None:
         self._decider, self._out, self._provenance, self._lean = decider, out, provenance, lean
@@ -250,10 +250,9 @@ def _masked_table(shard: Shard, decided: Decided, schema: pa.Schema) -> pa.Table
         "weight": decided.weight,
     }
     for name, of_response in values.items():
-        if of_response is None:
-            columns[name] = pa.nulls(len(shard.table), tables.VALUES)
-            continue
-        column = np.full(response.size, np.nan, dtype=np.float32)
-        column[response] = of_response
-        columns[name] = tables.lists(column, offsets, tables.VALUES)
+        columns[name] = (
+            pa.nulls(len(shard.table), tables.VALUES)
+            if of_response is None
+            else tables.scattered(of_response, response, offsets, tables.VALUES)
+        )
     return pa.table([columns[name] for name in schema.names], schema=schema)

@@ -1,4 +1,4 @@
-"""Ending at a shard's border when the machine is about to be taken away: SIGTERM, as SLURM and Kubernetes send it."""
+"""Stop between two shards on SIGTERM, which SLURM and Kubernetes send before they take the machine away."""
 
 import os
 import signal
@@ -12,31 +12,30 @@ from typing import Any
 from sstoken.errors import SstokenError
 
 GRACE = 8.0
-"""Seconds after the signal that a shard may take to its end; then the process ends, and the shard is made again."""
+"""Seconds that a shard may take after the signal; then the process exits, and the next run makes the shard again."""
 STATUS = 128 + signal.SIGTERM
-"""Exit code of a process that ended so, in time or not."""
+"""Exit code of a process that SIGTERM stopped, in time or not."""
 replaceable: list[Any] = [signal.SIG_DFL]
-"""Handlers of SIGTERM that may be replaced meanwhile: the system's, and the command line's own. Not a user's."""
+"""Handlers of SIGTERM that may be replaced meanwhile: the system's and the command line's, never a user's."""
 SAME = 0.3
-"""Seconds within which a second signal is the first one, sent to the process and to its group."""
+"""Seconds within which a second signal is a duplicate: sent to the process, and to its group."""
 GOES_ON = "what is finished is kept, the same command goes on from there"
 
 
 class StoppedError(SstokenError):
-    """SIGTERM came; the shards that were under way are done, the others are not begun."""
+    """SIGTERM arrived: shards that were being written are complete, the others were not started."""
 
     exit_code = STATUS
 
 
 @contextmanager
 def at_a_border() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether SIGTERM has come since; end the process if `GRACE` passes after it.
+    """Yield a function that returns whether SIGTERM has arrived; exit `GRACE` seconds after the signal.
 
-    A second signal ends it at once. Only in a process's main thread, and where the handler is `replaceable`; elsewhere
-    nothing changes.
+    A second signal exits at once. Does nothing outside the main thread, or if the handler is not `replaceable`.
 
     Raises:
-        StoppedError: at the end, where the signal came.
+        StoppedError: on leaving the context after a signal.
     """
     asked: list[float] = []
     over = threading.Event()
@@ -70,7 +69,7 @@ def _end_late(over: threading.Event) -> None:
 
 
 def _end() -> None:
-    """End the process here and now. Worker processes notice, and end, too."""
+    """Exit at once. Worker processes notice and exit, too."""
     with suppress(OSError):
         os.write(2, f"\nerror: stopped by SIGTERM; {GOES_ON}\n".encode())
     os._exit(STATUS)

@@ -1,4 +1,4 @@
-"""Stages whose work is a task a shard: any engine runs it, and several ranks may share it."""
+"""Stages that work shard by shard: any engine can run their tasks, and several ranks can share them."""
 
 import json
 import time
@@ -17,50 +17,50 @@ from sstoken.stages.storage import write_atomic
 from sstoken.stages.took import Took
 
 QUARANTINE = "quarantine"
-"""In a partial folder: the start of the names of the files that list the shards which failed each time."""
+"""Prefix of the files in a partial folder that list the shards whose every attempt failed."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do."""
+    """The tasks of a stage, and the function that does one."""
 
     function: Callable[[Any, Worker], None]
     """Does one task; must pickle."""
     tasks: Iterable[Task[Any]]
-    """The same, in the same order, in every call."""
+    """Every call returns the same tasks in the same order."""
     total: int | None = None
-    """Sum of the tasks' sizes where `tasks` is lazy and it is known anyway."""
+    """Sum of the tasks' sizes, if `tasks` is lazy and the sum is known."""
 
 
 class ShardedStage(Stage, EngineOptions):
-    """A stage of three parts: what there is to do, doing it shard by shard, and what follows when all are there."""
+    """A stage in three steps: `work` lists the tasks, an engine does them shard by shard, `finish` sums up."""
 
     unit: ClassVar[str] = "shards"
     """What the progress bar counts."""
 
     rank: Annotated[int, Field(ge=0), SPEED_ONLY] = 0
-    """Which part of the work is done here, from 0 to world-size - 1."""
+    """Which part of the work to do here, from 0 to world-size - 1."""
     world_size: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
-    """Parts that the work is cut into, each run by itself, for example by a SLURM array; `commit` ends it."""
+    """Number of parts, each run on its own, for example by a SLURM array; `commit` finishes the folder."""
 
     def work(self, context: Context) -> Work:
-        """Check the inputs and say what there is to do."""
+        """Check the inputs and return one task for each shard."""
         raise NotImplementedError
 
     def finish(self, context: Context) -> dict[str, Any]:
-        """Write what follows from the finished shards; return the metrics. Cheap, and run once."""
+        """Write the files beside the finished shards; return the metrics. Cheap, and runs once."""
         raise NotImplementedError
 
     def outputs(self, context: Context) -> list[Path]:
-        """Return the file of each task, in order."""
+        """Return the output file of each task, in order."""
         return [task.output for task in self.work(context).tasks]
 
     def is_done(self, output: Path) -> bool:
-        """Whether a task's file that is there, and all that it stands for, is what was written."""
+        """Return whether an existing output, with all files that it stands for, is intact."""
         return storage.of(output).vouches_for(output) or tables.is_sound(output)
 
     def run(self, context: Context) -> dict[str, Any]:
-        """Do the tasks of this rank that are not done yet; a single rank finishes, too."""
+        """Do the remaining tasks of this rank; a single rank then calls `finish`."""
         run_queue([(self, context)])
         return self.finish(context) if context.engine.world_size == 1 else {}
 
@@ -85,7 +85,7 @@ class _Share:
         self._running, self._read, self._ended = 0, False, False
 
     def tasks(self, bar: Progress, stopped: Callable[[], bool]) -> Iterator[Task[Any]]:
-        """The tasks that are not done. No manifest lists their files yet, so a damaged one is made again."""
+        """Yield the tasks that are not done, or whose output is damaged: no manifest protects it yet."""
         self.began = time.monotonic()
         for task in self._tasks:
             if stopped():
@@ -100,12 +100,12 @@ class _Share:
         self._read = True
 
     def count(self, seconds: float) -> None:
-        """Count a task that is done."""
+        """Count a completed task."""
         self._running -= 1
         self._took.add(seconds)
 
     def ends(self) -> bool:
-        """Whether all of its tasks are done; true once."""
+        """Return True once: when all of its tasks are done."""
         if self._ended or self._running or not self._read:
             return False
         self._took.save()
@@ -113,12 +113,12 @@ class _Share:
         return True
 
     def save(self) -> None:
-        """Record what was done of a share that has not ended: where one has, its folder may be published."""
+        """Record the time spent on a share that has not ended; an ended one's folder may be published already."""
         if not self._ended:
             self._took.save()
 
     def quarantine(self, error: QuarantinedError) -> None:
-        """Record which of its shards failed."""
+        """List its shards whose every attempt failed."""
         failed = [(file, why) for file, why in error.failed if file.startswith(f"{self._out}/")]
         if failed:
             write_atomic(self._record, _as_lines(failed, error.attempts))
@@ -129,16 +129,16 @@ def run_queue(
 ) -> None:
     """Do the tasks of several stages as one queue, so that no worker waits for the last shard of a stage.
 
-    A worker gets the tasks in order: it loads what a stage needs once.
+    Workers get the tasks in order, so each loads what a stage needs once.
 
     Args:
-        stages: each with its context; their engine and progress bar are alike, the first one's is taken.
-        done: called with a stage's position, and when (by `time.monotonic`) its first task was begun, as soon as all
-            of its tasks are done.
+        stages: each stage with its context; the first context's engine and progress bar are used for all.
+        done: called when all tasks of a stage are done, with its index and the time (`time.monotonic`) at which its
+            first task started.
 
     Raises:
-        QuarantinedError: some tasks failed each time. All others are done.
-        StoppedError: SIGTERM came meanwhile.
+        QuarantinedError: every attempt at some tasks failed; all others are done.
+        StoppedError: SIGTERM arrived.
     """
     (stage, context), *_ = stages
     shares = [_Share(index, *each) for index, each in enumerate(stages)]
@@ -158,7 +158,7 @@ def run_queue(
             for index, seconds in context.engine.map(function, tasks, bar):
                 shares[index].count(seconds)
                 end()
-            end()  # those of which nothing was left to do
+            end()  # stages with nothing left to do
         except QuarantinedError as error:
             for share in shares:
                 share.quarantine(error)
@@ -170,7 +170,7 @@ def run_queue(
 
 
 class _Timed:
-    """Does a task of any of the stages; returns which one, and the seconds that it took. Pickles into workers."""
+    """Does a task of any stage; returns the stage's index and the seconds it took. Picklable, for worker processes."""
 
     def __init__(self, functions: Sequence[Callable[[Any, Worker], None]]) -> None:
         self._functions = functions

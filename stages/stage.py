@@ -1,4 +1,4 @@
-"""What a stage is: a frozen configuration plus `run(context) -> metrics`."""
+"""The base class of stages: a frozen configuration with `run(context) -> metrics`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class _Marker:
-    """Says something of a field; stands in its `Annotated[...]`."""
+    """A note about a field, in its `Annotated[...]`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -23,26 +23,26 @@ class _Marker:
 
 
 SPEED_ONLY = _Marker("SPEED_ONLY")
-"""The field changes how fast a stage runs, never what it writes: it is left out of the fingerprint."""
+"""The field changes how fast a stage runs, not what it writes; it is not part of the fingerprint."""
 BY_CONTENT = _Marker("BY_CONTENT")
-"""The field names a place whose content `Stage.sources` identifies: the name is left out of the fingerprint."""
+"""The field names a file or folder; its content (`Stage.sources`) is part of the fingerprint, its name is not."""
 
 
 class Progress(Protocol):
-    """A progress bar under way."""
+    """An open progress bar."""
 
     def advance(self, amount: int = 1) -> None:
-        """Count `amount` more units as done; less where an attempt was in vain."""
+        """Count `amount` more units as done; negative takes a failed attempt back."""
 
     def skip(self, amount: int) -> None:
-        """Count units that were done before: they say nothing about the speed."""
+        """Count units done by an earlier run, without counting them towards the speed."""
 
     def note(self, text: str) -> None:
         """Show `text` beside the figures."""
 
 
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Progress]]
-"""`bar(unit, total)` opens a progress bar; `total` None: not known beforehand."""
+"""`bar(unit, total)` opens a progress bar; `total` is None if it is not known."""
 
 
 class NoProgress:
@@ -60,27 +60,27 @@ class NoProgress:
 
 @contextmanager
 def no_progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
-    """A `ProgressBar` for all but one of several processes that do the same work."""
+    """A `ProgressBar` that shows nothing."""
     yield NoProgress()
 
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """One piece of a stage's work, independent of the others: usually a shard."""
+    """One independent piece of a stage's work, usually a shard."""
 
     output: Path
     """The file that exists once the task is done. It is written last and atomically."""
     size: int
     """In units of the progress bar."""
     work: T
-    """What the stage's function is given; it must pickle."""
+    """Argument of the stage's function; must pickle."""
 
 
 class Worker(Protocol):
-    """Where a task runs."""
+    """The process that runs a task."""
 
     device: str | None
-    """The device that is this worker's, such as `cuda:1`. None: whichever the stage names."""
+    """This worker's device, such as `cuda:1`. None: the stage's own setting."""
 
     def advance(self, amount: int) -> None:
         """Count `amount` units of the task as done."""
@@ -89,45 +89,44 @@ class Worker(Protocol):
 class Engine(Protocol):
     """Maps a function over tasks: in this process, in several, or on several machines.
 
-    What makes that safe lies in the tasks: each has a name that does not depend on the engine, writes atomically, and
-    may be done twice.
+    That is safe because a task's output does not depend on the engine, is written atomically, and may be written twice.
     """
 
     rank: int
-    """Which of `world_size` parts of the work is done here."""
+    """Which of `world_size` parts of the work to do here."""
     world_size: int
 
     def map(
         self, function: Callable[[T, Worker], R], tasks: Iterable[Task[T]], progress: Progress
     ) -> Iterator[R]:
-        """Yield `function(task.work, worker)` of each task as it is done, in no order; tasks are read lazily.
+        """Yield `function(task.work, worker)` for each task, in any order; reads `tasks` lazily.
 
         `function` must pickle. A task whose worker process dies is done again, at most twice.
 
         Raises:
-            QuarantinedError: names the tasks that failed each time; all others are done.
+            QuarantinedError: names the tasks whose every attempt failed; all others are done.
         """
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the runner hands to a stage."""
+    """What the runner passes to a stage."""
 
     inputs: Mapping[str, Path]
     """Finished folders by name (`tokens`, `scores`, ...). Read-only."""
     out: Path
-    """The folder under construction. Shards already in it are complete: an interrupted run left them."""
+    """The partial folder. Shards in it are complete: an interrupted run left them."""
     seed: int
     fingerprint: str
-    """Fingerprint of this stage with these settings and inputs, for provenance."""
+    """Fingerprint of this stage's settings and inputs, for provenance."""
     engine: Engine
     progress: ProgressBar
     keep: Callable[[], None] = lambda: None
-    """Called where a later run could go on from `out`: has its storage keep what is there."""
+    """Call it when `out` is in a state to resume from: its storage saves what is there."""
 
 
 class Settings(BaseModel):
-    """Base of every configuration: its fields are all there are, and do not change."""
+    """Base of every configuration: frozen, and strict about unknown fields."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -138,7 +137,7 @@ class Settings(BaseModel):
     )
 
     def fingerprinted(self) -> dict[str, Any]:
-        """The fields that decide what is written, JSON-ready."""
+        """Return the fields that decide what is written, ready for JSON."""
         fields = type(self).model_fields.items()
         left_out = {
             name for name, field in fields if any(m in (SPEED_ONLY, BY_CONTENT) for m in field.metadata)
@@ -147,61 +146,61 @@ class Settings(BaseModel):
 
 
 class EngineOptions(Settings):
-    """What runs a stage's tasks, and on how many processes: the same for every stage, and never what is written."""
+    """What runs a stage's tasks, and in how many processes. Never changes what is written."""
 
     engine: Annotated[str, SPEED_ONLY] = "local"
-    """What runs the work: local (processes on this machine), ray (a Ray cluster), or another package's engine."""
+    """What runs the tasks: local (processes on this machine), ray (a Ray cluster), or another package's engine."""
     workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
     """Processes. Default: 1."""
     ray_address: Annotated[str | None, SPEED_ONLY] = None
-    """Engine ray: the cluster's address: auto, HOST:6379 or ray://HOST:10001. Default: RAY_ADDRESS, else a Ray on this
-    machine alone."""
+    """For engine ray, the cluster's address: auto, HOST:6379 or ray://HOST:10001. Default: RAY_ADDRESS, else a new
+    Ray on this machine only."""
     ray_env: Annotated[str | None, SPEED_ONLY] = None
-    """Engine ray: a YAML file with Ray's runtime environment, such as `pip` or `env_vars`."""
+    """For engine ray, a YAML file with its runtime environment, such as `pip` or `env_vars`."""
     every_core: ClassVar[bool] = False
-    """Whether the default is a process for every core."""
+    """Whether `workers` defaults to one process per core."""
 
 
 class Stage(Settings):
-    """Base of every stage. Fields are its configuration: the YAML section and the CLI options of its verb."""
+    """Base of every stage. Its fields are its YAML section and the CLI options of its verb."""
 
     name: ClassVar[str]
-    """The stage's file, YAML section and CLI verb."""
+    """YAML section and CLI verb."""
     folder: ClassVar[str]
-    """The folder it writes in a run."""
+    """Name of its folder in a run."""
 
     distributed: ClassVar[bool] = False
-    """Whether the processes that torchrun starts can run it together."""
+    """Whether several processes, started by torchrun, can run it together."""
     seeded: ClassVar[bool] = False
     """Whether what it writes depends on the seed."""
     follows_sources: ClassVar[bool] = False
-    """Whether the same call makes its output anew where only the content of its sources has changed."""
+    """Whether to make the output again if only the content of its sources has changed."""
 
     def check(self) -> None:
-        """Refuse, before any work, what can be seen to be wrong without reading the data.
+        """Refuse, before any work, settings that are wrong whatever the data.
 
         Raises:
-            UsageError: one line; the value received, what is legal, what to do.
+            UsageError: one line with the value received, what is legal, and what to do.
         """
 
     def sources(self, digest: Callable[[Path], str]) -> dict[str, Any]:
-        """Content identities of what is read from outside the run, for the fingerprint.
+        """Return what identifies the content that is read from outside the run, for the fingerprint.
 
-        `digest(file)` is the file's sha256, cached while its size and time stand.
+        `digest(file)` returns the file's SHA-256, cached until its size or times change.
         """
         return {}
 
     def faster(self) -> str:
-        """Return, for work that takes long, what would make it faster; "" if nothing is known to."""
+        """Return what would make a long run faster; "" if nothing is known."""
         return ""
 
     def agree(self, run: bool | None) -> bool:
-        """Among the processes that run the stage together: the main one's word on whether there is work to do.
+        """Return the main process's decision whether to run, in each process that runs the stage together.
 
-        Called by each once, by the main process when the folder is as `run` is to find it.
+        Every process calls it once, the main process after it has prepared the folder for `run`.
         """
         return bool(run)
 
     def run(self, context: Context) -> dict[str, Any]:
-        """Do the work; return the metrics that the manifest keeps. `context.out` is the only place written."""
+        """Do the work, writing only to `context.out`; return the metrics for the manifest."""
         raise NotImplementedError

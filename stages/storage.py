@@ -1,10 +1,10 @@
-"""Where folders lie: the one place through which stages and the runner write, publish and delete.
+"""Storage: everything that stages and the runner write, publish or delete goes through here.
 
-An address is a `Path`, on a local disk, or a `RemotePath`, which looks and reads in an object store as a `Path` does.
-`address` makes either from what a user names, and `of` finds the storage by its kind.
+An address is a `Path` on a local disk, or a `RemotePath`, which reads from an object store with `Path`'s methods.
+`address` makes one from a user's text, and `of` returns its storage.
 
-A file is complete or not there, also after a kill or a power cut. A folder is published by its manifest, which is
-written last: readers go by what the manifest lists, never by what happens to lie there.
+Writes are atomic: a file is complete or does not exist, even after a kill or a power cut. A folder is published by
+its manifest, written last; readers use only the files that the manifest lists.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from sstoken.stages import faults
 from sstoken.stages.storage_protocol import Storage
 
 MARKS = ("manifest.json", ".fingerprint", "whole.json")
-"""Files that make a folder usable: of finished work, of unfinished work, of a trainer's checkpoint."""
+"""Files that mark a folder as usable: finished work, a partial folder, a trainer's checkpoint. Deleted first."""
 UNFINISHED = ".tmp"
-"""Suffix of a file or folder being written."""
+"""Suffix of a file or folder that is being written."""
 CLAIM = ".publishing"
-"""In a remote folder that is being published: for whom. It keeps a second publisher out."""
+"""File that names the run publishing to a remote folder, and keeps a second one out."""
 _OURS = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}$")
 
 
@@ -51,7 +51,7 @@ class LocalDisk:
 
     @contextmanager
     def put(self, file: Path) -> Iterator[BinaryIO]:
-        """See `Storage`. Until it is complete its name is its own: no left-over process can move it half-written."""
+        """See `Storage`. The temporary name is random, so that no left-over process can move a half-written file."""
         temporary = _temporary(file)
         try:
             with faults.create(temporary) as opened:
@@ -63,7 +63,7 @@ class LocalDisk:
             os.replace(temporary, file)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-                error.filename = str(file)  # the system does not say which
+                error.filename = str(file)  # a failed write does not name its file
             temporary.unlink(missing_ok=True)  # a full disk needs the room
             raise
 
@@ -76,7 +76,7 @@ class LocalDisk:
             opened.write(content)
         try:
             faults.point("rename", file)
-            os.link(temporary, file)  # fails where there is one, unlike a rename
+            os.link(temporary, file)  # fails if the file exists, unlike a rename
         except FileExistsError:
             return False
         finally:
@@ -89,10 +89,6 @@ class LocalDisk:
             opened.write(content)
         return True
 
-    def has_folder(self, folder: Path) -> bool:
-        """See `Storage`."""
-        return folder.exists()
-
     @contextmanager
     def put_folder(self, folder: Path) -> Iterator[Path]:
         """See `Storage`."""
@@ -100,7 +96,7 @@ class LocalDisk:
         temporary.mkdir()
         try:
             yield temporary
-            _as_umask_says(temporary)
+            _apply_umask(temporary)
             self.flush(temporary)
             self.delete(folder)
             faults.point("rename", folder)
@@ -110,7 +106,7 @@ class LocalDisk:
                 if not folder.is_dir():
                     raise
         finally:
-            self.delete(temporary)  # nothing there, unless the writing failed or another was first
+            self.delete(temporary)  # only there if writing failed, or another process was first
 
     def take(self, local: Path, file: Path) -> None:
         """See `Storage`."""
@@ -177,14 +173,14 @@ class LocalDisk:
         yield folder
 
     def keep_work(self, scratch: Path, folder: Path) -> None:
-        """See `Storage`. It is there."""
+        """See `Storage`. The work is in `folder` already."""
 
     def on_this_machine(self, place: Path) -> Path:
         """See `Storage`."""
         return place
 
     def vouches_for(self, file: Path) -> bool:
-        """See `Storage`. A disk does not."""
+        """See `Storage`. Always False: a disk keeps no digests."""
         return False
 
     def digest(self, file: Path) -> tuple[int, str]:
@@ -201,8 +197,8 @@ class LocalDisk:
                     os.fsync(file.fileno())
 
 
-def _as_umask_says(folder: Path) -> None:
-    """Give files that a library made for its user alone the rights that files made here have."""
+def _apply_umask(folder: Path) -> None:
+    """Give files that a library made private (safetensors does) the folder's permissions."""
     rights = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_mode & 0o666 != rights:
@@ -210,7 +206,7 @@ def _as_umask_says(folder: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where the file system can."""
+    """Make renames in a folder survive a power cut, if the file system supports it."""
     with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -245,10 +241,10 @@ def expanded(text: str | PurePath) -> Path:
 
 
 def address(text: str | PurePath) -> Path:
-    """Return the address of a file or folder as a user names it: a path, or a URL such as s3://bucket/tokens.
+    """Return the address for a user's text: a path, or a URL such as s3://bucket/tokens.
 
     Raises:
-        UsageError: a URL that holds credentials, a chain of URLs, or a name that no file can have.
+        UsageError: the URL contains credentials or chains several, or no file can have that name.
     """
     if isinstance(text, PurePath):
         return cast(Path, text)
@@ -265,26 +261,28 @@ def address(text: str | PurePath) -> Path:
         return Path(rest)
     if "@" in rest.partition("/")[0]:
         raise UsageError(
-            f"{scheme}://...: an address with credentials in it; set them in the environment instead"
+            f"{scheme}://...: the address contains credentials; set them in the environment instead"
         )
     if "::" in scheme:
-        raise UsageError(f"{text}: a chain of addresses; name the folder itself, such as s3://bucket/tokens")
+        raise UsageError(
+            f"{text}: chained URLs are not supported; name the folder, such as s3://bucket/tokens"
+        )
     from sstoken.stages.remote_path import RemotePath
 
     return cast(Path, RemotePath(text))
 
 
 def local(place: Path) -> Path:
-    """Return a file or folder on the local disk, for other libraries to read: itself, or a copy of the remote one."""
+    """Return a path on the local disk that other libraries can read: the place itself, or a copy of a remote one."""
     return of(place).local(place)
 
 
 def atomic_file(file: Path) -> AbstractContextManager[BinaryIO]:
-    """Open a file for writing: it appears, or replaces an earlier one, when the context ends well."""
+    """Open a file for writing; it appears, or replaces an earlier one, when the context ends without an error."""
     return of(file).put(file)
 
 
 def write_atomic(file: Path, text: str) -> None:
-    """Write or replace a text file (UTF-8) in one step."""
+    """Write or replace a UTF-8 text file atomically."""
     with atomic_file(file) as opened:
         opened.write(text.encode())

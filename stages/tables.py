@@ -1,7 +1,7 @@
-"""The Parquet files that stages exchange: their schemas, and how they are written and found.
+"""The Parquet files that stages exchange: their schemas, and how they are written, found and read.
 
-Every per-token column is a list as long as `input_ids`. Measured values (loss, attention, rel, score) are
-null where there is none: off the response, and where the method needed no such signal.
+Every per-token column is a list as long as `input_ids`. Measured values (loss, attention, rel, score) are null where
+there is none: outside the response, and if the method needs no such signal.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ VALUES = pa.list_(pa.float32())
 
 TOKENS = pa.schema([("example_id", pa.string()), ("input_ids", IDS), ("response_mask", MASK)])
 SIGNAL_COLUMNS = {"float32": VALUES, "int32": IDS}
-"""A scores folder has `example_id` and a column for each signal, by the signal's dtype."""
+"""Column types by a signal's dtype. A scores folder has `example_id` and a column for each signal."""
 MASKED_LEAN = pa.schema(
     [("example_id", pa.string()), ("input_ids", IDS), ("labels", IDS), ("keep_mask", MASK)]
 )
@@ -42,11 +42,11 @@ MASKED = pa.schema(
     ]
 )
 WEIGHT = pa.field("weight", VALUES)
-"""What a token's loss is multiplied by: null off the response, 0 where it is not learned, below 0 to be unlearned."""
+"""Factor of a token's loss: null outside the response, 0 if the token is not learned, negative to unlearn it."""
 
 
 def masked_schema(weighted: bool, lean: bool) -> pa.Schema:
-    """The columns of a masked dataset; `weight` only where the method gives weights."""
+    """Return the columns of a masked dataset; `weight` is among them if the method gives weights."""
     schema = MASKED_LEAN if lean else MASKED
     return schema.append(WEIGHT) if weighted else schema
 
@@ -55,16 +55,16 @@ METADATA_KEY = b"sstoken"
 _LEVEL = 3
 """Of the shards that stages exchange."""
 _DIGEST = "digest"
-"""Key in the metadata, of their own digest: they are read alone, without the file whose digest the manifest has."""
+"""Key of the metadata's own digest: metadata are read without the rest of the file, whose digest the manifest has."""
 
 
 def part_name(index: int) -> str:
-    """File name of shard `index`; names sort in the order of the shards."""
+    """Return the file name of shard `index`."""
     return f"part-{index:05d}.parquet"
 
 
 def parts(folder: Path) -> list[Path]:
-    """The shards of a folder, in order: those that its manifest lists, or those there are of unfinished work.
+    """Return a folder's shards in order: those that its manifest lists, or all files of a partial folder.
 
     Raises:
         SstokenError: the manifest is damaged.
@@ -80,11 +80,7 @@ def parts(folder: Path) -> list[Path]:
 def write_part(
     path: Path, table: pa.Table, metadata: Mapping[str, Any] | None, *, compression_level: int = _LEVEL
 ) -> None:
-    """Write one shard atomically; `metadata` goes into the file as JSON.
-
-    Only our own key is written, and without `metadata` none: no library's feature metadata, so that every reader
-    takes the file.
-    """
+    """Write one shard atomically, with `metadata` as JSON under our own key and no other library's metadata."""
     write_row_groups(path, [table], table.schema, metadata, compression_level=compression_level)
 
 
@@ -96,7 +92,7 @@ def write_row_groups(
     *,
     compression_level: int = _LEVEL,
 ) -> None:
-    """As `write_part`, from tables of one schema that become a row group each and are never held together."""
+    """Like `write_part`, one row group for each table; only one is in memory at a time."""
     ours = None
     if metadata is not None:
         ours = {METADATA_KEY: json.dumps({**metadata, _DIGEST: _digest(metadata)}, sort_keys=True)}
@@ -119,6 +115,7 @@ def _write(file: Any, groups: Iterable[pa.Table], schema: pa.Schema, compression
     ) as writer:
         for table in groups:
             writer.write_table(table.cast(schema).combine_chunks())  # pages end where chunks do
+    pa.default_memory_pool().release_unused()  # else memory grows with every shard
 
 
 def _float_columns(schema: pa.Schema) -> list[str]:
@@ -126,14 +123,14 @@ def _float_columns(schema: pa.Schema) -> list[str]:
 
 
 def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
-    """The JSON that `write_part` put into the file.
+    """Return the metadata that `write_part` put into a shard.
 
     Args:
-        path: of the shard.
-        with_digest: refuse metadata without a digest, as older versions wrote them.
+        path: the shard.
+        with_digest: refuse metadata without a digest, which older versions wrote.
 
     Raises:
-        SstokenError: the file is not one of ours, or is damaged.
+        SstokenError: the file was not written by `write_part`, or is damaged.
     """
     with _readable(path):
         raw = (_schema(path).metadata or {}).get(METADATA_KEY)
@@ -147,13 +144,13 @@ def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
 
 
 def footer(path: Path) -> pq.FileMetaData:
-    """What stands at the end of a shard, unchecked; of a remote one, nothing else is fetched."""
+    """Return a shard's footer, unchecked; nothing else of a remote file is downloaded."""
     with storage.of(path).open(path) as file:
         return pq.read_metadata(file)
 
 
 def _schema(path: Path) -> pa.Schema:
-    # Not of the `footer`: a schema made from that leaves memory that grows with the number of shards.
+    # Not from `footer`: pyarrow leaks memory for each schema made from file metadata.
     with storage.of(path).open(path) as file:
         return pq.read_schema(file)
 
@@ -163,7 +160,7 @@ def _digest(metadata: Mapping[str, Any]) -> str:
 
 
 def columns(path: Path) -> list[str]:
-    """The names of a shard's columns.
+    """Return the names of a shard's columns.
 
     Raises:
         SstokenError: it is damaged.
@@ -173,7 +170,7 @@ def columns(path: Path) -> list[str]:
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A shard, or some of its columns.
+    """Read a shard, or some of its columns.
 
     Raises:
         SstokenError: it is damaged.
@@ -183,7 +180,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def read_row_group(path: Path, group: int, columns: Iterable[str]) -> pa.Table:
-    """Those of the columns that there are, of one row group.
+    """Read one row group; columns that the shard does not have are left out.
 
     Raises:
         SstokenError: see `read_table`.
@@ -193,7 +190,7 @@ def read_row_group(path: Path, group: int, columns: Iterable[str]) -> pa.Table:
 
 
 def read_batches(path: Path, num_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Columns of a shard in pieces of at most `num_rows` rows.
+    """Yield columns of a shard in batches of at most `num_rows` rows.
 
     Raises:
         SstokenError: see `read_table`.
@@ -204,19 +201,19 @@ def read_batches(path: Path, num_rows: int, columns: list[str]) -> Iterator[pa.R
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A shard whose content is checked against its folder's manifest, and page by page."""
+    """Open a shard, checking its digest against the manifest and the checksum of each page."""
     with _readable(path):
         content = pa.BufferReader(folders.read_file(path))
-        # Each thread that reads ahead keeps memory of its own: their peak would differ from run to run.
+        # Threads that read ahead each hold memory, so the peak would differ from run to run.
         with pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a shard that no manifest lists yet is what was written, byte for byte.
+    """Return whether a shard that no manifest lists yet is what was written, byte for byte.
 
-    Checksums do not cover a Parquet file's footer and the headers of its pages: writing what it holds has to give the
-    same file. One that another version of Arrow wrote is not taken, either.
+    Checksums do not cover a Parquet file's footer and page headers, so write its content again and compare the files. A
+    shard that another version of Arrow wrote does not pass.
     """
     try:
         read_metadata(path, with_digest=True)
@@ -247,7 +244,7 @@ def _known(field: pa.Field) -> pa.Field:
 
 
 def num_rows(path: Path) -> int:
-    """Count the rows of a shard without reading them.
+    """Return the number of rows in a shard, from its footer.
 
     Raises:
         SstokenError: it is damaged.
@@ -259,15 +256,15 @@ def num_rows(path: Path) -> int:
 def num_tokens(path: Path) -> int:
     """Return the number of tokens in a shard of tokens, prompts included.
 
-    Not from the footer's column statistics: where those are damaged, pyarrow ends the process.
+    Not from the footer's column statistics: pyarrow aborts the process if they are damaged.
 
     Raises:
         SstokenError: it is damaged.
     """
     counted = read_metadata(path).get("stats", {}).get("tokens")
-    return (
-        int(counted) if counted is not None else flatten(read_table(path, ["input_ids"])["input_ids"])[0].size
-    )
+    if counted is not None:
+        return int(counted)
+    return flatten(read_table(path, ["input_ids"])["input_ids"])[0].size
 
 
 @contextmanager
@@ -282,20 +279,37 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def flatten(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """A list column as flat values [M] (null as NaN) and the rows' offsets [E + 1], without Python objects."""
+    """Return a list column's flat values [M], null as NaN, and its rows' offsets [E + 1]."""
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # no chunk at all
+    if isinstance(array, pa.ChunkedArray):  # of zero chunks
         array = pa.array([], column.type)
     return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
 
 
 def rows(column: pa.ChunkedArray) -> list[NDArray[Any]]:
-    """The lists of a column, one numpy array a row."""
+    """Return a list column as one numpy array per row."""
     values, offsets = flatten(column)
     return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def lists(values: NDArray[Any], offsets: NDArray[np.integer[Any]], kind: pa.ListType) -> pa.ListArray:
-    """A list column of type `kind` from flat values [M] and offsets [E + 1]; NaN becomes null."""
+    """Return a list column of type `kind` from flat values [M] and offsets [E + 1]; NaN becomes null."""
     flat = pa.array(values, kind.value_type, from_pandas=True)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
+
+
+def scattered(
+    values: NDArray[Any], measured: NDArray[np.bool_], offsets: NDArray[np.integer[Any]], kind: pa.ListType
+) -> pa.ListArray:
+    """Return a list column that is null where nothing was measured.
+
+    Args:
+        values: [N], one for each True in `measured`; NaN becomes null.
+        measured: [M].
+        offsets: [E + 1], where each row starts.
+        kind: the column's type.
+    """
+    full = np.zeros(measured.size, values.dtype)
+    full[measured] = values
+    flat = pa.array(full, kind.value_type, mask=~measured, from_pandas=True)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)

@@ -14,7 +14,7 @@ _JOINERS = "\u200c\u200d"  # these shape letters and emoji, and cannot reorder o
 
 
 def visible(text: str, newline: str = "⏎\n") -> str:
-    """Return `text` with everything that a terminal would obey or not draw spelled out.
+    """Escape characters that a terminal would interpret or not draw.
 
     A newline becomes `newline`; any other control, format, private or unassigned character its Python escape.
     """

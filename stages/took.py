@@ -1,6 +1,6 @@
-"""How long the work on a folder took, over all runs and ranks that shared it.
+"""Record how long the work on a folder took, over all runs and ranks.
 
-Shards do not say it themselves: they are the same bytes, whoever makes them.
+Shards cannot hold this: they are the same bytes, whoever makes them.
 """
 
 import json
@@ -14,16 +14,16 @@ from sstoken.stages import plain_json, storage
 from sstoken.stages.storage import write_atomic
 
 FOLDER = ".took"
-"""In a partial folder: a file for each run that worked on it."""
+"""Folder in a partial folder, with a file for each run that worked on it."""
 _SAVE_EVERY = 30.0
-"""Seconds; a run that is killed loses what it did since."""
+"""Seconds between two saves; a killed run loses the count since the last one."""
 
 
 class Took:
-    """What one run spends on shards."""
+    """The time that one run spends on shards."""
 
     def __init__(self, out: Path, part: str) -> None:
-        """`part`: says which rank it is."""
+        """Start at zero; `part` names the rank."""
         self._file = out / FOLDER / f"{part}-{secrets.token_hex(4)}.json"
         self._shards, self._seconds, self._saved = 0, 0.0, time.monotonic()
 
@@ -35,7 +35,7 @@ class Took:
             self.save()
 
     def save(self) -> None:
-        """Write what was counted so far."""
+        """Write the counts so far."""
         self._saved = time.monotonic()
         if self._shards:
             storage.of(self._file).make_folder(self._file.parent)
@@ -43,10 +43,10 @@ class Took:
 
 
 def total(out: Path) -> dict[str, Any]:
-    """Return `shards` and `worker_seconds` of all runs that worked on a partial folder; empty where none said.
+    """Add up `shards` and `worker_seconds` of all runs that worked on a partial folder; {} if there is no record.
 
     Raises:
-        SstokenError: what a run said is damaged.
+        SstokenError: a record is damaged.
     """
     shards, seconds = 0, 0.0
     store = storage.of(out)

@@ -1,4 +1,4 @@
-"""Check that a checkpoint gives the used token ids the meaning they were encoded with."""
+"""Check that a checkpoint's tokenizer gives token ids the meaning that they were encoded with."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MADE_WITH = "tokenizer"
-"""The folder with the tokenizer, beside the shards of tokens."""
+"""Folder of the tokenizer, beside the shards of tokens."""
 
 
 def check_vocabulary(ref: str, own: "PreTrainedTokenizerBase | None", tokens: Path) -> None:
     """Refuse a checkpoint whose own tokenizer gives an id in the tokens another meaning.
 
-    Extra tokens in one of the tokenizers (`<pad>`, as trainers add it) are harmless if no example has them. Examples
-    are read only if the vocabularies differ.
+    Extra tokens in one of the tokenizers (trainers add `<pad>`) are harmless if no example uses them. Examples are
+    read only if the vocabularies differ.
 
     Args:
-        ref: the checkpoint, for the message.
-        own: its tokenizer; None: it has none, and nothing can be checked.
+        ref: the checkpoint, for messages.
+        own: its tokenizer; None if it has none, and nothing can be checked.
         tokens: a folder of tokens, with the tokenizer that made them.
 
     Raises:
-        SstokenError: a used id has another meaning, or none.
+        SstokenError: an id in the examples has another meaning, or none.
     """
     parts = tables.parts(tokens)
     expected = tables.read_metadata(parts[0])["tokenizer"]

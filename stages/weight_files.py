@@ -1,4 +1,4 @@
-"""Which weight files of a folder count, as transformers and peft choose them, and why a folder has none."""
+"""Find the weight files of a checkpoint as transformers and peft do, and say why a folder has none."""
 
 import struct
 from pathlib import Path
@@ -12,7 +12,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000
-"""Bytes of a safetensors file's header length."""
+"""Bytes; safetensors allows no larger header."""
 _TRAINER_STATE = (
     "optimizer.*",
     "optimizer_*",
@@ -26,15 +26,13 @@ _NO_WEIGHTS = (*_TRAINER_STATE, "training_args.bin", "*_states.pt")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that loading the folder reads: an adapter's, or a model's in transformers' order of
-    preference.
+    """Return the weight files that transformers or peft would load.
 
-    `model.safetensors` takes precedence over a shard index, whose shards may belong to an older model; other weight
-    files do not count.
+    As there, `model.safetensors` takes precedence over a shard index, whose shards may belong to an older model.
 
     Raises:
-        SstokenError: there are none (says what the folder holds instead and what to do), or one is missing or
-            truncated.
+        SstokenError: there are none (the error says what the folder holds instead and what to do), or one is missing
+            or truncated.
     """
     files = _adapter_files(folder) if (folder / ADAPTER_CONFIG).is_file() else _model_files(folder)
     for file in files:
@@ -106,7 +104,7 @@ def _model_files(folder: Path) -> list[Path]:
         raise SstokenError(f"{folder}: shards ({others[0]}) without {_INDEX}; copy or download that file")
     if others:
         raise SstokenError(
-            f"{folder}: {others[0]} is no name that transformers loads; legal is {_WEIGHTS} or shards with {_INDEX}"
+            f"{folder}: transformers does not load {others[0]}; name it {_WEIGHTS}, or add {_INDEX} for shards"
         )
     raise _without_weights(folder, "no *.safetensors file; not a checkpoint, or an incomplete one")
 
@@ -146,25 +144,21 @@ def _check_file(folder: Path, file: Path) -> None:
             end = 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
             empty = [t for t in tensors if 0 in t["shape"]]
         except (ValueError, TypeError, KeyError, AttributeError):
-            text = start.startswith(b"version ")
-            what = (
-                "a Git LFS pointer; run git lfs pull"
-                if text
-                else "not a complete safetensors file; copy it again"
-            )
+            pointer = start.startswith(b"version ")
+            incomplete = "not a complete safetensors file; copy it again"
+            what = "a Git LFS pointer; run git lfs pull" if pointer else incomplete
             raise SstokenError(f"{file}: {what}") from None
     if size != end:
         raise SstokenError(f"{file}: {size:,} bytes where its header says {end:,}; copy or download it again")
-    if 2 * len(empty) > len(
-        tensors
-    ):  # ZeRO-3 does not shard small tensors; a few empty tensors come from quantizers
+    # ZeRO-3 leaves small tensors whole, and quantizers write a few empty ones.
+    if 2 * len(empty) > len(tensors):
         raise _without_weights(
             folder, f"{file.name} holds empty tensors; gather the weights of sharded training"
         )
 
 
 def _without_weights(folder: Path, otherwise: str) -> SstokenError:
-    """Return the error for a folder without loadable weights: what it holds, and what to run or name instead."""
+    """Return the error for a folder without loadable weights: what it holds, and what to do instead."""
 
     def names(*patterns: str) -> list[str]:
         return sorted(

@@ -10,7 +10,7 @@ from sstoken.stages.backends import Latest
 from sstoken.stages.backends.adapters import Adapter
 from sstoken.stages.checkpoints import stamp
 from sstoken.stages.hub_models import first_line
-from sstoken.stages.loading import load_with_unused
+from sstoken.stages.loading import load_model
 
 
 class SharedBase:
@@ -59,7 +59,7 @@ class SharedBase:
 
     def _load(self) -> None:
         ref, dtype, device, trust_remote_code = self._place
-        self.model, self.unused = load_with_unused(
+        self.model, self.unused = load_model(
             ref,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,

@@ -216,7 +216,7 @@ def test_wrong_answers_are_counted_and_left_untouched(world, tmp_path, capsys):
 
 
 def test_bad_input_is_one_line(world, tmp_path):
-    with pytest.raises(SstokenError, match=r"raised RuntimeError: no \(example .*mend the checker") as error:
+    with pytest.raises(SstokenError, match=r"raised RuntimeError: no \(example .*fix the checker") as error:
         measure(world, tmp_path / "a", "broken")
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="does not import"):

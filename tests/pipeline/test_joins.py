@@ -92,7 +92,7 @@ def test_scores_of_another_text_with_the_same_ids_and_lengths(
 def test_one_of_several_scores_is_of_other_tokens(world: World, other: Path, tmp_path: Path) -> None:
     shutil.copytree(world.scores / "base", tmp_path / "scores/base")
     shutil.copytree(other / "scores/later", tmp_path / "scores/later")
-    with pytest.raises(SstokenError, match=r"scores/later: the scores of other tokens"):
+    with pytest.raises(SstokenError, match=r"scores/later: scores of other tokens"):
         api.select(tokens=world.tokens, scores=tmp_path / "scores", out=tmp_path / "masked")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sstoken.errors import SstokenError
 from sstoken.stages.backends import BackendOptions, make_backend
 from sstoken.stages.checkpoints import check_loadable
-from sstoken.stages.loading import load_model, load_with_unused
+from sstoken.stages.loading import load_model
 from tests.factories import save_model
 
 
@@ -81,7 +81,7 @@ def test_weights_that_belong_to_a_module_of_the_model_are_not_left_out(change, m
 )
 def test_what_the_model_does_without_is_said(name, model):
     rewrite(model, more(name, 32))
-    loaded, unused = load_with_unused(str(model))
+    loaded, unused = load_model(str(model))
     assert unused == [name]
     options = BackendOptions(str(model), ("loss",), None, "float32", "cpu", 64, False)
     assert f"weights that are not used: 1, such as {name}" in make_backend("hf", options).remark

@@ -130,14 +130,14 @@ def test_the_last_checkpoint_is_let_go_before_the_next_is_loaded(tokens, model, 
     other = save_model(tmp_path / "other")
     score(tokens, tmp_path / "first", model)
     loaded = weakref.ref(next(iter(base_models.shared_base.held.values())).model)
-    load_with_unused, gone = base_models.load_with_unused, []
+    load_model, gone = base_models.load_model, []
 
     def load(*args, **kwargs):
         gc.collect()
         gone.append(loaded() is None)
-        return load_with_unused(*args, **kwargs)
+        return load_model(*args, **kwargs)
 
-    monkeypatch.setattr(base_models, "load_with_unused", load)
+    monkeypatch.setattr(base_models, "load_model", load)
     score(tokens, tmp_path / "second", other)
     assert gone == [True]
 

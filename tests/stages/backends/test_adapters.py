@@ -177,7 +177,7 @@ def test_plain_adapters_do_not_load_the_base_again(base, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("loaded again")
 
-    monkeypatch.setattr(base_models, "load_with_unused", refuse)
+    monkeypatch.setattr(base_models, "load_model", refuse)
     for path in (tmp_path / "plain", tmp_path / "DoRA", base, tmp_path / "rsLoRA", base):
         measured(path)
 
