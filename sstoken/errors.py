@@ -1,5 +1,6 @@
 """The two kinds of error a user can cause. Anything else that escapes is a defect of ours."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,3 +41,10 @@ class QuarantinedError(SstokenError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.failed, self.attempts)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type and first line of an error, for a one-line message, without the query of a signed URL."""
+    lines = str(error).strip().splitlines()
+    line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", lines[0])[:200] if lines else ""
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

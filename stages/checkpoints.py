@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages import folders, storage
 from sstoken.stages.adapter_kinds import check_kind
-from sstoken.stages.hub_models import check_hub_id, first_line, hub_adapter, hub_commit, split_revision
+from sstoken.stages.hub_models import check_hub_id, hub_adapter, hub_commit, split_revision
 from sstoken.stages.storage import expanded
 from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 

@@ -30,7 +30,7 @@ from sstoken.stages.encoding.preference import wanted
 from sstoken.stages.encoding.ranges import cut
 from sstoken.stages.encoding.shards import (
     BAD_ROWS,
-    Settings,
+    EncodingSettings,
     Shard,
     encode_shard,
     keeps_bad_rows,
@@ -120,7 +120,7 @@ class Encode(ShardedStage):
             SstokenError: the source or tokenizer fails to load, or none of the first rows can be used.
         """
         self.check()
-        settings = Settings(
+        settings = EncodingSettings(
             model=self.model,
             chat_template=self._template(),
             max_length=self.max_length,
@@ -199,8 +199,8 @@ class Encode(ShardedStage):
         return detect_layout(seen, self.format, self.columns, ignored, self.preference)
 
     def _tasks(self, out: Path) -> Iterator[Task[Shard]]:
-        for index, pieces in enumerate(cut(self.data, self.split, self.shard_rows, self.limit)):
-            yield Task(out / part_name(index), sum(piece.count for piece in pieces), Shard(index, pieces))
+        for index, ranges in enumerate(cut(self.data, self.split, self.shard_rows, self.limit)):
+            yield Task(out / part_name(index), sum(rows.count for rows in ranges), Shard(index, ranges))
 
 
 def _first_bad(out: Path) -> str:

@@ -3,7 +3,7 @@
 from functools import cache
 from pathlib import Path
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages.weight_files import ADAPTER_CONFIG
 
 REMEDY = "name what is on this disk, or check the id, the network (HTTPS_PROXY) and `hf auth login`"
@@ -78,13 +78,7 @@ def hub_commit(ref: str) -> str:
 
 
 def _beside(ref: str) -> str:
-    """What stands in the folder that a reference names, where there is one: a step that was mistyped."""
+    """Return the folders beside a path that does not exist, for a message: its name may be mistyped."""
     folder = Path(ref).expanduser().parent
     there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     return f" (in {folder}: {', '.join(there[:10])})" if there and ref.count("/") else ""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the type and first line of an error, for a one-line message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

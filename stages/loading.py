@@ -5,9 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, first_line
 from sstoken.stages.checkpoints import check_content, check_loadable, local_folder, place
-from sstoken.stages.hub_models import first_line
 from sstoken.stages.weight_files import read_json
 
 if TYPE_CHECKING:

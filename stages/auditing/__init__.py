@@ -1,10 +1,10 @@
-"""`audit`: what would be trained, for any dataset.
+"""`audit`: find out what a trainer would learn from a dataset.
 
     from sstoken.stages.auditing import audit
 
     result = audit("runs/masked")              # a folder of ours, files of anybody's, or a dataset in memory
     result = audit("data.jsonl", model="Qwen/Qwen3-0.6B")    # raw conversations
-    for finding in result.findings:            # the gravest first
+    for finding in result.findings:            # most severe first
         print(finding.severity, finding.kind, finding.rows, finding.what, finding.remedy)
         if finding.example is not None:
             print(finding.example.where, finding.example.text())

@@ -1,4 +1,4 @@
-"""Which columns of a tokenised dataset hold what, by the names that trainers use."""
+"""Recognise the columns of a tokenised dataset by the names that trainers use."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 IDS = ("input_ids", "token_ids", "tokens")
 LABELS = ("labels", "label_ids", "target_ids")
 OUTER = ("completion_mask",)
-"""TRL trains what this and the assistant's mask both allow."""
+"""Masks that limit others: TRL trains what both this and the assistant's mask allow."""
 MASKS = (
     "loss_mask",
     "assistant_masks",
@@ -26,7 +26,7 @@ MASKS = (
 BESIDE = ("attention_mask", "position_ids", "seq_lengths", "seq_lens", "example_id", "id")
 _RESPONSE = "response_mask"
 _NOT_TRAINED = "mask"
-"""torchtune's, beside `tokens`: true where a token is *not* trained."""
+"""torchtune's mask, beside `tokens`: true where a token is *not* trained."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,24 @@ class Columns:
     inverted: tuple[str, ...] = ()
     """Masks that are true where a token is not trained."""
     response: str | None = None
-    """The assistant's tokens, where the others are a selection of them."""
+    """Mask of the assistant's tokens, if the other columns select some of them."""
     all: tuple[str, ...] = ()
     """Every column of the dataset."""
     shifted: bool = False
-    """Label i is meant to be what position i predicts."""
+    """Label i is the token after token i, as the trainer expects."""
     selected: bool = False
-    """What is trained is a selection of the response."""
+    """The trained tokens are a selection of the response."""
     nested: bool = False
-    """ms-swift: the ids and the scale of the loss lie within a message."""
+    """As in ms-swift, a message holds the ids and the loss scale."""
 
     @property
     def outer(self) -> tuple[str, ...]:
-        """The masks that only bound the others."""
+        """The masks that only limit others."""
         return tuple(name for name in self.masks if name in OUTER)
 
     @property
     def wanted(self) -> list[str]:
-        """The columns that are read."""
+        """The columns to read."""
         known = {self.ids, self.labels, *self.masks, *self.inverted, self.response, *BESIDE}
         known |= {"messages"} if self.nested else set()
         return [name for name in self.all if name in known]
@@ -73,8 +73,8 @@ def find(names: Iterable[str], first: Mapping[str, Any] | None = None) -> Column
     """Find the columns of a tokenised dataset; None: it has no token ids.
 
     Args:
-        names: of all columns.
-        first: the first row, where a message may hold the ids.
+        names: all columns.
+        first: the first row, in which a message may hold the ids.
     """
     names = tuple(names)
     ids = next((name for name in IDS if name in names), None)

@@ -1,4 +1,4 @@
-"""What the checks know besides the example."""
+"""What every check is given besides the example."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class Context:
 
     found: Collector
     vocabulary: Vocabulary | None = None
-    """None: no tokenizer is known, and texts are not looked at."""
+    """None: no tokenizer is known, and texts are not checked."""
     shape: Shape = field(default_factory=Shape)
     raw: bool = False
-    """The rows were encoded just now from conversations."""
+    """Whether the rows are raw conversations, encoded for this audit."""

@@ -1,4 +1,4 @@
-"""Raw conversations as examples: encoded as `encode` would, without a limit on their length."""
+"""Encode raw conversations for the checks, as `encode` would but without a limit on their length."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def encoded(
     """Yield the examples of rows; count and report those that cannot be encoded.
 
     Raises:
-        SstokenError: the columns match no layout, or a chat template that is no valid Jinja or never ends.
+        SstokenError: the columns match no layout, or the chat template is not valid Jinja or does not terminate.
     """
     layout: Layout | None = None
     ignored = frozenset(reading.ignore_columns)

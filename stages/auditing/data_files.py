@@ -1,16 +1,15 @@
-"""Files of anybody's: Parquet and Arrow by batches of columns, everything else as `encode` reads it."""
+"""Read data files: Parquet and Arrow in batches of the columns that are needed, others as `encode` does."""
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages.auditing import columns
 from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.opened import BATCH, arrow_rows
 from sstoken.stages.encoding import sources
-from sstoken.stages.encoding.row_files import first_line
 
 _ARROW = (".parquet", ".arrow", ".feather")
 _IN_FOLDERS = ("parquet", "arrow", "jsonl", "json")
@@ -25,16 +24,16 @@ _NO_DATA = (
 
 
 def read_files(path: Path, name: str, split: str | None) -> tuple[Iterator[Row], list[str] | None]:
-    """Return the rows, and the names of their columns where the files say them.
+    """Return the rows, and their column names if the files have a schema.
 
     Args:
-        path: what the user named, as a path.
-        name: the same as it was given: a pattern, an address, a Hub id.
-        split: of a Hub dataset or a saved DatasetDict.
+        path: `name` as a path.
+        name: a path, a pattern, a URL or a Hub id.
+        split: split of a Hub dataset or of a saved DatasetDict.
 
     Raises:
-        UsageError: nothing there, or nothing to read in a folder.
-        SstokenError: damaged files.
+        UsageError: there is no such file, or the folder holds no data files.
+        SstokenError: a file is damaged.
     """
     files = _files(path, name)
     if files is None:
@@ -60,7 +59,7 @@ def _as_encode_reads(rows: Iterator[sources.Row]) -> Iterator[Row]:
 
 
 def _files(path: Path, name: str) -> list[Path] | None:
-    """Local files that are read here; None: `sources` knows how to open it."""
+    """Return the local files to read here; None if `sources` has to open it."""
     if path.is_file():
         return [path] if path.suffix.lower() in _ARROW else None
     if path.is_dir() and not any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
@@ -105,7 +104,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _arrow_file(file: Path) -> Any:
-    """An Arrow file, or a stream as `datasets` writes them."""
+    """Open an Arrow file, or an Arrow stream, which `datasets` writes."""
     import pyarrow as pa
 
     try:
@@ -115,7 +114,7 @@ def _arrow_file(file: Path) -> Any:
 
 
 def _batches(file: Path) -> Iterator[Any]:
-    """The batches of a file; of a tokenised one the columns that are looked at."""
+    """Yield the batches of a file; from a tokenised Parquet file, only the columns to check."""
     import pyarrow.parquet as pq
 
     if file.suffix.lower() == ".parquet":

@@ -1,4 +1,4 @@
-"""A row as the checks see it, whatever it came from: ids, what is trained, and whose turn each token is in."""
+"""A row in the form that all checks use: ids, which tokens are trained, and whose turn each is in."""
 
 import re
 from collections.abc import Set
@@ -16,19 +16,19 @@ from sstoken.stages.auditing.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn in a row; positions are tokens, stops exclusive."""
+    """A turn in a row. Positions count tokens; `stop` is exclusive."""
 
     role: str
-    """`system` (whatever stands before the first mark), `user`, `assistant` or `tool`."""
+    """`system` (everything before the first mark), `user`, `assistant` or `tool`."""
     header: int
-    """Where the text that opens it starts."""
+    """Where the text that opens the turn starts."""
     start: int
     stop: int
 
 
 @dataclass
 class Example:
-    """One document: a row, or one of those packed into it."""
+    """One document: a row, or part of a packed row."""
 
     where: str
     """As shown to the user: `data.jsonl line 12`."""
@@ -41,25 +41,25 @@ class Example:
     name: str | None = None
     """Its `example_id`, if it has one."""
     response: BoolArray | None = None
-    """[T]: the assistant's tokens, where `trained` is a selection of them; None: not known, or the same."""
+    """[T]: the assistant's tokens, if `trained` is a selection of them; None if not known, or the same."""
     padding: BoolArray | None = None
-    """[T]: what the attention mask hides, or what looks like padding where there is none; None: nothing."""
+    """[T]: tokens that the attention mask hides, or that look like padding without one; None if there are none."""
     whole: bool = True
-    """False: it lies in a row with others."""
+    """Whether it is a whole row, not one document of a packed row."""
     offset: int = 0
     """Where it starts in its row."""
     selected: bool = False
-    """Its trained tokens are a selection: gaps in them are meant."""
+    """Whether its trained tokens are a selection, whose gaps are intended."""
     turns: list[Turn] = field(default_factory=list)
-    """Empty: not known."""
+    """Empty if not known."""
     text: bytes = b""
-    """As `Vocabulary.bytes_of`; empty without a tokenizer."""
+    """From `Vocabulary.bytes_of`; empty without a tokenizer."""
     starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """[T + 1]: where each token starts in `text`."""
 
     @property
     def learned(self) -> BoolArray:
-        """[T]: the assistant's tokens: those that are trained, or that a selection was taken from."""
+        """[T]: the assistant's tokens: the trained ones, or those that a selection was taken from."""
         return self.trained if self.response is None else self.response
 
     @property
@@ -73,7 +73,7 @@ class Example:
         return stretches(self.learned)
 
     def end(self, turn: Turn, closers: Set[int], is_control: BoolArray) -> int:
-        """Where a turn stops, with the token that ends it where that one opens the next turn (as in GLM-4)."""
+        """Return where a turn stops, including an end token that is the header of the next turn (as in GLM-4)."""
         ids = self.ids
         if turn.role != "assistant" or turn.stop >= len(ids):
             return turn.stop
@@ -89,7 +89,7 @@ class Example:
 
     @cached_property
     def answers(self) -> list[Turn]:
-        """The assistant's turns of which something is trained; without marks, each stretch of trained tokens."""
+        """The assistant's turns with trained tokens; if turns are not known, each stretch of trained tokens."""
         if not self.turns:
             starts = [start for start, _ in self.runs]
             ends = [*starts[1:], len(self.ids)]
@@ -134,7 +134,7 @@ class Cutter:
         return int(np.searchsorted(example.starts[:-1], position))
 
     def _body(self, example: Example, end: int) -> int:
-        """The first token behind a header; one that lies across its end belongs to the side with more than blanks."""
+        """Return the first token after a header; a token across its end counts unless that part is blank."""
         first = self._first_from(example, end)
         if first and example.starts[first] > end and example.text[end : example.starts[first]].strip():
             return first - 1

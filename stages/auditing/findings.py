@@ -1,4 +1,4 @@
-"""What an audit found: counts by kind, an example of each, and facts about the whole dataset."""
+"""The result of an audit: counts by kind of finding, an example of each, and facts about the dataset."""
 
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from sstoken.stages.auditing.vocabulary import Vocabulary
 
 _AROUND = 12
-"""Tokens shown on either side of what a finding is about."""
+"""Tokens to show on either side of a finding."""
 TRAINED = ("«", "»")
-"""What stands around trained tokens where they are shown."""
+"""Marks around trained tokens in displayed text."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An example of a finding, with the tokens around what it is about."""
+    """An example of a finding, with the tokens around it."""
 
     where: str
     """`data.jsonl line 12`."""
@@ -32,7 +32,7 @@ class Shown:
     """Start and stop, in the row, of the tokens that the finding is about."""
     ids: tuple[int, ...] = ()
     tokens: tuple[str, ...] = ()
-    """The text that each adds; its id in `<>` where there is no tokenizer."""
+    """The text that each token adds; its id in `<>` without a tokenizer."""
     trained: tuple[bool, ...] = ()
 
     def text(self) -> str:
@@ -47,7 +47,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of fault or count, over the whole dataset."""
+    """One kind of finding, counted over the whole dataset."""
 
     kind: str
     """A name in `KINDS`; stable."""
@@ -55,16 +55,16 @@ class Finding:
     rows: int
     """How many rows have it."""
     what: str
-    """What it means, to be read after the number of rows."""
+    """Text that follows the number of rows: "rows in which ..."."""
     detail: str
-    """What is said about the example."""
+    """About the example."""
     example: Shown | None
     remedy: str
 
 
 @dataclass
 class AuditResult:
-    """What `audit` found."""
+    """The result of `audit`."""
 
     source: str
     form: str
@@ -72,10 +72,10 @@ class AuditResult:
     facts: dict[str, Any]
     """Counts over the dataset, ready for JSON."""
     findings: list[Finding] = field(default_factory=list)
-    """The gravest first."""
+    """Most severe first."""
 
     def failed(self, on: Severity = "error") -> bool:
-        """Whether something was found that is as grave as `on`, or graver."""
+        """Return whether any finding is at least as severe as `on`."""
         return any(SEVERITIES.index(f.severity) <= SEVERITIES.index(on) for f in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class AuditResult:
 
 
 class Collector:
-    """Counts the rows of each kind of finding, and keeps the first example."""
+    """Counts the rows of each kind of finding and keeps the first example."""
 
     def __init__(self, vocabulary: "Vocabulary | None") -> None:
         self.vocabulary = vocabulary
@@ -108,11 +108,11 @@ class Collector:
         return kind.name in self._rows
 
     def has(self, kind: Kind, row: int) -> bool:
-        """Whether a row has a finding of this kind; true only for the row that is being looked at."""
+        """Return whether the current row has a finding of this kind; False for all rows before it."""
         return self._last.get(kind.name) == row
 
     def add(self, kind: Kind, example: Example, focus: tuple[int, int] = (0, 0), detail: str = "") -> None:
-        """Count a row; `focus` is the tokens concerned, from the start of the example."""
+        """Count a row; `focus` is the span of tokens concerned, relative to the example."""
         if self.has(kind, example.row):
             return
         self._last[kind.name] = example.row
@@ -134,7 +134,7 @@ class Collector:
             self._first.setdefault(kind.name, (shown, detail, remedy))
 
     def place(self, kind: Kind, where: str, row: int, detail: str, remedy: str = "", text: str = "") -> None:
-        """Count a row that has no token ids; `text` is what is shown of it, as tokens."""
+        """Count a row that has no token ids; `text` is an excerpt to show as tokens."""
         self._rows[kind.name] = self._rows.get(kind.name, 0) + 1
         if kind.name not in self._first:
             ids: list[int] = []
@@ -146,7 +146,7 @@ class Collector:
             self._first[kind.name] = shown, detail, remedy
 
     def show(self, example: Example, focus: tuple[int, int]) -> Shown:
-        """Return what is shown of an example: the tokens around `focus`."""
+        """Return an example's tokens around `focus`, for display."""
         length = len(example.ids)
         start, stop = (min(max(0, i), length) for i in focus)
         first, last = max(0, start - _AROUND), min(length, max(stop, start + 1) + _AROUND)
@@ -165,7 +165,7 @@ class Collector:
         )
 
     def texts(self, ids: list[int]) -> list[str]:
-        """Return the text of each token, or its id where it has none."""
+        """Return the text of each token, or `<id>` for an unknown one."""
         if self.vocabulary is None:
             return [f"<{i}>" for i in ids]
         size = self.vocabulary.size
@@ -178,7 +178,7 @@ class Collector:
         return token_texts(self.vocabulary.tokenizer, ids)
 
     def findings(self) -> list[Finding]:
-        """Return what was found, the gravest first."""
+        """Return the findings, most severe first."""
         found = []
         for name, rows in self._rows.items():
             kind = KINDS[name]

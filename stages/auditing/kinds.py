@@ -1,6 +1,6 @@
-"""The registry of checks: what each kind of finding means, how grave it is and what to do about it.
+"""The registry of findings: what each kind means, how severe it is and what to do about it.
 
-A family of checks declares its kinds with `kind(...)` at the top of its file. The table in docs/audit.md is written
+A family of checks declares its kinds with `kind(...)` at the top of its file. The table in docs/audit.md is generated
 from this registry.
 """
 
@@ -9,9 +9,9 @@ from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-"""From the gravest: an error trains something else than was meant; a warning probably does; a note only counts."""
+"""Most severe first. An error trains something unintended, a warning probably does, a note only counts."""
 Needs = Literal["ids", "tokenizer", "template", "raw"]
-"""What a check needs: token ids alone; a tokenizer; a chat template whose turns are found in the rows; raw rows."""
+"""What a check needs: only token ids, a tokenizer, a chat template whose turns are found in the rows, or raw rows."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Kind:
     family: str
     severity: Severity
     what: str
-    """What is wrong, to be read after a number of rows: "rows in which ..."."""
+    """What is wrong; follows a number of rows: "rows in which ..."."""
     remedy: str
     """What to do."""
     needs: Needs = "ids"

@@ -84,8 +84,8 @@ Without a tokenizer (`--model`, `--tokenizer`, or one beside the data) only ids 
 ends of turns and special tokens are checked too, and with a chat template whose turns each token is in: the template
 is rendered with known words, and the marks around them are looked for in the rows.
 
-An *error* trains something else than was meant, a *warning* probably does, a *note* counts and does not judge. Each
-finding says how many rows have it, shows the tokens of one row (trained ones within « ») and says what to do.
+An *error* trains something unintended, a *warning* probably does, a *note* only counts. Each finding says how many
+rows have it, shows the tokens of one row (trained ones within « ») and says what to do.
 `--json` prints all of it: `findings` (`kind`, `severity`, `rows`, `what`, `detail`, `example`, `remedy`) and `facts`.
 
 ## Every check

@@ -1,4 +1,4 @@
-"""An opened dataset, and the rows of Arrow tables."""
+"""An opened dataset, and rows from Arrow tables."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from sstoken.stages.auditing.columns import IDS, Columns
 from sstoken.stages.encoding.arrow_rows import rows_of
 
 BATCH = 500
-"""Rows that are held at a time."""
+"""Rows held in memory at a time."""
 
 
 @dataclass
@@ -24,25 +24,24 @@ class Opened:
     columns: Columns | None
     """None: raw conversations."""
     tokenizer: Path | None = None
-    """A folder with the tokenizer that made it, found beside it."""
+    """Folder of the tokenizer that made it, found beside it."""
     scores: Path | None = None
-    """The scores that were named, where `rows` are those of their tokens."""
+    """The scores folder to audit; `rows` are then those of its tokens."""
     tokens: Path | None = None
     """The folder of tokens that `scores` belong to."""
     max_length: int | None = None
-    """What the rows were cut at, where the folder says so."""
+    """Length in tokens at which the rows were cut; None if the folder does not say."""
 
 
 def arrow_rows(batches: Iterable[Any], where: str, first: int = 0) -> Iterator[Row]:
     """Yield the rows of Arrow tables or batches.
 
-    Of a tokenised dataset, the cell of a list column is an Arrow array; other cells, and all of conversations, are
-    Python values.
+    Cells of list columns of a tokenised dataset stay Arrow arrays; all others become Python values.
 
     Args:
-        batches: of any size.
-        where: what the rows are called, before their number.
-        first: the number of the first row among all that are read.
+        batches: tables or record batches of any size.
+        where: prefix of a row's number in messages.
+        first: number of the first row among all that are read.
     """
     index = first
     for batch in batches:

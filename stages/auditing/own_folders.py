@@ -1,18 +1,17 @@
-"""Finished folders of ours, read and checked as the stages do."""
+"""Open finished folders that a stage wrote."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages import joins, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.auditing import columns
 from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.columns import Columns
 from sstoken.stages.auditing.opened import BATCH, Opened, arrow_rows
-from sstoken.stages.encoding.row_files import first_line
 from sstoken.stages.exporting import get_target
 from sstoken.stages.manifest import Manifest
 
@@ -21,7 +20,7 @@ _TOKENS, _SCORES = ("encode", "part"), ("score", "critical", "observed")
 
 
 def own_folder(folder: Path, manifest: Manifest, tokens: Path | None) -> Opened:
-    """A finished folder of ours, read and checked as the stages do."""
+    """Open a finished folder, with the same checks as the stages' own."""
     stage = manifest.stage
     if stage in _SCORES:
         tokens = tokens or _tokens_of(folder)
@@ -57,7 +56,7 @@ def _part_rows(parts: list[Path], wanted: list[str]) -> Iterator[Row]:
 
 
 def _tokens_of(scores: Path) -> Path:
-    """The finished tokens that scores belong to, in a folder near by."""
+    """Find the tokens that scores belong to, in a folder beside or above them."""
     near = [p for up in (scores.parent, scores.parent.parent) for p in sorted(up.iterdir()) if p.is_dir()]
     for folder in near:
         try:
@@ -71,7 +70,7 @@ def _tokens_of(scores: Path) -> Path:
 
 
 def _export(folder: Path, manifest: Manifest) -> Opened:
-    """An export, read as its trainer reads it; its sidecar says what the selection was taken from."""
+    """Open an export as its trainer reads it; its `scores/` tell which tokens the selection was taken from."""
     target = get_target(str(manifest.settings["to"]))
     sidecar = sorted((folder / "scores").glob("part-*.parquet"))
 
@@ -105,7 +104,7 @@ def _has_response(sidecar: list[Path]) -> bool:
 
 
 def export_around(folder: Path) -> Manifest | None:
-    """Return the manifest of the export that a folder of data files lies in, if it does."""
+    """Return the manifest of the export that contains a folder of data files; None if it is not in one."""
     for near in (folder, folder.parent):
         try:
             manifest = manifests.read_manifest(near)
@@ -117,7 +116,7 @@ def export_around(folder: Path) -> Manifest | None:
 
 
 def tokenizer_near(folder: Path) -> Path | None:
-    """Return a folder with a tokenizer, in a folder of data files or beside it."""
+    """Return the folder of a tokenizer in a folder of data files, or beside it; None if there is none."""
     for near in (folder / "tokenizer", folder.parent / "tokenizer", folder):
         if (near / "tokenizer_config.json").is_file():
             return near

@@ -1,4 +1,4 @@
-"""Open what is audited: files and folders of anybody's, datasets in memory, folders of ours."""
+"""Open a dataset to audit: data files, a dataset in memory, or a folder that a stage wrote."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -24,13 +24,13 @@ def open_source(
 
     Args:
         source: a path, a pattern, a Hub id; or a dataset, table or list of rows in memory.
-        split: of a Hub dataset or a saved DatasetDict.
-        shifted: labels are meant to be moved by one.
-        tokens: the folder of tokens that scores belong to; None: looked for beside them.
+        split: split of a Hub dataset or of a saved DatasetDict.
+        shifted: whether the trainer expects shifted labels.
+        tokens: the folder of tokens that scores belong to; None: look for it beside them.
 
     Raises:
-        UsageError: there is nothing, or nothing that can be audited.
-        SstokenError: damaged files.
+        UsageError: it does not exist, or is not a dataset.
+        SstokenError: files are damaged.
     """
     if not isinstance(source, (str, Path)):
         return _in_memory(source, shifted)
@@ -53,7 +53,7 @@ def open_source(
 def _opened(shown: str, rows: Iterator[Row], names: Iterable[str] | None, shifted: bool) -> Opened:
     first = next(rows, None)
     skipped = []
-    while first is not None and first.problem is not None:  # what the rows hold is seen in one that parses
+    while first is not None and first.problem is not None:  # the layout shows in a row that parses
         skipped.append(first)
         first = next(rows, None)
     if first is None and not skipped:
@@ -77,8 +77,7 @@ def _in_memory(source: Any, shifted: bool) -> Opened:
         source = pa.Table.from_pandas(source, preserve_index=False)
     if hasattr(source, "with_format"):  # datasets.Dataset
         names = list(source.column_names or ()) or None
-        tables_ = source.with_format("arrow").iter(batch_size=BATCH)
-        rows = arrow_rows(tables_, "row")
+        rows = arrow_rows(source.with_format("arrow").iter(batch_size=BATCH), "row")
     elif hasattr(source, "to_batches"):  # pyarrow.Table
         rows = arrow_rows(source.to_batches(BATCH), "row")
     elif hasattr(source, "iter_slices"):  # polars.DataFrame

@@ -1,4 +1,4 @@
-"""Run an audit: open the dataset, look at each row, sum up."""
+"""Run an audit: open the dataset, check every row, sum up."""
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby, islice
@@ -54,24 +54,24 @@ def audit(
     limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> AuditResult:
-    """Look at what would be trained, without loading any weights.
+    """Check what a trainer would learn from a dataset, without loading any weights.
 
     Args:
-        source: raw conversations, a tokenised dataset or a folder of ours: a path, a pattern, a Hub id, or a dataset,
-            an Arrow table or a list of rows in memory.
-        model: whose tokenizer, chat template and stop tokens are used; raw conversations need it.
+        source: raw conversations, a tokenised dataset or a folder that a stage wrote: a path, a pattern, a Hub id, or
+            a dataset, an Arrow table or a list of rows in memory.
+        model: checkpoint whose tokenizer, chat template and stop tokens to use; required for raw conversations.
         tokenizer: a tokenizer without a model, for the texts of a tokenised dataset.
-        tokens: the folder of tokens that a scores folder belongs to; None: looked for beside it.
-        split, format, columns, ignore_columns, preference, turns, chat_template, allow_lost, keep_special_tokens: as
-            `Encode` has them.
-        shifted_labels: labels are meant to be moved by one (NeMo, Megatron).
-        max_length: what training will cut at, in tokens; None: for conversations what `encode` would take.
-        limit: look at the first rows only, this many.
+        tokens: the folder of tokens that a scores folder belongs to; None: look for it beside them.
+        split, format, columns, ignore_columns, preference, turns, chat_template, allow_lost, keep_special_tokens: see
+            the fields of `Encode`.
+        shifted_labels: whether the trainer expects labels shifted by one (NeMo, Megatron).
+        max_length: length in tokens at which training will cut rows; None: for conversations, `encode`'s default.
+        limit: check only this many rows, from the first.
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        UsageError: there is nothing to audit, or conversations without a model.
-        SstokenError: damaged files, a tokenizer that does not load, columns that match no layout.
+        UsageError: the source does not exist or is not a dataset, or raw conversations come without a model.
+        SstokenError: files are damaged, the tokenizer does not load, or the columns match no layout.
     """
     template = None if chat_template is None else read_template(chat_template)
     opened = open_source(
@@ -105,8 +105,7 @@ def audit(
         found = encoded(opened.rows, encoder, reading, counts, context)
         if encoder.tokenizer.chat_template is None and template is None:
             context.found.count(NO_TEMPLATE, 1, None, f"{ref}: its tokenizer has none")
-        source_of_shape = encoder.template()
-        return _summed(opened, found, context, source_of_shape, max_length or declared, counts)
+        return _summed(opened, found, context, encoder.template(), max_length or declared, counts)
     place = ref or (str(opened.tokenizer) if opened.tokenizer else None)
     if place is None:
         context = Context(Collector(None))
@@ -133,7 +132,7 @@ def _summed(
     max_length: int | None,
     counts: Conversations | None,
 ) -> AuditResult:
-    """Look at every example and sum up."""
+    """Run all checks on every example and sum up."""
     cutter = _cutter(context, template)
     tally, lengths, ends, parts, answers = (
         Tally(),
@@ -200,7 +199,7 @@ def _signals(opened: Opened, context: Context) -> dict[str, Any]:
 
 
 class _Counted:
-    """An iterator that counts."""
+    """An iterator over rows that counts them."""
 
     def __init__(self, rows: Iterator[Row]) -> None:
         self.count = 0
@@ -220,7 +219,7 @@ def _vocabulary(ref: str, tokenizer: Any) -> Vocabulary:
 
 
 def _model_size(ref: str) -> int | None:
-    """How many ids a local model has; they may be more than its tokenizer's."""
+    """Return the size of a local model's embedding, which may be larger than its tokenizer; None if not known."""
     try:
         folder = checkpoints.local_folder(ref)
         config = {} if folder is None else read_json(folder / "config.json")
@@ -231,7 +230,7 @@ def _model_size(ref: str) -> int | None:
 
 
 def _made_by(opened: Opened, place: str) -> str:
-    """The model whose tokenizer a folder of ours holds, if it is still here: it knows what stops generation."""
+    """Return the model that a folder's tokenizer came from, if it still exists: it knows its stop tokens."""
     folder = Path(opened.shown)
     try:
         name = tables.read_metadata(tables.parts(folder)[0])["tokenizer"]["name"]
@@ -245,5 +244,5 @@ def _own_template(tokenizer: Any) -> str | None:
         return None
     try:
         return str(tokenizer.get_chat_template(None, None))
-    except ValueError:  # several, and none of them the default
+    except ValueError:  # several templates without a default
         return None

@@ -1,7 +1,7 @@
-"""The marks by which a chat template shows whose turn a text is, found by rendering a dialogue of known words.
+"""Learn the marks that a chat template puts around turns, by rendering a dialogue of made-up words.
 
-A row of token ids is cut at these marks into turns. A row in which none is found was made with another template, and
-nothing is said about its turns.
+Rows of token ids are cut into turns at these marks. A row without any was made with another template; its turns are
+not checked.
 """
 
 import re
@@ -19,7 +19,7 @@ from sstoken.stages.encoding.templates import ChatTemplate
 _ASKED, _SAID, _ASKED_MORE, _SAID_MORE = "Wqxask", "Wqxreply", "Wqxaskmore", "Wqxreplymore"
 _THOUGHT, _TOOL, _KEY, _VALUE, _RESULT = "Wqxthought", "Wqxtool", "Wqxkey", "Wqxvalue", "Wqxresult"
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
-"""What a border between two marks never splits: a tag, a word, a run of whitespace."""
+"""A piece of text that no boundary between two marks splits: a tag, a word, a run of whitespace."""
 _TAG = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,40}\]")
 
 
@@ -28,22 +28,22 @@ class Shape:
     """The marks of one template, in the bytes of `Vocabulary.bytes_of`."""
 
     openers: dict[str, list[str]] = field(default_factory=dict)
-    """By role (user, assistant, tool): the texts that open its turns."""
+    """The texts that open a turn, by role: user, assistant, tool."""
     closers: set[int] = field(default_factory=set)
-    """Tokens that end an assistant turn: those that stop generation, and what the template prints behind answers."""
+    """Tokens that end an assistant turn: those that stop generation, and those that the template prints after one."""
     last_closers: set[int] = field(default_factory=set)
-    """The token that the template prints behind the last answer."""
+    """The token that the template prints after the last answer."""
     tail: frozenset[int] = frozenset()
     """All special tokens that it prints there."""
     in_next_header: bool = False
-    """The token that ends an answer opens the next turn: the last answer has none."""
+    """Whether the token that ends an answer opens the next turn; the last answer then has no end token."""
     begins_with_bos: bool = False
     bos_opens_turns: bool = False
-    """BOS also stands within a row: it opens turns."""
+    """Whether BOS opens turns, and so also occurs within a row."""
     thoughts: tuple[str, str] = ("<think>", "</think>")
-    """What stands around reasoning."""
+    """Marks around reasoning."""
     calls: tuple[str, ...] = ()
-    """What opens a tool call."""
+    """Marks that open a tool call."""
     printed: frozenset[int] = frozenset()
     """Special tokens that the template itself prints."""
 
@@ -54,7 +54,7 @@ class Shape:
 
 
 def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
-    """Find the marks of a template. A template that refuses even a plain dialogue has none."""
+    """Find the marks of a template; a template that refuses even a plain dialogue has none."""
     shape = Shape(closers=set(vocabulary.stops))
     probe = _Probe(template)
     dialogue = [_user(_ASKED), _says(_SAID), _user(_ASKED_MORE), _says(_SAID_MORE)]
@@ -88,7 +88,7 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
 
 
 def _found_again(shape: Shape, text: str, vocabulary: Vocabulary) -> bool:
-    """Whether the marks are found in the tokens of the dialogue that showed them; not every tokenizer keeps them."""
+    """Return whether the marks survive tokenization of the dialogue; some tokenizers change them."""
     if not shape.known:
         return False
     ids = vocabulary.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -98,7 +98,7 @@ def _found_again(shape: Shape, text: str, vocabulary: Vocabulary) -> bool:
 
 
 def pattern(shape: Shape, vocabulary: Vocabulary) -> re.Pattern[bytes]:
-    """Return what finds the openers of all roles; the group that matched is called by the role."""
+    """Return a pattern that matches the openers of all roles, in a group named after the role."""
     alternatives = []
     for role, texts in shape.openers.items():
         forms = sorted({text for text in texts if text.strip()}, key=len, reverse=True)
@@ -106,14 +106,13 @@ def pattern(shape: Shape, vocabulary: Vocabulary) -> re.Pattern[bytes]:
             alternatives.append(
                 (max(map(len, forms)), role, b"|".join(_lenient(text, vocabulary) for text in forms))
             )
-    alternatives.sort(
-        reverse=True
-    )  # the longest first: `user<tool_response>` opens a tool's turn, not a user's
+    # Longest first: `user<tool_response>` opens a tool's turn, not a user's.
+    alternatives.sort(reverse=True)
     return re.compile(b"|".join(b"(?P<%s>%s)" % (role.encode(), forms) for _, role, forms in alternatives))
 
 
 def _lenient(text: str, vocabulary: Vocabulary) -> bytes:
-    """A pattern for a mark; tokenizers may put blanks behind special tokens, and take some away."""
+    """Return a pattern for a mark that allows for whitespace which tokenizers add after special tokens or remove."""
     pieces = vocabulary.split(text.strip())
     parts = []
     for number, piece in enumerate(pieces, 1):
@@ -143,12 +142,12 @@ class _Probe:
             return None
 
     def before_reasoning(self) -> str:
-        """What stands between a question and the reasoning of its answer."""
+        """Return the text between a question and the reasoning of its answer."""
         text = self.text(_reasoned()) or ""
         return text.rpartition(_ASKED)[2].partition(_THOUGHT)[0] if _THOUGHT in text else ""
 
     def before_call(self) -> str:
-        """What stands between a question and a call."""
+        """Return the text between a question and a tool call."""
         text = self.text(_called()[:2], [_DEFINITION]) or ""
         return text.rpartition(_ASKED)[2].partition(_TOOL)[0] if _VALUE in text else ""
 
@@ -190,7 +189,7 @@ def _closers(to_user: str, tail: str, vocabulary: Vocabulary) -> set[int]:
 
 
 def _first(text: str, vocabulary: Vocabulary) -> set[int]:
-    """The special token that text begins with."""
+    """Return the special token that a text begins with, if any, as a set."""
     parts = vocabulary.split(text.lstrip())
     return {vocabulary.ids[parts[0]]} if parts and parts[0] in vocabulary.ids else set()
 
@@ -204,7 +203,7 @@ def _learn_reasoning(shape: Shape, probe: _Probe) -> None:
     if text is None or _THOUGHT not in text or text.find(_THOUGHT) > text.rfind(_SAID):
         return
     before, _, rest = text.partition(_THOUGHT)
-    opened = _behind_header(before, shape).strip()
+    opened = _after_header(before, shape).strip()
     closes = _TAG.findall(rest.partition(_SAID)[0])
     if _TAG.match(opened) and closes:
         shape.thoughts = (opened, closes[0])
@@ -214,7 +213,7 @@ def _learn_tools(shape: Shape, probe: _Probe, vocabulary: Vocabulary) -> None:
     text = probe.text([*_called(), _says(_SAID)], [_DEFINITION])
     if text is None or not text.find(_ASKED) < text.find(_VALUE) < text.find(_RESULT):
         return
-    before = _behind_header(text.rpartition(_ASKED)[2].partition(_VALUE)[0].partition(_TOOL)[0], shape)
+    before = _after_header(text.rpartition(_ASKED)[2].partition(_VALUE)[0].partition(_TOOL)[0], shape)
     tags = [tag for tag in _TAG.findall(before) if tag not in shape.thoughts]
     shape.calls = (tags[0],) if tags else (before.strip(),) if before.strip() else ()
     gap = text.rpartition(_VALUE)[2].partition(_RESULT)[0]
@@ -223,7 +222,7 @@ def _learn_tools(shape: Shape, probe: _Probe, vocabulary: Vocabulary) -> None:
     shape.closers |= {vocabulary.ids[end] for end in ends[-1:]}  # some calls end with a token of their own
     plain = re.match(r"(?:<[^<>\s]{1,60}>|[^\"'{])*", gap[len(closing) :].lstrip().partition("Wqx")[0])
     opener = plain[0] if plain else ""
-    if opener.strip() and not _TAG.search(opener):  # too plain to be told from text
+    if opener.strip() and not _TAG.search(opener):  # cannot be told from ordinary text
         opener = f"{ends[-1]}{opener}" if ends and closing.endswith(ends[-1]) else ""
     if opener.strip() and opener not in shape.openers["user"]:
         shape.openers["tool"] = [opener]
@@ -232,8 +231,8 @@ def _learn_tools(shape: Shape, probe: _Probe, vocabulary: Vocabulary) -> None:
         shape.openers["assistant"] += _TAG.findall(answered)[-1:]
 
 
-def _behind_header(text: str, shape: Shape) -> str:
-    """The text behind the last opener of an answer in it."""
+def _after_header(text: str, shape: Shape) -> str:
+    """Return the text after the last opener of an answer in it."""
     ends = [text.rfind(opener) + len(opener) for opener in shape.openers["assistant"] if opener in text]
     return text[max(ends) :] if ends else text
 
@@ -267,7 +266,7 @@ def _says(content: str, **more: Any) -> Message:
 
 
 def _gaps(text: str, words: Sequence[str]) -> list[str]:
-    """The texts before, between and after words that follow each other."""
+    """Return the texts before, between and after consecutive words."""
     found = []
     for word in words:
         gap, _, text = text.partition(word)
@@ -280,12 +279,12 @@ def _after(text: str | None, word: str) -> str:
 
 
 def _prefix(left: str, right: str) -> str:
-    """The common beginning of two texts, without splitting a tag or a word."""
+    """Return the common prefix of two texts, without splitting a tag or a word."""
     return left[: _common(_ATOM.findall(left), _ATOM.findall(right))]
 
 
 def _suffix(left: str, right: str) -> str:
-    """The common end of two texts, without splitting a tag or a word."""
+    """Return the common suffix of two texts, without splitting a tag or a word."""
     length = _common(_ATOM.findall(left)[::-1], _ATOM.findall(right)[::-1])
     return left[len(left) - length :]
 

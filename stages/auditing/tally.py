@@ -1,4 +1,4 @@
-"""Counts of tokens over a dataset: by role, by turn."""
+"""Count a dataset's tokens by role and by turn."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 
 _TURNS_TOLD = 8
-"""Turns of a conversation that are counted one by one; the last counts for those behind it too."""
+"""Turns of a conversation that are counted separately; the last count includes all later turns."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The cell of a row as an array of numbers, however its file holds it."""
+"""Turn a cell into an array of numbers, whatever type its file gave it."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 class BadValue(ValueError):  # noqa: N818 (the value is bad; the error is what is raised about it)
-    """A cell that is no list of numbers. `kind`: `null`, `null token`, `nested` or `other`."""
+    """A cell that is not a list of numbers. `kind` is `null`, `null token`, `nested` or `other`."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -15,10 +15,10 @@ class BadValue(ValueError):  # noqa: N818 (the value is bad; the error is what i
 
 
 def numbers(value: Any) -> NDArray[Any]:
-    """Return a cell as numbers, [T]: of an Arrow list of any width, a list, a numpy array or a tensor.
+    """Return a cell as numbers, [T], from an Arrow list of any width, a list, a numpy array or a tensor.
 
     Raises:
-        BadValue: null, a null or NaN within, a list of lists, or no numbers.
+        BadValue: the cell is null, a list of lists or not numeric, or contains null or NaN.
     """
     if value is None:
         raise BadValue("null", "null")
@@ -39,7 +39,7 @@ def numbers(value: Any) -> NDArray[Any]:
 
 
 def is_nested(value: Any) -> bool:
-    """Whether a cell is a list of lists, as the positions of models of images and text are."""
+    """Return whether a cell is a list of lists, as the positions of multimodal models are."""
     try:
         numbers(value)
     except BadValue as error:

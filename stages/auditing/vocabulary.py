@@ -1,4 +1,4 @@
-"""What a tokenizer says about ids: their text, and which of them are special, end a turn or begin a document."""
+"""A tokenizer's ids: their text, and which of them are special, blank or stop generation."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTROL = b"\xfe"
-"""Stands before a special token in the bytes of a row: text that only looks like one is not taken for it. No UTF-8
-text holds this byte."""
+"""Precedes a special token in the bytes of a row, to tell it from text that looks like one. Never occurs in UTF-8."""
 
 
 class Vocabulary:
     """The ids of one tokenizer.
 
     Args:
-        tokenizer: of the dataset.
+        tokenizer: the dataset's.
         stops: tokens that stop generation, besides EOS.
-        size: how many ids the model has; None: as many as the tokenizer.
+        size: size of the model's embedding; None: that of the tokenizer.
     """
 
     def __init__(
@@ -42,10 +41,9 @@ class Vocabulary:
         self.pad: int | None = tokenizer.pad_token_id
         self.unknown: int | None = tokenizer.unk_token_id
 
-    def id_of(self, token: str) -> int | None:
-        """Return the id of a token, if it is one."""
-        found = self._tokens.get(token)
-        return None if found is None else int(found)
+    def known(self, ids: IntArray) -> IntArray:
+        """Return ids with 0 in place of those outside the vocabulary, to index arrays of [size]."""
+        return np.where((ids >= 0) & (ids < self.size), ids, 0)
 
     @property
     def pads_apart(self) -> bool:
@@ -54,7 +52,7 @@ class Vocabulary:
 
     @cached_property
     def adds_bos(self) -> bool:
-        """Whether the tokenizer itself begins a text with BOS."""
+        """Whether the tokenizer begins a text with BOS."""
         return self.bos is not None and self.tokenizer("a", verbose=False)["input_ids"][:1] == [self.bos]
 
     @cached_property
@@ -84,7 +82,7 @@ class Vocabulary:
         )
 
     def split(self, text: str) -> list[str]:
-        """Return text cut at special tokens, each of which is a part of its own."""
+        """Split text at special tokens, each of which becomes a part of its own."""
         if not self.control_tokens:
             return [text] if text else []
         parts = re.split(f"({'|'.join(map(re.escape, self.control_tokens))})", text)
@@ -92,7 +90,7 @@ class Vocabulary:
 
     @cached_property
     def _pieces(self) -> list[bytes]:
-        """The bytes of each id; the last entry is for ids that there are not."""
+        """The bytes of each id, [size + 1]; the last entry is for ids outside the vocabulary."""
         tokens: list[str] = ["?"] * self.size
         for token, i in self._tokens.items():
             tokens[i] = token
@@ -131,7 +129,7 @@ def _sentencepiece(token: str) -> bytes:
 
 
 def _word(token: str) -> bytes:
-    """A token of a tokenizer that decodes to words with blanks between them."""
+    """Decode a WordPiece token: a word with a space before it, or the continuation of one."""
     return token.removeprefix("##").encode() if token.startswith("##") else b" " + token.encode()
 
 

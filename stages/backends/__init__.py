@@ -1,7 +1,7 @@
 """Inference backends: token sequences in, signals out.
 
-To add one: subclass `Backend` in a file here and enter it in `BACKENDS`, or declare it in a package of your own as an
-entry point of the group `sstoken.backends` (`name = "module:class"`). Nothing else changes.
+To add one, subclass `Backend` in a file here and enter it in `BACKENDS`, or declare it in your own package as an
+entry point of the group `sstoken.backends` (`name = "module:class"`).
 """
 
 from abc import ABC, abstractmethod
@@ -25,14 +25,14 @@ from sstoken.stages.wording import has_to_be
 P = ParamSpec("P")
 R = TypeVar("R")
 Measured = dict[str, NDArray[np.float32] | NDArray[np.int32]]
-"""An example's signals by name, compact: one value for each of its response tokens, in order. A signal that an
-example's first response token has none of (`Signal.from_second`) has one value less."""
+"""An example's signals by name: one value for each response token, in order; with `Signal.from_second`, none for the
+first response token."""
 Setting = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How a backend runs a checkpoint. Hashable: a process keeps the backend it has built."""
+    """How a backend runs a checkpoint. Hashable, as the key under which a process caches its backend."""
 
     checkpoint: str
     signals: tuple[str, ...]
@@ -44,40 +44,40 @@ class BackendOptions:
     device: str
     """`cpu`, `cuda`, ..., or `auto`."""
     batch_tokens: int | None
-    """None: as many as make the backend fast and find memory."""
+    """Most positions in a batch; None: the backend's own choice, within the free memory."""
     trust_remote_code: bool
     settings: tuple[tuple[str, Setting], ...] = ()
-    """The backend's own settings that were given, by name; `read_settings` checks them."""
+    """The backend's own settings, name and value; `read_settings` checks them."""
     log_folder: Path | None = None
-    """Where an engine that talks leaves its log, `<backend>.log`; None: it leaves none."""
+    """Folder for the engine's log, `<backend>.log`; None: no log."""
     references: tuple[tuple[str, str], ...] = ()
-    """The checkpoints that signals such as `kl@NAME` compare with: name and place."""
+    """Checkpoints that signals such as `kl@NAME` compare with: name, and folder or Hub id."""
 
     @property
     def attention_signals(self) -> list[Signal]:
-        """Those of the signals that are read from attention weights."""
+        """The signals that need attention weights."""
         return [s for s in get_signals(self.signals) if s.needs == "attention"]
 
     def layer_of(self, signal: Signal) -> int | None:
-        """The decoder layer of an attention signal: the one it names, or `layer`."""
+        """Return the decoder layer of an attention signal: the one it names, else `layer`."""
         return self.layer if signal.layer is None else signal.layer
 
 
 class Backend(ABC):
-    """One checkpoint, ready to measure. It is let go by dropping it: what it holds ends with it."""
+    """One loaded checkpoint. Dropping the last reference frees its memory."""
 
     signals: ClassVar[frozenset[str]] = frozenset({LOSS, ATTENTION})
-    """What it can measure, by name without argument."""
+    """Names, without arguments, of the signals that it measures."""
     settings: ClassVar[type[Settings]] = Settings
-    """Its own settings (`backend_options`); those marked SPEED_ONLY stay out of the fingerprint."""
+    """Its own settings (`backend_options`); those marked SPEED_ONLY are not part of the fingerprint."""
     several_workers: ClassVar[bool] = True
-    """Whether several processes may hold one each; not where it spreads over the devices itself."""
+    """Whether several processes may each hold one; False if it spreads over all devices itself."""
 
     @classmethod
     def refusal(cls, options: BackendOptions) -> str | None:
-        """Why it cannot measure that checkpoint, and what can, in one line; None: nothing seen speaks against it.
+        """Return why it cannot measure a checkpoint and what can, in one line; None if it probably can.
 
-        Looks at what is installed and at the checkpoint's configuration; loads no weights.
+        Checks what is installed and the checkpoint's configuration, but loads no weights.
         """
         return None
 
@@ -101,12 +101,12 @@ class Backend(ABC):
 
     @property
     def remark(self) -> str:
-        """How it computes here, for the user, as chosen at start; empty: nothing was chosen."""
+        """How it computes, for the user; "" if there was nothing to choose."""
         return ""
 
     @property
     def attention_layers(self) -> dict[str, int]:
-        """The decoder layer, counted from 0, of each attention signal that it measures, where that is known."""
+        """The decoder layer, from 0, of each attention signal that it measures, if known."""
         return {}
 
     @abstractmethod
@@ -117,19 +117,19 @@ class Backend(ABC):
 
         Args:
             sequences: token ids, [T] each.
-            response_masks: [T] each; token 0 is never a response token, as nothing predicts it.
+            response_masks: [T] each; token 0 is never a response token, since nothing predicts it.
         """
 
 
 class Latest(Generic[P, R]):
-    """A cache of one: what a function last gave, forgotten before the next is made, so that two need not fit."""
+    """Cache a function's last value, and drop it before computing the next: two models need not fit into memory."""
 
     def __init__(self, function: Callable[P, R]) -> None:
         self._function = function
         self.held: dict[Any, R] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The function's value; its arguments must be hashable."""
+        """Return the function's value; arguments must be hashable."""
         key = (args, tuple(sorted(kwargs.items())))
         if key not in self.held:
             self.held.clear()
@@ -138,28 +138,30 @@ class Latest(Generic[P, R]):
 
 
 BACKENDS = {"hf": "sstoken.stages.backends.hf:HFBackend", "vllm": "sstoken.stages.backends.vllm:VllmBackend"}
-"""Name to `module:class`; the module is imported only when the backend is used."""
+"""`module:class` by name; a module is imported only when its backend is used."""
 DEFAULT = "hf"
 ENTRY_POINTS = "sstoken.backends"
-"""The group in which other packages declare theirs."""
+"""Entry point group in which other packages declare theirs."""
 
 
 def known_backends() -> dict[str, str]:
-    """`BACKENDS` and those of other packages; a name of ours stays ours."""
+    """Return `module:class` by name for our backends and other packages', which cannot replace ours."""
     return {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)} | BACKENDS
 
 
 def resolve_backend(name: str, options: BackendOptions) -> str:
-    """`auto` as the backend that it stands for: vLLM on a GPU where it is installed and takes the checkpoint.
+    """Return the name of the backend that runs; `auto` is vllm on a GPU if it supports the checkpoint, else hf.
 
     Raises:
-        UsageError: there is none of that name; lists those there are.
+        UsageError: there is no such backend; lists those there are.
     """
     if name == "auto":
-        if find_spec("vllm") is None:  # asked first: what follows loads libraries
+        if find_spec("vllm") is None:  # checked first, since importing the module is slow
             return DEFAULT
         return "vllm" if import_module("sstoken.stages.backends.vllm").preferred(options) else DEFAULT
-    if name in BACKENDS:  # asked first: the others are found by a look at every installed package
+    if (
+        name in BACKENDS
+    ):  # checked first, since finding the others reads the metadata of every installed package
         return name
     if name not in (known := known_backends()):
         raise UsageError(f"backend {name!r} is not known; legal: auto, {', '.join(known)}")
@@ -167,7 +169,7 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The class of a known backend; imports its module."""
+    """Import and return the class of a known backend."""
     place = BACKENDS.get(name) or known_backends()[name]
     module, _, attribute = place.partition(":")
     backend: type[Backend] = getattr(import_module(module), attribute)
@@ -175,10 +177,10 @@ def backend_class(name: str) -> type[Backend]:
 
 
 def read_settings(name: str, options: BackendOptions) -> Settings:
-    """The settings of the backend of that name, of its own class.
+    """Return the settings of a backend, validated by its own class.
 
     Raises:
-        UsageError: a setting that it does not have, or a value out of range.
+        UsageError: it has no such setting, or a value is out of range.
     """
     kind = backend_class(name).settings
     try:
@@ -196,15 +198,16 @@ def check_backend(name: str, options: BackendOptions, workers: int = 1) -> None:
     """Refuse, before any work, what the backend cannot do.
 
     Raises:
-        UsageError: an unknown backend or setting, or a checkpoint that it does not take.
+        UsageError: the backend or a setting is unknown, or the backend does not support the signals, the number of
+            workers or the checkpoint.
     """
     if made := [s.name for s in get_signals(options.signals) if s.needs == "generation"]:
         raise UsageError(
-            f"score does not measure {made[0]}, which takes generation; run sstoken-curate {made[0]}"
+            f"score does not measure {made[0]}, which needs generation; run sstoken-curate {made[0]}"
         )
     name = resolve_backend(name, options)
     if name == DEFAULT and not options.settings:
-        return  # it refuses nothing unseen, and its module loads torch
+        return  # it never refuses without loading, and its module imports torch
     read_settings(name, options)
     backend = backend_class(name)
     if left := [s.name for s in get_signals(options.signals) if s.base not in backend.signals]:
@@ -220,7 +223,7 @@ def check_backend(name: str, options: BackendOptions, workers: int = 1) -> None:
 
 
 def deciding_settings(name: str, options: BackendOptions) -> dict[str, Any]:
-    """The backend's own settings that decide what is measured, where they are not the defaults."""
+    """Return the backend's own settings that are not the default and decide what is measured."""
     if not options.settings:
         return {}
     settings = read_settings(name, options)
@@ -229,7 +232,7 @@ def deciding_settings(name: str, options: BackendOptions) -> dict[str, Any]:
 
 
 def make_backend(name: str, options: BackendOptions) -> Backend:
-    """Build the backend of that name.
+    """Build a backend.
 
     Raises:
         UsageError: see `check_backend`.

@@ -1,14 +1,13 @@
-"""Adapters of peft on a base model in memory: what is loaded is what the file holds, or is refused."""
+"""Load peft adapters onto a base model in memory, and refuse one that does not load completely."""
 
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, first_line
 from sstoken.stages.adapter_kinds import check_kind
 from sstoken.stages.checkpoints import local_folder
-from sstoken.stages.hub_models import first_line
 from sstoken.stages.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
 _NAME = "default"
@@ -20,18 +19,18 @@ _CHANGES_BASE = (
     "loftq_config",
 )
 _REPEATED = re.compile(r"\.modules_to_save\.weight$")
-"""Beside the weights of saved embeddings, peft writes them under this name once more."""
+"""A second name under which peft also writes the weights of saved embeddings."""
 _WHOLE_MODULE = r"(?:\.modules_to_save|\.original_module|\.base_layer)?\.weight"
 
 
 class Adapter:
-    """An adapter's folder, to be put on a base."""
+    """An adapter's folder, not yet loaded."""
 
     def __init__(self, ref: str) -> None:
         """Read its configuration.
 
         Raises:
-            SstokenError: it is of a kind that is not supported, or peft is not installed.
+            SstokenError: its kind is not supported, or peft is not installed.
         """
         self._ref, self._folder = ref, local_folder(ref) or Path(ref)
         self._config = read_json(self._folder / ADAPTER_CONFIG)
@@ -44,7 +43,7 @@ class Adapter:
 
     @property
     def leaves_base(self) -> bool:
-        """Whether it touches no tensor of the base, so that taking it off gives the base back."""
+        """Whether it changes no tensor of the base, so that unloading it restores the base."""
         config = self._config
         return (
             config.get("peft_type") == "LORA"
@@ -55,10 +54,10 @@ class Adapter:
         )
 
     def put_on(self, model: Any) -> Any:
-        """Put it on the base, whose modules it changes; returns peft's model around it.
+        """Load it onto a base model, changing its modules; return peft's model around it.
 
         Raises:
-            SstokenError: it does not load, or not all of it; the base is not to be used any more.
+            SstokenError: it does not load completely; the base model is then unusable.
         """
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
@@ -68,10 +67,10 @@ class Adapter:
             config.inference_mode = True
             adapted = PeftModel(model, config, adapter_name=_NAME)
             for tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).values():
-                if tensor.is_floating_point():
-                    tensor.fill_(
-                        math.nan
-                    )  # so that what the file lacks shows: peft goes on with random numbers
+                if (
+                    tensor.is_floating_point()
+                ):  # peft would leave random numbers where the file has no weights
+                    tensor.fill_(math.nan)
             unused = adapted.load_adapter(str(self._folder), _NAME, is_trainable=False).unexpected_keys
             loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         except Exception as error:  # peft, torch and safetensors raise many kinds
@@ -79,8 +78,8 @@ class Adapter:
         missing = [k for k, v in loaded.items() if v.is_floating_point() and v.isnan().any()]
         if missing:
             raise SstokenError(
-                f"{self._ref}: {len(missing)} of the adapter's weights are missing or NaN (first: {min(missing)}); it "
-                "belongs to another base model, or has to be copied again"
+                f"{self._ref}: {len(missing)} of the adapter's weights are missing or NaN (first: {min(missing)}); "
+                "copy it again, or set base_model_name_or_path to the model that it was trained on"
             )
         if unused := [k for k in unused if not _REPEATED.search(k)]:
             raise SstokenError(
@@ -91,7 +90,7 @@ class Adapter:
         return adapted
 
     def _fit_embeddings(self, model: Any) -> None:
-        """Give the base as many embedding rows as the adapter was saved with (tokens added in its training)."""
+        """Resize the base's embeddings to the adapter's: tokens may have been added in training."""
         from torch import nn
 
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
@@ -117,13 +116,13 @@ class Adapter:
             model.set_input_embeddings(grown)
 
     def _rows(self, module: str) -> int:
-        """Rows of the embedding of that name in the adapter's file, saved as a whole; 0: it is not in it."""
+        """Return the rows of a complete embedding in the adapter's file; 0 if it has none of that name."""
         pattern = re.compile(rf"(?:^|\.){re.escape(module)}{_WHOLE_MODULE}$")
         return max((shape[0] for key, shape in self._saved.items() if pattern.search(key)), default=0)
 
 
 def _read_weights(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights that a safetensors file holds, by name."""
+    """Return the shapes of the weights in a safetensors file, by name."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -135,7 +134,7 @@ def _name_of(model: Any, wanted: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line; of mismatched shapes the first."""
+    """Return an error's reason in one line: the first mismatched shape, else its first line."""
     lines = [line.strip() for line in str(error).splitlines()]
     mismatch = next((line for line in lines if line.startswith("size mismatch for ")), None)
     if mismatch is not None:

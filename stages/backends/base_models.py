@@ -1,37 +1,36 @@
-"""Base models in memory: one per process, on which adapters are swapped."""
+"""Base models in memory: one per process, whose adapters are swapped."""
 
 import gc
 from typing import Any
 
 import torch
 
-from sstoken.errors import UsageError
-from sstoken.stages.backends import Latest
+from sstoken.errors import UsageError, first_line
+from sstoken.stages.backends import BackendOptions, Latest
 from sstoken.stages.backends.adapters import Adapter
-from sstoken.stages.checkpoints import stamp
-from sstoken.stages.hub_models import first_line
+from sstoken.stages.checkpoints import adapter_base, stamp
 from sstoken.stages.loading import load_model
 
 
 class SharedBase:
-    """A base model in memory, on which adapters are swapped: after any of them it is bit-equal to itself."""
+    """A base model in memory whose adapters are swapped; taking one off restores every bit of the base."""
 
     def __init__(self, ref: str, dtype: str, device: str, trust_remote_code: bool) -> None:
         self._place = (ref, dtype, device, trust_remote_code)
         self.model: Any = None
         self.unused: list[str] = []
-        """Names of weights in its files that it makes no use of."""
+        """Names of weights in its files that it does not use."""
         self._adapted: Any = None
-        """peft's model, where an adapter is on."""
+        """peft's model, if an adapter is loaded."""
         self._adapter: tuple[Any, ...] | None = None
-        """The stamp of the adapter that is on: another one may stand in the same folder by now."""
+        """Stamp of the loaded adapter: its folder may hold another one by now."""
         self._load()
 
     def use(self, adapter: str | None) -> None:
-        """Put the adapter of that folder on the base in place of the last one; None: the bare base.
+        """Load an adapter onto the base in place of the last one; None: the bare base.
 
         Raises:
-            SstokenError: the adapter does not load, or is of a kind that is not supported.
+            SstokenError: the adapter does not load, or its kind is not supported.
         """
         wanted = stamp(adapter) if adapter is not None else None
         if self.model is not None and wanted == self._adapter:
@@ -40,20 +39,22 @@ class SharedBase:
         if self.model is None or self._adapter is not None:
             self._take_off()
         if new is not None:
-            whole, self.model = self.model, None  # whatever goes wrong, the base is loaded again
-            self._adapted = new.put_on(whole)
-            self.model = whole
+            base, self.model = self.model, None  # if this fails, the base is loaded again
+            self._adapted = new.put_on(base)
+            self.model = base
             self._leaves_base = new.leaves_base
         self._adapter = wanted
 
     def _take_off(self) -> None:
-        """Back to the bare base: from disk where the adapter, or one that failed, may have changed a tensor."""
+        """Return to the bare base; load it again if the adapter, or one that failed, may have changed a tensor."""
         if self.model is not None and self._leaves_base:
             self._adapted.unload()
             self._adapted = self._adapter = None
             if _layout(self.model) == self._base:
                 return
-        self.model = self._adapted = self._adapter = None  # before loading: two need not fit into memory
+        self.model = self._adapted = self._adapter = (
+            None  # before loading, since two need not fit into memory
+        )
         gc.collect()
         self._load()
 
@@ -70,7 +71,7 @@ class SharedBase:
 
 
 def _layout(model: Any) -> dict[str, tuple[Any, ...]]:
-    """Which tensors a model consists of, and where they lie."""
+    """Return the address, shape and dtype of each tensor of a model, by name."""
     return {k: (v.data_ptr(), v.shape, v.dtype) for k, v in model.state_dict().items()}
 
 
@@ -78,15 +79,24 @@ def _layout(model: Any) -> dict[str, tuple[Any, ...]]:
 def shared_base(
     ref: str, dtype: str, device: str, trust_remote_code: bool, stamp: tuple[Any, ...]
 ) -> SharedBase:
-    """One base model per process; `stamp` tells when its files have changed."""
+    """Return this process's base model; a new `stamp` means that its files have changed."""
     return SharedBase(ref, dtype, device, trust_remote_code)
 
 
+def loaded(options: BackendOptions, device: str) -> SharedBase:
+    """Return this process's base model with the adapter loaded, if the checkpoint is one."""
+    base = adapter_base(options.checkpoint)
+    full = base or options.checkpoint
+    shared = shared_base(full, options.dtype, device, options.trust_remote_code, stamp(full))
+    shared.use(options.checkpoint if base else None)
+    return shared
+
+
 def pick_device(device: str) -> str:
-    """`auto` as the best device that is there.
+    """Return the device to use; `auto` is cuda, mps or cpu, the first that is available.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: the device is not available.
     """
     if device != "auto":
         try:

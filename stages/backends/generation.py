@@ -1,7 +1,6 @@
-"""Generation through the inference backends: a position's candidates, and greedy continuations.
+"""Generation through the inference backends: candidates for a position, and greedy continuations.
 
-Another package's backend that can do this names its `Generator` in a class attribute, `generator = "module:class"`;
-the others refuse.
+Another package's backend that can generate names its `Generator` in a class attribute, `generator = "module:class"`.
 """
 
 from abc import ABC, abstractmethod
@@ -22,11 +21,11 @@ GENERATORS = {
     "hf": "sstoken.stages.backends.hf_generation:HFGenerator",
     "vllm": "sstoken.stages.backends.vllm_generation:VllmGenerator",
 }
-"""Our backends' generators: name to `module:class`, as `BACKENDS`."""
+"""`module:class` of our backends' generators, by name."""
 
 
 class Generator(ABC):
-    """One checkpoint, ready to generate. It is let go by dropping it."""
+    """One loaded checkpoint that can generate. Dropping the last reference frees its memory."""
 
     @abstractmethod
     def __init__(self, options: BackendOptions) -> None:
@@ -44,18 +43,18 @@ class Generator(ABC):
     @property
     @abstractmethod
     def max_length(self) -> int | None:
-        """Longest sequence in tokens, what is generated counted; None: no limit known."""
+        """Longest sequence in tokens, including generated ones; None: no limit known."""
 
     @property
     def remark(self) -> str:
-        """How it generates here, for the user; empty: nothing was chosen."""
+        """How it generates, for the user; "" if there was nothing to choose."""
         return ""
 
     @abstractmethod
     def candidates(
         self, sequences: Sequence[IdArray], positions: Sequence[IdArray], count: int
     ) -> list[IdArray]:
-        """The likeliest tokens at some positions of each sequence, given what precedes them.
+        """Return the likeliest tokens at some positions of each sequence, given the tokens before them.
 
         Args:
             sequences: token ids, [T] each.
@@ -63,7 +62,7 @@ class Generator(ABC):
             count: how many candidates.
 
         Returns:
-            [P, count] for each sequence, likeliest first; of equally likely ones the lower id.
+            [P, count] for each sequence, likeliest first; ties go to the lower id.
         """
 
     @abstractmethod
@@ -77,10 +76,10 @@ class Generator(ABC):
         """Yield `(index, continuation)` for every branch, in any order.
 
         Args:
-            sequences: token ids, [T] each; what branches of one share is computed once.
-            branches: where to go on from.
-            stop: ids that end a continuation, none of which it keeps; a branch whose own token is one is at its end.
-            max_new_tokens: at which a continuation is cut; at the model's longest sequence too.
+            sequences: token ids, [T] each; a prefix that branches share is computed once.
+            branches: where to continue from.
+            stop: ids that end a continuation and are not part of it; a branch that begins with one is complete.
+            max_new_tokens: longest continuation; it is also cut at the model's longest sequence.
         """
 
 
@@ -96,7 +95,7 @@ def check_generator(name: str, options: BackendOptions, workers: int = 1) -> Non
 
 
 def make_generator(name: str, options: BackendOptions) -> Generator:
-    """Build the generator of the backend of that name.
+    """Build a backend's generator.
 
     Raises:
         UsageError: see `check_generator`.
@@ -110,7 +109,7 @@ def make_generator(name: str, options: BackendOptions) -> Generator:
 
 
 def _generator_class(name: str) -> str:
-    """Its `module:class`."""
+    """Return the `module:class` of a backend's generator."""
     found: str | None = GENERATORS.get(name) or getattr(backend_class(name), "generator", None)
     if found is None:
         legal = " or ".join(GENERATORS)

@@ -14,21 +14,21 @@ from sstoken.measure.scorer import MEASURABLE, Scorer
 from sstoken.measure.second_pass import SECOND_PASS, measure_second_pass
 from sstoken.signals import LOSS, get_signals
 from sstoken.stages.backends import Backend, BackendOptions, Measured
-from sstoken.stages.backends.base_models import SharedBase, pick_device, shared_base
-from sstoken.stages.checkpoints import adapter_base, stamp
+from sstoken.stages.backends.base_models import SharedBase, loaded, pick_device
+from sstoken.stages.checkpoints import adapter_base
 from sstoken.stages.stage import SPEED_ONLY, Settings
 
 _ON_CUDA = 16384
 """Positions in a batch, at most: enough work for a GPU."""
 _ELSEWHERE = 768
-"""On a CPU, whose cache has to hold their states."""
+"""Positions in a batch on a CPU, at most: their states have to fit into its cache."""
 
 
 class HFSettings(Settings):
     """Backend options of `hf`."""
 
     compile: Annotated[bool, SPEED_ONLY] = False
-    """Compile the decoder layers with torch.compile: some percent faster, half a minute to start."""
+    """Compile the decoder layers with torch.compile: a few percent faster, half a minute to start."""
     cuda_kernels: Annotated[bool, SPEED_ONLY] = False
     """On CUDA, packed batches and Triton kernels in place of padded batches and plain torch; never run on a GPU yet."""
 
@@ -40,17 +40,14 @@ class HFBackend(Backend):
     settings = HFSettings
 
     def __init__(self, options: BackendOptions) -> None:
-        """Load the checkpoint; an adapter goes onto its base, which stays in memory for the next one."""
+        """Load the checkpoint; an adapter's base stays in memory for the next adapter."""
         self._options = options
         settings = HFSettings.model_validate(dict(options.settings))
         self._kernels = settings.cuda_kernels
         device = pick_device(options.device)
         if torch.device(device).type == "cpu":
             _prepare_heap()
-        base = adapter_base(options.checkpoint)
-        full = base or options.checkpoint
-        shared = shared_base(full, options.dtype, device, options.trust_remote_code, stamp(full))
-        shared.use(options.checkpoint if base else None)
+        shared = loaded(options, device)
         self._model, self._unused = shared.model, shared.unused
         wanted = get_signals(options.signals)
         self._again = [s for s in wanted if s.base in SECOND_PASS]
@@ -67,18 +64,18 @@ class HFBackend(Backend):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the input embedding, or of the output embedding where it has fewer."""
+        """Rows of the input or output embedding, whichever has fewer."""
         embeddings = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         return min(int(module.weight.shape[0]) for module in embeddings if module is not None)
 
     @property
     def max_length(self) -> int | None:
-        """Positions that the model was made for."""
+        """See `Backend.max_length`."""
         return longest(self._model.config)
 
     @property
     def remark(self) -> str:
-        """How sequences share a batch, and what attends to them."""
+        """How sequences share a batch, the attention function, and weights that are not used."""
         if not self._unused:
             return self._scorer.remark
         return f"{self._scorer.remark}; weights that are not used: {len(self._unused)}, such as {self._unused[0]}"
@@ -108,7 +105,7 @@ class HFBackend(Backend):
             yield index, signals | again[index]
 
     def _reference(self, checkpoint: str, device: str) -> Any:
-        """Another checkpoint's model, beside this one in memory."""
+        """Load another checkpoint's model beside this one."""
         base = adapter_base(checkpoint)
         options = self._options
         other = SharedBase(base or checkpoint, options.dtype, device, options.trust_remote_code)
@@ -116,16 +113,16 @@ class HFBackend(Backend):
         return other.model
 
 
-@cache  # once a process
+@cache  # once per process
 def _prepare_heap() -> None:
-    """Have the C library hand the memory of one batch on to the next, in place of giving it back to the system.
+    """Make the C library reuse the memory of one batch for the next instead of returning it to the system.
 
-    Fetching it again took up to 7 % of the time. glibc raises its limit for what it keeps when a block of up to 32 MB
-    is freed (mallopt(3), M_MMAP_THRESHOLD); the block is never touched. Elsewhere this does nothing. A limit of 16 MB
-    is as fast as the most, and leaves less memory lying around.
+    Getting it back took up to 7 % of the time. Freeing a block of up to 32 MB raises glibc's threshold for returning
+    memory (mallopt(3), M_MMAP_THRESHOLD); the block is never touched. 16 MB is as fast as the maximum and keeps less
+    memory. Other C libraries ignore this.
 
-    The product has the library of linear algebra take its buffers now: taken in the middle of a batch, they would lie
-    among its tensors and keep what these leave from being one piece.
+    The matrix product makes the linear algebra library allocate its buffers now: in the middle of a batch, they would
+    lie between its tensors and fragment the heap.
     """
     torch.empty(16 << 20, dtype=torch.uint8)
     square = torch.zeros(1024, 1024)
@@ -133,7 +130,7 @@ def _prepare_heap() -> None:
 
 
 def _budget(model: Any, device: str) -> int:
-    """Positions in a batch: what makes it fast, or as many as half of the free memory holds."""
+    """Return the most positions in a batch: enough for full speed, within half of the free memory."""
     config: Any = model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     bytes_per_token = model.dtype.itemsize * (8 * config.hidden_size + 4 * inner)

@@ -1,4 +1,4 @@
-"""Generation with transformers: a checkpoint or an adapter, continued by `sstoken.measure.generation`."""
+"""Generation with transformers, by `sstoken.measure.generation`."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -6,24 +6,18 @@ from sstoken.measure.branches import Branch, Continuation, IdArray
 from sstoken.measure.generation import GreedyDecoder
 from sstoken.measure.rope import longest
 from sstoken.stages.backends import BackendOptions
-from sstoken.stages.backends.base_models import pick_device, shared_base
+from sstoken.stages.backends.base_models import loaded, pick_device
 from sstoken.stages.backends.generation import Generator
-from sstoken.stages.checkpoints import adapter_base, stamp
 
 
 class HFGenerator(Generator):
     """Greedy generation from a transformers causal language model."""
 
     def __init__(self, options: BackendOptions) -> None:
-        """Load the checkpoint; an adapter goes onto its base, which stays in memory for the next one."""
-        base = adapter_base(options.checkpoint)
-        full = base or options.checkpoint
-        device = pick_device(options.device)
-        shared = shared_base(full, options.dtype, device, options.trust_remote_code, stamp(full))
-        shared.use(options.checkpoint if base else None)
-        self._model = shared.model
+        """Load the checkpoint; an adapter's base stays in memory for the next adapter."""
+        self._model = loaded(options, pick_device(options.device)).model
         self._decoder = GreedyDecoder(
-            shared.model, max_length=self.max_length, batch_tokens=options.batch_tokens
+            self._model, max_length=self.max_length, batch_tokens=options.batch_tokens
         )
 
     @property
@@ -33,13 +27,13 @@ class HFGenerator(Generator):
 
     @property
     def max_length(self) -> int | None:
-        """Positions that the model was made for."""
+        """See `Generator.max_length`."""
         return longest(self._model.config)
 
     def candidates(
         self, sequences: Sequence[IdArray], positions: Sequence[IdArray], count: int
     ) -> list[IdArray]:
-        """See `Generator.candidates`; one forward pass a sequence."""
+        """See `Generator.candidates`. Takes one forward pass per sequence."""
         pairs = zip(sequences, positions, strict=True)
         return [self._decoder.candidates(ids, at, count) for ids, at in pairs]
 

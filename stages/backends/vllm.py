@@ -1,7 +1,7 @@
-"""The vLLM backend: losses and prompt attention from the engine that people serve with.
+"""The vLLM backend: losses and prompt attention.
 
-What it takes stands in `vllm_limits`; what vLLM is told in `vllm_engine`, which runs in a process of its own
-(`vllm_process`); how attention is captured in `vllm_attention`.
+`vllm_limits` says which checkpoints it supports, `vllm_engine` drives vLLM in a process of its own (`vllm_process`),
+and `vllm_attention` captures attention.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,18 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sstoken.signals import LOSS, get_signals
-from sstoken.stages.backends import Backend, BackendOptions, Latest, Measured, read_settings
+from sstoken.stages.backends import Backend, BackendOptions, Latest, Measured
 from sstoken.stages.backends import vllm_limits as limits
 from sstoken.stages.backends.vllm_engine import EngineSpec, Request
 from sstoken.stages.backends.vllm_process import Engine
-from sstoken.stages.checkpoints import adapter_base, local_folder, stamp
-from sstoken.stages.hub_models import split_revision
+from sstoken.stages.checkpoints import adapter_base, local_folder, place, stamp
 
 _BATCH_TOKENS = 8192
-"""Where none are given."""
+"""Default of `batch_tokens`."""
 _CALL_BATCHES = 16
-"""Batches in one call of vLLM: its last one is seldom full."""
-_SMALLEST_ROOM = 1024
+"""Batches in one call of vLLM: many, since the last one is seldom full."""
+SMALLEST_ROOM = 1024
+"""Shortest sequence length that vLLM is started for."""
 _SMALLEST_CACHE = 1 << 30
 
 
@@ -39,11 +39,11 @@ class VllmBackend(Backend):
     @classmethod
     def refusal(cls, options: BackendOptions) -> str | None:
         """See `Backend.refusal`."""
-        return limits.refusal(options, _settings(options))
+        return limits.refusal(options, limits.read(options))
 
     def __init__(self, options: BackendOptions) -> None:
-        """vLLM starts with the first sequences: how long they are decides what it makes room for."""
-        settings = _settings(options)
+        """Prepare the engine; vLLM starts with the first sequences, whose length decides its memory."""
+        settings = limits.read(options)
         full = adapter_base(options.checkpoint) or options.checkpoint
         self._config = limits.load_config(full, options.trust_remote_code)
         self._options = options
@@ -67,14 +67,13 @@ class VllmBackend(Backend):
 
     @property
     def vocab_size(self) -> int:
-        """As the model's configuration says."""
+        """See `Backend.vocab_size`."""
         return int(self._config.vocab_size)
 
     @property
     def max_length(self) -> int | None:
-        """Positions that the model was made for."""
-        length: int | None = getattr(self._config, "max_position_embeddings", None)
-        return length
+        """See `Backend.max_length`."""
+        return limits.max_length(self._config)
 
     @property
     def attention_layers(self) -> dict[str, int]:
@@ -104,7 +103,7 @@ class VllmBackend(Backend):
             if not mask.any():
                 names = [LOSS, *captured] if loss else captured
                 yield i, {name: np.zeros(0, np.float32) for name in names}
-        room = self._room(max((ids.size for ids in sequences), default=0))
+        room = room_for(max((ids.size for ids in sequences), default=0), self.max_length)
         for indices in self._calls(sequences, response_masks):
             masks = [response_masks[i] for i in indices]
             reply = self._engine.ask(
@@ -119,7 +118,7 @@ class VllmBackend(Backend):
     def _calls(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
     ) -> Iterator[list[int]]:
-        """The sequences in which there is something to measure, in calls of bounded size."""
+        """Yield the indices of sequences with response tokens, in calls of bounded size."""
         call: list[int] = []
         tokens = 0
         for i, ids in enumerate(sequences):
@@ -133,14 +132,15 @@ class VllmBackend(Backend):
         if call:
             yield call
 
-    def _room(self, longest: int) -> int:
-        """A length to start vLLM for which sequences to come will seldom exceed."""
-        room = max(_SMALLEST_ROOM, 1 << (longest - 1).bit_length())
-        return room if self.max_length is None else min(room, self.max_length)
+
+def room_for(longest: int, max_length: int | None) -> int:
+    """Return the length to start vLLM for: later sequences should seldom exceed it."""
+    room = max(SMALLEST_ROOM, 1 << (longest - 1).bit_length())
+    return room if max_length is None else min(room, max_length)
 
 
 def preferred(options: BackendOptions) -> bool:
-    """Whether `auto` means vLLM: on a GPU, for signals that it gives and an architecture that it was compared on."""
+    """Return whether `auto` means vLLM: on a GPU, for signals it measures and an architecture it was tested on."""
     if find_spec("vllm") is None or options.device.partition(":")[0] not in ("auto", "cuda"):
         return False
     if not {signal.base for signal in get_signals(options.signals)} <= VllmBackend.signals:
@@ -156,12 +156,12 @@ def preferred(options: BackendOptions) -> bool:
 
 @Latest
 def _engine(spec: EngineSpec, device: str, log: Path | None, stamp: tuple[Any, ...]) -> Engine:
-    """One engine per process; the adapters of a base share it. `stamp` tells when the base's files have changed."""
+    """Return this process's engine, shared by adapters; a new `stamp` means that the base's files have changed."""
     return Engine(spec, device, log)
 
 
 _adapters = count(1)
-"""vLLM knows adapters by number."""
+"""vLLM identifies adapters by number."""
 
 
 def engine_spec(
@@ -173,20 +173,18 @@ def engine_spec(
     cache_tokens: int,
     prefix_caching: bool = False,
 ) -> EngineSpec:
-    """What decides the engine of a checkpoint, for sequences of no length yet.
+    """Return the engine's specification for a checkpoint, with `longest` still 0.
 
     Args:
-        options: the checkpoint, and how it is to run.
+        options: the checkpoint, and how to run it.
         config: its configuration.
-        settings: the backend's own.
-        layer: whose attention is captured; None: none.
-        cache_tokens: for how many tokens there is to be room for keys and values, on a CPU.
+        settings: the backend's own settings.
+        layer: decoder layer to capture attention of; None: capture none.
+        cache_tokens: tokens that the key-value cache must hold, on a CPU.
         prefix_caching: see `EngineSpec`.
     """
     base = adapter_base(options.checkpoint)
-    full = base or options.checkpoint
-    folder = local_folder(full)
-    model, revision = split_revision(full) if folder is None else (str(folder), None)
+    model, revision = place(base or options.checkpoint)
     return EngineSpec(
         model=model,
         revision=revision,
@@ -206,19 +204,13 @@ def engine_spec(
 
 
 def make_engine(spec: EngineSpec, options: BackendOptions) -> Engine:
-    """The engine of that specification: the last one, if it was the same."""
+    """Return an engine of that specification: the running one, if it is the same."""
     log = None if options.log_folder is None else options.log_folder / "vllm.log"
     return _engine(spec, options.device, log, stamp(adapter_base(options.checkpoint) or options.checkpoint))
 
 
 def numbered_adapter(options: BackendOptions) -> tuple[int, str] | None:
-    """A number of its own and the folder, where the checkpoint is an adapter."""
+    """Return a new number and the folder of an adapter; None for a full checkpoint."""
     if adapter_base(options.checkpoint) is None:
         return None
     return next(_adapters), str(local_folder(options.checkpoint))
-
-
-def _settings(options: BackendOptions) -> limits.VllmSettings:
-    settings = read_settings("vllm", options)
-    assert isinstance(settings, limits.VllmSettings)
-    return settings

@@ -1,16 +1,17 @@
-"""Prompt attention inside vLLM's workers.
+"""Capture prompt attention inside vLLM's workers.
 
-`AttentionExtension` is mixed into vLLM's worker class. In the chosen layer it stands around the attention backend,
-which gets queries and keys after rotary embedding, the tokens of all sequences of a step one after the other. A
-sequence is known by its token ids: request ids and batch order are vLLM's own affair. On the first sequence of a batch
-the layer's output is computed anew and compared with vLLM's: a scale, mask, window, soft-cap or layout that is not as
-it seems shows.
+`AttentionExtension` is mixed into vLLM's worker class. It wraps the attention backend of one layer, which receives the
+queries and keys after rotary embedding of all sequences of a step, one after the other. Sequences are identified by a
+digest of their token ids, since request ids and batch order are internal to vLLM. On the first sequence of a request
+it recomputes the layer's output and compares it with vLLM's, to detect a scale, mask, window, soft-cap or layout that
+is not as expected.
 
-Shapes: N tokens of a step, H heads, K key-value heads, D head size, T tokens of a sequence, R rows looked at.
+Shapes: N tokens of a step, H heads, K key-value heads, D head size, T tokens of a sequence, R rows checked.
 """
 
 import hashlib
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,32 +26,32 @@ _NEEDED = {"query", "key", "value", "attn_metadata", "output"}
 
 
 class CaptureError(Exception):
-    """The layer's attention cannot be captured; one line."""
+    """The layer's attention cannot be captured; the message is one line."""
 
 
 def digest(ids: NDArray[Any]) -> bytes:
-    """What a sequence of token ids is known by."""
+    """Return the digest that identifies a sequence of token ids."""
     return hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=16).digest()
 
 
 class AttentionExtension:
-    """What vLLM's worker learns; called through `LLM.collective_rpc`. Errors come back as values, in one line."""
+    """Methods added to vLLM's worker, for `LLM.collective_rpc`. They return errors as one-line values."""
 
     def sstoken_attach(self, layer: int) -> dict[str, Any]:
-        """Start to observe a decoder layer, negative from the end; returns `problem` or `heads`."""
+        """Attach to a decoder layer (negative: from the end); return `problem` or `heads`."""
         try:
             attention = _find_attention(self, layer)
             self._sstoken = LayerCapture(attention, self.get_model())  # type: ignore[attr-defined]
-        except Exception as error:  # what is missing in an unknown version raises anything
+        except Exception as error:  # an unknown version of vLLM may raise anything
             return {"problem": _line(error)}
         return {"heads": self._sstoken.num_heads}
 
     def sstoken_expect(self, wanted: dict[bytes, list[NDArray[np.bool_]]]) -> None:
-        """Measure these sequences in the steps to come: response masks [T], by the digest of the token ids."""
+        """Measure these sequences in the next steps: response masks, [T] each, by the digest of the token ids."""
         self._sstoken.expect(wanted)
 
     def sstoken_take(self) -> dict[str, Any]:
-        """What was measured since, `problem` or `attention` by digest and mask, and `deviation` of the self-check."""
+        """Return what was measured since: `problem`, `attention` by digest and mask, and the check's `deviation`."""
         return self._sstoken.take()
 
 
@@ -61,11 +62,11 @@ class LayerCapture:
         """Attach to a layer.
 
         Args:
-            attention: vLLM's `Attention` of the layer.
-            model: the model that it is part of, loaded.
+            attention: the layer's `Attention` module of vLLM.
+            model: the loaded model that contains it.
 
         Raises:
-            CaptureError: the layer's backend is called in a way that is not known.
+            CaptureError: the layer's backend has an unknown signature.
         """
         backend = attention.impl
         self.num_heads: int = attention.num_heads
@@ -115,25 +116,21 @@ class LayerCapture:
                 call = self._signature.bind(*args, **kwargs).arguments
                 if call["attn_metadata"] is not None:
                     self._measure(call)
-            except Exception as error:  # an exception here would end the worker, its text lost in the log
+            except Exception as error:  # raising here would end the worker and bury the message in its log
                 self._problem = _line(error)
         return result
 
     def _measure(self, call: dict[str, Any]) -> None:
         query, key = call["query"], call["key"]
         if key is None or query.element_size() < 2:
-            raise CaptureError("the layer hands its backend no plain queries and keys")
-        ids, bounds = self._sequences(call["attn_metadata"])
-        num_tokens = bounds[-1]
+            raise CaptureError("the layer does not pass plain queries and keys to its backend")
+        ids, offsets = self._sequences(call["attn_metadata"])
+        num_tokens = offsets[-1]
         queries_HND = query[:num_tokens].view(num_tokens, self.num_heads, -1).transpose(0, 1)
         keys_KND = key[:num_tokens].view(num_tokens, self._num_kv_heads, -1).transpose(0, 1)
-        pieces = [
-            (digest(ids[start:stop]), start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        pieces = [(digest(ids[start:stop]), start, stop) for start, stop in pairwise(offsets)]
         if unknown := [stop - start for name, start, stop in pieces if name not in self._wanted]:
-            raise CaptureError(
-                f"a piece of {unknown[0]} tokens came that is none of the sequences as a whole"
-            )
+            raise CaptureError(f"{unknown[0]} tokens arrived that are not one of the sequences")
         for variant in range(max(len(self._wanted[name]) for name, _, _ in pieces)):
             asked = [piece for piece in pieces if variant < len(self._wanted[piece[0]])]
             response_N = np.zeros(num_tokens, dtype=np.bool_)
@@ -158,7 +155,7 @@ class LayerCapture:
             self._deviation = float((expected_RX - got_RX).norm() / expected_RX.norm().clamp_min(1e-12))
 
     def _sequences(self, metadata: Any) -> tuple[NDArray[np.int64], list[int]]:
-        """The step's token ids [N], and where its sequences start, N at the end."""
+        """Return the step's token ids [N] and the offsets of its sequences [S + 1]."""
         ids, positions = self._step
         if ids is None or positions is None:
             raise CaptureError("the model was called without token ids and positions (a multimodal model?)")
@@ -170,11 +167,11 @@ class LayerCapture:
         )
         starts = [0, *(np.flatnonzero(np.diff(positions_N) != 1) + 1).tolist()]
         if any(positions_N[start] != 0 for start in starts):
-            raise CaptureError("a sequence came in pieces (chunked prefill, a prefix cache, or preemption)")
+            raise CaptureError("a sequence arrived in pieces (chunked prefill, prefix caching or preemption)")
         return ids_N, [*starts, num_tokens]
 
     def _output(self, queries_HTD: Tensor, keys_KTD: Tensor, values_KTD: Tensor) -> Tensor:
-        """The layer's output [R, H * D] for the last rows, computed the plain way."""
+        """Compute the layer's output for the last rows, [R, H * D], in plain torch."""
         rows_R = torch.arange(queries_HTD.shape[1], device=queries_HTD.device)[-CHECKED_ROWS:]
         groups = queries_HTD.shape[0] // keys_KTD.shape[0]
         keys, values = (x.float().repeat_interleave(groups, 0) for x in (keys_KTD, values_KTD))
@@ -193,10 +190,10 @@ class LayerCapture:
 
 
 def _find_attention(worker: Any, layer: int) -> Any:
-    """The attention module of a decoder layer.
+    """Return the attention module of a decoder layer.
 
     Raises:
-        CaptureError: the layer has no attention of which the weights are a softmax over its own keys.
+        CaptureError: the layer's attention weights are not a softmax over its own keys.
     """
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention

@@ -1,8 +1,7 @@
-"""The process that holds vLLM: `python -m sstoken.stages.backends.vllm_engine FD`, started by `vllm_process.Engine`.
+"""The process that runs vLLM: `python -m sstoken.stages.backends.vllm_engine FD`, started by `vllm_process.Engine`.
 
-It has a process of its own so that what vLLM prints, sets and leaves behind stays there. It reads an `EngineSpec`, then
-requests, from the connection of that file descriptor, and answers each; it ends when its standard input does, which is
-when the process that started it is gone.
+A process of its own isolates vLLM's output, environment and leftovers. It reads an `EngineSpec`, then requests, from
+the connection on file descriptor FD, and answers each. It exits when its standard input closes: when its parent ends.
 """
 
 import os
@@ -19,17 +18,17 @@ if TYPE_CHECKING:
     from sstoken.stages.backends.vllm_generating import Generated, Prefixes
 
 MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
-"""Largest relative difference allowed between vLLM's layer output and ours; 16-bit dtypes round values and output."""
+"""Largest allowed relative difference between vLLM's layer output and ours; 16-bit dtypes round values and output."""
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What decides an engine."""
+    """Settings of an engine; another specification needs another process."""
 
     model: str
     revision: str | None
     layer: int | None
-    """Whose attention is captured; None: none."""
+    """Decoder layer to capture attention of; None: capture none."""
     dtype: str
     longest: int
     """Longest sequence in tokens."""
@@ -37,15 +36,15 @@ class EngineSpec:
     lora_rank: int | None
     """None: no adapters."""
     lora_modules: tuple[str, ...]
-    """What adapters change. Left to itself, vLLM prepares the output head too, and then fails to score prompts."""
+    """Modules that adapters change. By default vLLM adds the output head, and then fails to score prompts."""
     tensor_parallel_size: int
     gpu_memory_utilization: float
     quantization: str | None
     trust_remote_code: bool
     cpu_cache_bytes: int
-    """For keys and values, on a CPU; on a GPU they get what is left of its share."""
+    """Size of the key-value cache on a CPU; on a GPU it gets the rest of vLLM's share of memory."""
     prefix_caching: bool = False
-    """For generation: keep the keys and values of prompts for those that begin alike. No attention is captured then."""
+    """For generation: reuse keys and values of shared prefixes. Excludes capturing attention."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ class Request:
 
     sequences: list[NDArray[np.int32]]
     response_masks: list[NDArray[np.bool_]]
-    """[T] each, with at least one response token; token 0 is none."""
+    """[T] each, with at least one response token; token 0 is never one."""
     adapter: tuple[int, str] | None
-    """A number of its own for each adapter, and its folder."""
+    """The adapter's unique number and its folder."""
     loss: bool = True
 
 
@@ -65,20 +64,20 @@ class Reply:
     """The answer to a spec or a request."""
 
     problem: str | None = None
-    """What went wrong, in one line."""
+    """The error, in one line."""
     losses: list[NDArray[np.float32]] | None = None
-    """Losses of each sequence's response tokens, in nats; None where not asked for."""
+    """Losses of each sequence's response tokens, in nats; None if not requested."""
     attention: list[NDArray[np.float32]] | None = None
-    """Prompt attention of each sequence's response tokens; None where not asked for."""
+    """Prompt attention of each sequence's response tokens; None if not requested."""
     generated: "list[Generated] | None" = None
-    """What was generated after each prefix; None where not asked for."""
+    """What was generated after each prefix; None if not requested."""
 
 
 class EngineError(Exception):
-    """What is told in one line."""
+    """vLLM cannot do what was requested; the message is one line."""
 
 
-class Scorer:
+class Vllm:
     """vLLM with one model."""
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -89,7 +88,7 @@ class Scorer:
         settings: dict[str, Any] = {
             "max_model_len": spec.longest + 1,  # a request has to leave room for one new token
             "max_num_batched_tokens": max(spec.batch_tokens, spec.longest + 1),
-            "enable_chunked_prefill": spec.prefix_caching,  # attention is captured of whole sequences
+            "enable_chunked_prefill": spec.prefix_caching,  # attention is captured on whole sequences
             "enable_prefix_caching": spec.prefix_caching,
             "enforce_eager": True,
             "skip_tokenizer_init": True,
@@ -140,13 +139,13 @@ class Scorer:
             )
 
     def generate(self, prefixes: "Prefixes") -> Reply:
-        """Continuations or candidates."""
+        """Return continuations or candidates."""
         from sstoken.stages.backends.vllm_generating import generate
 
         return Reply(generated=generate(self._llm, prefixes, _lora(prefixes.adapter)))
 
     def score(self, request: Request) -> Reply:
-        """Losses, and attention if a layer is captured."""
+        """Return losses, and attention if a layer is captured."""
         from vllm import TokensPrompt
 
         names = self._expect(request) if self._spec.layer is not None else []
@@ -168,7 +167,7 @@ class Scorer:
         from vllm import SamplingParams
 
         wanted: dict[str, Any] = {}
-        if loss and self._config.use_v2_model_runner:  # it can leave out the logits of the prompt
+        if loss and self._config.use_v2_model_runner:  # it can skip the prompt's logits
             first = int(mask.argmax())
             wanted = {
                 "prompt_logprob_token_ids": ids[first:, None].astype(np.int64),
@@ -197,7 +196,7 @@ class Scorer:
         return -np.asarray(flat.logprobs[: entries[-1] + 1], dtype=np.float32)[entries]
 
     def _expect(self, request: Request) -> list[tuple[bytes, int]]:
-        """Announce the sequences to the workers; returns what each is known by: digest, number of its mask."""
+        """Announce the sequences to the workers; return what identifies each: digest and index of its mask."""
         from sstoken.stages.backends.vllm_attention import digest
 
         wanted: dict[bytes, list[NDArray[np.bool_]]] = {}
@@ -213,23 +212,23 @@ class Scorer:
         return names
 
     def _take(self, names: list[tuple[bytes, int]]) -> list[NDArray[np.float32]]:
-        """Mean over the workers, which have equal numbers of heads."""
+        """Return the mean over the workers, which have equal numbers of heads."""
         taken = self._llm.collective_rpc("sstoken_take")
         for worker in taken:
             if worker["problem"] is not None:
                 raise EngineError(worker["problem"])
             limit = MAX_DEVIATION[str(self._config.model_config.dtype).removeprefix("torch.")]
-            if worker["deviation"] is None or worker["deviation"] > limit:  # NaN: the loss will tell
+            if worker["deviation"] is None or worker["deviation"] > limit:  # NaN passes: the loss reports it
                 raise EngineError(
-                    "attention computed from vLLM's queries and keys is not what vLLM computed: the layer's output is "
-                    f"off by {worker['deviation']}, relative"
+                    "recomputing attention from vLLM's queries and keys does not reproduce the layer's output: "
+                    f"relative error {worker['deviation']}"
                 )
         shares = [[worker["attention"][name][variant] for name, variant in names] for worker in taken]
         return [np.mean(of_one, axis=0, dtype=np.float32) for of_one in zip(*shares, strict=True)]
 
 
 def _lora(adapter: tuple[int, str] | None) -> Any:
-    """vLLM's name of an adapter: its number and folder."""
+    """Return vLLM's request object for an adapter."""
     if adapter is None:
         return None
     from vllm.lora.request import LoRARequest
@@ -239,24 +238,24 @@ def _lora(adapter: tuple[int, str] | None) -> Any:
 
 def _line(error: BaseException) -> str:
     errors = getattr(error, "errors", None)
-    if callable(errors):  # pydantic's first line says only how many there are
+    if callable(errors):  # pydantic's first line is only the number of errors
         return " ".join(str(errors()[0]["msg"]).split())[:400]
     text = " ".join(str(error).split())[:400]
     return text if isinstance(error, EngineError) else f"{type(error).__name__}: {text}"
 
 
 def _answer(connection: Connection) -> None:
-    scorer: Scorer | None = None
+    vllm: Vllm | None = None
     while True:
         asked = connection.recv()
         try:
-            if scorer is None:
-                scorer = Scorer(asked)
+            if vllm is None:
+                vllm = Vllm(asked)
                 reply = Reply()
             elif isinstance(asked, Request):
-                reply = scorer.score(asked)
+                reply = vllm.score(asked)
             else:
-                reply = scorer.generate(asked)
+                reply = vllm.generate(asked)
         except Exception as error:  # vLLM raises anything
             import traceback
 
@@ -280,6 +279,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from sstoken.stages.backends import vllm_engine  # replies are pickled as this module's, not as __main__'s
+    from sstoken.stages.backends import (
+        vllm_engine,
+    )  # so that replies are pickled as this module's, not __main__'s
 
     vllm_engine.main()

@@ -1,4 +1,4 @@
-"""What vLLM generates after some prefixes; runs in the engine's process."""
+"""Generate with vLLM after given prefixes, in the engine's process."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,41 +9,40 @@ from sstoken.measure.branches import IdArray
 
 MOST_CANDIDATES = 16
 _TIES = 4
-"""Candidates looked at beyond those asked for, so that of equally likely ones the lower ids are taken. vLLM gives no
-more than 20."""
+"""Extra candidates to request, so that ties go to the lower ids. vLLM returns at most 20."""
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """What to go on from."""
+    """A request to generate."""
 
     prefixes: list[IdArray]
     """Token ids, [T] each."""
     stop: tuple[int, ...]
     max_new_tokens: tuple[int, ...]
-    """The most tokens to generate after each prefix."""
+    """Most tokens to generate after each prefix."""
     candidates: int
-    """Give that many candidates of the next token, and continue no prefix; 0: continue them."""
+    """Return this many candidates for the next token of each prefix; 0: continue the prefixes."""
     adapter: tuple[int, str] | None
-    """A number of its own for each adapter, and its folder."""
+    """The adapter's unique number and its folder."""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What comes after one prefix."""
+    """The result for one prefix."""
 
     ids: IdArray
-    """The continuation, without the token on which it stopped; or the candidates, likeliest first."""
+    """The continuation without its stop token, or the candidates, likeliest first."""
     ended: bool
-    """It stopped by itself."""
+    """Whether it ended on a stop token."""
     reused: int
-    """How many of the prefix's tokens were in the cache."""
+    """Number of the prefix's tokens that were in the cache."""
 
 
 def generate(llm: Any, asked: Prefixes, lora: Any) -> list[Generated]:
-    """Go on from each prefix, or give its candidates.
+    """Continue each prefix, or return its candidates.
 
-    The longest go first: the others find their keys and values in the cache.
+    The longest prefixes go first, so that the others find their keys and values in the cache.
     """
     from vllm import SamplingParams, TokensPrompt
 
@@ -54,7 +53,7 @@ def generate(llm: Any, asked: Prefixes, lora: Any) -> list[Generated]:
             max_tokens=1 if asked.candidates else asked.max_new_tokens[i],
             temperature=0.0,
             stop_token_ids=list(asked.stop),
-            ignore_eos=True,  # the ids given are all that stop it
+            ignore_eos=True,  # only the given ids stop it
             detokenize=False,
             **more,
         )
@@ -67,11 +66,11 @@ def generate(llm: Any, asked: Prefixes, lora: Any) -> list[Generated]:
 
 
 def _generated(output: Any, candidates: int) -> Generated:
-    (said,) = output.outputs
+    (completion,) = output.outputs
     reused = output.num_cached_tokens or 0
     if candidates:
-        ranked = sorted((-found.logprob, token) for token, found in said.logprobs[0].items())
+        ranked = sorted((-found.logprob, token) for token, found in completion.logprobs[0].items())
         return Generated(np.array([token for _, token in ranked[:candidates]], np.int32), True, reused)
-    ended = said.finish_reason == "stop"
-    ids = list(said.token_ids)
+    ended = completion.finish_reason == "stop"
+    ids = list(completion.token_ids)
     return Generated(np.array(ids[:-1] if ended else ids, np.int32), ended, reused)

@@ -6,64 +6,66 @@ import numpy as np
 
 from sstoken.errors import UsageError
 from sstoken.measure.branches import Branch, Continuation, IdArray
-from sstoken.stages.backends import BackendOptions, read_settings
+from sstoken.stages.backends import BackendOptions
 from sstoken.stages.backends import vllm_limits as limits
 from sstoken.stages.backends.generation import Generator
-from sstoken.stages.backends.vllm import engine_spec, make_engine, numbered_adapter
+from sstoken.stages.backends.vllm import (
+    SMALLEST_ROOM,
+    engine_spec,
+    make_engine,
+    numbered_adapter,
+    room_for,
+)
 from sstoken.stages.backends.vllm_generating import MOST_CANDIDATES, Generated, Prefixes
 from sstoken.stages.checkpoints import adapter_base
 
 _ROWS_IN_CACHE = 64
-"""Longest sequences that the cache has room for at a time, on a CPU."""
+"""Sequences of the smallest room that the key-value cache holds at a time, on a CPU."""
 _CALL_TOKENS = 1 << 20
-"""Tokens of the prefixes in one call of vLLM, at most."""
-_SMALLEST_ROOM = 1024
+"""Most tokens of prefixes in one call of vLLM."""
 
 
 class VllmGenerator(Generator):
     """Greedy generation from vLLM."""
 
     def __init__(self, options: BackendOptions) -> None:
-        """vLLM starts with the first prefixes."""
-        settings = read_settings("vllm", options)
-        assert isinstance(settings, limits.VllmSettings)
+        """Prepare the engine; vLLM starts with the first prefixes."""
         full = adapter_base(options.checkpoint) or options.checkpoint
         self._config = limits.load_config(full, options.trust_remote_code)
         spec = engine_spec(
             options,
             self._config,
-            settings,
+            limits.read(options),
             layer=None,
-            cache_tokens=_ROWS_IN_CACHE * min(_SMALLEST_ROOM, self.max_length or _SMALLEST_ROOM),
+            cache_tokens=_ROWS_IN_CACHE * min(SMALLEST_ROOM, self.max_length or SMALLEST_ROOM),
             prefix_caching=True,
         )
         self._engine = make_engine(spec, options)
         self._adapter = numbered_adapter(options)
         self.reused = self.asked = 0
-        """Tokens of prefixes that were found in the cache, and all."""
+        """Tokens of prefixes found in the cache, and in total."""
 
     @property
     def vocab_size(self) -> int:
-        """As the model's configuration says."""
+        """See `Generator.vocab_size`."""
         return int(self._config.vocab_size)
 
     @property
     def max_length(self) -> int | None:
-        """Positions that the model was made for."""
-        length: int | None = getattr(self._config, "max_position_embeddings", None)
-        return length
+        """See `Generator.max_length`."""
+        return limits.max_length(self._config)
 
     @property
     def remark(self) -> str:
-        """Which vLLM."""
+        """The version of vLLM."""
         return f"vLLM {limits.installed_version()}, prefix caching"
 
     def candidates(
         self, sequences: Sequence[IdArray], positions: Sequence[IdArray], count: int
     ) -> list[IdArray]:
-        """See `Generator.candidates`; a request for each position, which finds all but its last tokens in the cache."""
+        """See `Generator.candidates`. Makes a request per position, most of whose prefix is in the cache."""
         if count > MOST_CANDIDATES:
-            raise UsageError(f"{count} candidates of a position; vLLM gives at most {MOST_CANDIDATES}")
+            raise UsageError(f"{count} candidates for a position; vLLM returns at most {MOST_CANDIDATES}")
         prefixes = [ids[:at] for ids, some in zip(sequences, positions, strict=True) for at in some]
         found = iter(list(self._generate(prefixes, [1] * len(prefixes), (), candidates=count)))
         return [
@@ -91,16 +93,14 @@ class VllmGenerator(Generator):
             prefixes.append(prefix)
             rooms.append(room)
             indices.append(index)
-        for place, said in self._generate(prefixes, rooms, tuple(sorted(stop)), candidates=0):
-            yield indices[place], Continuation(said.ids, said.ended)
+        for place, generated in self._generate(prefixes, rooms, tuple(sorted(stop)), candidates=0):
+            yield indices[place], Continuation(generated.ids, generated.ended)
 
     def _generate(
         self, prefixes: list[IdArray], rooms: list[int], stop: tuple[int, ...], *, candidates: int
     ) -> Iterator[tuple[int, Generated]]:
         longest = max((p.size + room for p, room in zip(prefixes, rooms, strict=True)), default=0)
-        room = max(_SMALLEST_ROOM, 1 << (longest - 1).bit_length()) if longest else 0
-        if self.max_length is not None:
-            room = min(room, self.max_length)
+        room = room_for(longest, self.max_length)
         start = 0
         while start < len(prefixes):
             end, tokens = start, 0

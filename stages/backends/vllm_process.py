@@ -1,4 +1,4 @@
-"""The handle on a process that holds vLLM: started when first used, ended when it is let go."""
+"""Handle on the process that runs vLLM: starts it on first use, ends it when the handle is dropped."""
 
 import os
 import signal
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # else the first log-softmax compiles for seconds
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine has a process already
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # of one token more than the model has positions, never computed
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine already has its own process
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a request needs room for one more token, which is never computed
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -33,12 +33,12 @@ class Engine:
     """vLLM with one model, in a process of its own."""
 
     def __init__(self, spec: EngineSpec, device: str, log: Path | None) -> None:
-        """Nothing is started yet.
+        """Prepare the engine without starting it.
 
         Args:
-            spec: what decides the engine; `spec.longest` grows with the sequences.
+            spec: the engine's settings; `spec.longest` grows with the sequences.
             device: `cuda:N` restricts it to that GPU.
-            log: takes what vLLM prints, after what is there; None: nothing does.
+            log: file to append vLLM's output to; None: discard it.
         """
         self._spec, self._device, self._log = spec, device, log
         self._connection: Connection | None = None
@@ -47,15 +47,15 @@ class Engine:
 
     @property
     def process_id(self) -> int | None:
-        """Process id of the engine, or None where none is running."""
+        """Process id of the engine; None if it is not running."""
         return None if self._process is None else self._process.pid
 
     def ask(self, request: "Request | Prefixes", longest: int) -> Reply:
-        """The signals of some sequences, or what comes after some prefixes.
+        """Score sequences, or generate after prefixes.
 
         Args:
-            request: what to score, or to go on from.
-            longest: tokens that a sequence of this checkpoint may have; an engine made for fewer starts anew.
+            request: what to score, or to continue.
+            longest: length in tokens that the engine must support; if it was started for less, it is restarted.
 
         Raises:
             SstokenError: vLLM cannot load or measure the model, or its process has ended.
@@ -66,7 +66,7 @@ class Engine:
         return self._ask(request)
 
     def close(self) -> None:
-        """End the process, if there is one, and wait for that: its memory is free then."""
+        """End the process, if it is running, and wait until its memory is free."""
         if self._end is not None:
             self._end()
         self._process = self._connection = self._end = None
@@ -77,7 +77,7 @@ class Engine:
         environment = _UNLESS_SET | os.environ | _ENVIRONMENT
         if ":" in self._device:
             environment["CUDA_VISIBLE_DEVICES"] = _visible(int(self._device.partition(":")[2]))
-        # -P: a folder called `stages` or `vllm` where the user stands is not what is meant
+        # -P: never import a folder called `vllm` from the working directory
         command = [sys.executable, "-P", "-m", "sstoken.stages.backends.vllm_engine", str(theirs.fileno())]
         output = subprocess.DEVNULL if self._log is None else self._log.open("ab")
         try:
@@ -88,7 +88,7 @@ class Engine:
                 stdout=output,
                 stderr=output,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for this process alone; that one ends with it
+                start_new_session=True,  # only this process gets Ctrl-C; the engine ends with it
             )
         finally:
             theirs.close()
@@ -105,7 +105,7 @@ class Engine:
             reply: Reply = self._connection.recv()
         except (EOFError, ConnectionError):
             raise SstokenError(f"{self._spec.model}: {self._how_it_ended()}") from None
-        except BaseException:  # interrupted: the answer is still under way
+        except BaseException:  # interrupted: a late reply must not answer the next request
             self.close()
             raise
         if reply.problem is not None:
@@ -127,15 +127,13 @@ class Engine:
         status = process.wait()
         cause = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         where = f"see {self._log}, and " if self._log is not None else ""
-        return (
-            f"vLLM's process has ended ({cause}); {where}run the same command again: finished shards are kept"
-        )
+        return f"vLLM's process ended ({cause}); {where}run the same command again: finished shards are kept"
 
 
 def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
     connection.close()
     if process.stdin is not None:
-        process.stdin.close()  # what it ends by, within moments
+        process.stdin.close()  # the process exits when this closes
     try:
         process.wait(_SECONDS_TO_END)
     except subprocess.TimeoutExpired:
@@ -144,6 +142,6 @@ def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
 
 
 def _visible(number: int) -> str:
-    """The name of a GPU by its number among those that this process sees."""
+    """Return the CUDA_VISIBLE_DEVICES entry of a GPU, by its number among those this process sees."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     return str(number) if not shown else shown.split(",")[number]

@@ -1,1 +1,1 @@
-"""What `critical` is made of: checkers of answers, and the judge that replaces tokens."""
+"""The parts of `critical`: checkers of answers, and the judge that replaces tokens."""

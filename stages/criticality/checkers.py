@@ -1,7 +1,7 @@
-"""Whether a generated answer is right: what the stage `critical` asks about each.
+"""Checkers decide whether a generated answer is right.
 
-A checker is a function `check(answer, reference) -> bool` of two texts without special tokens: what the model said, and
-the response of the dataset. `CHECKERS` holds ours; any other is named as `module:function`.
+A checker is a function `check(answer, reference) -> bool` of two texts without special tokens: the model's answer and
+the dataset's response. `CHECKERS` holds ours; others are given as `module:function`.
 """
 
 import importlib
@@ -21,20 +21,20 @@ _NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9][0-9,]*(?:\.[0-9]+)?|(?:(?<![0-9])-)
 
 
 class CheckerError(SstokenError):
-    """A checker raised, or gave something else than True or False."""
+    """A checker raised an exception, or returned neither True nor False."""
 
 
 def final_number(answer: str, reference: str) -> bool:
-    """Whether both end in the same number: the first after the last `####`; without that mark, the last of the text.
+    """Compare final numbers: the first after the last `####`, or without that mark, the last number of the text.
 
-    Commas between digits do not matter, and 18 is 18.0. A reference without a number accepts nothing.
+    Commas between digits are ignored, and 18 equals 18.0. A reference without a number accepts nothing.
     """
     expected = _final_number(reference)
     return expected is not None and _final_number(answer) == expected
 
 
 def exact(answer: str, reference: str) -> bool:
-    """Whether both are the same text, but for white space at the ends."""
+    """Compare the texts, ignoring whitespace at both ends."""
     return answer.strip() == reference.strip()
 
 
@@ -42,42 +42,42 @@ CHECKERS: dict[str, Check] = {"final-number": final_number, "exact": exact}
 
 
 class Checker:
-    """A checker by name; it pickles as its name."""
+    """A checker by name. Pickles as its name."""
 
     def __init__(self, name: str) -> None:
-        """Find it.
+        """Find the checker.
 
         Args:
-            name: of `CHECKERS`, or `module:function`, found as Python finds modules and in the working directory.
+            name: a key of `CHECKERS`, or `module:function`, imported from Python's path or the working directory.
 
         Raises:
-            UsageError: there is none; says why it does not import.
+            UsageError: there is none, or it does not import.
         """
         self.name = name
         self._check = CHECKERS.get(name) or _imported(name)
 
     def __reduce__(self) -> tuple[type["Checker"], tuple[str]]:
-        """Each process finds it anew."""
+        """Pickle the name: each process imports the checker itself."""
         return Checker, (self.name,)
 
     def __call__(self, answer: str, reference: str) -> bool:
-        """Whether the answer is right.
+        """Return whether the answer is right.
 
         Raises:
-            CheckerError: the checker raised, or gave something else; one line.
+            CheckerError: the checker raised an exception, or returned neither True nor False.
         """
         try:
             verdict = self._check(answer, reference)
-        except Exception as error:  # it is somebody else's code
+        except Exception as error:  # a user's checker may raise anything
             text = " ".join(str(error).split())[:200]
             raise CheckerError(f"checker {self.name} raised {type(error).__name__}: {text}") from error
         if not isinstance(verdict, bool) and type(verdict).__name__ != "bool":  # numpy's
-            raise CheckerError(f"checker {self.name} gave {verdict!r:.100}; legal is True or False")
+            raise CheckerError(f"checker {self.name} returned {verdict!r:.100}; legal: True or False")
         return bool(verdict)
 
     @property
     def source(self) -> Path | None:
-        """The file that defines it; None: one of ours, or not in a file."""
+        """The file that defines a user's checker; None for one of ours, or if there is no file."""
         if self.name in CHECKERS:
             return None
         module = sys.modules.get(self.name.partition(":")[0])
@@ -106,7 +106,7 @@ def _imported(name: str) -> Check:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # a user's module may raise anything on import
         text = " ".join(str(error).split())[:200]
         raise UsageError(
             f"checker {name!r} does not import ({type(error).__name__}: {text}); {legal}"

@@ -1,7 +1,7 @@
-"""Which response tokens are critical: without them, greedy decoding no longer ends right.
+"""Find critical response tokens: those without which greedy decoding no longer reaches a right answer.
 
-Critical Token Fine-tuning (arXiv 2510.10974, known second-hand): of a problem that the model answers rightly by greedy
-decoding, each response token is replaced by the likeliest other tokens, one at a time; if every continuation ends
+After Critical Token Fine-tuning (arXiv 2510.10974, known second-hand). In each problem that the model answers rightly
+by greedy decoding, replace each response token by the likeliest other tokens, one at a time; if every continuation is
 wrong, the token is critical.
 """
 
@@ -27,58 +27,58 @@ class Problem:
     """An example whose last response is to be judged."""
 
     ids: IdArray
-    """[T], the prompt and the response."""
+    """[T], prompt and response."""
     first: int
-    """Where the response begins; it ends with the last token."""
+    """Where the response starts; it extends to the last token."""
 
 
 @dataclass
 class Verdict:
-    """What was found of one problem."""
+    """The result for one problem."""
 
     outcome: str
     """One of `OUTCOMES`."""
     critical: NDArray[np.float32]
-    """[n], of the response tokens: 1 critical, 0 not, NaN not tried."""
+    """[n], for the n response tokens: 1 critical, 0 not critical, NaN not tried."""
     tried: NDArray[np.bool_]
-    """[n]: chosen by the budget."""
+    """[n]: whether the budget covers the token."""
     error: str | None = None
-    """What a checker raised first."""
+    """The checker's first exception."""
     cut: bool = False
-    """The model's own answer did not end within the limit."""
+    """Whether the model's own answer was cut at `max_new_tokens`."""
     cut_branches: int = 0
-    """How many continuations did not."""
+    """Number of continuations that were cut."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """How problems are judged."""
+    """Judges problems with a generator and a checker."""
 
     generator: Generator
     checker: Checker
     text: Callable[[Sequence[int]], str]
-    """The text of some tokens, without special ones."""
+    """Decodes tokens, without special ones."""
     stop: frozenset[int]
     max_positions: int
     """0: all."""
     alternatives: int
     max_new_tokens: int
     advance: Callable[[int], None] = field(default=lambda _: None)
-    """Called with the number of problems that are done."""
+    """Called with the number of problems that were completed."""
 
     def __call__(self, problems: Sequence[Problem]) -> list[Verdict]:
-        """Judge some problems, of which as many are held in memory.
+        """Judge problems, all in memory at once.
 
-        A checker that raises leaves its problem, or the position that it raised at, untried.
+        Where the checker raises, the problem or the position counts as not tried.
         """
         references = [self.text(p.ids[p.first :].tolist()) for p in problems]
         verdicts = [self._unanswered(p, r) for p, r in zip(problems, references, strict=True)]
         asked = [i for i, verdict in enumerate(verdicts) if verdict.outcome == WRONG]
-        for branch, said in self._continue(problems, [Branch(i, problems[i].first) for i in asked]):
+        for branch, answer in self._continue(problems, [Branch(i, problems[i].first) for i in asked]):
             i = branch.sequence
             verdict = verdicts[i]
-            verdict.cut = not said.ended
-            right = self._is_right(self.text(said.ids.tolist()), references[i], verdict)
+            verdict.cut = not answer.ended
+            right = self._is_right(self.text(answer.ids.tolist()), references[i], verdict)
             verdict.outcome = RAISED if right is None else RIGHT if right else WRONG
         right_ones = [i for i in asked if verdicts[i].outcome == RIGHT]
         self.advance(len(problems) - len(right_ones))
@@ -89,7 +89,7 @@ class Judge:
         return verdicts
 
     def _unanswered(self, problem: Problem, reference: str) -> Verdict:
-        """A problem whose answer is wrong until it is known; unless its own reference is not right."""
+        """Return an initial verdict: `WRONG` until the answer is known, unless the checker refuses the reference."""
         count = problem.ids.size - problem.first
         verdict = Verdict(WRONG, np.full(count, np.nan, np.float32), np.zeros(count, bool))
         accepted = self._is_right(reference, reference, verdict)
@@ -104,7 +104,7 @@ class Judge:
         references: Sequence[str],
         verdicts: Sequence[Verdict],
     ) -> None:
-        """Replace the tokens at the places chosen of some problems."""
+        """Replace the tokens at the chosen places of some problems."""
         for i, places in chosen.items():
             verdicts[i].tried[places] = True
             verdicts[i].critical[places] = 1  # until a continuation ends right
@@ -119,17 +119,16 @@ class Judge:
                 problem = problems[i]
                 for place, row in zip(places.tolist(), candidates.tolist(), strict=True):
                     others = [token for token in row if token != problem.ids[problem.first + place]]
-                    if (
-                        verdicts[i].critical[place] == 1
-                    ):  # else one ended right already, or the checker raised
+                    # Otherwise a continuation ended right already, or the checker raised.
+                    if verdicts[i].critical[place] == 1:
                         branches.append(Branch(i, problem.first + place, others[rank]))
-            for branch, said in self._continue(problems, branches):
+            for branch, continuation in self._continue(problems, branches):
                 problem, verdict = problems[branch.sequence], verdicts[branch.sequence]
                 place = branch.length - problem.first
-                verdict.cut_branches += not said.ended
+                verdict.cut_branches += not continuation.ended
                 before = problem.ids[problem.first : branch.length].tolist()
                 before += [] if branch.token is None else [branch.token]
-                answer = self.text([*before, *said.ids.tolist()])
+                answer = self.text([*before, *continuation.ids.tolist()])
                 right = self._is_right(answer, references[branch.sequence], verdict)
                 if right is None:
                     verdict.critical[place] = np.nan
@@ -141,10 +140,10 @@ class Judge:
     ) -> Iterator[tuple[Branch, Continuation]]:
         sequences = [problem.ids for problem in problems]
         found = self.generator.continue_greedily(sequences, branches, self.stop, self.max_new_tokens)
-        return ((branches[n], said) for n, said in found)
+        return ((branches[n], continuation) for n, continuation in found)
 
     def _is_right(self, answer: str, reference: str, verdict: Verdict) -> bool | None:
-        """What the checker says; None: it raised."""
+        """Return the checker's verdict; None if it raised."""
         try:
             return self.checker(answer, reference)
         except CheckerError as error:
@@ -153,17 +152,14 @@ class Judge:
 
 
 def chosen_positions(count: int, most: int) -> NDArray[np.int64]:
-    """Places in a response of `count` tokens that are tried: all, or `most` at even distances.
-
-    The same for the same response, and the middle one of each of `most` equal parts.
-    """
+    """Return the places to try in a response of `count` tokens: all, or the middle of each of `most` equal parts."""
     if not most or count <= most:
         return np.arange(count)
     return ((2 * np.arange(most) + 1) * count) // (2 * most)
 
 
 def _groups(sizes: Mapping[int, int]) -> Iterator[list[int]]:
-    """Problems, by their numbers of branches, in groups that make good batches."""
+    """Group problems by their numbers of branches into good batches."""
     group: list[int] = []
     total = 0
     for index, size in sizes.items():

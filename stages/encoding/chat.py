@@ -27,8 +27,6 @@ _SANE_MAX_LENGTH = 1_000_000
 _FEWEST_WORDS = 4
 """An opening with fewer words names roles and says nothing."""
 SPECIAL_KEPT = "examples with special tokens in their text"
-
-
 BLANKS_CHANGED = "examples whose blanks the tokenizer changes"
 NORMALIZED = "examples whose text the tokenizer's normalizer changes"
 
@@ -178,8 +176,8 @@ class ChatEncoder:
         expected = [rendered.text[start:stop] for start, stop in rendered.spans]
         tokens = self._byte_level
         if tokens is not None:
-            said = (b"".join([tokens[i] for i in run]).strip() for run in runs)
-            if all(a == text.encode().strip() for a, text in zip(said, expected, strict=True)):
+            spelled_bytes = (b"".join([tokens[i] for i in run]).strip() for run in runs)
+            if all(a == text.encode().strip() for a, text in zip(spelled_bytes, expected, strict=True)):
                 return ()
         decode = self.tokenizer.backend_tokenizer.decode
         spelled = self._unspaced("".join(decode(run, skip_special_tokens=False) for run in runs))

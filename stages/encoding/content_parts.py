@@ -67,14 +67,14 @@ def _add(found: Content, part: Any, where: str) -> None:
     if kind in _MEDIA:
         raise BadRow("media", f"{where}: a part of type {kind}; only text can be encoded")
     if kind in _TEXT:
-        text = _said(part, where)
+        text = _text_of(part, where)
         if text.strip() and found.calls:
             raise BadRow("part order", f"{where}: text after a tool call; put it into a message of its own")
         found.text += text
     elif kind in _REASONING:
         if found.text.strip() or found.calls:
             raise BadRow("part order", f"{where}: reasoning after text or a tool call; split the message")
-        found.reasoning += _said(part, where)
+        found.reasoning += _text_of(part, where)
     elif kind in _CALL:
         inner = next((part[k] for k in ("value", kind, "content") if part.get(k) is not None), None)
         named = isinstance(part.get("name"), str) or isinstance(part.get("function"), Mapping)
@@ -88,7 +88,7 @@ def _add(found: Content, part: Any, where: str) -> None:
     found.unused |= {str(key) for key in part if part[key] is not None and key not in _KNOWN} - {kind}
 
 
-def _said(part: Mapping[str, Any], where: str) -> str:
+def _text_of(part: Mapping[str, Any], where: str) -> str:
     value = next((part[key] for key in _VALUE if part.get(key) is not None), None)
     if isinstance(value, Mapping):  # {"text": {"value": ...}}
         value = value.get("value")

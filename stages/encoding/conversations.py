@@ -36,8 +36,7 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
 
     Raises:
         BadRow: the row has no well-formed conversation with a turn to train on, or holds something that a
-            conversation
-            cannot: media, a preference, text in an unused column.
+            conversation cannot: media, a preference, text in an unused column.
     """
     original = row
     row, judged = wanted(row, layout.ignored, take=layout.preference == "take")

@@ -70,11 +70,6 @@ class PassedOver(BadRow):
     """A row that the user chose not to train on: counted, and not an error."""
 
 
-def has_more_than_content(message: Message) -> bool:
-    """Whether an assistant turn has anything besides `content`: tool calls or reasoning."""
-    return any(message.get(key) for key in ("tool_calls", *REASONING))
-
-
 def check_messages(messages: list[Message], max_chars: int = MAX_CHARS) -> None:
     """Check that messages form a conversation.
 
@@ -82,8 +77,8 @@ def check_messages(messages: list[Message], max_chars: int = MAX_CHARS) -> None:
     follows an assistant or a tool. There is at least one assistant turn, and none is empty.
 
     Raises:
-        BadRow: a role is out of order, there is no answer, a lone surrogate, or more than `max_chars`
-            characters.
+        BadRow: a role is out of order, there is no answer, a text has a lone surrogate, or there are more than
+            `max_chars` characters.
     """
     _check_length(messages, max_chars)
     check_text(messages)

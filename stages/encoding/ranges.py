@@ -1,8 +1,8 @@
-"""A dataset cut into the rows of each shard, as small pieces that the process which encodes them reads by itself.
+"""Cut a dataset into ranges of rows, one or more per shard, which worker processes read themselves.
 
-The driver looks for where rows begin and reads no value: a piece of a JSONL file is a range of its bytes, one of a
-Parquet file a range of rows in whole row groups, and anything else that is a table travels as Arrow. CSV, lists of JSON
-and compressed files can only be read from their start, so their rows travel as the driver read them.
+The main process only finds where rows start: a range of a JSONL file is a range of bytes, one of a Parquet file a range
+of rows in whole row groups, and other tables are sent as Arrow. CSV, JSON lists and compressed files can only be read
+from their start, so the main process reads their rows and sends them.
 """
 
 import os
@@ -34,42 +34,42 @@ from sstoken.stages.encoding.sources import (
 )
 
 _READ_TWICE = 4
-"""A row group may be so many shards long; each shard reads it from its start, so longer ones are read once, here."""
+"""Longest row group, in shards, that workers read: each shard reads it from its start. Longer ones are read here."""
 
 
-class Piece(Protocol):
-    """Rows that follow one another in one file."""
+class RowRange(Protocol):
+    """Consecutive rows of one file."""
 
     @property
     def count(self) -> int:
-        """How many they are."""
+        """Number of rows."""
 
     def rows(self) -> Iterator[Row]:
-        """Read them."""
+        """Read the rows."""
 
 
 class _Source(Protocol):
-    """What marks of rows point into."""
+    """A file or table that marks point into."""
 
-    def piece(self, first: "_Mark", count: int) -> Piece:
-        """The rows from a mark on."""
+    def range(self, first: "_Mark", count: int) -> RowRange:
+        """Return `count` rows from a mark on."""
 
 
 class _Mark(NamedTuple):
-    """Where a row begins."""
+    """Where a row starts."""
 
     source: _Source
     row: int
     """Its position in the file, from 0."""
     offset: int = 0
-    """In bytes, or in rows of the table in memory."""
+    """In bytes of the file, or in rows of the table in memory."""
     number: int = 0
     """Its line in the file, from 1."""
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file that any process can open."""
+    """A file that every process can open."""
 
     filesystem: Any
     path: str
@@ -91,17 +91,17 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Lines(_Opened):
-    """A JSONL file that is not compressed."""
+    """An uncompressed JSONL file."""
 
-    def piece(self, first: _Mark, count: int) -> Piece:
+    def range(self, first: _Mark, count: int) -> RowRange:
         return _LineRange(self, self.stamp, first.row, first.offset, first.number, count)
 
 
 @dataclass(frozen=True)
 class _Groups(_Opened):
-    """A Parquet file of small row groups."""
+    """A Parquet file with small row groups."""
 
-    def piece(self, first: _Mark, count: int) -> Piece:
+    def range(self, first: _Mark, count: int) -> RowRange:
         return _GroupRange(self, self.stamp, first.row, count)
 
 
@@ -115,9 +115,9 @@ class _Batch:
     first: int
     """Position of its first row in the file or dataset."""
     of: Saved | Hub | None
-    """The dataset that it is of; None: a Parquet file."""
+    """The dataset it comes from; None for a Parquet file."""
 
-    def piece(self, first: _Mark, count: int) -> Piece:
+    def range(self, first: _Mark, count: int) -> RowRange:
         return _Table(self, first.offset, count)
 
 
@@ -187,7 +187,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Read:
-    """Rows that were read already."""
+    """Rows that the main process has read."""
 
     read: list[Row]
 
@@ -199,14 +199,14 @@ class _Read:
         return (row.parsed() for row in self.read)
 
 
-def cut(data: str, split: str | None, size: int, limit: int | None = None) -> Iterator[list[Piece]]:
-    """Yield the pieces of each shard of `size` rows, in order; the last shard may be shorter.
+def cut(data: str, split: str | None, size: int, limit: int | None = None) -> Iterator[list[RowRange]]:
+    """Yield the ranges of each shard of `size` rows, in order; the last shard may be shorter.
 
     Args:
         data: see `sources`.
-        split: of a dataset.
-        size: rows of a shard.
-        limit: rows in all, at most.
+        split: split of a dataset.
+        size: rows in a shard.
+        limit: most rows in total.
 
     Raises:
         SstokenError: as `sources.open_rows`.
@@ -217,18 +217,18 @@ def cut(data: str, split: str | None, size: int, limit: int | None = None) -> It
     empty = True
     while shard := list(islice(marks, size)):
         empty = False
-        yield _pieces(shard)
+        yield _ranges(shard)
     if empty:
         raise SstokenError(f"{shown(data)}: no rows in it; name data that has some")
 
 
-def _pieces(marks: list[_Mark | Row]) -> list[Piece]:
-    pieces: list[Piece] = []
+def _ranges(marks: list[_Mark | Row]) -> list[RowRange]:
+    ranges: list[RowRange] = []
     for source, group in groupby(marks, key=lambda mark: mark.source if isinstance(mark, _Mark) else None):
         found: list[Any] = list(group)
-        piece: Piece = _Read(found) if source is None else source.piece(found[0], len(found))
-        pieces.append(piece)
-    return pieces
+        found_range: RowRange = _Read(found) if source is None else source.range(found[0], len(found))
+        ranges.append(found_range)
+    return ranges
 
 
 def _marks_of_files(files: Files, size: int) -> Iterator[_Mark | Row]:
@@ -288,12 +288,12 @@ def _marks_of_batch(batch: _Batch) -> Iterator[_Mark]:
 
 
 def _is_shared(filesystem: Any) -> bool:
-    """Whether another process sees the same files."""
+    """Return whether other processes see the same files."""
     return "memory" not in filesystem.protocol
 
 
 def _groups(about: Any, first: int, count: int) -> tuple[list[int], int]:
-    """The row groups that hold some rows, and how many rows of these stand before the first."""
+    """Return the row groups that contain a range of rows, and the number of rows in them before the range."""
     groups: list[int] = []
     start = skipped = 0
     for group in range(about.num_row_groups):
@@ -306,7 +306,7 @@ def _groups(about: Any, first: int, count: int) -> tuple[list[int], int]:
 
 
 def _unchanged(file: _Opened, stamp: tuple[int, int] | None) -> Any:
-    """Open a file that is as it was when its rows were counted."""
+    """Open a file, and refuse it if it changed since its rows were located."""
     if stamp is not None:
         stat = remote(os.stat, file.path, file.name)
         if (stat.st_size, stat.st_mtime_ns) != stamp:

@@ -14,7 +14,7 @@ from sstoken.stages.encoding.spans import Turn, TurnFinder
 from sstoken.stages.encoding.templates import ChatTemplate, Span, read_template, training_variant
 from sstoken.stages.encoding.tracing import SPLIT, Trace, missing
 
-NO_END = "responses that no token ends; add {{ eos_token }} behind assistant contents in the chat template"
+NO_END = "responses that no token ends; add {{ eos_token }} after assistant contents in the chat template"
 UNMARKED = "assistant turns that the chat template does not mark as generated"
 MARKERS = "markers"
 """The template marks responses with {% generation %}."""
@@ -23,14 +23,14 @@ SUBSTITUTION = "substitution"
 PATTERN = "pattern"
 """The rendering is like an earlier one, whose responses were found by substitution."""
 PREFIX = "prefix"
-"""Substitution, behind the prompt that inference would see."""
+"""Substitution, after the prompt that inference would see."""
 _NAMED = 5
 """The most lost pieces that an error lists."""
 TOOLS_IN_SYSTEM = (
     "examples with tool definitions as JSON in the system prompt: the chat template has no place for them"
 )
 SPEAKERS_LOST = "examples whose speakers have names, which the chat template leaves out"
-FOLLOWING = "examples without the messages behind the last answer that is trained on"
+FOLLOWING = "examples without the messages after the last answer that is trained on"
 EARLIER_REASONING = "examples whose earlier turns are shown without their reasoning, as at inference"
 
 
@@ -142,9 +142,9 @@ class Renderer:
         spans = []
         for turn in turns:
             if turn.message in wanted:
-                own, said = _spans(turn, marked)
+                own, remarks = _spans(turn, marked)
                 spans += own
-                notes += said
+                notes += remarks
         if not spans:
             raise BadRow(UNCERTAIN, "the template marks no text of this conversation as generated")
         return Rendered(text, spans, tuple(notes), proof if marked is None else MARKERS)
@@ -175,7 +175,7 @@ class Renderer:
         notes += [EARLIER_REASONING] if earlier else []
         [turn] = finder.turns(found, until, [index])
         marked = finder.template.render_marked(until)[1] if finder.template.marks_responses else None
-        spans, said = _spans(turn, marked)
+        spans, remarks = _spans(turn, marked)
         if not spans:
             raise BadRow(UNCERTAIN, f"the template does not mark turn {index + 1} as generated")
         head = prompt.text[: prompt.before(len(prompt.text))]
@@ -183,7 +183,7 @@ class Renderer:
         return Rendered(
             head + found.text[found.before(turn.first) : turn.stop],
             [(start + moved, stop + moved) for start, stop in spans],
-            (*notes, *said),
+            (*notes, *remarks),
             PREFIX if marked is None else MARKERS,
         )
 
@@ -271,9 +271,9 @@ def _trained(conversation: Conversation) -> list[int]:
 
 def _check_marks(marked: list[Span], found: Trace, turns: Sequence[Turn]) -> None:
     """Refuse generation marks around text that is not the assistant's."""
-    said = [TEMPLATE, *(turn.message + 1 for turn in turns)]
+    allowed = [TEMPLATE, *(turn.message + 1 for turn in turns)]
     for start, stop in marked:
-        for owner in set(found.owners[start:stop].tolist()) - set(said):
+        for owner in set(found.owners[start:stop].tolist()) - set(allowed):
             whose = "the tools" if owner == TOOLS else f"turn {owner}"
             raise BadRow(UNCERTAIN, f"the template marks text of {whose} as generated")
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, first_line
 from sstoken.stages.encoding.json_values import DuplicateKeyError, elements, parse_json
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
@@ -54,33 +54,33 @@ def read(stream: Any, name: str, *, parse: bool = True) -> Iterator[Parsed]:
     Args:
         stream: an `io.BufferedReader`.
         name: the file as shown to the user; its extension decides the format.
+        parse: False leaves lines of JSON as bytes.
 
     Raises:
         SstokenError: the file is empty or damaged.
     """
-    readers = {"jsonl": _json_lines, "json": _json, "parquet": _parquet, "csv": _csv}
     format = kind(name)
     assert format is not None, name
     try:
         refuse_mistaken(stream.peek(1)[:4096], name)
         if format == "jsonl":
-            yield from _json_lines(stream, name, parse)
+            yield from _json_lines(stream, parse)
         else:
-            yield from readers[format](stream, name)
+            yield from {"json": _json, "parquet": _parquet, "csv": _csv}[format](stream, name)
     except DAMAGE as error:
         raise damaged(name, error) from error
 
 
 def damaged(name: str, error: BaseException) -> SstokenError:
-    """Return the error for a file that one of `DAMAGE` says cannot be read to its end."""
+    """Return the error for a file that raised one of `DAMAGE`."""
     return SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again")
 
 
 def refuse_mistaken(start: bytes, name: str) -> None:
-    """Refuse a file without a byte, or whose first bytes show that it is of another kind than its name says.
+    """Refuse an empty file, or one whose first bytes show that it is of another kind than its name says.
 
     Raises:
-        SstokenError: it is one.
+        SstokenError: names what it is.
     """
     if not start:
         raise SstokenError(f"{name}: the file is empty; name one that has rows")
@@ -101,20 +101,20 @@ _OTHERS = {
 """By the first bytes of a file, in small letters: what it is."""
 
 
-def _json_lines(stream: Any, name: str, parse: bool = True) -> Iterator[Parsed]:
+def _json_lines(stream: Any, parse: bool = True) -> Iterator[Parsed]:
     return (line_of_json(number, line, parse) for _, number, line in lines(stream))
 
 
 def lines(stream: Any, offset: int = 0, number: int = 1) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yield the lines of a buffered binary file that are not blank: offset, number, and the line.
+    """Yield the lines of a buffered binary file that are not blank.
 
     Args:
-        stream: where reading goes on.
-        offset: how many bytes of the file stand before.
-        number: of the next line, from 1.
+        stream: the file, at the start of a line.
+        offset: position of `stream` in the file, in bytes.
+        number: number of the next line, from 1.
 
     Yields:
-        A line that is too long as None.
+        Offset, number and bytes of a line; None instead of bytes if it is too long.
     """
     while line := stream.readline(MAX_LINE_BYTES):
         start, offset = offset, offset + len(line)
@@ -129,14 +129,14 @@ def lines(stream: Any, offset: int = 0, number: int = 1) -> Iterator[tuple[int, 
 
 
 def line_of_json(number: int, line: bytes | None, parse: bool) -> Parsed:
-    """Return a line of JSON as a row; with `parse` False its value stays bytes."""
+    """Return a line of JSON as a row; without `parse`, its value stays bytes."""
     if line is None:
         return Parsed(f"line {number}", None, ("too long", f"the line is over {MAX_LINE_BYTES >> 20} MiB"))
     return Parsed(f"line {number}", *(json_value(line) if parse else (line, None)))
 
 
 def json_value(text: bytes) -> tuple[Any, Problem | None]:
-    """Return the value of a line of JSON, or what is wrong with it."""
+    """Return the value of a line of JSON, or its problem."""
     try:
         return parse_json(text.decode("utf-8", "surrogatepass")), None
     except UnicodeDecodeError as wrong:
@@ -168,7 +168,7 @@ def _json(stream: Any, name: str) -> Iterator[Parsed]:
         yield from _json_array(stream, name)
         return
     # Many .json files hold JSON lines; others hold one pretty-printed object.
-    for row in _json_lines(stream, name):
+    for row in _json_lines(stream):
         if row.where == "line 1" and row.problem is not None and row.problem[0] == "broken JSON":
             raise SstokenError(
                 f"{name}: neither a JSON list of rows nor one JSON object a line ({row.problem[1]}); make it "
@@ -211,10 +211,10 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
 
 
 def parquet_file(stream: Any) -> Any:
-    """Open a seekable Parquet file for little memory.
+    """Open a seekable Parquet file for reading in little memory.
 
     Raises:
-        ValueError: its footer claims other rows than its columns can hold; they would be read without end.
+        ValueError: its footer claims more rows than its columns hold; pyarrow would read them forever.
     """
     import pyarrow.parquet as pq
 
@@ -255,10 +255,3 @@ def _csv(stream: Any, name: str) -> Iterator[Parsed]:
             yield Parsed(f"line {reader.line_num}", None if uneven else value, problem)
     except (csv.Error, UnicodeDecodeError) as error:
         raise SstokenError(f"{name}: broken CSV near line {reader.line_num} ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The type and first line of an error, for a one-line message; the query of a signed URL is removed."""
-    lines = str(error).strip().splitlines()
-    line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", lines[0])[:200] if lines else ""
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__

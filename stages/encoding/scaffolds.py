@@ -20,7 +20,7 @@ _VARIANTS: tuple[Callable[[str], str], ...] = (
     str.rstrip,
     lambda text: text.strip("\n"),
 )
-"""What templates do to a text before they print it."""
+"""Ways in which templates strip a text before they print it."""
 _MAX_SHAPES = 4096
 
 

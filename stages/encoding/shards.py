@@ -23,7 +23,7 @@ from sstoken.stages.encoding.messages import (
     TrainedTurns,
     check_text,
 )
-from sstoken.stages.encoding.ranges import Piece
+from sstoken.stages.encoding.ranges import RowRange
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.time_limit import limited
 from sstoken.stages.encoding.token_stats import Stats, no_stats
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from sstoken.stages.encoding.chat import ChatEncoder
 
 BAD_ROWS = "bad_rows"
-"""Folder, in the output, with the reasons for skipped rows (never their text)."""
+"""Output folder with the reasons for skipped rows (never their text)."""
 _BAD_ROWS_DIGEST = "bad_rows"
-"""Key in the metadata of a shard: the SHA-256 of its list of bad rows; none where no row is bad."""
+"""Metadata key: the SHA-256 of the shard's list of bad rows; missing if no row is bad."""
 TOKENIZER = "tokenizer"
-"""Folder, in the output, with the tokenizer that was used."""
+"""Output folder with the tokenizer that was used."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Shard:
     """The rows of one shard."""
 
     index: int
-    pieces: list[Piece]
+    ranges: list[RowRange]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a worker process needs to know."""
+class EncodingSettings:
+    """How shards are encoded and where they go."""
 
     model: str
     chat_template: str | None
@@ -69,7 +69,7 @@ class Settings:
     """The run's fingerprint, for provenance."""
 
     def encoder(self) -> "ChatEncoder":
-        """Return the encoder of conversations."""
+        """Return this process's encoder."""
         stamp = checkpoints.stamp(self.model)
         with limited(self.model):
             return _encoder(
@@ -84,7 +84,7 @@ class Settings:
             )
 
 
-def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
+def encode_shard(settings: EncodingSettings, shard: Shard, worker: Worker) -> None:
     """Encode one shard and write it, with its statistics in its metadata.
 
     The list of bad rows is written first, so a shard that exists is complete.
@@ -92,12 +92,12 @@ def encode_shard(settings: Settings, shard: Shard, worker: Worker) -> None:
     path = settings.out / part_name(shard.index)
     encoder = settings.encoder()
     columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
-    stats: Stats = no_stats() | {"rows": sum(piece.count for piece in shard.pieces)}
+    stats: Stats = no_stats() | {"rows": sum(rows.count for rows in shard.ranges)}
     bad: list[dict[str, Any]] = []
     unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
     first: dict[str, Any] = {}
     with limited(str(path)) as start:
-        for row in chain.from_iterable(piece.rows() for piece in shard.pieces):
+        for row in chain.from_iterable(rows.rows() for rows in shard.ranges):
             worker.advance(1)
             try:
                 conversation = read_row(row, settings.layout, settings.max_chars)
@@ -166,11 +166,11 @@ def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversati
 def _described(
     row: Row, conversation: Conversation, layout: Layout, encoder: "ChatEncoder"
 ) -> dict[str, Any]:
-    """How a row was read, for `encode` to say: its layout, and what the chat template adds."""
+    """Describe how a row was read: its layout, and what the chat template adds."""
     columns = [[role, name] for role, name in layout.columns.items() if name in row.value]
     try:
         added = encoder.added_text(conversation)
-    except BadRow:  # single turns of it can be rendered all the same
+    except BadRow:  # with --turns each, single turns can still be rendered
         added = ""
     return {
         "layout": layout.format,
@@ -182,9 +182,7 @@ def _described(
 
 def stopped(row: Row, error: BadRow) -> SstokenError:
     """Return the error that stops a run on a bad row."""
-    return SstokenError(
-        f"{row.where}: {error}; repair the row, or pass over such rows with --on-bad-row skip"
-    )
+    return SstokenError(f"{row.where}: {error}; fix the row, or skip such rows with --on-bad-row skip")
 
 
 def _example_id(row: Row) -> str:
@@ -195,9 +193,9 @@ def _example_id(row: Row) -> str:
     return str(own)
 
 
-def save_tokenizer(settings: Settings) -> None:
+def save_tokenizer(settings: EncodingSettings) -> None:
     """Save the tokenizer with its chat template: later stages decode and train with it."""
-    folder = settings.out / TOKENIZER  # written anew by a run that goes on: nothing proves what lies there
+    folder = settings.out / TOKENIZER  # written again when a run resumes: nothing vouches for an old one
     encoder = settings.encoder()
     tokenizer = encoder.tokenizer
     own = tokenizer.chat_template
@@ -209,7 +207,7 @@ def save_tokenizer(settings: Settings) -> None:
         tokenizer.chat_template = own
 
 
-def _metadata(settings: Settings, encoder: "ChatEncoder") -> dict[str, Any]:
+def _metadata(settings: EncodingSettings, encoder: "ChatEncoder") -> dict[str, Any]:
     return {
         "kind": "tokens",
         "tokenizer": {
@@ -233,7 +231,7 @@ def _encoder(
     keep_special_tokens: bool,
     stamp: tuple[Any, ...],
 ) -> "ChatEncoder":
-    """Load the encoder once per process: loading a tokenizer is slow. Another `stamp` loads it anew."""
+    """Load the encoder once per process, since loading a tokenizer is slow; another `stamp` loads it again."""
     from sstoken.stages.encoding.chat import load_encoder
 
     return load_encoder(

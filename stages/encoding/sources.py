@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages import plain_json
 from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
-from sstoken.stages.encoding.row_files import first_line
 from sstoken.stages.hub_models import REMEDY
 from sstoken.stages.remote_path import options
 from sstoken.stages.storage import expanded
@@ -42,7 +41,7 @@ class Row:
     """What reading it changed; short and stable, for counting."""
 
     def parsed(self) -> "Row":
-        """Return the row with its value parsed, if it is a line of JSON still."""
+        """Return the row with its value parsed, if that is still a line of JSON."""
         if not isinstance(self.value, bytes):
             return self
         value, problem = row_files.json_value(self.value)
@@ -84,23 +83,21 @@ def check_source(data: str, split: str | None = None) -> None:
     locate(data, split)
 
 
-def open_rows(data: str, split: str | None = None, *, parse: bool = True) -> Iterator[Row]:
+def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
     """Stream the rows of `data` in order.
 
     Args:
         data: see the top of this module.
-        split: of a Hub dataset (default `train`) or of a saved DatasetDict.
-        parse: False leaves lines of JSON as bytes, for `Row.parsed` in another process.
+        split: split of a Hub dataset (default `train`) or of a saved DatasetDict.
 
     Raises:
         UsageError: as `check_source`.
-        SstokenError: an empty source, a damaged file, or a Hub that does not answer. A JSONL line that does
-            not
-            parse is not an error here: it is yielded as a row with a `problem`.
+        SstokenError: an empty source, a damaged file, or a Hub that does not answer. A JSONL line that does not
+            parse is no error here: it is yielded as a row with a `problem`.
     """
     source = locate(data, split)
     if isinstance(source, Files):
-        rows = file_rows(source, file_labels(list(source.shown)), parse)
+        rows = file_rows(source, file_labels(list(source.shown)), parse=True)
     else:
         rows = _dataset_rows(source, split)
     empty = True
@@ -204,7 +201,7 @@ def _locate_saved(folder: Path, split: str | None) -> Saved:
         return Saved(folder)
     if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
         raise UsageError(
-            f"data {str(folder)!r}: a model's folder; name the dataset, and the model with --model; exchanged?"
+            f"data {str(folder)!r}: a model's folder; name the dataset here, and the model with --model"
         )
     raise UsageError(
         f"data {str(folder)!r}: a folder; name a file in it or a pattern such as '{folder}/*.jsonl'"
@@ -245,7 +242,7 @@ def _locate_files(data: str) -> Files:
 
 
 def _conversion(suffix: str) -> str:
-    """How to make rows of a file of another kind."""
+    """Return how to make rows from a file of another kind."""
     if suffix in (".xlsx", ".xls", ".ods"):
         return "save the sheet as .csv"
     if suffix in (".tsv", ".tab"):
@@ -253,8 +250,8 @@ def _conversion(suffix: str) -> str:
     return "convert it, for example to JSON lines: one object with the row's columns a line"
 
 
-def file_rows(files: Files, labels: list[str], parse: bool) -> Iterator[Row]:
-    """Stream the rows of files with these labels."""
+def file_rows(files: Files, labels: list[str], *, parse: bool) -> Iterator[Row]:
+    """Stream the rows of files with these labels; without `parse`, lines of JSON stay bytes (see `Row.parsed`)."""
     for (path, name), label in zip(pairs(files), labels, strict=True):
         index = 0
         with remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw:
@@ -293,7 +290,7 @@ def dataset_tables(source: Saved | Hub, split: str | None) -> Iterator[Any]:
 
 @contextmanager
 def naming_dataset(source: Saved | Hub) -> Iterator[tuple[str, str]]:
-    """Give a dataset's name and its label for example ids; turn any failure into a one-line error."""
+    """Yield a dataset's name and its label for example ids; turn any failure into a one-line error."""
     if isinstance(source, Saved):
         name, label, what = str(source.folder), source.folder.name, "damaged dataset folder"
     else:
@@ -327,12 +324,12 @@ def remote(ask: Callable[[str], Any], path: str, name: str) -> Any:
 
 
 def pairs(files: Files) -> Iterator[tuple[str, str]]:
-    """Yield each path and how it is shown."""
+    """Yield each path, and how to show it."""
     return zip(files.paths, files.shown, strict=True)
 
 
 def is_local(filesystem: Any) -> bool:
-    """Whether a file system is this machine's."""
+    """Return whether a file system is this machine's own."""
     protocol = filesystem.protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 

@@ -17,7 +17,7 @@ from sstoken.stages.encoding.templates import ChatTemplate, Span
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
 
 _ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
-"""What a border between prompt and response never splits: a tag, a word, a run of whitespace."""
+"""Text that the boundary between prompt and response never splits: a tag, a word, a run of whitespace."""
 _PROBE = ("Wqxask", "Wqxreply", "Wqxaskmore", "Wqxreplymore")
 
 
@@ -80,7 +80,7 @@ class TurnFinder:
         return [self._turn(found, conversation, index) for index in wanted]
 
     def prompt(self, conversation: Conversation, index: int) -> Trace:
-        """Render what the model is given at inference before message `index`: with the generation prompt."""
+        """Render the prompt that the model gets at inference before message `index`, with the generation prompt."""
         before = _until(conversation, index)
         return trace(before, lambda c: self.template.render(c, prompt=True), self.template.protected)
 
@@ -188,7 +188,7 @@ class TurnFinder:
 
     @cached_property
     def _closers(self) -> re.Pattern[str] | None:
-        """Return the tokens that may close a turn: those that stop generation, and those after a probe's answers."""
+        """The tokens that may close a turn: those that stop generation, and those after a probe's answers."""
         tokens = {*self._stops, *self._after_probe()}
         ordered = sorted(tokens, key=lambda t: (-len(t), t))
         return re.compile("|".join(map(re.escape, ordered))) if ordered else None

@@ -56,8 +56,8 @@ def limited(what: str) -> Iterator[Callable[[str], None]]:
         yield start
     except _TooLong:
         raise SstokenError(
-            f"{what}: the chat template did not come to an end in {MOST_SECONDS:g} s of computing and was stopped; "
-            "fix its loops, or name another one with --chat-template"
+            f"{what}: the chat template did not finish in {MOST_SECONDS:g} s of CPU time and was stopped; fix its "
+            "loops, or use another one with --chat-template"
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

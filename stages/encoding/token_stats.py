@@ -42,9 +42,9 @@ def no_stats() -> Stats:
 
 
 def percentile(lengths: Iterable[tuple[int, int]], q: int) -> int:
-    """Nearest-rank percentile: the smallest length that q percent of the examples do not exceed.
+    """Return the nearest-rank percentile: the smallest length that q percent of the examples do not exceed.
 
-    Over counts by length, which add up over shards; numpy.percentile would want every length at once.
+    Takes sorted pairs of length and count, which add up over shards; numpy.percentile needs every length at once.
     """
     pairs = list(lengths)
     rank = -(-q * sum(k for _, k in pairs) // 100)

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.hub_models import first_line
+from sstoken.errors import SstokenError, UsageError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -125,7 +125,7 @@ def test_an_epoch_that_did_not_see_everything_gives_no_scores(world, tmp_path):
     other = tmp_path / "other.jsonl"
     save_conversations(other, 5, seed=9)
     api.encode(data=str(other), model=str(world / "base"), out=tmp_path / "other", workers=1)
-    with pytest.raises(SstokenError, match="5 of 5 examples were not seen whole"):
+    with pytest.raises(SstokenError, match="5 of 5 examples were not trained on in full"):
         api.observed(recorded=few, tokens=tmp_path / "other", out=tmp_path / "d", attention=False)
 
 

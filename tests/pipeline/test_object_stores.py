@@ -247,10 +247,10 @@ def test_a_damaged_or_foreign_object_is_named(world: World, run: CommandLine, pl
     [
         ("s3://no-such-bucket/tokens", {}, "no such bucket"),
         (f"s3://{BUCKET}", {}, "name the output folder itself"),
-        (f"s3://key:{SECRET}@{BUCKET}/tokens", {}, "an address with credentials"),
+        (f"s3://key:{SECRET}@{BUCKET}/tokens", {}, "the address contains credentials"),
         (f"s3://{BUCKET}/x", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no usable credentials"),
         (f"s3://{BUCKET}/x", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "the store does not answer"),
-        ("nowhere://bucket/x", {}, "no such kind of storage"),
+        ("nowhere://bucket/x", {}, "unknown kind of storage"),
     ],
 )
 def test_what_cannot_be_reached_is_one_line(

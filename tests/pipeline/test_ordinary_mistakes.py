@@ -58,13 +58,13 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "data and model exchanged": (
         lambda p: encoding(p, "--data", p.world.base, "--model", p.world.data),
-        ("a model's folder", "--model", "exchanged"),
+        ("a model's folder", "--model", "dataset here"),
     ),
     "the page of a model in place of its id": (
         lambda p: encoding(
             p, "--data", p.world.data, "--model", "https://huggingface.co/Qwen/Qwen3-0.6B/tree/main"
         ),
-        ("page of the Hub", "'Qwen/Qwen3-0.6B'"),
+        ("Hub page", "'Qwen/Qwen3-0.6B'"),
     ),
     "a blank behind the id of a model": (
         lambda p: encoding(p, "--data", p.world.data, "--model", "Qwen/Qwen3-0.6B "),

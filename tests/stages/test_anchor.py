@@ -376,7 +376,7 @@ def test_real_model_learns(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("lora_alpha", 16.0), ("lora_dropout", 0.1)])
 def test_settings_of_an_adapter_that_is_not_trained_are_refused(name, value, model):
-    with pytest.raises(UsageError, match=f"{name} is {value} and there is no lora_rank"):
+    with pytest.raises(UsageError, match=f"{name} is {value}, which needs lora_rank"):
         Anchor(model=str(model), **{name: value}).check()
     Anchor(model=str(model), lora_rank=2, **{name: value}).check()
 

@@ -101,5 +101,5 @@ def test_a_classifier_is_no_language_model(model):
 
 def test_code_of_its_own_is_asked_for(model):
     configure(model, model_type="own", auto_map={"AutoConfig": "a.A", "AutoModelForCausalLM": "b.B"})
-    with pytest.raises(SstokenError, match="say --trust-remote-code to run it"):
+    with pytest.raises(SstokenError, match="pass --trust-remote-code to run it"):
         load_model(str(model))

@@ -72,7 +72,7 @@ def test_exchanged_checkpoints(tmp_path: Path) -> None:
     inputs = write(tmp_path / "in", {"loss": losses(1)}, {"loss": losses(0) + 1})
     [line] = [n for n in notes(inputs, tmp_path / "out", method="rel") if "REL" in n]
     assert line.startswith("mean REL is -")
-    assert "may be exchanged" in line
+    assert "may be swapped" in line
 
 
 def test_a_constant_signal(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_relative_base_is_a_model_wherever_the_command_runs(model, tmp_path, m
     monkeypatch.chdir(elsewhere)
     assert adapter_base(str(adapter)) == str(adapter / "../model")
     shutil.copytree(model, elsewhere.parent / "model", dirs_exist_ok=True)
-    with pytest.raises(SstokenError, match="and another seen from the adapter's folder"):
+    with pytest.raises(SstokenError, match="and another in the adapter's folder"):
         adapter_base(str(adapter))
 
 

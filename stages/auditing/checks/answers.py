@@ -1,8 +1,8 @@
-"""Answers compared with each other and with their prompts: counted, not judged.
+"""Compare answers with each other and with their prompts. Findings are notes: repetition may be intended.
 
-Near duplicates are found by MinHash (Broder, 1997): two answers are near duplicates if four fifths of their
-signatures' values agree, which estimates the Jaccard similarity of their triples of tokens. Memory is bounded: beyond
-`MOST_ANSWERS` answers are not compared.
+Near duplicates are found by MinHash (Broder, 1997): two answers are alike if 26 of their 32 signature values agree,
+which estimates the Jaccard similarity of their token trigrams. To bound memory, only the first `MOST_ANSWERS` answers
+are compared.
 """
 
 import hashlib
@@ -28,28 +28,28 @@ ROWS = kind(
     FAMILY,
     "note",
     "rows that are copies of an earlier row",
-    "drop the copies, unless meant",
+    "drop the copies, unless they are intended",
 )
 SAME = kind(
     "duplicate-answers",
     FAMILY,
     "note",
     "rows with an answer that an earlier row has word for word",
-    "look whether they are meant",
+    "check that they are intended",
 )
 NEAR = kind(
     "near-duplicate-answers",
     FAMILY,
     "note",
     "rows with an answer that is nearly that of an earlier row",
-    "look whether they are meant",
+    "check that they are intended",
 )
 ONE_TOKEN = kind(
     "one-token-answers",
     FAMILY,
     "note",
     "rows with an answer of one token, besides the token that ends it",
-    "look whether they are meant",
+    "check that they are intended",
     "tokenizer",
 )
 SCRIPT = kind(
@@ -57,20 +57,20 @@ SCRIPT = kind(
     FAMILY,
     "note",
     "rows with an answer in another script than its prompt",
-    "look whether they are meant",
+    "check that they are intended",
     "template",
 )
 MOST_ANSWERS = 500_000
 LONG_ENOUGH = 12
-"""Tokens from which on two answers are compared: shorter ones are alike by their nature."""
+"""Fewest tokens of an answer that is compared: short answers are naturally alike."""
 _HASHES, _BANDS = 32, 8
 _ALIKE = 26
-"""Values of a signature that agree: four fifths."""
+"""Fewest signature values, of `_HASHES`, that agree in near duplicates: four fifths."""
 _HEAD = 24
-"""Tokens of an answer that are kept to be shown."""
+"""Leading tokens of an answer to keep for display."""
 _BUFFER = 1 << 18
 _LETTERS = 8
-"""Letters from which on a text has a script."""
+"""Fewest letters for which a text's script is determined."""
 
 
 @dataclass
@@ -97,11 +97,11 @@ class Answers:
         self._rows.add(digest)
 
     def check(self, example: Example, context: Context) -> None:
-        """Look at each answer."""
+        """Check each answer."""
         for turn in example.answers:
             said = self._said(example, turn, context)
             if not said.size or _calls_a_tool(example, turn, context):
-                continue  # calls are alike by their nature
+                continue  # calls are naturally alike
             if context.vocabulary is not None and said.size == 1:
                 context.found.add(ONE_TOKEN, example, (turn.start, turn.start + 1))
             if example.turns and context.vocabulary is not None:
@@ -111,13 +111,13 @@ class Answers:
 
     @staticmethod
     def _said(example: Example, turn: Turn, context: Context) -> IntArray:
-        """The tokens of an answer without those that end it, and without blanks."""
+        """Return an answer's tokens without special tokens and whitespace."""
         ids = example.ids[turn.start : turn.stop][example.learned[turn.start : turn.stop]]
         vocabulary = context.vocabulary
         if vocabulary is None or not ids.size:
             return ids
-        inside = np.where((ids >= 0) & (ids < vocabulary.size), ids, 0)
-        return ids[~(vocabulary.is_control[inside] | vocabulary.is_blank[inside])]
+        known = vocabulary.known(ids)
+        return ids[~(vocabulary.is_control[known] | vocabulary.is_blank[known])]
 
     def _compare(self, said: IntArray, example: Example, turn: Turn, context: Context) -> None:
         if self.compared >= MOST_ANSWERS:
@@ -165,7 +165,7 @@ class Answers:
         context.found.count(NEAR, int(np.unique(rows[copies]).size), example, detail)
 
     def facts(self) -> dict[str, Any]:
-        """Return how many were compared."""
+        """Return how many answers were compared."""
         return {"answers_compared": self.compared, "answers_not_compared": self.left_out}
 
 
@@ -177,14 +177,14 @@ def _calls_a_tool(example: Example, turn: Turn, context: Context) -> bool:
 
 
 def signatures(answers: list[IntArray]) -> NDArray[np.uint32]:
-    """Return the MinHash of the triples of tokens of A answers, [A, 32]; each has at least three tokens."""
+    """Return MinHash signatures of A answers, [A, 32], by their token trigrams; each has at least three tokens."""
     lengths = np.array([len(a) for a in answers])
     ids = np.concatenate(answers).astype(np.uint64)
     with np.errstate(over="ignore"):
         mixed = _mix(ids)
         triples = _mix(mixed[:-2] + np.uint64(3) * _mix(mixed[1:-1]) + np.uint64(7) * mixed[2:])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    # The last two triples of an answer reach into the next one: they take the place of its last own triple.
+    # The last two trigrams of an answer would reach into the next one: repeat its last own trigram instead.
     place = np.arange(len(triples))
     end = np.repeat(starts + lengths - 3, lengths)[: len(triples)]
     triples = triples[np.minimum(place, end)]
@@ -198,7 +198,7 @@ def signatures(answers: list[IntArray]) -> NDArray[np.uint32]:
 
 
 def near_duplicates(signed: NDArray[np.uint32]) -> IntArray:
-    """Return for each of A signatures an earlier one that is alike, or -1."""
+    """Return for each of A signatures the index of an earlier one that is alike, or -1."""
     like = np.full(len(signed), -1, np.int64)
     width = _HASHES // _BANDS
     for band in range(_BANDS):
@@ -246,7 +246,7 @@ def _check_script(example: Example, turn: Turn, context: Context) -> None:
 
 
 def script(text: str) -> str | None:
-    """Return the script of most letters of a text, by their Unicode names; None: hardly any letters."""
+    """Return the script that most letters of a text belong to, by their Unicode names; None for too few letters."""
     counts: Counter[str] = Counter()
     for character, count in Counter(text).items():
         name = _script_of(character)

@@ -1,4 +1,4 @@
-"""What is trained: nothing, everything, the prompt, the generation prompt, an answer without its start."""
+"""Check which tokens are trained: none, all, prompts, generation prompts, answers without their start."""
 
 import re
 
@@ -14,8 +14,8 @@ NOTHING = kind(
     FAMILY,
     "error",
     "rows in which no token is trained",
-    "drop these rows, or mend what makes the labels: often the text that it searches for to find answers is not there, "
-    "or the answer was cut off",
+    "drop these rows, or fix what makes the labels: often the text by which it finds answers is missing, or the answer "
+    "was cut off",
 )
 NOTHING_KEPT = kind(
     "nothing-kept",
@@ -29,8 +29,8 @@ EVERYTHING = kind(
     FAMILY,
     "error",
     "rows in which every token is trained, the prompt too",
-    "set the labels of the prompt to -100 (in TRL `assistant_only_loss` or `completion_only_loss`), unless learning to "
-    "write prompts is meant",
+    "set the labels of the prompt to -100 (in TRL `assistant_only_loss` or `completion_only_loss`), unless the model "
+    "should learn to write prompts",
 )
 PROMPT = kind(
     "prompt-trained",
@@ -45,7 +45,7 @@ HEADER = kind(
     FAMILY,
     "error",
     "rows that train the text that opens an answer, which the model is given at inference",
-    "begin the trained span behind the generation prompt",
+    "begin the trained span after the generation prompt",
     "template",
 )
 SHIFTED_MASK = kind(
@@ -61,8 +61,8 @@ LATE_START = kind(
     FAMILY,
     "warning",
     "rows that train an answer without its first tokens",
-    "begin the trained span directly behind the generation prompt; one token is often a mask that is off by one, or a "
-    "prompt that was tokenized apart from its answer",
+    "begin the trained span right after the generation prompt; a single missing token often means a mask that is off "
+    "by one, or a prompt that was tokenized separately",
     "template",
 )
 UNKNOWN_TURNS = kind(
@@ -77,13 +77,13 @@ ACROSS = kind(
     "packed-start-trained",
     FAMILY,
     "warning",
-    "rows that train the first token of a document packed behind another: it would be predicted from the other one",
+    "rows that train the first token of a document packed after another: it would be predicted from the other one",
     "set the label of each document's first token to -100",
 )
 
 
 def check(example: Example, context: Context) -> None:
-    """Look at what is trained."""
+    """Check which tokens of an example are trained."""
     found, trained = context.found, example.trained
     visible = np.flatnonzero(example.visible)
     if not trained.any():
@@ -107,7 +107,7 @@ def check(example: Example, context: Context) -> None:
 
 
 def check_pack(first: Example, trained: bool, context: Context) -> None:
-    """Look at a row of several documents as a whole."""
+    """Check a row of several documents: does it train anything?"""
     if not trained:
         context.found.add(NOTHING_KEPT if first.selected else NOTHING, first)
 
@@ -138,7 +138,7 @@ def _check_turns(example: Example, context: Context) -> None:
 
 
 def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) -> bool:
-    """Whether what is trained of a header is an opened, or an empty, piece of reasoning: it may be the row's own."""
+    """Return whether the trained part of a header only opens reasoning, or is empty reasoning: the row may hold it."""
     begin, end = (int(example.starts[turn.header + at]) for at in run)
     said = example.text[begin:end]
     return b"think" in said and not re.sub(rb"</?think(ing)?>|\xfe|\s", b"", said)
@@ -147,7 +147,7 @@ def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) ->
 def _check_start(example: Example, turn: Turn, context: Context) -> None:
     trained = np.flatnonzero(example.trained[turn.start : turn.stop])
     if not trained.size or not trained[0] or trained[-1] - trained[0] + 1 != trained.size:
-        return  # gaps elsewhere: left out on purpose
+        return  # further gaps: the tokens are left out on purpose
     skipped = example.ids[turn.start : turn.start + trained[0]]
     vocabulary, shape = context.vocabulary, context.shape
     assert vocabulary is not None
@@ -161,7 +161,7 @@ def _check_start(example: Example, turn: Turn, context: Context) -> None:
 
 
 def _shifted(example: Example, context: Context) -> bool:
-    """Whether every answer is trained from one token too early to one token too early."""
+    """Return whether the trained span of every answer starts and ends one token too early."""
     closers = context.shape.closers
     answers = example.answers
     if example.selected or not answers or not closers:

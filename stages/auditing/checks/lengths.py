@@ -1,4 +1,4 @@
-"""Lengths, and what a maximal length would cut off."""
+"""Count lengths, and what a maximum length would cut off."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ CUT = kind(
     "answers-cut",
     FAMILY,
     "warning",
-    "rows whose answers do not fit into the maximal length",
+    "rows whose answers do not fit into the maximum length",
     "raise --max-length, or drop these rows: an answer that breaks off has no end",
 )
 LOST = kind(
     "answers-lost",
     FAMILY,
     "error",
-    "rows of whose answers nothing is left within the maximal length",
+    "rows whose answers lie entirely beyond the maximum length",
     "raise --max-length, or drop these rows",
 )
 CURVE = (1024, 2048, 4096, 8192)
@@ -36,7 +36,7 @@ class Lengths:
     """Counts over the dataset."""
 
     max_length: int | None
-    """What the training will cut at; None: not known."""
+    """Length in tokens at which training will cut rows; None if not known."""
     rows: Counter[int] = field(default_factory=Counter)
     """Rows by length."""
     trained: int = 0
@@ -72,7 +72,7 @@ class Lengths:
         return sorted({*CURVE, *([self.max_length] if self.max_length else [])})
 
     def finish(self, context: Context) -> None:
-        """Report what the maximal length cuts."""
+        """Report what the maximum length cuts."""
         if self.max_length is None:
             return
         lost = self._lost_rows[self.max_length]

@@ -1,4 +1,4 @@
-"""Rows that hold several documents: where each starts, by position_ids or seq_lengths."""
+"""Split packed rows into documents, by position_ids or seq_lengths."""
 
 from collections.abc import Iterator
 
@@ -22,13 +22,13 @@ POSITIONS = kind(
 def documents(
     example: Example, positions: IntArray | None, lengths: IntArray | None, context: Context
 ) -> Iterator[Example]:
-    """Yield the documents of a row; a row that is none of a pack is its only document.
+    """Yield the documents of a row; a row that is not packed is yielded as it is.
 
     Args:
-        example: the row.
-        positions: [T].
-        lengths: of the documents.
-        context: for findings.
+        example: the row, T tokens.
+        positions: position_ids, [T].
+        lengths: the documents' lengths.
+        context: collects the findings.
     """
     starts = [0]
     if positions is not None:

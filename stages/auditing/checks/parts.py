@@ -1,4 +1,4 @@
-"""Reasoning and tool calls within answers: trained or not."""
+"""Check whether reasoning and tool calls within answers are trained."""
 
 import re
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ class Parts:
     _closes: bytes = b""
 
     def check(self, example: Example, context: Context) -> None:
-        """Look at the parts of each answer."""
+        """Check the reasoning and tool calls of each answer."""
         if context.vocabulary is None or not example.turns:
             return
         if self._patterns is None:
@@ -66,7 +66,7 @@ class Parts:
         for name, start, stop in spans:
             first, last = (int(np.searchsorted(example.starts, at)) for at in (start, stop))
             while last > first and _is_mark(int(example.ids[last - 1]), context.vocabulary):
-                last -= 1  # what ends the call, or the turn
+                last -= 1  # the marks that end the call or the turn
             trained = int(learned[first:last].sum())
             self.tokens[name] += last - first
             self.trained[name] += int(example.trained[first:last].sum())

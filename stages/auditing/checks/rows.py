@@ -1,4 +1,4 @@
-"""Whether a tokenised row is well formed: its columns fit together, and its ids are ids."""
+"""Check that a tokenised row is well formed: valid ids, labels and masks that fit together."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -80,8 +80,8 @@ SHIFTED = kind(
     FAMILY,
     "error",
     "rows whose labels are moved by one or two tokens",
-    "leave labels where the tokens are: the model moves them itself. For a trainer that does not (NeMo, Megatron), say "
-    "--shifted-labels",
+    "leave labels where the tokens are: the model shifts them itself. For a trainer that does not (NeMo, Megatron), "
+    "pass --shifted-labels",
 )
 NOT_SHIFTED = kind(
     "labels-not-shifted",
@@ -94,7 +94,7 @@ BAD_MASK = kind(
     "bad-mask-value",
     FAMILY,
     "error",
-    "rows with a mask or weight that is negative, infinite or no number",
+    "rows with a mask or weight that is negative, infinite or not a number",
     "masks are 0 and 1 (or true and false), weights 0 or more",
 )
 DISAGREE = kind(
@@ -109,15 +109,15 @@ NO_LABELS = kind(
     FAMILY,
     "error",
     "rows without labels or a mask: trainers learn every token, the prompt too",
-    "add labels (-100 for what is not trained), unless learning to write prompts is meant",
+    "add labels (-100 for what is not trained), unless the model should learn to write prompts",
 )
 _ENOUGH = 0.98
-"""Share of labels that have to match at another place."""
+"""Share of labels that must match the ids one or two places on for the labels to count as shifted."""
 
 
 @dataclass
 class Row:
-    """A row as it was read."""
+    """A row as read from the dataset."""
 
     where: str
     index: int
@@ -130,7 +130,7 @@ class _Stop(Exception):  # noqa: N818 (ends the reading of one row)
 
 
 def examples(row: Row, columns: Columns, context: Context) -> Iterator[Example]:
-    """Turn a row into examples, one for each document packed into it; report what is wrong with it."""
+    """Yield an example for each document packed into a row; report what is wrong with the row."""
     try:
         yield from _documents(row, columns, context)
     except _Stop:
@@ -217,7 +217,7 @@ def _same_length(example: Example, what: str, array: NDArray[Any], row: Row, con
 def _from_labels(
     example: Example, row: Row, columns: Columns, values: Mapping[str, Any], context: Context
 ) -> BoolArray | None:
-    """What labels train, at the tokens that are learned; None: there are no labels."""
+    """Return which tokens the labels train, undoing a shift, [T]; None if there are no labels."""
     if columns.labels is None:
         return None
     labels = _integers(row, columns.labels, values.get(columns.labels), context)
@@ -251,14 +251,14 @@ def _from_labels(
 
 
 def _shift(ids: IntArray, labels: IntArray, trained: BoolArray) -> int | None:
-    """How far labels are moved to the left; None: they are not the ids at any place near by."""
+    """Return by how many places labels are shifted to the left; None if they match the ids at no shift up to 2."""
     places = np.flatnonzero(trained)
     if (labels[places] == ids[places]).all():
         return 0
     best, share = None, 0.0
     for shift in (1, -1, 2, -2):
         near = places[(places + shift >= 0) & (places + shift < len(ids))]
-        # A label that points out of the row has nothing to compare with.
+        # Labels whose token would lie outside the row cannot be compared.
         if len(near) and len(near) >= len(places) - abs(shift):
             same = float((labels[near] == ids[near + shift]).mean())
             if same > share:
@@ -287,7 +287,7 @@ def _mask(
     array = _array(row, name, values.get(name), context).astype(np.float64)
     _same_length(example, name, array, row, context)
     wrong = ~np.isfinite(array) | (array < 0)
-    if wrong.any() and name not in ("weight",):  # below 0: to be unlearned
+    if wrong.any() and name != "weight":  # our weights may be negative: tokens to unlearn
         at = int(np.flatnonzero(wrong)[0])
         context.found.add(BAD_MASK, example, (at, at + 1), f"{name} has {array[at]:g}")
     return np.where(np.isfinite(array), array, 0)

@@ -1,10 +1,11 @@
-"""Scores: whether each response token was measured, and whether the measurements say anything."""
+"""Check a scores folder: is every response token measured, and do the values differ?"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sstoken.stages import tables
 from sstoken.stages.auditing.context import Context
@@ -23,7 +24,7 @@ CONSTANT = kind(
     FAMILY,
     "warning",
     "rows, all of them, in which a signal is the same number on every token",
-    "a method learns nothing from it: look whether the right checkpoint was scored",
+    "a method learns nothing from it: check that the right checkpoint was scored",
 )
 
 
@@ -43,25 +44,22 @@ class Signals:
             names = table["example_id"].to_pylist()
             for name in signals:
                 for number, (values, mask) in enumerate(zip(tables.rows(table[name]), masks, strict=True)):
-                    self._look(name, values.astype(float)[mask.astype(bool)], f"{part.name} row {number}",
-                               self.rows + number, str(names[number]), context)  # fmt: skip
+                    of_response = values.astype(float)[mask.astype(bool)]
+                    if lost := self._count(name, of_response):
+                        detail = f"{name} is null on {lost} of {of_response.size} tokens of {names[number]!r}"
+                        context.found.place(MISSING, f"{part.name} row {number}", self.rows + number, detail)
             self.rows += len(names)
 
-    def _look(self, name: str, values: Any, where: str, row: int, example: str, context: Context) -> None:
-        if not values.size:
-            return
+    def _count(self, name: str, values: NDArray[np.float64]) -> int:
+        """Widen the range of a signal; return how many values are missing."""
         known = values[np.isfinite(values)]
-        if known.size < values.size:
-            lost = values.size - known.size
-            context.found.place(
-                MISSING, where, row, f"{name} is null on {lost} of {values.size} tokens of {example!r}"
-            )
         if known.size:
             low, high = self.ranges.get(name, (np.inf, -np.inf))
             self.ranges[name] = min(low, float(known.min())), max(high, float(known.max()))
+        return values.size - known.size
 
     def finish(self, context: Context) -> None:
-        """Report signals that are the same everywhere."""
+        """Report constant signals."""
         same = [f"{name} is {low:g}" for name, (low, high) in self.ranges.items() if low == high]
         if same:
             context.found.count(CONSTANT, self.rows, None, ", ".join(same))

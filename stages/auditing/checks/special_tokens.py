@@ -1,4 +1,4 @@
-"""BOS, padding and other special tokens."""
+"""Check BOS, padding and other special tokens."""
 
 import numpy as np
 
@@ -57,7 +57,7 @@ UNKNOWN = kind(
 
 
 def check(example: Example, context: Context) -> None:
-    """Look at special tokens."""
+    """Check the special tokens of an example."""
     ids, found, vocabulary = example.ids, context.found, context.vocabulary
     hidden = ~example.visible & example.trained
     if vocabulary is not None and vocabulary.pads_apart:
@@ -72,10 +72,10 @@ def check(example: Example, context: Context) -> None:
         if unknown.size:
             found.add(UNKNOWN, example, (int(unknown[0]), int(unknown[0]) + 1))
     expected = {*context.shape.printed, *vocabulary.stops, vocabulary.bos, vocabulary.pad, vocabulary.unknown}
-    inside = np.where((ids >= 0) & (ids < vocabulary.size), ids, 0)
+    known = vocabulary.known(ids)
     for turn in example.answers if example.turns else ():
         span = slice(turn.start, turn.stop)
-        special = np.flatnonzero(vocabulary.is_control[inside[span]] & example.trained[span]) + turn.start
+        special = np.flatnonzero(vocabulary.is_control[known[span]] & example.trained[span]) + turn.start
         odd = [int(i) for i in special if int(ids[i]) not in expected]
         if odd:
             found.add(SPECIAL, example, (odd[0], odd[0] + 1))
@@ -107,5 +107,5 @@ def _check_bos(example: Example, context: Context) -> None:
         before = position - 1
         while before > first and vocabulary.is_blank[min(max(int(ids[before]), 0), vocabulary.size - 1)]:
             before -= 1
-        if int(ids[before]) not in ends:  # else another document may begin here
+        if int(ids[before]) not in ends:  # after an end, another document may begin
             context.found.add(BOS_INSIDE, example, (int(position), int(position) + 1))

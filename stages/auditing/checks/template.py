@@ -1,4 +1,4 @@
-"""Raw conversations: what the chat template refuses, loses or changes."""
+"""Report what the chat template refuses, drops or changes in raw conversations."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
 FAMILY = "conversations and the chat template"
-_TURNS = "take --turns each, or a --chat-template that prints all of it"
+_TURNS = "use --turns each, or a --chat-template that prints all of it"
 
 
 def _lost(what: str, about: str) -> Kind:
@@ -48,7 +48,7 @@ UNSURE = kind(
     FAMILY,
     "error",
     "rows in which it is not certain where an answer begins or ends",
-    "take a chat template that marks answers with {% generation %}, such as --chat-template trl:NAME",
+    "use a chat template that marks answers with {% generation %}, such as --chat-template trl:NAME",
     "raw",
 )
 REFUSED = kind(
@@ -56,7 +56,7 @@ REFUSED = kind(
     FAMILY,
     "error",
     "rows that the chat template refuses",
-    "repair the rows, or take another --chat-template",
+    "fix the rows, or use another --chat-template",
     "raw",
 )
 SPECIAL = kind(
@@ -64,15 +64,15 @@ SPECIAL = kind(
     FAMILY,
     "error",
     "rows whose text holds a special token: a chat template was applied already, or the text was not cleaned",
-    "remove it, or take the rows with --keep-special-tokens",
+    "remove it, or keep the rows with --keep-special-tokens",
     "raw",
 )
 TOKENIZER = kind(
     "changed-by-tokenizer",
     FAMILY,
     "error",
-    "rows whose answers the tokenizer does not spell as they are written",
-    "take another tokenizer, or clean the text",
+    "rows whose answers do not survive tokenization as they are written",
+    "use another tokenizer, or clean the text",
     "raw",
 )
 DECISION = kind(
@@ -80,11 +80,11 @@ DECISION = kind(
     FAMILY,
     "error",
     "rows that can be read in several ways",
-    "say how with the option that the example names",
+    "choose one with the option that the example names",
     "raw",
 )
 BAD = kind(
-    "bad-row", FAMILY, "error", "rows that are no conversation to train on", "repair or drop them", "raw"
+    "bad-row", FAMILY, "error", "rows that are not a conversation to train on", "fix or drop them", "raw"
 )
 NO_TEMPLATE = kind(
     "no-chat-template",
@@ -107,7 +107,7 @@ NORMALIZED = kind(
     FAMILY,
     "warning",
     "rows whose text the tokenizer changes (blanks, or other forms of letters)",
-    "look whether code or quotations suffer",
+    "check that code and quotations are still right",
     "raw",
 )
 NOT_MARKED = kind(
@@ -135,7 +135,7 @@ _REASONS = {
 _TURN = re.compile(r"\bturn (\d+)\b")
 _QUOTED = re.compile(r"holds '([^']+)'")
 _EXCERPT = 120
-"""Characters of a refused row that are shown."""
+"""Characters of a refused row to show."""
 _KINDS = re.compile(r"\b(reasoning|system|tools|tool_calls|content)\b")
 
 
@@ -157,7 +157,7 @@ class Conversations:
         context: Context,
         conversation: Conversation | None = None,
     ) -> None:
-        """Count a row that cannot be encoded; `conversation` is what it holds, if that could be read."""
+        """Count a row that cannot be encoded; `conversation` is its content, if that could be read."""
         if isinstance(error, PassedOver):
             self.passed_over[error.reason] += 1
             return
@@ -174,7 +174,7 @@ class Conversations:
         context.found.place(_REASONS.get(error.reason, default), row.where, number, said, remedy, text)
 
     def note(self, notes: tuple[str, ...], example: Example, context: Context) -> None:
-        """Count what was said about a row while it was encoded."""
+        """Count the notes that encoding made about a row."""
         self.notes.update(notes)
         for note in notes:
             if note in _NOTES:
@@ -192,7 +192,7 @@ class Conversations:
 
 
 def _excerpt(detail: str, row: Row, conversation: Conversation | None) -> str:
-    """The beginning of the turn that an error names, or of the row; from the special token that it names, if any."""
+    """Return the start of the turn that an error names, or of the row; from the special token it quotes, if any."""
     turn = _TURN.search(detail)
     if conversation is None or turn is None or int(turn[1]) > len(conversation.messages):
         values = row.value if conversation is None else conversation.messages

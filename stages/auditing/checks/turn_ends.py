@@ -1,4 +1,4 @@
-"""Whether the token that ends a turn is there, is trained, and is there once."""
+"""Check that the token that ends each answer is present, trained, and not doubled."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ MISSING = kind(
     FAMILY,
     "error",
     "rows with an answer that no end token follows: the model does not learn to stop",
-    "add the end token behind each answer ({{ eos_token }} in the chat template)",
+    "add the end token after each answer ({{ eos_token }} in the chat template)",
     "tokenizer",
 )
 TRUNCATED = kind(
@@ -66,7 +66,7 @@ NO_NEXT = kind(
     FAMILY,
     "warning",
     "rows whose last answer has no end: the chat template puts it into the header of the next turn, and no row has one",
-    "take a template that prints it behind the last answer too, or add rows of several turns",
+    "use a template that also prints it after the last answer, or add rows of several turns",
     "template",
 )
 DROPPED = kind(
@@ -81,19 +81,19 @@ DROPPED = kind(
 
 @dataclass
 class TurnEnds:
-    """Counts over the dataset; what an open end means is known at its end."""
+    """Counts over the dataset. Whether an open end means truncation is only known once all rows are read."""
 
     max_length: int | None = None
-    """What the rows were cut at, where it is known."""
+    """Length in tokens at which the rows were cut; None if not known."""
     turns: int = 0
     trained: int = 0
     not_trained: int = 0
     missing: int = 0
     dropped: int = 0
-    """Of a selection: present in the response, not kept."""
+    """End tokens that are in the response but not in the selection."""
     dropped_rows: int = 0
     opened_next: int = 0
-    """Ended by a trained token that opens the next turn."""
+    """Answers that are ended by a trained token of the next turn's header."""
     open_rows: Counter[int] = field(default_factory=Counter)
     """Rows whose last answer has no end, by their length."""
     longest: int = 0
@@ -103,7 +103,7 @@ class TurnEnds:
     _last_dropped: int = -1
 
     def check(self, example: Example, context: Context) -> None:
-        """Look at each answer's end."""
+        """Check the end of each answer."""
         row_length = _shown_length(example, context)
         if example.whole:
             self.longest = max(self.longest, row_length)
@@ -111,7 +111,7 @@ class TurnEnds:
         if context.vocabulary is None or (example.selected and example.response is None):
             return
         if example.whole and example.learned[1:].all():
-            return  # all of it is trained: said elsewhere
+            return  # everything is trained: `labels` reports it
         if context.found.has(SHIFTED_MASK, example.row):
             return
         for turn in example.answers:
@@ -123,7 +123,7 @@ class TurnEnds:
         ids, learned, closers = example.ids, example.learned, context.shape.closers or vocabulary.stops
         limit = example.end(turn, closers, vocabulary.is_control)
         own = np.flatnonzero(learned[turn.header : limit]) + turn.header
-        own = own[~vocabulary.is_blank[_inside(ids[own], vocabulary.size)]]
+        own = own[~vocabulary.is_blank[vocabulary.known(ids[own])]]
         if vocabulary.pad not in closers:
             own = own[ids[own] != vocabulary.pad]
         if not own.size:
@@ -142,15 +142,15 @@ class TurnEnds:
                 found.add(NOT_A_STOP, example, (last, last + 1))
             return
         visible = example.visible
-        behind = next((i for i in range(last + 1, limit) if int(ids[i]) in closers and visible[i]), None)
-        if behind is not None:
+        end = next((i for i in range(last + 1, limit) if int(ids[i]) in closers and visible[i]), None)
+        if end is not None:
             self.not_trained += 1
-            found.add(NOT_TRAINED, example, (behind, behind + 1))
+            found.add(NOT_TRAINED, example, (end, end + 1))
             return
         self.missing += 1
         if limit >= row_length:
             if not example.whole:
-                return  # packs are cut at their end
+                return  # packing cuts its last document
             self.open_rows[row_length] += 1
             if "open" not in self._first or row_length == self.longest:
                 name = "open" if "open" not in self._first else "longest"
@@ -175,8 +175,8 @@ class TurnEnds:
         stops = np.isin(ids[turn.start : last], list(vocabulary.stops))
         for position in np.flatnonzero(stops & example.learned[turn.start : last]) + turn.start:
             rest = ids[position + 1 : last]
-            rest = rest[~vocabulary.is_blank[_inside(rest, vocabulary.size)]]
-            if rest.size and not vocabulary.is_control[_inside(rest[:1], vocabulary.size)][0]:
+            rest = rest[~vocabulary.is_blank[vocabulary.known(rest)]]
+            if rest.size and not vocabulary.is_control[vocabulary.known(rest[:1])][0]:
                 context.found.add(INSIDE, example, (int(position), int(position) + 1))
 
     def _drop(self, example: Example, last: int, context: Context) -> None:
@@ -204,7 +204,7 @@ class TurnEnds:
             context.found.count(MISSING, left, self._first.get("open"))
 
     def _cut(self) -> int:
-        """How many of the open rows were cut at a maximum length: those of the greatest length, if it is a limit."""
+        """Return how many open rows were cut at a maximum length: those of the greatest length, if it is a limit."""
         at_most = self.open_rows.get(self.longest, 0)
         shorter = sum(count for length, count in self.lengths.items() if length < self.longest)
         ended = shorter - (self.open_rows.total() - at_most)
@@ -222,14 +222,10 @@ class TurnEnds:
 
 
 def _shown_length(example: Example, context: Context) -> int:
-    """Where an example ends, without the padding behind it."""
+    """Return the length of an example without the padding after it."""
     shown = example.visible.copy()
     vocabulary = context.vocabulary
     if vocabulary is not None and vocabulary.pads_apart:
         shown &= example.ids != vocabulary.pad
     places = np.flatnonzero(shown)
     return int(places[-1]) + 1 if places.size else 0
-
-
-def _inside(ids: IntArray, size: int) -> IntArray:
-    return np.where((ids >= 0) & (ids < size), ids, 0)

@@ -129,10 +129,10 @@ def test_a_sequence_in_pieces_is_a_problem():
     ids = np.arange(5, 25)
     capture.expect({digest(ids): masks_of(20, 8)})
     step(model, [ids[:12]])
-    assert "a piece of 12 tokens came" in capture.take()["problem"]
+    assert "12 tokens arrived" in capture.take()["problem"]
     capture.expect({digest(ids): masks_of(20, 8)})
     step(model, [ids[12:]], first=12)
-    assert "came in pieces" in capture.take()["problem"]
+    assert "arrived in pieces" in capture.take()["problem"]
 
 
 def test_a_backend_that_is_called_otherwise_is_refused():

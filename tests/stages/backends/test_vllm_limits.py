@@ -66,7 +66,8 @@ def test_it_is_not_installed(model):
 def test_a_version_that_was_not_tested_can_be_allowed(model, tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, version="0.33.1")
     refuses(
-        model, r"vLLM 0.33.1 is installed, tested is 0.32; .*allow_untested_version=true, or use --backend hf"
+        model,
+        r"vLLM 0.33.1 is not tested \(tested: 0.32\); .*allow_untested_version=true, or use --backend hf",
     )
     check(model, backend_options={"allow_untested_version": "true"})
 
@@ -78,8 +79,8 @@ def test_a_version_that_was_not_tested_can_be_allowed(model, tmp_path, monkeypat
             {"backend_options": {"pipeline_parallel_size": 2}},
             "pipeline_parallel_size is 2, legal is 1; use tensor_p",
         ),
-        ({"device": "mps"}, "the vLLM installed is a build for cpu, device is 'mps'; use --backend hf"),
-        ({"device": "cuda"}, "the vLLM installed is a build for cpu, device is 'cuda'; use --backend hf"),
+        ({"device": "mps"}, "device is 'mps', but the installed vLLM is a build for cpu; use --backend hf"),
+        ({"device": "cuda"}, "device is 'cuda', but the installed vLLM is a build for cpu; use --backend hf"),
         ({"layer": 2}, "layer 2: the model has 2 layers; legal is -2 to 1"),
     ],
 )
@@ -89,9 +90,11 @@ def test_settings_that_it_does_not_take(installed, model, fields, words):
 
 def test_one_gpu_cannot_be_two(model, tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "vllm")
-    refuses(model, "device is 'cuda:1', one GPU, and tensor_parallel_size 2; say device cuda",
+    refuses(model, "device 'cuda:1' is one GPU, but tensor_parallel_size is 2; use device cuda",
             device="cuda:1", backend_options={"tensor_parallel_size": 2})  # fmt: skip
-    refuses(model, "a build for cuda, device is 'cpu'; use --backend hf", device="cpu")
+    refuses(
+        model, "device is 'cpu', but the installed vLLM is a build for cuda; use --backend hf", device="cpu"
+    )
 
 
 def test_several_workers_are_refused(installed, model):

@@ -49,7 +49,7 @@ def test_a_checker_of_ones_own_is_found_in_the_working_directory(tmp_path, monke
     assert checker("ab", "ac")
     assert not pickle.loads(pickle.dumps(checker))("b", "a")
     assert checker.source == tmp_path / "own_checker_of_test.py"
-    with pytest.raises(CheckerError, match="gave 'yes'; legal is True or False"):
+    with pytest.raises(CheckerError, match="returned 'yes'; legal: True or False"):
         Checker("own_checker_of_test:odd")("a", "a")
     with pytest.raises(CheckerError, match="raised KeyError: 'some text'"):
         Checker("own_checker_of_test:fails")("some text", "a")

@@ -399,7 +399,7 @@ def test_what_follows_the_last_trained_answer_is_not_shown(tokenizer) -> None:
     assert unwanted.input_ids == asked_again.input_ids == alone.input_ids
     assert unwanted.response_mask == asked_again.response_mask == alone.response_mask
     assert tokenizer.decode(alone.input_ids).endswith("<think>\nhm\n</think>\n\nfour<|im_end|>")
-    note = "examples without the messages behind the last answer that is trained on"
+    note = "examples without the messages after the last answer that is trained on"
     assert (alone.notes, unwanted.notes, asked_again.notes) == ((), (note,), (note,))
 
 

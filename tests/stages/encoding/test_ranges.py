@@ -1,4 +1,4 @@
-"""Pieces of a dataset hold, one after the other, the rows that reading it from its start gives."""
+"""Ranges of a dataset hold, one after the other, the rows that reading it from its start gives."""
 
 import pickle
 from itertools import chain
@@ -22,9 +22,9 @@ NAMES = ["d.jsonl", "d.ndjson", "d.jsonl.gz", "d.json", "d.parquet", "d.csv"]
 def check(data, size, limit=None, split=None):
     """Cut, move each shard to another process and read it; compare with reading all."""
     shards = [pickle.loads(pickle.dumps(shard)) for shard in cut(data, split, size, limit)]
-    counts = [sum(piece.count for piece in shard) for shard in shards]
+    counts = [sum(rows.count for rows in shard) for shard in shards]
     assert all(count == size for count in counts[:-1])
-    found = [list(chain.from_iterable(piece.rows() for piece in shard)) for shard in shards]
+    found = [list(chain.from_iterable(rows.rows() for rows in shard)) for shard in shards]
     assert [len(rows) for rows in found] == counts
     assert list(chain(*found)) == list(open_rows(data, split))[:limit]
     return shards
@@ -74,7 +74,7 @@ def test_any_lines(tmp_path_factory, lines, mark, ended, size) -> None:
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
-def test_a_piece_does_not_carry_its_rows(name, tmp_path) -> None:
+def test_a_range_does_not_carry_its_rows(name, tmp_path) -> None:
     rows = [{"question": f"word{i} " * 500, "answer": "b"} for i in range(100)]
     (shard,) = cut(write(tmp_path / name, rows), None, 100)
     assert len(pickle.dumps(shard)) < 2000
