@@ -92,14 +92,14 @@ def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
     ]
     if not texts:
         return False
-    said = [str(m.get(key, "")).strip() for m in messages for key in ("content", "reasoning_content")]
-    everything = "\n".join(said)
+    contents = [str(m.get(key, "")).strip() for m in messages for key in ("content", "reasoning_content")]
+    everything = "\n".join(contents)
     if all(text.strip() in everything for text in texts):
         return False
     if name not in _RENDERED or not isinstance(value, str):
         return True
     # Compare line by line: a rendering may put more than a line break between an instruction and its input.
-    lines = (line.strip() for part in said for line in part.splitlines())
+    lines = (line.strip() for part in contents for line in part.splitlines())
     return not all(line in value for line in lines)
 
 
@@ -118,8 +118,8 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        said = [value[key] for key in ("content", "value") if value.get(key) is not None]
-        for inner in said if said and ("role" in value or "from" in value) else value.values():
+        contents = [value[key] for key in ("content", "value") if value.get(key) is not None]
+        for inner in contents if contents and ("role" in value or "from" in value) else value.values():
             yield from _texts(inner)
     elif isinstance(value, list | tuple):
         for inner in value:

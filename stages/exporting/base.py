@@ -66,9 +66,9 @@ class Target(ABC):
         return {}
 
     def settings(self, facts: Facts, out: Path) -> Changes | None:
-        """Return what a YAML configuration of the user's own has to say to train on the export at `out` (absolute).
+        """Return the changes to a user's YAML configuration that make it train on the export at `out` (absolute).
 
-        None: the trainer is not configured by a YAML file, or not by settings alone.
+        None if the trainer is not configured by a YAML file, or not by settings alone.
         """
         return None
 

@@ -10,7 +10,7 @@ def card(
 ) -> str:
     """Return the README: what the export is, how to train on it, what each file is.
 
-    `of_method`: the weights, if any, are those that the method gave.
+    `of_method` says that the weights, if any, are the method's own.
     """
     max_length = settings["max_length"]
     matter = target.front_matter(facts)
@@ -30,7 +30,7 @@ def card(
         )
     if of_method:
         notes.append(
-            "Weights: what the method gave each kept token; the others' is 0, also where the method gave less than 0."
+            "Weights: the method's for each kept token, 0 for the others, even where the method's is negative."
             if facts.weights
             else "The method's weights were left out: all kept tokens are trained alike."
         )
@@ -40,7 +40,7 @@ def card(
             "of its example; the others' is 0."
         )
     sidecar = (
-        f"| `{SCORES}/` | for you, not for the trainer: example_id, masks, signals and score, row by row beside "
+        f"| `{SCORES}/` | for you, not for the trainer: example_id, masks, signals and score, row-aligned with "
         f"`{DATA}/` |\n"
         if settings["scores"]
         else ""

@@ -84,9 +84,7 @@ def _seen(folder: Path, target: Target) -> Iterator[tuple[list[int], list[int], 
         for table in target.read(folder):
             for row in table.to_pylist():
                 yield target.seen(row)
-    except (
-        Exception
-    ) as error:  # each loader raises its own types, and all mean that it cannot read the export
+    except Exception as error:  # each loader raises its own types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SstokenError(
             f"{folder}: {target.name} cannot read it ({reason}); export it again (--force)"

@@ -1,4 +1,4 @@
-"""`export --into`: a trainer's configuration of the user's own, with what the export needs changed, comments kept."""
+"""`export --into`: change a user's trainer configuration to train on the export, keeping its comments."""
 
 import difflib
 import io
@@ -11,35 +11,36 @@ from sstoken.errors import UsageError
 from sstoken.stages.storage import write_atomic
 
 Changes = Mapping[str, Any]
-"""Settings by name, with what each has to be: a value, `ABSENT`, or one of the classes below."""
+"""What each setting has to be: a value, `ABSENT`, or one of the classes below."""
 ABSENT = object()
+"""The setting must not be there."""
 
 
 class AtLeast(int):
-    """A number that the user's own may exceed."""
+    """A lower limit: a larger value of the user's stays."""
 
     or_none = False
-    """Whether none is no limit, too."""
+    """Whether null stays, too, meaning no limit."""
 
 
 class AtLeastOrNone(AtLeast):
-    """As `AtLeast`; none is no limit."""
+    """A lower limit where null means no limit, and stays."""
 
     or_none = True
 
 
 @dataclass(frozen=True)
 class IfGiven:
-    """A value for a setting that the user's configuration has; it is not added."""
+    """A value for a setting that is changed if the user's configuration has it, but not added."""
 
     value: Any
 
 
 def rewritten(path: Path, changes: Changes) -> tuple[str, str]:
-    """Return a YAML file's text, and the same with `changes` made and everything else as it stands.
+    """Return a YAML file's text before and after `changes`; everything else stays as it is.
 
     Raises:
-        UsageError: no such file, not YAML, or not a mapping.
+        UsageError: the file cannot be read, is not YAML, or is not a mapping.
     """
     from ruamel.yaml import YAML, YAMLError
     from ruamel.yaml.comments import CommentedMap
@@ -78,18 +79,18 @@ def rewritten(path: Path, changes: Changes) -> tuple[str, str]:
 
 
 def write_into(path: Path, changes: Changes, *, force: bool = False) -> tuple[Path, list[str]]:
-    """Write the changed configuration beside the user's own, which stays as it is: `NAME-masked.yml`.
+    """Write the changed configuration beside the user's own, as `NAME-masked.yml`.
 
     Returns:
-        The file, and the lines of the difference (unified; empty: nothing had to change).
+        The file, and the lines of a unified diff (empty if nothing had to change).
 
     Raises:
-        UsageError: as `rewritten`; or another file of that name is there, and `force` is False.
+        UsageError: as `rewritten`; or a file of that name exists and differs, and `force` is False.
     """
     before, after = rewritten(path, changes)
     target = path.with_name(f"{path.stem}-masked{path.suffix}")
     if target.exists() and not force and target.read_text(encoding="utf-8", errors="replace") != after:
-        raise UsageError(f"{target}: is there already, and differs; move it, or write over it with --force")
+        raise UsageError(f"{target}: exists and differs; move it, or overwrite it with --force")
     write_atomic(target, after)
     return target, list(
         difflib.unified_diff(

@@ -108,8 +108,7 @@ llamafactory-cli train llamafactory.yaml model_name_or_path=MODEL
 
 In a configuration of your own:
 
-- `tokenized_path` names `data`; `dataset` (which has to be there), `template` and `cutoff_len` do nothing to
-  these rows. In particular nothing
-  is cut: the longest row has {facts.longest} tokens, and `export --max-length N` is the way to shorten.
+- `tokenized_path` names `data`. `dataset` is required, but it, `template` and `cutoff_len` do nothing to these rows:
+  nothing is cut. The longest row has {facts.longest} tokens; shorten rows with `export --max-length N`.
 - `packing` and `neat_packing` work while LLaMA-Factory tokenizes, so they do nothing here either.
 """

@@ -33,7 +33,7 @@ class NeMo(ParquetTarget):
 
     def usage(self, facts: Facts) -> str:
         """Show the `dataset` section of a recipe."""
-        return f"""In a recipe (such as `llama3_2_1b_squad.yaml` of its examples), replace `dataset`, and take out
+        return f"""In a recipe (such as `llama3_2_1b_squad.yaml` of its examples), replace `dataset`, and remove
 `validation_dataset` or give it an export of its own:
 
 ```yaml
@@ -46,7 +46,7 @@ packed_sequence:
   packed_sequence_size: 0    # or at least {facts.longest}, the longest row: longer ones are dropped
 ```
 
-The labels are moved one to the left already (`labels[i]` is what position i predicts), as NeMo Automodel's own
-datasets do; its loss does not move them. So this export is for it alone: for any other trainer, the labels are off by
-one. There are no float columns: its collator would turn them into integers.
+The labels are already shifted one to the left (`labels[i]` is what position i predicts), as in NeMo Automodel's own
+datasets: its loss does not shift them. Use this export with no other trainer: the labels would be off by one. There
+are no float columns: its collator would turn them into integers.
 """

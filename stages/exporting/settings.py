@@ -1,4 +1,4 @@
-"""From a finished export to the user's own configuration of the trainer."""
+"""Write a user's trainer configuration, changed to train on a finished export."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ def check_into(path: Path, target: Target) -> None:
     """Refuse, before any work, a configuration that cannot be changed.
 
     Raises:
-        UsageError: the trainer is not configured by YAML, or the file is not a mapping in YAML.
+        UsageError: the trainer is not configured by YAML, or the file is not a YAML mapping.
     """
     if target.settings(_NOTHING, path) is None:
         able = ", ".join(

@@ -74,6 +74,5 @@ dataset:
 PYTHONPATH=. tune run full_finetune_single_device --config my_config.yaml
 ```
 
-Do not turn the labels into torchtune's `mask` by way of a transform of your own without care: there, True means *not*
-trained.
+If you turn the labels into torchtune's `mask` in a transform of your own, remember that there True means *not* trained.
 """

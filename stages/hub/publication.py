@@ -54,9 +54,9 @@ class Publication(Stage, EngineOptions):
     include_scores: bool = False
     """Also publish the columns rel, attention and score (several times the size)."""
     with_report: bool = False
-    """Also publish the page of `report`, which shows some examples with every signal that was recorded."""
+    """Also publish the page of `report`, which shows some examples with every recorded signal."""
     license: str | None = None
-    """The Hub's name of a licence, such as cc-by-4.0. Default: the source dataset's, where it is on the Hub."""
+    """The Hub's name of a licence, such as cc-by-4.0. Default: that of the source dataset, if it is on the Hub."""
     shard_tokens: Annotated[int, Field(ge=1)] = 8_000_000
     """Join shards until a published file holds this many tokens (about 16 MB without scores)."""
     origin: dict[str, Any] = Field(default_factory=dict)
@@ -101,11 +101,11 @@ class Publication(Stage, EngineOptions):
         return metrics
 
     def fingerprinted(self) -> dict[str, Any]:
-        """As before there was `with_report`, where it is off."""
+        """See `Settings.fingerprinted`. Leaves `with_report` out if it is off: older publications lack it."""
         return {key: value for key, value in super().fingerprinted().items() if key != "with_report" or value}
 
     def _report(self, masked: Path, out: Path) -> str | None:
-        """Write the page if it is asked for. Return its name."""
+        """Write the page if asked for; return its name."""
         if not self.with_report:
             return None
         from sstoken.stages.report.page import write_page
@@ -162,7 +162,7 @@ def _publish_shard(
     stats = {
         key: np.sum([m["stats"][key] for m in metadata], axis=0).tolist() for key in metadata[0]["stats"]
     }
-    metadata[0].pop("checks", None)  # of one shard of ours
+    metadata[0].pop("checks", None)  # they describe one shard of the source
     schema = pa.schema([field for field in pq.read_schema(sources[0]) if field.name in columns])
     groups = (tables.read_table(source, columns) for source in sources)
     tables.write_row_groups(path, groups, schema, public(metadata[0], hub) | {"stats": stats})

@@ -19,7 +19,7 @@ from sstoken.stages import storage, tables
 from sstoken.stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 from sstoken.stages.folders import hash_file
 from sstoken.stages.hub.provenance import PROVENANCE, Provenance, read_provenance
-from sstoken.stages.hub.remote import asking, connect
+from sstoken.stages.hub.remote import asking, connect, tree
 from sstoken.stages.hub.repository import SHARDS, TOKENIZER, UNSCORED
 from sstoken.stages.manifest import FileEntry
 from sstoken.stages.masked_card import write_card
@@ -65,7 +65,8 @@ class Pull(Stage):
         return provenance.metrics
 
     def _provenance(self, downloads: Path) -> Provenance:
-        there = self._tree()
+        with asking(self.repo):
+            there = tree(connect(), self.repo, self.commit)
         entry = there.get(PROVENANCE)
         if entry is None or entry.size > _LARGEST_PROVENANCE:
             raise SstokenError(f"{self.repo}: not a dataset that `publish` wrote (no {PROVENANCE} in it)")
@@ -86,14 +87,14 @@ class Pull(Stage):
         if path.partition("/")[0] not in (SHARDS, TOKENIZER):
             return
         if listed is None:
-            raise self._tampered(path, f"is there, and {PROVENANCE} does not list it")
+            raise self._tampered(path, f"exists, but {PROVENANCE} does not list it")
         if there is None:
             raise self._tampered(path, "is missing")
         if there.size != listed.bytes or (there.lfs is not None and there.lfs.sha256 != listed.sha256):
             raise self._tampered(path, f"is not what {PROVENANCE} says (size or checksum differs)")
 
     def _downloaded(self, out: Path, files: list[FileEntry]) -> Iterator[tuple[FileEntry, Path | None]]:
-        """Yield each file with the path of its checked download; None: an interrupted run had put it in place."""
+        """Yield each file with the path of its checked download; None if an interrupted run put it in place."""
 
         def fetch(file: FileEntry) -> tuple[FileEntry, Path | None]:
             name = PurePosixPath(file.path).name
@@ -115,15 +116,6 @@ class Pull(Stage):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _tree(self) -> dict[str, "RepoFile"]:
-        from huggingface_hub.hf_api import RepoFile
-
-        with asking(self.repo):
-            entries = connect().list_repo_tree(
-                self.repo, recursive=True, revision=self.commit, repo_type="dataset"
-            )
-            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
     def _download(self, path: str, downloads: Path) -> Path:
         with asking(self.repo):
             place = connect().hf_hub_download(
@@ -139,9 +131,7 @@ class Pull(Stage):
                 metadata = tables.read_metadata(path)
                 stats.append(metadata.pop("stats"))
                 same = metadata == provenance.masked
-                problem = (
-                    _contradiction(path, stats[-1]) if same else f"was made otherwise than {PROVENANCE} says"
-                )
+                problem = _contradiction(path, stats[-1]) if same else f"was not made as {PROVENANCE} says"
             except (KeyError, TypeError, ValueError) as error:
                 problem = f"has damaged metadata ({type(error).__name__})"
             if problem:
@@ -188,9 +178,9 @@ def _contradiction(path: Path, stats: Mapping[str, Any]) -> str | None:
         return "has lists of unequal lengths in a row"
     keep = columns["keep_mask"][0].astype(bool)
     if not np.array_equal(columns["labels"][0], labels_from_mask(ids, keep)):
-        return "has labels that its keep mask does not give"
+        return "has labels that contradict its keep mask"
     if "response_mask" in columns and (keep & ~columns["response_mask"][0].astype(bool)).any():
-        return "keeps tokens that are not of a response"
+        return "keeps tokens outside the responses"
     if stats["kept"] != int(keep.sum()) or stats["examples"] != len(table):
-        return "does not hold as many examples and kept tokens as it says"
+        return "has other counts of examples and kept tokens than its metadata say"
     return None

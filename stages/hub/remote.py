@@ -10,15 +10,16 @@ from sstoken.errors import SstokenError, UsageError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 _SECRET = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
 _BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w][\w./+-]*(?<![./])", re.ASCII)
 _REFUSALS = {
-    401: "the Hub does not take the token (401); log in again with `hf auth login`, or set HF_TOKEN",
+    401: "the Hub does not accept the token (401); log in again with `hf auth login`, or set HF_TOKEN",
     402: "the account's storage is used up (402); free some, or publish under another account",
     403: "the token has no right to do this (403); use one that may write to it",
     409: "the repository is being changed by someone else (409); try again",
-    412: "somebody else changed the repository meanwhile (412); try again",
+    412: "someone else changed the repository in the meantime (412); try again",
     413: "the Hub does not accept files this large (413)",
     429: "the Hub rate-limits you (429, too many requests); try again later",
 }
@@ -33,7 +34,7 @@ def connect(*, write: bool = False) -> "HfApi":
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise SstokenError("HF_HUB_OFFLINE is set: the Hub is not asked; unset it first")
+        raise SstokenError("HF_HUB_OFFLINE is set, so the Hub is not contacted; unset it first")
     if write and not get_token():
         raise SstokenError("no token for the Hub; log in with `hf auth login`, or set HF_TOKEN")
     return HfApi(library_name="sstoken")
@@ -64,6 +65,14 @@ def check_branch(branch: str) -> None:
     """
     if not _BRANCH.fullmatch(branch) or branch.startswith("refs/"):
         raise UsageError(f"branch {branch!r}: legal are letters, digits and . _ / - within, such as rho-0.4")
+
+
+def tree(api: "HfApi", repo: str, commit: str) -> dict[str, "RepoFile"]:
+    """Return the files of a dataset's commit by path."""
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 @contextmanager
@@ -106,7 +115,7 @@ def explain(error: BaseException) -> str:
     if status is not None:
         return f"the Hub refused ({status}): {said}"
     if isinstance(error, json.JSONDecodeError):
-        return f"what answers at {constants.ENDPOINT} is no Hub (no JSON); see HF_ENDPOINT and the proxy's settings"
+        return f"{constants.ENDPOINT} does not answer like a Hub (no JSON); check HF_ENDPOINT and the proxy settings"
     if isinstance(error, ValueError):
         return " ".join(str(error).split())[:300]
     reason = first_line(error)

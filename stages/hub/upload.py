@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.hub.provenance import PROVENANCE, read_provenance
-from sstoken.stages.hub.remote import asking
+from sstoken.stages.hub.remote import asking, tree
 from sstoken.stages.hub.repository import CARD
 from sstoken.stages.manifest import FileEntry
 from sstoken.stages.stage import ProgressBar
@@ -65,7 +65,7 @@ def upload(
     """
     with asking(repo):
         head, exists = _head(api, repo, branch, private)
-        there = _tree(api, repo, head)
+        there = tree(api, repo, head)
         removed = _superseded(api, repo, head, there, files)
         if not exists:
             api.create_branch(repo, branch=branch, revision=head, repo_type="dataset", exist_ok=True)
@@ -97,13 +97,6 @@ def _head(api: "HfApi", repo: str, branch: str, private: bool) -> tuple[str, boo
             info = api.dataset_info(repo, revision=branch)
     assert info.sha is not None
     return info.sha, exists
-
-
-def _tree(api: "HfApi", repo: str, commit: str) -> dict[str, "RepoFile"]:
-    from huggingface_hub.hf_api import RepoFile
-
-    entries = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 def _superseded(
@@ -142,7 +135,7 @@ def _same(there: "RepoFile | None", folder: Path, file: FileEntry) -> bool:
         return False
     if there.lfs is not None:
         return bool(there.lfs.sha256 == file.sha256)
-    return bool(there.blob_id == git_hash((folder / file.path).read_bytes()))  # small, or it were in LFS
+    return bool(there.blob_id == git_hash((folder / file.path).read_bytes()))  # small: large files are in LFS
 
 
 def _commit(

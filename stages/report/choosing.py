@@ -1,4 +1,4 @@
-"""Which rows to show, and by which values: rows that hold a text, rows where the signals disagree, any signal."""
+"""Choose the rows to show (by a text, or by how much signals disagree), and read a signal's values for them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +12,18 @@ from sstoken.stages.report.sampling import Highest
 from sstoken.stages.report.shards import Shard
 from sstoken.stages.report.statistics import pair_of, responses, surprise
 
-SORTS = ("row", "surprise")
-
 
 def choose(folder: Path, number: int, search: str | None, sort: str) -> list[int]:
     """Choose rows of a masked or tokens folder, reading it shard by shard.
 
     Args:
-        folder: which.
-        number: how many rows at most.
-        search: only rows whose text holds this, upper or lower case.
-        sort: `row`, or `surprise`: where two signals disagree most about which tokens lead.
+        folder: the folder.
+        number: most rows to return.
+        search: only rows whose text contains this, ignoring case.
+        sort: `row`, or `surprise`: rows in which two signals disagree most about which tokens lead.
 
     Raises:
-        SstokenError: no row holds the text, or there are no two signals to compare.
+        SstokenError: no row contains the text, or there are no two signals to compare.
     """
     folders = open_folders({folder.name: folder})
     best = Highest(number)
@@ -45,10 +43,10 @@ def choose(folder: Path, number: int, search: str | None, sort: str) -> list[int
 
 
 def signal_values(folder: Path, rows: Sequence[int], signal: str) -> dict[int, list[float | None]]:
-    """Return a signal's value on each token of some rows, None where it was not measured.
+    """Return a signal's value for each token of some rows, by row; None where it was not measured.
 
     Raises:
-        UsageError: it was not recorded; names those that were.
+        UsageError: it was not recorded; lists those that were.
     """
     folders = open_folders({folder.name: folder})
     found: dict[int, list[float | None]] = {}
@@ -59,7 +57,7 @@ def signal_values(folder: Path, rows: Sequence[int], signal: str) -> dict[int, l
                 columns[name] = own
         if signal not in columns:
             legal = ", ".join(columns) or "none was recorded"
-            raise UsageError(f"signal {signal!r} was not recorded of {folder}; legal: {legal}")
+            raise UsageError(f"signal {signal!r} was not recorded for {folder}; legal: {legal}")
         for row in rows:
             at = row - shard.first_row
             if 0 <= at < len(shard.example_ids):
@@ -73,8 +71,8 @@ def _surprise(folders: Folders, shard: Shard) -> np.ndarray:
     pair = pair_of(r.signals)
     if pair is None:
         raise SstokenError(
-            f"{folders.first.path}: fewer than two signals were recorded, so none can disagree; score its tokens "
-            "into scores/ beside it"
+            f"{folders.first.path}: fewer than two signals were recorded, so there is nothing to compare; score its "
+            "tokens into scores/ beside it"
         )
     values = surprise(r.signals[pair[0]], r.signals[pair[1]], r.example, r.offsets)
     return np.where(np.diff(r.offsets) > 0, values, np.nan)

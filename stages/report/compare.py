@@ -1,4 +1,4 @@
-"""Masked datasets side by side: how far their masks agree, and where they differ."""
+"""Compare masked datasets: how far their masks agree, and where they differ."""
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
@@ -24,18 +24,18 @@ def compare_masked(masked: Mapping[str, Path], num_examples: int = 5) -> dict[st
     """Compare the keep masks of masked datasets of the same tokens, each with the first and with every other.
 
     Args:
-        masked: folders by name, two or more.
-        num_examples: how many of the examples that differ most are listed of each pair.
+        masked: two or more folders by name.
+        num_examples: number of examples to list for each pair, those that differ most.
 
     Returns:
-        `examples`, `response_tokens`: what all have in common; `kept`: by name, the share kept; `left_out`: by name,
-        how many examples it has that not all have; `pairs`: for each two names `first`, `second`, `jaccard` (kept by
-        both over kept by either; 1 where neither keeps any), `kappa` (Cohen's; 1 where the masks are equal),
-        `only_first`, `only_second` (tokens), and `by_tenth`, `by_class`, `by_example`: where they differ.
+        `examples`, `response_tokens`: counts of what all have in common; `kept`: share kept, by name; `left_out`:
+        number of examples that not all have, by name; `pairs`: for each two names `first`, `second`, `jaccard` (kept
+        by both over kept by either; 1 if neither keeps any), `kappa` (Cohen's; 1 if the masks are equal),
+        `only_first`, `only_second` (tokens), and where they differ: `by_tenth`, `by_class`, `by_example`.
 
     Raises:
         UsageError: fewer than two folders.
-        SstokenError: a folder is lean, is no masked dataset, or two have other tokens.
+        SstokenError: a folder is lean or not a masked dataset, or two have different tokens.
     """
     import polars as pl
 
@@ -65,10 +65,11 @@ def compare_masked(masked: Mapping[str, Path], num_examples: int = 5) -> dict[st
 
 
 def agreement(masked: Mapping[str, Path]) -> dict[str, Any]:
-    """How far every two datasets agree.
+    """Return how far every two datasets agree.
 
     Returns:
-        `jaccard` and `kappa`, each as rows of a symmetrical matrix in the order of `masked`; `examples` that all have.
+        `jaccard` and `kappa`, each as rows of a symmetric matrix in the order of `masked`, and the number of
+        `examples` that all have.
     """
     facts = compare_masked(masked, num_examples=0)
     pairs = {(pair["first"], pair["second"]): pair for pair in facts["pairs"]}
@@ -84,18 +85,18 @@ def agreement(masked: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _mask(number: int) -> str:
-    """The column of a dataset's mask; its own name may be that of another column."""
+    """Return the column name of a dataset's mask; the dataset's own name could clash with another column."""
     return f"mask-{number}"
 
 
 def _common_examples(masked: Mapping[str, Path]) -> tuple[dict[str, int], dict[str, int]]:
-    """Examples that all have, numbered in the order of the first; and how many others each has."""
+    """Return the examples that all have, numbered in the order of the first, and how many others each has."""
     ids: dict[str, list[str]] = {}
-    said: dict[str, Any] = {}
+    fingerprints: dict[str, Any] = {}
     for name, folder in masked.items():
         parts = tables.parts(folder)
         if not parts:
-            raise SstokenError(f"{folder}: no masked dataset (no part-*.parquet); name what select wrote")
+            raise SstokenError(f"{folder}: not a masked dataset (no part-*.parquet); name what select wrote")
         facts = tables.read_metadata(parts[0])
         if facts.get("kind") != "masked":
             raise SstokenError(f"{folder}: not a masked dataset; name what select wrote")
@@ -103,13 +104,13 @@ def _common_examples(masked: Mapping[str, Path]) -> tuple[dict[str, int], dict[s
             raise SstokenError(
                 f"{folder}: lean, so its response tokens are not known; select it without --lean"
             )
-        said[name] = facts.get(joins.TOKENS)
+        fingerprints[name] = facts.get(joins.TOKENS)
         ids[name] = [
             i for path in parts for i in tables.read_table(path, ["example_id"])["example_id"].to_pylist()
         ]
     first = next(iter(masked))
-    for name, tokens in said.items():
-        if tokens != said[first]:
+    for name, fingerprint in fingerprints.items():
+        if fingerprint != fingerprints[first]:
             raise SstokenError(
                 f"{masked[name]}: made from other tokens than {masked[first]}; compare selections of the same tokens"
             )
@@ -123,7 +124,7 @@ def _common_examples(masked: Mapping[str, Path]) -> tuple[dict[str, int], dict[s
 
 
 def _aligned(masked: Mapping[str, Path], common: Mapping[str, int]) -> Iterator["pl.DataFrame"]:
-    """Shard by shard: a row for each response token, with the example's id, the token's id and a column a mask."""
+    """Yield a table per shard with a row per response token: example id, token id and a column for each mask."""
     import polars as pl
 
     paths = [tables.parts(folder) for folder in masked.values()]
@@ -153,7 +154,7 @@ def _aligned(masked: Mapping[str, Path], common: Mapping[str, int]) -> Iterator[
 
 
 def _describe(tokens: "pl.DataFrame", classes: "pl.DataFrame") -> "pl.DataFrame":
-    """With each token's tenth of its response, and its class."""
+    """Add each token's tenth of its response, and its class."""
     import polars as pl
 
     place = pl.int_range(pl.len()).over("example_id")
@@ -173,7 +174,7 @@ def _class_by_id(folder: Path) -> "pl.DataFrame":
 
 
 def _add(before: "pl.DataFrame | None", frame: "pl.DataFrame", num_masks: int, key: str) -> "pl.DataFrame":
-    """How many tokens each two masks keep both or one alone, by `key`, with those of the shards before."""
+    """Count by `key` the tokens that both or only one of each two masks keep; add the counts of earlier shards."""
     import polars as pl
 
     sums = [pl.len().alias("n")]
@@ -231,7 +232,7 @@ def _jaccard(both: int, first: int, second: int) -> float:
 
 
 def _kappa(both: int, first: int, second: int, number: int) -> float:
-    """Agreement beyond chance; 1 where the masks are equal, chance or not."""
+    """Return Cohen's kappa, agreement beyond chance; 1 if the masks are equal."""
     if not first and not second:
         return 1.0
     observed = 1 - (first + second) / number

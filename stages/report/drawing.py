@@ -1,4 +1,4 @@
-"""How a chart is drawn: into a page as SVG that follows its colours, or into a file for a paper."""
+"""Draw a chart, as an SVG element with the page's colours or into a file for a paper."""
 
 import io
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 INK, FAINT, GRID, KEPT, DROPPED, ACCENT = "#1d2733", "#5b6875", "#d7dde4", "#2a6db0", "#e09a4f", "#a03c14"
 SERIES = ("#2a6db1", "#c2611f", "#3d8f6d", "#7a5195", "#8a7a1c", "#4b5563", "#b0416f")
-"""Told apart with any colour vision by lightness and dashes; named at the end of each line besides."""
+"""Colours of lines. With any colour vision, lightness and dashes tell them apart."""
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 PAGE_COLORS = {
     INK: "var(--ink)",
@@ -27,14 +27,14 @@ PAGE_COLORS = {
     ACCENT: "var(--accent)",
     **{color: f"var(--series-{i})" for i, color in enumerate(SERIES)},
 }
-"""What the page's own colours, light or dark, stand in for."""
+"""The page's own colours (light or dark) that replace these."""
 FORMATS = (".svg", ".pdf", ".png")
 _SIZE = (4.6, 3.0)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure ready to be drawn."""
+    """A figure, ready to draw."""
 
     name: str
     title: str
@@ -43,7 +43,7 @@ class Chart:
 
 
 def save(chart: Chart, path: Path) -> None:
-    """Draw a figure into an SVG, PDF or PNG file. The same data give the same bytes."""
+    """Draw a figure into an SVG, PDF or PNG file; the same data give the same bytes."""
     kind = path.suffix.lower()
     nothing = {
         ".svg": {"Date": None, "Creator": None},
@@ -55,7 +55,7 @@ def save(chart: Chart, path: Path) -> None:
 
 
 def inline_svg(chart: Chart) -> str:
-    """Draw a figure as an `<svg>` element for a page: its text is text, its colours those of the page."""
+    """Draw a figure as an `<svg>` element for a page, with selectable text and the page's colours."""
     with _drawn(chart) as figure:
         content = io.StringIO()
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)

@@ -1,4 +1,4 @@
-"""The examples that a page shows: their tokens as text, with every value that was recorded of them."""
+"""The examples that a page shows: the text of their tokens, with every recorded value."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from sstoken.stages.report.statistics import Statistics, responses, surprise
 from sstoken.stages.token_text import token_texts, visible
 
 DATA_BYTES = 3_000_000
-"""What the examples of a page take at most, so that the page stays below 5 MB."""
+"""Most bytes of a page's examples, so that the page stays below 5 MB."""
 MOST_TOKENS = 1500
-"""Of a longer example, this many are shown."""
+"""Most tokens shown of one example."""
 _BEFORE = 300
 """Tokens of the prompt that a clipped example keeps before its response."""
 _DIGITS = 3
@@ -25,18 +25,18 @@ _DIGITS = 3
 def gather(
     stats: Statistics, wanted: Mapping[str, Sequence[int]], budget: int = DATA_BYTES
 ) -> list[dict[str, Any]]:
-    """Read the wanted rows, the first reasons first, until the budget is spent.
+    """Read the wanted rows until the budget is spent; rows wanted for the first reasons take precedence.
 
     Args:
-        stats: of the folders.
-        wanted: rows by why they are shown.
+        stats: the folders' statistics.
+        wanted: rows by the reason for showing them.
         budget: bytes of JSON.
 
     Returns:
-        One dictionary an example, in the order of the rows: `row`, `id`, `why`, `tokens`, `first` (the number of tokens
+        One dictionary per example, in the order of the rows: `row`, `id`, `why`, `tokens`, `first` (number of tokens
         left out before those shown), `differ`, `surprise`, `kept` (a share for each folder), `text` and `ids` for each
-        token, `special`, `response` and `keep` as strings of 0 and 1 (`keep` for each folder), and compact over the
-        response tokens `score` and `weight` for each folder and `signals` by name.
+        token; `special`, `response` and `keep` as strings of 0 and 1 (`keep` for each folder); and for the response
+        tokens only, `score` and `weight` for each folder and `signals` by name.
     """
     why: dict[int, list[str]] = {}
     for reason, rows in wanted.items():
@@ -107,7 +107,7 @@ def _example(
 
 
 def _window(response: BoolArray) -> tuple[int, int]:
-    """The part of a long example that is shown: the end of its prompt, then its response."""
+    """Return the part of a long example to show: the end of its prompt, then its response."""
     if response.size <= MOST_TOKENS:
         return 0, int(response.size)
     first = int(response.argmax()) - _BEFORE if response.any() else 0
@@ -120,12 +120,12 @@ def _bits(mask: BoolArray) -> str:
 
 
 def _rounded(values: Float32Array) -> list[float | None]:
-    """Three significant digits: what a reader compares, and a third of the bytes."""
+    """Round to three significant digits: enough to compare, and a third of the bytes."""
     return [float(f"{v:.{_DIGITS}g}") if np.isfinite(v) else None for v in values.tolist()]
 
 
 def scale(values: NDArray[np.float64], signed: bool) -> list[float]:
-    """The six values between seven steps of colour, so that each step has as many tokens; around zero if signed."""
+    """Return the six values between seven colours that give each as many tokens; symmetric about 0 if signed."""
     known = values[np.isfinite(values)]
     if not known.size:
         return []
@@ -138,7 +138,7 @@ def scale(values: NDArray[np.float64], signed: bool) -> list[float]:
 
 
 def as_json(data: Any) -> str:
-    """JSON that can stand inside a `<script>` element whatever the text holds."""
+    """Return JSON that is safe inside a `<script>` element, whatever text it contains."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -146,7 +146,7 @@ def as_json(data: Any) -> str:
 
 
 def titles(folders: Folders) -> list[dict[str, Any]]:
-    """What a page says of each folder."""
+    """Return the facts about each folder that a page shows."""
     return [
         {
             "name": visible(each.name, newline=" "),

@@ -1,4 +1,4 @@
-"""The charts of a report: what each shows, from the numbers of `statistics`."""
+"""The charts of a report, drawn from `statistics`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,11 +29,11 @@ _BINS, _DENSITY_BINS = 48, 56
 _SHOWN = (0.002, 0.998)
 """Quantiles between which a histogram is drawn: a few far outliers would flatten it."""
 _LEAST_SHARE = 0.005
-"""A class with fewer of the tokens has no line of its own."""
+"""Smallest share of the tokens for which a class gets a line of its own."""
 
 
 def charts(stats: Statistics) -> dict[str, Chart]:
-    """Every figure that these folders have data for, by the name that `plot` takes."""
+    """Return every chart that these folders have data for, by its name in `plot`."""
     found = [
         *_breakdowns(stats),
         *_histograms(stats),
@@ -55,30 +55,30 @@ NAMES = (
     "histogram:score",
     "histogram:SIGNAL",
 )
-"""Every name; which of them there are depends on what was recorded."""
+"""All names; which charts exist depends on what was recorded."""
 
 
 def check_name(name: str, path: Path) -> None:
-    """Refuse a figure or a file of no known kind, before anything is read.
+    """Refuse an unknown figure or file format, before reading anything.
 
     Raises:
-        UsageError: names the legal ones.
+        UsageError: lists the legal ones.
     """
     if name not in NAMES and not name.startswith("histogram:"):
         raise UsageError(f"no figure {name!r}; legal: {', '.join(NAMES)}")
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: the name has to end in {', '.join(FORMATS)}")
+        raise UsageError(f"{path}: the name must end in {', '.join(FORMATS)}")
 
 
 def pick(stats: Statistics, name: str) -> Chart:
-    """One figure.
+    """Return one chart.
 
     Raises:
-        UsageError: there is none of that name, or no data for it.
+        UsageError: there is no such chart, or no data for it.
     """
     there = charts(stats)
     if name not in there:
-        raise UsageError(f"no figure {name!r} of {stats.folders.first.path}; legal: {', '.join(there)}")
+        raise UsageError(f"no figure {name!r} for {stats.folders.first.path}; legal: {', '.join(there)}")
     return there[name]
 
 
@@ -138,7 +138,7 @@ def _histograms(stats: Statistics) -> Iterator[Chart]:
         values = columns[signal.key].astype(np.float64)
         cut = stats.cuts.columns().get("cut") if signal.key == "score" and stats.selective else None
         line = None if cut is None or not cut.size else float(np.median(cut.astype(float)))
-        caption = f"{signal.meaning[:1].upper()}{signal.meaning[1:]}."
+        caption = f"{capitalized(signal.meaning)}."
         if line is not None:
             scope = stats.folders.first.facts.get("scope", "sample")
             what = "The line is the lowest kept score" + (
@@ -146,11 +146,12 @@ def _histograms(stats: Statistics) -> Iterator[Chart]:
             )
             caption += f" {what}"
         draw = _draw_histogram(signal, values, keep, line, stats.selective)
-        yield Chart(f"histogram:{signal.key}", _title(signal), caption, draw)
+        yield Chart(f"histogram:{signal.key}", capitalized(signal.label), caption, draw)
 
 
-def _title(signal: SignalFacts) -> str:
-    return f"{signal.label[:1].upper()}{signal.label[1:]}"
+def capitalized(text: str) -> str:
+    """Return a text with its first letter in upper case and the others as they are."""
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _draw_histogram(
@@ -194,7 +195,7 @@ def _draw_histogram(
 
 
 def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Spearman's rank correlation of two signals over the tokens that have both."""
+    """Return Spearman's rank correlation of two signals over the tokens that have both, NaN if undefined."""
     import polars as pl
 
     known = np.isfinite(a) & np.isfinite(b)
@@ -226,8 +227,8 @@ def _density(stats: Statistics) -> Iterator[Chart]:
         axes.set(xlabel=f"{a.label} ({a.unit})", ylabel=b.label)
 
     yield Chart(
-        "density", f"{_title(a)} and {b.label}",
-        f"Where the response tokens lie; lighter is more, on a log scale. Their rank correlation is {rank:+.2f} "
+        "density", f"{capitalized(a.label)} and {b.label}",
+        f"Density of the response tokens on a log scale; lighter is more. Their rank correlation is {rank:+.2f} "
         "(Spearman's; 0: unrelated, 1: the same order).", draw,
     )  # fmt: skip
 
@@ -253,8 +254,8 @@ def _by_rho(stats: Statistics) -> Iterator[Chart]:
 
     yield Chart(
         "rho", "Kept share against rho",
-        "What a share rho of each example, the highest scores first, would keep of each kind of token. On the thin "
-        "line, a kind is kept as often as chance would."
+        "Share of each kind of token that would be kept if each example kept its share rho of highest scores. On the "
+        "thin line, a kind is kept as often as by chance."
         + ("" if rho is None else " The dashed line is the rho that was used."),
         draw,
     )  # fmt: skip

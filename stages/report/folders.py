@@ -1,4 +1,4 @@
-"""What a report reads: masked or tokens folders shard by shard, with every signal that was recorded of their tokens.
+"""Open the folders of a report: masked or tokens folders, with every signal recorded for their tokens.
 
 Only one shard is in memory at a time.
 """
@@ -20,7 +20,7 @@ KINDS = ("masked", "tokens")
 
 @dataclass(frozen=True)
 class SignalFacts:
-    """A column of values that the report shows."""
+    """A signal that the report shows."""
 
     key: str
     """`rel`, `attention`, or `CHECKPOINT.SIGNAL`."""
@@ -41,11 +41,11 @@ class Folders:
     scores: dict[str, Path] = field(default_factory=dict)
     """Folders of scores by checkpoint."""
     notes: list[str] = field(default_factory=list)
-    """What could not be shown, and why; a line each."""
+    """One line for each thing that is not shown, with the reason."""
 
     @property
     def first(self) -> Opened:
-        """The folder whose rows are counted."""
+        """The folder whose rows the report counts."""
         return self.all[0]
 
     @property
@@ -54,7 +54,7 @@ class Folders:
         return self.first.path / "tokenizer"
 
     def signals(self) -> list[SignalFacts]:
-        """Every signal that some shard can have, the folder's own first."""
+        """Return every signal that a shard may have, the folder's own first."""
         own = self.first.facts
         found = []
         if self.first.kind == "masked" and "rel" in self.first.columns:
@@ -90,7 +90,7 @@ class Folders:
         return found
 
     def shards(self, wanted: Sequence[int] | None = None) -> Iterator[Shard]:
-        """Read shard after shard; with `wanted` rows, only shards that hold one of them."""
+        """Yield the shards in order; with `wanted` rows, only shards with at least one of them."""
         first_row = 0
         rows = None if wanted is None else np.array(sorted(wanted))
         for part in tables.parts(self.first.path):
@@ -104,24 +104,23 @@ def open_folders(named: Mapping[str, Path], scores: Sequence[Path] = ()) -> Fold
     """Check the folders of a report, and find the scores of their tokens.
 
     Args:
-        named: masked or tokens folders by name; several must be masked, of the same tokens.
-        scores: folders that `score` wrote; none: those in `scores/` beside the first folder that fit.
+        named: folders by name: one masked or tokens folder, or several masked folders of the same tokens.
+        scores: folders that `score` wrote; none: use those in `scores/` beside the first folder that match.
 
     Raises:
-        UsageError: no such folder, one of another kind, or several that are not all masked.
-        SstokenError: unfinished, damaged, or of other tokens.
+        UsageError: a folder does not exist or is of another kind, or several are not all masked.
+        SstokenError: a folder is unfinished, damaged, or has other tokens.
     """
     opened = [_open(name, path) for name, path in named.items()]
     first = opened[0]
     if len(opened) > 1:
         wrong = next((each for each in opened if each.kind != "masked"), None)
         if wrong is not None:
-            raise UsageError(f"{wrong.path}: a tokens folder; side by side stand masked folders alone")
+            raise UsageError(f"{wrong.path}: a tokens folder; only masked folders can be shown side by side")
         for each in opened[1:]:
             if each.fingerprint != first.fingerprint:
                 raise SstokenError(
-                    f"{each.path}: made from other tokens than {first.path}; put selections of the same tokens side by "
-                    "side"
+                    f"{each.path}: made from other tokens than {first.path}; compare selections of the same tokens"
                 )
     folders = Folders(opened)
     if first.lean and first.kind == "masked":
@@ -147,7 +146,7 @@ def _open(name: str, path: Path) -> Opened:
 
 
 def _find_scores(folders: Folders, given: Sequence[Path]) -> None:
-    """Note the folders of scores that are of these very tokens; refuse others only where they were named."""
+    """Find the scores of these tokens; refuse other scores only if the user named them."""
     beside = folders.first.path.absolute().parent / "scores"
     places = list(given) or ([beside] if beside.is_dir() else [])
     found = [
@@ -181,6 +180,6 @@ def _same_tokens(first: Opened, scores: Path) -> bool:
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Sort `base` before `step-9` before `step-10`."""
+    """Sort key that puts `base` before `step-9` before `step-10`."""
     pieces = path.name.replace("-", " ").replace("_", " ").split()
     return [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in pieces]

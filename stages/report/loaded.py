@@ -1,4 +1,4 @@
-"""A folder of tokens or masks in Python: tables of it, and rows that a notebook shows in colour."""
+"""A masked or tokens folder in Python: as a table, or as rows that a notebook shows in colour."""
 
 import html
 from collections.abc import Iterator, Sequence
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     import polars as pl
 
 _STEPS = ("#f0f5fa", "#dfebf6", "#cbdff1", "#b3d0ea", "#98bfe2", "#7aacd8", "#5b98cd")
-"""From a low score to a high one; dark text keeps its contrast on each."""
+"""Colours from a low score to a high one, all light enough for dark text."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example; a notebook shows its tokens in colour."""
+    """One example. A notebook shows its tokens in colour."""
 
     example: MaskedExample
     texts: list[str]
-    """What each token adds to the text."""
+    """The text that each token adds."""
 
     @property
     def text(self) -> str:
-        """The whole text, prompt included."""
+        """The text, including the prompt."""
         return "".join(self.texts)
 
     @property
@@ -84,7 +84,7 @@ class Loaded(Sequence[Row]):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What made it: method, parameters, checkpoints, tokenizer."""
+        """How it was made: method, parameters, checkpoints, tokenizer."""
         return dict(self._opened.facts)
 
     @property
@@ -114,18 +114,18 @@ class Loaded(Sequence[Row]):
         """Read one row, from 0; a negative number counts from the end.
 
         Raises:
-            IndexError: there is none.
+            IndexError: there is no such row.
         """
         size = len(self)
         if not -size <= number < size:
-            raise IndexError(f"row {number} is not in {self._opened.path}: legal are 0 to {size - 1}")
+            raise IndexError(f"row {number} is not in {self._opened.path}; legal: 0 to {size - 1}")
         (example,) = read_examples(self._opened.path, number % size)
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(str(self._opened.path / "tokenizer"))
         return Row(example, token_texts(self._tokenizer, example.input_ids))
 
     def to_polars(self, columns: Sequence[str] | None = None) -> "pl.DataFrame":
-        """Read it into a table in memory, a row for each example; `columns`: only these."""
+        """Read it into a table in memory, with a row for each example and all or some columns."""
         import polars as pl
 
         found = pl.from_arrow(self._table(columns))
@@ -133,7 +133,7 @@ class Loaded(Sequence[Row]):
         return found
 
     def to_datasets(self, columns: Sequence[str] | None = None) -> "datasets.Dataset":
-        """As `to_polars`, a dataset for trainers."""
+        """Like `to_polars`, as a dataset for trainers."""
         from datasets import Dataset
 
         return Dataset(self._table(columns))
@@ -159,8 +159,8 @@ def load(folder: str | Path) -> Loaded:
         masked.row(0)  # in a notebook: its tokens in colour
 
     Raises:
-        UsageError: no such folder, or one of another kind.
-        SstokenError: unfinished or damaged.
+        UsageError: there is no such folder, or it is of another kind.
+        SstokenError: it is unfinished or damaged.
     """
     path = expanded(folder)
     return Loaded(open_folders({path.name or str(folder): path}).first)

@@ -1,4 +1,4 @@
-"""Which tokens, pairs and triples of tokens a mask keeps most and least."""
+"""Find the tokens, pairs and triples of tokens that a mask keeps most and least often."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ LONGEST = 3
 _BITS = 21  # three ids in one int64
 _MASK = (1 << _BITS) - 1
 MOST_HELD = 400_000
-"""Different n-grams of one length held at once; then the rarest are forgotten."""
+"""Most distinct n-grams of one length to hold; beyond it, the rarest are forgotten."""
 
 
 @dataclass
@@ -24,16 +24,16 @@ class NGrams:
 
     held: "dict[int, pl.DataFrame]" = field(default_factory=dict)
     forgotten: dict[int, int] = field(default_factory=dict)
-    """By length: n-grams seen at most this often may be missing, and others' counts be too low by as much."""
+    """By length: n-grams seen at most this often may be missing, and other counts may be too low by this much."""
 
     def add(self, ids: NDArray[np.int32], turns: IntArray, keep: BoolArray, row_of: IntArray) -> None:
         """Count the n-grams of one shard.
 
         Args:
-            ids: [N] of the response tokens.
+            ids: [N], the response tokens.
             turns: [U + 1], where each turn starts.
-            keep: [N]
-            row_of: [N] row of each token's example.
+            keep: [N].
+            row_of: [N], the row of each token's example.
         """
         import polars as pl
 
@@ -72,18 +72,18 @@ class NGrams:
         return frame
 
     def extremes(self, n: int, share: float, number: int, *, least: bool) -> list[dict[str, Any]]:
-        """The n-grams kept most, or least, often for how common they are.
+        """Return the n-grams kept most, or least, often.
 
-        Ranked by the bound of a 95 % Wilson interval, so that a few lucky occurrences do not lead.
+        Ranked by the bound of a 95 % Wilson interval, so that rare n-grams do not lead by luck.
 
         Args:
             n: tokens in each.
-            share: kept share of all tokens.
-            number: how many.
-            least: those kept least.
+            share: kept share of all tokens, in [0, 1].
+            number: most n-grams to return.
+            least: return those kept least often.
 
         Returns:
-            `ids`, `count`, `kept` (share in [0, 1]), `lift` (over `share`), `row` (of an example that has it).
+            `ids`, `count`, `kept` (share in [0, 1]), `lift` (`kept` over `share`), `row` (an example that has it).
         """
         import polars as pl
 

@@ -1,4 +1,4 @@
-"""The self-contained page of a report: statistics, charts and examples put into the template in `page/`."""
+"""Write the self-contained page of a report: statistics, charts and examples in the template in `page/`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from sstoken.stages.masked_card import decisive_settings
 from sstoken.stages.report import examples as shown_examples
 from sstoken.stages.report import quality
 from sstoken.stages.report.drawing import inline_svg
-from sstoken.stages.report.figures import charts
+from sstoken.stages.report.figures import capitalized, charts
 from sstoken.stages.report.folders import Folders, open_folders
 from sstoken.stages.report.statistics import TOKENS_SAMPLED, Breakdown, Statistics, measure
 from sstoken.stages.report.token_classes import ALL_CLASSES
@@ -42,16 +42,16 @@ def write_page(
     Args:
         named: masked or tokens folders by name.
         file: the page.
-        scores: folders that `score` wrote; none: those beside the first folder that fit.
-        seed: of the samples.
+        scores: folders that `score` wrote; none: use those beside the first folder that match.
+        seed: seed of the samples.
 
     Returns:
-        `examples`, `response_tokens`, `kept_share` (None for tokens alone), `shown` (examples on the page), `bytes`,
+        `examples`, `response_tokens`, `kept_share` (None for a tokens folder), `shown` (examples on the page), `bytes`,
         `signals` and `notes`.
 
     Raises:
-        UsageError: a folder that cannot be shown, or several of different kinds.
-        SstokenError: unfinished, damaged or unrelated folders; the file cannot be written.
+        UsageError: a folder cannot be shown, or several are of different kinds.
+        SstokenError: folders are unfinished, damaged or unrelated, or the file cannot be written.
     """
     folders = open_folders(named, scores)
     stats = measure(folders, seed)
@@ -70,7 +70,7 @@ def write_page(
 
 
 def render(stats: Statistics) -> tuple[str, dict[str, Any]]:
-    """The page's text, and facts about it."""
+    """Return the page's text, and facts about it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folders = stats.folders
@@ -142,7 +142,7 @@ def _figure(chart: Any) -> dict[str, str]:
 
 
 def _keys(stats: Statistics) -> list[dict[str, Any]]:
-    """What tokens can be coloured by, with the steps of each scale."""
+    """Return the values that tokens can be coloured by, with the steps of each scale."""
     columns = stats.sample.columns()
     keys = []
     if "score" in columns:
@@ -153,12 +153,11 @@ def _keys(stats: Statistics) -> list[dict[str, Any]]:
         )
     for signal in stats.present():
         steps = shown_examples.scale(columns[signal.key].astype(np.float64), signal.signed)
-        about = f"{signal.meaning[:1].upper()}{signal.meaning[1:]}."
         keys.append(
             {
-                "key": signal.key, "label": f"{signal.label[:1].upper()}{signal.label[1:]}", "unit": signal.unit,
-                "meaning": about, "signed": signal.signed, "steps": steps, "checkpoint": signal.checkpoint,
-                "short": signal.label.partition(",")[0],
+                "key": signal.key, "label": capitalized(signal.label), "unit": signal.unit,
+                "meaning": f"{capitalized(signal.meaning)}.", "signed": signal.signed, "steps": steps,
+                "checkpoint": signal.checkpoint, "short": signal.label.partition(",")[0],
             }
         )  # fmt: skip
     return keys
@@ -167,7 +166,7 @@ def _keys(stats: Statistics) -> list[dict[str, Any]]:
 def _wanted(
     stats: Statistics, ngrams: Iterable[dict[str, Any]], flags: Iterable[dict[str, Any]]
 ) -> dict[str, list[int]]:
-    """Rows by why they are shown, what the page links to first."""
+    """Return rows by the reason for showing them; rows that the page links to come first."""
     found = stats.rows_to_show()
     flagged = [row for flag in flags for row in flag["rows"]]
     linked = [entry["row"] for table in ngrams for side in ("most", "least") for entry in table[side]]
@@ -196,7 +195,7 @@ def _numbers(stats: Statistics) -> list[tuple[str, str]]:
 
 
 def _made(folders: Folders) -> Iterable[tuple[str, list[str]]]:
-    """Name and value, for each folder, of what made it; the values that all share once."""
+    """Yield a setting's name and its value for each folder; one value if all share it."""
     rows: dict[str, list[str]] = {}
     for place, each in enumerate(folders.all):
         for name, value in _settings(each.facts, each.kind):
@@ -232,7 +231,7 @@ def _settings(facts: Mapping[str, Any], kind: str) -> Iterable[tuple[str, str]]:
 
 
 def _notes(stats: Statistics) -> list[str]:
-    said = [
+    notes = [
         f"{each.name}: {note}" if len(stats.folders.all) > 1 else note
         for each in stats.folders.all
         for note in each.manifest.metrics.get("notes", ())
@@ -240,12 +239,12 @@ def _notes(stats: Statistics) -> list[str]:
     ]
     forgotten = {n: most for n, most in stats.ngrams.forgotten.items() if most}
     if forgotten:
-        said.append(
-            "Of sequences of tokens, the rarest were forgotten to bound memory: "
+        notes.append(
+            "To bound memory, the rarest sequences of tokens were not counted: "
             + ", ".join(f"of {n} tokens, those seen {most} times or fewer" for n, most in forgotten.items())
             + "."
         )
-    return [*stats.folders.notes, *said]
+    return [*stats.folders.notes, *notes]
 
 
 def _breakdowns(stats: Statistics) -> Iterable[dict[str, Any]]:
@@ -296,7 +295,7 @@ def _ngrams(stats: Statistics) -> list[dict[str, Any]]:
 
 
 def _agreement(stats: Statistics) -> dict[str, Any]:
-    """Jaccard and kappa of each two folders, as two symmetrical tables."""
+    """Return Jaccard and kappa of each two folders, as two symmetric tables."""
     facts, names = stats.agreement, [each.name for each in stats.folders.all]
     return {
         "tables": [
@@ -319,5 +318,5 @@ def _percent(share: float) -> str:
 
 
 def _shown(text: str) -> str:
-    """A token's text with its spaces seen."""
+    """Return a token's text with visible spaces."""
     return visible(text, newline="⏎").replace(" ", "␣") or "(part of a character)"

@@ -1,4 +1,4 @@
-"""What is worth a look in a dataset: the findings of `audit`, and what only a mask and its scores can show."""
+"""Flags of a dataset: the findings of `audit`, and those that only a mask and its scores can show."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ from sstoken.errors import SstokenError
 from sstoken.stages.report.statistics import FLAGS, Statistics
 
 AUDITED_ROWS = 10_000
-"""Of a larger dataset, these first ones are audited: `audit` itself reads all."""
+"""Most rows that are audited, from the first; `audit` itself reads all."""
 
 
 def flags(stats: Statistics) -> list[dict[str, Any]]:
-    """Every flag that applies, the gravest first.
+    """Return every flag that applies, most severe first.
 
     Returns:
-        `title`, `severity` (`error`, `warning`, `note`), `examples` (how many), `of` (of how many that were looked at),
-        `about`, and `rows`, some that have it.
+        `title`, `severity` (`error`, `warning`, `note`), `examples` (a count), `of` (examples checked), `about`, and
+        `rows`, some examples that have it.
     """
     found = _audited(stats)
     known = {flag["kind"] for flag in found}

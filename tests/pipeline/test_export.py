@@ -161,7 +161,7 @@ def test_the_weights_of_a_method(weighted: Path, tmp_path: Path, target: str) ->
     out = tmp_path / "out"
     if target in WEIGHTED:
         api.export(masked=weighted, to=target, out=out, check=True)
-        assert "what the method gave each kept token" in (out / "README.md").read_text()
+        assert "the method's for each kept token" in (out / "README.md").read_text()
     else:
         with pytest.raises(
             UsageError, match=rf"{target} supports none; export to swift, verl, jsonl, or .*--no-weights"

@@ -114,7 +114,7 @@ def test_a_length_that_is_enough_stays_and_a_second_run_agrees(
     again = cli.works("export", masked, "--to", target, "--out", tmp_path / "export", "--into", result)
     assert "nothing had to change" in again
     result.write_text("model: another\n")
-    assert "is there already, and differs" in cli.fails(2, *call)
+    assert "exists and differs" in cli.fails(2, *call)
     cli.works(*call, "--force")
 
 

@@ -47,7 +47,7 @@ def test_a_figure_for_a_paper(masked: dict[str, Path], tmp_path: Path, cli: Comm
     assert cli.fails(2, "plot", "snapshots", masked["sstoken"], "--out", tmp_path / "a.pdf").startswith(
         f"error: no figure 'snapshots' of {masked['sstoken']}; legal: positions, classes"
     )
-    assert "has to end in .svg, .pdf, .png" in cli.fails(
+    assert "must end in .svg, .pdf, .png" in cli.fails(
         2, "plot", "rho", masked["rel"], "--out", tmp_path / "a"
     )
 

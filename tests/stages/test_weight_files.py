@@ -126,7 +126,7 @@ WITHOUT_WEIGHTS = {
     "history": (("history.json", "step-4/config.json"), "name one of them, such as .*step-4"),
     "shards without index": (("model-00001-of-00002.safetensors",), "without model.safetensors.index.json"),
     "adapter without config": (("adapter_model.safetensors",), "without adapter_config.json"),
-    "another name": (("consolidated.safetensors",), "consolidated.safetensors is no name that"),
+    "another name": (("consolidated.safetensors",), "transformers does not load consolidated.safetensors"),
     "Git LFS": (("model.safetensors",), "Git LFS pointer; run git lfs pull"),
     "nothing": ((), r"no \*.safetensors file|a tokenizer and no model"),
 }  # fmt: skip

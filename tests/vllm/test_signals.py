@@ -176,7 +176,7 @@ def test_what_an_adapter_has_that_vllm_lacks_is_one_line(tmp_path):
     adapter = save_adapter(base, tmp_path / "dora", seed=0, use_dora=True)
     sequences, masks = examples()
     with pytest.raises(
-        SstokenError, match=r"the adapter has use_dora=True, which vLLM does not take; use --backend hf"
+        SstokenError, match=r"the adapter has use_dora=True, which vLLM does not support; use --backend hf"
     ) as caught:
         list(make_backend("vllm", options(adapter)).measure(sequences, masks))
     assert "\n" not in str(caught.value)

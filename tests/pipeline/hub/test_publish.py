@@ -197,7 +197,7 @@ def test_private(hub, client, copy):
 def test_who_may_not_publish_gets_one_line(hub, client, copy):
     publish = ("publish", copy, "--repo", "me/mine")
     assert "hf auth login" in client.fails(1, *publish, token="")
-    assert "does not take the token (401)" in client.fails(1, *publish, token="hf_of_nobody")
+    assert "does not accept the token (401)" in client.fails(1, *publish, token="hf_of_nobody")
     assert "no right" in client.fails(1, *publish, token=READ)
     assert "no right" in client.fails(1, *publish, token=STRANGER)
     client.works(*publish)

@@ -109,7 +109,7 @@ def test_missing_and_foreign_repositories(hub, client, tmp_path):
     hub.write("another/plain", "data/part-00000.parquet", b"PAR1")
     assert "not a dataset that `publish` wrote" in client.fails(1, "pull", "another/plain", *out)
     assert "user/name" in client.fails(2, "pull", "nowhere", *out)
-    assert "does not take the token" in client.fails(1, "pull", "me/whole", *out, token="hf_of_nobody")
+    assert "does not accept the token" in client.fails(1, "pull", "me/whole", *out, token="hf_of_nobody")
     assert not list(tmp_path.iterdir()) or not (tmp_path / "out").exists()
 
 
@@ -138,9 +138,9 @@ def _other_choice(table):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_flip, "labels that its keep mask does not give"),
-        (_kept_prompt, "not of a response"),
-        (_other_choice, "as many examples and kept tokens as it says"),
+        (_flip, "labels that contradict its keep mask"),
+        (_kept_prompt, "outside the responses"),
+        (_other_choice, "other counts of examples and kept tokens"),
         (lambda table: table.slice(1), "as many examples and kept tokens as it says"),
         (lambda table: table.drop_columns("labels"), "columns that no masked dataset has"),
         (
@@ -164,7 +164,7 @@ def test_a_shard_that_contradicts_itself(hub, client, repo, prepared, tmp_path, 
 def test_a_shard_of_another_run(hub, client, repo, prepared, tmp_path):
     content = rewritten(prepared, tmp_path, lambda t: t, lambda m: m | {"rho": 0.1})
     listed_anew(hub, repo, SHARD, content)
-    assert "made otherwise" in client.fails(1, "pull", repo, "--out", tmp_path / "out")
+    assert "was not made as" in client.fails(1, "pull", repo, "--out", tmp_path / "out")
     content = rewritten(prepared, tmp_path, lambda t: t, lambda m: m | {"stats": {}})
     listed_anew(hub, repo, SHARD, content)
     assert "damaged metadata" in client.fails(1, "pull", repo, "--out", tmp_path / "out")

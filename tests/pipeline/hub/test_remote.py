@@ -24,7 +24,7 @@ def said(error):
     [
         (ConnectionError("refused"), "does not answer"),
         (TimeoutError("timed out"), "does not answer"),
-        (json.JSONDecodeError("Expecting value", "<html>", 0), "is no Hub"),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), "does not answer like a Hub"),
         (ValueError("Invalid metadata\n- license"), "Invalid metadata - license"),
     ],
 )

@@ -150,7 +150,7 @@ def test_what_goes_beyond_lora_matrices_is_refused(setting, words, installed, mo
     )
     config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 4} | setting
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    refuses(tmp_path, f"the adapter .*{words}.*, which vLLM does not take; use --backend hf")
+    refuses(tmp_path, f"the adapter .*{words}.*, which vLLM does not support; use --backend hf")
 
 
 def test_weight_files_that_vllm_would_choose_otherwise_are_refused(installed, tmp_path):

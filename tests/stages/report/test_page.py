@@ -200,7 +200,7 @@ def test_every_figure_is_drawn_in_every_format(place: Path) -> None:
         pick(stats, "histogram:x")
     with pytest.raises(UsageError, match="no figure 'x'; legal"):
         check_name("x", Path("x.svg"))
-    with pytest.raises(UsageError, match=r"has to end in \.svg"):
+    with pytest.raises(UsageError, match=r"must end in \.svg"):
         check_name("rho", Path("x.jpg"))
 
 

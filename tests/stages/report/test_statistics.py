@@ -225,7 +225,7 @@ def test_what_cannot_be_shown_is_refused(place: Path, tmp_path: Path) -> None:
         open_folders({"x": place / "scores/base"})
     with pytest.raises(SstokenError, match="unfinished"):
         open_folders({"x": tmp_path})
-    with pytest.raises(UsageError, match="side by side stand masked"):
+    with pytest.raises(UsageError, match="only masked folders"):
         open_folders({"a": place / "masked", "b": place / "tokens"})
     others = write_tokens(tmp_path / "tokens", [tokens_table(CONVERSATIONS[:3])])
     another = write_masked(tmp_path / "masked", others)
