@@ -29,6 +29,7 @@ from sstoken.stages.criticality.judge import (
 from sstoken.stages.model_options import ModelOptions, check_lengths
 from sstoken.stages.sharded import Work
 from sstoken.stages.stage import BY_CONTENT, Context, Task, Worker
+from sstoken.stages.token_text import special_ids
 from sstoken.stages.vocabularies import check_vocabulary
 
 if TYPE_CHECKING:
@@ -192,11 +193,7 @@ def _stop_tokens(
     base = checkpoints.adapter_base(checkpoint) or checkpoint
     named = tokenizer.convert_tokens_to_ids(checkpoints.stop_tokens(base, tokenizer))
     ends = {int(problem.ids[-1]) for problem in problems if problem is not None}
-    special = {
-        *tokenizer.all_special_ids,
-        *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special),
-    }
-    return frozenset({*(i for i in named if isinstance(i, int)), *(ends & special)})
+    return frozenset({*(i for i in named if isinstance(i, int)), *(ends & special_ids(tokenizer))})
 
 
 def _check_not_all_raised(verdicts: Sequence[Verdict], example_ids: Sequence[str]) -> None:

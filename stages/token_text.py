@@ -1,4 +1,4 @@
-"""The text of single tokens, and escaping of untrusted text for display."""
+"""The text of single tokens, which of them are special, and escaping of untrusted text for display."""
 
 import re
 import unicodedata
@@ -32,6 +32,12 @@ def visible(text: str, newline: str = "⏎\n") -> str:
 def markdown(value: object) -> str:
     """Escape text for a line or table cell of Markdown: no markup, HTML or formula remains."""
     return _MARKDOWN.sub(r"\\\1", visible(str(value), newline=" "))
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the ids of special tokens, including added ones."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:

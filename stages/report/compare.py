@@ -11,7 +11,8 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import joins, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.report.token_classes import CLASSES as CLASSES
-from sstoken.stages.report.token_classes import class_of, special_ids
+from sstoken.stages.report.token_classes import class_of
+from sstoken.stages.token_text import special_ids
 
 if TYPE_CHECKING:
     import polars as pl

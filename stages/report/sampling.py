@@ -1,4 +1,4 @@
-"""Fixed-size samples of a stream: uniform ones, and the highest of a value."""
+"""Fixed-size samples of a stream: uniform, or the rows with the highest keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ Columns = dict[str, NDArray[np.generic]]
 
 @dataclass
 class Highest:
-    """The rows with the highest keys among all that were added; at most `size`, whatever is added."""
+    """The rows with the highest keys among all that were added; at most `size`."""
 
     size: int
     seen: int = 0
@@ -21,7 +21,7 @@ class Highest:
     _columns: Columns = field(default_factory=dict)
 
     def add(self, keys: Float64Array, columns: Mapping[str, NDArray[np.generic]]) -> None:
-        """Add N rows; a column that only some calls have is NaN in the others. A key of NaN is left out."""
+        """Add N rows, except those whose key is NaN; a column that a call lacks is NaN in its rows."""
         self.seen += keys.size
         wanted = np.flatnonzero(~np.isnan(keys))
         if self._keys.size >= self.size:
@@ -42,14 +42,14 @@ class Highest:
             self._columns = {name: values[best] for name, values in self._columns.items()}
 
     def columns(self) -> Columns:
-        """The rows that were kept, highest key first."""
+        """Return the sample, highest key first."""
         order = np.argsort(-self._keys, kind="stable")
         return {name: values[order] for name, values in self._columns.items()}
 
 
 @dataclass
 class Uniform:
-    """A uniform sample without replacement of all rows that were added; all of them where they are few."""
+    """A uniform sample without replacement of all rows that were added; at most `size`."""
 
     size: int
     seed: int
@@ -67,9 +67,9 @@ class Uniform:
 
     @property
     def seen(self) -> int:
-        """How many rows were added."""
+        """Number of rows that were added."""
         return self._highest.seen
 
     def columns(self) -> Columns:
-        """The sample, in random order."""
+        """Return the sample, in random order."""
         return self._highest.columns()

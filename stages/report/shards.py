@@ -1,4 +1,4 @@
-"""One shard of a report's folders: what the masks, scores and signals say of the same tokens."""
+"""Read one shard of a report's folders: the masks, scores and signals of the same tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from sstoken.stages.manifest import Manifest
 
 Float32Array = NDArray[np.float32]
 _OWN = ("rel", "attention")
-"""Signals that a masked folder itself holds."""
+"""Signals in a masked folder itself."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """One folder that was found to be finished and of a kind that can be shown."""
+    """A finished folder of a kind that can be shown."""
 
     name: str
     path: Path
@@ -34,12 +34,12 @@ class Opened:
 
     @property
     def lean(self) -> bool:
-        """Whether its response tokens are not known."""
+        """Whether it does not record which tokens are response tokens."""
         return "response_mask" not in self.columns
 
     @property
     def fingerprint(self) -> str | None:
-        """Which tokens it holds."""
+        """Fingerprint of its tokens."""
         return self.facts.get(joins.TOKENS) if self.kind == "masked" else joins.folder_fingerprint(self.path)
 
 
@@ -54,20 +54,20 @@ class Shard:
     """[E + 1]"""
     ids: NDArray[np.int32]
     response: BoolArray
-    """[M]; where a lean folder does not know it, its keep mask."""
+    """[M]; for a lean folder, its keep mask."""
     keeps: list[BoolArray]
-    """[M], one a folder; all false in an example that a folder does not have."""
+    """[M], one for each folder; all false in examples that the folder does not have."""
     scores: list[Float32Array | None]
     weights: list[Float32Array | None]
     has: list[BoolArray]
-    """[E], one a folder: whether it has the example."""
+    """[E], one for each folder: whether it has the example."""
     signals: dict[str, Float32Array]
 
 
 def read_shard(
     part: Path, first_row: int, first: Opened, others: Sequence[Opened], scores: Mapping[str, Path]
 ) -> Shard:
-    """Read a shard of the first folder, with what the others and the scores say of its tokens."""
+    """Read a shard of the first folder, with the masks of the others and the signals of its tokens."""
     wanted = ["example_id", "input_ids", "response_mask", "keep_mask", "score", "weight", *_OWN]
     table = tables.read_table(part, [name for name in wanted if name in first.columns])
     ids, offsets = tables.flatten(table["input_ids"])
@@ -98,7 +98,7 @@ def read_shard(
 
 
 def _add_other(shard: Shard, other: Opened, name: str) -> None:
-    """Add the keep mask, score and weight of another folder's shard of that name."""
+    """Add the keep mask, score and weight from another folder's shard of that name."""
     size = shard.ids.size
     keep, has = np.zeros(size, dtype=bool), np.zeros(len(shard.example_ids), dtype=bool)
     columns: dict[str, Float32Array] = {}
@@ -142,7 +142,7 @@ def _add_scores(shard: Shard, checkpoint: str, part: Path) -> None:
 
 
 def _subsequence(wanted: Sequence[str], there: Sequence[str], part: Path) -> list[int]:
-    """Where each wanted example stands; `select` only leaves examples out, so the order is the same."""
+    """Return the index of each wanted example; `select` only leaves examples out, so the order is the same."""
     places, at = [], 0
     for example in wanted:
         while at < len(there) and there[at] != example:
@@ -157,7 +157,7 @@ def _subsequence(wanted: Sequence[str], there: Sequence[str], part: Path) -> lis
 def _aligned(
     shard: Shard, places: Sequence[int], offsets: IntArray, problem: str
 ) -> tuple[IntArray, IntArray]:
-    """Indices of the same tokens in another shard, and in this one; examples at place -1 are left out."""
+    """Return the indices of the same tokens in another shard and in this one, without examples at place -1."""
     at = np.array(places, dtype=np.int64)
     here = np.flatnonzero(at >= 0)
     lengths = np.diff(shard.offsets)[here]
@@ -181,7 +181,7 @@ def _flags(table: pa.Table, name: str) -> BoolArray | None:
 
 
 def _values(table: pa.Table, name: str, size: int) -> Float32Array | None:
-    """A column of numbers; None where the folder has none at all."""
+    """Return a column of numbers; None if it is missing or has no value at all."""
     if name not in table.column_names or table[name].null_count == len(table):
         return None
     values = tables.flatten(table[name])[0].astype(np.float32)

@@ -1,6 +1,6 @@
-"""`sstoken-curate show`: the tokens of a masked dataset in the terminal, kept and dropped, coloured by score.
+"""`sstoken-curate show`: print kept and dropped tokens in the terminal, coloured by score.
 
-Text from a dataset is untrusted: control characters, terminal escape sequences and rich markup are displayed, never
+Text from a dataset is untrusted: control characters, terminal escape sequences and rich markup are shown as text, never
 interpreted.
 """
 
@@ -36,7 +36,7 @@ PROMPT_STYLE = Style(dim=True)
 DROPPED_STYLE = Style(color="#8a8a8a", strike=True)
 DROPPED_MARKS = ("[-", "-]")
 RESPONSE_MARKS = ("«", "»")
-"""What replaces the colours where there are none; `[-...-]` as in `wdiff` and `git diff --word-diff`."""
+"""Marks that replace colours; `[-...-]` as in `wdiff` and `git diff --word-diff`."""
 
 _ROW_COLUMNS = ("example_id", "input_ids", "response_mask", "keep_mask", "score")
 
@@ -51,7 +51,7 @@ class MaskedExample:
     response_mask: list[bool] | None
     """None in a lean dataset, where dropped tokens cannot be told from the prompt."""
     keep_mask: list[bool]
-    """Of a tokens folder, where nothing is selected yet: the response."""
+    """In a tokens folder, where nothing is selected yet, the response mask."""
     scores: list[float | None]
     provenance: dict[str, Any]
 
@@ -72,22 +72,22 @@ def show(
     Args:
         masked: the folder.
         row: number of the first row, from 0.
-        num_examples: how many rows.
+        num_examples: number of rows.
         console: where to print.
-        search: only rows whose text holds this.
-        sort: `row`, or `surprise`: rows where two signals disagree most come first.
+        search: only rows whose text contains this.
+        sort: `row`, or `surprise`: rows in which two signals disagree most come first.
         signal: colour by this instead of the score: `rel`, `attention`, `weight`, or `CHECKPOINT.SIGNAL`.
-        pager: a screen at a time, on a terminal.
+        pager: on a terminal, show a screen at a time.
 
     Raises:
-        SstokenError: not a finished folder, `row` out of range, nothing found, or no such signal.
+        SstokenError: the folder is unfinished, `row` is out of range, no row was found, or there is no such signal.
     """
     console = console or default_console()
     if search is None and sort == "row":
         examples = read_examples(masked, 0 if row is None else row, num_examples)
     else:
         if row is not None:
-            raise UsageError(f"row is {row}, and rows are chosen by search or sort; leave one of them out")
+            raise UsageError(f"row is {row}, but rows are chosen by search or sort; leave one of them out")
         examples = [e for r in choose(masked, num_examples, search, sort) for e in read_examples(masked, r)]
     if signal is not None:
         values = signal_values(masked, [e.row for e in examples], signal)
@@ -112,9 +112,15 @@ def _show(masked: Path, examples: Sequence[MaskedExample], console: Console, sig
 def save_svg(
     masked: Path, file: Path, row: int | None = None, num_examples: int = 1, width: int = 100, **options: Any
 ) -> None:
-    """Save the output of `show` as an SVG picture, `width` characters wide. The same rows give the same bytes.
+    """Save the output of `show`, with its `options`, as an SVG picture; the same rows give the same bytes.
 
-    `options`: of `show`.
+    Args:
+        masked: the folder.
+        file: the picture.
+        row: number of the first row, from 0.
+        num_examples: number of rows.
+        width: width in characters.
+        **options: see `show`.
 
     Raises:
         SstokenError: as for `show`; or the file cannot be written.
@@ -164,7 +170,7 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
 
 
 def print_legend(console: Console, *, lean: bool = False, of: str = "score", selected: bool = True) -> None:
-    """Print what the colours, or the marks that replace them, mean."""
+    """Print the meaning of the colours, or of the marks that replace them."""
     legend = Text()
     if is_plain(console):
         marked = "prompt «kept [-dropped-]»" if selected else "prompt «response»"
@@ -194,7 +200,7 @@ def render_example(
         tokens: T strings (see `token_texts`), unescaped; control characters are made visible here.
         response_mask: T flags.
         keep_mask: T flags, true only on response tokens.
-        scores: T values, None for no score. Only their rank among the kept tokens shows.
+        scores: T values, None for no score; the colour shows their rank among the kept tokens.
         plain: use marks instead of colours.
     """
     kinds = [
@@ -212,11 +218,10 @@ def render_example(
 
 
 def read_examples(masked: Path, row: int, num_examples: int = 1) -> list[MaskedExample]:
-    """Return rows `row` to `row + num_examples - 1` of a masked folder, or fewer at its end; reads only their row
-    groups.
+    """Return `num_examples` rows of a masked folder from `row` on, or fewer at its end, reading only their row groups.
 
     Raises:
-        UsageError: no such folder, not a masked one, or `row` out of range.
+        UsageError: there is no such folder, it is not a masked one, or `row` is out of range.
         SstokenError: the folder is unfinished or damaged.
     """
     parts = tables.parts(masked)
@@ -263,7 +268,7 @@ def _footer(part: Path) -> Any:
 
 
 def _read_rows(part: Path, group: int, local: Iterable[int], first: int) -> list[MaskedExample]:
-    """Read the rows `local` of one row group, whose first row is row `first` of the folder."""
+    """Read rows of one row group, whose first row is row `first` of the folder."""
     provenance = tables.read_metadata(part)
     table = tables.read_row_group(part, group, _ROW_COLUMNS)
     rows = ((i, table.slice(i, 1).to_pylist()[0]) for i in local)
@@ -277,7 +282,7 @@ def _read_rows(part: Path, group: int, local: Iterable[int], first: int) -> list
 
 
 def ranks(scores: Sequence[float | None]) -> list[float]:
-    """Each score's rank among those present, in [0, 1]; ties share a rank; None ranks 0.5."""
+    """Return each score's rank among all scores, in [0, 1]; ties share a rank; None gets 0.5."""
     order = sorted({s for s in scores if s is not None and not math.isnan(s)})
     rank = {s: i / (len(order) - 1) if len(order) > 1 else 0.5 for i, s in enumerate(order)}
     return [rank.get(s, 0.5) if s is not None else 0.5 for s in scores]
@@ -304,14 +309,14 @@ def _marked(texts: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def default_console() -> Console:
-    """Return standard output; a character that its encoding lacks is escaped rather than an error."""
+    """Return a console for standard output that escapes characters which its encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return Console()
 
 
 def is_plain(console: Console) -> bool:
-    """Whether colours would not show: no terminal, a dumb one, or NO_COLOR."""
+    """Return whether the console shows no colours: no terminal, a dumb one, or NO_COLOR."""
     return console.no_color or console.color_system is None
 
 

@@ -1,4 +1,4 @@
-"""A report as a static Space of the Hugging Face Hub: the page, and a README.md whose front matter says so."""
+"""A report as a static Space of the Hugging Face Hub: the page, and a README.md with the Space's front matter."""
 
 from pathlib import Path
 
@@ -12,26 +12,26 @@ PAGE, CARD = "index.html", "README.md"
 
 
 def check_space(folder: Path) -> None:
-    """Refuse a folder that holds something else than a Space that was written before.
+    """Refuse a folder that holds anything but an earlier Space.
 
     Raises:
-        UsageError: names what is in the way.
+        UsageError: names the first other file.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: a file; name a folder for the Space")
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     strange = [name for name in others if name not in (PAGE, CARD, ".git", ".gitattributes")]
     if strange:
-        raise UsageError(f"{folder}: holds {strange[0]}, which is no part of a Space; name an empty folder")
+        raise UsageError(f"{folder}: holds {strange[0]}, which is not part of a Space; name an empty folder")
 
 
 def write_card(folder: Path, title: str, dataset: str | None = None) -> None:
     """Write the README.md beside the page.
 
     Args:
-        folder: of the Space.
-        title: what the Hub calls it.
-        dataset: `user/name` of the dataset that the page shows; None: not on the Hub.
+        folder: the Space's folder.
+        title: the Space's title.
+        dataset: `user/name` of the dataset that the page shows; None if it is not on the Hub.
     """
     front = {
         "title": visible(title, newline=" "),

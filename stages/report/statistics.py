@@ -1,4 +1,4 @@
-"""The numbers of a report, from one pass over the shards: counts of all tokens, and a sample of their signals."""
+"""The statistics of a report, from one pass over the shards: counts of all tokens, and a sample of their signals."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +32,7 @@ FLAGS = {
         None,
     ),
 }
-"""What the report itself looks for, by name: a title, what it means, and the kind of `audit` that says the same."""
+"""The report's own flags by name: title, meaning, and the kind of `audit` finding that reports the same."""
 _PREFERRED = (("rel", "attention"), (".loss", ".entropy"), (".loss", ".attention"), (".loss", ".loss"))
 _SHORT, _LOOP = 60, 0.3
 
@@ -58,7 +58,7 @@ class Responses:
 
 
 def responses(shard: Shard) -> Responses:
-    """Leave out the prompts."""
+    """Return a shard's response tokens."""
     where = np.flatnonzero(shard.response)
     offsets = np.searchsorted(where, shard.offsets).astype(np.int64)
     counts = np.diff(offsets)
@@ -81,19 +81,20 @@ def responses(shard: Shard) -> Responses:
 
 @dataclass
 class Breakdown:
-    """Tokens and kept tokens by some code."""
+    """Counts of tokens and kept tokens by a code, such as the class."""
 
     tokens: IntArray
+    """[C]."""
     kept: IntArray
-    """[F, codes], F folders."""
+    """[F, C], for F folders."""
 
     @staticmethod
     def empty(codes: int, folders: int) -> "Breakdown":
-        """Nothing counted yet."""
+        """Return counts of zero."""
         return Breakdown(np.zeros(codes, np.int64), np.zeros((folders, codes), np.int64))
 
     def add(self, code: NDArray[np.integer[Any]], keeps: list[BoolArray]) -> None:
-        """Count N tokens."""
+        """Count N tokens, by their codes [N] and each folder's keep mask [N]."""
         self.tokens += np.bincount(code, minlength=self.tokens.size)
         for i, keep in enumerate(keeps):
             self.kept[i] += np.bincount(code[keep], minlength=self.tokens.size)
@@ -101,7 +102,7 @@ class Breakdown:
 
 @dataclass
 class Statistics:
-    """What a pass over the shards found."""
+    """The result of a pass over the shards."""
 
     folders: Folders
     token_classes: TokenClasses
@@ -110,22 +111,22 @@ class Statistics:
     tokens: int = 0
     truncated: int = 0
     by: dict[str, Breakdown] = field(init=False)
-    """By `class`, `decile`, `turn` and `length`."""
+    """Counts by `class`, `decile`, `turn` and `length`."""
     pair: tuple[str, str] | None = None
-    """The two signals that are compared."""
+    """The two signals to compare."""
     sample: Uniform = field(init=False)
-    """Of response tokens: every signal, `score`, `keep` and `class`."""
+    """Sample of response tokens: every signal, `score`, `keep` and `class`."""
     cuts: Uniform = field(init=False)
-    """Of examples: the lowest score that was kept."""
+    """Sample of examples: the lowest score that was kept."""
     by_rho: IntArray = field(init=False)
     """[classes, RHO_BINS]: tokens by the share of their example's tokens that score higher."""
     losses: dict[str, Float64Array] = field(default_factory=dict)
-    """By checkpoint: sum of losses and number, of kept and of dropped tokens."""
+    """[4] by checkpoint: sum of losses and number of kept tokens, then of dropped tokens."""
     ngrams: NGrams = field(default_factory=NGrams)
     chosen: dict[str, Highest | Uniform] = field(init=False)
-    """Rows of examples that are worth showing, by why."""
+    """Rows of examples to show, by the reason."""
     flags: dict[str, tuple[int, list[int]]] = field(default_factory=lambda: {name: (0, []) for name in FLAGS})
-    """By kind: how many examples, and the first rows."""
+    """Number of examples and the first rows, by flag."""
 
     def __post_init__(self) -> None:
         number = len(self.folders.all)
@@ -155,7 +156,7 @@ class Statistics:
         return int(self.by["class"].kept[folder].sum())
 
     def kept_share(self, folder: int = 0) -> float:
-        """Of the response tokens, in [0, 1]."""
+        """Share of the response tokens that is kept, in [0, 1]."""
         return self.kept(folder) / max(1, self.response_tokens)
 
     @property
@@ -165,11 +166,11 @@ class Statistics:
 
     @cached_property
     def agreement(self) -> dict[str, Any]:
-        """See `compare.agreement`: of several folders."""
+        """See `compare.agreement`; for several folders."""
         return compare.agreement({each.name: each.path for each in self.folders.all})
 
     def present(self) -> list[SignalFacts]:
-        """The signals that were found in some token."""
+        """Return the signals with a value for some sampled token."""
         columns = self.sample.columns()
         return [
             s
@@ -178,7 +179,7 @@ class Statistics:
         ]
 
     def rows_to_show(self) -> dict[str, list[int]]:
-        """Rows of examples by why they are shown."""
+        """Return rows of examples to show, by the reason."""
         found = {name: sample.columns().get("row", np.empty(0)) for name, sample in self.chosen.items()}
         return {name: [int(row) for row in rows] for name, rows in found.items()}
 
@@ -235,14 +236,14 @@ def _add(stats: Statistics, shard: Shard, r: Responses) -> None:
 
 
 def _turn_numbers(r: Responses) -> IntArray:
-    """[U]: the number of each turn within its example, from 0."""
+    """Return the number of each turn within its example, from 0, [U]."""
     example = r.example[r.turns[:-1]] if r.ids.size else np.empty(0, np.int64)
     first = np.searchsorted(example, example)
     return (np.arange(example.size) - first).astype(np.int64)
 
 
 def _higher(values: Float32Array, example: IntArray, offsets: IntArray) -> Float64Array:
-    """[N]: the share of the example's other tokens with a higher value, in [0, 1); NaN counts as lowest."""
+    """Return the share of the example's other tokens with a higher value, in [0, 1), [N]; NaN counts as lowest."""
     order = np.lexsort((np.nan_to_num(-values, nan=np.inf), example))
     place = np.empty(values.size)
     place[order] = np.arange(values.size) - offsets[:-1][example[order]]
@@ -266,7 +267,7 @@ def _choose(stats: Statistics, r: Responses, rows: IntArray) -> None:
 
 
 def surprise(a: Float32Array, b: Float32Array, example: IntArray, offsets: IntArray) -> Float64Array:
-    """[E]: how far two signals disagree, as the mean distance of a token's two ranks within its example, in [0, 1]."""
+    """Return how far two signals disagree, [E]: the mean distance of a token's ranks in its example, in [0, 1]."""
     distance = np.abs(_higher(a, example, offsets) - _higher(b, example, offsets))
     distance[np.isnan(a) | np.isnan(b)] = 0
     counts = np.diff(offsets)
@@ -275,7 +276,7 @@ def surprise(a: Float32Array, b: Float32Array, example: IntArray, offsets: IntAr
 
 
 def pair_of(signals: dict[str, Float32Array]) -> tuple[str, str] | None:
-    """The two signals that are compared: REL and prompt attention where both were measured."""
+    """Return the two signals to compare, by preference REL and prompt attention; None if there are fewer than two."""
     for first, second in _PREFERRED:
         a = [name for name in signals if _is(name, first)]
         b = [name for name in signals if _is(name, second) and name not in a[:1]]
@@ -285,7 +286,7 @@ def pair_of(signals: dict[str, Float32Array]) -> tuple[str, str] | None:
 
 
 def _is(name: str, wanted: str) -> bool:
-    """Whether it is that signal; `.loss` is the loss of any checkpoint."""
+    """Return whether `name` is the wanted signal; `.loss` stands for the loss under any checkpoint."""
     return name.endswith(wanted) if wanted.startswith(".") else name == wanted
 
 
@@ -306,7 +307,7 @@ def _flag(stats: Statistics, r: Responses, classes: NDArray[np.int8], rows: IntA
 
 
 def _distinct(r: Responses) -> Float64Array:
-    """[E]: the share of different ones among an example's three-token sequences; 1 where there is none."""
+    """Return the share of distinct ones among an example's token trigrams, [E]; 1 if it has none."""
     number, size = r.offsets.size - 1, r.ids.size - 2
     if size <= 0:
         return np.ones(number)

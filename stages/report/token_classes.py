@@ -1,4 +1,4 @@
-"""Token texts and token classes by id, for statistics over millions of tokens."""
+"""Texts and classes of tokens by id, for statistics over millions of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ from numpy.typing import NDArray
 
 from sstoken.selection import BoolArray, IntArray
 from sstoken.stages.checkpoints import load_tokenizer
+from sstoken.stages.token_text import special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CLASSES = ("special", "white space", "number", "word", "punctuation")
-"""Token classes by the token's text: it holds a digit, else a letter, else neither."""
+"""Token classes by the token's text: a number has a digit, a word has a letter and no digit."""
 ALL_CLASSES = ("word", "number", "punctuation", "code", "white space", "end of turn", "special")
-"""With those that follow from the token's place: inside a code fence, at the end of a turn."""
+"""`CLASSES` and those that depend on the token's place: inside a code fence, at the end of a turn."""
 _FENCES = ("```", "~~~")
 
 
 def class_of(text: str) -> str:
-    """The class of a token that is not special."""
+    """Return the class of a token that is not special, by its text."""
     if not text.strip():
         return "white space"
     if any(c.isdigit() for c in text):
@@ -31,27 +32,21 @@ def class_of(text: str) -> str:
     return "word" if any(c.isalpha() for c in text) else "punctuation"
 
 
-def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Ids of special tokens, added ones included."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
-
-
 @dataclass(frozen=True)
 class TokenClasses:
     """The text and class of each token of a tokenizer, in arrays indexed by id."""
 
     folder: Path
-    """Of the tokenizer."""
+    """The tokenizer's folder."""
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """It."""
+        """The loaded tokenizer."""
         return load_tokenizer(str(self.folder))
 
     @cached_property
     def texts(self) -> list[str]:
-        """[V]: the text of each token after others; an id without a token has none."""
+        """[V]: the text of each token after others; "" for an id without a token."""
         ids = sorted(set(self.tokenizer.get_vocab().values()))
         texts = [""] * (ids[-1] + 1 if ids else 0)
         for i, text in zip(ids, self._after([[i] for i in ids]), strict=True):
@@ -78,15 +73,15 @@ class TokenClasses:
         return np.array([text.strip().startswith(_FENCES) for text in self.texts], dtype=bool)
 
     def is_special(self, ids: NDArray[np.int32]) -> BoolArray:
-        """[N]: whether each token is special."""
+        """Return whether each token is special, [N]."""
         return self.special[np.minimum(ids, self.special.size - 1)]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of some neighbouring tokens after others."""
+        """Return the text of consecutive tokens as it is after others."""
         return self._after([list(ids)])[0]
 
     def _after(self, many: Sequence[list[int]]) -> list[str]:
-        """Texts as they stand after another token: some tokenizers drop a text's first space."""
+        """Return texts as they are after another token: some tokenizers drop a text's first space."""
         before = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
         decode = self.tokenizer.batch_decode
         skipped = len(decode([before], skip_special_tokens=False, clean_up_tokenization_spaces=False)[0])
@@ -99,11 +94,11 @@ class TokenClasses:
         """Classify response tokens by text and place.
 
         Args:
-            ids: [N] of the response tokens.
+            ids: [N], the response tokens.
             turns: [U + 1], where each turn starts.
 
         Returns:
-            [N] indices into `ALL_CLASSES`.
+            Indices into `ALL_CLASSES`, [N].
         """
         known = np.minimum(ids, len(self.texts) - 1)
         found = self.classes[known].copy()
@@ -121,7 +116,7 @@ class TokenClasses:
 
 
 def _ends(special: BoolArray, turns: IntArray) -> BoolArray:
-    """[N]: the last special token of each turn, where only one other token can follow it."""
+    """Return which tokens end a turn, [N]: its last token, or the one before, if special."""
     ends = np.zeros(special.size, dtype=bool)
     starts, lasts = turns[:-1][np.diff(turns) > 0], turns[1:][np.diff(turns) > 0] - 1
     ends[lasts[special[lasts]]] = True

@@ -1,1 +1,1 @@
-"""What `select` is made of: shards read with their signals, and what a method decides about them."""
+"""The parts of `select`: reading shards with their signals, and deciding about their tokens."""

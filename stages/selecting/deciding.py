@@ -1,4 +1,4 @@
-"""From a shard's signals to what its method decides; what the whole dataset decides is found first, as streams."""
+"""Decide which tokens of a shard to keep. What depends on the whole dataset is computed first, in passes over it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,53 +12,53 @@ from sstoken.selection import BoolArray, Cut, Float64Array, IntArray, global_cut
 from sstoken.stages.selecting.shard import Shard
 
 HELD = 1 << 20
-"""Up to so many values (8 MiB) are held between the passes over the dataset; more are made again each time."""
+"""Most values (8 MiB) to hold between passes over the dataset; more are computed again in each pass."""
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What the whole dataset decides, and where in it one shard stands."""
+    """What one shard needs to know of the whole dataset."""
 
     statistics: dict[str, float] = field(default_factory=dict)
     cuts: tuple[Cut, ...] | None = None
-    """The cuts of a method that ranks all tokens together; None: each unit is ranked by itself."""
+    """The cuts of a method that ranks all tokens together; None if each unit is ranked on its own."""
     ties: tuple[int, ...] = ()
-    """For each cut: how many scores equal to it stand in the shards before."""
+    """For each cut, the number of scores equal to it in the shards before."""
 
 
 @dataclass(frozen=True)
 class Decided:
-    """What was decided about the N response tokens of a shard."""
+    """The decision about the N response tokens of a shard."""
 
     scores: Float64Array
     keep: BoolArray
     weight: Float64Array | None
     protected: dict[str, BoolArray]
-    """By name: the tokens kept whatever their score."""
+    """[N] by name: the tokens kept whatever their score."""
     added: int
-    """How many of those the method would not have kept."""
+    """Number of protected tokens that the method would not have kept."""
 
 
 @dataclass(frozen=True)
 class Decider:
-    """A method with its parameters; pickles into worker processes."""
+    """A method with its parameters. Picklable, for worker processes."""
 
     method: str
     params: Params
     scope: str
     budget: int | None = None
-    """How many tokens of the whole dataset are kept, in the place of a share."""
+    """Number of tokens of the whole dataset to keep, instead of a share."""
     pool: str = "token"
-    """`word` or `sentence`: its tokens share their mean score, and are kept or dropped together."""
+    """With `word` or `sentence`, its tokens share their mean score and are kept or dropped together."""
     protect: tuple[str, ...] = ()
 
     @property
     def of(self) -> Method:
-        """The method."""
+        """The registered method."""
         return get_method(self.method)
 
     def scores(self, shard: Shard, whole: Whole) -> Float64Array:
-        """What the policy judges by, [N]."""
+        """Return the scores that the policy decides by, [N]."""
         tokens = shard.measured.with_(statistics=whole.statistics)
         scores = self._score(tokens)
         if self.pool == "token" or self.of.weighted:
@@ -66,10 +66,10 @@ class Decider:
         return _span_mean(scores, shard.text.spans(self.pool))
 
     def _score(self, tokens: Tokens) -> Float64Array:
-        """The method's own scores, checked: a stranger's code may have written them.
+        """Return the method's scores, checked, since a method may be a user's own code.
 
         Raises:
-            SstokenError: it failed, or did not give a finite number for each token that it ranks.
+            SstokenError: the method failed, or did not return a finite number for each token that it ranks.
         """
         try:
             scores = np.asarray(self.of.score(tokens, self.params), dtype=np.float64)
@@ -88,14 +88,14 @@ class Decider:
         return scores
 
     def quotas(self, num_tokens: int) -> list[int]:
-        """At which ranks of the whole dataset the outcome changes."""
+        """Return the ranks in the whole dataset at which the outcome changes."""
         assert isinstance(self.of.policy, Top)
         if self.budget is not None:
             return [min(self.budget, num_tokens)]
         return self.of.policy.quotas(num_tokens, self.params)
 
     def decide(self, shard: Shard, whole: Whole) -> Decided:
-        """What is decided about the tokens of a shard."""
+        """Decide about the tokens of a shard."""
         tokens, policy = shard.measured.with_(statistics=whole.statistics), self.of.policy
         scores = self.scores(shard, whole)
         if whole.cuts is not None and isinstance(policy, Top):
@@ -121,7 +121,7 @@ class Decider:
 
 
 def _span_mean(values: Float64Array, spans: IntArray) -> Float64Array:
-    """The mean over its span in the place of each value; NaN counts for nothing."""
+    """Replace each value by the mean over its span, ignoring NaN."""
     lengths, known = np.diff(spans), np.isfinite(values)
     span = np.repeat(np.arange(lengths.size), lengths)
     counts = np.bincount(span[known], minlength=lengths.size)
@@ -137,15 +137,15 @@ def _values(statistic: Statistic, params: Params, shard: Shard) -> Float64Array:
 
 @dataclass(frozen=True)
 class WholeDataset:
-    """All shards, for what has to be known of all before one is decided."""
+    """All shards, for what must be known of all of them before deciding about one."""
 
     decider: Decider
     shards: Sequence[Shard]
 
     def tasks(self) -> Iterator[tuple[Shard, Whole]]:
-        """Each shard, a copy that has read nothing, with what the whole dataset decides about it.
+        """Yield each shard with what it needs to know of the whole dataset.
 
-        What a copy reads leaves memory with it; `shards` itself is never read.
+        Each is a copy that has read nothing yet, so that dropping it frees what it reads.
         """
         method, params = self.decider.of, self.decider.params
         statistics = {}
@@ -170,7 +170,7 @@ class WholeDataset:
             ties = [keep_above(scores, cut, before)[1] for cut, before in zip(cuts, ties, strict=True)]
 
     def _stream(self, values: Callable[[Shard], Float64Array]) -> Callable[[], Iterator[Float64Array]]:
-        """Values of all shards, as often as they are asked for."""
+        """Return a function that yields the values of all shards each time it is called."""
         held: list[Float64Array] = []
 
         def made() -> Iterator[Float64Array]:

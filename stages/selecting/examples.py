@@ -1,4 +1,4 @@
-"""T-SHIRT's choice of examples: those whose tokens the prompt helps, and helps steadily (arXiv 2506.01317)."""
+"""T-SHIRT's choice of examples: those whose tokens the prompt helps, also under noise (arXiv 2506.01317)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,34 +18,34 @@ SCORER = "scorer"
 
 
 class ExampleChoice(Settings):
-    """How examples are chosen before their tokens are."""
+    """How to choose examples before choosing tokens in them."""
 
     method: Literal["t-shirt"] = "t-shirt"
     """The only one."""
     keep: Annotated[float, Field(gt=0)] = 0.05
-    """How many: a share up to 1, or a number."""
+    """Examples to keep: a share up to 1, or a number."""
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """The share of tokens that count."""
+    """Share of tokens that count."""
     draws: Annotated[int, Field(ge=0)] = 0
-    """How many noise draws (the signals `pmi_noisy@1` and so on); 0: without noise, so that all are as steady."""
+    """Number of noise draws (signals `pmi_noisy@1`, ...). 0: no noise, and examples are ranked by their mean alone."""
 
     def inputs(self, scores: Mapping[str, Path]) -> tuple[str, ...]:
-        """The signals it reads: of the role `scorer` where there is one, else of `current`."""
+        """Return the signals that it reads, of the role `scorer` if there is one, else of `current`."""
         role = SCORER if SCORER in scores else "current"
         noisy = (f"{role}.pmi_noisy@{draw}" for draw in range(1, self.draws + 1))
         return f"{role}.loss", f"{role}.loss_unconditional", *noisy
 
     def number(self, num_examples: int) -> int:
-        """How many of so many examples are kept."""
+        """Return the number of examples to keep."""
         return num_kept(num_examples, self.keep) if self.keep <= 1 else min(num_examples, int(self.keep))
 
 
 @dataclass(frozen=True)
 class Steadiness:
-    """[E] each: what T-SHIRT judges an example by; NaN where an example has no token to judge it by."""
+    """What T-SHIRT ranks examples by, [E] each; NaN for an example without a token that counts."""
 
     ifd: Float64Array
-    """exp(mean loss - mean unconditional loss): 1 and more is an answer that the prompt does not help."""
+    """exp(mean loss - mean unconditional loss); 1 or more if the prompt does not help the answer."""
     mean: Float64Array
     """The mean over the draws of exp(mean of the differences that count)."""
     std: Float64Array
@@ -53,12 +53,13 @@ class Steadiness:
 
 
 def choose_examples(choice: ExampleChoice, shards: Sequence[Shard], inputs: Sequence[str]) -> list[BoolArray]:
-    """For each shard which of its examples are chosen, [E].
+    """Return the chosen examples of each shard, [E].
 
-    Among the examples with IFD below 1, take twice as many as wanted by highest mean, and keep the steadiest of those.
+    Of the examples with an IFD below 1, take twice the number wanted by highest mean, and keep those with the smallest
+    standard deviation.
 
     Raises:
-        NothingLeftError: none is below 1.
+        NothingLeftError: no example has an IFD below 1.
     """
 
     def sizes() -> Iterator[Float64Array]:
@@ -75,7 +76,7 @@ def choose_examples(choice: ExampleChoice, shards: Sequence[Shard], inputs: Sequ
     candidates = candidates[np.argsort(std[candidates], kind="stable")][:wanted]
     if not candidates.size:
         raise NothingLeftError(
-            f"none of {ifd.size:,} examples has an IFD below 1: their prompts help no answer; choose no examples"
+            f"none of {ifd.size:,} examples has an IFD below 1: their prompts help no answer; leave examples out"
         )
     chosen = np.zeros(ifd.size, dtype=bool)
     chosen[candidates] = True
@@ -84,7 +85,7 @@ def choose_examples(choice: ExampleChoice, shards: Sequence[Shard], inputs: Sequ
 
 
 def judge(shard: Shard, inputs: Sequence[str], threshold: float) -> Steadiness:
-    """How much, and how steadily, the prompt helps each example's tokens."""
+    """Measure how much, and how steadily, the prompt helps each example's tokens."""
     tokens = shard.measured
     loss, alone = tokens[inputs[0]], tokens[inputs[1]]
     every = _sums(np.isfinite(loss), tokens.offsets)
@@ -101,11 +102,12 @@ def judge(shard: Shard, inputs: Sequence[str], threshold: float) -> Steadiness:
 
 
 def _draws(shard: Shard, inputs: Sequence[str]) -> list[Float64Array]:
-    """Loss with the prompt minus loss without it, [N], for each draw; NaN where an answer begins."""
+    """Return loss with the prompt minus loss without it for each draw, [N]; NaN at the start of an answer."""
     tokens = shard.measured
     return [tokens[name] for name in inputs[2:]] or [tokens[inputs[0]] - tokens[inputs[1]]]
 
 
 def _sums(values: Float64Array | BoolArray, offsets: IntArray) -> Float64Array:
+    """Return the sum of each example's values, [E]."""
     totals: Float64Array = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     return totals[offsets[1:]] - totals[offsets[:-1]]

@@ -1,4 +1,4 @@
-"""Counts by which `select` says where a mask looks harmful: words and numbers, and the last number of each turn."""
+"""Check whether a mask looks harmful: does it drop words and numbers, or the last number of each turn?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,9 @@ from sstoken.selection import BoolArray, IntArray, num_kept
 from sstoken.stages.selecting.text import ResponseText
 
 MARGIN = 0.05
-"""A mask has to keep so much less of the words and numbers than a prefix does, before anything is said."""
+"""A mask gets a note if its kept share of words and numbers is lower than a prefix's by more than this."""
 FEWEST = 100
-"""Of fewer words and numbers, or digits, nothing is said."""
-
+"""Fewest words and numbers, or digits, for a note."""
 COUNTS = (
     "content",
     "content_kept",
@@ -24,16 +23,16 @@ COUNTS = (
 
 
 def harm_stats(text: ResponseText, kept: BoolArray, offsets: IntArray) -> dict[str, int]:
-    """Counts of one shard that add up over shards; none where reading the tokenizer would need transformers.
+    """Return counts of one shard, which add up over shards; {} if reading the tokenizer would need transformers.
 
     Args:
-        text: of the N response tokens.
+        text: the N response tokens.
         kept: [N].
         offsets: [E + 1], where each example starts.
 
     Returns:
-        `content` (tokens with a letter or digit), `content_kept`, `content_in_prefix` (of as many tokens in all, taken
-        from the start of each example), `result_digits` (number tokens of the last number of each turn),
+        `content` (tokens with a letter or digit), `content_kept`, `content_in_prefix` (those among the first tokens of
+        each example, as many as are kept in total), `result_digits` (tokens of the last number of each turn),
         `result_digits_kept`, `turns_with_number`.
     """
     if not text.quick:
@@ -55,10 +54,10 @@ def harm_stats(text: ResponseText, kept: BoolArray, offsets: IntArray) -> dict[s
 
 
 def harm_notes(stats: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each thing that looks harmful.
+    """Return one line for each thing that looks harmful.
 
     Args:
-        stats: of all shards; those without these counts (older folders, slow tokenizers) count for nothing.
+        stats: counts of all shards; those of older folders and slow tokenizers lack these and are ignored.
     """
     known = [s for s in stats if "content" in s]
     total = {name: sum(s[name] for s in known) for name in (*COUNTS, "turns")}
@@ -67,7 +66,7 @@ def harm_notes(stats: Sequence[dict[str, Any]]) -> list[str]:
         own, prefix = (total[name] / total["content"] for name in ("content_kept", "content_in_prefix"))
         if own < prefix - MARGIN:
             notes.append(
-                f"{own:.1%} of the words and numbers are kept; the start of each answer, as many tokens in all, holds "
+                f"{own:.1%} of the words and numbers are kept; as many tokens from the start of each answer would keep "
                 f"{prefix:.1%}: compare with --method prefix --param of=response and with random"
             )
     digits = total["result_digits"]
@@ -89,7 +88,7 @@ def _is_number(piece: str) -> bool:
 
 
 def _last_runs(number: BoolArray, turns: IntArray) -> tuple[BoolArray, int]:
-    """[N] the last run of number tokens in each turn, and in how many turns there is one."""
+    """Return the last run of number tokens in each turn, [N], and the number of turns that have one."""
     found = np.zeros(number.size, dtype=bool)
     at = np.flatnonzero(number)
     if not at.size:

@@ -1,4 +1,4 @@
-"""A shard of tokens with the row-aligned shards of scores, as a method reads it."""
+"""A shard of tokens with its row-aligned shards of scores, as methods read it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,39 +17,39 @@ from sstoken.stages import joins, tables
 from sstoken.stages.selecting.text import ResponseText
 
 SHOWN = ("history.loss", "current.loss", "current.attention")
-"""Signals that a masked dataset shows where they were measured, whether or not the method reads them."""
+"""Signals that a masked dataset has if they were measured, whether or not the method reads them."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard; read when first looked at."""
+    """One shard, read on first use."""
 
     index: int
     tokens: Path
     scores: Mapping[str, Path]
-    """Folder of scores by role. A role named like a signal supplies that signal in the place of another role's."""
+    """Folder of scores by role. A role named after a signal supplies that signal instead of the role that has it."""
     inputs: tuple[str, ...]
     """The signals to read, as `role.signal`."""
     scope: str
-    """What stands together: `turn`, or examples."""
+    """With `turn`, tokens are ranked within turns."""
     seed: int
     chosen: BoolArray | None = None
-    """[E]: the examples that are looked at; None: all."""
+    """[E]: the examples to use; None: all."""
 
     @cached_property
     def table(self) -> pa.Table:
-        """The tokens."""
+        """The shard of tokens."""
         return tables.read_table(self.tokens)
 
     @cached_property
     def response(self) -> BoolArray:
-        """[M] over all tokens of the shard: the response tokens of the examples that are looked at."""
+        """[M]: the response tokens of the examples to use, among all tokens of the shard."""
         response = tables.flatten(self.table["response_mask"])[0].astype(bool)
         return response if self.chosen is None else response & np.repeat(self.chosen, np.diff(self.offsets))
 
     @property
     def num_passed_over(self) -> int:
-        """How many examples with a response token are not looked at."""
+        """Number of examples with a response token that are not used."""
         if self.chosen is None:
             return 0
         counts = np.concatenate([[0], np.cumsum(tables.flatten(self.table["response_mask"])[0].astype(bool))])
@@ -57,7 +57,7 @@ class Shard:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Fingerprint of the tokens as they were read."""
+        """Fingerprint of the tokens, computed from their content."""
         return joins.measured_fingerprint(self.tokens, self.table)
 
     @cached_property
@@ -67,7 +67,7 @@ class Shard:
 
     @cached_property
     def turns(self) -> IntArray:
-        """[U + 1] into the response tokens: where each turn starts, a run of response tokens in one example."""
+        """[U + 1] into the response tokens: where each turn (a run of response tokens in one example) starts."""
         before = np.concatenate([[False], self.response[:-1]])
         begins = self.response & ~before
         begins[self.offsets[:-1][self.offsets[:-1] < begins.size]] |= True
@@ -75,13 +75,13 @@ class Shard:
 
     @cached_property
     def text(self) -> ResponseText:
-        """What the response tokens say."""
+        """The text of the response tokens."""
         ids = tables.flatten(self.table["input_ids"])[0][self.response]
         return ResponseText(ids, self.turns, self.tokens.parent / "tokenizer")
 
     @cached_property
     def measured(self) -> Tokens:
-        """The response tokens with the signals asked for."""
+        """The response tokens with their signals."""
         counts = np.concatenate([[0], np.cumsum(self.response)])
         offsets = counts[self.offsets].astype(np.int64)
         wanted: dict[str, list[str]] = {}
@@ -126,11 +126,11 @@ class Shard:
 
 
 def supplier_of(name: Input, scores: Mapping[str, Path]) -> str | None:
-    """The role whose scores hold a signal; None: no folder was given for it."""
+    """Return the role whose scores have a signal; None if no folder was given for it."""
     return next((role for role in (name.signal, name.role) if role in scores), None)
 
 
 def column_of(name: Input, scores: Mapping[str, Path]) -> str:
-    """The column of a signal: `kl@history` is `kl@` and the name of the checkpoint in that role."""
+    """Return the column of a signal: for `kl@history`, `kl@` and the name of the checkpoint in that role."""
     kind, separator, role = name.signal.partition("@")
     return f"{kind}@{scores[role].name}" if separator and role in scores else name.signal

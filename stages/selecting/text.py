@@ -1,4 +1,4 @@
-"""What response tokens say: words, sentences, and the tokens to keep whatever their score."""
+"""The text of response tokens: its words and sentences, and the tokens that `protect` keeps."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from sstoken.errors import UsageError
 from sstoken.selection import BoolArray, IntArray
 from sstoken.stages import storage
 from sstoken.stages.checkpoints import load_tokenizer
-from sstoken.stages.token_text import token_texts
+from sstoken.stages.token_text import special_ids, token_texts
 
 END_OF_TURN = "end_of_turn"
 _PATTERNS = {
@@ -31,16 +31,16 @@ _PATTERNS = {
     ),
     "code": (r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)",),
 }
-"""What `protect` knows by name, in the text of a turn."""
+"""Patterns, in the text of a turn, of what `protect` knows by name."""
 _REGEX = "regex:"
 _UNKNOWN = "\ufffd"
 
 
 def check_protect(names: Sequence[str]) -> None:
-    """Refuse what `protect` does not know.
+    """Refuse values that `protect` does not know.
 
     Raises:
-        UsageError: names the legal words, or what is wrong with a regular expression.
+        UsageError: lists the legal values, or says what is wrong with a regular expression.
     """
     for name in names:
         if name.startswith(_REGEX):
@@ -48,7 +48,7 @@ def check_protect(names: Sequence[str]) -> None:
                 re.compile(name.removeprefix(_REGEX))
             except re.error as error:
                 raise UsageError(
-                    f"protect is {name!r}; it is no regular expression ({error}); legal is Python's syntax"
+                    f"protect is {name!r}, not a regular expression in Python's syntax ({error})"
                 ) from None
         elif name not in (END_OF_TURN, *_PATTERNS):
             raise UsageError(
@@ -68,11 +68,11 @@ class ResponseText:
 
     @cached_property
     def pieces(self) -> list[str]:
-        """The text of each token; joined, they give the turns' text."""
+        """The text of each token; joined, the text of the turns."""
         texts = _pieces_of(self.tokenizer)
         found = [texts(int(i)) for i in self.ids]
         for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
-            if any(_UNKNOWN in piece for piece in found[a:b]):  # a character of several tokens
+            if any(_UNKNOWN in piece for piece in found[a:b]):  # a character spans several tokens
                 found[a:b] = token_texts(_tokenizer(self.tokenizer), self.ids[a:b].tolist())
         return found
 
@@ -82,7 +82,7 @@ class ResponseText:
         return (self.tokenizer / "tokenizer.json").is_file()
 
     def where(self, test: Callable[[str], bool]) -> BoolArray:
-        """[N]: whether a token's own text passes the test, which is asked once for each id."""
+        """Return whether each token's own text passes a test, [N]; the test is called once per id."""
         if not len(self.ids):
             return np.zeros(0, dtype=bool)
         texts = _pieces_of(self.tokenizer)
@@ -92,10 +92,10 @@ class ResponseText:
         return passed[self.ids]
 
     def spans(self, pool: str) -> IntArray:
-        """[S + 1], where each word or sentence starts; none crosses a turn.
+        """Return where each word or sentence starts, [S + 1]; none crosses a turn.
 
-        A word is what stands between white space; a sentence ends with `.`, `!` or `?` before white space, with their
-        full-width forms, or with a line.
+        Words are separated by whitespace. A sentence ends with `.`, `!` or `?` before whitespace, with one of their
+        full-width forms, or at the end of a line.
         """
         begins = np.zeros(len(self.ids), dtype=bool)
         begins[self.turns[:-1][np.diff(self.turns) > 0]] = True
@@ -106,20 +106,20 @@ class ResponseText:
             if piece and last:
                 begins[i] |= _new_word(last, piece) if pool == "word" else _new_sentence(last, piece)
             if pool == "sentence" and not piece.strip() and not begins[i]:
-                last += piece  # what ended before it is still what ended last
+                last += piece  # whitespace does not hide the end of a sentence before it
             else:
                 last = piece or last
         return np.append(np.flatnonzero(begins), len(self.ids)).astype(np.int64)
 
     def protected(self, names: Sequence[str]) -> dict[str, BoolArray]:
-        """[N] for each name: which tokens it keeps."""
+        """Return which tokens each name protects, [N]."""
         return {
             name: self._ends() if name == END_OF_TURN else self._matching(name)
             for name in dict.fromkeys(names)
         }
 
     def _ends(self) -> BoolArray:
-        """Each turn's last token, with the special tokens and white space that it ends with."""
+        """Return each turn's last token, and the special tokens and whitespace at its end."""
         special = _special_ids(self.tokenizer)
         ends = np.zeros(len(self.ids), dtype=bool)
         for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
@@ -167,7 +167,10 @@ def _new_sentence(last: str, piece: str) -> bool:
 
 
 class _Core:
-    """A tokenizer of the `tokenizers` library alone: importing transformers takes longer than all the rest."""
+    """A tokenizer of the `tokenizers` library, since importing transformers takes longer than `select` itself."""
+
+    all_special_ids: tuple[int, ...] = ()
+    """The library only knows special tokens that were added."""
 
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer
@@ -184,7 +187,7 @@ class _Core:
 
 @lru_cache(maxsize=2)
 def _tokenizer(folder: Path) -> Any:
-    """The tokenizer that made the tokens."""
+    """Load the tokenizer that made the tokens."""
     local = storage.local(folder)
     if (local / "tokenizer.json").is_file():
         return _Core(local / "tokenizer.json")
@@ -193,7 +196,7 @@ def _tokenizer(folder: Path) -> Any:
 
 @lru_cache(maxsize=2)
 def _pieces_of(folder: Path) -> Callable[[int], str]:
-    """The text of one token after others, by id."""
+    """Return a function that maps an id to the token's text after others."""
     tokenizer = _tokenizer(folder)
     before = tokenizer.encode("a", add_special_tokens=False)[-1:]
 
@@ -211,6 +214,4 @@ def _pieces_of(folder: Path) -> Callable[[int], str]:
 
 @lru_cache(maxsize=2)
 def _special_ids(folder: Path) -> frozenset[int]:
-    tokenizer = _tokenizer(folder)
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(added | set(getattr(tokenizer, "all_special_ids", ())))
+    return frozenset(special_ids(_tokenizer(folder)))

@@ -1,4 +1,4 @@
-"""`HistorySnapshots`: a callback that keeps a training run's own history, in any transformers or TRL trainer.
+"""`HistorySnapshots`: a callback that saves a training run's history, in any transformers or TRL trainer.
 
 trainer = SFTTrainer(..., callbacks=[HistorySnapshots("history", num_snapshots=4)])
 """
@@ -23,26 +23,26 @@ from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json
 
 
 class HistorySnapshots(TrainerCallback):
-    """Saves the model at even points of training, each as a folder that `from_pretrained` loads.
+    """Saves evenly spaced snapshots of the model, each as a folder that `from_pretrained` loads.
 
-    Writes `out/step-<K>/` (safetensors; for a PEFT model only the adapter; with the tokenizer) and
-    `out/history.json`, whose first entry, `step-0`, refers to the base model without copying it. The last step is
-    always a snapshot. The loss is logged at every snapshot, whatever `logging_steps`.
+    Writes `out/step-<K>/` (safetensors and tokenizer; for a PEFT model, the adapter only) and `out/history.json`, whose
+    first entry, `step-0`, refers to the base model without copying it. The last step is always a snapshot. The loss is
+    logged at every snapshot, whatever `logging_steps` is.
 
-    Weights are saved in the dtype they are trained in. In a distributed run the main process writes.
+    Weights are saved in the dtype they are trained in. In a distributed run, the main process writes.
 
     Args:
         out: the history's folder.
-        num_snapshots: how many, evenly spaced, the last at the last step (default 4 unless `every_steps` is given).
-        every_steps: alternatively: every this many optimizer steps, and at the last.
-        ema_decay: in (0, 1): also keep an exponential moving average of the trained weights in float32,
+        num_snapshots: number of snapshots, the last at the last step (default 4, unless `every_steps` is given).
+        every_steps: optimizer steps between snapshots, instead of `num_snapshots`; the last step is one, too.
+        ema_decay: in (0, 1): also save an exponential moving average of the trained weights in float32,
             `average = ema_decay * average + (1 - ema_decay) * weights` after each step, starting from the initial
-            weights; saved as `step-<K>-ema`. Training can then resume only at a snapshot's step.
-        base: what `step-0` refers to. By default, where the model was loaded from.
+            weights, as `step-<K>-ema`. Training can then resume only at a snapshot's step.
+        base: the checkpoint that `step-0` refers to; by default, the one that the model was loaded from.
 
     Raises:
         UsageError: a value is out of range.
-        SstokenError: during training: the weights are sharded, or the average cannot be resumed.
+        SstokenError: during training, if the weights are sharded or the average cannot be resumed.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class HistorySnapshots(TrainerCallback):
         base: str | None = None,
     ) -> None:
         if num_snapshots is not None and every_steps is not None:
-            raise UsageError("num_snapshots and every_steps exclude each other; give one")
+            raise UsageError(
+                f"num_snapshots is {num_snapshots} and every_steps is {every_steps}; give one, not both"
+            )
         if every_steps is None and num_snapshots is None:
             num_snapshots = 4
         for name, value in (("num_snapshots", num_snapshots), ("every_steps", every_steps)):
@@ -64,7 +66,7 @@ class HistorySnapshots(TrainerCallback):
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise UsageError(f"ema_decay is {ema_decay}; it must lie between 0 and 1, for example 0.99")
         self.steps: frozenset[int] = frozenset()
-        """The steps of the snapshots; known once training has begun."""
+        """The steps of the snapshots; set when training starts."""
         self._out = Path(out)
         self._num_snapshots = num_snapshots
         self._every_steps = every_steps
@@ -80,7 +82,7 @@ class HistorySnapshots(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Plan the snapshots; drop the entries that training will create again."""
+        """Plan the snapshots; drop the entries that training will make again."""
         self.steps = snapshot_steps(state.max_steps, self._num_snapshots, self._every_steps)
         self._last_step = state.global_step
         self._last_loss = self._tokens_seen = None
@@ -109,7 +111,7 @@ class HistorySnapshots(TrainerCallback):
         if self._average is not None:
             self._average.update(_unwrap(kwargs["model"]))
         if state.global_step in self.steps:
-            control.should_log = True  # on every process, since the loss is gathered from all of them
+            control.should_log = True  # on every process, since the loss is gathered from all
         return control
 
     def on_log(
@@ -120,12 +122,11 @@ class HistorySnapshots(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take the snapshot that is due. The trainer logs before it saves, so no checkpoint precedes the snapshot."""
+        """Take a snapshot if one is due. The trainer logs before it saves, so no checkpoint precedes its snapshot."""
         logs = logs or {}
         self._last_loss = logs.get("loss", self._last_loss)
-        self._tokens_seen = (
-            state.num_input_tokens_seen or logs.get("num_tokens") or self._tokens_seen
-        )  # TRL's own count
+        trl_count = logs.get("num_tokens")
+        self._tokens_seen = state.num_input_tokens_seen or trl_count or self._tokens_seen
         if state.global_step in self.steps:
             self._take(state, kwargs)
 
@@ -152,7 +153,7 @@ class HistorySnapshots(TrainerCallback):
         write_index(self._out, self._entries)
 
     def _save(self, name: str, kind: Kind, model: Any, tokenizer: Any, state: TrainerState) -> None:
-        # An interrupted run that got further than its last checkpoint may have left one of that name.
+        # Replaces one of that name, which an interrupted run may have left after its last checkpoint.
         with storage.of(self._out).put_folder(self._out / name) as folder:
             model.save_pretrained(folder)
             if _is_adapted(model) and self._lasting_base is not None:
@@ -166,8 +167,8 @@ class HistorySnapshots(TrainerCallback):
         name = f"step-{step}-ema"
         if self._average is None or not any(e.name == name for e in self._entries):
             raise SstokenError(
-                f"{self._out}: no {name}, so the average cannot go on from step {step}; resume at a snapshot's step "
-                "or leave ema_decay out"
+                f"{self._out}: no {name}, so the average cannot resume at step {step}; resume at a snapshot's step, or "
+                "leave ema_decay out"
             )
         self._average.load(model, self._out / name)
 
@@ -186,9 +187,7 @@ class _Average:
     def __init__(self, model: Any, decay: float) -> None:
         weights = _float_weights(model)
         self._shadow = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self._shadow.update_parameters(
-            weights
-        )  # the first update copies: the average starts from the initial weights
+        self._shadow.update_parameters(weights)  # the first update copies the initial weights
 
     def update(self, model: Any) -> None:
         self._shadow.update_parameters(_float_weights(model))
@@ -226,7 +225,7 @@ def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def _float_weights(model: Any) -> torch.nn.ParameterList:
-    """Yield the trained parameters in float32, without a copy if they already are."""
+    """Return the trained parameters in float32, without a copy if they already are."""
     weights = (p.detach().float() for p in _trained(model).values())
     return torch.nn.ParameterList(torch.nn.Parameter(w, requires_grad=False) for w in weights)
 
@@ -256,7 +255,7 @@ def _commit(model: Any) -> str | None:
 
 
 def _name_base(adapter: Path, base: str) -> None:
-    """Make an adapter's folder name its base so that it is found from any working directory."""
+    """Write the base into an adapter's configuration in a form that works in any working directory."""
     for path in (adapter / ADAPTER_CONFIG, *adapter.glob(f"*/{ADAPTER_CONFIG}")):
         if path.is_file():
             name, revision = (base, None) if Path(base).is_absolute() else split_revision(base)

@@ -26,7 +26,7 @@ class Entry:
     name: str
     """`step-<K>`, or `step-<K>-ema`."""
     path: str
-    """Its path, in the file relative to the history's folder; for a reference also a Hub id with its commit."""
+    """Its path, relative to the history's folder in the file; for a reference, possibly a Hub id with its commit."""
     step: int
     """Optimizer steps taken before it was saved. 0: the base model."""
     tokens_seen: int | None
@@ -36,7 +36,7 @@ class Entry:
     kind: Kind
     """`reference`: the base model, not copied. `full`: all weights. `lora`: an adapter. `ema`: averaged weights."""
     absolute: str | None = None
-    """For a reference to a folder: its original path, in case the history was moved without it."""
+    """For a reference to a folder, its original path, in case the history is moved without it."""
 
 
 _ENTRIES = TypeAdapter(list[Entry])
@@ -55,7 +55,7 @@ def read_history(folder: Path) -> list[Entry]:
             place = storage.address(folder) / entry.path
             if not place.is_dir():
                 raise SstokenError(
-                    f"{storage.address(folder) / INDEX}: names {entry.path}, which is not there; run anchor again"
+                    f"{storage.address(folder) / INDEX}: names {entry.path}, which is missing; run anchor again"
                 )
             entry = replace(entry, path=str(place))
         else:
@@ -73,26 +73,11 @@ def reference(folder: Path, base: str) -> Entry:
 
 
 def _found(folder: Path, entry: Entry) -> str:
-    """Return where a history's base is now: moved together with it, or at its original path."""
+    """Return the current path of a history's base: moved together with the history, or its original path."""
     beside = folder.resolve() / entry.path
     if entry.absolute is not None:
         return str(beside.resolve()) if beside.is_dir() else entry.absolute
     return entry.path
-
-
-def find_checkpoint(folder: Path, name: str) -> Entry:
-    """Return the checkpoint called `name`.
-
-    Raises:
-        UsageError: there is none of that name.
-        SstokenError: see `read_history`.
-    """
-    entries = read_history(folder)
-    for entry in entries:
-        if entry.name == name:
-            return entry
-    names = ", ".join(entry.name for entry in entries)
-    raise UsageError(f"checkpoint {name!r} is not in the history {folder}; choose one of: {names}")
 
 
 def read_index(folder: Path) -> list[Entry]:

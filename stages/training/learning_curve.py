@@ -17,8 +17,8 @@ def draw(log: Sequence[dict[str, Any]], entries: Sequence[Entry], path: Path) ->
 
     Args:
         log: lines with `step` and `loss` (nats per token), in order.
-        entries: of the history; the base model and averaged weights are not marked.
-        path: of the PNG.
+        entries: the history's entries; the base model and averaged weights are not marked.
+        path: the file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""`ObservedLosses`: records each token's loss during in-loop training, so that one epoch also scores the data.
+"""`ObservedLosses`: record each token's loss during in-loop training, so that one epoch also scores the data.
 
 trainer = SelfModulatedTrainer(..., observers=[ObservedLosses("runs/observed")])
 """
@@ -27,27 +27,27 @@ class Seen(NamedTuple):
     loss: NDArray[np.float32]
     """[n] nats; NaN outside the response."""
     attention: NDArray[np.float32] | None
-    """[n]; None: not measured."""
+    """[n], in [0, 1]; None if not measured."""
 
 
 class ObservedLosses:
     """An in-loop training observer that stores each example's last losses in a file per process.
 
-    Examples are identified by their tokens, however they are batched; a truncated example counts as a different one.
+    Examples are identified by their tokens, however they are batched; a truncated example is a different one.
 
     Args:
-        folder: for the files; created if missing.
-        resume: continue an earlier recording, when training is resumed.
+        folder: folder of the files; created if missing.
+        resume: continue an earlier recording, for training that resumes.
 
     Raises:
-        UsageError: the folder holds an earlier recording and `resume` is false.
+        UsageError: the folder has an earlier recording and `resume` is false.
     """
 
     def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
         self._folder = Path(folder)
         if not resume and is_main_process() and any(self._folder.glob(PATTERN)):
             raise UsageError(
-                f"{self._folder}: holds what an earlier training saw; choose another folder, or resume=True to go on"
+                f"{self._folder}: has the losses of an earlier training; choose another folder, or set resume=True"
             )
 
     def __call__(self, observation: Observation) -> None:
@@ -88,7 +88,7 @@ class SeenExamples:
             database.close()
 
     def last(self, key: bytes) -> Seen | None:
-        """Return what was last seen of an example; None: it was never seen."""
+        """Return the signals last recorded for an example; None if there are none."""
         return max(self._found(key), key=lambda seen: seen.step, default=None)
 
     def _found(self, key: bytes) -> Iterator[Seen]:

@@ -1,4 +1,4 @@
-"""Masked datasets of consecutive training phases as one dataset."""
+"""Load the masked datasets of consecutive training phases as one dataset."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 
 def phase_name(number: int) -> str:
-    """Return the folder's name of a phase, counted from 1."""
+    """Return the folder name of a phase, from 1."""
     return f"phase-{number}"
 
 
 def load_phases(folder: str | Path, *, seed: int | None = None, examples: int | None = None) -> "Dataset":
-    """Load all phases one after the other, in the order of training, with a column `phase` counted from 1.
+    """Load all phases one after the other, in training order, with a column `phase` counted from 1.
 
-    Train on it in this order: `SFTConfig(train_sampling_strategy="sequential")`. Each phase holds every example, so
-    that one epoch sees each as often as there are phases, unless `examples` takes fewer.
+    Train on it in this order: `SFTConfig(train_sampling_strategy="sequential")`. Each phase has every example, so one
+    epoch sees each example once per phase, unless `examples` takes fewer.
 
     Args:
         folder: the folder that `phases` wrote.
-        seed: shuffles each phase by itself; None: examples stay in the order of the data.
-        examples: how many to take of each phase, at most; None: all.
+        seed: seed for shuffling within each phase; None: keep the order of the data.
+        examples: most examples to take from each phase; None: all.
 
     Raises:
-        UsageError: it holds no finished phase, or one is missing.
+        UsageError: there is no finished phase, or one is missing.
     """
     from datasets import concatenate_datasets, load_dataset
 
@@ -37,7 +37,7 @@ def load_phases(folder: str | Path, *, seed: int | None = None, examples: int | 
     if not names or set(expected) != names:
         found = ", ".join(sorted(names)) or "none"
         raise UsageError(
-            f"{folder}: the phases are not all there (finished: {found}); name the folder of `phases`"
+            f"{folder}: phases are missing (finished: {found}); name the folder that `phases` wrote"
         )
     loaded = []
     for number, name in enumerate(expected, 1):

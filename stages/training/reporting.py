@@ -1,4 +1,4 @@
-"""Where a training run reports its loss as it goes, besides its own log: the trainer's integrations."""
+"""Reporting during training through the trainer's integrations, besides the run's own log."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from sstoken.errors import UsageError
 
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
 _DIRECTORY = "TENSORBOARD_LOGGING_DIR"
-"""Where transformers' TensorBoard integration looks for its folder."""
+"""Environment variable that names the folder of transformers' TensorBoard integration."""
 
 
 def check(reporter: Reporter) -> None:
@@ -26,7 +26,7 @@ def check(reporter: Reporter) -> None:
 
 @contextmanager
 def tensorboard_beside(out: Path) -> Iterator[None]:
-    """Have TensorBoard's files in the folder `tensorboard` beside the output, unless the environment names another."""
+    """Put TensorBoard's files into `tensorboard` beside the output, unless the environment names another folder."""
     given = os.environ.get(_DIRECTORY)
     os.environ.setdefault(_DIRECTORY, str(out.parent / "tensorboard" / out.name.removesuffix(".partial")))
     try:
@@ -38,7 +38,7 @@ def tensorboard_beside(out: Path) -> Iterator[None]:
 
 @contextmanager
 def no_messages() -> Iterator[None]:
-    """Keep transformers' own log lines and bars off the screen: our progress bar is there."""
+    """Silence transformers' log lines and progress bars, which would disturb ours."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

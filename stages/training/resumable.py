@@ -1,4 +1,4 @@
-"""The trainer's own checkpoints for resuming an interrupted run: taken at snapshots only, and used only if complete."""
+"""Resume an interrupted run from the trainer's own checkpoints, saved at snapshots and used only if complete."""
 
 import json
 import math
@@ -23,7 +23,7 @@ _COMPLETE = "whole.json"
 
 
 def clean(folder: Path) -> None:
-    """Remove checkpoints that were interrupted while being saved."""
+    """Delete checkpoints whose saving was interrupted."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / _COMPLETE).exists():
             storage.of(checkpoint).delete(checkpoint)
@@ -33,8 +33,8 @@ def last_complete(folder: Path) -> Path | None:
     """Return the checkpoint to resume from, or None.
 
     Raises:
-        SstokenError: it was made by a different number of processes, which see the data in another order; or a file
-            that it goes on from was changed since.
+        SstokenError: it was made by a different number of processes, which see the data in another order; or one of
+            its files was changed since.
     """
     complete = [c for c in folder.glob("checkpoint-*") if (c / _COMPLETE).exists()]
     if not complete:
@@ -44,11 +44,11 @@ def last_complete(folder: Path) -> Path | None:
         seal = plain_json.parse_object((last / _COMPLETE).read_bytes())
         then, now = int(seal["processes"]), num_processes()
     except (ValueError, TypeError, KeyError):
-        raise SstokenError(f"{last / _COMPLETE}: damaged; remove {folder.parent} to train anew") from None
+        raise SstokenError(f"{last / _COMPLETE}: damaged; remove {folder.parent} to start over") from None
     if then != now:
         raise SstokenError(
-            f"{last}: made by {then} processes, and now there are {now}; go on with {then}, or remove {folder.parent} "
-            "to start over"
+            f"{last}: made by {then} processes, but now there are {now}; resume with {then}, or remove "
+            f"{folder.parent} to start over"
         )
     if is_main_process():
         sealing.check(folder.parent, seal)
@@ -56,10 +56,7 @@ def last_complete(folder: Path) -> Path | None:
 
 
 class Resumable(TrainerCallback):
-    """Makes the trainer save itself at every snapshot, and keeps only the last complete checkpoint.
-
-    It does not save at the last step, where nothing is left to resume.
-    """
+    """Makes the trainer save a checkpoint at every snapshot but the last, and keeps only the last complete one."""
 
     def __init__(self, folder: Path, snapshots: HistorySnapshots, keep: Callable[[], None]) -> None:
         self._folder, self._snapshots, self._keep = folder, snapshots, keep
@@ -93,7 +90,7 @@ class Resumable(TrainerCallback):
 
 
 def log_lines(history: Sequence[dict[str, Any]]) -> str:
-    """Return one JSON line per step of the trainer's log."""
+    """Return one JSON line for each step of the trainer's log."""
     lines = [
         {
             "step": entry["step"],
@@ -108,7 +105,7 @@ def log_lines(history: Sequence[dict[str, Any]]) -> str:
 
 
 class LiveLog(TrainerCallback):
-    """Writes `log.jsonl` as training goes; a run that goes on drops the lines after its checkpoint."""
+    """Writes `log.jsonl` during training; a run that resumes drops the lines after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -143,7 +140,7 @@ class Watch(TrainerCallback):
         self._learning_rate = learning_rate
         self._progress: Progress | None = None
         self._began = 0.0, 0
-        """When training began or went on, and how many tokens it had seen."""
+        """Time at which training started or resumed, and the tokens seen by then."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,7 +166,7 @@ class Watch(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Stop before anything is saved after a loss or gradient that is NaN or infinite.
+        """Stop at a loss or gradient that is NaN or infinite, before anything is saved.
 
         Raises:
             SstokenError: the loss or gradient norm is not finite.
@@ -184,5 +181,5 @@ class Watch(TrainerCallback):
             if not math.isfinite(value):
                 raise SstokenError(
                     f"training failed at step {state.global_step}: the {what} is {value}; lower learning_rate "
-                    f"(now {self._learning_rate:g}) or look at the data of that step"
+                    f"(now {self._learning_rate:g}), or check the data of that step"
                 )

@@ -1,4 +1,4 @@
-"""The dataset that in-loop training takes: tokens, and the history's signals from a `scores/` folder."""
+"""Make the dataset for in-loop training: tokens with the history's signals from a scores folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 def with_history(tokens: str | Path, scores: str | Path, signals: Sequence[str] = ("loss",)) -> "Dataset":
     """Make a dataset for `SelfModulatedTrainer`: example_id, input_ids, labels and history_loss.
 
-    Examples without a response token are dropped. Memory does not grow with the data: rows stay in the cache files
-    of `datasets`.
+    Drops examples without a response token. Memory does not grow with the data: rows stay in cache files of
+    `datasets`.
 
     Args:
         tokens: the folder that `encode` wrote.
         scores: the scores folder of one checkpoint, the history, such as `scores/base`.
-        signals: which of its columns to take; each becomes `history_SIGNAL`. `SelfModulation.columns` says which a
-            method needs.
+        signals: columns to take from it; each becomes `history_SIGNAL`. `SelfModulation.columns` says which a method
+            needs.
 
     Raises:
         UsageError: a folder has no shards, or the scores have no such signal.
-        SstokenError: the scores belong to other tokens, mix several runs, or a shard is damaged or not ours.
+        SstokenError: the scores belong to other tokens or mix several runs, or a shard is damaged.
     """
     pairs = _paired_shards(Path(tokens), Path(scores), signals)
     from datasets import concatenate_datasets, load_dataset
@@ -58,7 +58,7 @@ def _paired_shards(tokens: Path, scores: Path, signals: Sequence[str]) -> list[t
     for name in signals:
         if name not in found:
             raise UsageError(
-                f"{scores}: has no signal {name!r}, it has {', '.join(found)}; score the checkpoint again with "
+                f"{scores}: no signal {name!r}, only {', '.join(found)}; score the checkpoint again with "
                 f"--signal {name}"
             )
     for folder in (tokens, scores):

@@ -1,4 +1,4 @@
-"""Unfinished training is gone on with only as it was left: no manifest lists its files yet."""
+"""Seal unfinished training, so that it resumes only if no file was changed: it has no manifest yet."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ from sstoken.stages.storage import write_atomic
 from sstoken.stages.training.history_index import read_index
 
 SEAL = "trainer/seal.json"
-"""In the partial folder of training that has ended: the digests of all that it wrote."""
+"""File in the partial folder of training that has ended, with the digests of everything it wrote."""
 _FILES, _ENTRIES = "files", "entries"
 
 
 class Seals:
-    """Digests of the files of a history under construction; each snapshot is read once."""
+    """Digests of the files of a growing history; each snapshot is read once."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
         self._known: dict[str, str] = {}
 
     def upto(self, step: int, others: Iterable[Path]) -> dict[str, Any]:
-        """Return what proves the snapshots up to a step, and other files and folders below the history's folder."""
+        """Return the index entries up to a step, and the digests of their snapshots and of other files and folders."""
         entries = [entry for entry in read_index(self._out) if entry.step <= step]
         snapshots = [self._out / entry.path for entry in entries if entry.kind != "reference"]
         for snapshot in snapshots:
@@ -39,7 +39,7 @@ class Seals:
 
 
 def seal_ended(out: Path, step: int, log: str, name: str) -> None:
-    """Write the seal of training that has ended, before its log says so."""
+    """Write the seal of training that has ended, before its log is written."""
     seal = Seals(out).upto(step, ())
     seal[_FILES][name] = hashlib.sha256(log.encode()).hexdigest()
     storage.of(out).make_folder((out / SEAL).parent)
@@ -47,12 +47,12 @@ def seal_ended(out: Path, step: int, log: str, name: str) -> None:
 
 
 def check_ended(out: Path) -> None:
-    """Refuse training that has ended and was changed before its folder was finished.
+    """Refuse training that has ended but was changed before its folder was finished.
 
     Raises:
         SstokenError: names the file.
     """
-    if (out / SEAL).is_file():  # an older version wrote none
+    if (out / SEAL).is_file():  # older versions wrote none
         try:
             seal = plain_json.parse((out / SEAL).read_bytes())
         except ValueError:
@@ -63,14 +63,14 @@ def check_ended(out: Path) -> None:
 
 
 def check(out: Path, seal: dict[str, Any]) -> None:
-    """Refuse files that are not what `Seals.upto` saw; others are not looked at.
+    """Refuse files that changed after `Seals.upto`; other files are not checked.
 
     Raises:
         SstokenError: names the file.
     """
     files, entries = seal.get(_FILES), seal.get(_ENTRIES)
     if files is None and entries is None and set(seal) <= {"processes"}:
-        return  # an older version wrote none
+        return  # older versions wrote none
     if not isinstance(files, dict) or not isinstance(entries, list):
         raise _damaged(out, out)
     for name, digest in files.items():
@@ -88,7 +88,7 @@ def check(out: Path, seal: dict[str, Any]) -> None:
 
 def _damaged(file: Path, out: Path) -> SstokenError:
     return SstokenError(
-        f"{file}: changed since the training that wrote it was interrupted; put it back, or remove {out} to train anew"
+        f"{file}: changed since training was interrupted; put it back, or remove {out} to start over"
     )
 
 

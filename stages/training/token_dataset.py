@@ -1,4 +1,4 @@
-"""Tokens as a memory-mapped, map-style dataset for a trainer."""
+"""A memory-mapped, map-style dataset of tokens for a trainer."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,36 +19,36 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Extent:
-    """What a model must be able to process."""
+    """The size of a dataset, and what a model must be able to process."""
 
     examples: int
-    """The number of examples to train on: they have a response token after the first token."""
+    """Examples to train on: those with a trained token after the first token."""
     skipped: int
-    """The number of examples without one."""
+    """Examples without one."""
     largest_id: int
     longest: int
-    """In tokens."""
+    """Tokens of the longest example."""
 
 
 def build(source: Path, file: Path) -> None:
     """Copy the examples to train on from Parquet into one Arrow file that can be memory-mapped.
 
-    A masked dataset trains its labels, and its weights where it has them; tokens train their responses. An example
-    with nothing to learn would contribute nothing, or, alone in a batch, a division by zero.
+    Of a masked dataset, the kept tokens are trained, with their weights if it has any; of tokens, the responses.
+    Examples with nothing to learn are skipped: alone in a batch, one would cause a division by zero.
 
     Args:
         source: a folder of tokens or a masked dataset.
-        file: written.
+        file: the Arrow file to write.
 
     Raises:
-        SstokenError: `source` has no shards or no such example, or a shard is damaged or not ours.
+        SstokenError: `source` has no shard or no example to train on, or a shard is damaged.
     """
     parts = tables.parts(source)
     if not parts:
         raise SstokenError(f"{source}: no part-*.parquet; name the folder that `encode` or `select` wrote")
     there = tables.columns(parts[0])
     masked, weighted = "keep_mask" in there, tables.WEIGHT.name in there
-    names = ["input_ids", _SOURCE[weighted, masked]]
+    names = ["input_ids", tables.WEIGHT.name if weighted else "keep_mask" if masked else "response_mask"]
     schema = pa.schema(
         [("input_ids", tables.IDS), ("trained", tables.MASK), *([tables.WEIGHT] if weighted else [])]
     )
@@ -83,17 +83,8 @@ def read_extent(file: Path) -> Extent:
         raise SstokenError(f"{counted}: damaged; remove {file.parent} to train anew") from None
 
 
-_SOURCE = {
-    (False, False): "response_mask",
-    (False, True): "keep_mask",
-    (True, True): "weight",
-    (True, False): "weight",
-}
-"""The column that says what is trained: by whether there are weights, and whether the folder is masked."""
-
-
 def _prepared(batch: pa.RecordBatch, column: str, schema: pa.Schema) -> pa.RecordBatch:
-    """The ids, which tokens are trained and, of a weighting method, their weights: 0 where there is none."""
+    """Return ids, which tokens are trained and, for a weighting method, their weights: 0 where there is none."""
     ids, given = batch["input_ids"], batch[column]
     if column != tables.WEIGHT.name:
         return pa.record_batch([ids, given], schema=schema)
@@ -106,7 +97,7 @@ def _prepared(batch: pa.RecordBatch, column: str, schema: pa.Schema) -> pa.Recor
 
 
 def _trains(masks: pa.ListArray) -> pa.Array:
-    """Return which rows have a response token that a preceding token predicts."""
+    """Return which rows have a trained token after the first one, which nothing predicts."""
     return pa.array([bool(np.asarray(mask.values)[1:].any()) for mask in masks], pa.bool_())
 
 

@@ -1,4 +1,4 @@
-"""Training on weighted tokens: each token's cross-entropy times its weight, over the number of tokens trained."""
+"""Train on weighted tokens: the loss is the sum of weight times cross-entropy over the number of trained tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
 def with_weights(collate: Collate) -> Collate:
-    """A collator for rows that have `weights` too: padded on the right with 0, as the rows are."""
+    """Return a collator for rows with `weights`, which are padded on the right with 0."""
 
     def collate_all(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         weights = [torch.tensor(row["weights"]) for row in rows]
@@ -26,7 +26,7 @@ def with_weights(collate: Collate) -> Collate:
 
 
 class WeightedTrainer(Trainer):
-    """A trainer whose batches hold `weights` [B, T], constants for the gradient; they may be negative."""
+    """A trainer whose batches have `weights` [B, T], which are constants for the gradient and may be negative."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, compute_loss_func=self._weighted_loss, **kwargs)

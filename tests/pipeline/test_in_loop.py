@@ -117,7 +117,7 @@ def test_an_epoch_that_did_not_see_everything_gives_no_scores(world, tmp_path):
         ]
         == EXAMPLES
     )
-    with pytest.raises(UsageError, match="holds what an earlier training saw"):
+    with pytest.raises(UsageError, match="has the losses of an earlier training"):
         ObservedLosses(few)
     with pytest.raises(UsageError, match=r"no observed-\*.sqlite"):
         api.observed(recorded=tmp_path / "nowhere", tokens=world / "tokens", out=tmp_path / "c")

@@ -75,7 +75,7 @@ def test_phases_are_one_dataset_in_order(world, tmp_path):
     assert all(known[row["example_id"], row["phase"]] == row["labels"] for row in few)
     assert few["example_id"][:5] != dataset["example_id"][:5]
     shutil.rmtree(out / "phase-1")
-    with pytest.raises(UsageError, match=r"not all there \(finished: phase-2\)"):
+    with pytest.raises(UsageError, match=r"phases are missing \(finished: phase-2\)"):
         load_phases(out)
 
 

@@ -18,7 +18,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import joins, tables
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.stage import NoProgress
-from sstoken.stages.training.history_index import find_checkpoint, read_history
+from sstoken.stages.training.history_index import read_history
 from tests import factories
 from tests.stages.context import make_context
 from tests.stages.tokens_folder import save_tokens
@@ -107,7 +107,7 @@ def test_writes_snapshots_index_log_and_picture(model, tokens, tmp_path):
 
 def test_snapshot_loads_with_its_tokenizer_and_differs_from_the_base(model, tokens, tmp_path):
     run(Anchor(model=str(model), max_steps=2, snapshots=1), tmp_path, tokens)
-    entry = find_checkpoint(tmp_path, "step-2")
+    entry = read_history(tmp_path)[-1]
     loaded = AutoModelForCausalLM.from_pretrained(entry.path)
     base = AutoModelForCausalLM.from_pretrained(model)
     assert any(not torch.equal(a, b) for a, b in zip(loaded.parameters(), base.parameters(), strict=True))
@@ -227,7 +227,7 @@ def test_killed_process_goes_on_to_the_same_bytes(model, tokens, tmp_path):
 
 def test_lora_saves_the_adapter_alone(model, tokens, tmp_path):
     run(Anchor(model=str(model), max_steps=2, snapshots=1, lora_rank=2), tmp_path, tokens)
-    entry = find_checkpoint(tmp_path, "step-2")
+    entry = read_history(tmp_path)[-1]
     assert entry.kind == "lora"
     assert all("lora_" in name for name in load_file(f"{entry.path}/adapter_model.safetensors"))
     settings = json.loads((Path(entry.path) / "adapter_config.json").read_text())
@@ -294,7 +294,7 @@ def test_refuses_to_go_on_with_another_number_of_processes(model, tokens, tmp_pa
         run(stage, tmp_path, tokens, progress=interrupt_at(3, fail))
     mark = tmp_path / "trainer/checkpoint-2/whole.json"
     mark.write_text('{"processes": 2}')
-    with pytest.raises(SstokenError, match="made by 2 processes, and now there are 1"):
+    with pytest.raises(SstokenError, match="made by 2 processes, but now there are 1"):
         run(stage, tmp_path, tokens)
 
 

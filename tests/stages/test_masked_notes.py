@@ -115,7 +115,7 @@ def test_a_comparison_that_was_not_measured_names_the_other_checkpoint(tmp_path:
 def test_a_role_without_scores(tmp_path: Path) -> None:
     inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
     del inputs["history"]
-    with pytest.raises(SstokenError, match=r"needs history\.loss, and no scores were given for 'history'"):
+    with pytest.raises(SstokenError, match=r"needs history\.loss, but no scores were given for 'history'"):
         notes(inputs, tmp_path / "out", method="rel")
 
 

@@ -128,5 +128,5 @@ def test_unknown_names_and_broken_patterns_are_refused() -> None:
         UsageError, match="protect is 'eos'; legal is end_of_turn, tool_calls, code or regex:PATTERN"
     ):
         check_protect(["code", "eos"])
-    with pytest.raises(UsageError, match="is no regular expression"):
+    with pytest.raises(UsageError, match="not a regular expression"):
         check_protect(["regex:("])

@@ -44,7 +44,7 @@ def test_what_was_changed_is_named(change: str, name: str, history: Path) -> Non
         (history / name).write_bytes(b"x" + (history / name).read_bytes()[1:])
     else:
         (history / name).unlink()
-    with pytest.raises(SstokenError, match=f"{name}: changed since .* remove {history} to train anew"):
+    with pytest.raises(SstokenError, match=f"{name}: changed since .* remove {history} to start over"):
         sealing.check(history, seal)
 
 
