@@ -76,7 +76,7 @@ def notes(folder: Path, answer: list[int], kept: list[bool], number: int = FEWES
 def test_a_mask_that_keeps_punctuation_is_named(folder: Path) -> None:
     [line] = notes(folder, [WORD, WORD, DOT, DOT], [False, False, True, True])
     assert line.startswith("0.0% of the words and numbers are kept")
-    assert "holds 100.0%" in line
+    assert "would keep 100.0%" in line
     assert notes(folder, [WORD, WORD, DOT, DOT], [True, False, True, False]) != []
     assert notes(folder, [WORD, WORD, DOT, DOT], [True, True, False, False]) == []
 
