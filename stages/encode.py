@@ -16,6 +16,7 @@ from pydantic import Field
 from sstoken.errors import NothingLeftError, SstokenError
 from sstoken.stages import checkpoints, plain_json
 from sstoken.stages.encoding import sources
+from sstoken.stages.encoding.chat import EncoderOptions
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Format, Layout, NoLayout, Preference, check_columns, detect_layout
 from sstoken.stages.encoding.messages import (
@@ -121,13 +122,15 @@ class Encode(ShardedStage):
         """
         self.check()
         settings = EncodingSettings(
-            model=self.model,
-            chat_template=self._template(),
-            max_length=self.max_length,
-            trust_remote_code=self.trust_remote_code,
-            turns=self.turns,
-            allow_lost=self.allow_lost,
-            keep_special_tokens=self.keep_special_tokens,
+            options=EncoderOptions(
+                self.model,
+                self.max_length,
+                self._template(),
+                self.trust_remote_code,
+                self.turns,
+                self.allow_lost,
+                self.keep_special_tokens,
+            ),
             layout=self._layout(),
             max_chars=self.max_chars,
             skip=self.on_bad_row == "skip",

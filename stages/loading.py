@@ -23,7 +23,6 @@ def load_model(
     ref: str,
     *,
     dtype: "torch.dtype | str" = "auto",
-    attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> "tuple[PreTrainedModel, list[str]]":
     """Load the causal language model of a full checkpoint, not of an adapter.
@@ -31,7 +30,6 @@ def load_model(
     Args:
         ref: a folder or Hub id.
         dtype: a torch dtype, or "auto" for the checkpoint's own.
-        attention: the name of an attention function in transformers' attention interface.
         trust_remote_code: run the checkpoint's own Python code.
 
     Returns:
@@ -50,7 +48,6 @@ def load_model(
             name,
             revision=revision,
             dtype=dtype,
-            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -58,7 +55,7 @@ def load_model(
         )
     except Exception as error:  # transformers and safetensors raise many types
         raise SstokenError(f"{ref}: the model does not load ({_why_not(ref, error)})") from error
-    if attention is None and _drops_capping(model):
+    if _drops_capping(model):
         model.set_attn_implementation("eager")
     return model, check_loaded(ref, model, report)
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.in_loop.response_tokens import IGNORED
+from sstoken.labels import IGNORED_LABEL
 from sstoken.signals import get_signal, is_signal
 
 HISTORY = "history_loss"
@@ -108,7 +108,7 @@ def _named(example: Mapping[str, Any]) -> str:
 def _check_example(example: Mapping[str, Any], wanted: Sequence[str], name: str) -> None:
     num_tokens = len(example["input_ids"])
     labels = example.get("labels")
-    response = np.ones(num_tokens, bool) if labels is None else np.asarray(labels) != IGNORED
+    response = np.ones(num_tokens, bool) if labels is None else np.asarray(labels) != IGNORED_LABEL
     response[:1] = False  # predicted from nothing
     for column in wanted:
         if example.get(column) is None:
@@ -185,7 +185,7 @@ def _join(rows: Mapping[str, Sequence[Any]], column: str) -> dict[str, list[NDAr
     for labels, values in zip(rows["labels"], rows[column], strict=True):
         label = np.asarray(labels, dtype=np.int64)
         bits = _floats(values).view(np.uint32).astype(np.int64) << 32
-        joined.append(np.where(label == IGNORED, IGNORED, bits | label))
+        joined.append(np.where(label == IGNORED_LABEL, IGNORED_LABEL, bits | label))
     return {"joined": joined}
 
 
@@ -194,8 +194,8 @@ def _split(rows: Mapping[str, Sequence[Any]], column: str) -> dict[str, list[NDA
     labels, history = [], []
     for row in rows["joined"]:
         joined = np.asarray(row, dtype=np.int64)
-        off = joined == IGNORED
-        labels.append(np.where(off, IGNORED, joined & 0xFFFFFFFF))
+        off = joined == IGNORED_LABEL
+        labels.append(np.where(off, IGNORED_LABEL, joined & 0xFFFFFFFF))
         values = (joined >> 32).astype(np.uint32).view(np.float32)
         history.append(np.where(off, np.float32("nan"), values))
     return {"labels": labels, column: history}

@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sstoken.in_loop.response_tokens import IGNORED, ResponseTokens
+from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.rule import Rule
+from sstoken.labels import IGNORED_LABEL
 from sstoken.measure.prompt_attention import Segment
 from sstoken.methods import get_method
 
@@ -86,6 +87,9 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         [B, T] nats, float32, with gradients; 0 for tokens without a loss and at the first position.
     """
     losses = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+        logits[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten(),
+        ignore_index=IGNORED_LABEL,
+        reduction="none",
     )
     return nn.functional.pad(losses.view(labels.shape[0], -1), (1, 0))

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sstoken.errors import SstokenError
+from sstoken.labels import IGNORED_LABEL
 from sstoken.measure.prompt_attention import Segment
 from sstoken.selection import IntArray
-
-IGNORED = -100
-"""Label of a token that is not a response token."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def find_response_tokens(batch: Mapping[str, Any], device: Any = None) -> Respon
             "the batch has no labels; the data collator must provide them, -100 off the response"
         )
     return ResponseTokens.of(
-        labels.cpu() != IGNORED, find_segments(batch), labels.device if device is None else device
+        labels.cpu() != IGNORED_LABEL, find_segments(batch), labels.device if device is None else device
     )
 
 

@@ -25,6 +25,7 @@ from sstoken.stages.auditing.findings import AuditResult, Collector
 from sstoken.stages.auditing.reading import Opened, open_source
 from sstoken.stages.auditing.tally import Tally
 from sstoken.stages.auditing.vocabulary import Vocabulary
+from sstoken.stages.encoding.chat import EncoderOptions, load_encoder
 from sstoken.stages.encoding.layouts import Preference
 from sstoken.stages.encoding.messages import TrainedTurns
 from sstoken.stages.encoding.templates import ChatTemplate, read_template
@@ -85,16 +86,10 @@ def audit(
                 f"{opened.shown}: raw conversations (no input_ids); name the --model whose chat template and "
                 "tokenizer are used"
             )
-        from sstoken.stages.encoding.chat import load_encoder
-
         encoder = load_encoder(
-            ref,
-            None,
-            template,
-            trust_remote_code=trust_remote_code,
-            turns=turns,
-            allow_lost=allow_lost,
-            keep_special_tokens=keep_special_tokens,
+            EncoderOptions(
+                ref, None, template, trust_remote_code, turns, tuple(allow_lost), keep_special_tokens
+            )
         )
         declared = encoder.max_length
         encoder.max_length = _ANY_LENGTH

@@ -32,6 +32,19 @@ NORMALIZED = "examples whose text the tokenizer's normalizer changes"
 
 
 @dataclass(frozen=True)
+class EncoderOptions:
+    """How a checkpoint's tokenizer and chat template encode conversations; see `ChatEncoder`."""
+
+    model: str
+    max_length: int | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    turns: TrainedTurns = "all"
+    allow_lost: tuple[str, ...] = ()
+    keep_special_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class Encoded:
     """One example. It ends with its last response token, and is empty if truncation left no response token."""
 
@@ -284,28 +297,19 @@ def _length_to_last(mask: list[bool]) -> int:
     return next((i + 1 for i in range(len(mask) - 1, -1, -1) if mask[i]), 0)
 
 
-def load_encoder(
-    ref: str,
-    max_length: int | None = None,
-    chat_template: str | None = None,
-    *,
-    trust_remote_code: bool = False,
-    turns: TrainedTurns = "all",
-    allow_lost: Collection[str] = (),
-    keep_special_tokens: bool = False,
-) -> ChatEncoder:
+def load_encoder(options: EncoderOptions) -> ChatEncoder:
     """Load the encoder of a checkpoint: its tokenizer, and the tokens that stop its generation.
 
     Raises:
         UsageError, SstokenError: as `load_tokenizer`.
     """
-    tokenizer = checkpoints.load_tokenizer(ref, trust_remote_code=trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     return ChatEncoder(
         tokenizer,
-        max_length,
-        chat_template,
-        turns=turns,
-        allow_lost=allow_lost,
-        keep_special_tokens=keep_special_tokens,
-        stop_tokens=checkpoints.stop_tokens(ref, tokenizer),
+        options.max_length,
+        options.chat_template,
+        turns=options.turns,
+        allow_lost=options.allow_lost,
+        keep_special_tokens=options.keep_special_tokens,
+        stop_tokens=checkpoints.stop_tokens(options.model, tokenizer),
     )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
 from sstoken.stages import checkpoints, folders, joins, storage
+from sstoken.stages.encoding.chat import ChatEncoder, EncoderOptions, load_encoder
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout
 from sstoken.stages.encoding.messages import (
@@ -20,7 +21,6 @@ from sstoken.stages.encoding.messages import (
     BadRow,
     Conversation,
     PassedOver,
-    TrainedTurns,
     check_text,
 )
 from sstoken.stages.encoding.ranges import RowRange
@@ -30,9 +30,6 @@ from sstoken.stages.encoding.token_stats import Stats, no_stats
 from sstoken.stages.stage import Worker
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.tables import TOKENS, part_name, read_metadata, write_part
-
-if TYPE_CHECKING:
-    from sstoken.stages.encoding.chat import ChatEncoder
 
 BAD_ROWS = "bad_rows"
 """Output folder with the reasons for skipped rows (never their text)."""
@@ -54,13 +51,7 @@ class Shard:
 class EncodingSettings:
     """How shards are encoded and where they go."""
 
-    model: str
-    chat_template: str | None
-    max_length: int | None
-    trust_remote_code: bool
-    turns: TrainedTurns
-    allow_lost: tuple[str, ...]
-    keep_special_tokens: bool
+    options: EncoderOptions
     layout: Layout
     max_chars: int
     skip: bool
@@ -68,20 +59,10 @@ class EncodingSettings:
     fingerprint: str
     """The run's fingerprint, for provenance."""
 
-    def encoder(self) -> "ChatEncoder":
+    def encoder(self) -> ChatEncoder:
         """Return this process's encoder."""
-        stamp = checkpoints.stamp(self.model)
-        with limited(self.model):
-            return _encoder(
-                self.model,
-                self.trust_remote_code,
-                self.max_length,
-                self.chat_template,
-                self.turns,
-                self.allow_lost,
-                self.keep_special_tokens,
-                stamp,
-            )
+        with limited(self.options.model):
+            return _encoder(self.options, checkpoints.stamp(self.options.model))
 
 
 def encode_shard(settings: EncodingSettings, shard: Shard, worker: Worker) -> None:
@@ -163,9 +144,7 @@ def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversati
     return to_conversation(row.value, layout, max_chars)
 
 
-def _described(
-    row: Row, conversation: Conversation, layout: Layout, encoder: "ChatEncoder"
-) -> dict[str, Any]:
+def _described(row: Row, conversation: Conversation, layout: Layout, encoder: ChatEncoder) -> dict[str, Any]:
     """Describe how a row was read: its layout, and what the chat template adds."""
     columns = [[role, name] for role, name in layout.columns.items() if name in row.value]
     try:
@@ -200,20 +179,22 @@ def save_tokenizer(settings: EncodingSettings) -> None:
     tokenizer = encoder.tokenizer
     own = tokenizer.chat_template
     try:
-        tokenizer.chat_template = own if own and settings.chat_template is None else encoder.template()
+        tokenizer.chat_template = (
+            own if own and settings.options.chat_template is None else encoder.template()
+        )
         with storage.of(folder).put_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
     finally:
         tokenizer.chat_template = own
 
 
-def _metadata(settings: EncodingSettings, encoder: "ChatEncoder") -> dict[str, Any]:
+def _metadata(settings: EncodingSettings, encoder: ChatEncoder) -> dict[str, Any]:
     return {
         "kind": "tokens",
         "tokenizer": {
             "fingerprint": checkpoints.tokenizer_fingerprint(encoder.tokenizer),
             "vocab_size": len(encoder.tokenizer),
-            "name": settings.model,
+            "name": settings.options.model,
         },
         "chat_template": hashlib.sha256(encoder.template().encode()).hexdigest()[:16],
         "max_length": encoder.max_length,
@@ -221,25 +202,6 @@ def _metadata(settings: EncodingSettings, encoder: "ChatEncoder") -> dict[str, A
 
 
 @lru_cache(maxsize=1)
-def _encoder(
-    model: str,
-    trust_remote_code: bool,
-    max_length: int | None,
-    chat_template: str | None,
-    turns: TrainedTurns,
-    allow_lost: tuple[str, ...],
-    keep_special_tokens: bool,
-    stamp: tuple[Any, ...],
-) -> "ChatEncoder":
+def _encoder(options: EncoderOptions, stamp: tuple[Any, ...]) -> ChatEncoder:
     """Load the encoder once per process, since loading a tokenizer is slow; another `stamp` loads it again."""
-    from sstoken.stages.encoding.chat import load_encoder
-
-    return load_encoder(
-        model,
-        max_length,
-        chat_template,
-        trust_remote_code=trust_remote_code,
-        turns=turns,
-        allow_lost=allow_lost,
-        keep_special_tokens=keep_special_tokens,
-    )
+    return load_encoder(options)
