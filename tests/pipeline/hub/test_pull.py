@@ -141,7 +141,7 @@ def _other_choice(table):
         (_flip, "labels that contradict its keep mask"),
         (_kept_prompt, "outside the responses"),
         (_other_choice, "other counts of examples and kept tokens"),
-        (lambda table: table.slice(1), "as many examples and kept tokens as it says"),
+        (lambda table: table.slice(1), "other counts of examples and kept tokens"),
         (lambda table: table.drop_columns("labels"), "columns that no masked dataset has"),
         (
             lambda table: table.append_column("extra", table["example_id"]),
