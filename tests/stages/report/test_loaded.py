@@ -48,7 +48,7 @@ def test_a_row_shows_its_tokens_and_runs_nothing(place: Path) -> None:
     struck, coloured = shown.count("line-through"), shown.count("background:#") - 1
     assert coloured == sum(row.example.keep_mask)
     assert struck == sum(row.example.response_mask or ()) - coloured
-    with pytest.raises(IndexError, match="legal are 0 to 8"):
+    with pytest.raises(IndexError, match="legal: 0 to 8"):
         sstoken.load(place / "masked").row(9)
 
 
