@@ -127,7 +127,6 @@ def has_weights(masked: Path) -> bool:
     return bool(parts) and "weight" in tables.columns(parts[0])
 
 
-
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
