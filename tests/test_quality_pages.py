@@ -135,3 +135,11 @@ def test_worst_is_told_from_random():
         if "worst 0.6 global protected" in (figures := json.loads(path.read_text()))["methods"]
     }
     assert {"noisy-families", "weak-base"} <= {study for study, (_, low, _) in told.items() if low > 0}
+
+
+def test_sources_of_variance_are_apart():
+    of_methods = json.loads((RESULTS / "variance.json").read_text(encoding="utf-8"))["variance"]
+    assert set(of_methods["full"]) >= {"data", "noise", "order", "all"}
+    assert "drawn" in of_methods["random 0.6 protected"]
+    assert all(source["runs"] >= 5 for method in of_methods.values() for source in method.values())
+    assert of_methods["full"]["drawn"]["sd"][0] == 0, "more differed than the mask of `random`"
