@@ -19,7 +19,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 from sstoken.errors import SstokenError
-from sstoken.stages import plain_json
+from sstoken.stages import conditional_write, plain_json, remote_cache
+from sstoken.stages.remote_path import RemotePath
 from sstoken.stages.storage import UNFINISHED
 
 BEAT = 5.0
@@ -56,10 +57,11 @@ class Lease:
 
     def __init__(self, file: Path, fingerprint: str = "") -> None:
         self._file = file
+        self._beats = 0
         self._own = Holder(
             owner=_user(),
             host=socket.gethostname(),
-            boot=_boot(),
+            boot=self._machine(),
             pid=os.getpid(),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
             fingerprint=fingerprint,
@@ -67,7 +69,6 @@ class Lease:
         )
         self._ended = Event()
         self._opened = -1
-        self._beats = 0
         self._thread = Thread(target=self._live, daemon=True)
 
     def take(self, wait: float = 0, watched: Callable[[Holder], None] = lambda holder: None) -> None:
@@ -93,9 +94,11 @@ class Lease:
         try:
             self._beat()
             os.replace(temporary, self._file)
-        except OSError:
+        except OSError as error:
             os.close(self._opened)
             temporary.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError):  # who took it meanwhile has swept it away
+                raise _taken(self._file, holder(self._file)) from error
             raise
         self._thread.start()
 
@@ -115,23 +118,81 @@ class Lease:
         """Give the lease up."""
         self._ended.set()
         self._thread.join()
-        os.close(self._opened)
-        found = holder(self._file)
-        if found is not None and found.token == self._own.token:
-            with suppress(OSError):
-                self._file.unlink(missing_ok=True)
+        self._close()
+        with suppress(OSError, SstokenError):
+            found = holder(self._file)
+            if found is not None and found.token == self._own.token:
+                self._remove()
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT):
-            with suppress(OSError):  # others may then count it as dead, which `check` notices
+            with suppress(OSError, SstokenError):  # others may then count it as dead, which `check` notices
                 self._beat()
 
-    def _beat(self) -> None:
-        """Overwrite the lease, at the same length, through the open file: never a successor's file of that name."""
+    def _text(self) -> bytes:
+        """Return the lease with one more sign of life, always of the same length."""
         self._beats += 1
-        text = json.dumps({**asdict(self._own), "beats": f"{self._beats:012d}"})
-        os.pwrite(self._opened, text.encode(), 0)
+        return json.dumps({**asdict(self._own), "beats": f"{self._beats:012d}"}).encode()
+
+    def _machine(self) -> str:
+        return _boot()
+
+    def _beat(self) -> None:
+        """Overwrite the lease through the open file: never a successor's file of that name."""
+        os.pwrite(self._opened, self._text(), 0)
         os.fsync(self._opened)
+
+    def _close(self) -> None:
+        os.close(self._opened)
+
+    def _remove(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+
+class StoreLease(Lease):
+    """A lease in an object store, which has no locks: of several machines the store's conditional write lets one in.
+
+    Processes of this machine have been kept apart before, by a lock in the cache that they share.
+    """
+
+    def __init__(self, file: RemotePath, fingerprint: str = "") -> None:
+        self._place = file
+        super().__init__(file, fingerprint)  # type: ignore[arg-type]
+
+    def take(self, wait: float = 0, watched: Callable[[Holder], None] = lambda holder: None) -> None:
+        """See `Lease`."""
+        end = time.monotonic() + wait
+        while not self._is_taken(wait, watched):
+            if time.monotonic() > end:
+                raise _taken(self._file, holder(self._file))
+            time.sleep(_LOOK)
+        self._thread.start()
+
+    def _is_taken(self, wait: float, watched: Callable[[Holder], None]) -> bool:
+        found = holder(self._file)
+        if found is not None and found.boot != self._own.boot:
+            watched(found)
+            _wait_for_end(self._file, found, wait)
+        before, now = conditional_write.version_of(self._place), holder(self._file)
+        if before is None:
+            return conditional_write.create(self._place, self._text())
+        # The one that died, or one of this machine: it would have held the lock.
+        is_dead = now is None or now.boot == self._own.boot or (found and now.token == found.token)
+        return bool(is_dead) and conditional_write.replace(self._place, self._text(), before)
+
+    def _machine(self) -> str:
+        return remote_cache.machine()
+
+    def _beat(self) -> None:
+        before, found = conditional_write.version_of(self._place), holder(self._file)
+        if before is not None and found is not None and found.token == self._own.token:
+            conditional_write.replace(self._place, self._text(), before)
+
+    def _close(self) -> None:
+        """Nothing is open."""
+
+    def _remove(self) -> None:
+        conditional_write.remove(self._place)
 
 
 def is_of_this_machine(file: Path) -> bool:
@@ -159,10 +220,13 @@ def _wait_for_end(file: Path, found: Holder, wait: float) -> None:
         if now != last:
             last, changed = now, time.monotonic()
             if changed >= began + wait:
-                raise SstokenError(
-                    f"{file.parent}: another run is writing here: {holder(file) or found}; wait for that, or choose "
-                    "another folder"
-                )
+                raise _taken(file, holder(file) or found)
+
+
+def _taken(file: Path, by: Holder | None) -> SstokenError:
+    return SstokenError(
+        f"{file.parent}: another run is writing here{f': {by}' if by else ''}; wait for that, or choose another folder"
+    )
 
 
 def _content(file: Path) -> bytes | None:

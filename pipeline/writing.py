@@ -15,6 +15,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import lease
 from sstoken.stages import storage
 from sstoken.stages.manifest import MANIFEST, read_manifest
+from sstoken.stages.remote_path import RemotePath
 from sstoken.stages.shard_border import GOES_ON
 
 
@@ -43,6 +44,8 @@ def _writable(folder: Path) -> bool:
         return False
 
 
+_NO_LEASE = ("hf",)
+"""Every file put there is a commit of a repository."""
 RANKS = "rank-*-of-*"
 """Pattern of the parts that ranks lock; see `one_run_at_a_time` and `at_work`."""
 
@@ -80,11 +83,35 @@ def one_run_at_a_time(
         with naming_full_disk(out):
             own.take(wait, _say_watched)
         try:
-            yield own.check
+            with _one_machine_at_a_time(out, part, wait, fingerprint) as check:
+
+                def check_both() -> None:
+                    own.check()
+                    check()
+
+                yield check_both
         finally:
             own.release()
     finally:
         lock.release()  # the lock file stays: after unlinking it, two runs could lock two files of that name
+
+
+@contextmanager
+def _one_machine_at_a_time(
+    out: PurePath, part: str, wait: float, fingerprint: str
+) -> Iterator[Callable[[], None]]:
+    """Keep other machines off a folder in an object store; a folder on a disk has its lease already."""
+    if not isinstance(out, RemotePath) or out.scheme in _NO_LEASE:
+        yield lambda: None
+        return
+    own = lease.StoreLease(
+        out.with_name(f".{out.name}.{part}.lease" if part else f".{out.name}.lease"), fingerprint
+    )
+    own.take(wait, _say_watched)
+    try:
+        yield own.check
+    finally:
+        own.release()
 
 
 def at_work(out: Path, parts: str) -> list[str]:

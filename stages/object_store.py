@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, cast
 from filelock import FileLock
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages import faults, plain_json, remote_cache
+from sstoken.stages import conditional_write, faults, plain_json, remote_cache
+from sstoken.stages.conditional_write import writing
 from sstoken.stages.processes import is_main_process
 from sstoken.stages.remote_path import RemotePath, explained, version
 from sstoken.stages.storage import CLAIM, MARKS, UNFINISHED
@@ -65,21 +66,10 @@ class ObjectStore:
             self._upload(Path(scratch.name), file)
 
     def put_if_absent(self, file: RemotePath, content: bytes) -> bool:
-        """See `Storage`. With If-None-Match where the store has it; else there is a moment between look and write."""
-        filesystem, key = file.located()
+        """See `Storage`. With If-None-Match where the store has it."""
         faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
-        try:
-            with _writing(file):
-                filesystem.pipe_file(key, content, mode="create")
-        except FileExistsError:
+        if not conditional_write.create(file, content):
             return False
-        except SstokenError as error:
-            if not _is_not_implemented(error.__cause__):
-                raise
-            if file.exists():
-                return False
-            with _writing(file):
-                filesystem.pipe_file(key, content)
         self._note(file, len(content), hashlib.sha256(content).hexdigest())
         return True
 
@@ -237,7 +227,7 @@ class ObjectStore:
         size, digest = local.stat().st_size, _sha256(local)
         filesystem, key = file.located()
         faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
-        with _writing(file):
+        with writing(file):
             filesystem.put_file(str(local), key)
         self._note(file, size, digest)
 
@@ -258,7 +248,7 @@ class ObjectStore:
         if (record := _record(file)) is not None:
             noted = {"bytes": size, "sha256": digest, "version": version(info) if digest else ""}
             filesystem, key = record.located()
-            with _writing(record):
+            with writing(record):
                 filesystem.pipe_file(key, json.dumps(noted).encode())
 
     def _noted(self, file: RemotePath) -> dict[str, Any] | None:
@@ -283,17 +273,6 @@ class ObjectStore:
             filesystem, _ = files[1].located()
             with suppress(FileNotFoundError), explained(files[1]):
                 filesystem.rm([file.located()[1] for file in files[1:]])
-
-
-@contextmanager
-def _writing(file: RemotePath) -> Iterator[None]:
-    with explained(file):
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise SstokenError(
-                f"{file}: no such bucket or repository; make it first, or name another"
-            ) from error
 
 
 def _read(file: RemotePath) -> str | None:
@@ -324,8 +303,3 @@ def _sha256(path: Path) -> str:
 
 def _claim(manifest: str) -> str:
     return hashlib.sha256(manifest.encode()).hexdigest()
-
-
-def _is_not_implemented(error: BaseException | None) -> bool:
-    """Whether a store, or fsspec for it, has no conditional write."""
-    return isinstance(error, NotImplementedError | ValueError | TypeError) or "NotImplemented" in str(error)

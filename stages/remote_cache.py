@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import secrets
 import tempfile
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -70,6 +72,19 @@ def own_place(place: RemotePath) -> Path:
     own = cache() / "own" / _hash(str(place.parent)) / place.name
     own.parent.mkdir(parents=True, exist_ok=True)
     return own
+
+
+def machine() -> str:
+    """Return a name for all processes that share this cache: they see each other's locks."""
+    file = cache() / "machine"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as own:
+            own.write(secrets.token_hex(8))
+        with suppress(FileExistsError):
+            os.link(own.name, file)
+        os.unlink(own.name)
+    return file.read_text()
 
 
 def workshop(folder: RemotePath, made_by: str) -> Path:

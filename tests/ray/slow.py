@@ -10,10 +10,13 @@ from typing import Any
 
 from sstoken.pipeline.job import Job
 from sstoken.pipeline.runner import execute
+from sstoken.stages.encode import Encode
+from sstoken.stages.export import Export
 from sstoken.stages.manifest import Digests
 from sstoken.stages.score import Score
-from sstoken.stages.sharded import Work
-from sstoken.stages.stage import Context, Worker
+from sstoken.stages.select import Select
+from sstoken.stages.sharded import ShardedStage, Work
+from sstoken.stages.stage import Context, Task, Worker
 
 SECONDS = 0.25
 LOG, POISON = "log.txt", "poison"
@@ -24,28 +27,55 @@ class _Slow:
     def __init__(self, function: Any, beside: Path) -> None:
         self._function, self._beside = function, beside
 
-    def __call__(self, tokens: Path, worker: Worker) -> None:
+    def __call__(self, work: tuple[str, Any], worker: Worker) -> None:
+        shard, given = work
         with open(self._beside / LOG, "a") as log:
-            log.write(f"{tokens.name} {os.getpid()}\n")
-        if (self._beside / POISON).exists() and tokens.name == (self._beside / POISON).read_text():
+            log.write(f"{shard} {os.getpid()}\n")
+        if (self._beside / POISON).exists() and shard == (self._beside / POISON).read_text():
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(SECONDS)
-        self._function(tokens, worker)
+        self._function(given, worker)
 
 
-class SlowScore(Score):
+class _Slowly:
+    def work(self, context: Context) -> Work:
+        work: Work = super().work(context)  # type: ignore[misc]
+        tasks = (Task(task.output, task.size, (task.output.name, task.work)) for task in work.tasks)
+        return Work(_Slow(work.function, context.out.parent), tasks, work.total)
+
+
+class SlowEncode(_Slowly, Encode):
+    """Encodes, and takes its time."""
+
+
+class SlowScore(_Slowly, Score):
     """Scores, and takes its time."""
 
-    def work(self, context: Context) -> Work:
-        work = super().work(context)
-        return Work(_Slow(work.function, context.out.parent), work.tasks, work.total)
+
+class SlowSelect(_Slowly, Select):
+    """Selects, and takes its time."""
+
+
+class SlowExport(_Slowly, Export):
+    """Exports, and takes its time."""
+
+
+KINDS: dict[str, type[ShardedStage]] = {
+    kind.name: kind for kind in (SlowEncode, SlowScore, SlowSelect, SlowExport)
+}
+
+
+def run(kind: str, inputs: dict[str, Path | str], out: Path, **settings: Any) -> None:
+    """Run a stage slowly."""
+    given = {name: Path(folder) for name, folder in inputs.items()}
+    execute(Job(KINDS[kind](**settings), given, out, seed=0), Digests())
 
 
 def score(tokens: Path, checkpoint: Path, out: Path, **options: Any) -> None:
     """Score slowly."""
-    stage = SlowScore(checkpoint=str(checkpoint), attention=True, device="cpu", **options)
-    execute(Job(stage, {"tokens": tokens}, out, seed=0), Digests())
+    run("score", {"tokens": tokens}, out, checkpoint=str(checkpoint), attention=True, device="cpu", **options)
 
 
 if __name__ == "__main__":
-    score(*map(Path, sys.argv[1:4]), **json.loads(sys.argv[4]))
+    kind, inputs, out, settings = sys.argv[1:]
+    run(kind, json.loads(inputs), Path(out), **json.loads(settings))

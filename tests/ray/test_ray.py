@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,9 @@ def when(condition: Callable[[], bool], act: Callable[[], Any]) -> threading.Thr
 
 
 def made(out: Path) -> list[Path]:
-    return sorted(out.with_name(out.name + ".partial").glob("part-*.parquet"))
+    """The file of each shard that is done."""
+    partial = out.with_name(out.name + ".partial")
+    return sorted(path for path in partial.rglob("part-*") if path.suffix in (".parquet", ".json"))
 
 
 def begun(out: Path) -> list[list[str]]:
@@ -135,39 +139,113 @@ def test_a_poisoned_shard_is_named_and_all_others_are_done(
     assert shards(out) == scored
 
 
-def run_until_killed(command: dict[str, Any], tokens: Path, world: World, out: Path, done: int) -> None:
-    """Score in a process of its own, and kill it when so many shards are there."""
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "tests.ray.slow", tokens, world.base, out, json.dumps(command)],
-        cwd=ROOT,
-        env=environment(),
-    )
+def start(kind: str, inputs: dict[str, Path], out: Path, **settings: Any) -> subprocess.Popen[bytes]:
+    """Run a stage slowly in a process of its own."""
+    given = json.dumps({name: str(folder) for name, folder in inputs.items()})
+    command = [sys.executable, "-m", "tests.ray.slow", kind, given, str(out), json.dumps(settings)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment())
+
+
+def kill_when(driver: subprocess.Popen[bytes], out: Path, done: int) -> None:
+    """Kill the driver when so many shards are there; wait until none of its workers is at work."""
     while len(made(out)) < done:
         assert driver.poll() is None
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
     driver.wait(PATIENCE)
-
-
-def test_a_run_moves_between_ray_ranks_and_one_machine(
-    cluster: Any, world: World, tokens: Path, scored: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "base"
-    run_until_killed({"engine": "ray", "ray_address": cluster.address}, tokens, world, out, 10)
-    # The processes of a driver that is gone are ended by Ray; what one of them still writes is the same bytes.
-    workers = {int(pid) for _, pid in begun(out)}
+    # They are ended by Ray, or end by themselves; what one of them still writes is the same bytes.
+    workers = {int(pid) for _, pid in begun(out)} - {os.getpid()}
     while any(psutil.pid_exists(pid) for pid in workers):
         time.sleep(0.1)
-    done = {path.name: path.stat().st_ino for path in made(out)}
-    before = len(begun(out))
-    slow.score(tokens, world.base, out, rank=1, world_size=2)
-    by_rank = {name for name, _ in begun(out)[before:]}
-    assert by_rank == {f"part-{i:05d}.parquet" for i in range(1, SHARDS, 2)} - {*done}
-    before = len(begun(out))
-    slow.score(tokens, world.base, out)
-    assert {name for name, _ in begun(out)[before:]} == {*scored} - by_rank - {*done}
+
+
+def test_a_run_moves_from_one_machine_to_ray_and_to_ranks(
+    cluster: Any, world: World, tokens: Path, scored: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Killed at each place: what is there is not made again, and what was made each time adds up."""
+    out = tmp_path / "base"
+    given = {"checkpoint": str(world.base), "attention": True, "device": "cpu"}
+    there: dict[str, int] = {}
+    at_work = 0
+    for settings, done, workers in (
+        ({"workers": 2}, 8, 2),
+        ({"engine": "ray", "ray_address": cluster.address}, 16, 2),
+        ({"rank": 0, "world_size": 2}, 20, 1),
+    ):
+        before = len(begun(out))
+        kill_when(start("score", {"tokens": tokens}, out, **given, **settings), out, done)
+        names = [name for name, _ in begun(out)[before:]]
+        assert not {*names} & {*there}, "nothing is scored twice"
+        there = {path.name: path.stat().st_ino for path in made(out)} | there
+        at_work += workers
+    for rank in (0, 1):
+        slow.score(tokens, world.base, out, rank=rank, world_size=2)
+    assert {path.name: path.stat().st_ino for path in made(out)}.items() >= there.items()
+    api.commit(out)
     assert shards(out) == scored
-    assert {name: (out / name).stat().st_ino for name in done} == done, "nothing is scored twice"
+    assert len(begun(out)) <= SHARDS + at_work, "only what was under way at a kill is begun again"
+
+
+@pytest.mark.parametrize("kind", ["encode", "score", "select", "export"])
+def test_a_process_a_node_and_the_driver_are_killed(
+    kind: str, cluster: Any, world: World, tokens: Path, tmp_path: Path
+) -> None:
+    data = {"data": str(tokens.parent / "data.jsonl"), "model": str(world.base), "shard_rows": 2}
+    masked = made_masked(world, tokens)
+    scores = {"history": masked.parent / "scores" / "base", "current": masked.parent / "scores" / "later"}
+    inputs, settings = {
+        "encode": ({}, data),
+        "score": ({"tokens": tokens}, {"checkpoint": str(world.base), "device": "cpu"}),
+        "select": ({"tokens": tokens, **scores}, {"method": "rel"}),
+        "export": ({"masked": masked}, {"to": "trl"}),
+    }[kind]
+    on_ray = settings | {"engine": "ray", "ray_address": cluster.address}
+    out, local = tmp_path / "ray" / kind, tmp_path / "local" / kind
+    for folder in (out.parent, local.parent):
+        folder.mkdir()
+    driver = start(kind, inputs, out, **on_ray)
+
+    def is_at_work() -> bool:
+        return len(made(out)) >= 4 and begun(out)[-1][0] not in {path.name for path in made(out)}
+
+    def kill_process() -> None:
+        with suppress(ProcessLookupError):
+            os.kill(int(begun(out)[-1][1]), signal.SIGKILL)
+
+    lost = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
+    when(is_at_work, kill_process).join(PATIENCE)
+    when(lambda: len(made(out)) >= 10, lambda: cluster.remove_node(lost, allow_graceful=False)).join(PATIENCE)
+    kill_when(driver, out, 15)
+    patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
+    there = {path.name: path.stat().st_ino for path in made(out)}
+    before = len(begun(out))
+    names = {path.name for path in made(out)}
+    poison = next(name for i in range(SHARDS) if (name := f"part-{i:05d}{made(out)[0].suffix}") not in names)
+    (out.parent / slow.POISON).write_text(poison)
+    with pytest.raises(QuarantinedError, match=rf"{poison} \(its worker process died\)") as caught:
+        slow.run(kind, inputs, out, **on_ray)
+    assert len(caught.value.failed) == 1
+    again = [name for name, _ in begun(out)[before:]]
+    assert not {*again} & {*there}
+    assert sorted({*again} | {*there}) == sorted(f"part-{i:05d}{Path(poison).suffix}" for i in range(SHARDS))
+    assert again.count(poison) == 3
+    before = len(begun(out))
+    (out.parent / slow.POISON).unlink()
+    slow.run(kind, inputs, out, **on_ray)
+    assert [name for name, _ in begun(out)[before:]] == [poison]
+    seconds, slow.SECONDS = slow.SECONDS, 0
+    slow.run(kind, inputs, local, **settings)
+    slow.SECONDS = seconds
+    assert all_files(out) == all_files(local)
+
+
+@cache
+def made_masked(world: World, tokens: Path) -> Path:
+    """A masked folder of forty shards, and `scores` beside it."""
+    folder = tokens.parent
+    checkpoints = [str(world.base), f"later={world.later}"]
+    api.score(tokens=tokens, checkpoints=checkpoints, out=folder / "scores", device="cpu")
+    return api.select(tokens=tokens, scores=folder / "scores", out=folder / "masked", method="rel").folder
 
 
 def test_the_tasks_of_a_lost_node_are_done_elsewhere(
