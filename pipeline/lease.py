@@ -168,6 +168,12 @@ class StoreLease(Lease):
             time.sleep(_LOOK)
         self._thread.start()
 
+    def forget(self) -> None:
+        """Delete the lease of a run of this machine that was killed; its lock, which is held now, was free."""
+        found = holder(self._file)
+        if found is not None and found.boot == self._own.boot:
+            self._remove()
+
     def _is_taken(self, wait: float, watched: Callable[[Holder], None]) -> bool:
         found = holder(self._file)
         if found is not None and found.boot != self._own.boot:

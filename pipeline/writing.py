@@ -104,9 +104,7 @@ def _one_machine_at_a_time(
     if not isinstance(out, RemotePath) or out.scheme in _NO_LEASE:
         yield lambda: None
         return
-    own = lease.StoreLease(
-        out.with_name(f".{out.name}.{part}.lease" if part else f".{out.name}.lease"), fingerprint
-    )
+    own = lease.StoreLease(_store_lease(out, part), fingerprint)
     own.take(wait, _say_watched)
     try:
         yield own.check
@@ -126,6 +124,8 @@ def forget_dead_run(out: Path) -> None:
         lock = FileLock(_lock_file(out, ""))
         with suppress(Timeout, OSError):
             lock.acquire(timeout=0)
+            if isinstance(out, RemotePath) and out.scheme not in _NO_LEASE:
+                lease.StoreLease(_store_lease(out, "")).forget()
             file.unlink(missing_ok=True)
         lock.release()
 
@@ -144,6 +144,10 @@ def _lock_files(out: Path, parts: str) -> list[Path]:
 def _lock_file(out: Path, part: str) -> Path:
     out = storage.of(out).on_this_machine(out)
     return out.with_name(f".{out.name}.{part}.lock" if part else f".{out.name}.lock")
+
+
+def _store_lease(out: RemotePath, part: str) -> RemotePath:
+    return out.with_name(f".{out.name}.{part}.lease" if part else f".{out.name}.lease")
 
 
 def _say_watched(other: lease.Holder) -> None:

@@ -8,8 +8,10 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar, cast
 
 import click
@@ -135,17 +137,30 @@ def place(path: Place) -> Path:
     return storage.address(path)
 
 
-def local_file(path: Place) -> Path:
-    """A file to write, on a local disk: no folder, and not within a finished folder.
+def file_to_write(path: Place) -> Path:
+    """A file to write: no folder, and not within a finished folder.
 
     Raises:
         UsageError: it cannot be one.
     """
-    found = local_place(path)
+    found = place(path)
     if found.is_dir():
         raise UsageError(f"{path}: is a folder; name the file to write")
     check_not_inside(found)
     return found
+
+
+@contextmanager
+def written_locally(file: Path) -> Iterator[Path]:
+    """A local path for another library to write: `file` itself, or scratch that is put into its object store then."""
+    found: PurePath = file
+    if isinstance(found, Path):
+        yield file
+        return
+    with TemporaryDirectory(prefix="sstoken-") as folder:
+        scratch = Path(folder) / file.name
+        yield scratch
+        storage.of(file).take(scratch, file)
 
 
 def named_places(given: Iterable[Place]) -> dict[str, Path]:

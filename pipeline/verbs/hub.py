@@ -15,8 +15,9 @@ from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.sections import stage_of
-from sstoken.pipeline.verbs.command import Internal, Output, Place, local_place, place, verb
+from sstoken.pipeline.verbs.command import Internal, Output, Place, place, verb
 from sstoken.stages import manifest as manifests
+from sstoken.stages import storage
 from sstoken.stages.hub.provenance import PROVENANCE, find_origin, read_provenance
 from sstoken.stages.hub.publication import Publication
 from sstoken.stages.hub.pull import Pull
@@ -68,7 +69,7 @@ class PublishCall(Publication):
         check_branch(self.branch)
         if not self.dry_run:
             connect(write=True)  # refuse before any work
-        masked = local_place(self.masked)
+        masked = place(self.masked)
         masked = masked if masked.name not in ("", "..") else masked.resolve()
         folder = masked.with_name(masked.name + ".publish") if self.out is None else place(self.out)
         origin = self.origin or find_origin(masked, manifests.finished(masked, "masked"))
@@ -76,10 +77,13 @@ class PublishCall(Publication):
             origin["license"] = license
         fields = stage_of(self, Publication).model_dump()
         stage = validated(Publication, fields | {"origin": origin}, "publish")
-        result = execute(Job(stage, {"masked": masked}, folder, seed=0), Digests(), replace=True)
+        result = execute(
+            Job(stage, {"masked": storage.local(masked)}, folder, seed=0), Digests(), replace=True
+        )
         files = manifests.finished(folder, "publish").files
         done = None
         if not self.dry_run:
+            folder = storage.local(folder)
             run = read_provenance(folder / PROVENANCE).masked["fingerprint"]
             title = f"Token-masked dataset, sstoken run {run}"
             hub = connect(write=True)

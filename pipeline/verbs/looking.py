@@ -10,7 +10,7 @@ import click
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.printing import print_comparison, print_table
-from sstoken.pipeline.verbs.command import Place, command, local_file, named_places, place
+from sstoken.pipeline.verbs.command import Place, command, file_to_write, named_places, place, written_locally
 from sstoken.stages import folders
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import MANIFEST
@@ -50,7 +50,8 @@ def show(
     if svg is not None:
         if pager:
             raise UsageError("pager and svg are given; a picture has no pages, leave one of them out")
-        save_svg(place(masked), local_file(svg), row, rows, search=search, sort=sort, signal=signal)
+        with written_locally(file_to_write(svg)) as file:
+            save_svg(place(masked), file, row, rows, search=search, sort=sort, signal=signal)
     else:
         show_examples(place(masked), row, rows, search=search, sort=sort, signal=signal, pager=pager)
 

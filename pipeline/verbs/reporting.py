@@ -8,7 +8,15 @@ import click
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.cli_options import json_option
-from sstoken.pipeline.verbs.command import Place, command, local_file, local_place, named_places, place
+from sstoken.pipeline.verbs.command import (
+    Place,
+    command,
+    file_to_write,
+    local_place,
+    named_places,
+    place,
+    written_locally,
+)
 
 __all__ = ["plot", "report"]
 
@@ -47,10 +55,11 @@ def report(
         given = "nothing" if out is None else "both out and space"
         raise UsageError(f"{given} was given; name the page (--out) or a folder for a Space (--space)")
     named = named_places(folders)
-    page = local_file(out) if out is not None else local_place(str(space)) / PAGE
     if space is not None:
         check_space(local_place(space))
-    facts = write_page(named, page, [place(each) for each in scores], seed)
+    page = file_to_write(out) if out is not None else local_place(str(space)) / PAGE
+    with written_locally(page) as file:
+        facts = write_page(named, file, [place(each) for each in scores], seed)
     if space is not None:
         write_card(local_place(space), f"Tokens of {' and '.join(named)}")
     return {**facts, "page": str(page)}
@@ -98,9 +107,11 @@ def plot(
     from sstoken.stages.report.folders import open_folders
     from sstoken.stages.report.statistics import measure
 
-    check_name(figure, local_file(out))
+    file = file_to_write(out)
+    check_name(figure, file)
     found = open_folders(named_places(folders), [place(each) for each in scores])
-    save(pick(measure(found, seed), figure), local_place(out))
+    with written_locally(file) as local:
+        save(pick(measure(found, seed), figure), local)
 
 
 @command(

@@ -274,13 +274,35 @@ def test_what_cannot_be_reached_is_one_line(
     assert SECRET not in line
 
 
-def test_what_wants_a_local_disk_says_so(run: CommandLine, place: str) -> None:
+def test_what_wants_a_local_disk_says_so(world: World, run: CommandLine, place: str) -> None:
     for command in (
-        ("publish", f"{place}/masked", "--repo", "me/x", "--dry-run"),
-        ("show", f"{place}/masked", "--svg", f"{place}/tokens.svg"),
+        ("report", world.tokens, "--space", f"{place}/space"),
         ("demo", "--out", f"{place}/demo"),
     ):
         assert "has to be on a local disk" in run.fails(2, *command)
+
+
+def test_pictures_pages_and_what_is_published_may_lie_there(
+    world: World, run: CommandLine, place: str, tmp_path: Path
+) -> None:
+    root = f"{place}/a b/ünï/x=1"  # what other programs put into keys
+    api.select(tokens=world.tokens, scores=world.scores, out=tmp_path / "masked")
+    run.works("select", "--tokens", world.tokens, "--scores", world.scores, "--out", f"{root}/masked/")
+    for command, name in (
+        (("show", "masked", "--row", 2, "--svg"), "row.svg"),
+        (("report", "masked", "--out"), "report.html"),
+        (("plot", "rho", "masked", "--out"), "rho.svg"),
+    ):
+        for folder in (str(tmp_path), root):
+            filled = [f"{folder}/masked" if part == "masked" else part for part in command]
+            run.works(*filled, f"{folder}/{name}")
+        here, there = (tmp_path / name).read_bytes(), storage.address(f"{root}/{name}").read_bytes()
+        assert there == here or (name == "report.html" and there.endswith(b"</html>")), "a page says its run"
+    said = [
+        run.works("publish", f"{folder}/masked", "--repo", "me/x", "--dry-run") for folder in (tmp_path, root)
+    ]
+    assert said[0].replace(str(tmp_path), root) == said[1]
+    assert content(f"{root}/masked.publish") == content(tmp_path / "masked.publish")
 
 
 @pytest.mark.slow

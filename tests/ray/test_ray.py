@@ -74,9 +74,9 @@ def when(condition: Callable[[], bool], act: Callable[[], Any]) -> threading.Thr
 
 
 def made(out: Path) -> list[Path]:
-    """The file of each shard that is done."""
+    """The file of each shard that is done; of `export`, its record."""
     partial = out.with_name(out.name + ".partial")
-    return sorted(path for path in partial.rglob("part-*") if path.suffix in (".parquet", ".json"))
+    return sorted([*partial.glob("part-*.parquet"), *partial.rglob("part-*.json")])
 
 
 def begun(out: Path) -> list[list[str]]:
