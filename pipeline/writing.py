@@ -124,8 +124,9 @@ def forget_dead_run(out: Path) -> None:
         lock = FileLock(_lock_file(out, ""))
         with suppress(Timeout, OSError):
             lock.acquire(timeout=0)
-            if isinstance(out, RemotePath) and out.scheme not in _NO_LEASE:
-                lease.StoreLease(_store_lease(out, "")).forget()
+            place: PurePath = out
+            if isinstance(place, RemotePath) and place.scheme not in _NO_LEASE:
+                lease.StoreLease(_store_lease(place, "")).forget()
             file.unlink(missing_ok=True)
         lock.release()
 
