@@ -8,7 +8,7 @@ what they took.
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,8 @@ class Sizes:
 
     def times(self, factor: float, guessed: bool) -> "Sizes":
         """Return the size of a folder `factor` times as large."""
-        return Sizes(
-            factor * self.examples,
-            factor * self.tokens,
-            factor * self.response_tokens,
-            factor * self.squares,
-            guessed,
-        )
+        examples, tokens = factor * self.examples, factor * self.tokens
+        return Sizes(examples, tokens, factor * self.response_tokens, factor * self.squares, guessed)
 
 
 @dataclass(frozen=True)
@@ -111,20 +106,17 @@ def costs(config: RunConfig, tflops: float) -> list[Cost]:
     for name, job, size, done in sized(config):
         flops, written = estimate(job, size) if size is not None else (None, None)
         hours = None if flops is None else flops / (tflops * 1e12) / 3600
-        cost = Cost(
-            name,
-            None if size is None else size.tokens,
-            flops,
-            hours,
-            written,
-            bool(size and size.guessed),
-        )
-        found.append(cost if done is None else _finished(cost, done))
+        tokens, guessed = (None, False) if size is None else (size.tokens, size.guessed)
+        cost = Cost(name, tokens, flops, hours, written, guessed)
+        if done is not None:
+            seconds = done.took.get("worker_seconds", done.seconds)
+            cost = replace(cost, took_hours=seconds / 3600, took_bytes=sum(f.bytes for f in done.files))
+        found.append(cost)
     return found
 
 
 def sized(config: RunConfig) -> Iterator[tuple[str, Job, Sizes | None, Manifest | None]]:
-    """Yield each step's name, its job, the size of what it reads (None: not known), and its manifest if it is finished.
+    """Yield each step's name, job, size of its input (None: unknown yet), and manifest (None: not finished).
 
     Raises:
         SstokenError: the data cannot be read.
@@ -135,12 +127,6 @@ def sized(config: RunConfig) -> Iterator[tuple[str, Job, Sizes | None, Manifest 
         done = manifests.read_manifest(step.job.out)
         sizes[step.job.out] = size = _sizes(step.job, sizes, done)
         yield step.name, step.job, size, done
-
-
-def _finished(cost: Cost, done: Manifest) -> Cost:
-    seconds = done.took.get("worker_seconds", done.seconds)
-    taken = {"took_hours": seconds / 3600, "took_bytes": sum(file.bytes for file in done.files)}
-    return Cost(**{**vars(cost), **taken})
 
 
 def _sizes(job: Job, known: dict[Path, Sizes | None], done: Manifest | None) -> Sizes | None:

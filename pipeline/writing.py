@@ -114,7 +114,8 @@ def _one_machine_at_a_time(
 
 def at_work(out: Path, parts: str) -> list[str]:
     """List the parts of an output folder, among those that match a pattern, that are locked now."""
-    return [_part_of(out, file) for file in _lock_files(out, parts) if _is_held(file)]
+    held = filter(_is_held, _lock_files(out, parts))
+    return [file.name.removeprefix(f".{out.name}.").removesuffix(".lock") for file in held]
 
 
 def forget_dead_run(out: Path) -> None:
@@ -157,10 +158,6 @@ def _say_watched(other: lease.Holder) -> None:
 
 def _lease_file(out: Path, part: str) -> Path:
     return _lock_file(out, part).with_suffix(".lease")
-
-
-def _part_of(out: Path, file: Path) -> str:
-    return file.name.removeprefix(f".{out.name}.").removesuffix(".lock")
 
 
 def _is_held(file: Path) -> bool:

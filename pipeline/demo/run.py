@@ -241,8 +241,9 @@ def _claim(out: Path, seed: int, model: str | None) -> None:
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
         raise UsageError(f"{out}: not empty, and not a demo; name another folder")
     if marker.is_file() and (held := _held(marker)) != facts:
+        scored_by = f" with {held['model']}" if "model" in held else ""
         raise UsageError(
-            f"{out}: holds the demo of seed {held.get('seed')}{_of(held)}, by sstoken {held.get('version')}; name "
+            f"{out}: holds the demo of seed {held.get('seed')}{scored_by}, by sstoken {held.get('version')}; name "
             "another folder, or delete this one"
         )
     try:
@@ -250,10 +251,6 @@ def _claim(out: Path, seed: int, model: str | None) -> None:
         marker.write_text(json.dumps(facts) + "\n")
     except OSError as error:
         raise UsageError(f"{out}: cannot be written ({error.strerror}); name another folder") from error
-
-
-def _of(held: dict[str, Any]) -> str:
-    return f" with {held['model']}" if "model" in held else ""
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:

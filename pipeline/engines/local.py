@@ -67,12 +67,11 @@ class _Here:
         self._ended.append((attempt, result))
 
     def ended(self) -> list[tuple[Attempt, Any]]:
-        """See `Pool`."""
         ended, self._ended = self._ended, []
         return ended
 
     def stop(self) -> None:
-        """See `Pool`."""
+        pass  # `start` returns only once its attempt has ended
 
 
 class LocalEngine:
@@ -124,7 +123,6 @@ class _Processes:
         """Attempts under way, each with the slot of its process."""
 
     def start(self, attempt: Attempt) -> None:
-        """See `Pool`."""
         slot = (set(range(self.window)) - {slot for _, slot in self._running.values()}).pop()
         self._done[slot] = 0
         device = self._devices[slot % len(self._devices)]
@@ -134,7 +132,6 @@ class _Processes:
         self._running[future] = attempt, slot
 
     def ended(self) -> Iterator[tuple[Attempt, Any]]:
-        """See `Pool`."""
         for future in wait(self._running, _LOOK_EVERY, FIRST_COMPLETED).done:
             attempt, slot = self._running.pop(future)
             result: Any
@@ -150,7 +147,6 @@ class _Processes:
             attempt.show(int(self._done[slot]), self._progress)
 
     def stop(self) -> None:
-        """See `Pool`."""
         _stop_all()
 
 

@@ -178,7 +178,6 @@ class _Cluster:
 
     @property
     def window(self) -> int:
-        """See `Pool`."""
         if self._workers is not None:
             return self._workers
         if time.monotonic() - self._counted > _COUNT_EVERY:
@@ -189,14 +188,12 @@ class _Cluster:
         return self._window
 
     def start(self, attempt: Attempt) -> None:
-        """See `Pool`."""
         key = attempt.index, attempt.number
         place = ray_task.Place(os.getcwd(), key, self._board)
         self._running[self._run.remote(self._function, attempt.task.work, place)] = attempt
         self._keys[key] = attempt
 
     def ended(self) -> Iterator[tuple[Attempt, Any]]:
-        """See `Pool`."""
         ray = self._ray
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_LOOK_EVERY)
         if ready:
@@ -241,7 +238,6 @@ class _Cluster:
                         attempt.show(min(done, attempt.task.size), self._progress)
 
     def stop(self) -> None:
-        """See `Pool`."""
         for reference in self._running:
             with suppress(Exception):  # the cluster may be gone
                 self._ray.cancel(reference, force=True)

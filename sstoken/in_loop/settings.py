@@ -115,9 +115,8 @@ class SelfModulation:
             yield self._rule_at(1.0)
 
     def _rule_at(self, progress: float) -> Rule:
-        params = {name: _value(value, progress) for name, value in self._given.items()}
-        scope: str | None = "global" if self.scope == "batch" else self.scope
-        scope = self.of.check_scope(scope)
+        params = {k: v.at(progress) if isinstance(v, Schedule) else v for k, v in self._given.items()}
+        scope = self.of.check_scope("global" if self.scope == "batch" else self.scope)
         return Rule(
             self.of, self.of.read_params(params), "batch" if scope == "global" else scope, self.denominator
         )
@@ -180,10 +179,6 @@ class SelfModulation:
 
 def _is_frozen(name: str) -> bool:
     return Input(name).role != CURRENT
-
-
-def _value(setting: Any, progress: float) -> Any:
-    return setting.at(progress) if isinstance(setting, Schedule) else setting
 
 
 def _one_of(name: str, value: str, legal: tuple[str, ...]) -> None:

@@ -1,5 +1,7 @@
 """Baselines: one signal alone, chance, every token."""
 
+from functools import partial
+
 import numpy as np
 
 from sstoken.methods.base import Method, Params
@@ -12,10 +14,10 @@ def _random(tokens: Tokens, params: Params) -> Array:
     return tokens.like(np.random.default_rng(tokens.seed).random(tokens.num_tokens))
 
 
+_method = partial(Method, family="baselines")
 METHODS = (
-    Method(
+    _method(
         name="attention",
-        family="baselines",
         inputs=("current.attention",),
         formula="attention",
         source="ssToken, Qin et al. 2025, arXiv 2510.18250 (gamma = 0)",
@@ -26,9 +28,8 @@ METHODS = (
         evidence="A",
         ignores=("gamma",),
     ),
-    Method(
+    _method(
         name="loss",
-        family="baselines",
         inputs=("current.loss",),
         formula="current_loss",
         source="baseline: the tokens that the model finds hardest",
@@ -38,9 +39,8 @@ METHODS = (
         scopes=("sample", "turn", "global"),
         ignores=("gamma",),
     ),
-    Method(
+    _method(
         name="random",
-        family="baselines",
         inputs=(),
         formula="uniform(0, 1), seeded",
         source="baseline",
@@ -50,9 +50,8 @@ METHODS = (
         scopes=("sample", "turn", "global"),
         ignores=("gamma",),
     ),
-    Method(
+    _method(
         name="full",
-        family="baselines",
         inputs=(),
         formula="0 (keeps every response token, whatever rho)",
         source="baseline: ordinary fine-tuning",

@@ -1,11 +1,12 @@
 """Methods that use the entropy of the distribution that predicts the token."""
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from sstoken.methods.base import Method, Params, Statistic
-from sstoken.methods.policies import Top, Weight, Where
+from sstoken.methods.policies import ABOVE_ZERO, Top, Weight, Where
 from sstoken.methods.probability import probability
 from sstoken.methods.tokens import Array, Tokens
 from sstoken.selection import num_kept
@@ -80,10 +81,10 @@ def _entropy(tokens: Tokens, params: Params) -> Array:
     return tokens["current.entropy"]
 
 
+_method = partial(Method, family="entropy")
 METHODS = (
-    Method(
+    _method(
         name="eaft",
-        family="entropy",
         inputs=("current.entropy_top20",),
         formula="(entropy_top20 / 3)^alpha",
         source=f"{_EAFT}; LLaMA-Factory, ymxyll/ms-swift-EAFT",
@@ -92,9 +93,8 @@ METHODS = (
         params=EaftParams,
         evidence="A",
     ),
-    Method(
+    _method(
         name="eaft-axolotl",
-        family="entropy",
         inputs=("current.entropy_top20",),
         formula="entropy_top20^alpha",
         source=f"{_EAFT}; Axolotl, which does not divide by 3",
@@ -104,14 +104,13 @@ METHODS = (
         evidence="T",
         aliases=("eaft-in-axolotl",),
     ),
-    Method(
+    _method(
         name="eaft-pilot",
-        family="entropy",
         inputs=("current.entropy", "current.loss"),
         formula="0 where both the entropy and p are within their lowest quantile, 1 elsewhere",
         source=f"{_EAFT}, pilot study",
         score=_pilot,
-        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        policy=ABOVE_ZERO,
         params=QuantileParams,
         scopes=("global",),
         statistics={
@@ -120,23 +119,21 @@ METHODS = (
         },
         evidence="F",
     ),
-    Method(
+    _method(
         name="eaft-masked",
-        family="entropy",
         inputs=("current.entropy",),
         formula="entropy - its lower quantile",
         source=f"{_EAFT}, Masked SFT",
         score=_above("low"),
-        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        policy=ABOVE_ZERO,
         params=QuantileParams,
         scopes=("global",),
         statistics={"low": Statistic(_entropy, _quantile)},
         evidence="F",
         aliases=("masked-sft",),
     ),
-    Method(
+    _method(
         name="token-entropy",
-        family="entropy",
         inputs=("current.entropy",),
         formula="entropy - its (1 - rho) quantile",
         source=_TRL,
@@ -148,9 +145,8 @@ METHODS = (
         evidence="T",
         aliases=("80-20", "80-20-forking-tokens", "top-entropy"),
     ),
-    Method(
+    _method(
         name="se-kd",
-        family="entropy",
         inputs=("current.entropy",),
         formula="entropy of the student",
         source="SE-KD 2026, arXiv 2602.01395; almogtavor/SE-KD3x",
@@ -160,27 +156,25 @@ METHODS = (
         scopes=("sample", "turn", "global"),
         evidence="A",
     ),
-    Method(
+    _method(
         name="eksft",
-        family="entropy",
         inputs=("current.kl_at@history", "current.entropy_at"),
         formula="0 where KL(current || history) or the entropy is among the int(share * n) highest, 1 elsewhere; "
         "of the distribution AT the token, as published",
         source="EKSFT 2026, arXiv 2605.29303; MINE-USTC/EKSFT",
         score=_eksft("current.kl_at@history", "current.entropy_at"),
-        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        policy=ABOVE_ZERO,
         params=EksftParams,
         scopes=("sample", "turn"),
         evidence="A",
     ),
-    Method(
+    _method(
         name="eksft-aligned",
-        family="entropy",
         inputs=("current.kl@history", "current.entropy"),
         formula="as eksft, of the distribution that predicts the token",
         source="EKSFT 2026, arXiv 2605.29303, as presumably meant",
         score=_eksft("current.kl@history", "current.entropy"),
-        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        policy=ABOVE_ZERO,
         params=EksftParams,
         scopes=("sample", "turn"),
         evidence="F",

@@ -1,5 +1,6 @@
 """Methods that compare the losses of two checkpoints. `history` is the frozen one: base or reference."""
 
+from functools import partial
 from typing import Annotated
 
 from pydantic import Field
@@ -56,10 +57,10 @@ def sstoken_score(tokens: Tokens, params: SstokenParams) -> Array:
     return score
 
 
+_method = partial(Method, family="excess loss")
 METHODS = (
-    Method(
+    _method(
         name="sstoken",
-        family="excess loss",
         inputs=("history.loss", "current.loss", "current.attention"),
         formula="gamma * minmax(rel) + (1 - gamma) * attention",
         source=_PAPER,
@@ -69,9 +70,8 @@ METHODS = (
         scopes=("sample", "turn", "global"),
         evidence="A",
     ),
-    Method(
+    _method(
         name="rel",
-        family="excess loss",
         inputs=("history.loss", "current.loss"),
         formula="rel = history_loss - current_loss",
         source=_PAPER + " (gamma = 1)",
@@ -82,9 +82,8 @@ METHODS = (
         evidence="A",
         ignores=("gamma",),
     ),
-    Method(
+    _method(
         name="rho-1",
-        family="excess loss",
         inputs=("history.loss", "current.loss"),
         formula="current_loss - history_loss; history is the reference",
         source="Rho-1, Lin et al. 2024, arXiv 2404.07965; share and scope second-hand",
@@ -94,9 +93,8 @@ METHODS = (
         scopes=("global", "sample", "turn"),
         evidence="S",
     ),
-    Method(
+    _method(
         name="token-cleaning",
-        family="excess loss",
         inputs=("history.loss", "current.loss"),
         formula="history_loss - current_loss; history is the base, current the warmed-up reference",
         source="Token Cleaning, Pang et al. 2025, arXiv 2502.01968; UCSC-REAL/TokenCleaning",
@@ -107,9 +105,8 @@ METHODS = (
         evidence="A",
         aliases=("token-cleaning-fixed",),
     ),
-    Method(
+    _method(
         name="toss",
-        family="excess loss",
         inputs=("history.loss", "current.loss"),
         formula="history_loss - current_loss; history is the utility model, current the safety-degraded one",
         source="TOSS 2026, arXiv 2603.01185; Polly-LYP/TOSS",
@@ -119,9 +116,8 @@ METHODS = (
         scopes=("global",),
         evidence="A",
     ),
-    Method(
+    _method(
         name="forgetting",
-        family="excess loss",
         inputs=("history.loss", "current.loss"),
         formula="history_loss - current_loss",
         source="Forgetting 2025, arXiv 2508.04329; AliTaheri2002/Forgetting-...",
@@ -135,9 +131,8 @@ METHODS = (
         scopes=("global",),
         evidence="A",
     ),
-    Method(
+    _method(
         name="t3s",
-        family="excess loss",
         inputs=("history.loss", "current.loss"),
         formula="history_loss - current_loss; current is the checkpoint of lowest training accuracy",
         source="T3S 2026, arXiv 2601.10348",

@@ -8,7 +8,7 @@ from pydantic import Field
 from sstoken.errors import UsageError
 from sstoken.methods.base import Method, Params
 from sstoken.methods.excess_loss import KEEP_SHARE, Share
-from sstoken.methods.policies import Where
+from sstoken.methods.policies import ABOVE_ZERO
 from sstoken.methods.tokens import Array, Tokens
 from sstoken.selection import num_kept
 
@@ -54,7 +54,7 @@ METHODS = (
         formula="the first max(1, int(share * length)) tokens of the sequence",
         source="Chen et al. 2025, arXiv 2512.21002; weiruichen01/distilling-the-essence",
         score=_prefix,
-        policy=Where("keeps what is above 0", lambda scores, tokens, params: scores > 0),
+        policy=ABOVE_ZERO,
         params=PrefixParams,
         evidence="A",
     ),

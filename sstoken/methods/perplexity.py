@@ -1,5 +1,6 @@
 """Methods that threshold a token's perplexity, exp(loss)."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -44,10 +45,10 @@ def _dpf(tokens: Tokens, params: Tau) -> Array:
     return tokens.xp.exp(tokens["current.loss"]) - tokens.xp.exp(tokens["history.loss"])
 
 
+_method = partial(Method, family="perplexity")
 METHODS = (
-    Method(
+    _method(
         name="stm",
-        family="perplexity",
         inputs=("history.loss",),
         formula="exp(history_loss)",
         source=_SOURCE,
@@ -56,9 +57,8 @@ METHODS = (
         params=StmParams,
         evidence="A",
     ),
-    Method(
+    _method(
         name="stm-dpf",
-        family="perplexity",
         inputs=("history.loss", "current.loss"),
         formula="exp(history_loss), or 88888 where current_loss > history_loss",
         source=_SOURCE,
@@ -67,9 +67,8 @@ METHODS = (
         params=Tau,
         evidence="A",
     ),
-    Method(
+    _method(
         name="dpf",
-        family="perplexity",
         inputs=("history.loss", "current.loss"),
         formula="exp(current_loss) - exp(history_loss)",
         source=_SOURCE,

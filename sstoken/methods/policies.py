@@ -85,6 +85,9 @@ class Where(Policy):
         return Outcome(self.test(scores, tokens, params), None)
 
 
+ABOVE_ZERO = Where("keeps what is above 0", lambda scores, tokens, params: scores > 0)
+
+
 @dataclass(frozen=True)
 class Weight(Policy):
     """The score is the weight; a token of weight 0 is not kept."""

@@ -1,6 +1,7 @@
 """Methods that use the token's own probability p = exp(-loss)."""
 
 import math
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -148,10 +149,10 @@ def _asft_weight(scores: Array, tokens: Tokens, params: AsftParams) -> Array:
     return p if params.loss == "dft" else tokens.xp.ones_like(p)
 
 
+_method = partial(Method, family="probability")
 METHODS = (
-    Method(
+    _method(
         name="dft",
-        family="probability",
         inputs=("current.loss",),
         formula="p",
         source="DFT, Wu et al. 2025, arXiv 2508.05629; yongliang-wu/DFT; LLaMA-Factory, TRL",
@@ -159,9 +160,8 @@ METHODS = (
         policy=Weight(),
         evidence="A",
     ),
-    Method(
+    _method(
         name="asft",
-        family="probability",
         inputs=("current.loss", "current.reverse_kl@history"),
         formula="p * loss + kl * KL(history || current); the weight is p, the value is in `score`",
         source="ASFT 2025, arXiv 2509.23753; zhuchichi56/ASFT",
@@ -171,9 +171,8 @@ METHODS = (
         evidence="A",
         in_loop=False,
     ),
-    Method(
+    _method(
         name="prift-prob",
-        family="probability",
         inputs=("history.loss",),
         formula="p of the pretrained model",
         source="PriFT 2026, arXiv 2606.09396; wang-kee/PriFT",
@@ -181,9 +180,8 @@ METHODS = (
         policy=Weight(),
         evidence="A",
     ),
-    Method(
+    _method(
         name="prift-mass",
-        family="probability",
         inputs=("history.loss", "history.mass_above", "history.ties"),
         formula="1 - mass_above - ties * p: the mass of strictly less likely tokens",
         source="PriFT 2026, arXiv 2606.09396; wang-kee/PriFT",
@@ -192,9 +190,8 @@ METHODS = (
         params=MassParams,
         evidence="A",
     ),
-    Method(
+    _method(
         name="profit",
-        family="probability",
         inputs=("current.loss",),
         formula="p",
         source="ProFit 2026, arXiv 2601.09195; Utaotao/ProFit",
@@ -204,9 +201,8 @@ METHODS = (
         evidence="A",
         denominator="response",
     ),
-    Method(
+    _method(
         name="infosft",
-        family="probability",
         inputs=("current.loss",),
         formula="p * max(0, 1 - logit(p) / logit(P))",
         source="InfoSFT 2026, arXiv 2605.14967; Helloworld10011/InfoSFT",
@@ -215,9 +211,8 @@ METHODS = (
         params=InfoParams,
         evidence="A",
     ),
-    Method(
+    _method(
         name="talr",
-        family="probability",
         inputs=("current.loss",),
         formula="max(p^(1 / tau), w_min), tau the median loss",
         source="TALR 2025, arXiv 2509.20758; formula from notes",
@@ -228,9 +223,8 @@ METHODS = (
         statistics={"tau": Statistic(_losses, lambda params: 0.5)},
         evidence="S",
     ),
-    Method(
+    _method(
         name="deft",
-        family="probability",
         inputs=("current.loss", "current.sum_p2"),
         formula="p^a * a / (a + 1e-6), a = sum of p^2 over the vocabulary",
         source="DEFT 2026, arXiv 2602.11424; luludus/DEFT",
@@ -238,9 +232,8 @@ METHODS = (
         policy=Weight(),
         evidence="A",
     ),
-    Method(
+    _method(
         name="cayley",
-        family="probability",
         inputs=("current.loss",),
         formula="p^a * a / (a + 1e-8), a the Cayley transform of p with f = mean(p) / 2",
         source="DEFT 2026, arXiv 2602.11424; luludus/DEFT",
@@ -250,9 +243,8 @@ METHODS = (
         statistics={"mean_p": Statistic(lambda tokens, params: probability(tokens))},
         evidence="A",
     ),
-    Method(
+    _method(
         name="p-q",
-        family="probability",
         inputs=("current.loss",),
         formula="p^q; or 1 where p >= tau, or where p <= tau",
         source="Beyond Log Likelihood 2025, arXiv 2510.00526; GaotangLi/Beyond-Log-Likelihood",
@@ -265,9 +257,8 @@ METHODS = (
             "bll",
         ),
     ),
-    Method(
+    _method(
         name="chord-phi",
-        family="probability",
         inputs=("current.loss",),
         formula="p * (1 - p)",
         source="CHORD 2025, arXiv 2508.11408; ms-swift",
@@ -275,9 +266,8 @@ METHODS = (
         policy=Weight(),
         evidence="T",
     ),
-    Method(
+    _method(
         name="xtf-kn",
-        family="probability",
         inputs=("history.loss",),
         formula="1 - p of the base model; the KN part of XTF alone",
         source="XTF 2026, arXiv 2602.14536; from notes",

@@ -1,5 +1,6 @@
 """Methods that weight by the likelihood ratio of two checkpoints, p_current / p_history = exp(rel)."""
 
+from functools import partial
 from typing import Annotated
 
 from pydantic import Field
@@ -48,10 +49,10 @@ def _psft(tokens: Tokens, params: PsftParams) -> Array:
     return tokens.xp.where(ratio <= 1 + params.clip, ratio, 0.0)
 
 
+_method = partial(Method, family="likelihood ratio")
 METHODS = (
-    Method(
+    _method(
         name="iw-sft",
-        family="likelihood ratio",
         inputs=("history.loss", "current.loss"),
         formula="min(exp(temperature * mean over the example of rel), most)",
         source=_IW_SFT,
@@ -61,9 +62,8 @@ METHODS = (
         scopes=("sample",),
         evidence="A",
     ),
-    Method(
+    _method(
         name="iw-sft-token",
-        family="likelihood ratio",
         inputs=("history.loss", "current.loss"),
         formula="exp(rel) within 1 - clip and 1 + clip",
         source=f"{_IW_SFT}, unused branch",
@@ -73,9 +73,8 @@ METHODS = (
         evidence="A",
         aliases=("iw-sft-per-token",),
     ),
-    Method(
+    _method(
         name="psft",
-        family="likelihood ratio",
         inputs=("history.loss", "current.loss"),
         formula="exp(rel), 0 above 1 + clip; history is the old policy",
         source="PSFT 2025, arXiv 2508.17784; zwhong714/PSFT; meant for the loop",
