@@ -17,8 +17,7 @@ from sstoken.pipeline.sections import (
     SCORES,
     TOKENS,
     CriticalSection,
-    ExportSection,
-    PartSection,
+    ReadsSteps,
     ScoreSection,
     SelectSection,
     stage_of,
@@ -139,7 +138,7 @@ class _Planner:
             yield self._anchor(name, section)
         elif isinstance(section, CriticalSection):
             yield self._critical(name, section)
-        elif isinstance(section, (PartSection, ExportSection)):
+        elif isinstance(section, ReadsSteps):
             reads = section.reads.items()
             inputs = {what: self._step(name, what, getattr(section, what), kinds) for what, kinds in reads}
             yield self._job(name, stage_of(section, section.runs), inputs)

@@ -23,12 +23,19 @@ TOKENS, SCORES, MASKED = ("encode", "part"), ("score",), ("select",)
 """The stages that write tokens, scores and masked datasets, of those that a run can have."""
 
 
-class PartSection(Part):
+class ReadsSteps:
+    """A section whose fields name the steps that its stage reads; the plan needs to know nothing else of it."""
+
+    runs: ClassVar[type[Stage]]
+    reads: ClassVar[dict[str, tuple[str, ...]]]
+    """The stages that can write an input, by the field that names the step."""
+
+
+class PartSection(ReadsSteps, Part):
     """A part of the examples of a tokens step."""
 
     runs: ClassVar[type[Stage]] = Part
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"tokens": TOKENS}
-    """The stages that can write an input, by the field that names the step."""
 
     tokens: str | None = None
     """The step whose tokens are taken. None: the only one before."""
@@ -107,12 +114,11 @@ def _is_generated(name: str) -> bool:
     return get_signal(Input(name).signal).needs == "generation"
 
 
-class ExportSection(Export):
+class ExportSection(ReadsSteps, Export):
     """A masked dataset in a trainer's format."""
 
     runs: ClassVar[type[Stage]] = Export
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"masked": MASKED}
-    """See `PartSection`."""
 
     masked: str | None = None
     """The step whose masked dataset is exported. None: the only one before."""
