@@ -163,7 +163,7 @@ class _CriticalShard:
             "checkpoint": stage.checkpoint,
             "checker": stage.checker,
             "layer": None,
-            "dtype": stage.dtype,
+            "dtype": generator.dtype or stage.dtype,
             "computed_with": generator.remark,
             joins.TOKENS: joins.measured_fingerprint(tokens, table),
             joins.RUN: self._run,

@@ -18,7 +18,8 @@ class ModelOptions(ShardedStage):
     """How a checkpoint is run, whatever is measured."""
 
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Dtype of the weights; softmax and loss are always fp32. auto: as the checkpoint stores them."""
+    """Dtype of the weights; softmax and loss are always fp32. bfloat16 is faster where `doctor` says so, and changes
+    about 0.3 % of the keep decisions. auto: as the checkpoint stores them, which is recorded."""
     backend: Annotated[
         str,
         Field(

@@ -242,7 +242,7 @@ class _ScoreShard:
             "checkpoint": stage.checkpoint,
             "layer": layers.get(ATTENTION, stage.layer) if ATTENTION in stage.measured else None,
             "layers": layers,
-            "dtype": stage.dtype,
+            "dtype": backend.dtype or stage.dtype,
             "computed_with": backend.remark,
             joins.RUN: self._run,
         }

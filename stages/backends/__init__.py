@@ -105,6 +105,11 @@ class Backend(ABC):
         return ""
 
     @property
+    def dtype(self) -> str:
+        """Dtype of the weights, which is recorded with the scores; empty: the one that was asked for."""
+        return ""
+
+    @property
     def attention_layers(self) -> dict[str, int]:
         """The decoder layer, from 0, of each attention signal that it measures, if known."""
         return {}

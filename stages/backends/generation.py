@@ -46,6 +46,11 @@ class Generator(ABC):
         """Longest sequence in tokens, including generated ones; None: no limit known."""
 
     @property
+    def dtype(self) -> str:
+        """Dtype of the weights, which is recorded; empty: the one that was asked for."""
+        return ""
+
+    @property
     def remark(self) -> str:
         """How it generates, for the user; "" if there was nothing to choose."""
         return ""

@@ -81,6 +81,11 @@ class HFBackend(Backend):
         return f"{self._scorer.remark}; weights that are not used: {len(self._unused)}, such as {self._unused[0]}"
 
     @property
+    def dtype(self) -> str:
+        """See `Backend.dtype`."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    @property
     def attention_layers(self) -> dict[str, int]:
         """See `Backend.attention_layers`."""
         return self._scorer.layers

@@ -26,6 +26,11 @@ class HFGenerator(Generator):
         return int(self._model.get_input_embeddings().weight.shape[0])
 
     @property
+    def dtype(self) -> str:
+        """See `Generator.dtype`."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    @property
     def max_length(self) -> int | None:
         """See `Generator.max_length`."""
         return longest(self._model.config)

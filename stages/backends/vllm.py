@@ -76,6 +76,11 @@ class VllmBackend(Backend):
         return limits.max_length(self._config)
 
     @property
+    def dtype(self) -> str:
+        """See `Backend.dtype`."""
+        return limits.dtype_name(self._options, self._config)
+
+    @property
     def attention_layers(self) -> dict[str, int]:
         """See `Backend.attention_layers`."""
         if self._other is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yaml import safe_load
+
 from sstoken.errors import UsageError
 from sstoken.stages.storage import write_atomic
 
@@ -34,6 +36,15 @@ class IfGiven:
     """A value for a setting that is changed if the user's configuration has it, but not added."""
 
     value: Any
+
+
+NO_EVALUATION: Changes = {
+    "eval_strategy": IfGiven("no"),
+    "do_eval": IfGiven(False),
+    "eval_on_start": IfGiven(False),
+    "load_best_model_at_end": IfGiven(False),
+}
+"""For transformers' Trainer, which refuses to begin where it is to evaluate and has nothing to evaluate on."""
 
 
 def rewritten(path: Path, changes: Changes) -> tuple[str, str]:
@@ -66,13 +77,13 @@ def rewritten(path: Path, changes: Changes) -> tuple[str, str]:
     for name, value in changes.items():
         if isinstance(value, IfGiven):
             if name in values and values[name] != value.value:
-                values[name] = value.value
+                values[name] = _plainly(value.value)
         elif value is ABSENT:
             values.pop(name, None)
         elif isinstance(value, AtLeast) and value.or_none and name in values and values[name] is None:
             continue
         elif not _holds(values.get(name), value):
-            values[name] = int(value) if isinstance(value, AtLeast) else value
+            values[name] = int(value) if isinstance(value, AtLeast) else _plainly(value)
     text = io.StringIO()
     yaml.dump(values, text)
     return before, text.getvalue()
@@ -97,6 +108,13 @@ def write_into(path: Path, changes: Changes, *, force: bool = False) -> tuple[Pa
             before.splitlines(), after.splitlines(), str(path), str(target), lineterm="", n=1
         )
     )
+
+
+def _plainly(value: Any) -> Any:
+    """Quote a text such as `no`, which trainers would read as false: they read YAML 1.1, and ruamel.yaml writes 1.2."""
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+    return DoubleQuotedScalarString(value) if isinstance(value, str) and safe_load(value) != value else value
 
 
 def _holds(given: Any, wanted: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from sstoken.stages.exporting.base import DATA, Facts, Target, ones
-from sstoken.stages.exporting.into import ABSENT, AtLeast, Changes
+from sstoken.stages.exporting.into import ABSENT, NO_EVALUATION, AtLeast, Changes, IfGiven
 from sstoken.stages.exporting.rows import Rows
 from sstoken.stages.storage import atomic_file
 from sstoken.stages.tables import IDS, lists
@@ -98,6 +98,12 @@ class LlamaFactory(Target):
             "cutoff_len": AtLeast(facts.longest),
             "remove_unused_columns": False,
             "streaming": ABSENT,
+            "val_size": ABSENT,  # it splits no tokenised rows
+            "eval_dataset": ABSENT,
+            **NO_EVALUATION,
+            # They do nothing to tokenised rows, but for the attention mask that `neat_packing` expects of packs.
+            "packing": IfGiven(False),
+            "neat_packing": IfGiven(False),
         }
 
     def usage(self, facts: Facts) -> str:

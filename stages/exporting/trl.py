@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from sstoken.stages import tables
 from sstoken.stages.exporting.base import INT8, Facts, ParquetTarget
-from sstoken.stages.exporting.into import ABSENT, AtLeastOrNone, Changes, IfGiven
+from sstoken.stages.exporting.into import ABSENT, NO_EVALUATION, AtLeastOrNone, Changes, IfGiven
 from sstoken.stages.exporting.rows import Rows
 
 SCRIPT = '''"""python train.py MODEL [any setting of SFTConfig, such as --packing True --max_length 2048]"""
@@ -64,7 +64,8 @@ class TRL(ParquetTarget):
             "dataset_config": ABSENT,
             "datasets": ABSENT,
             "dataset_train_split": IfGiven("train"),
-            "eval_strategy": IfGiven("no"),
+            "assistant_only_loss": IfGiven(False),  # it wants conversations; the labels are masked already
+            **NO_EVALUATION,
             "max_length": AtLeastOrNone(facts.longest),
         }
 

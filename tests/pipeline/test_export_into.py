@@ -35,8 +35,12 @@ model_name_or_path: Qwen/Qwen3-0.6B
 dataset: identity,alpaca_en_demo
 template: qwen
 cutoff_len: {length}
+packing: true
+neat_packing: true
 
 ### train
+eval_strategy: steps
+val_size: 0.1
 learning_rate: 1.0e-4
 """
 TRL = """\
@@ -45,13 +49,24 @@ model_name_or_path: Qwen/Qwen3-0.6B
 dataset_name: trl-lib/Capybara
 max_length: {length}          # tokens
 eval_strategy: steps
+assistant_only_loss: true
 packing: true
 """
 OWN = {"axolotl": AXOLOTL, "llamafactory": LLAMAFACTORY, "trl": TRL}
 CHANGED = {
     "axolotl": {"datasets", "dataset_prepared_path", "tokenizer_config", "sequence_len"},
-    "llamafactory": {"stage", "tokenized_path", "dataset", "cutoff_len", "remove_unused_columns"},
-    "trl": {"dataset_name", "max_length", "eval_strategy"},
+    "llamafactory": {
+        "stage",
+        "tokenized_path",
+        "dataset",
+        "cutoff_len",
+        "remove_unused_columns",
+        "packing",
+        "neat_packing",
+        "eval_strategy",
+        "val_size",
+    },
+    "trl": {"dataset_name", "max_length", "eval_strategy", "assistant_only_loss"},
 }
 LENGTH = {"axolotl": "sequence_len", "llamafactory": "cutoff_len", "trl": "max_length"}
 every_own = pytest.mark.parametrize("target", OWN)
@@ -155,6 +170,7 @@ def test_trl_trains_on_it(world: World, masked: Path, cli: CommandLine, tmp_path
     own = tmp_path / "mine.yaml"
     own.write_text(
         f"model_name_or_path: {world.base}  # tiny\ndataset_name: trl-lib/Capybara\nmax_steps: 2\nuse_cpu: true\n"
+        "assistant_only_loss: true\neval_strategy: steps\nload_best_model_at_end: true\n"
         f"bf16: false\nlogging_steps: 1\nreport_to: none\noutput_dir: {tmp_path / 'trained'}\n"
     )
     cli.works("export", masked, "--to", "trl", "--out", tmp_path / "export", "--into", own)

@@ -94,6 +94,17 @@ def test_rows_are_aligned_and_off_response_is_null(tokens, model, tmp_path):
     assert metrics["response_tokens"] == len(losses)
 
 
+@pytest.mark.parametrize(
+    ("asked", "stored"), [("auto", "bfloat16"), ("auto", "float32"), ("float16", "bfloat16")]
+)
+def test_the_dtype_that_was_used_is_recorded(asked, stored, tokens, tmp_path):
+    folder = save_model(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(folder).to(getattr(torch, stored)).save_pretrained(folder)
+    score(tokens, tmp_path / "scores", folder, dtype=asked)
+    used = stored if asked == "auto" else asked
+    assert {tables.read_metadata(part)["dtype"] for part in tables.parts(tmp_path / "scores")} == {used}
+
+
 def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
     """Base, adapter, other adapter, base again: each gives its own losses, and the base is loaded once."""
     base_models.shared_base.held.clear()
