@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from sstoken.pipeline.saying import printable
 from sstoken.stages.auditing.findings import AuditResult, Finding
 from sstoken.stages.auditing.kinds import SEVERITIES
 from sstoken.stages.token_text import visible
@@ -19,7 +20,7 @@ def print_audit(result: AuditResult) -> None:
     """Print the facts, then each finding with its example and remedy."""
     console = Console(soft_wrap=True, highlight=False)
     for name, line in _facts(result):
-        console.print(Text(f"{name:<11}{line}"))
+        console.print(Text(printable(f"{name:<11}{line}")))
     for finding in result.findings:
         console.print()
         _print_finding(console, finding, result.facts["rows"])
@@ -31,7 +32,7 @@ def print_audit(result: AuditResult) -> None:
 def _print_finding(console: Console, finding: Finding, rows: int) -> None:
     head = Text(finding.severity, style=_COLOURS[finding.severity])
     head.append(f" {finding.kind}", style="bold")
-    head.append(f" ({finding.rows:,} of {rows:,} rows): {finding.what}", style="not bold")
+    head.append(f" ({finding.rows:,} of {rows:,} rows): {printable(finding.what)}", style="not bold")
     console.print(head)
     shown = finding.example
     if shown is not None:
@@ -45,8 +46,8 @@ def _print_finding(console: Console, finding: Finding, rows: int) -> None:
                 Text(f"       {text if len(text) <= _LONGEST else text[:_LONGEST] + '...'}", style="dim")
             )
     elif finding.detail:
-        console.print(Text(f"  {finding.detail}"))
-    console.print(Text(f"  do:  {finding.remedy}"))
+        console.print(Text(printable(f"  {finding.detail}")))
+    console.print(Text(printable(f"  do:  {finding.remedy}")))
 
 
 def _facts(result: AuditResult) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ import click
 
 from sstoken.errors import SstokenError
 from sstoken.pipeline import stopping
+from sstoken.pipeline.saying import printable
 from sstoken.pipeline.stopping import stopping_safely
 from sstoken.pipeline.verbosity import Verbosity, is_verbose, set_verbosity
 from sstoken.pipeline.verbs import index, verbs
@@ -127,7 +128,7 @@ def _refused(error: OSError) -> str:
 def _fail(message: str, status: int) -> int:
     if is_verbose() and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    click.echo("error: " + _printable(" ".join(map(_shortened, message.split()))), err=True)
+    click.echo("error: " + printable(" ".join(map(_shortened, message.split()))), err=True)
     return status
 
 
@@ -138,11 +139,6 @@ _LONGEST_WORD = 500
 def _shortened(word: str) -> str:
     half = _LONGEST_WORD // 2
     return word if len(word) <= _LONGEST_WORD else f"{word[:half]}...{word[-half:]}"
-
-
-def _printable(text: str) -> str:
-    """Escape control characters and text direction marks: messages quote names and texts from the data."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def set_up_libraries() -> None:

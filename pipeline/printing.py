@@ -1,6 +1,5 @@
 """Tables, and the summaries that verbs print about a finished step."""
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sstoken.pipeline.job import Result
+from sstoken.pipeline.saying import printable, say
 from sstoken.pipeline.verbosity import is_quiet
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages.processes import is_main_process
@@ -27,36 +27,36 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for name in names:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)
 
 
 def print_comparison(facts: dict[str, Any]) -> None:
     """Print what `compare` found."""
-    print(f"{facts['response_tokens']:,} response tokens of {facts['examples']:,} examples that all have")
+    say(f"{facts['response_tokens']:,} response tokens of {facts['examples']:,} examples that all have")
     left = {name: number for name, number in facts["left_out"].items() if number}
     if left:
-        print(
+        say(
             "not compared: "
             + ", ".join(f"{number:,} examples of {name} alone" for name, number in left.items())
         )
-    print("kept: " + ", ".join(f"{name} {share:.1%}" for name, share in facts["kept"].items()))
+    say("kept: " + ", ".join(f"{name} {share:.1%}" for name, share in facts["kept"].items()))
     for pair in facts["pairs"]:
         a, b = pair["first"], pair["second"]
-        print(
+        say(
             f"\n{a} and {b}: Jaccard {pair['jaccard']:.3f}, kappa {pair['kappa']:.3f}; "
             f"{pair['only_first']:,} tokens in {a} alone, {pair['only_second']:,} in {b} alone"
         )
         tenths = " ".join(f"{row['differ']:4.0%}" for row in pair["by_tenth"])
-        print(f"  differ by position in the response, first tenth to last: {tenths}")
+        say(f"  differ by position in the response, first tenth to last: {tenths}")
         classes = ", ".join(
             f"{row['class']} {row['differ']:.1%} of {row['tokens']:,}" for row in pair["by_class"]
         )
-        print(f"  differ by class: {classes}")
+        say(f"  differ by class: {classes}")
         low, middle, high = pair["by_example"]["jaccard_quartiles"]
-        print(f"  Jaccard by example: quartiles {low:.3f}, {middle:.3f}, {high:.3f}")
+        say(f"  Jaccard by example: quartiles {low:.3f}, {middle:.3f}, {high:.3f}")
         for row in pair["by_example"]["most_different"]:
-            print(
+            say(
                 f"    {visible(row['example_id'], newline=' ')}: {row['differ']:.1%} of {row['tokens']:,} tokens differ"
             )
 
@@ -71,24 +71,22 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
             () if result.skipped or "world_size" in result.metrics else _summary(stage, result.metrics)
         ):
             if line.startswith(_REMARKS):
-                print(f"{name}: {line}", file=sys.stderr)
+                say(f"{name}: {line}", err=True)
         return
     if result.skipped:
-        print(f"{name}: finished already, in {result.folder}")
+        say(f"{name}: finished already, in {result.folder}")
         if result.superseded is not None:
-            print(f"note: {result.superseded}: {SUPERSEDED}", file=sys.stderr)
+            say(f"note: {result.superseded}: {SUPERSEDED}", err=True)
         return
     if "world_size" in result.metrics:
         rank, world_size = result.metrics["rank"], result.metrics["world_size"]
-        print(
-            f"{name}: rank {rank} of {world_size} done, in {result.folder}; run `commit` once all ranks are"
-        )
+        say(f"{name}: rank {rank} of {world_size} done, in {result.folder}; run `commit` once all ranks are")
         return
-    print(f"{name}: done, in {result.folder}")
+    say(f"{name}: done, in {result.folder}")
     if result.replaced:
-        print(f"  replaced what was there: {'; '.join(result.replaced)}")
+        say(f"  replaced what was there: {'; '.join(result.replaced)}")
     for line in _summary(stage, result.metrics):
-        print(f"  {line}")
+        say(f"  {line}")
     if stage == "encode":
         from sstoken.pipeline.first_example import print_first_example
 

@@ -4,7 +4,6 @@ A stage works in `<out>.partial`. The manifest is the last file written; then th
 the partial folder, and the next run with the same fingerprint reuses its complete shards.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from sstoken.pipeline.job import (
     superseded,
 )
 from sstoken.pipeline.progress import progress_bar
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.writing import (
     RANKS,
     at_work,
@@ -230,9 +230,9 @@ def prepare(job: Job, identity: Identity, *, fresh: bool) -> None:
     store = storage.of(job.partial)
     left = partial_fingerprint(job.partial)
     if left not in (None, identity.fingerprint) and _holds_work(job.partial):
-        print(
+        say(
             f"note: {job.partial}: unfinished work of other settings or inputs is dropped, and made anew",
-            file=sys.stderr,
+            err=True,
         )
     if fresh or left != identity.fingerprint:
         store.delete(job.partial)

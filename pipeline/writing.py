@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import lease
+from sstoken.pipeline.saying import say
 from sstoken.stages import storage
 from sstoken.stages.manifest import MANIFEST, read_manifest
 from sstoken.stages.remote_path import RemotePath
@@ -153,7 +153,7 @@ def _store_lease(out: RemotePath, part: str) -> RemotePath:
 
 
 def _say_watched(other: lease.Holder) -> None:
-    print(f"{other} holds the lease; watching it for {lease.PATIENCE:.0f} s", file=sys.stderr)
+    say(f"{other} holds the lease; watching it for {lease.PATIENCE:.0f} s", err=True)
 
 
 def _lease_file(out: Path, part: str) -> Path:

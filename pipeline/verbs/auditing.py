@@ -9,6 +9,7 @@ from pydantic import Field
 from sstoken.errors import UsageError
 from sstoken.pipeline.audit_screen import print_audit
 from sstoken.pipeline.cli_options import Option
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.verbs.command import Place, verb
 from sstoken.stages.auditing.findings import AuditResult
 from sstoken.stages.encoding.layouts import Format, Preference
@@ -85,7 +86,7 @@ class AuditCall(Settings):
 def _show(values: dict[str, Any], as_json: bool) -> None:
     result = audit(**values)
     if as_json:
-        click.echo(json.dumps(result.to_dict()))
+        say(json.dumps(result.to_dict()))
     else:
         print_audit(result)
     on = values.get("fail_on", "never")

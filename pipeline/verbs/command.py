@@ -22,6 +22,7 @@ from sstoken.pipeline.cli_options import OnceEach, Option, given, json_option, s
 from sstoken.pipeline.config import LARGEST_SEED, validated
 from sstoken.pipeline.job import Result
 from sstoken.pipeline.printing import print_result
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.writing import check_not_inside
 from sstoken.stages import storage
 from sstoken.stages.stage import Settings
@@ -198,13 +199,13 @@ def echo_results(results: Mapping[str, Result]) -> None:
         name: {"folder": str(result.folder), "skipped": result.skipped, "metrics": result.metrics}
         for name, result in results.items()
     }
-    click.echo(json.dumps(facts))
+    say(json.dumps(facts))
 
 
 def print_finished(name: str, result: Result, as_json: bool) -> None:
     """Print a step's summary, as text or as JSON."""
     if as_json:
-        click.echo(json.dumps({"folder": str(result.folder), "skipped": result.skipped, **result.metrics}))
+        say(json.dumps({"folder": str(result.folder), "skipped": result.skipped, **result.metrics}))
     else:
         print_result(name, result)
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from sstoken.pipeline.cli_options import json_option
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.verbs.command import Place, command, local_place
 
 __all__ = ["init", "schema"]
@@ -55,10 +56,10 @@ def init(
 def _init(data: str, model: str, out: str, file: str, force: bool, as_json: bool) -> None:
     found = init(data=data, model=model, out=out, file=file, force=force)
     if as_json:
-        click.echo(json.dumps(found))
+        say(json.dumps(found))
         return
-    click.echo(local_place(file).read_text(encoding="utf-8"))
-    click.echo(f"written: {file}; next: sstoken-curate plan {file}")
+    say(local_place(file).read_text(encoding="utf-8"))
+    say(f"written: {file}; next: sstoken-curate plan {file}")
 
 
 def schema() -> dict[str, Any]:
@@ -74,4 +75,4 @@ def schema() -> dict[str, Any]:
 
 @command(schema, click.option("--json", "as_json", is_flag=True, hidden=True))
 def _schema(as_json: bool) -> None:
-    click.echo(json.dumps(schema(), indent=1))
+    say(json.dumps(schema(), indent=1))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 from pydantic import Field
 
 from sstoken.errors import SstokenError
@@ -14,6 +13,7 @@ from sstoken.pipeline.config import validated
 from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.runner import execute
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.sections import stage_of
 from sstoken.pipeline.verbs.command import Internal, Output, Place, place, verb
 from sstoken.stages import manifest as manifests
@@ -102,18 +102,18 @@ def _show_publication(values: dict[str, Any], as_json: bool) -> None:
             "files": [file.model_dump() for file in done.files],
         }
         facts |= {"card": card} if done.upload is None else vars(done.upload)
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
     elif done.upload is None:
         for file in done.files:
-            click.echo(f"{file.bytes:>13,}  {file.path}")
+            say(f"{file.bytes:>13,}  {file.path}")
         total = sum(file.bytes for file in done.files)
-        click.echo(f"{total:>13,}  bytes in {len(done.files)} files; nothing was published\n\n{card}")
-        click.echo(f"prepared in {done.folder}")
+        say(f"{total:>13,}  bytes in {len(done.files)} files; nothing was published\n\n{card}")
+        say(f"prepared in {done.folder}")
     elif not done.upload.changed and not done.upload.removed:
-        click.echo(f"{done.upload.url}: all {len(done.files)} files are there already, no commit was made")
+        say(f"{done.upload.url}: all {len(done.files)} files are there already, no commit was made")
     else:
         changes = f"{len(done.upload.changed)} files written, {len(done.upload.removed)} removed"
-        click.echo(f"{done.upload.url}: {changes}, in commit {done.upload.commit}")
+        say(f"{done.upload.url}: {changes}, in commit {done.upload.commit}")
 
 
 publish = verb(PublishCall, _show_publication)

@@ -10,6 +10,7 @@ import click
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.printing import print_comparison, print_table
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.verbs.command import Place, command, file_to_write, named_places, place, written_locally
 from sstoken.stages import folders
 from sstoken.stages import manifest as manifests
@@ -70,7 +71,7 @@ def show(
 def _show(masked: str, svg: str | None, **options: Any) -> None:
     show(masked, svg=svg, **options)
     if svg is not None:
-        click.echo(f"written: {svg}")
+        say(f"written: {svg}")
 
 
 def methods() -> list[dict[str, Any]]:
@@ -91,13 +92,13 @@ def _methods(as_json: bool) -> None:
     from sstoken.methods.registry import broken_entry_points
 
     if as_json:
-        click.echo(json.dumps(methods()))
+        say(json.dumps(methods()))
     else:
         print_table(*print_rows())
         for preset in PRESETS.values():
-            click.echo(preset.line)
+            say(preset.line)
     for line in broken_entry_points():
-        click.echo(line, err=True)
+        say(line, err=True)
 
 
 def compare(masked: Sequence[Place], *, examples: int = 5) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def compare(masked: Sequence[Place], *, examples: int = 5) -> dict[str, Any]:
 def _compare(masked: tuple[str, ...], examples: int, as_json: bool) -> None:
     facts = compare(masked, examples=examples)
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
     else:
         print_comparison(facts)
 
@@ -167,11 +168,11 @@ def verify(folder: Place) -> tuple[list[Path], list[str]]:
 def _verify(folder: str, as_json: bool) -> None:
     checked, wrong = verify(folder)
     if as_json:
-        click.echo(json.dumps({"checked": [str(path) for path in checked], "wrong": wrong}))
+        say(json.dumps({"checked": [str(path) for path in checked], "wrong": wrong}))
     else:
         for line in wrong:
-            click.echo(line)
-        click.echo(f"{len(checked)} finished folders checked, {len(wrong)} problems")
+            say(line)
+        say(f"{len(checked)} finished folders checked, {len(wrong)} problems")
     if wrong:
         raise click.exceptions.Exit(1)
 
@@ -193,7 +194,7 @@ def _doctor(as_json: bool) -> None:
 
     facts = doctor()
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         return
     devices = "; ".join(
         ", ".join(f"{k} {v}" for k, v in device.items() if k != "gflops") for device in facts["devices"]

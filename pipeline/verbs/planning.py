@@ -15,6 +15,7 @@ from sstoken.pipeline.config import RunConfig, load_config
 from sstoken.pipeline.job import State, identify, state, superseded
 from sstoken.pipeline.plan import check_run, run_steps
 from sstoken.pipeline.printing import SUPERSEDED, print_table
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.verbs.command import command
 from sstoken.pipeline.verbs.runs import DIGESTS, overrides_option
 from sstoken.stages import storage
@@ -114,7 +115,7 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
             | {"step": p.step}
             for p in planned
         ]
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         if refused is not None:
             raise refused
         return
@@ -124,7 +125,7 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
     ]
     print_table(("step", "folder", "state"), rows)
     for folder in (p.superseded for p in planned if p.superseded):
-        click.echo(f"{folder}: {SUPERSEDED}", err=True)
+        say(f"{folder}: {SUPERSEDED}", err=True)
     if refused is not None:
         raise refused
     if needed:
@@ -148,17 +149,17 @@ def _print_needed(needed: "list[Estimate]", out: Path) -> None:
         for e in needed
     ]
     rows.append(("all", "", hours(sum(seconds) / 3600, "~") if seconds else "-", "~" + size_text(int(size))))
-    click.echo()
+    say()
     print_table(("still to do", "tokens", "time", "disk"), rows)
     if seconds:
-        click.echo("time: at the rate of the last run of each kind on this machine")
+        say("time: at the rate of the last run of each kind on this machine")
     if len(seconds) < len(needed):
-        click.echo("time -: none of its kind has run here yet; `plan --cost` estimates from the FLOPs")
+        say("time -: none of its kind has run here yet; `plan --cost` estimates from the FLOPs")
     if any(e.guessed for e in needed):
-        click.echo(f"tokens: from the first {SAMPLE} rows; exact once they are encoded")
+        say(f"tokens: from the first {SAMPLE} rows; exact once they are encoded")
     free = free_bytes(out)
     if free is not None and size > free:
-        click.echo(
+        say(
             f"warning: {out}: about {size_text(int(size))} would be written, and {size_text(free)} are free",
             err=True,
         )
@@ -170,13 +171,13 @@ def _print_costs(config: RunConfig, tflops: float, as_json: bool) -> None:
     check_run(config)
     found = cost.costs(config, tflops)
     if as_json:
-        click.echo(json.dumps({"tflops": tflops, "steps": [vars(each) for each in found]}))
+        say(json.dumps({"tflops": tflops, "steps": [vars(each) for each in found]}))
         return
     print_table(
         ("step", "tokens", "FLOPs", "device-hours", "bytes", "took", "wrote"), list(cost.shown(found))
     )
-    click.echo(f"device-hours: at {tflops:g} TFLOP/s per device; give the speed of yours with --tflops")
+    say(f"device-hours: at {tflops:g} TFLOP/s per device; give the speed of yours with --tflops")
     if any(each.guessed for each in found):
-        click.echo(f"~: guessed from the first {cost.SAMPLE} rows; exact once they are encoded")
+        say(f"~: guessed from the first {cost.SAMPLE} rows; exact once they are encoded")
     if any(each.flops is None for each in found):
-        click.echo("-: not known before the data is encoded")
+        say("-: not known before the data is encoded")

@@ -8,6 +8,7 @@ import click
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.cli_options import json_option
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.verbs.command import (
     Place,
     command,
@@ -77,12 +78,12 @@ def report(
 def _report(folders: tuple[str, ...], as_json: bool, **options: Any) -> None:
     facts = report(folders, **options)
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         return
     for note in facts["notes"]:
-        click.echo(f"note: {note}")
-    click.echo(f"signals: {', '.join(facts['signals']) or 'none was recorded'}")
-    click.echo(
+        say(f"note: {note}")
+    say(f"signals: {', '.join(facts['signals']) or 'none was recorded'}")
+    say(
         f"written: {facts['page']}, {facts['bytes'] / 1e6:.1f} MB, {facts['shown']:,} of {facts['examples']:,} examples"
     )
 
@@ -124,4 +125,4 @@ def plot(
 )
 def _plot(figure: str, folders: tuple[str, ...], out: str, scores: tuple[str, ...], seed: int) -> None:
     plot(figure, folders, out=out, scores=scores, seed=seed)
-    click.echo(f"written: {out}")
+    say(f"written: {out}")

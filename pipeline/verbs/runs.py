@@ -17,6 +17,7 @@ from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
 from sstoken.pipeline.job import Job, Result, State, state
 from sstoken.pipeline.plan import Step, check_run, run_groups
 from sstoken.pipeline.printing import print_result
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.together import execute_together
 from sstoken.pipeline.verbs.command import Place, command, echo_results, local_place
 from sstoken.pipeline.writing import one_run_at_a_time
@@ -76,7 +77,7 @@ def _demo(out: str | None, seed: int, model: str | None, as_json: bool) -> None:
     out = out or ("runs/demo" if model is None else "runs/demo-pretrained")
     found = demo(out, seed=seed, quiet=as_json, model=model)
     if as_json:
-        click.echo(json.dumps(found))
+        say(json.dumps(found))
 
 
 def run(
@@ -240,8 +241,8 @@ def _write_scripts(config: RunConfig, ranks: int, as_json: bool) -> None:
     check_run(config)
     files = write_scripts(config, config.folder.with_name(f"{config.folder.name}.slurm"), ranks)
     if as_json:
-        click.echo(json.dumps({"files": list(map(str, files))}))
+        say(json.dumps({"files": list(map(str, files))}))
         return
     for file in files:
-        click.echo(f"{file}: written")
-    click.echo(f"nothing was run; submit with: bash {files[-1]}")
+        say(f"{file}: written")
+    say(f"nothing was run; submit with: bash {files[-1]}")

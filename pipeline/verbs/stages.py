@@ -21,6 +21,7 @@ from sstoken.pipeline.plan import score_job
 from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.roles import NO_ATTENTION
 from sstoken.pipeline.runner import execute
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.sections import stage_of
 from sstoken.pipeline.together import execute_together
 from sstoken.pipeline.verbs.command import (
@@ -235,12 +236,12 @@ def _show_selections(values: dict[str, Any], as_json: bool) -> None:
         given = chosen(kept, choice) | {"out": out}
         results[name] = select(**given)
         if not as_json and given.get("method") in PRESETS:
-            click.echo(PRESETS[given["method"]].line)
+            say(PRESETS[given["method"]].line)
         if not as_json or len(choices) == 1:
             print_finished(name, results[name], as_json)
     if as_json and len(choices) > 1:
         facts = {n: {"folder": str(r.folder), "skipped": r.skipped, **r.metrics} for n, r in results.items()}
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
 
 
 select = verb(SelectCall, _show_selections, sweep=("method", "params", "rho", "gamma", "scope"))
@@ -293,11 +294,11 @@ def _show_export(values: dict[str, Any], as_json: bool) -> None:
     print_finished("export", result, as_json)
     if "into" in result.metrics and not as_json:
         for line in result.metrics["into"]["diff"] or ["nothing had to change"]:
-            click.echo(line)
-        click.echo(f"written: {result.metrics['into']['file']}")
+            say(line)
+        say(f"written: {result.metrics['into']['file']}")
     if "checked" in result.metrics and not as_json:
         c = result.metrics["checked"]
-        click.echo(
+        say(
             f"check: {c['examples']:,} examples read back; all {c['tokens']:,} tokens and {c['kept']:,} labels agree"
         )
 

@@ -15,6 +15,7 @@ from sstoken.pipeline.checkpoint_names import select_inputs
 from sstoken.pipeline.cli_options import Option, json_option
 from sstoken.pipeline.printing import print_result, print_table
 from sstoken.pipeline.runner import Job, Result, execute
+from sstoken.pipeline.saying import say
 from sstoken.pipeline.sections import stage_of
 from sstoken.pipeline.verbs.command import Output, Place, Seed, command, place, print_finished, verb
 from sstoken.stages.attention_layers import LayerStability, layer_stability
@@ -54,12 +55,12 @@ def layers(scores: Place, *, checkpoints: Sequence[str] = ()) -> list[LayerStabi
 def _layers(scores: str, checkpoints: tuple[str, ...], as_json: bool) -> None:
     found = layers(scores, checkpoints=checkpoints)
     if as_json:
-        click.echo(json.dumps([asdict(layer) for layer in found]))
+        say(json.dumps([asdict(layer) for layer in found]))
         return
     rows = [[str(f.layer), *(f"{x:.3f}" for x in (f.stability, f.spread, f.attention))] for f in found]
     print_table(["layer", "stability", "spread", "attention"], rows)
     best = found[0]
-    click.echo(f"steadiest: layer {best.layer}; use it with: score --layer {best.layer}")
+    say(f"steadiest: layer {best.layer}; use it with: score --layer {best.layer}")
 
 
 class PhasesCall(Output, Select):

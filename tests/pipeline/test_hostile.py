@@ -13,6 +13,7 @@ import pytest
 
 from sstoken.pipeline import api
 from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.support import ROOT
 
 EVIL = "\x1b[31m\x1b]0;title\x07\x9b2J\u202etxt\u2066\u200b\r\b\x00\u2028"
 _HARMFUL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f\u2060-\u206f]")
@@ -57,6 +58,77 @@ def test_nothing_printed_drives_the_terminal(
     )
     assert not _HARMFUL.search(outcome.out + outcome.err), repr(outcome.out + outcome.err)
     assert "Traceback" not in outcome.err
+
+
+def test_no_verb_prints_what_drives_the_terminal(world: World, cli: CommandLine, tmp_path: Path) -> None:
+    """Names of files, columns, examples, datasets: wherever one is printed."""
+    name = EVIL.replace("\x00", "").replace("\r", "")
+    out, base = tmp_path / f"o{name}", tmp_path / f"b{name}"
+    shutil.copytree(world.base, base)
+    some = [
+        {"question": f"w{i} {EVIL}", "answer": f"w{i} w9", "example_id": f"{i}{EVIL}", EVIL: 1}
+        for i in range(6)
+    ]
+    data = rows(tmp_path / f"d{name}.jsonl", *some, {"question": "w1", "answer": 3})
+    encode = (
+        "encode",
+        "--data",
+        data,
+        "--model",
+        base,
+        "--workers",
+        1,
+        "--on-bad-row",
+        "skip",
+        "--out",
+        out / "t",
+    )
+    score = (
+        "score",
+        "--tokens",
+        out / "t",
+        "--ckpt",
+        f"a={base}",
+        "--ckpt",
+        f"b={world.later}",
+        "--out",
+        out / "s",
+    )
+    select = ("select", "--tokens", out / "t", "--scores", out / "s", "--history", "a", "--current", "b")
+    commands = [
+        encode,
+        encode,
+        (*encode, "--max-length", 9),
+        score,
+        (*select, "--out", out / "m"),
+        (*select, "--method", "random", "--out", out / "r"),
+        ("compare", f"x{name}={out}/m", out / "r"),
+        ("critical", "--tokens", out / "t", "--ckpt", base, "--checker", "exact", "--out", out / "c"),
+        ("audit", data, "--model", base),
+        ("audit", out / "t"),
+        ("audit", out / "m"),
+        ("show", out / "m", "--rows", 9),
+        ("report", out / "m", "--out", out / "r.html"),
+        ("export", out / "m", "--to", "trl", "--out", out / "e"),
+        ("publish", out / "m", "--repo", "me/it", "--dry-run", "--out", out / "p"),
+        ("init", "--model", base, "--data", data, "--out", out / "run.yaml"),
+        ("plan", out / "run.yaml"),
+        ("verify", out),
+    ]
+    for command in commands:
+        outcome = cli(*command)
+        assert not _HARMFUL.search(outcome.out + outcome.err), (command[0], outcome)
+        assert "Traceback" not in outcome.err
+        (out / "m" / f"stray{name}").touch() if command[0] == "publish" else None
+    assert outcome.code == 1
+
+
+def test_lines_are_printed_by_one_function() -> None:
+    """It escapes them; what paints in colours, and progress, are the others, which escape by themselves."""
+    own = {"saying.py", "progress.py", "first_example.py", "audit_screen.py", "demo/run.py", "cli.py"}
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        calls = re.findall(r"(?<![\w.])(?:print|click\.echo|console\.print)\(", path.read_text())
+        assert not calls or path.relative_to(ROOT / "pipeline").as_posix() in own, path
 
 
 def test_a_parquet_file_that_claims_rows_without_end(world: World, cli: CommandLine, tmp_path: Path) -> None:
