@@ -143,7 +143,7 @@ def _check_file(folder: Path, file: Path) -> None:
             tensors = [v for k, v in header.items() if k != "__metadata__"]
             end = 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
             empty = [t for t in tensors if 0 in t["shape"]]
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError):
             pointer = start.startswith(b"version ")
             incomplete = "not a complete safetensors file; copy it again"
             what = "a Git LFS pointer; run git lfs pull" if pointer else incomplete

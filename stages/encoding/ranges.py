@@ -158,8 +158,11 @@ class _GroupRange:
                 batches = opened.iter_batches(row_files.BATCH_ROWS, row_groups=groups, use_threads=False)
                 parsed = chain.from_iterable(map(rows_of, batches))
                 wanted = islice(parsed, skipped, skipped + self.count)
+                read = 0
                 for index, (value, problem, notes) in enumerate(wanted, self.index):
                     yield Row(self.file.label, index, f"{self.file.name} row {index}", value, problem, notes)
+                    read += 1
+                row_files.check_all_read(self.count, read)
             except (pa.ArrowException, ValueError) as error:
                 raise row_files.not_parquet(self.file.name, error) from error
             except row_files.DAMAGE as error:

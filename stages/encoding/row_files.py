@@ -202,10 +202,12 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
         return
     index = 0
     try:
-        for batch in parquet_file(stream).iter_batches(batch_size=BATCH_ROWS, use_threads=False):
+        file = parquet_file(stream)
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
             for value, problem, notes in rows_of(batch):
                 yield Parsed(f"row {index}", value, problem, notes)
                 index += 1
+        check_all_read(file.metadata.num_rows, index)
     except (pa.ArrowException, ValueError) as error:
         raise not_parquet(name, error) from error
 
@@ -218,6 +220,8 @@ def parquet_file(stream: Any) -> Any:
     """
     import pyarrow.parquet as pq
 
+    size = stream.seek(0, 2)
+    stream.seek(0)
     # Read-ahead and threads each need memory in proportion to the row group, which may span the file.
     file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
     about = file.metadata
@@ -225,10 +229,25 @@ def parquet_file(stream: Any) -> Any:
     held = sum(group.num_rows for group in groups)
     if about.num_rows != held or any(group.num_rows < 0 for group in groups):
         raise ValueError(f"its footer claims {about.num_rows:,} rows, its row groups hold {held:,}")
-    for group in groups:
+    for index, group in enumerate(groups):
+        if group.num_rows <= size:
+            continue  # `check_all_read` comes in time
+        next(
+            file.iter_batches(1, row_groups=[index], use_threads=False)
+        )  # `column` of a damaged one ends the process
         if any(group.column(i).num_values < group.num_rows for i in range(group.num_columns)):
             raise ValueError(f"its footer claims {group.num_rows:,} rows, more than its columns hold")
     return file
+
+
+def check_all_read(claimed: int, read: int) -> None:
+    """Refuse a Parquet file that held fewer rows than its footer claims.
+
+    Raises:
+        ValueError: says both.
+    """
+    if read < claimed:
+        raise ValueError(f"its footer claims {claimed:,} rows there, its columns hold {read:,}")
 
 
 def not_parquet(name: str, error: Exception) -> SstokenError:

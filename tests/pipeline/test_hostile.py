@@ -153,6 +153,25 @@ def test_a_parquet_file_that_claims_rows_without_end(world: World, cli: CommandL
     assert "part-00000.parquet" in line
 
 
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_a_parquet_file_that_claims_more_rows_than_it_holds(
+    on_bad_row: str, world: World, cli: CommandLine, tmp_path: Path
+) -> None:
+    """A few more: the rows that are missing are not left out in silence."""
+    file = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"question": ["w1"], "answer": ["w2"]}), file, store_schema=False)
+    content = file.read_bytes()
+    length = int.from_bytes(content[-8:-4], "little")
+    footer = content[-8 - length : -8].replace(b"\x16\x02\x19", b"\x16\x64\x19", 1)  # 50 rows in the file
+    last = footer.rindex(b"\x16\x02")
+    footer = footer[:last] + b"\x16\x64" + footer[last + 2 :]  # and in its row group
+    file.write_bytes(content[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    assert pq.read_metadata(file).row_group(0).num_rows == 50
+    encode = ("encode", "--data", file, "--model", world.base, "--out", tmp_path / "out", "--workers", 1)
+    line = cli.fails(1, *encode, "--on-bad-row", on_bad_row)
+    assert "claims 50 rows" in line
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl.gz"])
 def test_a_small_file_of_a_huge_text(kind: str, world: World, cli: CommandLine, tmp_path: Path) -> None:
     import gzip
