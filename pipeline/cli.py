@@ -106,12 +106,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _typed(arguments: list[str] | None) -> str:
-    """What click cannot know of a command line that it refuses: how it was typed."""
+    """Hint at a typing mistake on a command line that click refuses, such as another dash."""
     given = sys.argv[1:] if arguments is None else arguments
     if dashed := [a for a in given if a.startswith(_DASHES) or a[:2] in {f"-{dash}" for dash in _DASHES}]:
-        return f" {dashed[0]!r} begins with a dash of word processors; type --"
+        return f" {dashed[0]!r} begins with a typographic dash; type --"
     if "=" in given:
-        return " Write NAME=VALUE without blanks around =."
+        return " Write NAME=VALUE without spaces around =."
     return ""
 
 
@@ -133,7 +133,7 @@ def _fail(message: str, status: int) -> int:
 
 
 _LONGEST_WORD = 500
-"""Characters of one word of an error, such as a path; data can hold longer ones."""
+"""Characters of one word of an error, such as a path; names from data can be longer."""
 
 
 def _shortened(word: str) -> str:

@@ -120,7 +120,7 @@ def _option(name: str, field: FieldInfo, asked: Option, sweep: bool) -> Callable
 
 
 class _Number(click.ParamType):
-    """A number; a wrong one is answered with how to write it."""
+    """A number; the error for a wrong one shows how to write it."""
 
     def __init__(self, kind: type[int] | type[float], name: str, example: str) -> None:
         self._kind, self.name, self._example = kind, name, example
@@ -139,7 +139,7 @@ _NUMBERS = {
 
 
 class OnceEach(click.Command):
-    """A command that refuses an option given twice: click would take the last one without a word."""
+    """A command that refuses an option given twice; click would silently take the last one."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         """See `click.Command`."""

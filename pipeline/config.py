@@ -218,7 +218,7 @@ def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Set one field. OmegaConf's dotlist would do it, with interpolation and a YAML reader of its own besides."""
+    """Set one field. (OmegaConf's dotlist would bring interpolation and another YAML reader with it.)"""
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise UsageError(f"--set {override!r}: legal is section.field=value, such as select.rho=0.4")

@@ -202,7 +202,9 @@ def weights(checkpoint: str) -> Weights:
     from sstoken.stages import checkpoints
 
     if "://" in checkpoint:
-        raise SstokenError(f"{checkpoint}: not fetched to be counted")
+        raise SstokenError(
+            f"{checkpoint}: its weights cannot be counted from afar; name a local folder or a Hub id"
+        )
     base = checkpoints.adapter_base(checkpoint) or checkpoint
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     try:

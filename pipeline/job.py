@@ -96,7 +96,7 @@ def state(job: Job, digests: Digests) -> State:
 def superseded(job: Job, identity: Identity) -> Path | None:
     """The partial folder beside the job's output, if the job would not resume it and no run is at work on it.
 
-    It holds work of other settings or inputs, or of a forced run of a finished job.
+    It holds work with other settings or inputs, or that of a forced run of a finished job.
     """
     if not job.partial.exists() or at_work(job.place, ""):
         return None

@@ -202,7 +202,7 @@ class StoreLease(Lease):
 
 
 def is_of_this_machine(file: Path) -> bool:
-    """Whether the lease there was taken on this machine, where the lock beside it tells whether its run is alive."""
+    """Whether a lease was taken on this machine, so that the lock beside it tells whether its run is alive."""
     found = holder(file)
     return found is not None and found.boot == _boot()
 

@@ -18,7 +18,7 @@ _REMARKS = ("note:", "warning:")
 """Lines that begin with these are shown even with `--quiet`."""
 
 
-SUPERSEDED = "unfinished work of other settings or inputs, or of a forced run; go on with those, or remove it"
+SUPERSEDED = "unfinished work of other settings or inputs, or of a forced run; resume that run, or delete it"
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

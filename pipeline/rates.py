@@ -1,7 +1,7 @@
-"""How fast stages have run on this machine, and how long the steps of a run will take by that.
+"""Estimates how long the steps of a run will take, from the rates of earlier runs on this machine.
 
-A rate is FLOPs a second for what runs a model, tokens a second for the rest, for one worker. The last run of each kind
-leaves its own in this user's cache.
+A rate is FLOPs per second for stages that run a model, tokens per second for the others, per worker. The last run of
+each kind stores its rate in the user's cache.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sstoken.errors import SstokenError
+from sstoken.pipeline.engines.local import num_cores
 from sstoken.pipeline.job import Job
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
@@ -23,28 +24,28 @@ if TYPE_CHECKING:
     from sstoken.pipeline.config import RunConfig
 
 _FEWEST = 2000
-"""Tokens; smaller work is mostly start-up, and leaves no rate."""
+"""Tokens below which a run stores no rate, as start-up dominates."""
 _STEADY = 30.0
-"""Seconds from which a run's rate replaces that of a longer run."""
+"""A run of this many seconds may replace the rate of a longer run."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step that is still to do needs."""
+    """Estimated needs of an unfinished step."""
 
     step: str
     tokens: float | None
-    """That it reads. None: not known before an earlier step has run."""
+    """Tokens that it reads; None: unknown before an earlier step has run."""
     seconds: float | None
-    """By the last run of its kind on this machine. None: there was none."""
+    """Its duration, at the rate of the last run of its kind; None: there was none on this machine."""
     bytes: float | None
-    """That it writes."""
+    """Bytes that it writes."""
     guessed: bool
-    """From a sample of the data."""
+    """Whether it was estimated from a sample of the data."""
 
 
 def estimates(config: "RunConfig", steps: set[str]) -> list[Estimate]:
-    """Return what the steps of these names need, in their order.
+    """Estimate the needs of the steps with these names, in the order of the run.
 
     Raises:
         SstokenError: the data cannot be read.
@@ -53,14 +54,14 @@ def estimates(config: "RunConfig", steps: set[str]) -> list[Estimate]:
 
     known, found = _known(), []
     for name, job, size, _ in cost.sized(config):
-        if name not in steps and name.partition("/")[0] not in steps:  # what waits is not known one by one
+        if name not in steps and name.partition("/")[0] not in steps:  # waiting jobs are listed by their step
             continue
         if size is None:
             found.append(Estimate(name, None, None, None, guessed=False))
             continue
         try:
             flops, written = cost.estimate(job, size)
-        except SstokenError:  # a model that is not here
+        except SstokenError:  # the model is not on this machine
             found.append(Estimate(name, size.tokens, None, None, size.guessed))
             continue
         rate = known.get(_kind(job), {}).get("rate")
@@ -70,13 +71,11 @@ def estimates(config: "RunConfig", steps: set[str]) -> list[Estimate]:
 
 
 def remember(job: Job, seconds: float) -> None:
-    """Keep the rate of a job that has just run from its start to its end.
-
-    A rate is a convenience: where it cannot be told or kept, there is none.
+    """Store the rate of a job that has just run from start to end; does nothing if it cannot be told or stored.
 
     Args:
-        job: its output is finished.
-        seconds: that it took; of a sharded stage, what its workers took on shards counts.
+        job: the finished job.
+        seconds: its duration; for sharded stages, the time that workers spent on shards is used instead.
     """
     from sstoken.pipeline import cost
 
@@ -108,7 +107,7 @@ def _known() -> dict[str, dict[str, float]]:
 
 
 def _kind(job: Job) -> str:
-    """What shares a rate: the stage and, where it runs a model, how."""
+    """A key for jobs with the same rate: the stage and, if it runs a model, how."""
     stage = job.stage
     if isinstance(stage, Score):
         return "/".join((stage.name, _device(stage.device), stage.dtype, stage.backend))
@@ -129,11 +128,7 @@ def _workers(job: Job) -> int:
     stage = job.stage
     if not isinstance(stage, ShardedStage):
         return 1
-    if stage.workers is not None or not stage.every_core:
-        return stage.workers or 1
-    from joblib import cpu_count
-
-    return int(cpu_count())
+    return stage.workers or (num_cores() if stage.every_core else 1)
 
 
 def _tokens(job: Job) -> Path:

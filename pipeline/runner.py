@@ -171,7 +171,7 @@ def is_finished(job: Job, identity: Identity) -> bool:
 
 
 def found_finished(job: Job, identity: Identity) -> Result:
-    """As `skipped`, before the folder is locked: also say what killed runs left beside it."""
+    """Like `skipped`, for a folder that is not locked yet; also reports what killed runs left beside it."""
     forget_dead_run(job.place)
     return with_other(skipped(job), superseded=superseded(job, identity))
 
@@ -231,7 +231,7 @@ def prepare(job: Job, identity: Identity, *, fresh: bool) -> None:
     left = partial_fingerprint(job.partial)
     if left not in (None, identity.fingerprint) and _holds_work(job.partial):
         say(
-            f"note: {job.partial}: unfinished work of other settings or inputs is dropped, and made anew",
+            f"note: {job.partial}: unfinished work of other settings or inputs is deleted",
             err=True,
         )
     if fresh or left != identity.fingerprint:

@@ -38,23 +38,23 @@ class PartSection(ReadsSteps, Part):
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"tokens": TOKENS}
 
     tokens: str | None = None
-    """The step whose tokens are taken. None: the only one before."""
+    """The step whose tokens to take. None: the only earlier one."""
 
 
 class AnchorSection(Anchor):
     """Section `anchor`: what is trained, and on what."""
 
     tokens: str | None = None
-    """The step whose tokens it trains on. None: the only one before."""
+    """The step on whose tokens to train. None: the only earlier one."""
     masked: str | None = None
-    """Instead: the step whose masked dataset it trains on."""
+    """The step on whose masked dataset to train, instead of `tokens`."""
 
 
 class CriticalSection(Critical):
-    """Section `critical`: which checkpoint generates, and what says whether an answer is right."""
+    """Section `critical`: which checkpoint generates, and how answers are checked."""
 
     tokens: str | None = None
-    """The step whose tokens are tried. None: the only one before."""
+    """The step whose tokens are tried. None: the only earlier one."""
     checkpoint: Annotated[str, BY_CONTENT]
     """A name in the run's history (`last`, or `STEP/last` of the anchor run STEP), a folder or a Hub id."""
 
@@ -65,32 +65,32 @@ class ScoreSection(ScoreOptions):
     name: ClassVar[str] = "score"
 
     tokens: str | None = None
-    """The step whose tokens are scored. None: the only one before."""
+    """The step whose tokens to score. None: the only earlier one."""
     checkpoints: dict[str, str] | list[str] | None = None
     """Names in the run's history (`step-0`, `last`, or `STEP/last` of the anchor run STEP), folders or Hub ids, or
     `{name: checkpoint}`. None: those that `select` compares."""
     attention_from: str | None = None
-    """The one whose attention is measured too; None: the current one. `none`: no attention."""
+    """The checkpoint whose attention is measured, too. None: the current one. `none`: no attention."""
 
 
 class SelectSection(Select):
     """Section `select`: the method and what it compares."""
 
     tokens: str | None = None
-    """The step whose tokens are selected from. None: the only one before."""
+    """The step whose tokens to select from. None: the only earlier one."""
     scores: str | None = None
-    """The step that scored them. None: the only one before."""
+    """The step that scored them. None: the only earlier one."""
     critical: str | None = None
-    """The step that measured the signal `critical`, for a method that reads it. None: the only one before."""
+    """The step that measured the signal `critical`, for methods that read it. None: the only earlier one."""
     roles: dict[str, str] = Field(default_factory=dict)
-    """Which checkpoint plays a role that the method names: `{history: base, current: sft}`."""
+    """The checkpoint in each role of the method: `{history: base, current: sft}`."""
     history: str | None = None
     """Short for the role `history`. None: the first of the run's history or of `score.checkpoints`."""
     current: str | None = None
     """Short for the role `current`. None: the last."""
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
-    """Settings with several values each; every combination is selected into a folder of its own. `rho: [0.4, 0.6]` is
-    short for it."""
+    """Settings with several values; every combination is written into a folder of its own. `rho: [0.4, 0.6]` is short
+    for it."""
 
     def methods(self) -> Iterator[Method]:
         """The method, or each of a sweep."""
@@ -99,12 +99,12 @@ class SelectSection(Select):
 
     @property
     def reads_critical(self) -> bool:
-        """Whether a method reads what a `critical` step measures."""
+        """Whether a method reads the signal `critical`."""
         return any(_is_generated(name) for method in self.methods() for name in method.inputs)
 
     @property
     def reads_scores(self) -> bool:
-        """Whether it reads the scores of a `score` step: all do but those that read the signal `critical` alone."""
+        """Whether it reads a `score` step: false only if its methods read nothing but the signal `critical`."""
         if self.scores is not None or self.examples is not None:
             return True
         return not all(m.inputs and all(map(_is_generated, m.inputs)) for m in self.methods())
@@ -121,7 +121,7 @@ class ExportSection(ReadsSteps, Export):
     reads: ClassVar[dict[str, tuple[str, ...]]] = {"masked": MASKED}
 
     masked: str | None = None
-    """The step whose masked dataset is exported. None: the only one before."""
+    """The step whose masked dataset to export. None: the only earlier one."""
 
 
 KINDS: dict[str, type[Stage]] = {

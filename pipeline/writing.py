@@ -119,7 +119,7 @@ def at_work(out: Path, parts: str) -> list[str]:
 
 
 def forget_dead_run(out: Path) -> None:
-    """Delete the lease of a run that was killed when it had published, where no run works on the folder."""
+    """Delete the lease of a run that was killed after it published, unless another run is at work on the folder."""
     file = _lease_file(out, "")
     if file.exists() and lease.is_of_this_machine(file):
         lock = FileLock(_lock_file(out, ""))
@@ -224,7 +224,7 @@ def _without_room(error: BaseException | None, folder: Path) -> Path | None:
 
 
 def check_not_inside(out: PurePath) -> None:
-    """Refuse an output within a finished folder: what is in one is all of its own making.
+    """Refuse an output inside a finished folder, which may hold only what its stage wrote.
 
     Raises:
         UsageError: names the finished folder.
@@ -239,7 +239,7 @@ def check_not_inside(out: PurePath) -> None:
 
 
 def free_bytes(folder: PurePath) -> int | None:
-    """Return what is free on the disk that a folder is or will be on; None where it is remote."""
+    """Bytes free on the disk of an existing or future folder; None: it is remote."""
     if not isinstance(folder, Path):
         return None
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
@@ -247,7 +247,7 @@ def free_bytes(folder: PurePath) -> int | None:
 
 
 def size_text(count: int) -> str:
-    """Return a number of bytes as people read it."""
+    """Format a number of bytes for people."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 10_000:
             return f"{count:,} {unit}"

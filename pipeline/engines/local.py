@@ -80,7 +80,7 @@ class LocalEngine:
     def __init__(self, options: EngineOptions, rank: int = 0, world_size: int = 1) -> None:
         named = getattr(options, "device", "auto")
         self._devices: list[str | None] = [*named.split(",")] if "," in named else [None]
-        self._workers = options.workers or (_cores() if options.every_core else len(self._devices))
+        self._workers = options.workers or (num_cores() if options.every_core else len(self._devices))
         self.rank, self.world_size = rank, world_size
 
     def map(
@@ -97,7 +97,8 @@ class LocalEngine:
         yield from dispatch(_Here(function, self._devices[0], progress), chain(first, tasks), progress)
 
 
-def _cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     from joblib import cpu_count  # respects a container's limits
 
     return int(cpu_count())

@@ -139,10 +139,10 @@ def place(path: Place) -> Path:
 
 
 def file_to_write(path: Place) -> Path:
-    """A file to write: no folder, and not within a finished folder.
+    """Like `place`, for a file that a verb writes.
 
     Raises:
-        UsageError: it cannot be one.
+        UsageError: it is a folder, or inside a finished folder.
     """
     found = place(path)
     if found.is_dir():

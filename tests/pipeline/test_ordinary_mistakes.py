@@ -153,8 +153,8 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "the dash of a word processor": (
         lambda p: encoding(p, "\u2014data", p.world.data, "--model", p.world.base), ("'\u2014data'", "type --"),
     ),
-    "blanks around =": (
-        lambda p: ["run", p.configuration(""), "--set", "select.rho", "=", "0.4"], ("NAME=VALUE without blanks",),
+    "spaces around =": (
+        lambda p: ["run", p.configuration(""), "--set", "select.rho", "=", "0.4"], ("NAME=VALUE without spaces",),
     ),
     "a verb in capitals": (lambda p: ["ENCODE"], ("did you mean 'encode'?",)),
     "help as a verb": (lambda p: ["help"], ("did you mean --help?",)),
