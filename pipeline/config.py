@@ -18,7 +18,7 @@ from pydantic import (
 from sstoken.errors import UsageError
 from sstoken.pipeline.plain_yaml import read_yaml, short
 from sstoken.pipeline.sections import KINDS, AnchorSection, CriticalSection, ScoreSection, SelectSection
-from sstoken.pipeline.yaml_steps import beside_the_file, repeated, swept
+from sstoken.pipeline.yaml_shorthand import beside_the_file, repeated, swept
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.sharded import ShardedStage

@@ -22,7 +22,7 @@ from sstoken.pipeline.sections import (
     SelectSection,
     stage_of,
 )
-from sstoken.pipeline.yaml_steps import chosen, combinations, label
+from sstoken.pipeline.yaml_shorthand import chosen, combinations, label
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.critical import CRITICAL, Critical
 from sstoken.stages.manifest import Digests, read_manifest

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from sstoken.methods import Input, Method, get_method
 from sstoken.methods.presets import method_name
-from sstoken.pipeline.yaml_steps import combinations
+from sstoken.pipeline.yaml_shorthand import combinations
 from sstoken.signals import get_signal
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.critical import Critical

@@ -11,8 +11,8 @@ from sstoken.version import __version__
 
 if TYPE_CHECKING:
     from sstoken import curate
-    from sstoken.in_loop.column import CarryHistory
-    from sstoken.in_loop.core import self_modulated_loss, token_loss
+    from sstoken.in_loop.history_columns import CarryHistory
+    from sstoken.in_loop.loss import self_modulated_loss, token_loss
     from sstoken.in_loop.response_tokens import find_segments
     from sstoken.in_loop.settings import Schedule, SelfModulation
     from sstoken.in_loop.sft import SelfModulatedSFTTrainer
@@ -40,7 +40,7 @@ __all__ = [
 
 _LAZY = {
     "AttentionCapture": "sstoken.measure.capture",
-    "CarryHistory": "sstoken.in_loop.column",
+    "CarryHistory": "sstoken.in_loop.history_columns",
     "Schedule": "sstoken.in_loop.settings",
     "SelfModulatedMixin": "sstoken.in_loop.trainer",
     "SelfModulatedSFTTrainer": "sstoken.in_loop.sft",
@@ -48,8 +48,8 @@ _LAZY = {
     "SelfModulation": "sstoken.in_loop.settings",
     "find_segments": "sstoken.in_loop.response_tokens",
     "load": "sstoken.stages.report.loaded",
-    "self_modulated_loss": "sstoken.in_loop.core",
-    "token_loss": "sstoken.in_loop.core",
+    "self_modulated_loss": "sstoken.in_loop.loss",
+    "token_loss": "sstoken.in_loop.loss",
 }
 
 

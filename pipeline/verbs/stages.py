@@ -36,7 +36,7 @@ from sstoken.pipeline.verbs.command import (
     print_finished,
     verb,
 )
-from sstoken.pipeline.yaml_steps import chosen, combinations, label, swept
+from sstoken.pipeline.yaml_shorthand import chosen, combinations, label, swept
 from sstoken.stages import manifest as manifests
 from sstoken.stages import storage
 from sstoken.stages.anchor import Anchor

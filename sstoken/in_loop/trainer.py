@@ -15,10 +15,10 @@ from transformers import Trainer
 
 from sstoken.errors import SstokenError
 from sstoken.in_loop.checks import check_trainer, choose_layer, try_out
-from sstoken.in_loop.column import CarryHistory, check_columns, prepare_with_columns
 from sstoken.in_loop.forward import SelectingModel
 from sstoken.in_loop.head import HeadSignals
 from sstoken.in_loop.histories import History, make_history
+from sstoken.in_loop.history_columns import CarryHistory, check_columns, prepare_with_columns
 from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
 from sstoken.in_loop.observation import Observer
 from sstoken.in_loop.remarks import remarks_on_examples

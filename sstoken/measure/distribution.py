@@ -23,7 +23,7 @@ from sstoken.measure.token_loss import (
     token_losses,
     token_losses_by_kernel,
 )
-from sstoken.measure.top import TopLogits
+from sstoken.measure.top_logits import TopLogits
 
 RANKS = frozenset({"rank", "ties", "mass_above"})
 """Signals that compare all logits with the token's own."""

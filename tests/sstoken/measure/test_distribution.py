@@ -12,7 +12,7 @@ from sstoken.measure.divergence import measure_divergence
 from sstoken.measure.expected_rank import ExpectedRank
 from sstoken.measure.scorer import Scorer
 from sstoken.measure.token_loss import ComputedLogits, OutputHead
-from sstoken.measure.top import TopLogits
+from sstoken.measure.top_logits import TopLogits
 from tests.sstoken.measure.architectures import VOCABULARY, make_model
 
 KINDS = st.sampled_from(["plain", "bias", "softcap", "large", "later tiles far above", "equal"])

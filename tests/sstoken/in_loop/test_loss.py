@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.in_loop.core import kept_loss, self_modulated_loss, token_loss
+from sstoken.in_loop.loss import kept_loss, self_modulated_loss, token_loss
 from sstoken.in_loop.response_tokens import ResponseTokens, find_response_tokens, find_segments
 from sstoken.in_loop.rule import Rule
 from sstoken.methods import decide, get_method
