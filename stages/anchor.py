@@ -154,7 +154,7 @@ class Anchor(Stage):
         if is_main_process():
             joins.note_training(
                 context.out, _data(context)
-            )  # also of a run that goes on: nothing proves the old note
+            )  # also when a run resumes: nothing vouches for the old note
         if not log.exists():
             with reporting.no_messages(), ExitStack() as stack:
                 self._train(context, stack)

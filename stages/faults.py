@@ -1,8 +1,8 @@
-"""Faults on purpose: die, or be refused by the disk, at the n-th write, fsync, rename, deletion or commit.
+"""Fault injection for crash tests: kill the process, or fail, at the n-th write, fsync, rename, deletion or commit.
 
 Crash tests set `SSTOKEN_FAULT` to `KIND:POINT:N`: `kill:rename:7` sends SIGKILL to the process before its seventh
-rename, `ENOSPC:write:3+` makes the third write and every later one fail. Without the variable nothing here does
-anything. Every process counts for itself. What a library writes by itself (a trainer's checkpoint) passes no point.
+rename, `ENOSPC:write:3+` makes the third write and every later one fail. Without the variable, nothing happens. Each
+process counts on its own. What other libraries write (a trainer's checkpoint) is not counted.
 """
 
 import errno
@@ -20,7 +20,7 @@ from sstoken.errors import UsageError
 
 VARIABLE = "SSTOKEN_FAULT"
 KINDS = ("kill", "short", "ENOSPC", "EIO", "EACCES", "none")
-"""`short` writes half of the bytes and says so, as a system may; `none` counts the points alone."""
+"""`short` writes half of the bytes and reports that, as a system may; `none` only counts the points."""
 POINTS = ("write", "fsync", "rename", "delete", "commit", "any")
 """A commit is the rename of a manifest, of another mark of a folder, or of a finished folder."""
 _PLAN = re.compile(rf"({'|'.join(KINDS)}):({'|'.join(POINTS)}):(\d+)(\+?)")
@@ -33,11 +33,11 @@ class _Plan:
     at: int
     """The number of the first point that fails, from 1."""
     on: bool
-    """Whether those after it fail, too."""
+    """Whether all later ones fail, too."""
     passed: Counter[str] = field(default_factory=Counter)
 
     def due(self, point: str) -> bool:
-        """Count a point; whether it is to fail."""
+        """Count a point; return whether it has to fail."""
         self.passed.update({point, "any"} | ({"rename"} if point == "commit" else set()))
         if self.point != "any" and self.point != point and (self.point, point) != ("rename", "commit"):
             return False
@@ -47,10 +47,10 @@ class _Plan:
 
 @cache
 def plan() -> _Plan | None:
-    """What the variable asks for; None in a normal run.
+    """Return the plan in the environment variable; None in a normal run.
 
     Raises:
-        UsageError: it is set to something else.
+        UsageError: the variable is not a plan.
     """
     text = os.environ.get(VARIABLE)
     if not text:
@@ -58,16 +58,16 @@ def plan() -> _Plan | None:
     asked = _PLAN.fullmatch(text)
     if asked is None:
         raise UsageError(
-            f"{VARIABLE}={text!r}; it is KIND:POINT:N with {', '.join(KINDS)}; {', '.join(POINTS)}"
+            f"{VARIABLE} is {text!r}; legal: KIND:POINT:N with KIND {', '.join(KINDS)} and POINT {', '.join(POINTS)}"
         )
     return _Plan(asked[1], asked[2], int(asked[3]), bool(asked[4]))
 
 
 def point(name: str, place: Path) -> None:
-    """Fail here if it is the point's turn.
+    """Fail here if the plan says so.
 
     Raises:
-        OSError: the fault that was asked for.
+        OSError: the planned fault.
     """
     active = plan()
     if active is not None and active.due(name):
@@ -88,7 +88,7 @@ def create(file: Path) -> BinaryIO:
 
 
 class _Faulty(io.FileIO):
-    """A file whose writes fail half-way, and do not say of which file, as the system's do."""
+    """A file whose writes fail half-way, without naming the file, as the system's do."""
 
     def write(self, content: Any) -> int:
         active = plan()

@@ -56,7 +56,7 @@ def read_manifest_text(folder: Path) -> bytes | None:
 
 
 def _is_ours(text: bytes) -> bool:
-    """Whether a text was a manifest of ours, also with some of its bytes changed; others use that name, too."""
+    """Return whether a text is a manifest of ours, possibly damaged: other tools use that file name, too."""
     return sum(f'"{key}"'.encode() in text for key in _KEYS) > len(_KEYS) // 2
 
 
@@ -135,7 +135,7 @@ def listed_in(folder: Path) -> list[Path] | None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder, also behind links to folders; each folder once, wherever links lead."""
+    """Yield every file below a folder, following links to folders but reading each folder once."""
     if "://" in str(folder):  # in an object store, which has none
         yield from (path for path in folder.rglob("*") if path.is_file())
         return

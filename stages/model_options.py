@@ -30,8 +30,8 @@ class ModelOptions(ShardedStage):
     backend_options: dict[str, Setting] = Field(default_factory=dict)
     """The backend's own settings, such as vllm's `tensor_parallel_size`."""
     batch_tokens: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
-    """Most positions in a batch, padding included; a longer sequence runs alone. None: by the free memory. Halved
-    when a batch does not fit."""
+    """Most positions in a batch, padding included; a longer sequence is a batch of its own. None: by the free memory.
+    Halved when a batch does not fit."""
     device: Annotated[str, SPEED_ONLY] = "auto"
     """cpu, cuda, mps, ..., or a list with one for each worker: cuda:0,cuda:1. auto: a GPU if there is one."""
     trust_remote_code: bool = False

@@ -1,11 +1,11 @@
-"""JSON of files that anything may have happened to: it parses, or there is one kind of error."""
+"""Parse JSON of files that may be damaged: every problem is a ValueError."""
 
 import json
 from typing import Any
 
 
 def parse(content: str | bytes) -> Any:
-    """The value of a JSON text; bytes are UTF-8.
+    """Return the value of a JSON text; bytes are UTF-8.
 
     Raises:
         ValueError: not JSON, not UTF-8, nested too deep, or a number of more than 4,300 digits.
@@ -17,10 +17,10 @@ def parse(content: str | bytes) -> Any:
 
 
 def parse_object(content: str | bytes) -> dict[str, Any]:
-    """As `parse`, of a text that has to hold an object.
+    """Return the object of a JSON text.
 
     Raises:
-        ValueError: see `parse`; or another value.
+        ValueError: see `parse`; or it is not an object.
     """
     value = parse(content)
     if not isinstance(value, dict):

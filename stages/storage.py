@@ -236,7 +236,7 @@ def of(address: PurePath) -> Storage:
 
 
 def expanded(text: str | PurePath) -> Path:
-    """Return the path that a user typed, with `~` as the home folder; of a user that there is not, as it stands."""
+    """Return the path that a user typed, with `~` expanded; `~name` of an unknown user stays as it is."""
     return Path(os.path.expanduser(text))
 
 

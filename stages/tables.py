@@ -229,7 +229,7 @@ def is_sound(path: Path) -> bool:
 
 
 def _known(field: pa.Field) -> pa.Field:
-    """The field of one of our schemas that a field is; a file's own has other names within lists.
+    """Return the field of our schemas that a file's field is; names within lists differ.
 
     Raises:
         ValueError: there is none.

@@ -23,6 +23,38 @@ _TRAINER_STATE = (
     "trainer_state.json",
 )
 _NO_WEIGHTS = (*_TRAINER_STATE, "training_args.bin", "*_states.pt")
+_EXPORT = "export it to the Hugging Face format and name that folder"
+_OTHER_FORMATS = (
+    (
+        ("latest_checkpointed_iteration.txt", "iter_*/mp_rank_*", "mp_rank_*"),
+        f"a Megatron checkpoint ({{file}}); {_EXPORT}",
+    ),
+    (("*.nemo", "weights/*.distcp", "context/model.yaml"), f"a NeMo checkpoint ({{file}}); {_EXPORT}"),
+    (
+        ("*.distcp", "*model*/*.distcp"),
+        "FSDP shards ({file}) and no full weights; merge them: accelerate merge-weights {place} {folder}",
+    ),
+    (
+        ("*/*.distcp",),
+        "torch's sharded checkpoints ({file}) and no full weights; convert one to the Hugging Face format with the "
+        "trainer that wrote it, and name that folder",
+    ),
+    (
+        ("*.gguf",),
+        "weights are GGUF ({file}), made for llama.cpp; name the checkpoint it was made from, or convert it: "
+        "from_pretrained(folder, gguf_file={file!r}), then save_pretrained",
+    ),
+    (
+        ("*.bin", "*.pt", "*.pth", "*.ckpt"),
+        "weights are pickled ({file}), which can run code when loaded; convert them with "
+        "model.save_pretrained(folder), which writes safetensors",
+    ),
+    (
+        ("*.h5", "*.msgpack", "*.npz", "*.onnx", "onnx/*.onnx", "_CHECKPOINT_METADATA"),
+        "weights are {file}, not PyTorch's; convert them to safetensors with save_pretrained",
+    ),
+)
+"""Formats that are not loaded: patterns of their files, and the error, in order of precedence."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -179,40 +211,9 @@ def _without_weights(folder: Path, otherwise: str) -> SstokenError:
             "a DeepSpeed checkpoint with no gathered weights; run zero_to_fp32.py: "
             f"python {script} {folder} {folder} --safe_serialization"
         )
-    if found := names("latest_checkpointed_iteration.txt", "iter_*/mp_rank_*", "mp_rank_*"):
-        return error(
-            f"a Megatron checkpoint ({found[0]}); export it to the Hugging Face format and name that folder"
-        )
-    if found := names("*.nemo", "weights/*.distcp", "context/model.yaml"):
-        return error(
-            f"a NeMo checkpoint ({found[0]}); export it to the Hugging Face format and name that folder"
-        )
-    if shards := names("*.distcp", "*model*/*.distcp"):
-        place = (folder / shards[0]).parent
-        return error(
-            f"FSDP shards ({shards[0]}) and no full weights; merge the FSDP shards: accelerate merge-weights {place} "
-            f"{folder}"
-        )
-    if shards := names("*/*.distcp"):
-        return error(
-            f"torch's sharded checkpoints ({shards[0]}) and no full weights; convert one to the Hugging Face format "
-            "with the trainer that wrote it, and name that folder"
-        )
-    if found := names("*.gguf"):
-        return error(
-            f"weights are GGUF ({found[0]}), made for llama.cpp; name the checkpoint that it was made from, or convert "
-            f"it: from_pretrained(folder, gguf_file={found[0]!r}), then save_pretrained"
-        )
-    pickles = [n for n in names("*.bin", "*.pt", "*.pth", "*.ckpt") if n not in names(*_NO_WEIGHTS)]
-    if pickles:
-        return error(
-            f"weights are pickled ({pickles[0]}), which can run code when loaded; convert them with "
-            "model.save_pretrained(folder), which writes safetensors"
-        )
-    if found := names("*.h5", "*.msgpack", "*.npz", "*.onnx", "onnx/*.onnx", "_CHECKPOINT_METADATA"):
-        return error(
-            f"weights are {found[0]}, not PyTorch's; convert them to safetensors with save_pretrained"
-        )
+    for patterns, reason in _OTHER_FORMATS:
+        if found := [name for name in names(*patterns) if name not in names(*_NO_WEIGHTS)]:
+            return error(reason.format(file=found[0], place=(folder / found[0]).parent, folder=folder))
     if found := names(
         "history.json",
         "step-*/config.json",

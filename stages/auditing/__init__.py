@@ -2,7 +2,7 @@
 
     from sstoken.stages.auditing import audit
 
-    result = audit("runs/masked")              # a folder of ours, files of anybody's, or a dataset in memory
+    result = audit("runs/masked")              # a folder of a run, data files, or a dataset in memory
     result = audit("data.jsonl", model="Qwen/Qwen3-0.6B")    # raw conversations
     for finding in result.findings:            # most severe first
         print(finding.severity, finding.kind, finding.rows, finding.what, finding.remedy)

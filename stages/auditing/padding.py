@@ -1,4 +1,4 @@
-"""Padding of a row that has no attention mask."""
+"""Find the padding of a row without an attention mask."""
 
 import numpy as np
 
@@ -7,15 +7,15 @@ from sstoken.stages.auditing.shape import Shape
 from sstoken.stages.auditing.vocabulary import Vocabulary
 
 _RUN = 3
-"""Copies of a token that ends turns, from which on they are padding and not an end said twice."""
+"""Fewest copies of an end token that count as padding, not as a doubled end."""
 
 
 def find_padding(ids: IntArray, trained: BoolArray, vocabulary: Vocabulary, shape: Shape) -> BoolArray | None:
-    """Return what is padding at the ends of a row, [T]; None: nothing.
+    """Return which tokens at the ends of a row are padding, [T]; None if there are none.
 
-    A pad token of its own is padding wherever the row begins or ends with it. Where the tokenizer pads with a token
-    that also ends turns, the first of a run at the end is the end of the turn, unless another token has ended it.
-    (Phi-3's template prints both.)
+    A separate pad token is padding wherever the row begins or ends with it. If the tokenizer pads with a token that
+    also ends turns, the first of a run at the end is the end of the turn, unless another token ended it already
+    (Phi-3's template prints both).
     """
     if not ids.size:
         return None
@@ -42,13 +42,13 @@ def find_padding(ids: IntArray, trained: BoolArray, vocabulary: Vocabulary, shap
 
 
 def _is_ended(ids: IntArray, vocabulary: Vocabulary, shape: Shape) -> bool:
-    """Whether the tokens end with an answer's end; False without a chat template."""
+    """Return whether the tokens end with an answer's end token; False without a chat template."""
     inside = ids[(ids >= 0) & (ids < vocabulary.size)][-4:]
     words = inside[~vocabulary.is_blank[inside]]
     return shape.known and bool(words.size) and int(words[-1]) in shape.last_closers
 
 
 def _run(ids: IntArray, token: int) -> int:
-    """How many tokens at the beginning are this one."""
+    """Return the number of copies of a token at the start."""
     others = np.flatnonzero(ids != token)
     return int(others[0]) if others.size else len(ids)

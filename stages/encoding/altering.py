@@ -143,7 +143,7 @@ class _Replacements(dict[int, int]):
 
 @lru_cache(maxsize=1 << 14)
 def _uniform(block: int) -> bool:
-    """Whether the eight characters of a block are all letters or all symbols, and stable under normalization."""
+    """Return whether the eight characters of a block are all letters or all symbols, and stable when normalized."""
     if block < 0x10:
         return False
     characters = [chr(code) for code in range(block << 3, (block << 3) + 8)]
@@ -230,5 +230,5 @@ def owners_of(
 
 @lru_cache(maxsize=4096)
 def _candidates(kind: int, amount: int, num_owners: int, variant: int) -> tuple[int, ...]:
-    """The owners that replace characters of this kind by this amount."""
+    """Return the owners that replace characters of this kind by this amount."""
     return tuple(o for o in range(num_owners) if _shifts(o, variant)[kind] == amount)

@@ -16,12 +16,12 @@ _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)$")
 
 
 def is_tar(path: str) -> bool:
-    """Whether the name ends like a tar archive's."""
+    """Return whether a name ends like a tar archive's."""
     return _TAR.search(path.lower()) is not None
 
 
 def is_zip(path: str) -> bool:
-    """Whether the name ends like a zip archive's."""
+    """Return whether a name ends like a zip archive's."""
     return path.lower().endswith(".zip")
 
 

@@ -153,7 +153,7 @@ class ChatEncoder:
         return "plain" if self.tokenizer.chat_template is None else "tokenizer"
 
     def _coded(self, text: str) -> Any:
-        """The tokens of a text, with their offsets in characters.
+        """Tokenize a text, with offsets in characters.
 
         Raises:
             BadRow: the tokenizer fails on it.

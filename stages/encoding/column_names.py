@@ -79,7 +79,7 @@ def kind_of_name(name: str) -> Literal["metadata", "conversation", "unknown"]:
 
 @lru_cache(maxsize=4096)
 def is_media(name: str) -> bool:
-    """Whether a column of that name holds images, video or audio, or paths to them."""
+    """Return whether a column of that name holds images, video or audio, or paths to them."""
     words = set(_parts(name))
     return bool(words & _MEDIA) and words <= _MEDIA | _MEDIA_FORMS
 

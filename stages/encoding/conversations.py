@@ -135,7 +135,7 @@ def _reasoned(row: Mapping[str, Any], layout: Layout, turns: list[Any]) -> list[
 
 
 def _is_switch(value: Any) -> bool:
-    """Whether a reasoning column only switches reasoning on or off."""
+    """Return whether a reasoning column only switches reasoning on or off."""
     return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES)
 
 

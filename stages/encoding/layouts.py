@@ -149,7 +149,7 @@ def detect_layout(
 
 
 def _way_out(row: Mapping[str, Any], format: str) -> str:
-    """What to do about columns that match no layout."""
+    """Return what to do about columns that match no layout."""
     names = [str(name) for name in row]
     if len(names) == 1 and (mark := next((m for m in ";\t|" if m in names[0]), None)):
         return f"they look separated by {mark!r}; save the file with commas"

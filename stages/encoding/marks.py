@@ -17,7 +17,7 @@ _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def read_mark(value: Any, name: str, where: str) -> bool:
-    """Whether the mark says that the turn is trained on.
+    """Return whether a mark says that its turn is trained on.
 
     Raises:
         BadRow: not a mark, or a weight other than 0 and 1: a token is either trained on or not.
@@ -89,7 +89,7 @@ def list_marks(value: Any, name: str, answers: Sequence[bool]) -> list[bool]:
 
 
 def row_mark(value: Any, name: str) -> bool:
-    """Whether a row is trained on, according to a column with one mark for the row.
+    """Return whether a row is trained on, by a column with one mark for the row.
 
     A value that is not a mark, such as the row's loss, marks nothing.
 

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from sstoken.stages.encoding.time_limit import interruptible
 
 MOST_BYTES = 4 << 30
-"""Memory that rendering one conversation may take, beyond what the process has. A few megabytes are usual."""
+"""Bytes that rendering one conversation may add to the process; a few megabytes are usual."""
 
 
 @contextmanager
 def memory_limited() -> Iterator[None]:
-    """Have allocations beyond `MOST_BYTES` raise MemoryError, rather than fill the machine until a process is killed.
+    """Make allocations beyond `MOST_BYTES` raise MemoryError, before the system kills a process.
 
-    There is no limit where the system has none (Windows, macOS), nor in a thread, beside which others allocate.
+    Does nothing where the system has no limit (Windows, macOS), and in a thread, since other threads allocate, too.
     """
     size = _address_space() if interruptible() else None
     if size is None:
@@ -31,7 +31,7 @@ def memory_limited() -> Iterator[None]:
 
 
 def _address_space() -> int | None:
-    """The bytes of this process's address space; None where Linux's /proc is not there."""
+    """Return the size of this process's address space in bytes; None without Linux's /proc."""
     import resource
 
     try:

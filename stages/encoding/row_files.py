@@ -91,14 +91,14 @@ def refuse_mistaken(start: bytes, name: str) -> None:
 
 
 _OTHERS = {
-    b"version https://git-lfs": "a pointer of Git LFS and not the data; fetch the file itself: git lfs pull",
+    b"version https://git-lfs": "a Git LFS pointer, not the data; fetch the file itself: git lfs pull",
     b"<!doctype": "a web page and not the data; download the file itself (on the Hub, resolve in place of blob)",
     b"<html": "a web page and not the data; download the file itself (on the Hub, resolve in place of blob)",
     b"pk\x03\x04": "a zip archive or a spreadsheet; name an archive .zip, and save a sheet as .csv",
     b"par1": "a Parquet file; name it .parquet",
     b"\x1f\x8b": "compressed with gzip; add .gz to its name",
 }
-"""By the first bytes of a file, in small letters: what it is."""
+"""What a file is, by its first bytes in lower case."""
 
 
 def _json_lines(stream: Any, parse: bool = True) -> Iterator[Parsed]:
@@ -151,15 +151,15 @@ def json_value(text: bytes) -> tuple[Any, Problem | None]:
 
 
 def _explained(error: json.JSONDecodeError) -> str:
-    """What is wrong with a text, also where Python's parser says it less plainly."""
+    """Return what is wrong with a JSON text, in plainer words than Python's parser."""
     if error.doc.strip() in ("{", "["):
-        return "the row goes on over several lines; write one object a line, or name a list .json; broken"
+        return "the row spans several lines; write one object per line, or name a list .json; broken"
     found, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()[-1:]
     if error.msg == "Extra data":
         return "more than one value on the line"
     if found and found in "]}" and before == ",":
         return f"a comma before {found}"
-    return "names and texts stand in double quotes" if found == "'" else error.msg
+    return "names and texts need double quotes" if found == "'" else error.msg
 
 
 def _json(stream: Any, name: str) -> Iterator[Parsed]:

@@ -127,7 +127,7 @@ def encode_shard(settings: EncodingSettings, shard: Shard, worker: Worker) -> No
 
 
 def keeps_bad_rows(path: Path) -> bool:
-    """Whether the list of bad rows that belongs to a shard of unfinished work is what was written."""
+    """Return whether an unfinished shard's list of bad rows is intact."""
     digest = read_metadata(path).get(_BAD_ROWS_DIGEST)
     lines = path.parent / BAD_ROWS / path.with_suffix(".jsonl").name
     return digest is None or (storage.of(lines).size(lines) is not None and folders.sha256(lines) == digest)

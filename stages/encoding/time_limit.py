@@ -19,7 +19,7 @@ class _TooLong(BaseException):
 
 
 def interruptible() -> bool:
-    """Whether a signal can stop what this thread computes."""
+    """Return whether a signal can interrupt this thread."""
     return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
 
 

@@ -271,9 +271,9 @@ def _share_names(
 
 
 def _behind_earlier(owners: NDArray[np.int16], index: int, named: int) -> int:
-    """Return the first place behind the earlier turns, and behind the tool definitions that stand before this turn.
+    """Return the first place after the earlier turns, and after tool definitions between them and this turn.
 
-    Some templates (Mistral's) print the definitions before the last question, so behind earlier calls.
+    Some templates (Mistral's) print the definitions before the last question, so after earlier calls.
     """
     earlier = np.flatnonzero((owners > TOOLS) & (owners <= index))
     start = int(earlier[-1]) + 1 if earlier.size else 0

@@ -116,7 +116,7 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
 
 
 def _add_plain(turns: Turns, turn: Mapping[str, Any], role: str, index: int) -> None:
-    """As `_add`, for a turn that has only a speaker and a content."""
+    """Like `_add`, for a turn with only a speaker and a content."""
     said = turn.get("content")
     if isinstance(said, str) and "value" not in turn:
         turns.speakers.append(turn.get("role") or turn["from"])

@@ -31,7 +31,7 @@ _CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac
 
 
 def says_something(value: Any) -> bool:
-    """Whether a value is more than an empty cell, in any of the usual spellings of empty."""
+    """Return whether a value is not empty, in any of the usual spellings of empty."""
     if isinstance(value, str):
         return value.strip().lower() not in _NOTHING
     if isinstance(value, Mapping | list | tuple):
@@ -127,6 +127,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_natural(text: str) -> bool:
-    """Whether a text is a sentence rather than a name, an address or a code."""
+    """Return whether a text is a sentence, not a name, an address or a code."""
     words = [word for word in text.split() if any(map(str.isalpha, word))]
     return len(words) >= _ENOUGH_WORDS or len(_CHINESE_OR_JAPANESE.findall(text[:1000])) >= _ENOUGH_SIGNS

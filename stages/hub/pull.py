@@ -156,7 +156,7 @@ class Pull(Stage):
 
 
 def _is_safe(path: str) -> bool:
-    """Whether a listed file may be written: it is one of ours, and its path stays inside the folder."""
+    """Return whether a listed file may be written: it is one of ours, and its path stays inside the folder."""
     parts = path.split("/")
     if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
         return False

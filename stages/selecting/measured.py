@@ -1,4 +1,4 @@
-"""Whether all signals that a selection reads were measured, and the command that measures those that were not."""
+"""Check that all signals of a selection were measured, and give the command that measures the missing ones."""
 
 import shlex
 from collections.abc import Iterable, Mapping
@@ -19,14 +19,14 @@ def check_measured(method: str, inputs: Iterable[str], scores: Mapping[str, Path
     """Refuse a selection whose signals were not all measured.
 
     Args:
-        method: its name.
+        method: name of the method.
         inputs: the signals it reads, as `role.signal`.
-        scores: the folder of scores of each role.
-        tokens: their folder.
+        scores: folder of scores by role.
+        tokens: the folder of tokens.
 
     Raises:
-        UsageError: a role without scores.
-        SstokenError: names the signals and one command that measures them all, and again what is there.
+        UsageError: there are no scores for a role.
+        SstokenError: names the missing signals, and one command that measures them and those that exist again.
     """
     missing: dict[Path, list[str]] = {}
     named: list[Input] = []
@@ -58,16 +58,16 @@ def check_measured(method: str, inputs: Iterable[str], scores: Mapping[str, Path
 
 
 def _command(missing: Mapping[Path, list[str]], scores: Mapping[str, Path], tokens: Path) -> str:
-    """The `score` command that measures what is missing, and again what is there.
+    """Return the `score` command that measures the missing signals, and those that exist again.
 
-    A checkpoint that a signal compares with is scored too, since `kl@NAME` speaks of a checkpoint of the command.
+    It also scores checkpoints that a signal compares with, since `kl@NAME` refers to a checkpoint of the command.
     """
     first = next(iter(missing))
     signals = dict.fromkeys(column for columns in missing.values() for column in columns)
     places = {folder.name: folder for folder in scores.values()}
     named: dict[str, str] = {}
     waiting = [folder.name for folder in missing]
-    while waiting:  # what is there may compare with further checkpoints
+    while waiting:  # existing signals may compare with further checkpoints
         name = waiting.pop()
         folder = places.get(name, first.parent / name)
         named[name] = _checkpoint(folder) or _references(first).get(name, name)
@@ -90,13 +90,13 @@ def _command(missing: Mapping[Path, list[str]], scores: Mapping[str, Path], toke
 
 
 def _references(folder: Path) -> dict[str, str]:
-    """The checkpoints that the signals of a folder compare with, by name."""
+    """Return the checkpoints that a folder's signals compare with, by name."""
     manifest = read_manifest(folder)
     return {} if manifest is None else dict(manifest.settings.get("references") or {})
 
 
 def _signals(folder: Path) -> list[str]:
-    """What `score` measured in a folder; nothing where there is none."""
+    """Return the signals that `score` measured in a folder; [] if there is none."""
     parts = tables.parts(folder) if folder.is_dir() else []
     columns = tables.columns(parts[0]) if parts else []
     return [c for c in columns if is_signal(c) and get_signal(c).needs != "generation"]

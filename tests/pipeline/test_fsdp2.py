@@ -31,7 +31,7 @@ def test_what_two_processes_trained_is_scored(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     shutil.copy(world.base / "config.json", out)
     given = {"tokens": world.tokens, "attention_from": "none", "device": "cpu"}
-    with pytest.raises(SstokenError, match="merge the FSDP shards: accelerate merge-weights") as refused:
+    with pytest.raises(SstokenError, match="merge them: accelerate merge-weights") as refused:
         api.score(**given, checkpoints=[str(out)], out=tmp_path / "refused")
     said = re.search(r"accelerate (merge-weights \S+ \S+)", str(refused.value))
     assert said is not None

@@ -216,7 +216,7 @@ ROWS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "pretty-printed rows": (
         "d.jsonl",
         '{\n "question": "w1"\n}\n',
-        ("line 1", "several lines", "one object a line"),
+        ("line 1", "several lines", "one object per line"),
     ),
     "a list in a .jsonl file": (
         "d.jsonl",
@@ -242,7 +242,7 @@ ROWS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
         '{"Frage": "w1", "Antwort nr 1": "w2"}\n',
         ("--column question=Frage --column 'answer=Antwort nr 1'",),
     ),
-    "a pointer of Git LFS": ("d.jsonl", "version https://git-lfs.github.com/spec/v1\n", ("git lfs pull",)),
+    "a Git LFS pointer": ("d.jsonl", "version https://git-lfs.github.com/spec/v1\n", ("git lfs pull",)),
     "a pointer in place of Parquet": (
         "d.parquet",
         "version https://git-lfs.github.com/spec/v1\n",
