@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import SstokenError
-from sstoken.signals import get_signal
 from sstoken.stages import checkpoints, joins, tables
 from sstoken.stages.backends import BackendOptions, Latest
 from sstoken.stages.backends.generation import Generator, check_generator, make_generator
@@ -27,6 +25,7 @@ from sstoken.stages.criticality.judge import (
     Verdict,
 )
 from sstoken.stages.model_options import ModelOptions, check_lengths
+from sstoken.stages.scores_file import write_columns
 from sstoken.stages.sharded import Work
 from sstoken.stages.stage import BY_CONTENT, Context, Task, Worker
 from sstoken.stages.token_text import special_ids
@@ -168,13 +167,9 @@ class _CriticalShard:
             joins.TOKENS: joins.measured_fingerprint(tokens, table),
             joins.RUN: self._run,
         }
-        signal = get_signal(CRITICAL)
-        about = {CRITICAL: {"unit": signal.unit, "meaning": signal.meaning}}
+        columns = {CRITICAL: tables.lists(critical, offsets, tables.VALUES)}
         stats = _stats(example_ids, masks, verdicts)
-        columns = [pa.array(example_ids, pa.string()), tables.lists(critical, offsets, tables.VALUES)]
-        schema = pa.schema([("example_id", pa.string()), (CRITICAL, tables.VALUES)])
-        metadata = {"kind": "scores", "signals": about, **provenance, "stats": stats}
-        tables.write_part(self._out / tokens.name, pa.Table.from_arrays(columns, schema=schema), metadata)
+        write_columns(self._out / tokens.name, example_ids, columns, provenance, stats)
 
 
 def _problem(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Problem | None:

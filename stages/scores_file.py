@@ -33,21 +33,31 @@ def write_scores(
         provenance: `checkpoint`, `layer`, `dtype`, the fingerprints of the shard of tokens and of the run (see
             `sstoken.stages.joins`) and, if known, `computed_with`, for the metadata.
     """
-    named = {name: get_signal(name) for name in signals}
-    columns: list[pa.Array] = [pa.array(example_ids, pa.string())]
-    fields = [pa.field("example_id", pa.string())]
+    columns: dict[str, pa.Array] = {}
     stats: dict[str, Any] = {"examples": len(example_ids), "response_tokens": int(response.sum())}
     for name, values in signals.items():
-        kind = tables.SIGNAL_COLUMNS[named[name].dtype]
-        measured = measured_tokens(named[name], response, offsets)
-        columns.append(tables.scattered(values, measured, offsets, kind))
-        fields.append(pa.field(name, kind))
+        signal = get_signal(name)
+        kind = tables.SIGNAL_COLUMNS[signal.dtype]
+        columns[name] = tables.scattered(values, measured_tokens(signal, response, offsets), offsets, kind)
         stats[f"{name}_sum"] = float(values.sum(dtype=np.float64))
-        if named[name].from_second:
+        if signal.from_second:
             stats[f"{name}_count"] = len(values)
-    about = {name: {"unit": s.unit, "meaning": s.meaning} for name, s in named.items()}
+    write_columns(path, example_ids, columns, provenance, stats)
+
+
+def write_columns(
+    path: Path,
+    example_ids: Sequence[str],
+    columns: Mapping[str, pa.Array],
+    provenance: Mapping[str, Any],
+    stats: Mapping[str, Any],
+) -> None:
+    """Write one shard of scores from list columns by signal, with its counts `stats`; see `write_scores`."""
+    signals = {name: get_signal(name) for name in columns}
+    about = {name: {"unit": signal.unit, "meaning": signal.meaning} for name, signal in signals.items()}
     metadata = {"kind": "scores", "signals": about, **provenance, "stats": stats}
-    tables.write_part(path, pa.Table.from_arrays(columns, schema=pa.schema(fields)), metadata)
+    table = pa.table({"example_id": pa.array(example_ids, pa.string()), **columns})
+    tables.write_part(path, table, metadata)
 
 
 def measured_tokens(

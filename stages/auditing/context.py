@@ -15,5 +15,3 @@ class Context:
     vocabulary: Vocabulary | None = None
     """None: no tokenizer is known, and texts are not checked."""
     shape: Shape = field(default_factory=Shape)
-    raw: bool = False
-    """Whether the rows are raw conversations, encoded for this audit."""

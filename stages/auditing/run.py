@@ -86,21 +86,11 @@ def audit(
                 f"{opened.shown}: raw conversations (no input_ids); name the --model whose chat template and "
                 "tokenizer are used"
             )
-        encoder = load_encoder(
-            EncoderOptions(
-                ref, None, template, trust_remote_code, turns, tuple(allow_lost), keep_special_tokens
-            )
+        options = EncoderOptions(
+            ref, None, template, trust_remote_code, turns, tuple(allow_lost), keep_special_tokens
         )
-        declared = encoder.max_length
-        encoder.max_length = _ANY_LENGTH
-        vocabulary = _vocabulary(ref, encoder.tokenizer)
-        context = Context(Collector(vocabulary), vocabulary, raw=True)
-        counts = Conversations()
         reading = Reading(format, tuple((columns or {}).items()), tuple(ignore_columns), preference)
-        found = encoded(opened.rows, encoder, reading, counts, context)
-        if encoder.tokenizer.chat_template is None and template is None:
-            context.found.count(NO_TEMPLATE, 1, None, f"{ref}: its tokenizer has none")
-        return _summed(opened, found, context, encoder.template(), max_length or declared, counts)
+        return _audit_conversations(opened, options, reading, max_length)
     place = ref or (str(opened.tokenizer) if opened.tokenizer else None)
     if place is None:
         context = Context(Collector(None))
@@ -111,6 +101,22 @@ def audit(
         template = template or _own_template(loaded)
     found = _tokenised(opened, context)
     return _summed(opened, found, context, template, max_length or opened.max_length, None)
+
+
+def _audit_conversations(
+    opened: Opened, options: EncoderOptions, reading: Reading, max_length: int | None
+) -> AuditResult:
+    """Encode raw conversations without a limit on their length, and check them."""
+    encoder = load_encoder(options)
+    declared = encoder.max_length
+    encoder.max_length = _ANY_LENGTH
+    vocabulary = _vocabulary(options.model, encoder.tokenizer)
+    context = Context(Collector(vocabulary), vocabulary)
+    counts = Conversations()
+    found = encoded(opened.rows, encoder, reading, counts, context)
+    if encoder.template_origin == "plain":
+        context.found.count(NO_TEMPLATE, 1, None, f"{options.model}: its tokenizer has none")
+    return _summed(opened, found, context, encoder.template(), max_length or declared, counts)
 
 
 def _tokenised(opened: Opened, context: Context) -> Iterator[Example]:
