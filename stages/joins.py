@@ -30,8 +30,8 @@ def tokens_fingerprint(table: pa.Table) -> str:
     digest.update(json.dumps(table["example_id"].to_pylist()).encode())
     for name, kind in (("input_ids", np.int32), ("response_mask", np.bool_)):
         values, offsets = tables.flatten(table[name])
-        digest.update((offsets - offsets[0]).astype(np.int64).tobytes())
-        digest.update(values[offsets[0] : offsets[-1]].astype(kind).tobytes())
+        digest.update((offsets - offsets[0]).astype(np.int64).data)
+        digest.update(np.ascontiguousarray(values[offsets[0] : offsets[-1]].astype(kind, copy=False)).data)
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,35 @@ def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
     Raises:
         SstokenError: the file was not written by `write_part`, or is damaged.
     """
+    content, sealed = _metadata_of(path, _stamp(path))
+    if with_digest and not sealed:
+        raise SstokenError(
+            f"{path}: not a readable Parquet file (its metadata were changed); make its folder again"
+        )
+    return plain_json.parse_object(content)
+
+
+def _stamp(path: Path) -> tuple[object, ...]:
+    """What changes when a local file does; something new each time for a remote one, which is read again."""
+    if "://" in str(path):
+        return (object(),)
+    with _readable(path):
+        stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+@lru_cache(maxsize=256)
+def _metadata_of(path: Path, stamp: tuple[object, ...]) -> tuple[str, bool]:
+    """The JSON, checked and without its digest, and whether there was one. A stage asks for it again and again."""
     with _readable(path):
         raw = (_schema(path).metadata or {}).get(METADATA_KEY)
         if raw is None:
             raise SstokenError(f"{path}: not written by sstoken (no {METADATA_KEY.decode()!r} metadata)")
         metadata = plain_json.parse_object(raw)
         digest = metadata.pop(_DIGEST, None)
-        if digest != _digest(metadata) and (digest is not None or with_digest):
+        if digest is not None and digest != _digest(metadata):
             raise ValueError("its metadata were changed")
-    return metadata
+    return json.dumps(metadata), digest is not None
 
 
 def footer(path: Path) -> pq.FileMetaData:
