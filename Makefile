@@ -8,7 +8,7 @@ VLLM_READY := $(VLLM)/.ready
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-browser test-mutants test-lowest lint format bench docs clean test-ray flips fuzz
+.PHONY: setup demo test test-slow test-crash smollm2 test-trainers test-vllm test-lm-eval test-browser test-mutants test-lowest lint format bench docs clean test-ray test-slurm flips fuzz
 
 setup: $(READY)
 
@@ -51,6 +51,12 @@ smollm2: $(READY)
 test-ray: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/ray
+
+# A SLURM of one node on this machine, Debian's; as root.
+test-slurm: $(READY)
+	command -v slurmctld > /dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge > /dev/null; }
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 # vLLM on a CPU, in an environment of its own: it wants other versions than ours.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt

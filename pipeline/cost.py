@@ -16,7 +16,7 @@ from typing import Any
 from sstoken.errors import SstokenError
 from sstoken.pipeline.config import RunConfig
 from sstoken.pipeline.job import Job
-from sstoken.pipeline.plan import promised_steps
+from sstoken.pipeline.plan import promised_steps, run_steps
 from sstoken.pipeline.runner import execute
 from sstoken.stages import manifest as manifests
 from sstoken.stages import tables
@@ -122,8 +122,11 @@ def sized(config: RunConfig) -> Iterator[tuple[str, Job, Sizes | None, Manifest 
         SstokenError: the data cannot be read.
     """
     sizes: dict[Path, Sizes | None] = {}
-    for step in promised_steps(config):
-        assert step.job is not None, "every checkpoint is promised"
+    steps = list(run_steps(config))
+    if any(step.job is None for step in steps):  # an anchor run has yet to leave its checkpoints
+        steps = list(promised_steps(config))
+    for step in steps:
+        assert step.job is not None, "every checkpoint is known or promised"
         done = manifests.read_manifest(step.job.out)
         sizes[step.job.out] = size = _sizes(step.job, sizes, done)
         yield step.name, step.job, size, done

@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +14,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 import pytest
+import torch
 
 from sstoken import stages
 from sstoken.errors import SstokenError, UsageError
@@ -21,9 +24,10 @@ from sstoken.pipeline.verbs import stages as api
 from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import tables
 from sstoken.stages.sharded import ShardedStage
-from tests.pipeline.small_run import PIPELINE, environment, leftovers, save_conversations
+from tests.pipeline.small_run import environment, leftovers, save_conversations
 from tests.pipeline.worlds import CommandLine, World
-from tests.support import PATIENCE
+from tests.ray import slow
+from tests.support import PATIENCE, ROOT
 
 WORLD_SIZE = 7
 
@@ -75,45 +79,64 @@ def test_seven_ranks_write_what_one_run_writes(world: World, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_rank_that_was_killed_is_run_again(world: World, tmp_path: Path) -> None:
-    data, one, seven = save_conversations(tmp_path / "data.jsonl", 2000), tmp_path / "one", tmp_path / "seven"
-    given = {"data": str(data), "model": str(world.base), "shard_rows": 10}
-    api.encode(**given, out=one, workers=1)
-    killed = 3
-    command = [
-        *PIPELINE,
-        "encode",
-        "--data",
-        data,
-        "--model",
-        world.base,
-        "--shard-rows",
-        "10",
-        "--workers",
-        "1",
-    ]
-    command += ["--out", seven, "--rank", str(killed), "--world-size", str(WORLD_SIZE)]
-    process = subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.DEVNULL)
-    partial = tmp_path / "seven.partial"
-    while len(list(partial.glob("part-*"))) < 2:
+@pytest.mark.parametrize("kind", ["encode", "score", "select", "export"])
+def test_a_rank_that_was_killed_is_run_again(kind: str, world: World, tmp_path: Path) -> None:
+    data, killed = save_conversations(tmp_path / "data.jsonl", 42, longest=8), 3
+    given = {"data": str(data), "model": str(world.base), "shard_rows": 2}
+    tokens = api.encode(**given, out=tmp_path / "tokens", workers=1).folder
+    scores = tmp_path / "scores"
+    checkpoints = [str(world.base), f"later={world.later}"]
+    api.score(tokens=tokens, checkpoints=checkpoints, out=scores)
+    masked = api.select(tokens=tokens, scores=scores, out=tmp_path / "masked", method="rel").folder
+    inputs: dict[str, Path | str]
+    settings: dict[str, Any]
+    inputs, settings = {
+        "encode": ({}, given | {"workers": 1}),
+        "score": ({"tokens": str(tokens)}, {"checkpoint": str(world.base), "device": "cpu"}),
+        "select": (
+            {"tokens": str(tokens), "history": str(scores / "base"), "current": str(scores / "later")},
+            {"method": "rel"},
+        ),
+        "export": ({"masked": str(masked)}, {"to": "trl"}),
+    }[kind]
+    one, seven = tmp_path / "one" / kind, tmp_path / "seven" / kind
+    for folder in (one.parent, seven.parent):
+        folder.mkdir()
+    rank = {"rank": killed, "world_size": WORLD_SIZE}
+    command = [sys.executable, "-m", "tests.ray.slow", kind, json.dumps(inputs), str(seven)]
+    process = subprocess.Popen([*command, json.dumps(settings | rank)], env=environment(), cwd=ROOT)
+    log = seven.parent / slow.LOG
+
+    def begun() -> list[str]:
+        return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+    while len(begun()) < 2:  # its first shard is done, the second under way
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(PATIENCE)
-    for rank in set(range(WORLD_SIZE)) - {killed}:
-        api.encode(**given, out=seven, workers=1, rank=rank, world_size=WORLD_SIZE)
-    with pytest.raises(
-        SstokenError, match=rf"of 200 shards are missing: part-.*\(rank {killed} of {WORLD_SIZE}\)"
-    ):
-        api.commit(seven)
-    kept = {path: path.stat().st_mtime_ns for path in partial.glob("part-*")}
-    api.encode(**given, out=seven, workers=2, rank=killed, world_size=WORLD_SIZE)
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "nothing is made twice"
+    *done, under_way = begun()
+    missing = 21 // WORLD_SIZE - len(done)
+    seconds, slow.SECONDS = slow.SECONDS, 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the process that was killed: more change the last bits
+    try:
+        for other in set(range(WORLD_SIZE)) - {killed}:
+            slow.run(kind, inputs, seven, **settings, rank=other, world_size=WORLD_SIZE)
+        with pytest.raises(
+            SstokenError, match=rf"{missing} of 21 shards are missing: .*\(rank {killed} of {WORLD_SIZE}\)"
+        ):
+            api.commit(seven)
+        slow.run(kind, inputs, seven, **settings, **rank)
+        slow.run(kind, inputs, one, **settings)
+    finally:
+        slow.SECONDS = seconds
+        torch.set_num_threads(threads)
+    assert Counter(begun()) == Counter([*{*begun()}, under_way]), "no finished shard is made twice"
+    assert len({*begun()}) == 21
     api.commit(seven)
-    shards = [path.name for path in tables.parts(one)]
-    assert len(shards) == 200
-    for name in shards:  # a tokenizer's files say how it was loaded
-        assert (seven / name).read_bytes() == (one / name).read_bytes()
+    assert written(seven) == written(one)
+    assert not list(seven.rglob("*rank-*"))
 
 
 def test_work_begun_by_a_single_run_is_finished_by_ranks(world: World, tmp_path: Path) -> None:

@@ -261,10 +261,13 @@ def test_the_tasks_of_a_lost_node_are_done_elsewhere(
     patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
 
 
-def test_the_page_works_as_printed(cluster: Any, world: World, tokens: Path, tmp_path: Path) -> None:
-    """docs/scale.md, but for starting Ray: two nodes are there already."""
-    page = (ROOT / "docs" / "scale.md").read_text()
-    (block, *_) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+@pytest.mark.parametrize("name", ["README.md", "docs/scale.md"])
+def test_the_page_works_as_printed(
+    name: str, cluster: Any, world: World, tokens: Path, tmp_path: Path
+) -> None:
+    """But for starting Ray: two nodes are there already."""
+    section = (ROOT / name).read_text().partition("## Outgrow your machine")[2]
+    (block, *_) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
     assert len(block.splitlines()) <= 10
     (line,) = (line for line in block.splitlines() if line.startswith("sstoken-curate"))
     assert "ray_address=auto" in line
