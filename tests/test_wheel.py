@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.factories import save_model
+from tests.support import PATIENCE, ROOT
 
 PROGRAM = """
 import pipeline, stages
@@ -13,6 +14,15 @@ assert pipeline.MINE and stages.MINE
 import sstoken.pipeline.api, sstoken.stages.encode
 assert {place!r} in sstoken.pipeline.api.__file__
 assert {place!r} in sstoken.stages.encode.__file__
+"""
+COMMANDS = """
+sstoken.pipeline methods
+sstoken.pipeline init --data my.jsonl --model base --out run --file mine.yaml
+sstoken.pipeline plan mine.yaml
+sstoken.pipeline run mine.yaml
+sstoken.pipeline show run/masked --row 2
+sstoken.pipeline report run/masked --out report.html
+sstoken.pipeline export run/masked --to trl --out export --check
 """
 
 
@@ -33,7 +43,14 @@ def test_a_wheel_beside_files_of_the_same_names(tmp_path):
     (own / "program.py").write_text(PROGRAM.format(place=str(place)))
     environment = {"PYTHONPATH": str(place)}
     subprocess.run([sys.executable, "program.py"], check=True, cwd=own, env=environment, timeout=600)
-    methods = [sys.executable, "-m", "sstoken.pipeline", "methods"]
-    done = subprocess.run(methods, cwd=own, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "sstoken" in done.stdout
+    for name in ("pipeline", "stages", "methods", "tables", "config"):
+        (own / f"{name}.py").write_text("raise SystemExit('the user\\'s own file was imported')\n")
+    save_model(own / "base", positions=512)
+    (own / "my.jsonl").write_text('{"question": "w1 w2", "answer": "w3 w4"}\n' * 8)
+    for line in COMMANDS.strip().splitlines():
+        command = [sys.executable, "-m", *line.split()]
+        done = subprocess.run(
+            command, cwd=own, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (own / "export" / "train.py").is_file()
