@@ -12,4 +12,8 @@ def test_each_promise_names_its_test():
     for row in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)`", row)
         assert named, row
-        assert all((ROOT / path).is_file() for path in named), row
+        for path in named:
+            assert re.search(r"^(?:async )?def test_\w+", (ROOT / path).read_text(), re.MULTILINE), (
+                path,
+                row,
+            )

@@ -79,7 +79,8 @@ def call(arguments: list[str], folder: Path, fault: Fault = Fault()) -> Outcome:
         os.setpgid(child, child)
     status = _wait(child, fault)
     seconds = time.monotonic() - start
-    out, err = ((folder / name).read_text(errors="replace") for name in ("child.out", "child.err"))
+    files = (folder / name for name in ("child.out", "child.err"))  # not there if it was killed at once
+    out, err = (file.read_text(errors="replace") if file.exists() else "" for file in files)
     passed = Counter(json.loads(report.read_text())) if report.exists() else Counter()
     code = None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
     if code is None and os.WTERMSIG(status) != signal.SIGKILL:

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sstoken.pipeline import api
+from tests.pipeline.small_run import environment
 from tests.pipeline.worlds import CommandLine, World, make_world
-from tests.support import ROOT
+from tests.support import PATIENCE, ROOT
 
 EVIL = "\x1b[31m\x1b]0;title\x07\x9b2J\u202etxt\u2066\u200b\r\b\x00\u2028"
 _HARMFUL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f\u2060-\u206f]")
@@ -306,6 +309,36 @@ def test_no_socket_is_opened_unasked(world: World, tmp_path: Path, monkeypatch: 
     api.select(tokens=world.tokens, scores=world.scores, out=tmp_path / "masked")
     api.export(masked=tmp_path / "masked", to="trl", out=tmp_path / "export")
     assert api.verify(tmp_path)[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="may make no network namespace",
+)
+def test_the_command_line_needs_no_network(world: World, tmp_path: Path) -> None:
+    """In a namespace without a route, nor a loopback that is up."""
+    copied = tmp_path / "base"
+    shutil.copytree(world.base, copied)
+    for command in (
+        ("encode", "--data", world.data, "--model", copied, "--out", "tokens", "--workers", "1"),
+        ("score", "--tokens", "tokens", "--ckpt", copied, "--out", "scores"),
+        ("select", "--tokens", "tokens", "--scores", "scores", "--method", "random", "--out", "masked"),
+        ("export", "masked", "--to", "trl", "--out", "export"),
+        ("verify", "."),
+    ):
+        done = subprocess.run(
+            ["unshare", "-rn", sys.executable, "-m", "sstoken.pipeline", *map(str, command)],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == 0, (command[0], done.stderr)
 
 
 def test_files_have_the_users_umask(world: World, tmp_path: Path) -> None:
