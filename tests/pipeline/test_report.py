@@ -45,7 +45,7 @@ def test_a_figure_for_a_paper(masked: dict[str, Path], tmp_path: Path, cli: Comm
     cli.works("plot", "positions", masked["sstoken"], "--out", tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     assert cli.fails(2, "plot", "snapshots", masked["sstoken"], "--out", tmp_path / "a.pdf").startswith(
-        f"error: no figure 'snapshots' of {masked['sstoken']}; legal: positions, classes"
+        f"error: no figure 'snapshots' for {masked['sstoken']}; legal: positions, classes"
     )
     assert "must end in .svg, .pdf, .png" in cli.fails(
         2, "plot", "rho", masked["rel"], "--out", tmp_path / "a"
