@@ -9,6 +9,8 @@ from sstoken.methods import Tokens, get_method
 from sstoken.selection import BoolArray, Float64Array, IntArray, keep_per_example
 
 NUM_DECILES = 10
+WEAK_BASE = 3.0
+"""Nats a token. pmi-band helped with bases of 0.7 and 1.5 and did harm with one of 5 (docs/choosing.md)."""
 PROTECTED = "protected:"
 """Prefix of the counts of protected tokens; what protects them follows."""
 
@@ -58,6 +60,10 @@ def signal_stats(tokens: Tokens, kept: BoolArray, inputs: Sequence[str], turns: 
     if {"history.loss", "current.loss"} <= set(inputs):
         stats["rel_sum"], stats["rel_range"] = float(tokens.rel.sum()), _range(tokens.rel)
         stats["one_sided"] = _set_by_one_token(tokens.rel, tokens.offsets)
+    for name in inputs:
+        if name.endswith(".loss_unconditional"):
+            loss = tokens[name.removesuffix("_unconditional")]
+            stats["loss_sum"] = float(loss[np.isfinite(loss)].sum())
     return stats
 
 
@@ -109,6 +115,13 @@ def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
         notes.append(
             f"mean REL is {mean:.3f} nats: history fits these responses better than current; they may be swapped"
         )
+    if method == "pmi-band" and num_tokens and all("loss_sum" in s for s in stats):
+        mean = sum(s["loss_sum"] for s in stats) / num_tokens
+        if mean > WEAK_BASE:
+            notes.append(
+                f"the base's mean loss is {mean:.2f} nats a token: it does not know such answers, and {method} did "
+                "harm with such a base (docs/choosing.md); compare with --method full"
+            )
     examples, one_sided = (sum(s.get(key, 0) for s in stats) for key in ("examples", "one_sided"))
     if "minmax(rel)" in get_method(method).formula and 2 * one_sided > examples:
         notes.append(

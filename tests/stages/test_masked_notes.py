@@ -7,7 +7,9 @@ import pyarrow as pa
 import pytest
 
 from sstoken.errors import SstokenError
+from sstoken.methods import Tokens
 from sstoken.stages import joins, tables
+from sstoken.stages.masked_stats import notes_on, signal_stats
 from sstoken.stages.scores_file import write_scores
 from sstoken.stages.select import Select
 from tests.factories import VOCABULARY, save_tokenizer
@@ -75,6 +77,25 @@ def test_exchanged_checkpoints(tmp_path: Path) -> None:
     assert "may be swapped" in line
 
 
+def test_pmi_band_with_a_base_that_does_not_know_such_answers() -> None:
+    offsets = np.array([0, 3, 7])
+    inputs = ("history.loss", "history.loss_unconditional")
+
+    def said(*levels: float) -> list[str]:
+        stats = []
+        for level in levels:
+            values = np.linspace(-0.5, 0.5, 7) + level
+            tokens = Tokens(offsets, dict.fromkeys(inputs, values))
+            stats.append(
+                {"response_tokens": 7} | signal_stats(tokens, np.ones(7, dtype=bool), inputs, offsets)
+            )
+        return [line for line in notes_on(stats, "pmi-band") if "mean loss" in line]
+
+    assert said(1.5) == said(4.9, 1.0) == []
+    [line] = said(4.9, 4.7)
+    assert line.startswith("the base's mean loss is 4.80 nats a token")
+
+
 def test_a_constant_signal(tmp_path: Path) -> None:
     constant = np.full(ROWS * (LENGTH - PROMPT), 0.25)
     inputs = write(tmp_path / "in", {"loss": losses(0) + 1}, {"loss": losses(1), "attention": constant})
@@ -115,7 +136,7 @@ def test_a_comparison_that_was_not_measured_names_the_other_checkpoint(tmp_path:
 def test_a_role_without_scores(tmp_path: Path) -> None:
     inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
     del inputs["history"]
-    with pytest.raises(SstokenError, match=r"needs history\.loss, but no scores were given for 'history'"):
+    with pytest.raises(SstokenError, match=r"needs history\.loss, and no scores were given for 'history'"):
         notes(inputs, tmp_path / "out", method="rel")
 
 
