@@ -1,19 +1,15 @@
 """`report` over millions of tokens: seconds, peak memory and the size of the page.
 
-The tokens are GSM8K's with a part of them exchanged at random, so that they hardly repeat; the signals are random. A
-page takes as long with measured ones.
+The tokens are GSM8K's with a part of the answers' exchanged at random, so that they hardly repeat; the signals are
+random. A page takes as long with measured ones.
 
     python benchmarks/reporting.py [--quick] [--json] [--tokens N] [--data FILE --model FOLDER]
 """
 
 import argparse
 import json
-import re
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.commands import run
 from benchmarks.rounds import middle
 from sstoken import curate
 from sstoken.stages import joins, tables
@@ -39,11 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="300,000 tokens")
-    parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="default: 10,000,000")
-    parser.add_argument("--data", default=str(SHARED / "data/gsm8k/train.jsonl"))
-    parser.add_argument("--model", default=str(SHARED / "models/base"), help="whose tokenizer encodes")
+    add_options(parser)
     options = parser.parse_args()
     wanted = 300_000 if options.quick else options.tokens
     with tempfile.TemporaryDirectory() as place:
@@ -60,6 +55,15 @@ def main() -> None:
     )
     if options.json:
         print(json.dumps(figures))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both benchmarks of many tokens."""
+    parser.add_argument("--quick", action="store_true", help="300,000 tokens")
+    parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
+    parser.add_argument("--tokens", type=int, default=10_000_000, help="default: 10,000,000")
+    parser.add_argument("--data", default=str(SHARED / "data/gsm8k/train.jsonl"))
+    parser.add_argument("--model", default=str(SHARED / "models/base"), help="whose tokenizer encodes")
 
 
 def write_folders(folder: Path, wanted: int) -> int:
@@ -128,7 +132,8 @@ def tokens(folder: Path, wanted: int, random: np.random.Generator) -> Iterator[p
             table = tables.read_table(part)
             ids, offsets = tables.flatten(table["input_ids"])
             ids = ids.copy()
-            other = (random.random(ids.size) < EXCHANGED) & (ids > 20)
+            response = tables.flatten(table["response_mask"])[0].astype(bool)
+            other = (random.random(ids.size) < EXCHANGED) & (ids > 20) & response
             ids[other] = random.integers(20, 4096, int(other.sum()))
             names = [f"e{row + i}" for i in range(len(table))]
             row += len(table)
@@ -142,29 +147,15 @@ def tokens(folder: Path, wanted: int, random: np.random.Generator) -> Iterator[p
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Seconds and peak MiB of `sstoken-curate report` as a process of its own, and what it says."""
-    arguments = ["report", str(folder / "masked"), "--out", str(folder / "page.html"), "--json"]
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", _COMMAND, *arguments], capture_output=True, text=True)
-    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    if done.returncode:
-        raise SystemExit(f"report failed: {done.stderr}")
-    facts = json.loads(done.stdout.splitlines()[0])
-    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)[-1]) / 1024
-    found = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak, "signals": len(facts["signals"])}
-    return {**found, "bytes": facts["bytes"], "shown": facts["shown"]}
-
-
-_COMMAND = """
-import sys
-from sstoken.pipeline.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    print(open("/proc/self/status").read())
-"""
-"""A process's own peak: what `wait4` says of a child begins with its parent's."""
+    """Seconds and peak MiB of `sstoken-curate report`, and what it says."""
+    measured = run("report", str(folder / "masked"), "--out", str(folder / "page.html"), "--json")
+    facts = json.loads(measured.lines[0])
+    return {
+        **measured.figures(),
+        "signals": len(facts["signals"]),
+        "bytes": facts["bytes"],
+        "shown": facts["shown"],
+    }
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ The tokens are GSM8K's, the signals random: what a method makes of them takes as
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.commands import run
 from benchmarks.rounds import middle
 from sstoken import curate
 from sstoken.methods import METHODS, Input
@@ -108,23 +108,8 @@ def measure(folder: Path, asked: list[str]) -> dict[str, float]:
     out = folder / "masked"
     arguments = ["select", "--tokens", str(folder / "tokens"), "--scores", str(folder / "scores"), *asked]
     arguments += ["--role", "history=history", "--role", "current=current", "--out", str(out), "--force"]
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", _COMMAND, *arguments], capture_output=True, text=True)
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise SystemExit(f"select {' '.join(asked)} failed: {done.stderr}")
-    return {"seconds": seconds, "peak_mib": int(re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)[-1]) / 1024}
-
-
-_COMMAND = """
-import sys
-from sstoken.pipeline.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    print(open("/proc/self/status").read())
-"""
-"""A process's own peak: what `wait4` says of a child begins with its parent's."""
+    measured = run(*arguments)
+    return {"seconds": measured.seconds, "peak_mib": measured.peak_mib}
 
 
 if __name__ == "__main__":

@@ -63,6 +63,13 @@ class Vocabulary:
         return found
 
     @cached_property
+    def is_stop(self) -> BoolArray:
+        """[size]: whether an id stops generation."""
+        found = np.zeros(self.size, bool)
+        found[[i for i in self.stops if i < self.size]] = True
+        return found
+
+    @cached_property
     def is_blank(self) -> BoolArray:
         """[size]: whether an id is whitespace."""
         return np.array([not piece.strip() for piece in self._pieces], bool)

@@ -216,13 +216,16 @@ def _density(stats: Statistics) -> Iterator[Chart]:
     def draw(axes: "Axes") -> None:
         known = np.isfinite(x) & np.isfinite(y)
         limits = [np.quantile(v[known], _SHOWN) for v in (x, y)]
-        edges = [np.linspace(low, high if high > low else low + 1, _DENSITY_BINS + 1) for low, high in limits]
+        bins = int(np.clip(np.sqrt(known.sum()) / 2, 8, _DENSITY_BINS))
+        edges = [np.linspace(low, high if high > low else low + 1, bins + 1) for low, high in limits]
         counts = np.histogram2d(x[known], y[known], edges)[0]
         shown = np.ma.masked_equal(np.log1p(counts.T), 0)
         extent = (edges[0][0], edges[0][-1], edges[1][0], edges[1][-1])
+        lowest = -0.35 * float(shown.max())  # one token is to be seen on a dark page too
         axes.imshow(
-            shown, extent=extent, origin="lower", aspect="auto", cmap="cividis", interpolation="nearest"
-        )
+            shown, extent=extent, origin="lower", aspect="auto", cmap="cividis", interpolation="nearest",
+            vmin=lowest,
+        )  # fmt: skip
         axes.grid(visible=False)
         axes.set(xlabel=f"{a.label} ({a.unit})", ylabel=b.label)
 
@@ -273,7 +276,9 @@ def _snapshots(stats: Statistics) -> Iterator[Chart]:
         axes.plot(places, kept, "o-", color=KEPT, linewidth=1.8, markersize=5, label="kept")
         axes.plot(places, dropped, "s--", color=DROPPED, linewidth=1.8, markersize=5, label="dropped")
         axes.set_xticks(places, list(losses), rotation=30 if len(losses) > 5 else 0)
-        axes.set(xlim=(-0.3, len(losses) - 0.7), ylim=(0, None), ylabel="mean loss (nats)")
+        axes.set(
+            xlim=(-0.3, len(losses) - 0.7), ylim=(0, 1.08 * max(*kept, *dropped)), ylabel="mean loss (nats)"
+        )
         axes.legend()
 
     yield Chart(

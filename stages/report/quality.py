@@ -42,7 +42,7 @@ def _audited(stats: Statistics) -> list[dict[str, Any]]:
             "title": finding.kind.replace("-", " ").capitalize(),
             "examples": finding.rows,
             "of": looked_at,
-            "about": f"There are {finding.what}. What to do: {finding.remedy}.",
+            "about": f"{finding.what[:1].upper()}{finding.what[1:]}. What to do: {finding.remedy}.",
             "rows": [] if finding.example is None else [finding.example.row],
         }
         for finding in result.findings

@@ -228,7 +228,8 @@ def _add(stats: Statistics, shard: Shard, r: Responses) -> None:
     for checkpoint in stats.folders.scores:
         if (values := r.signals.get(f"{checkpoint}.loss")) is not None:
             sums = stats.losses.setdefault(checkpoint, np.zeros(4))
-            sums += [values[keep].sum(), keep.sum(), values[~keep].sum(), (~keep).sum()]
+            kept, dropped = (values[mask & ~np.isnan(values)] for mask in (keep, ~keep))
+            sums += [kept.sum(), kept.size, dropped.sum(), dropped.size]
     rows = shard.first_row + np.arange(counts.size)
     stats.ngrams.add(r.ids, r.turns, keep, rows[r.example])
     _choose(stats, r, rows)

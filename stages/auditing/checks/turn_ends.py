@@ -172,7 +172,8 @@ class TurnEnds:
         vocabulary = context.vocabulary
         assert vocabulary is not None
         ids = example.ids
-        stops = np.isin(ids[turn.start : last], list(vocabulary.stops))
+        part = ids[turn.start : last]
+        stops = vocabulary.is_stop[_inside(part, vocabulary.size)] & (part >= 0) & (part < vocabulary.size)
         for position in np.flatnonzero(stops & example.learned[turn.start : last]) + turn.start:
             rest = ids[position + 1 : last]
             rest = rest[~vocabulary.is_blank[vocabulary.known(rest)]]

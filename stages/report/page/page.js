@@ -277,11 +277,13 @@
     const colour = colourOf(state.colour);
     const legend = $("legend");
     legend.replaceChildren();
-    if (colour.steps.length) {
+    const unit = colour.unit ? ` ${colour.unit}` : "";
+    if (colour.steps.length && colour.steps[0] === colour.steps[5]) {
+      legend.append(make("span", "", `${number(colour.steps[0])}${unit} for nearly all tokens`));
+    } else if (colour.steps.length) {
       const bar = make("span", "ramp");
       bar.setAttribute("aria-hidden", "true");
       for (let i = 0; i < 7; i++) bar.append(make("i", ramp(colour) + i));
-      const unit = colour.unit ? ` ${colour.unit}` : "";
       legend.append(make("span", "", `${number(colour.steps[0])} or less`), bar, make("span", "", `more than ${number(colour.steps[5])}${unit}`));
     } else {
       legend.append(make("span", "t s2", " kept "));

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, trainers
+from transformers import PreTrainedTokenizerFast
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.auditing import audit
@@ -220,6 +222,31 @@ def test_a_fault_is_found(kind: str, tmp_path: Path) -> None:
 def test_what_a_template_shuffles_is_uncertain(tmp_path: Path) -> None:
     result = audit(write(rows(), tmp_path), model=model(tmp_path, ALL_AT_ONCE))
     assert {f.kind: f.rows for f in result.findings}["uncertain-mask"] == 6
+
+
+def test_what_a_tokenizer_cannot_spell(tmp_path: Path) -> None:
+    """Its alphabet is that of a few English texts; a letter beyond it becomes the unknown token."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    text = [message["content"] for i in range(10) for message in datasets.talk(i, 2)]
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([*text, "user\nassistant"], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", chat_template=datasets.CHATML
+    )
+
+    def with_sharp_s(row: dict[str, Any]) -> None:
+        row["messages"][1]["content"] += " Die Straße."
+
+    place = datasets.save(tokenizer, tmp_path / "model")
+    assert kinds(audit(write(rows(), tmp_path), model=place)) == {}
+    result = audit(write(rows(with_sharp_s), tmp_path), model=place)
+    assert kinds(result) == {"changed-by-tokenizer": 1}
+    [finding] = result.findings
+    assert finding.example is not None
+    assert finding.example.row == 2
+    assert "spell" in finding.detail
 
 
 def test_a_half_marked_answer(tmp_path: Path) -> None:
