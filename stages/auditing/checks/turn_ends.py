@@ -173,7 +173,7 @@ class TurnEnds:
         assert vocabulary is not None
         ids = example.ids
         part = ids[turn.start : last]
-        stops = vocabulary.is_stop[_inside(part, vocabulary.size)] & (part >= 0) & (part < vocabulary.size)
+        stops = vocabulary.is_stop[vocabulary.known(part)] & (part >= 0) & (part < vocabulary.size)
         for position in np.flatnonzero(stops & example.learned[turn.start : last]) + turn.start:
             rest = ids[position + 1 : last]
             rest = rest[~vocabulary.is_blank[vocabulary.known(rest)]]
