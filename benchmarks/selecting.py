@@ -1,4 +1,4 @@
-"""`select` with every method over GSM8K: seconds and peak memory of the whole command.
+"""`select` with every method over GSM8K: seconds, CPU seconds and peak memory of the whole command.
 
 The tokens are GSM8K's, the signals random: what a method makes of them takes as long as with measured ones.
 
@@ -43,6 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="500 examples")
+    parser.add_argument("--only", nargs="+", help="these selections alone")
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     parser.add_argument("--data", default=str(SHARED / "data/gsm8k/train.jsonl"))
     parser.add_argument("--model", default=str(SHARED / "models/base"), help="whose tokenizer encodes")
@@ -52,19 +53,25 @@ def main() -> None:
         data = folder / "data.jsonl"
         lines = Path(options.data).read_text().splitlines()[: 500 if options.quick else None]
         data.write_text("\n".join(lines) + "\n")
-        curate.encode(data=str(data), model=options.model, out=folder / "tokens")
+        curate.encode(data=str(data), model=options.model, out=folder / "tokens", workers=1)
         for role in ROLES:
             write_random_scores(folder / "tokens", folder / "scores" / role)
         figures = {}
         selections = {name: ["--method", name] for name in METHODS} | OTHERS
         for name, asked in selections.items():
+            if options.only and name not in options.only:
+                continue
             figures[name] = middle(partial(measure, folder, asked))
             print(
-                f"{name:28} {figures[name]['seconds']:6.2f} s {figures[name]['peak_mib']:6.0f} MiB",
+                f"{name:28} {figures[name]['seconds']:6.2f} s {figures[name]['cpu_seconds']:6.2f} s of CPU "
+                f"{figures[name]['peak_mib']:6.0f} MiB",
                 flush=True,
             )
-    worst = {key: max(f[key] for f in figures.values()) for key in ("seconds", "peak_mib")}
-    print(f"{len(lines):,} examples; at most {worst['seconds']:.2f} s and {worst['peak_mib']:.0f} MiB")
+    worst = {key: max(f[key] for f in figures.values()) for key in ("seconds", "cpu_seconds", "peak_mib")}
+    print(
+        f"{len(lines):,} examples; at most {worst['seconds']:.2f} s, {worst['cpu_seconds']:.2f} s of CPU and "
+        f"{worst['peak_mib']:.0f} MiB"
+    )
     if options.json:
         print(json.dumps({"examples": len(lines), "worst": worst, "selections": figures}))
 
@@ -104,12 +111,11 @@ def write_random_scores(tokens: Path, out: Path) -> None:
 
 
 def measure(folder: Path, asked: list[str]) -> dict[str, float]:
-    """Seconds and peak MiB of `sstoken-curate select` as a process of its own."""
+    """Seconds, CPU seconds and peak MiB of `sstoken-curate select` as a process of its own."""
     out = folder / "masked"
     arguments = ["select", "--tokens", str(folder / "tokens"), "--scores", str(folder / "scores"), *asked]
     arguments += ["--role", "history=history", "--role", "current=current", "--out", str(out), "--force"]
-    measured = run(*arguments)
-    return {"seconds": measured.seconds, "peak_mib": measured.peak_mib}
+    return run(*arguments).figures()
 
 
 if __name__ == "__main__":

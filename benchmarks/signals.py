@@ -18,8 +18,10 @@ from benchmarks.rounds import at_least
 def main() -> None:
     """Print the ratio of medians of each side to the loss alone."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer rows")
+    parser.add_argument("--quick", action="store_true", help="a third of the rows")
     parser.add_argument("--rounds", type=int, default=3, help="at least 3")
+    parser.add_argument("--layers", type=int, default=8, help="of the random model")
+    parser.add_argument("--width", type=int, default=512, help="of the random model")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--model", help="a folder or Hub id, in bfloat16, instead of a random model")
     parser.add_argument("--exact", action="store_true", help="float32 against float64 instead of the cost")
@@ -33,9 +35,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    layers, width, rows = (2, 256, 8) if args.quick else (8, 512, 24)
+    rows = 8 if args.quick else 24
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        vocab_size=32000, hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
         num_attention_heads=8, num_key_value_heads=8,
     )  # fmt: skip
     if args.model:

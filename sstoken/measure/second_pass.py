@@ -3,11 +3,12 @@
 Shapes: T positions of a sequence, n response tokens, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sstoken.measure.batch import Ids, Mask
 from sstoken.measure.noise import Noise, draw_noise
@@ -16,6 +17,8 @@ from sstoken.signals import Signal
 
 SECOND_PASS = frozenset({"loss_unconditional", "pmi_noisy"})
 """What `measure_second_pass` measures, by name without argument."""
+MeasureAlone = Callable[[list[Ids], list[Mask], list[int]], Iterator[tuple[int, Measured]]]
+"""Measures the loss of responses by themselves."""
 
 
 def measure_second_pass(
@@ -32,9 +35,18 @@ def measure_second_pass(
     found: list[Measured] = [{} for _ in sequences]
     for signal in wanted:
         draw = None if signal.argument is None else int(signal.argument)
-        for measured, losses in zip(
-            found, _losses_alone(scorer, sequences, response_masks, draw), strict=True
-        ):
+
+        def measure(
+            responses: list[Ids], masks: list[Mask], indices: list[int], draw: int | None = draw
+        ) -> Iterator[tuple[int, Measured]]:
+            noise: Noise | None = None
+            if draw is not None:  # what these tokens get beside their prompts
+                own = [sequences[i] for i in indices], [response_masks[i] for i in indices]
+                noise = partial(_noise_of, *own, draw)
+            return scorer.measure(responses, masks, noise=noise)
+
+        alone = losses_alone(sequences, response_masks, measure)
+        for measured, losses in zip(found, alone, strict=True):
             measured[signal.name] = losses
         if draw is None:
             continue
@@ -44,21 +56,22 @@ def measure_second_pass(
     return found
 
 
-def _losses_alone(
-    scorer: Scorer, sequences: Sequence[Ids], response_masks: Sequence[Mask], draw: int | None
-) -> list[Any]:
-    """Losses of each response without its prompt, [n - 1] each; a draw adds the noise that it gets with its prompt."""
-    losses: list[Any] = [np.zeros(0, np.float32)] * len(sequences)
+def losses_alone(
+    sequences: Sequence[Ids], response_masks: Sequence[Mask], measure: MeasureAlone
+) -> list[NDArray[np.float32]]:
+    """Losses of each response without its prompt, [n - 1] each (empty if n is 0).
+
+    Args:
+        sequences: token ids, [T] each.
+        response_masks: [T] each.
+        measure: measures the loss of responses, given their masks and which sequences they are of.
+    """
+    losses: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(sequences)
     indices = [i for i, mask in enumerate(response_masks) if mask.sum() > 1]
     responses = [sequences[i][response_masks[i]] for i in indices]
     masks = [np.arange(ids.size) > 0 for ids in responses]
-    noise: Noise | None = None
-    if draw is not None:
-        noise = partial(
-            _noise_of, [sequences[i] for i in indices], [response_masks[i] for i in indices], draw
-        )
-    for at, signals in scorer.measure(responses, masks, noise=noise):
-        losses[indices[at]] = signals["loss"]
+    for at, signals in measure(responses, masks, indices):
+        losses[indices[at]] = signals["loss"].astype(np.float32, copy=False)
     return losses
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sstoken.signals import LOSS, get_signals
+from sstoken.signals import ATTENTION, LOSS, get_signals
 from sstoken.stages.backends import Backend, BackendOptions, Latest, Measured
 from sstoken.stages.backends import vllm_limits as limits
-from sstoken.stages.backends.vllm_engine import EngineSpec, Request
+from sstoken.stages.backends.vllm_engine import MOST_TOP, EngineSpec, Request
 from sstoken.stages.backends.vllm_process import Engine
 from sstoken.stages.checkpoints import adapter_base, local_folder, place, stamp
 
@@ -30,11 +30,17 @@ SMALLEST_ROOM = 1024
 _SMALLEST_CACHE = 1 << 30
 
 
+ALONE = "loss_unconditional"
+_TOP = {"max_prob": 1, "entropy_top20": MOST_TOP}
+"""Signals that come from the likeliest tokens, and how many each needs."""
+
+
 class VllmBackend(Backend):
     """Signals from vLLM."""
 
     settings = limits.VllmSettings
     several_workers = False
+    signals = frozenset({LOSS, ATTENTION, ALONE, *_TOP})
 
     @classmethod
     def refusal(cls, options: BackendOptions) -> str | None:
@@ -92,33 +98,52 @@ class VllmBackend(Backend):
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
     ) -> Iterator[tuple[int, Measured]]:
         """See `Backend.measure`."""
-        if self._other is None:
-            yield from self._measure(sequences, response_masks)
+        captured = self._attention if self._other is None else []
+        names = [name for name in self._options.signals if name in (LOSS, *_TOP, *captured)]
+        rest: list[Measured] = [{} for _ in sequences]
+        if ALONE in self._options.signals:
+            from sstoken.measure.second_pass import losses_alone  # loads torch
+
+            def measure(
+                responses: list[NDArray[np.int32]], masks: list[NDArray[np.bool_]], indices: list[int]
+            ) -> Iterator[tuple[int, Measured]]:
+                return self._measure(responses, masks, [LOSS])
+
+            alone = losses_alone(sequences, response_masks, measure)
+            rest = [{ALONE: losses} for losses in alone]
+        if self._other is not None:
+            for index, signals in self._other.measure(sequences, response_masks):
+                rest[index] |= signals
+        if not names:
+            yield from enumerate(rest)
             return
-        measured = dict(self._measure(sequences, response_masks))
-        for index, signals in self._other.measure(sequences, response_masks):
-            yield index, measured.pop(index) | signals
+        for index, signals in self._measure(sequences, response_masks, names):
+            yield index, signals | rest[index]
 
     def _measure(
-        self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
+        self,
+        sequences: Sequence[NDArray[np.int32]],
+        response_masks: Sequence[NDArray[np.bool_]],
+        names: Sequence[str],
     ) -> Iterator[tuple[int, Measured]]:
-        loss = LOSS in self._options.signals
-        captured = self._attention if self._other is None else []
+        """The signals of those names, of every sequence."""
+        top = max((_TOP[name] for name in names if name in _TOP), default=0)
         for i, mask in enumerate(response_masks):
             if not mask.any():
-                names = [LOSS, *captured] if loss else captured
                 yield i, {name: np.zeros(0, np.float32) for name in names}
         room = room_for(max((ids.size for ids in sequences), default=0), self.max_length)
         for indices in self._calls(sequences, response_masks):
             masks = [response_masks[i] for i in indices]
             reply = self._engine.ask(
-                Request([sequences[i] for i in indices], masks, self._adapter, loss), room
+                Request([sequences[i] for i in indices], masks, self._adapter, LOSS in names, top), room
             )
             for row, i in enumerate(indices):
                 signals: Measured = {} if reply.losses is None else {LOSS: reply.losses[row]}
                 if reply.attention is not None:
-                    signals |= dict.fromkeys(captured, reply.attention[row])
-                yield i, signals
+                    signals |= dict.fromkeys(self._attention, reply.attention[row])
+                if reply.top is not None:
+                    signals |= _of_top(reply.top[row])
+                yield i, {name: signals[name] for name in names}
 
     def _calls(
         self, sequences: Sequence[NDArray[np.int32]], response_masks: Sequence[NDArray[np.bool_]]
@@ -144,11 +169,18 @@ def room_for(longest: int, max_length: int | None) -> int:
     return room if max_length is None else min(room, max_length)
 
 
+def _of_top(log_p: NDArray[np.float32]) -> Measured:
+    """Signals of the likeliest tokens' log-probabilities [n, K]; the entropy is that of 20 only where K is 20."""
+    among = log_p - np.logaddexp.reduce(log_p.astype(np.float64), axis=1, keepdims=True)
+    entropy = -(np.exp(among) * among).sum(1).clip(max=0)
+    return {"max_prob": np.exp(log_p[:, 0]).clip(max=1), "entropy_top20": entropy.astype(np.float32)}
+
+
 def preferred(options: BackendOptions) -> bool:
     """Return whether `auto` means vLLM: on a GPU, for signals it measures and an architecture it was tested on."""
     if find_spec("vllm") is None or options.device.partition(":")[0] not in ("auto", "cuda"):
         return False
-    if not {signal.base for signal in get_signals(options.signals)} <= VllmBackend.signals:
+    if not {signal.base for signal in get_signals(options.signals)} <= {LOSS, ATTENTION}:
         return False
     import torch
 

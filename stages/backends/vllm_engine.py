@@ -21,6 +21,10 @@ MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
 """Largest allowed relative difference between vLLM's layer output and ours; 16-bit dtypes round values and output."""
 
 
+MOST_TOP = 20
+"""The most of the likeliest tokens that can be asked for."""
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """Settings of an engine; another specification needs another process."""
@@ -57,6 +61,8 @@ class Request:
     adapter: tuple[int, str] | None
     """The adapter's unique number and its folder."""
     loss: bool = True
+    top: int = 0
+    """How many of the likeliest tokens' log-probabilities are wanted, at each response token."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,9 @@ class Reply:
     """Losses of each sequence's response tokens, in nats; None if not requested."""
     attention: list[NDArray[np.float32]] | None = None
     """Prompt attention of each sequence's response tokens; None if not requested."""
+    top: list[NDArray[np.float32]] | None = None
+    """Log-probabilities of the likeliest tokens, [n, `Request.top`] for each sequence, the highest first; None if not
+    requested."""
     generated: "list[Generated] | None" = None
     """What was generated after each prefix; None if not requested."""
 
@@ -94,6 +103,7 @@ class Vllm:
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "logprobs_mode": "raw_logprobs",
+            "max_logprobs": MOST_TOP,
             "disable_log_stats": True,
             "load_format": "safetensors",
             "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
@@ -152,34 +162,46 @@ class Vllm:
         pairs = list(zip(request.sequences, request.response_masks, strict=True))
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in request.sequences],
-            [self._sampling(ids, mask, request.loss) for ids, mask in pairs],
+            [self._sampling(ids, mask, request) for ids, mask in pairs],
             use_tqdm=False,
             lora_request=_lora(request.adapter),
         )
         losses = None
         if request.loss:
             losses = [
-                self._loss(output, ids, mask) for output, (ids, mask) in zip(outputs, pairs, strict=True)
+                self._loss(output, ids, mask, flat=request.top > 0)
+                for output, (ids, mask) in zip(outputs, pairs, strict=True)
             ]
-        return Reply(losses=losses, attention=self._take(names) if self._spec.layer is not None else None)
+        top = None
+        if request.top:
+            top = [
+                _top(output, ids, mask, request.top)
+                for output, (ids, mask) in zip(outputs, pairs, strict=True)
+            ]
+        attention = self._take(names) if self._spec.layer is not None else None
+        return Reply(losses=losses, attention=attention, top=top)
 
-    def _sampling(self, ids: NDArray[np.int32], mask: NDArray[np.bool_], loss: bool) -> Any:
+    def _sampling(self, ids: NDArray[np.int32], mask: NDArray[np.bool_], request: Request) -> Any:
         from vllm import SamplingParams
 
         wanted: dict[str, Any] = {}
-        if loss and self._config.use_v2_model_runner:  # it can skip the prompt's logits
+        if request.top:
+            wanted = {"prompt_logprobs": request.top, "flat_logprobs": True}
+        elif request.loss and self._config.use_v2_model_runner:  # it can skip the prompt's logits
             first = int(mask.argmax())
             wanted = {
                 "prompt_logprob_token_ids": ids[first:, None].astype(np.int64),
                 "prompt_logprob_start": first - 1,
             }
-        elif loss:
+        elif request.loss:
             wanted = {"prompt_logprobs": 0, "flat_logprobs": True}
         return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **wanted)
 
-    def _loss(self, output: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Return the losses of the response tokens, in nats."""
-        if self._config.use_v2_model_runner:
+    def _loss(
+        self, output: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_], *, flat: bool
+    ) -> NDArray[np.float32]:
+        """Return the losses of the response tokens, in nats; `flat`: they are among the prompt's log-probabilities."""
+        if self._config.use_v2_model_runner and not flat:
             scored = output.prompt_token_id_logprobs
             first = int(mask.argmax())
             if scored is None or scored.shape != (ids.size - first, 1):
@@ -187,13 +209,8 @@ class Vllm:
                     f"vLLM scored {None if scored is None else scored.shape} of {ids.size - first} tokens"
                 )
             return -scored[:, 0][mask[first:]].astype(np.float32)
-        flat = output.prompt_logprobs
-        if flat is None or len(flat) != ids.size:
-            raise EngineError(f"vLLM scored {None if flat is None else len(flat)} of {ids.size} tokens")
-        entries = np.asarray(flat.start_indices)[mask]  # the first entry of a position is the prompt's token
-        if not np.array_equal(np.asarray(flat.token_ids[: entries[-1] + 1])[entries], ids[mask]):
-            raise EngineError("vLLM's log-probabilities are of other tokens than the sequence's")
-        return -np.asarray(flat.logprobs[: entries[-1] + 1], dtype=np.float32)[entries]
+        entries, values = _entries(output, ids, mask)
+        return -values[entries]
 
     def _expect(self, request: Request) -> list[tuple[bytes, int]]:
         """Announce the sequences to the workers; return what identifies each: digest and index of its mask."""
@@ -225,6 +242,31 @@ class Vllm:
                 )
         shares = [[worker["attention"][name][variant] for name, variant in names] for worker in taken]
         return [np.mean(of_one, axis=0, dtype=np.float32) for of_one in zip(*shares, strict=True)]
+
+
+def _entries(
+    output: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Where each response token stands among the prompt's log-probabilities, and all of these, one after the other.
+
+    The first entry of a position is the prompt's own token; the likeliest tokens follow, its own among them again.
+    """
+    flat = output.prompt_logprobs
+    if flat is None or len(flat) != ids.size:
+        raise EngineError(f"vLLM scored {None if flat is None else len(flat)} of {ids.size} tokens")
+    entries = np.asarray(flat.start_indices, dtype=np.int64)[mask]
+    if not np.array_equal(np.asarray(flat.token_ids)[entries], ids[mask]):
+        raise EngineError("vLLM's log-probabilities are of other tokens than the sequence's")
+    return entries, np.asarray(flat.logprobs, dtype=np.float32)
+
+
+def _top(output: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_], number: int) -> NDArray[np.float32]:
+    """Log-probabilities of the likeliest tokens at each response token, [n, number], the highest first."""
+    entries, values = _entries(output, ids, mask)
+    counts = np.asarray(output.prompt_logprobs.end_indices)[mask] - entries
+    if (counts != 1 + number).any():
+        raise EngineError(f"vLLM gave {counts.min() - 1} of the {number} likeliest tokens")
+    return -np.sort(-values[entries[:, None] + np.arange(1, number + 1)], axis=1)
 
 
 def _lora(adapter: tuple[int, str] | None) -> Any:

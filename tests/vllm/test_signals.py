@@ -110,6 +110,21 @@ def test_attention_can_come_from_transformers(tmp_path):
     agree(save_model(tmp_path / "model", "llama"), attention="hf")
 
 
+def test_further_signals_are_what_transformers_gives(tmp_path):
+    """Beside loss and attention, and by themselves."""
+    model, (sequences, masks) = save_model(tmp_path / "model", "llama"), examples()
+    further = ("loss_unconditional", "max_prob", "entropy_top20")
+    wanted = replace(options(model), signals=("loss", "attention", *further))
+    expected = dict(make_backend("hf", wanted).measure(sequences, masks))
+    for signals in (wanted.signals, further[:1], further[1:2]):
+        measured = dict(make_backend("vllm", replace(wanted, signals=signals)).measure(sequences, masks))
+        assert sorted(measured) == list(range(len(sequences)))
+        for i, found in measured.items():
+            assert found.keys() == {*signals}
+            for name, values in found.items():
+                np.testing.assert_allclose(values, expected[i][name], atol=1e-5, rtol=0, err_msg=name)
+
+
 def test_attention_alone(tmp_path):
     model = save_model(tmp_path / "model", "llama")
     sequences, masks = examples()

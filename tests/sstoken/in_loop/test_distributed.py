@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.sstoken.in_loop.test_every_method import runs
 from tests.support import PATIENCE, ROOT
 
 pytestmark = pytest.mark.slow
@@ -69,6 +70,34 @@ def test_two_processes_train_as_one(tmp_path, history, precision):
     for ours, expected in zip(first["logs"], alone["logs"], strict=True):
         for key in ("loss", "selection/kept_share", "selection/rel_kept", "selection/attention_dropped"):
             assert ours.get(key) == pytest.approx(expected.get(key), abs=1e-4), key
+
+
+def test_every_method_decides_in_two_processes_as_in_one(tmp_path):
+    """The same small batches: four by one process, two by each of two. Drawing at random follows the process."""
+    module, one, two = "tests.sstoken.in_loop.distributed_methods", tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    run(*PYTHON, module, str(one), "--accumulate", "4")
+    run(*TORCHRUN, module, str(two), "--accumulate", "2")
+    alone, first, second = read(one, 0), read(two, 0), read(two, 1)
+    assert not first["decided"].keys() & second["decided"].keys()
+    together = first["decided"] | second["decided"]
+    assert together.keys() == alone["decided"].keys()
+    methods = {key[0] for key in together}
+    assert methods == {*runs("scores")}
+    for key, (keep, weight) in alone["decided"].items():
+        if key[0] == "random":
+            continue
+        assert together[key][0] == keep, key
+        assert (together[key][1] is None) == (weight is None)
+        if weight is not None:
+            np.testing.assert_allclose(together[key][1], weight, atol=1e-5, rtol=1e-4, err_msg=str(key))
+    for method in methods - {"random"}:
+        for name, weight in alone["weights"][method].items():
+            assert torch.equal(first["weights"][method][name], second["weights"][method][name])
+            torch.testing.assert_close(
+                first["weights"][method][name], weight, atol=1e-5, rtol=0, msg=f"{method} {name}"
+            )
 
 
 def test_sharded_weights_give_the_same_signals_and_gradients():
