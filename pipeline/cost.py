@@ -21,6 +21,7 @@ from sstoken.pipeline.runner import execute
 from sstoken.stages import manifest as manifests
 from sstoken.stages import tables
 from sstoken.stages.anchor import Anchor
+from sstoken.stages.critical import Critical
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.ranges import cut
 from sstoken.stages.manifest import Digests, Manifest
@@ -176,6 +177,8 @@ def estimate(job: Job, size: Sizes) -> tuple[float, float]:
         refs = (stage.checkpoint, *stage.references.values())
         flops = sum(weights(r).forward(size.tokens, size.response_tokens, size.squares) for r in refs)
         return flops, size.response_tokens * per["value"] * len(stage.measured)
+    if isinstance(stage, Critical):
+        return _generating(stage, size), size.response_tokens * per["value"]
     if isinstance(stage, Anchor):
         model = weights(stage.model)
         passes = stage.epochs
@@ -190,6 +193,15 @@ def estimate(job: Job, size: Sizes) -> tuple[float, float]:
         values = 0 if stage.lean else 3 * size.response_tokens * per["value"]
         return 0.0, rows + size.tokens * (per["labels"] + per["mask"]) + values
     return 0.0, rows
+
+
+def _generating(stage: Critical, size: Sizes) -> float:
+    """FLOPs of `critical` if every problem is answered right and every alternative is tried: an upper bound."""
+    mean = size.response_tokens / max(1.0, size.examples)
+    tried = min(stage.max_positions or mean, mean)
+    each = min(mean, stage.max_new_tokens) + tried * stage.alternatives * min(mean / 2, stage.max_new_tokens)
+    generated = size.examples * each
+    return weights(stage.checkpoint).forward(size.tokens + generated, generated, size.squares)
 
 
 @cache

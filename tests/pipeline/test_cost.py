@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from sstoken.errors import SstokenError
 from sstoken.pipeline import api, cost
 from sstoken.pipeline.config import load_config
+from sstoken.pipeline.job import Job
 from sstoken.stages import manifest as manifests
+from sstoken.stages.critical import Critical
 from tests.pipeline.small_run import save_conversations
 from tests.pipeline.worlds import CommandLine, make_world
 
@@ -41,6 +43,16 @@ def test_a_mixture_counts_the_experts_that_a_token_passes(tmp_path: Path) -> Non
     router = 2 * 32 * 6
     assert found[1].layers - found[0].layers == router
     assert found[1].stored > 2 * found[0].stored
+
+
+def test_critical_costs_what_it_generates_at_most() -> None:
+    """Ten problems of 20 tokens, 8 of them answers: 8 tokens each, and 2 positions x 2 alternatives x 4 tokens."""
+    checkpoint = make_world().base
+    stage = Critical(checkpoint=str(checkpoint), max_positions=2, alternatives=2)
+    size = cost.Sizes(examples=10, tokens=200, response_tokens=80, squares=4000)
+    job = Job(stage, {}, Path("out"), seed=0)
+    expected = cost.weights(str(checkpoint)).forward(200 + 10 * (8 + 16), 10 * (8 + 16), 4000)
+    assert cost._estimate(job, size)[0] == expected
 
 
 def test_what_is_said_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
