@@ -196,7 +196,7 @@ def estimate(job: Job, size: Sizes) -> tuple[float, float]:
 
 
 def _generating(stage: Critical, size: Sizes) -> float:
-    """FLOPs of `critical` if every problem is answered right and every alternative is tried: an upper bound."""
+    """FLOPs of `critical` if every problem is answered right, with responses as long as the dataset's."""
     mean = size.response_tokens / max(1.0, size.examples)
     tried = min(stage.max_positions or mean, mean)
     each = min(mean, stage.max_new_tokens) + tried * stage.alternatives * min(mean / 2, stage.max_new_tokens)

@@ -45,14 +45,14 @@ def test_a_mixture_counts_the_experts_that_a_token_passes(tmp_path: Path) -> Non
     assert found[1].stored > 2 * found[0].stored
 
 
-def test_critical_costs_what_it_generates_at_most() -> None:
+def test_critical_costs_what_it_generates() -> None:
     """Ten problems of 20 tokens, 8 of them answers: 8 tokens each, and 2 positions x 2 alternatives x 4 tokens."""
     checkpoint = make_world().base
     stage = Critical(checkpoint=str(checkpoint), max_positions=2, alternatives=2)
     size = cost.Sizes(examples=10, tokens=200, response_tokens=80, squares=4000)
     job = Job(stage, {}, Path("out"), seed=0)
     expected = cost.weights(str(checkpoint)).forward(200 + 10 * (8 + 16), 10 * (8 + 16), 4000)
-    assert cost._estimate(job, size)[0] == expected
+    assert cost.estimate(job, size)[0] == expected
 
 
 def test_what_is_said_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
