@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) 
         "smoothing": 0.02,
     }
     tqdm.monitor_interval = 0  # no monitor thread; the work itself updates the bar
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and _has_size():
         bar = tqdm(
             **common, file=sys.stderr, leave=False, dynamic_ncols=True, bar_format="{l_bar}{bar}| " + figures
         )
@@ -58,6 +59,14 @@ def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) 
         lines.bar = bar
     with bar:
         yield _Bar(bar, faster)
+
+
+def _has_size() -> bool:
+    """Whether a bar can be drawn: a terminal that does not say its size, as in some containers, would show none."""
+    try:
+        return min(os.get_terminal_size(sys.stderr.fileno())) > 0
+    except (OSError, ValueError):
+        return True
 
 
 class _Bar:

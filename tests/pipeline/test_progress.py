@@ -1,11 +1,18 @@
 """Progress: figures in tokens with rate and time left, as lines where there is no terminal."""
 
+import fcntl
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 
 from sstoken.pipeline import progress, verbosity
-from tests.support import messages
+from tests.support import PATIENCE, ROOT, messages
 
 
 def shown(capsys: pytest.CaptureFixture[str], total: int | None) -> list[str]:
@@ -66,3 +73,20 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr(progress, "_FIRST_LINE", 1e-9)
     monkeypatch.setattr(verbosity, "_level", verbosity.Verbosity.QUIET)
     assert shown(capsys, 100_000) == []
+
+
+@pytest.mark.parametrize(("size", "bar"), [((120, 40), True), ((0, 0), False), ((120, 0), False)])
+def test_a_terminal_without_a_size_gets_lines(size: tuple[int, int], bar: bool) -> None:
+    program = (
+        "import time; from sstoken.pipeline import progress; progress._FIRST_LINE = 0.0\n"
+        "with progress.progress_bar('tokens', 3) as shown:\n"
+        "    for _ in range(3): time.sleep(0.2); shown.advance()\n"
+    )
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+    subprocess.run([sys.executable, "-c", program], stderr=theirs, check=True, cwd=ROOT, timeout=PATIENCE)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "tokens/s" in shown
+    assert ("%|" in shown) == bar
