@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import UsageError
-from sstoken.stages import tables
+from sstoken.stages import storage, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.report.folders import Opened, open_folders
 from sstoken.stages.report.show import MaskedExample, ranks, read_examples
-from sstoken.stages.storage import expanded
 from sstoken.stages.token_text import token_texts, visible
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ class Loaded(Sequence[Row]):
 
 
 def load(folder: str | Path) -> Loaded:
-    """Open a finished masked or tokens folder.
+    """Open a finished masked or tokens folder, local or in an object store.
 
         masked = sstoken.load("runs/demo/masked-sstoken")
         masked.row(0)  # in a notebook: its tokens in colour
@@ -162,5 +161,5 @@ def load(folder: str | Path) -> Loaded:
         UsageError: there is no such folder, or it is of another kind.
         SstokenError: it is unfinished or damaged.
     """
-    path = expanded(folder)
-    return Loaded(open_folders({path.name or str(folder): path}).first)
+    place = storage.address(str(folder))
+    return Loaded(open_folders({place.name or str(folder): storage.local(place)}).first)

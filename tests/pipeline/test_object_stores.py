@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
+import sstoken
 from sstoken.errors import SstokenError
 from sstoken.pipeline import ranks, runner, writing
 from sstoken.pipeline.verbs import stages as api
@@ -298,6 +299,9 @@ def test_pictures_pages_and_what_is_published_may_lie_there(
             run.works(*filled, f"{folder}/{name}")
         here, there = (tmp_path / name).read_bytes(), storage.address(f"{root}/{name}").read_bytes()
         assert there == here or (name == "report.html" and there.endswith(b"</html>")), "a page says its run"
+    opened = sstoken.load(f"{root}/masked")
+    assert opened.to_polars().equals(sstoken.load(tmp_path / "masked").to_polars())
+    assert "</span>" in opened.row(2)._repr_html_()
     said = [
         run.works("publish", f"{folder}/masked", "--repo", "me/x", "--dry-run") for folder in (tmp_path, root)
     ]
