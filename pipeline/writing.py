@@ -14,7 +14,8 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import lease
 from sstoken.pipeline.saying import say
 from sstoken.stages import storage
-from sstoken.stages.manifest import MANIFEST, read_manifest
+from sstoken.stages.folders import is_finished
+from sstoken.stages.manifest import read_manifest
 from sstoken.stages.remote_path import RemotePath
 from sstoken.stages.shard_border import GOES_ON
 
@@ -232,7 +233,7 @@ def check_not_inside(out: PurePath) -> None:
     if not isinstance(out, Path):
         return
     for folder in out.absolute().parents:
-        if (folder / MANIFEST).is_file() and (made := read_manifest(folder)) is not None:
+        if is_finished(folder) and (made := read_manifest(folder)) is not None:
             raise UsageError(
                 f"{out}: lies in {folder}, which {made.stage!r} wrote; choose a place outside it"
             )

@@ -134,6 +134,15 @@ def listed_in(folder: Path) -> list[Path] | None:
     return None
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours; other programs use that file name, too.
+
+    Raises:
+        SstokenError: it is ours and damaged.
+    """
+    return _listing(folder) is not None
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """Yield every file below a folder, following links to folders but reading each folder once."""
     if "://" in str(folder):  # in an object store, which has none
