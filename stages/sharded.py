@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from sstoken.errors import QuarantinedError
+from sstoken.errors import QuarantinedError, SstokenError
 from sstoken.stages import storage, tables
 from sstoken.stages.shard_border import at_a_border
 from sstoken.stages.stage import SPEED_ONLY, Context, Engine, EngineOptions, Progress, Stage, Task, Worker
@@ -159,10 +159,11 @@ def run_queue(
                 shares[index].count(seconds)
                 end()
             end()  # stages with nothing left to do
-        except QuarantinedError as error:
-            for share in shares:
-                share.quarantine(error)
-            end()
+        except SstokenError as error:
+            if isinstance(error, QuarantinedError):
+                for share in shares:
+                    share.quarantine(error)
+            end()  # a stage that was finished before another one failed is kept
             raise
         finally:
             for share in shares:
