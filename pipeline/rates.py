@@ -6,12 +6,14 @@ each kind stores its rate in the user's cache.
 
 import json
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sstoken.errors import SstokenError
 from sstoken.pipeline.engines.local import num_cores
 from sstoken.pipeline.job import Job
+from sstoken.stages import storage
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import read_manifest
@@ -79,16 +81,19 @@ def remember(job: Job, seconds: float) -> None:
     """
     from sstoken.pipeline import cost
 
+    measured = job.out if isinstance(job.stage, Encode) else _rows(job)
+    if measured is None:
+        return
     try:
         took = read_manifest(job.out)
         spent = took.took.get("worker_seconds", seconds * _workers(job)) if took else 0.0
-        size = cost.measured(job.out if isinstance(job.stage, Encode) else _tokens(job))
+        size = cost.measured(measured)
         known, kind = _known(), _kind(job)
         if size.tokens < _FEWEST or not spent > min(_STEADY, known.get(kind, {}).get("seconds", 0.0)):
             return
         flops, _ = cost.estimate(job, size)
         known[kind] = {"rate": (flops or size.tokens) / spent, "seconds": spent}
-        cache().mkdir(parents=True, exist_ok=True)
+        storage.of(cache()).make_folder(cache())
         write_atomic(_file(), json.dumps(known, indent=1))
     except (OSError, KeyError, ValueError, SstokenError):
         return
@@ -103,7 +108,15 @@ def _known() -> dict[str, dict[str, float]]:
         found = json.loads(_file().read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {kind: rate for kind, rate in found.items() if _is_rate(rate)}
+
+
+def _is_rate(found: object) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(found.get(name), float) and 0 < found[name] < inf for name in ("rate", "seconds")
+    )
 
 
 def _kind(job: Job) -> str:
@@ -131,5 +144,6 @@ def _workers(job: Job) -> int:
     return stage.workers or (num_cores() if stage.every_core else 1)
 
 
-def _tokens(job: Job) -> Path:
-    return next(job.inputs[name] for name in ("tokens", "masked") if name in job.inputs)
+def _rows(job: Job) -> Path | None:
+    """The folder whose rows the job reads; None: it reads none of a run, as `pull`."""
+    return job.inputs.get("tokens") or job.inputs.get("masked")

@@ -211,7 +211,7 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
 ROWS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     # what is wrong with the data: (file, content, what the line has to say)
     "a trailing comma": ("d.jsonl", '{"question": "w1", "answer": "w2",}\n', ("line 1", "a comma before }")),
-    "single quotes": ("d.jsonl", "{'question': 'w1'}\n", ("line 1", "in double quotes")),
+    "single quotes": ("d.jsonl", "{'question': 'w1'}\n", ("line 1", "need double quotes")),
     "two objects on a line": ("d.jsonl", '{"a": "w1"}{"a": "w2"}\n', ("line 1", "more than one value")),
     "pretty-printed rows": (
         "d.jsonl",
