@@ -114,7 +114,7 @@ def test_no_verb_prints_what_drives_the_terminal(world: World, cli: CommandLine,
         ("report", out / "m", "--out", out / "r.html"),
         ("export", out / "m", "--to", "trl", "--out", out / "e"),
         ("publish", out / "m", "--repo", "me/it", "--dry-run", "--out", out / "p"),
-        ("init", "--model", base, "--data", data, "--out", out / "run.yaml"),
+        ("init", "--model", base, "--data", data, "--out", out / "run", "--file", out / "run.yaml"),
         ("plan", out / "run.yaml"),
         ("verify", out),
     ]
