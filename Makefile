@@ -25,7 +25,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(READY) smollm2
-	$(BIN)/python -m pytest -m slow -s
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
 # 2,000 kills and disk faults, then the same or another command; half an hour or more on two cores.
 TRIALS ?= 2000
