@@ -121,6 +121,8 @@ class Campaign:
             first = [*first, *job.force]
         if trial.kind == "workers":
             more = [*job.workers]
+            at = first.index("--workers") if "--workers" in first else len(first)
+            first = [*first[:at], *first[at + 2 :]]
         fault = self._fault(trial)
         hit = False
         for _ in range(2 if trial.then == "twice" else 1):

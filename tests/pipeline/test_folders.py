@@ -105,13 +105,13 @@ def test_plan_names_unfinished_work_of_other_settings(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         planned = {step["step"]: step for step in json.loads(cli.works("plan", config, "--json"))}
-        assert planned["anchor"] == {
-            "step": "anchor",
-            "folder": "run/history",
-            "state": "finished",
-            "superseded": "run/history.partial",
-            "changed": [],
-        }
+        told = ("folder", "state", "superseded", "changed")
+        assert [planned["anchor"][name] for name in told] == [
+            "run/history",
+            "finished",
+            "run/history.partial",
+            [],
+        ]
         assert "run/history.partial: unfinished work of other settings" in cli("plan", config).err
         assert all(result.skipped for result in api.run(str(config)).values())
         shutil.rmtree(run / "history.partial")
