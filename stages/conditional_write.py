@@ -91,4 +91,5 @@ def _tried(write: Callable[[], Any], file: RemotePath) -> bool:
 
 def _is_not_implemented(error: BaseException | None) -> bool:
     """Whether a store, or fsspec for it, has no conditional write."""
+    # fsspec's file systems that do not know the mode, or the keyword, raise one of these
     return isinstance(error, NotImplementedError | ValueError | TypeError) or "NotImplemented" in str(error)

@@ -4,7 +4,6 @@ import hashlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,12 @@ from sstoken.stages import manifest as manifests
 from sstoken.stages.object_store import ObjectStore
 from sstoken.stages.training import resumable
 from tests import documented
-from tests.object_stores import BUCKET, SECRET, needs_s3, s3_server
+from tests.object_stores import BUCKET, SECRET, needs_s3
 from tests.pipeline.small_run import environment, save_config
 from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World
 from tests.support import PATIENCE
 
-pytestmark = needs_s3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("cache")) as address:
-        yield address
+pytestmark = [needs_s3, pytest.mark.usefixtures("s3")]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,18 +15,12 @@ from sstoken.pipeline.lease import StoreLease
 from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import conditional_write, remote_cache, storage
 from sstoken.stages.remote_path import RemotePath
-from tests.object_stores import BUCKET, needs_s3, s3_server
+from tests.object_stores import BUCKET, needs_s3
 from tests.pipeline.small_run import PIPELINE, environment, save_conversations
 from tests.pipeline.worlds import World
 from tests.support import PATIENCE
 
-pytestmark = needs_s3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("cache")) as address:
-        yield address
+pytestmark = [needs_s3, pytest.mark.usefixtures("s3")]
 
 
 @pytest.fixture
