@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,12 @@ needs_compiler = pytest.mark.skipif(
 def messages(err: str) -> list[str]:
     """Return the lines of a standard error without progress lines, which appear when work takes seconds."""
     return [line for line in err.splitlines() if line and not _PROGRESS.fullmatch(line)]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, at most `PATIENCE` seconds."""
+    for _ in range(PATIENCE * 10):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("never")

@@ -129,7 +129,9 @@ class _Processes:
         device = self._devices[slot % len(self._devices)]
         place = (os.getpid(), os.getcwd(), str(self._board), self.window, slot, device)
         with _interrupts_later():
-            future = _process(slot).submit(_in_worker, place, self._function, attempt.task.work)
+            pool = _process(slot)
+            future = pool.submit(_in_worker, place, self._function, attempt.task.work)
+            _watch(pool)
         self._running[future] = attempt, slot
 
     def ended(self) -> Iterator[tuple[Attempt, Any]]:
@@ -169,6 +171,16 @@ def _process(slot: int) -> Any:
 
         _PROCESSES[slot] = ProcessPoolExecutor(max_workers=1, timeout=_IDLE)
     return _PROCESSES[slot]
+
+
+def _watch(pool: Any) -> None:
+    """Make the pool's own thread look at its process again.
+
+    Where the idle process has ended, loky's `submit` wakes that thread before it starts another: the thread may then
+    wait without knowing the new process, and would wait forever if that died.
+    """
+    with pool._flags.shutdown_lock:
+        pool._executor_manager_thread_wakeup.wakeup()
 
 
 @contextmanager

@@ -13,10 +13,11 @@ import pytest
 
 from sstoken.errors import QuarantinedError, UsageError
 from sstoken.pipeline import engines
+from sstoken.pipeline.engines import local
 from sstoken.pipeline.engines.dispatch import ATTEMPTS
 from sstoken.pipeline.engines.local import LocalEngine
 from sstoken.stages.stage import EngineOptions, NoProgress, Task, Worker
-from tests.support import PATIENCE, ROOT
+from tests.support import PATIENCE, ROOT, wait_until
 
 
 class Counting(NoProgress):
@@ -87,6 +88,23 @@ def test_a_task_that_kills_its_worker_is_named_after_all_others_are_done(tmp_pat
     assert sorted(found) == [0, 1, 3, 4, 5]
     assert (tmp_path / "2").read_text() == str(ATTEMPTS)
     assert bar.done == 50
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_the_death_of_a_process_started_in_place_of_an_idle_one_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local._stop_all()
+    monkeypatch.setattr(local, "_IDLE", 0.2)
+    deaths = {0: 1, 1: 1}
+    try:
+        for round_ in range(5):  # without a second look, about two rounds in five hang
+            (tmp_path / str(round_)).mkdir()
+            tasks = tasks_of(tmp_path / str(round_), deaths, 2)
+            assert sorted(LocalEngine(EngineOptions(workers=2)).map(die, tasks, Counting())) == [0, 1]
+            wait_until(lambda: not any(pool._processes for pool in local._PROCESSES.values()))
+    finally:
+        local._stop_all()
 
 
 def test_an_error_in_a_worker_ends_the_call(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sstoken.stages.manifest import Digests
 from sstoken.stages.select import Select
 from sstoken.stages.stage import Context, EngineOptions, NoProgress, Task, Worker
 from tests.pipeline.worlds import make_world
-from tests.support import PATIENCE, ROOT
+from tests.support import PATIENCE, ROOT, wait_until
 
 
 def mark_and_sleep(folder: Path, worker: Worker) -> None:
@@ -47,14 +47,6 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
         parent.send_signal(signal.SIGKILL)
         parent.wait(PATIENCE)
     wait_until(lambda: not any(is_alive(worker) for worker in workers))
-
-
-def wait_until(condition: Any) -> None:
-    for _ in range(PATIENCE * 10):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("never")
 
 
 def is_alive(process: int) -> bool:
