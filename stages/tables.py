@@ -207,7 +207,8 @@ def read_row_group(path: Path, group: int, columns: Iterable[str]) -> pa.Table:
         SstokenError: see `read_table`.
     """
     with _opened(path) as file:
-        return file.read_row_group(group, [name for name in columns if name in file.schema_arrow.names])
+        names = [name for name in columns if name in file.schema_arrow.names]
+        return file.read_row_group(group, names, use_threads=False)
 
 
 def read_batches(path: Path, num_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -217,7 +218,7 @@ def read_batches(path: Path, num_rows: int, columns: list[str]) -> Iterator[pa.R
         SstokenError: see `read_table`.
     """
     with _opened(path) as file:
-        yield from file.iter_batches(num_rows, columns=columns)
+        yield from file.iter_batches(num_rows, columns=columns, use_threads=False)
 
 
 @contextmanager
@@ -225,7 +226,8 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a shard, checking its digest against the manifest and the checksum of each page."""
     with _readable(path):
         content = pa.BufferReader(folders.read_file(path))
-        # Threads that read ahead each hold memory, so the peak would differ from run to run.
+        # No threads, here or in the readers above: each holds memory, so the peak would differ from run to run; and one
+        # that frees the bytes read, Python's own, while the interpreter ends aborts the process.
         with pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
 

@@ -1,5 +1,9 @@
 """Shards: what is written is read, and damage is one line."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,6 +11,7 @@ import pytest
 
 from sstoken.errors import SstokenError
 from sstoken.stages import tables
+from tests.support import PATIENCE, ROOT
 
 ROWS = [
     {"example_id": "a", "input_ids": [1, 2, 3], "response_mask": [False, True, True]},
@@ -40,6 +45,25 @@ def test_what_is_written_is_read(shard):
     assert tables.columns(shard) == TABLE.column_names
     assert tables.is_sound(shard)
     assert [batch.num_rows for batch in tables.read_batches(shard, 2, ["example_id"])] == [2, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_no_reader_starts_a_thread(shard):
+    """At the interpreter's end, a thread of Arrow's that frees Python's bytes aborts the process."""
+    code = f"""
+import os
+from pathlib import Path
+from sstoken.stages import tables
+shard, before = Path({str(shard)!r}), len(os.listdir("/proc/self/task"))
+tables.read_table(shard)
+tables.read_row_group(shard, 0, ["example_id", "input_ids", "response_mask"])
+list(tables.read_batches(shard, 2, ["example_id", "input_ids", "response_mask"]))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_no_byte_of_a_shard_of_unfinished_work_can_change(shard):
