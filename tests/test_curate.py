@@ -56,6 +56,7 @@ def python(code: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_mypy_knows_every_argument(hostile: Path) -> None:
     pytest.importorskip("mypy")
     (hostile / "mypy.ini").write_text(CONFIG)

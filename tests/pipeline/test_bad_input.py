@@ -870,7 +870,7 @@ def test_two_runs_at_once(select: tuple[object, ...], cli: CommandLine, tmp_path
     cli.works(*select, out)
 
 
-@pytest.mark.parametrize("verb", ["encode", "anchor"])
+@pytest.mark.parametrize("verb", ["encode", pytest.param("anchor", marks=pytest.mark.slow)])
 def test_interrupted(verb: str, world: World, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group: the workers too."""
     out = tmp_path / "out"
@@ -954,6 +954,7 @@ def test_compiled_without_a_compiler(world: World, cli: CommandLine, tmp_path: P
     cli.works(*command)
 
 
+@pytest.mark.slow
 def test_training_prints_no_warning_of_a_library(world: World, tmp_path: Path) -> None:
     command = ["anchor", "--tokens", world.tokens, "--model", world.base, "--out", tmp_path / "history"]
     command += ["--max-steps", 1, "--lora-rank", 2, "--gradient-checkpointing"]

@@ -154,6 +154,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_interruption_at_any_moment_is_silent(tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group: workers that are still starting and work just handed over too."""
     program = tmp_path / "program.py"

@@ -90,6 +90,7 @@ def check_error(outcome: Outcome, about: object) -> None:
         assert len(line) < LONGEST, about
 
 
+@pytest.mark.slow
 def test_any_json_in_any_file_ends_in_a_line(
     run: Path, tmp_path: Path, cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def written(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow  # 35 calls
 def test_seven_ranks_write_what_one_run_writes(world: World, tmp_path: Path) -> None:
     one, seven = tmp_path / "one", tmp_path / "seven"
     for run, given in calls(world, one, one / "tokens", one / "scores", one / "masked"):

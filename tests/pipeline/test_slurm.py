@@ -78,6 +78,7 @@ def test_the_scripts_do_the_run(tmp_path: Path) -> None:
     assert written(there / "run") == written(one.parent / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash and SIGTERM")
 def test_a_task_that_is_stopped_is_queued_again(tmp_path: Path) -> None:
     world = make_world()

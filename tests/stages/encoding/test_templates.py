@@ -241,6 +241,7 @@ def test_random_conversations(talk: Conversation, name: str, turns: str) -> None
             assert content in trained
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(talks=st.lists(conversations(), min_size=2, max_size=4), name=st.sampled_from(ORIGINALS or ["none"]))
 def test_what_was_encoded_before_changes_nothing(talks: list[Conversation], name: str) -> None:
