@@ -38,6 +38,8 @@ class Signal:
     """What the argument after `@` is; None: the name takes none."""
     bare: bool = True
     """Whether the name works without an argument."""
+    may_be_constant: bool = False
+    """Whether one value on every token is nothing unusual."""
     from_second: bool = False
     """An example's first response token has no value: null in its column."""
     argument: str | None = None
@@ -74,7 +76,8 @@ _SIGNALS = (
            0, math.log(20) + 1e-6, "distribution"),
     Signal("rank", "tokens", "how many tokens are strictly likelier; 0: the most likely",
            0, _INF, "distribution", "int32"),
-    Signal("ties", "tokens", "how many other tokens are exactly as likely", 0, _INF, "distribution", "int32"),
+    Signal("ties", "tokens", "how many other tokens are exactly as likely",
+           0, _INF, "distribution", "int32", may_be_constant=True),
     Signal("mass_above", "probability", "probability of all strictly likelier tokens together", 0, 1, "distribution"),
     Signal("max_prob", "probability", "probability of the most likely token", 0, 1, "distribution"),
     Signal("sum_p2", "probability", "sum of squared probabilities", 0, 1, "distribution"),
@@ -95,7 +98,7 @@ _SIGNALS = (
     Signal("kl_at", "nats", "KL(this checkpoint || ARG) at the token's position, which predicts the next token",
            0, _INF, "second checkpoint", takes="checkpoint", bare=False),
     Signal("critical", "0 or 1", "1: without the token, every greedy continuation ends wrong; null: not tried",
-           0, 1, "generation"),
+           0, 1, "generation", may_be_constant=True),
 )  # fmt: skip
 
 SIGNALS: dict[str, Signal] = {signal.name: signal for signal in _SIGNALS}

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from sstoken.methods import Tokens, get_method
+from sstoken.methods import Input, Tokens, get_method
 from sstoken.selection import BoolArray, Float64Array, IntArray, keep_per_example
+from sstoken.signals import get_signal
 
 NUM_DECILES = 10
 WEAK_BASE = 3.0
@@ -130,12 +131,16 @@ def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
         )
     for name in stats[0]["range"] if stats else ():
         found = whole_range(s["range"][name] for s in stats)
-        if found is not None and found[0] == found[1] and num_tokens > 1:
+        if found is None or found[0] != found[1] or num_tokens <= 1:
+            continue
+        if not get_signal(Input(name).signal).may_be_constant:
             notes.append(
                 f"{name} is {found[0]:g} on every token: {method} learns nothing from it; score it again"
             )
     dropped = num_turns - sum(s["turn_ends_kept"] for s in stats)
-    if 2 * dropped > num_turns:
+    if num_tokens and not any(s["kept"] for s in stats):
+        notes.append("no token is kept: there is nothing to train on; change the method's parameters")
+    elif 2 * dropped > num_turns:
         notes.append(
             f"the last token of {dropped:,} of {num_turns:,} turns is dropped: a model may not learn to stop; keep it "
             "with --protect end_of_turn"

@@ -160,6 +160,8 @@ def compared(options: Mapping[str, Any], name: str, named: Mapping[str, str]) ->
                 f"signal {signal!r}: no checkpoint is called {other!r}; legal: {', '.join(named)} (name another with "
                 "--ckpt NAME=PATH)"
             )
+        if list(named) == [other]:
+            raise UsageError(f"signal {signal!r}: it compares {other} with itself; name another --ckpt")
     signals = tuple(s.name for s in wanted if against.get(s.name) != name)
     references = {str(other): named[str(other)] for other in against.values() if other != name}
     return {**options, "signals": signals, "references": references}

@@ -108,7 +108,8 @@ METHODS = (
         name="pmi-band",
         family="instruction",
         inputs=("history.loss", "history.loss_unconditional"),
-        formula="mean(clip(loss_unconditional - loss)) - weight * |mean(loss) - level|, means over a window of tokens",
+        formula="mean(clip(loss_unconditional - loss)) - weight * "
+        f"|mean(min(loss, {MOST_LOSS:g})) - level|, means over a window of tokens",
         source="this project; measured in docs/choosing.md",
         score=_score,
         policy=KEEP_SHARE,

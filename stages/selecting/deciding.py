@@ -1,6 +1,7 @@
 """Decide which tokens of a shard to keep. What depends on the whole dataset is computed first, in passes over it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -71,14 +72,8 @@ class Decider:
         Raises:
             SstokenError: the method failed, or did not return a finite number for each token that it ranks.
         """
-        try:
+        with _running(self.method):
             scores = np.asarray(self.of.score(tokens, self.params), dtype=np.float64)
-        except SstokenError:
-            raise
-        except Exception as error:
-            raise SstokenError(
-                f"method {self.method!r} failed on these signals ({type(error).__name__}: {error})"
-            ) from error
         if scores.shape != (tokens.num_tokens,):
             raise SstokenError(
                 f"method {self.method!r} gave scores of shape {scores.shape} for {tokens.num_tokens} tokens"
@@ -92,7 +87,8 @@ class Decider:
         assert isinstance(self.of.policy, Top)
         if self.budget is not None:
             return [min(self.budget, num_tokens)]
-        return self.of.policy.quotas(num_tokens, self.params)
+        with _running(self.method):
+            return self.of.policy.quotas(num_tokens, self.params)
 
     def decide(self, shard: Shard, whole: Whole) -> Decided:
         """Decide about the tokens of a shard."""
@@ -104,7 +100,12 @@ class Decider:
             ]
             keep, weight = policy.decide(above, scores, tokens, self.params)
         else:
-            keep, weight = policy.apply(scores, tokens, self.params)
+            with _running(self.method):
+                keep, weight = policy.apply(scores, tokens, self.params)
+            if weight is not None and not np.isfinite(weight).all():
+                raise SstokenError(
+                    f"method {self.method!r} gave a weight that is not finite; it cannot be trained with"
+                )
         if self.pool != "token":
             spans = shard.text.spans(self.pool)
             if weight is not None:
@@ -120,6 +121,18 @@ class Decider:
         return Decided(scores, keep | forced, weight, protected, added)
 
 
+@contextmanager
+def _running(method: str) -> Iterator[None]:
+    """Turn whatever a method's own code raises into one line."""
+    try:
+        yield
+    except SstokenError:
+        raise
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SstokenError(f"method {method!r} failed on these signals ({line})") from error
+
+
 def _span_mean(values: Float64Array, spans: IntArray) -> Float64Array:
     """Replace each value by the mean over its span, ignoring NaN."""
     lengths, known = np.diff(spans), np.isfinite(values)
@@ -130,9 +143,9 @@ def _span_mean(values: Float64Array, spans: IntArray) -> Float64Array:
     return means[span]
 
 
-def _values(statistic: Statistic, params: Params, shard: Shard) -> Float64Array:
-    values: Float64Array = statistic.values(shard.measured, params)
-    return values
+def _values(decider: Decider, statistic: Statistic, shard: Shard) -> Float64Array:
+    with _running(decider.method):
+        return np.asarray(statistic.values(shard.measured, decider.params), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ class WholeDataset:
         method, params = self.decider.of, self.decider.params
         statistics = {}
         for name, statistic in method.statistics.items():
-            stream = self._stream(partial(_values, statistic, params))
+            stream = self._stream(partial(_values, self.decider, statistic))
             if statistic.quantile is not None:
                 statistics[name] = global_quantile(stream, statistic.quantile(params))
             else:

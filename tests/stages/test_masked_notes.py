@@ -1,5 +1,6 @@
 """What `select` says where a selection looks wrong though nothing forbids it, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from sstoken.errors import SstokenError
-from sstoken.methods import Tokens
+from sstoken.methods import Params, Policy, Tokens, Weight, Where, get_method, registry
 from sstoken.stages import joins, tables
 from sstoken.stages.masked_stats import notes_on, signal_stats
 from sstoken.stages.scores_file import write_scores
@@ -87,7 +88,8 @@ def test_pmi_band_with_a_base_that_does_not_know_such_answers() -> None:
             values = np.linspace(-0.5, 0.5, 7) + level
             tokens = Tokens(offsets, dict.fromkeys(inputs, values))
             stats.append(
-                {"response_tokens": 7} | signal_stats(tokens, np.ones(7, dtype=bool), inputs, offsets)
+                {"response_tokens": 7, "kept": 7}
+                | signal_stats(tokens, np.ones(7, dtype=bool), inputs, offsets)
             )
         return [line for line in notes_on(stats, "pmi-band") if "mean loss" in line]
 
@@ -101,6 +103,20 @@ def test_a_constant_signal(tmp_path: Path) -> None:
     inputs = write(tmp_path / "in", {"loss": losses(0) + 1}, {"loss": losses(1), "attention": constant})
     found = notes(inputs, tmp_path / "out", method="sstoken")
     assert any(line.startswith("current.attention is 0.25 on every token") for line in found)
+
+
+def test_a_constant_count_of_ties_is_nothing_unusual(tmp_path: Path) -> None:
+    named = ("loss", "mass_above")
+    history = {name: losses(seed) / 10 for seed, name in enumerate(named)}
+    history["ties"] = np.zeros(ROWS * (LENGTH - PROMPT))
+    inputs = write(tmp_path / "in", history, {"loss": losses(2)})
+    assert not [n for n in notes(inputs, tmp_path / "out", method="prift-mass") if "learns nothing" in n]
+
+
+def test_a_selection_that_keeps_nothing(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
+    [line] = notes(inputs, tmp_path / "out", method="profit", params={"tau": 1})
+    assert line.startswith("no token is kept")
 
 
 def test_turn_ends_that_are_dropped(tmp_path: Path) -> None:
@@ -162,3 +178,26 @@ def test_one_token_that_sets_the_range(tmp_path: Path) -> None:
             assert len(lines) == expected
             if lines:
                 assert lines[0].startswith(f"in {ROWS} of {ROWS} examples")
+
+
+def broken(scores: np.ndarray, *_: object) -> np.ndarray:
+    raise ValueError("two\nlines")
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (Where("keeps some", broken), r"failed on these signals \(ValueError: two lines\)"),
+        (Weight(of=broken), r"failed on these signals \(ValueError: two lines\)"),
+        (Weight(of=lambda scores, *_: scores / 0), "gave a weight that is not finite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_a_method_of_a_package_that_fails(
+    policy: Policy, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
+    method = replace(get_method("loss"), name="theirs", policy=policy, params=Params)
+    monkeypatch.setattr(registry, "_found", lambda: {"theirs": method})
+    with pytest.raises(SstokenError, match=f"method 'theirs' {said}"):
+        notes(inputs, tmp_path / "out", method="theirs")

@@ -339,6 +339,8 @@ def test_several_checkpoints_are_compared_by_name():
     assert compared(options, "sft", named) == options | {"references": {"base": "models/base"}}
     with pytest.raises(UsageError, match=r"'kl@old': no checkpoint is called 'old'; legal: base, sft"):
         compared({"signals": ("kl@old",)}, "sft", named)
+    with pytest.raises(UsageError, match=r"'kl@sft': it compares sft with itself; name another --ckpt"):
+        compared({"signals": ("kl@sft",)}, "sft", {"sft": "models/sft"})
 
 
 def test_a_reference_of_another_vocabulary_is_refused(tokens, model, tmp_path):

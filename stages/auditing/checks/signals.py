@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sstoken.signals import get_signal, is_signal
 from sstoken.stages import tables
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.kinds import kind
@@ -60,7 +61,11 @@ class Signals:
 
     def finish(self, context: Context) -> None:
         """Report constant signals."""
-        same = [f"{name} is {low:g}" for name, (low, high) in self.ranges.items() if low == high]
+        same = [
+            f"{name} is {low:g}"
+            for name, (low, high) in self.ranges.items()
+            if low == high and not (is_signal(name) and get_signal(name).may_be_constant)
+        ]
         if same:
             context.found.count(CONSTANT, self.rows, None, ", ".join(same))
 
