@@ -1,10 +1,10 @@
 """The registry of findings: what each kind means, how severe it is and what to do about it.
 
-A family of checks declares its kinds with `kind(...)` at the top of its file. The table in docs/audit.md is generated
-from this registry.
+A family of checks declares its kinds with `FAMILY.kind(...)` at the top of its file; docs/audit.md is generated
+from them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
@@ -20,7 +20,6 @@ class Kind:
 
     name: str
     """Stable, in kebab case."""
-    family: str
     severity: Severity
     what: str
     """What is wrong; follows a number of rows: "rows in which ..."."""
@@ -33,8 +32,16 @@ KINDS: dict[str, Kind] = {}
 """By name, in the order of the documentation."""
 
 
-def kind(name: str, family: str, severity: Severity, what: str, remedy: str, needs: Needs = "ids") -> Kind:
-    """Declare a kind of finding."""
-    assert name not in KINDS, name
-    KINDS[name] = Kind(name, family, severity, what, remedy, needs)
-    return KINDS[name]
+@dataclass(frozen=True)
+class Family:
+    """Checks that a file has together."""
+
+    name: str
+    kinds: list[Kind] = field(default_factory=list)
+
+    def kind(self, name: str, severity: Severity, what: str, remedy: str, needs: Needs = "ids") -> Kind:
+        """Declare a kind of finding."""
+        assert name not in KINDS, name
+        KINDS[name] = Kind(name, severity, what, remedy, needs)
+        self.kinds.append(KINDS[name])
+        return KINDS[name]

@@ -15,9 +15,9 @@ from sstoken.stages.auditing.checks import (
     template,
     turn_ends,
 )
-from sstoken.stages.auditing.kinds import KINDS, Kind
+from sstoken.stages.auditing.kinds import Family
 
-_FAMILIES = (rows, packs, labels, turn_ends, special_tokens, parts, template, lengths, answers, signals)
+_MODULES = (rows, packs, labels, turn_ends, special_tokens, parts, template, lengths, answers, signals)
 """In the order of the page."""
 
 _NEEDS = {
@@ -30,18 +30,15 @@ _NEEDS = {
 
 def page() -> str:
     """Return docs/audit.md."""
-    tables = "\n".join(
-        _table(m.FAMILY, [k for k in KINDS.values() if k.family == m.FAMILY]) for m in _FAMILIES
-    )
-    return _PAGE.replace("TABLES", tables)
+    return _PAGE.replace("TABLES", "\n".join(_table(module.FAMILY) for module in _MODULES))
 
 
-def _table(family: str, kinds: list[Kind]) -> str:
-    lines = [f"### {family[0].upper()}{family[1:]}", ""]
+def _table(family: Family) -> str:
+    lines = [f"### {family.name.capitalize()}", ""]
     lines += ["| kind | severity | what it counts | what to do | needs |", "|---|---|---|---|---|"]
     lines += [
         f"| `{k.name}` | {k.severity} | {_cell(k.what)} | {_cell(k.remedy)} | {_NEEDS[k.needs]} |"
-        for k in kinds
+        for k in family.kinds
     ]
     return "\n".join([*lines, ""])
 

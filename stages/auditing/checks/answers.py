@@ -19,42 +19,37 @@ from sstoken.selection import IntArray
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
 from sstoken.stages.auditing.findings import Shown
-from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.kinds import Family
 from sstoken.stages.auditing.vocabulary import CONTROL, shown
 
-FAMILY = "answers"
-ROWS = kind(
+FAMILY = Family("answers")
+ROWS = FAMILY.kind(
     "duplicate-rows",
-    FAMILY,
     "note",
     "rows that are copies of an earlier row",
     "drop the copies, unless they are intended",
 )
-SAME = kind(
+SAME = FAMILY.kind(
     "duplicate-answers",
-    FAMILY,
     "note",
     "rows with an answer that an earlier row has word for word",
     "check that they are intended",
 )
-NEAR = kind(
+NEAR = FAMILY.kind(
     "near-duplicate-answers",
-    FAMILY,
     "note",
     "rows with an answer that is nearly that of an earlier row",
     "check that they are intended",
 )
-ONE_TOKEN = kind(
+ONE_TOKEN = FAMILY.kind(
     "one-token-answers",
-    FAMILY,
     "note",
     "rows with an answer of one token, besides the token that ends it",
     "check that they are intended",
     "tokenizer",
 )
-SCRIPT = kind(
+SCRIPT = FAMILY.kind(
     "answers-in-another-script",
-    FAMILY,
     "note",
     "rows with an answer in another script than its prompt",
     "check that they are intended",

@@ -6,76 +6,67 @@ import numpy as np
 
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn, stretches
-from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.kinds import Family
 
-FAMILY = "what is trained"
-NOTHING = kind(
+FAMILY = Family("what is trained")
+NOTHING = FAMILY.kind(
     "nothing-trained",
-    FAMILY,
     "error",
     "rows in which no token is trained",
     "drop these rows, or fix what makes the labels: often the text by which it finds answers is missing, or the answer "
     "was cut off",
 )
-NOTHING_KEPT = kind(
+NOTHING_KEPT = FAMILY.kind(
     "nothing-kept",
-    FAMILY,
     "warning",
     "rows of which the selection keeps no token",
     "such rows cost training time and teach nothing: select a larger share, or let `export` drop them",
 )
-EVERYTHING = kind(
+EVERYTHING = FAMILY.kind(
     "everything-trained",
-    FAMILY,
     "error",
     "rows in which every token is trained, the prompt too",
     "set the labels of the prompt to -100 (in TRL `assistant_only_loss` or `completion_only_loss`), unless the model "
     "should learn to write prompts",
 )
-PROMPT = kind(
+PROMPT = FAMILY.kind(
     "prompt-trained",
-    FAMILY,
     "error",
     "rows that train tokens of a user, system or tool turn",
     "set their labels to -100",
     "template",
 )
-HEADER = kind(
+HEADER = FAMILY.kind(
     "generation-prompt-trained",
-    FAMILY,
     "error",
     "rows that train the text that opens an answer, which the model is given at inference",
     "begin the trained span after the generation prompt",
     "template",
 )
-SHIFTED_MASK = kind(
+SHIFTED_MASK = FAMILY.kind(
     "mask-shifted",
-    FAMILY,
     "error",
     "rows whose mask stands one token too early: it trains the token before each answer and not the one that ends it",
     "move the mask one token to the right: it marks the tokens that are learned, not the positions that predict them",
     "template",
 )
-LATE_START = kind(
+LATE_START = FAMILY.kind(
     "answer-start-not-trained",
-    FAMILY,
     "warning",
     "rows that train an answer without its first tokens",
     "begin the trained span right after the generation prompt; a single missing token often means a mask that is off "
     "by one, or a prompt that was tokenized separately",
     "template",
 )
-UNKNOWN_TURNS = kind(
+UNKNOWN_TURNS = FAMILY.kind(
     "turns-not-found",
-    FAMILY,
     "warning",
     "rows in which no turn of the tokenizer's chat template was found, so their prompts and turn ends were not checked",
     "name the tokenizer and template that made them (--model, --tokenizer, --chat-template)",
     "tokenizer",
 )
-ACROSS = kind(
+ACROSS = FAMILY.kind(
     "packed-start-trained",
-    FAMILY,
     "warning",
     "rows that train the first token of a document packed after another: it would be predicted from the other one",
     "set the label of each document's first token to -100",

@@ -10,20 +10,18 @@ from sstoken.selection import BoolArray
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.findings import Shown
-from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.kinds import Family
 from sstoken.stages.encoding.token_stats import percentile
 
-FAMILY = "lengths"
-CUT = kind(
+FAMILY = Family("lengths")
+CUT = FAMILY.kind(
     "answers-cut",
-    FAMILY,
     "warning",
     "rows whose answers do not fit into the maximum length",
     "raise --max-length, or drop these rows: an answer that breaks off has no end",
 )
-LOST = kind(
+LOST = FAMILY.kind(
     "answers-lost",
-    FAMILY,
     "error",
     "rows whose answers lie entirely beyond the maximum length",
     "raise --max-length, or drop these rows",

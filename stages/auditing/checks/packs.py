@@ -7,12 +7,11 @@ import numpy as np
 from sstoken.selection import IntArray
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
-from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.kinds import Family
 
-FAMILY = "packs"
-POSITIONS = kind(
+FAMILY = Family("packs")
+POSITIONS = FAMILY.kind(
     "bad-positions",
-    FAMILY,
     "error",
     "rows whose position_ids or seq_lengths do not fit their tokens",
     "count positions from 0 in each document; the lengths of a pack's documents add up to its tokens",

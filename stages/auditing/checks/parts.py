@@ -7,21 +7,19 @@ import numpy as np
 
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
-from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.kinds import Family
 from sstoken.stages.auditing.vocabulary import Vocabulary
 
-FAMILY = "reasoning and tool calls"
-REASONING = kind(
+FAMILY = Family("reasoning and tool calls")
+REASONING = FAMILY.kind(
     "reasoning-not-trained",
-    FAMILY,
     "warning",
     "rows with an answer that is trained without its reasoning",
     "train the reasoning too, or take it out of the rows: the model would answer without having learned to think",
     "template",
 )
-CALL = kind(
+CALL = FAMILY.kind(
     "tool-call-not-trained",
-    FAMILY,
     "warning",
     "rows with an answer that is trained without its tool call",
     "train the call too, or take it out of the rows",

@@ -13,100 +13,87 @@ from sstoken.stages.auditing.checks import packs
 from sstoken.stages.auditing.columns import Columns
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
-from sstoken.stages.auditing.kinds import Kind, kind
+from sstoken.stages.auditing.kinds import Family, Kind
 from sstoken.stages.auditing.padding import find_padding
 from sstoken.stages.auditing.values import BadValue, is_nested, numbers
 
-FAMILY = "rows"
-UNREADABLE = kind(
+FAMILY = Family("rows")
+UNREADABLE = FAMILY.kind(
     "unreadable-row",
-    FAMILY,
     "error",
     "rows that cannot be read",
     "write the dataset again; token ids and labels are lists of integers, masks lists of numbers",
 )
-NULL = kind(
+NULL = FAMILY.kind(
     "null-row",
-    FAMILY,
     "error",
     "rows without token ids or labels (null)",
     "drop them, or tokenize them again",
 )
-NULL_TOKEN = kind(
+NULL_TOKEN = FAMILY.kind(
     "null-token",
-    FAMILY,
     "error",
     "rows with null or NaN among their ids, labels or masks",
     "tokenize them again",
 )
-EMPTY = kind("empty-row", FAMILY, "error", "rows without a token", "drop them")
-NESTED = kind(
+EMPTY = FAMILY.kind("empty-row", "error", "rows without a token", "drop them")
+NESTED = FAMILY.kind(
     "nested-row",
-    FAMILY,
     "error",
     "rows whose lists lie within another list, as tokenizer(..., return_tensors=...) leaves them",
     "tokenize without return_tensors, or take [0] of each",
 )
-LENGTHS = kind(
+LENGTHS = FAMILY.kind(
     "lengths-differ",
-    FAMILY,
     "error",
     "rows whose token ids and labels or masks are of different lengths",
     "make them from one list of tokens; a mask that covers the answer alone needs zeros for the prompt",
 )
-OUTSIDE = kind(
+OUTSIDE = FAMILY.kind(
     "id-out-of-vocabulary",
-    FAMILY,
     "error",
     "rows with a token id that the tokenizer does not have",
     "name the tokenizer that made the rows (--model, --tokenizer), or tokenize with the model's own",
 )
-BAD_LABEL = kind(
+BAD_LABEL = FAMILY.kind(
     "bad-label",
-    FAMILY,
     "error",
     "rows with a label that is neither -100 nor a token id",
     "mark tokens that are not trained with -100: another number ends training with an error, or is learned",
 )
-OTHER_LABELS = kind(
+OTHER_LABELS = FAMILY.kind(
     "labels-not-inputs",
-    FAMILY,
     "error",
     "rows with labels that are not the token ids at their place",
     "make the labels from a copy of the token ids",
 )
-SHIFTED = kind(
+SHIFTED = FAMILY.kind(
     "labels-shifted",
-    FAMILY,
     "error",
     "rows whose labels are moved by one or two tokens",
     "leave labels where the tokens are: the model shifts them itself. For a trainer that does not (NeMo, Megatron), "
     "pass --shifted-labels",
 )
-NOT_SHIFTED = kind(
+NOT_SHIFTED = FAMILY.kind(
     "labels-not-shifted",
-    FAMILY,
     "error",
     "rows whose labels are not moved, though their trainer expects them moved by one (--shifted-labels)",
     "move them one to the left: label i is what position i predicts",
 )
-BAD_MASK = kind(
+BAD_MASK = FAMILY.kind(
     "bad-mask-value",
-    FAMILY,
     "error",
     "rows with a mask or weight that is negative, infinite or not a number",
     "masks are 0 and 1 (or true and false), weights 0 or more",
 )
-DISAGREE = kind(
+DISAGREE = FAMILY.kind(
     "masks-disagree",
-    FAMILY,
     "error",
     "rows whose labels and masks say different things about what is trained",
     "keep one of the columns, or make them agree: trainers differ in which they read",
 )
-NO_LABELS = kind(
+NO_LABELS = FAMILY.kind(
     "no-labels",
-    FAMILY,
     "error",
     "rows without labels or a mask: trainers learn every token, the prompt too",
     "add labels (-100 for what is not trained), unless the model should learn to write prompts",

@@ -10,19 +10,17 @@ from numpy.typing import NDArray
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages import tables
 from sstoken.stages.auditing.context import Context
-from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.kinds import Family
 
-FAMILY = "scores"
-MISSING = kind(
+FAMILY = Family("scores")
+MISSING = FAMILY.kind(
     "signal-missing",
-    FAMILY,
     "error",
     "rows with response tokens that were not measured",
     "score them again (--force)",
 )
-CONSTANT = kind(
+CONSTANT = FAMILY.kind(
     "signal-constant",
-    FAMILY,
     "warning",
     "rows, all of them, in which a signal is the same number on every token",
     "a method learns nothing from it: check that the right checkpoint was scored",

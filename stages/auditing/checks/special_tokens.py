@@ -4,51 +4,45 @@ import numpy as np
 
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, stretches
-from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.kinds import Family
 
-FAMILY = "special tokens"
-BOS_MISSING = kind(
+FAMILY = Family("special tokens")
+BOS_MISSING = FAMILY.kind(
     "bos-missing",
-    FAMILY,
     "error",
     "rows that do not begin with BOS, though the tokenizer or its chat template puts it there",
     "tokenize with the chat template as it is, or with add_special_tokens=True where there is none",
     "tokenizer",
 )
-BOS_DOUBLED = kind(
+BOS_DOUBLED = FAMILY.kind(
     "bos-doubled",
-    FAMILY,
     "error",
     "rows that begin with BOS twice",
     "tokenize templated text with add_special_tokens=False: the template prints BOS already",
     "tokenizer",
 )
-BOS_INSIDE = kind(
+BOS_INSIDE = FAMILY.kind(
     "bos-inside",
-    FAMILY,
     "error",
     "rows with BOS in the middle of a document",
     "tokenize prompt and answer as one text, or the answer with add_special_tokens=False",
     "tokenizer",
 )
-PADDING = kind(
+PADDING = FAMILY.kind(
     "padding-trained",
-    FAMILY,
     "error",
     "rows that train padding",
     "set the labels of padding to -100; where the pad token is EOS, do it by position, not by id",
 )
-SPECIAL = kind(
+SPECIAL = FAMILY.kind(
     "special-token-trained",
-    FAMILY,
     "warning",
     "rows that train a special token that the chat template does not print",
     "remove it from the text, or set its label to -100",
     "template",
 )
-UNKNOWN = kind(
+UNKNOWN = FAMILY.kind(
     "unknown-token-trained",
-    FAMILY,
     "warning",
     "rows that train the unknown token: the tokenizer has no token for a piece of the answer",
     "clean the text, or take a tokenizer that covers it",

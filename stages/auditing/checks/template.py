@@ -8,7 +8,7 @@ from typing import Any
 
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
-from sstoken.stages.auditing.kinds import Kind, kind
+from sstoken.stages.auditing.kinds import Family, Kind
 from sstoken.stages.encoding import chat, rendering
 from sstoken.stages.encoding.messages import (
     LOST,
@@ -21,18 +21,13 @@ from sstoken.stages.encoding.messages import (
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
-FAMILY = "conversations and the chat template"
+FAMILY = Family("conversations and the chat template")
 _TURNS = "use --turns each, or a --chat-template that prints all of it"
 
 
 def _lost(what: str, about: str) -> Kind:
-    return kind(
-        f"{what}-dropped",
-        FAMILY,
-        "error",
-        f"rows whose {about} the chat template leaves out",
-        _TURNS,
-        "raw",
+    return FAMILY.kind(
+        f"{what}-dropped", "error", f"rows whose {about} the chat template leaves out", _TURNS, "raw"
     )
 
 
@@ -43,76 +38,67 @@ DROPPED = {
     "tool_calls": _lost("tool-calls", "tool calls"),
     "content": _lost("content", "text"),
 }
-UNSURE = kind(
+UNSURE = FAMILY.kind(
     "uncertain-mask",
-    FAMILY,
     "error",
     "rows in which it is not certain where an answer begins or ends",
     "use a chat template that marks answers with {% generation %}, such as --chat-template trl:NAME",
     "raw",
 )
-REFUSED = kind(
+REFUSED = FAMILY.kind(
     "template-refuses",
-    FAMILY,
     "error",
     "rows that the chat template refuses",
     "fix the rows, or use another --chat-template",
     "raw",
 )
-SPECIAL = kind(
+SPECIAL = FAMILY.kind(
     "special-token-in-text",
-    FAMILY,
     "error",
     "rows whose text holds a special token: a chat template was applied already, or the text was not cleaned",
     "remove it, or keep the rows with --keep-special-tokens",
     "raw",
 )
-TOKENIZER = kind(
+TOKENIZER = FAMILY.kind(
     "changed-by-tokenizer",
-    FAMILY,
     "error",
     "rows whose answers do not survive tokenization as they are written",
     "use another tokenizer, or clean the text",
     "raw",
 )
-DECISION = kind(
+DECISION = FAMILY.kind(
     "needs-decision",
-    FAMILY,
     "error",
     "rows that can be read in several ways",
     "choose one with the option that the example names",
     "raw",
 )
-BAD = kind(
-    "bad-row", FAMILY, "error", "rows that are not a conversation to train on", "fix or drop them", "raw"
+BAD = FAMILY.kind(
+    "bad-row", "error", "rows that are not a conversation to train on", "fix or drop them", "raw"
 )
-NO_TEMPLATE = kind(
+NO_TEMPLATE = FAMILY.kind(
     "no-chat-template",
-    FAMILY,
     "warning",
     "rows encoded without a chat template: a plain one is used (User: ... Assistant: ...)",
     "name the template that the model will be used with (--chat-template)",
     "raw",
 )
-NAMES = kind(
+NAMES = FAMILY.kind(
     "names-dropped",
-    FAMILY,
     "warning",
     "rows whose speakers have names, which the chat template leaves out",
     "write the names into the contents, if they matter",
     "raw",
 )
-NORMALIZED = kind(
+NORMALIZED = FAMILY.kind(
     "text-normalized",
-    FAMILY,
     "warning",
     "rows whose text the tokenizer changes (blanks, or other forms of letters)",
     "check that code and quotations are still right",
     "raw",
 )
-NOT_MARKED = kind(
+NOT_MARKED = FAMILY.kind(
     "turn-not-marked",
-    FAMILY,
     "warning",
     "rows with an answer, or a part of one, that the chat template does not mark with {% generation %}",
     "mark it in the template, if it should be trained",

@@ -10,68 +10,60 @@ from sstoken.stages.auditing.checks.labels import SHIFTED_MASK
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
 from sstoken.stages.auditing.findings import Shown
-from sstoken.stages.auditing.kinds import kind
+from sstoken.stages.auditing.kinds import Family
 
-FAMILY = "turn ends"
-NOT_TRAINED = kind(
+FAMILY = Family("turn ends")
+NOT_TRAINED = FAMILY.kind(
     "end-not-trained",
-    FAMILY,
     "error",
     "rows with an answer whose end token stands there and is not trained: the model does not learn to stop",
     "train the token that ends the turn, also where it opens the next one (as in GLM-4)",
     "tokenizer",
 )
-MISSING = kind(
+MISSING = FAMILY.kind(
     "end-missing",
-    FAMILY,
     "error",
     "rows with an answer that no end token follows: the model does not learn to stop",
     "add the end token after each answer ({{ eos_token }} in the chat template)",
     "tokenizer",
 )
-TRUNCATED = kind(
+TRUNCATED = FAMILY.kind(
     "answer-truncated",
-    FAMILY,
     "warning",
     "rows of the greatest length whose last answer has no end: they were cut",
     "tokenize with a larger maximum length, or drop these rows",
     "tokenizer",
 )
-DOUBLED = kind(
+DOUBLED = FAMILY.kind(
     "end-doubled",
-    FAMILY,
     "error",
     "rows with an answer that ends in the same token twice, both trained",
     "add the end token once: the template has it already, or the tokenizer adds it",
     "tokenizer",
 )
-INSIDE = kind(
+INSIDE = FAMILY.kind(
     "end-inside",
-    FAMILY,
     "error",
     "rows that train a token that stops generation in the middle of an answer",
     "remove it from the text of the answer",
     "tokenizer",
 )
-NOT_A_STOP = kind(
+NOT_A_STOP = FAMILY.kind(
     "end-not-a-stop-token",
-    FAMILY,
     "warning",
     "rows whose last answer ends with a token that does not stop generation",
     "name it in eos_token_id of generation_config.json, or set the tokenizer's eos_token to it",
     "template",
 )
-NO_NEXT = kind(
+NO_NEXT = FAMILY.kind(
     "end-in-next-header-alone",
-    FAMILY,
     "warning",
     "rows whose last answer has no end: the chat template puts it into the header of the next turn, and no row has one",
     "use a template that also prints it after the last answer, or add rows of several turns",
     "template",
 )
-DROPPED = kind(
+DROPPED = FAMILY.kind(
     "turn-ends-dropped",
-    FAMILY,
     "warning",
     "rows of a selection that drops the end of a turn, as it does for most turns",
     "keep them: select with --protect end_of_turn",
