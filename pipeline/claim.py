@@ -8,7 +8,7 @@ from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.config import RunConfig
-from sstoken.pipeline.writing import check_writable
+from sstoken.pipeline.disk import check_writable
 from sstoken.stages import plain_json, storage
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode

@@ -117,7 +117,7 @@ def _typed(arguments: list[str] | None) -> str:
 
 def _refused(error: OSError) -> str:
     """Say what the system refused, for which file; for a full disk, also how full it is."""
-    from sstoken.pipeline.writing import full_disk
+    from sstoken.pipeline.disk import full_disk
 
     if (told := full_disk(error, Path.cwd())) is not None:
         return str(told)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import UsageError
+from sstoken.pipeline.locks import at_work
 from sstoken.pipeline.sections import MASKED, TOKENS
-from sstoken.pipeline.writing import at_work
 from sstoken.stages import joins, storage
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest

@@ -14,7 +14,9 @@ from pydantic import BaseModel, field_validator
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.config import validated
+from sstoken.pipeline.disk import naming_full_disk
 from sstoken.pipeline.job import Identity, Job, Result, State, identify, linked, partial_fingerprint, state_of
+from sstoken.pipeline.locks import RANKS, at_work, forget_parts, one_run_at_a_time
 from sstoken.pipeline.runner import (
     check_out,
     context_of,
@@ -25,7 +27,6 @@ from sstoken.pipeline.runner import (
     run_stage,
     skipped,
 )
-from sstoken.pipeline.writing import RANKS, at_work, forget_parts, naming_full_disk, one_run_at_a_time
 from sstoken.stages import manifest as manifests
 from sstoken.stages import plain_json, storage
 from sstoken.stages.manifest import MANIFEST, Digests

@@ -14,6 +14,7 @@ from typing import Any
 
 from sstoken.errors import NothingLeftError, QuarantinedError, SstokenError, UsageError
 from sstoken.pipeline import rates
+from sstoken.pipeline.disk import check_not_inside, check_writable, naming_full_disk
 from sstoken.pipeline.engines import make_engine
 from sstoken.pipeline.job import (
     FINGERPRINT_FILE,
@@ -28,17 +29,9 @@ from sstoken.pipeline.job import (
     state_of,
     superseded,
 )
+from sstoken.pipeline.locks import RANKS, at_work, forget_dead_run, one_run_at_a_time
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.saying import say
-from sstoken.pipeline.writing import (
-    RANKS,
-    at_work,
-    check_not_inside,
-    check_writable,
-    forget_dead_run,
-    naming_full_disk,
-    one_run_at_a_time,
-)
 from sstoken.stages import joins, storage, tables, took
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest

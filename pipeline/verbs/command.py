@@ -20,10 +20,10 @@ from pydantic import Field
 from sstoken.errors import UsageError
 from sstoken.pipeline.cli_options import OnceEach, Option, given, json_option, stage_options
 from sstoken.pipeline.config import LARGEST_SEED, validated
+from sstoken.pipeline.disk import check_not_inside
 from sstoken.pipeline.job import Result
 from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.saying import say
-from sstoken.pipeline.writing import check_not_inside
 from sstoken.stages import storage
 from sstoken.stages.stage import Settings
 

@@ -135,7 +135,7 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
 def _print_needed(needed: "list[Estimate]", out: Path) -> None:
     """Print what the steps that are still to do need, and the sums."""
     from sstoken.pipeline.cost import SAMPLE, hours, number
-    from sstoken.pipeline.writing import free_bytes, size_text
+    from sstoken.pipeline.disk import free_bytes, size_text
 
     seconds = [e.seconds for e in needed if e.seconds is not None]
     size = sum(e.bytes or 0 for e in needed)

@@ -15,12 +15,12 @@ from sstoken.pipeline.claim import claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
 from sstoken.pipeline.job import Job, Result, State, state
+from sstoken.pipeline.locks import one_run_at_a_time
 from sstoken.pipeline.plan import Step, check_run, run_groups
 from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.saying import say
-from sstoken.pipeline.together import execute_together
+from sstoken.pipeline.shared_queue import execute_together
 from sstoken.pipeline.verbs.command import Place, command, echo_results, local_place
-from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests

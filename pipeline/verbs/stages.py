@@ -23,7 +23,7 @@ from sstoken.pipeline.roles import NO_ATTENTION
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.saying import say
 from sstoken.pipeline.sections import stage_of
-from sstoken.pipeline.together import execute_together
+from sstoken.pipeline.shared_queue import execute_together
 from sstoken.pipeline.verbs.command import (
     Internal,
     Output,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sstoken.pipeline import api
-from sstoken.pipeline.writing import one_run_at_a_time
+from sstoken.pipeline.locks import one_run_at_a_time
 from sstoken.stages.checkpoints import load_tokenizer
 from tests.pipeline.small_run import PIPELINE, environment, save_config
 from tests.pipeline.worlds import CommandLine, World, make_world

@@ -11,7 +11,7 @@ import pytest
 from sstoken.errors import SstokenError
 from sstoken.pipeline import lease
 from sstoken.pipeline.lease import Lease
-from sstoken.pipeline.writing import one_run_at_a_time
+from sstoken.pipeline.locks import one_run_at_a_time
 
 
 @pytest.fixture

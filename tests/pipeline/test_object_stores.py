@@ -12,7 +12,7 @@ import pytest
 
 import sstoken
 from sstoken.errors import SstokenError
-from sstoken.pipeline import ranks, runner, writing
+from sstoken.pipeline import locks, ranks, runner
 from sstoken.pipeline.verbs import stages as api
 from sstoken.pipeline.verbs.looking import verify
 from sstoken.stages import faults, storage, tables
@@ -177,7 +177,7 @@ def test_work_in_the_store_is_not_done_again(
 def test_of_two_that_commit_one_wins_and_the_other_says_so(
     moment: str, world: World, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "_NO_LEASE", ("s3",))  # as if each took the other for dead
+    monkeypatch.setattr(locks, "_NO_LEASE", ("s3",))  # as if each took the other for dead
     where, name = {
         "before the manifest": (manifests, "list_files"),
         "before publishing": (runner, "publish"),

@@ -20,8 +20,8 @@ from sstoken import stages
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline import ranks, verbs
 from sstoken.pipeline.job import Result
+from sstoken.pipeline.locks import one_run_at_a_time
 from sstoken.pipeline.verbs import stages as api
-from sstoken.pipeline.writing import one_run_at_a_time
 from sstoken.stages import tables
 from sstoken.stages.sharded import ShardedStage
 from tests.pipeline.small_run import environment, leftovers, save_conversations

@@ -86,7 +86,7 @@ def test_rows_that_would_be_refused_are_named_after_the_table(cli: CommandLine, 
 
 
 def test_too_little_room_is_said(cli: CommandLine, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sstoken.pipeline.writing.free_bytes", lambda folder: 10)
+    monkeypatch.setattr("sstoken.pipeline.disk.free_bytes", lambda folder: 10)
     outcome = cli("plan", config)
     assert outcome.code == 0
     assert "10 bytes are free" in outcome.err

@@ -12,7 +12,7 @@ import pytest
 from sstoken.errors import SstokenError
 from sstoken.pipeline import lease
 from sstoken.pipeline.lease import StoreLease
-from sstoken.pipeline.writing import one_run_at_a_time
+from sstoken.pipeline.locks import one_run_at_a_time
 from sstoken.stages import conditional_write, remote_cache, storage
 from sstoken.stages.remote_path import RemotePath
 from tests.object_stores import BUCKET, needs_s3

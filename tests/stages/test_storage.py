@@ -118,7 +118,7 @@ def test_no_stage_writes_past_the_storage() -> None:
         "pipeline/new_configuration.py",  # and configurations
         "stages/hub/pull.py",  # a download that is not what was promised
         "stages/training/observed_losses.py",  # a database of its own
-        "pipeline/writing.py",  # locks
+        "pipeline/locks.py",
         "pipeline/lease.py",
         "pipeline/claim.py",
         "pipeline/verbs/runs.py",

@@ -1,49 +1,17 @@
-"""Access to output folders: whether they can be written, locks against other runs, and full disks."""
+"""Locks that keep other runs off an output folder, or off a rank's part of it."""
 
-import errno
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
 from filelock import FileLock, Timeout
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError
 from sstoken.pipeline import lease
+from sstoken.pipeline.disk import naming_full_disk
 from sstoken.pipeline.saying import say
 from sstoken.stages import storage
-from sstoken.stages.folders import is_finished
-from sstoken.stages.manifest import read_manifest
 from sstoken.stages.remote_path import RemotePath
-from sstoken.stages.shard_border import GOES_ON
-
-
-def check_writable(folder: PurePath) -> None:
-    """Refuse a folder that cannot be created or replaced.
-
-    Raises:
-        SstokenError: its nearest existing parent cannot be written to.
-    """
-    if not isinstance(folder, Path):
-        return  # an object store refuses the first file instead
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    parent = existing if existing != folder.absolute() else existing.parent
-    if not parent.is_dir() or not _writable(parent):
-        raise SstokenError(
-            f"{parent}: cannot be written to; choose another output folder or fix its permissions"
-        )
-
-
-def _writable(folder: Path) -> bool:
-    """Whether a file can be created there. Tries it: permissions tell nothing about root or a read-only disk."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # usually has no name, so that a kill leaves nothing behind
-            return True
-    except OSError:
-        return False
-
 
 _NO_LEASE = ("hf",)
 """Every file put there is a commit of a repository."""
@@ -171,86 +139,3 @@ def _is_held(file: Path) -> bool:
         return False  # on a disk that takes no files, where nobody works
     lock.release()
     return False
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_TEXTS = ("No space left", "os error 28", "Disk quota exceeded")
-"""The same in the texts of libraries' own errors."""
-_TORCH_TEXTS = ("inline_container", "iostream error", "PytorchStreamWriter")
-"""Texts of torch.save when a write fails; they do not say why."""
-_NO_ROOM = 1 << 20
-"""With fewer bytes free than this, torch's failed write counts as a full disk."""
-
-
-@contextmanager
-def naming_full_disk(folder: Path) -> Iterator[None]:
-    """Turn errors of a full disk into one line: which disk, how much is free, and which file did not fit.
-
-    Args:
-        folder: where the work is done, for errors that do not name a file.
-    """
-    try:
-        yield
-    except Exception as error:
-        told = full_disk(error, folder)
-        if told is None:
-            raise
-        raise told from error
-
-
-def full_disk(error: BaseException, folder: Path) -> SstokenError | None:
-    """Return the error to show if a full disk caused `error`, directly or through a library; else None."""
-    place = _without_room(error, folder)
-    if place is None:
-        return None
-    disk = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.ismount(p))
-    usage = shutil.disk_usage(disk)
-    return SstokenError(
-        f"{place}: no space left on the disk at {disk} ({size_text(usage.free)} free of {size_text(usage.total)}); "
-        f"make room there; {GOES_ON}"
-    )
-
-
-def _without_room(error: BaseException | None, folder: Path) -> Path | None:
-    """The file or folder on the full disk that caused an error; None: it had another cause."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return Path(os.fsdecode(error.filename)) if error.filename else folder
-        if any(text in str(error) for text in _FULL_TEXTS):
-            return folder
-        if any(text in str(error) for text in _TORCH_TEXTS) and shutil.disk_usage(folder).free < _NO_ROOM:
-            return folder
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def check_not_inside(out: PurePath) -> None:
-    """Refuse an output inside a finished folder, which may hold only what its stage wrote.
-
-    Raises:
-        UsageError: names the finished folder.
-    """
-    if not isinstance(out, Path):
-        return
-    for folder in out.absolute().parents:
-        if is_finished(folder) and (made := read_manifest(folder)) is not None:
-            raise UsageError(
-                f"{out}: lies in {folder}, which {made.stage!r} wrote; choose a place outside it"
-            )
-
-
-def free_bytes(folder: PurePath) -> int | None:
-    """Bytes free on the disk of an existing or future folder; None: it is remote."""
-    if not isinstance(folder, Path):
-        return None
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
-
-
-def size_text(count: int) -> str:
-    """Format a number of bytes for people."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 10_000:
-            return f"{count:,} {unit}"
-        count //= 1000
-    return f"{count:,} TB"
