@@ -1,6 +1,5 @@
 """`run.json` marks a folder as the run of some data and model, so that runs of others are never mixed into it."""
 
-import hashlib
 import json
 import os
 from pathlib import Path, PurePath
@@ -82,7 +81,7 @@ def _identity(config: RunConfig, digests: Digests) -> dict[str, dict[str, str]]:
         "model": (encodes[0].model, [sources["tokenizer"], trained[0] if trained else None]),
     }
     return {
-        key: {"place": _place(name, config.folder), "content": _digest(content)}
+        key: {"place": _place(name, config.folder), "content": plain_json.digest(content)[:16]}
         for key, (name, content) in found.items()
     }
 
@@ -97,10 +96,6 @@ def _place(name: str, folder: PurePath) -> str:
             return path.absolute().as_posix()
         return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
     return name
-
-
-def _digest(identity: Any) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _same(held: Any, found: dict[str, str], folder: Path) -> bool:

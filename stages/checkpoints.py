@@ -313,14 +313,10 @@ def stamp(ref: str) -> tuple[Any, ...]:
     folder = local_folder(ref)
     if folder is None:
         return ()
-    files = [
-        (p.name, p.stat())
-        for p in sorted(folder.iterdir())
-        if p.suffix in (".safetensors", ".json", ".jinja", ".py") and p.is_file()
-    ]
     own = tuple(
-        (str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        for name, stat in files  # copying can set mtime back, but nothing can set ctime back
+        (str(folder.resolve()), file.name, *storage.stamp(file))
+        for file in sorted(folder.iterdir())
+        if file.suffix in (".safetensors", ".json", ".jinja", ".py") and file.is_file()
     )
     base = adapter_base(ref)
     return own if base is None else own + stamp(base)

@@ -1,15 +1,14 @@
-"""Writes that an object store does only where nobody else was first: If-None-Match and If-Match."""
+"""Conditional writes to object stores (If-None-Match, If-Match): of several writers, one wins."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from sstoken.errors import SstokenError
-from sstoken.stages.remote_path import RemotePath, explained, version
+from sstoken.stages.remote_path import S3, RemotePath, explained, version
 
-_S3 = ("s3", "s3a")
 _TRIES = 5
-"""Of a write that met another one of the same object: S3 asks for it to be repeated."""
+"""Attempts at a write that conflicts with another one of the same object; S3 asks for a repetition."""
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def version_of(file: RemotePath) -> str | None:
     info = file.info()
     if info is None:
         return None
-    return str(info["ETag"]) if file.scheme in _S3 else version(info)
+    return str(info["ETag"]) if file.scheme in S3 else version(info)
 
 
 def replace(file: RemotePath, content: bytes, expected: str) -> bool:
@@ -56,7 +55,7 @@ def replace(file: RemotePath, content: bytes, expected: str) -> bool:
     Only S3 compares and writes in one step; elsewhere there is a moment between.
     """
     filesystem, key = file.located()
-    if file.scheme in _S3:
+    if file.scheme in S3:
         return _tried(lambda: filesystem.pipe_file(key, content, IfMatch=expected), file)
     if version_of(file) != expected:
         return False

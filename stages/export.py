@@ -1,6 +1,5 @@
 """Stage `export`: write the masked dataset in a trainer's own format."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -94,7 +93,7 @@ class Export(ShardedStage):
             files = {name: folders.hash_file(out / name) for name in record["files"]}
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return False
-        return bool(digest == _digest(record) and files == record["files"])
+        return bool(digest == plain_json.digest(record) and files == record["files"])
 
     def finish(self, context: Context) -> dict[str, Any]:
         """Write the trainer's other files, the card and the tokenizer."""
@@ -127,10 +126,6 @@ def has_weights(masked: Path) -> bool:
     return bool(parts) and "weight" in tables.columns(parts[0])
 
 
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 class _ExportShard:
     """Writes one shard. Picklable, for worker processes."""
 
@@ -156,5 +151,6 @@ class _ExportShard:
         files = {file.relative_to(self._out).as_posix(): folders.hash_file(file) for file in written}
         record = {"counts": ready.counts, "files": files}
         write_atomic(
-            self._out / _COUNTS / f"{path.stem}.json", json.dumps({**record, "digest": _digest(record)})
+            self._out / _COUNTS / f"{path.stem}.json",
+            json.dumps({**record, "digest": plain_json.digest(record)}),
         )

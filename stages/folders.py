@@ -175,10 +175,8 @@ def copy_folder(source: Path, target: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal, cached for large files until size or times change."""
-    stat = path.stat()
-    if stat.st_size < _WORTH_REMEMBERING:
-        return hash_file(path)
-    return _remembered(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    stamp = storage.stamp(path)
+    return hash_file(path) if stamp[0] < _WORTH_REMEMBERING else _remembered(path, stamp)
 
 
 def hash_file(path: Path) -> str:
@@ -195,10 +193,10 @@ def _remembered(path: Path, key: tuple[int, ...]) -> str:
 def _listing(folder: Path) -> dict[str, str] | None:
     """Return the digests by file name; None without a manifest, or with one of another tool (a web application's)."""
     try:
-        stat = (folder / MANIFEST).stat()
+        stamp = storage.stamp(folder / MANIFEST)
     except OSError:
         return None
-    return _parsed(folder, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    return _parsed(folder, stamp)
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,5 @@
 """Manifests: the last file written into a folder. It lists the files and records what made them."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -152,10 +151,6 @@ def problems(folder: Path, manifest: Manifest, *, checksums: bool = True) -> Ite
             yield f"{path}: content changed (checksum differs)"
 
 
-def _digest_of(known: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
 class Digests:
     """SHA-256 of files, cached until a file's size or times change, so that a finished run is recognised fast."""
 
@@ -167,7 +162,7 @@ class Digests:
         if cache is not None and cache.is_file():
             with suppress(OSError, ValueError, TypeError, KeyError):  # only a cache
                 saved = plain_json.parse(cache.read_bytes())
-                if saved["digest"] == _digest_of(saved["known"]):
+                if saved["digest"] == plain_json.digest(saved["known"]):
                     self._known = saved["known"]
 
     def __call__(self, path: Path) -> str:
@@ -176,8 +171,7 @@ class Digests:
         Raises:
             SstokenError: the manifest of its folder lists another digest.
         """
-        stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+        key = ":".join(map(str, (path.resolve(), *storage.stamp(path))))
         if key not in self._known:
             self._known[key] = sha256(path)
             self._unsaved = True
@@ -191,7 +185,7 @@ class Digests:
         if self._unsaved and self._cache is not None and self._cache.parent.is_dir():
             with suppress(OSError):  # a full or read-only disk
                 storage.of(self._cache).sweep(self._cache.parent, self._cache.name)
-                text = json.dumps({"digest": _digest_of(self._known), "known": self._known})
+                text = json.dumps({"digest": plain_json.digest(self._known), "known": self._known})
                 write_atomic(self._cache, text)
             self._unsaved = False
 

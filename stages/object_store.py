@@ -1,8 +1,8 @@
 """Folders in object stores, through fsspec.
 
-An object is written to local scratch first and put in one request, so it is complete or not there. Beside unfinished
-work stands a record of each object's digest: nobody downloads a shard to hash it or to see whether it is complete.
-Publishing copies within the store, the manifest last and only if there is none: of several publishers one wins.
+An object is written to local scratch first and put in one request, so it is complete or does not exist. Unfinished work
+has a record of each object's digest, so that no shard is downloaded to hash or to check it. Publishing copies within
+the store and writes the manifest last, only if there is none: of several publishers, one wins.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from filelock import FileLock
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import conditional_write, faults, plain_json, remote_cache
 from sstoken.stages.conditional_write import writing
+from sstoken.stages.folders import hash_file
 from sstoken.stages.processes import is_main_process
 from sstoken.stages.remote_path import RemotePath, explained, version
 from sstoken.stages.storage import CLAIM, MARKS, UNFINISHED
@@ -79,7 +80,7 @@ class ObjectStore:
 
     @contextmanager
     def put_folder(self, folder: RemotePath) -> Iterator[Path]:
-        """See `Storage`. Its record, which comes last, says that it is complete."""
+        """See `Storage`. Writes the folder's record last, so that only a complete folder has one."""
         with tempfile.TemporaryDirectory(prefix="sstoken-") as name:
             scratch = Path(name) / folder.name
             scratch.mkdir()
@@ -94,10 +95,10 @@ class ObjectStore:
         local.unlink()
 
     def make_folder(self, folder: RemotePath) -> None:
-        """See `Storage`. A folder is there once a file is."""
+        """See `Storage`. Does nothing: a folder exists while it has a file."""
 
     def flush(self, folder: RemotePath) -> None:
-        """See `Storage`. What a store has taken is safe."""
+        """See `Storage`. Does nothing: a store loses no object that it accepted."""
 
     def delete(self, place: RemotePath) -> None:
         """See `Storage`."""
@@ -111,7 +112,7 @@ class ObjectStore:
             self._remove([record])
 
     def sweep(self, folder: RemotePath, name: str = "") -> None:
-        """See `Storage`. A writer that is killed leaves nothing in the store."""
+        """See `Storage`. Does nothing: a killed writer leaves nothing in the store."""
 
     def workplace(self, place: RemotePath) -> RemotePath:
         """See `Storage`."""
@@ -174,18 +175,18 @@ class ObjectStore:
         return (place / CLAIM).is_file()
 
     def local(self, place: RemotePath) -> Path:
-        """See `Storage`. Fetched once for each content, whoever on this machine asks."""
+        """See `Storage`. Downloads each content once per machine."""
         return remote_cache.fetched(place)
 
     @contextmanager
     def local_work(self, folder: RemotePath) -> Iterator[Path]:
-        """See `Storage`. What a run has kept in the store is there again, and nothing else."""
+        """See `Storage`. Restores what the run kept in the store, and removes everything else."""
         made_by = _read(folder / MARKS[1]) or ""
         scratch = remote_cache.workshop(folder, made_by)
         with FileLock(scratch.parent / ".lock"):
             there = {scratch / file.relative_to(folder).as_posix(): file for file in self.list(folder)}
             for path in _files(scratch) if is_main_process() else ():
-                if path not in there or self.digest(there[path])[1] != _sha256(path):
+                if path not in there or self.digest(there[path])[1] != hash_file(path):
                     path.unlink()
             for path, file in there.items():
                 if not path.exists():
@@ -196,7 +197,7 @@ class ObjectStore:
             shutil.rmtree(scratch)
 
     def keep_work(self, scratch: Path, folder: RemotePath) -> None:
-        """See `Storage`. In the order in which files were written: what names others follows them."""
+        """See `Storage`. Puts files in the order in which they were written, so an index follows what it names."""
         self._put_all(scratch, folder)
         self._remove(
             [file for file in self.list(folder) if not (scratch / file.relative_to(folder)).exists()]
@@ -211,20 +212,16 @@ class ObjectStore:
         return self._noted(file) is not None
 
     def digest(self, file: RemotePath) -> tuple[int, str]:
-        """See `Storage`. By its record, where that is of the object that is there; else downloaded."""
+        """See `Storage`. Takes it from the file's record if that is current, else downloads the file."""
         noted = self._noted(file)
         if noted is not None:
             return noted["bytes"], noted["sha256"]
         with file.open() as opened:
-            digest = hashlib.sha256()
-            size = 0
-            while chunk := opened.read(1 << 22):
-                digest.update(chunk)
-                size += len(chunk)
-        return size, digest.hexdigest()
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # has `readinto`
+            return opened.seek(0, 2), digest
 
     def _upload(self, local: Path, file: RemotePath) -> None:
-        size, digest = local.stat().st_size, _sha256(local)
+        size, digest = local.stat().st_size, hash_file(local)
         filesystem, key = file.located()
         faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
         with writing(file):
@@ -235,11 +232,11 @@ class ObjectStore:
         for path in _files(scratch):
             file = folder / path.relative_to(scratch).as_posix()
             noted = self._noted(file)
-            if noted is None or noted["sha256"] != _sha256(path):
+            if noted is None or noted["sha256"] != hash_file(path):
                 self._upload(path, file)
 
     def _note(self, file: RemotePath, size: int, digest: str) -> None:
-        """Check what the store took; record it where it is part of unfinished work."""
+        """Check the size that the store reports; record files of unfinished work."""
         info = file.info() if digest else {}
         if info is None or (digest and info["size"] != size):
             raise SstokenError(
@@ -252,7 +249,7 @@ class ObjectStore:
                 filesystem.pipe_file(key, json.dumps(noted).encode())
 
     def _noted(self, file: RemotePath) -> dict[str, Any] | None:
-        """The record of a file, if it is of what is there."""
+        """Return a file's record; None if there is none, or it is of an earlier version of the file."""
         record = _record(file)
         text = None if record is None else _read(record)
         info = None if text is None else file.info()
@@ -266,9 +263,7 @@ class ObjectStore:
 
     def _remove(self, files: Sequence[RemotePath]) -> None:
         for file in files[:1]:  # on its own: a mark goes before the rest
-            filesystem, key = file.located()
-            with suppress(FileNotFoundError), explained(file):
-                filesystem.rm_file(key)
+            conditional_write.remove(file)
         if files[1:]:
             filesystem, _ = files[1].located()
             with suppress(FileNotFoundError), explained(files[1]):
@@ -283,7 +278,7 @@ def _read(file: RemotePath) -> str | None:
 
 
 def _record(file: RemotePath) -> RemotePath | None:
-    """Where the record of a file of unfinished work lies; None: it is of none."""
+    """Return the path of a file's record; None if the file is not part of unfinished work."""
     for folder in file.parents:
         if folder.name.endswith(_PARTIAL):
             return folder / _RECORDS / f"{file.relative_to(folder).as_posix()}.json"
@@ -291,14 +286,9 @@ def _record(file: RemotePath) -> RemotePath | None:
 
 
 def _files(folder: Path) -> Sequence[Path]:
-    """The files below a folder, in the order in which they were written."""
+    """Return the files below a folder, in the order in which they were written."""
     found = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(UNFINISHED)]
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _claim(manifest: str) -> str:

@@ -1,5 +1,6 @@
-"""Parse JSON of files that may be damaged: every problem is a ValueError."""
+"""JSON of files that may be damaged: every problem is a ValueError. Also digests of JSON values."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -26,3 +27,8 @@ def parse_object(content: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, not an object")
     return value
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a value's JSON text with sorted keys, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ from sstoken.errors import UsageError
 from sstoken.stages.remote_path import RemotePath, explained, version
 
 _NOT_FETCHED = ("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "global_step*/*", "*.tmp")
-"""Files that trainers leave in a checkpoint and nothing here reads."""
+"""Files of a trainer's checkpoint that are never read here, so not downloaded."""
 
 
 def cache() -> Path:
@@ -68,14 +68,14 @@ def fetch(file: RemotePath, copy: Path) -> None:
 
 
 def own_place(place: RemotePath) -> Path:
-    """Return the local path for files that concern this machine only."""
+    """Return the local path for a remote folder's locks and cached digests."""
     own = cache() / "own" / _hash(str(place.parent)) / place.name
     own.parent.mkdir(parents=True, exist_ok=True)
     return own
 
 
 def machine() -> str:
-    """Return a name for all processes that share this cache: they see each other's locks."""
+    """Return the name of this machine, shared by all processes with this cache."""
     file = cache() / "machine"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from sstoken.errors import SstokenError, UsageError
 _SCHEME = re.compile(r"\A([a-z][a-z0-9+.-]*):/+")
 _PATIENCE = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
 """Settings of botocore, in seconds and attempts per request: a store that is down is an error within a minute."""
-_S3 = ("s3", "s3a")
+S3 = ("s3", "s3a")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid", "mtime", "created")
 """Facts about an object that change with its content, the most reliable first."""
 _PACKAGES = {
@@ -119,7 +119,7 @@ class RemotePath(PurePosixPath):
         """See `Path`. Takes one request, for small files."""
         filesystem, key = self.located()
         with explained(self):
-            more = {"max_concurrency": 1} if self.scheme in _S3 else {}  # else s3fs asks for the size first
+            more = {"max_concurrency": 1} if self.scheme in S3 else {}  # else s3fs asks for the size first
             return bytes(filesystem.cat_file(key, **more)).decode(encoding)
 
     def open(self, mode: str = "rb") -> BinaryIO:
@@ -189,7 +189,7 @@ def options(scheme: str) -> dict[str, Any]:
     import fsspec
 
     found: dict[str, Any] = {"use_listings_cache": False}  # other machines write there
-    if scheme in _S3:
+    if scheme in S3:
         found["config_kwargs"] = {**_PATIENCE, **fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
     return found
 

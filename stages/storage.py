@@ -282,6 +282,12 @@ def atomic_file(file: Path) -> AbstractContextManager[BinaryIO]:
     return of(file).put(file)
 
 
+def stamp(file: Path) -> tuple[int, ...]:
+    """Return numbers that change when a file does. Copying can set the times back, except for ctime."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
 def write_atomic(file: Path, text: str) -> None:
     """Write or replace a UTF-8 text file atomically."""
     with atomic_file(file) as opened:

@@ -4,7 +4,6 @@ Every per-token column is a list as long as `input_ids`. Measured values (loss, 
 there is none: outside the response, and if the method needs no such signal.
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -146,8 +145,7 @@ def _stamp(path: Path) -> tuple[object, ...]:
     if "://" in str(path):
         return (object(),)
     with _readable(path):
-        stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+        return storage.stamp(path)
 
 
 @lru_cache(maxsize=256)
@@ -177,7 +175,7 @@ def _schema(path: Path) -> pa.Schema:
 
 
 def _digest(metadata: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()[:16]
+    return plain_json.digest(dict(metadata))[:16]
 
 
 def columns(path: Path) -> list[str]:
