@@ -19,11 +19,32 @@ if TYPE_CHECKING:
     from torch import Tensor  # selecting offline loads no torch
 
 Float64Array = NDArray[np.float64]
+Float32Array = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 MINMAX_EPSILON = 1e-8
 """Added to the min-max range, as in the authors' code: a constant signal gives 0 everywhere."""
+
+
+def places(offsets: NDArray[np.integer[Any]]) -> IntArray:
+    """Return each token's place in its example, from 0, [N]."""
+    return np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+
+
+def sums(values: NDArray[Any], offsets: NDArray[np.integer[Any]]) -> NDArray[Any]:
+    """Return the sum of each example's values [N], [E]."""
+    totals = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
+    return totals[offsets[1:]] - totals[offsets[:-1]]
+
+
+def runs(mask: BoolArray, offsets: NDArray[np.integer[Any]]) -> IntArray:
+    """Return [U + 1] into the True tokens of a mask [N]: where each run of them within one example starts."""
+    true = np.flatnonzero(mask)
+    begins = np.diff(true, prepend=-2) != 1
+    first = np.searchsorted(true, offsets[:-1])
+    begins[first[first < true.size]] = True
+    return np.append(np.flatnonzero(begins), true.size)
 
 
 def check_ratio(rho: float) -> None:

@@ -25,7 +25,7 @@ from sstoken.stages.criticality.judge import (
     Verdict,
 )
 from sstoken.stages.model_options import ModelOptions, check_lengths
-from sstoken.stages.scores_file import write_columns
+from sstoken.stages.scores_file import remarks, write_columns
 from sstoken.stages.sharded import Work
 from sstoken.stages.stage import BY_CONTENT, Context, Task, Worker
 from sstoken.stages.token_text import special_ids
@@ -104,9 +104,7 @@ class Critical(ModelOptions):
                 summary[key] = dict(sum((Counter(s[key]) for s in stats), Counter()))
             else:
                 summary[key] = next((s[key] for s in stats if s[key] is not None), None)
-        if remarks := sorted({m["computed_with"] for m in metadata if m.get("computed_with")}):
-            summary["computed_with"] = "; ".join(remarks)
-        return summary
+        return summary | remarks(metadata)
 
 
 @Latest

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sstoken.methods import Input, Tokens, get_method
-from sstoken.selection import BoolArray, Float64Array, IntArray, keep_per_example
+from sstoken.selection import BoolArray, Float64Array, IntArray, keep_per_example, places
 from sstoken.signals import get_signal
 
 NUM_DECILES = 10
@@ -25,8 +25,7 @@ def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str,
         rho: share of tokens kept, for the overlap of REL and attention; None: no overlap is counted.
     """
     counts = np.diff(tokens.offsets)
-    position = np.arange(kept.size) - np.repeat(tokens.offsets[:-1], counts)
-    decile = position * NUM_DECILES // np.maximum(1, np.repeat(counts, counts))
+    decile = places(tokens.offsets) * NUM_DECILES // np.maximum(1, np.repeat(counts, counts))
     stats: dict[str, Any] = {
         "examples": int((counts > 0).sum()),
         "left_out": int((counts == 0).sum()),

@@ -94,6 +94,10 @@ def summarize_scores(folder: Path, checkpoint: str) -> dict[str, Any]:
         name = key.removesuffix("_sum")
         count = sum(s.get(f"{name}_count", s["response_tokens"]) for s in stats)
         summary[f"mean_{name}"] = sum(s[key] for s in stats) / max(1, count)
-    if remarks := sorted({m["computed_with"] for m in metadata if m.get("computed_with")}):
-        summary["computed_with"] = "; ".join(remarks)
-    return summary
+    return summary | remarks(metadata)
+
+
+def remarks(metadata: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return `computed_with`: how the shards with these metadata were computed; {} if none says so."""
+    found = sorted({m["computed_with"] for m in metadata if m.get("computed_with")})
+    return {"computed_with": "; ".join(found)} if found else {}

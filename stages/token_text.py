@@ -40,6 +40,13 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
+def byte_of_character() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds; joined, they give the decoded text.
 

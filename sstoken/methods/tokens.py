@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sstoken.errors import UsageError
-from sstoken.selection import IntArray, keep_top, minmax_units
+from sstoken.selection import IntArray, keep_top, minmax_units, places
 
 Array = Any
 """A numpy array or a torch tensor; float64 unless stated otherwise."""
@@ -87,7 +87,7 @@ class Tokens:
     @cached_property
     def index(self) -> Array:
         """[N] integers: each token's index among the response tokens of its example, from 0."""
-        return self.like(np.arange(self.num_tokens) - np.repeat(self.offsets[:-1], np.diff(self.offsets)))
+        return self.like(places(self.offsets))
 
     @cached_property
     def example(self) -> Array:

@@ -120,18 +120,11 @@ class Collector:
         if kind.name not in self._first:
             self._first[kind.name] = self.show(example, focus), detail, ""
 
-    def count(
-        self,
-        kind: Kind,
-        rows: int,
-        shown: Shown | None = None,
-        detail: str = "",
-        remedy: str = "",
-    ) -> None:
+    def count(self, kind: Kind, rows: int, shown: Shown | None = None, detail: str = "") -> None:
         """Set the number of rows of a kind."""
         if rows:
             self._rows[kind.name] = rows
-            self._first.setdefault(kind.name, (shown, detail, remedy))
+            self._first.setdefault(kind.name, (shown, detail, ""))
 
     def place(self, kind: Kind, where: str, row: int, detail: str, remedy: str = "", text: str = "") -> None:
         """Count a row that has no token ids; `text` is an excerpt to show as tokens."""

@@ -7,6 +7,7 @@ not checked.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,11 @@ import numpy as np
 from sstoken.errors import SstokenError
 from sstoken.stages.auditing.vocabulary import CONTROL, Vocabulary
 from sstoken.stages.encoding.messages import Conversation, Message
+from sstoken.stages.encoding.spans import ATOM
 from sstoken.stages.encoding.templates import ChatTemplate
 
 _ASKED, _SAID, _ASKED_MORE, _SAID_MORE = "Wqxask", "Wqxreply", "Wqxaskmore", "Wqxreplymore"
 _THOUGHT, _TOOL, _KEY, _VALUE, _RESULT = "Wqxthought", "Wqxtool", "Wqxkey", "Wqxvalue", "Wqxresult"
-_ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
-"""A piece of text that no boundary between two marks splits: a tag, a word, a run of whitespace."""
 _TAG = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,40}\]")
 
 
@@ -280,19 +280,15 @@ def _after(text: str | None, word: str) -> str:
 
 def _prefix(left: str, right: str) -> str:
     """Return the common prefix of two texts, without splitting a tag or a word."""
-    return left[: _common(_ATOM.findall(left), _ATOM.findall(right))]
+    return "".join(_shared(ATOM.findall(left), ATOM.findall(right)))
 
 
 def _suffix(left: str, right: str) -> str:
     """Return the common suffix of two texts, without splitting a tag or a word."""
-    length = _common(_ATOM.findall(left)[::-1], _ATOM.findall(right)[::-1])
-    return left[len(left) - length :]
+    return "".join(_shared(ATOM.findall(left)[::-1], ATOM.findall(right)[::-1])[::-1])
 
 
-def _common(left: Sequence[str], right: Sequence[str]) -> int:
-    length = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        length += len(a)
-    return length
+def _shared(left: Sequence[str], right: Sequence[str]) -> list[str]:
+    """Return the leading items that two lists share."""
+    pairs = zip(left, right, strict=False)
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]

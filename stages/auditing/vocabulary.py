@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sstoken.selection import BoolArray, IntArray
 from sstoken.stages.encoding.chat import control_tokens
+from sstoken.stages.token_text import byte_of_character
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,9 +124,7 @@ def shown(text: bytes) -> str:
 
 
 def _byte_level() -> Callable[[str], bytes]:
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    byte_of = byte_of_character()
     return lambda token: bytes(byte_of.get(c, 0x3F) for c in token)
 
 

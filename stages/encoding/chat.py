@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, first_line
 from sstoken.stages import checkpoints
 from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation, TrainedTurns
 from sstoken.stages.encoding.rendering import Rendered, Renderer, Vocabulary
 from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span
-from sstoken.stages.hub_models import first_line
+from sstoken.stages.token_text import byte_of_character
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,9 +221,7 @@ class ChatEncoder:
         """The bytes of each token; None if the tokenizer is not byte-level. Decoding is several times slower."""
         if type(self.tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
             return None
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        byte_of = byte_of_character()
         added = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()}
         return [
             added[i].encode() if i in added else bytes(byte_of.get(c, 0) for c in str(token))

@@ -16,8 +16,8 @@ from sstoken.stages.encoding.pieces import pieces
 from sstoken.stages.encoding.templates import ChatTemplate, Span
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
 
-_ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
-"""Text that the boundary between prompt and response never splits: a tag, a word, a run of whitespace."""
+ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
+"""Text that no boundary between turns splits: a tag, a word, a run of whitespace."""
 _PROBE = ("Wqxask", "Wqxreply", "Wqxaskmore", "Wqxreplymore")
 
 
@@ -234,7 +234,7 @@ def _shared(left: str, right: str) -> int:
     if right.startswith(left):
         return len(left)
     shared = 0
-    for a, b in zip(_ATOM.finditer(left), _ATOM.finditer(right), strict=False):
+    for a, b in zip(ATOM.finditer(left), ATOM.finditer(right), strict=False):
         if a[0] != b[0]:
             break
         shared = a.end()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import UsageError
 from sstoken.labels import IGNORED_LABEL, labels_from_mask
+from sstoken.selection import places, sums
 from sstoken.stages import tables
 
 SMALLEST_RANGE = 1e-8
@@ -64,12 +65,12 @@ def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared
     ids, offsets = tables.flatten(table["input_ids"])
     keep = tables.flatten(table["keep_mask"])[0].astype(bool)
     lengths = np.diff(offsets)
-    position = np.arange(ids.size) - np.repeat(offsets[:-1], lengths)
+    position = places(offsets)
     weights = token_weights(table, keep) if weighted else None
 
     trained = keep & (position > 0)  # nothing predicts the first token, except another document in a pack
     inside = np.ones(ids.size, bool) if max_length is None else position < max_length
-    per_row = _sums(trained & inside, offsets)
+    per_row = sums(trained & inside, offsets)
     taken_E = per_row > 0
     taken_M = inside & np.repeat(taken_E, lengths)
     cut_lengths = np.minimum(lengths, max_length or lengths.max(initial=0))[taken_E]
@@ -128,12 +129,6 @@ def token_weights(table: pa.Table, keep: NDArray[np.bool_]) -> NDArray[np.float6
     highest = np.repeat(np.fmax.reduceat(score, starts), lengths)
     np.divide(score - lowest + SMALLEST_RANGE, highest - lowest + SMALLEST_RANGE, out=weights, where=keep)
     return weights
-
-
-def _sums(values: NDArray[np.bool_], offsets: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return the sum of each row, [E]."""
-    totals = np.concatenate([[0], np.cumsum(values)])
-    return totals[offsets[1:]] - totals[offsets[:-1]]
 
 
 def merge_counts(counts: list[dict[str, int]]) -> dict[str, int]:

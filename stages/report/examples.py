@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sstoken.selection import BoolArray
+from sstoken.selection import BoolArray, Float32Array
 from sstoken.stages.report.folders import Folders
-from sstoken.stages.report.shards import Float32Array, Shard
+from sstoken.stages.report.shards import Shard
 from sstoken.stages.report.statistics import Statistics, responses, surprise
 from sstoken.stages.token_text import token_texts, visible
 

@@ -10,12 +10,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
-from sstoken.selection import BoolArray, IntArray
+from sstoken.selection import BoolArray, Float32Array, IntArray
 from sstoken.signals import is_signal
 from sstoken.stages import joins, tables
 from sstoken.stages.manifest import Manifest
 
-Float32Array = NDArray[np.float32]
 _OWN = ("rel", "attention")
 """Signals in a masked folder itself."""
 

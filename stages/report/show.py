@@ -109,9 +109,7 @@ def _show(masked: Path, examples: Sequence[MaskedExample], console: Console, sig
     print_legend(console, lean=examples[0].response_mask is None, of=signal or "score", selected=selected)
 
 
-def save_svg(
-    masked: Path, file: Path, row: int | None = None, num_examples: int = 1, width: int = 100, **options: Any
-) -> None:
+def save_svg(masked: Path, file: Path, row: int | None = None, num_examples: int = 1, **options: Any) -> None:
     """Save the output of `show`, with its `options`, as an SVG picture; the same rows give the same bytes.
 
     Args:
@@ -119,14 +117,13 @@ def save_svg(
         file: the picture.
         row: number of the first row, from 0.
         num_examples: number of rows.
-        width: width in characters.
         **options: see `show`.
 
     Raises:
         SstokenError: as for `show`; or the file cannot be written.
     """
     console = Console(
-        record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor",
+        record=True, file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor",
         no_color=False, legacy_windows=False,
     )  # fmt: skip
     show(masked, row, num_examples, console, **options)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sstoken.selection import BoolArray, Float64Array, IntArray
+from sstoken.selection import BoolArray, Float32Array, Float64Array, IntArray, places, runs
 from sstoken.stages.report import compare
 from sstoken.stages.report.folders import Folders, SignalFacts
 from sstoken.stages.report.ngrams import NGrams
 from sstoken.stages.report.sampling import Columns, Highest, Uniform
-from sstoken.stages.report.shards import Float32Array, Shard
+from sstoken.stages.report.shards import Shard
 from sstoken.stages.report.token_classes import ALL_CLASSES, TokenClasses
 
 NUM_DECILES, MOST_TURNS, NUM_LENGTHS, RHO_BINS = 10, 8, 14, 100
@@ -62,18 +62,15 @@ def responses(shard: Shard) -> Responses:
     where = np.flatnonzero(shard.response)
     offsets = np.searchsorted(where, shard.offsets).astype(np.int64)
     counts = np.diff(offsets)
-    begins = np.diff(where, prepend=-2) != 1
-    begins[offsets[:-1][counts > 0]] = True
-    turns = np.append(np.flatnonzero(begins), where.size).astype(np.int64)
     score = shard.scores[0]
     return Responses(
         shard.ids[where],
         offsets,
-        turns,
+        runs(shard.response, shard.offsets),
         [keep[where] for keep in shard.keeps],
         [np.repeat(has, counts) for has in shard.has],
         np.repeat(np.arange(counts.size), counts),
-        np.arange(where.size) - np.repeat(offsets[:-1], counts),
+        places(offsets),
         None if score is None else score[where],
         {name: values[where] for name, values in shard.signals.items()},
     )

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from sstoken.errors import NothingLeftError
-from sstoken.selection import BoolArray, Float64Array, IntArray, global_quantile, num_kept
+from sstoken.selection import BoolArray, Float64Array, global_quantile, num_kept, sums
 from sstoken.stages.selecting.shard import Shard
 from sstoken.stages.stage import Settings
 
@@ -88,16 +88,16 @@ def judge(shard: Shard, inputs: Sequence[str], threshold: float) -> Steadiness:
     """Measure how much, and how steadily, the prompt helps each example's tokens."""
     tokens = shard.measured
     loss, alone = tokens[inputs[0]], tokens[inputs[1]]
-    every = _sums(np.isfinite(loss), tokens.offsets)
+    every = sums(np.isfinite(loss), tokens.offsets)
     known = np.isfinite(alone)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = _sums(loss, tokens.offsets) / every
-        ifd = np.exp(means - _sums(np.where(known, alone, 0), tokens.offsets) / _sums(known, tokens.offsets))
+        means = sums(loss, tokens.offsets) / every
+        ifd = np.exp(means - sums(np.where(known, alone, 0), tokens.offsets) / sums(known, tokens.offsets))
     draws = []
     for draw in _draws(shard, inputs):
         counts = np.isfinite(draw) & (np.abs(draw) > threshold)
-        num = _sums(counts, tokens.offsets)
-        draws.append(np.exp(_sums(np.where(counts, draw, 0), tokens.offsets) / np.maximum(1, num)))
+        num = sums(counts, tokens.offsets)
+        draws.append(np.exp(sums(np.where(counts, draw, 0), tokens.offsets) / np.maximum(1, num)))
     return Steadiness(ifd, np.mean(draws, axis=0), np.std(draws, axis=0))
 
 
@@ -105,9 +105,3 @@ def _draws(shard: Shard, inputs: Sequence[str]) -> list[Float64Array]:
     """Return loss with the prompt minus loss without it for each draw, [N]; NaN at the start of an answer."""
     tokens = shard.measured
     return [tokens[name] for name in inputs[2:]] or [tokens[inputs[0]] - tokens[inputs[1]]]
-
-
-def _sums(values: Float64Array | BoolArray, offsets: IntArray) -> Float64Array:
-    """Return the sum of each example's values, [E]."""
-    totals: Float64Array = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return totals[offsets[1:]] - totals[offsets[:-1]]

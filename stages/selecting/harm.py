@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sstoken.selection import BoolArray, IntArray, num_kept
+from sstoken.selection import BoolArray, IntArray, num_kept, places
 from sstoken.stages.selecting.text import ResponseText
 
 MARGIN = 0.05
@@ -41,12 +41,11 @@ def harm_stats(text: ResponseText, kept: BoolArray, offsets: IntArray) -> dict[s
     counts = np.diff(offsets)
     share = kept.mean() if kept.size else 0.0
     ends = np.array([num_kept(int(n), share) if share else 0 for n in counts], dtype=np.int64)
-    place = np.arange(kept.size) - np.repeat(offsets[:-1], counts)
     result, with_number = _last_runs(number, text.turns)
     return {
         "content": int(content.sum()),
         "content_kept": int((content & kept).sum()),
-        "content_in_prefix": int((content & (place < np.repeat(ends, counts))).sum()),
+        "content_in_prefix": int((content & (places(offsets) < np.repeat(ends, counts))).sum()),
         "result_digits": int(result.sum()),
         "result_digits_kept": int((result & kept).sum()),
         "turns_with_number": with_number,

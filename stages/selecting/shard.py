@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError
 from sstoken.methods import Input, Tokens
-from sstoken.selection import BoolArray, Float64Array, IntArray
+from sstoken.selection import BoolArray, Float64Array, IntArray, places, runs, sums
 from sstoken.signals import get_signal
 from sstoken.stages import joins, tables
 from sstoken.stages.selecting.text import ResponseText
@@ -52,8 +52,8 @@ class Shard:
         """Number of examples with a response token that are not used."""
         if self.chosen is None:
             return 0
-        counts = np.concatenate([[0], np.cumsum(tables.flatten(self.table["response_mask"])[0].astype(bool))])
-        return int(((np.diff(counts[self.offsets]) > 0) & ~self.chosen).sum())
+        response = tables.flatten(self.table["response_mask"])[0].astype(bool)
+        return int(((sums(response, self.offsets) > 0) & ~self.chosen).sum())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -68,10 +68,7 @@ class Shard:
     @cached_property
     def turns(self) -> IntArray:
         """[U + 1] into the response tokens: where each turn (a run of response tokens in one example) starts."""
-        before = np.concatenate([[False], self.response[:-1]])
-        begins = self.response & ~before
-        begins[self.offsets[:-1][self.offsets[:-1] < begins.size]] |= True
-        return np.append(np.flatnonzero(begins[self.response]), self.response.sum()).astype(np.int64)
+        return runs(self.response, self.offsets)
 
     @cached_property
     def text(self) -> ResponseText:
@@ -91,15 +88,13 @@ class Shard:
         signals: dict[str, Float64Array] = {}
         for role, names in wanted.items():
             signals |= self._read(role, names)
-        lengths = np.diff(self.offsets).astype(np.int64)
-        place = np.arange(self.response.size) - np.repeat(self.offsets[:-1], lengths)
         return Tokens(
             offsets=offsets,
             signals=signals,
             own_units=self.turns if self.scope == "turn" else None,
             seed=(self.seed, self.index),
-            positions=place[self.response],
-            lengths=lengths,
+            positions=places(self.offsets)[self.response],
+            lengths=np.diff(self.offsets).astype(np.int64),
         )
 
     def _read(self, role: str, names: list[str]) -> dict[str, Float64Array]:
