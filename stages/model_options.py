@@ -2,14 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import SstokenError
-from sstoken.stages.backends import BACKENDS, BackendOptions, Setting, deciding_settings, resolve_backend
+from sstoken.stages.backends import (
+    BACKENDS,
+    BackendOptions,
+    Loaded,
+    Setting,
+    deciding_settings,
+    resolve_backend,
+)
 from sstoken.stages.sharded import ShardedStage
 from sstoken.stages.stage import SPEED_ONLY
 
@@ -62,21 +69,9 @@ class ModelOptions(ShardedStage):
         return fields
 
 
-class Limits(Protocol):
-    """The limits of a loaded model."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids that it can embed."""
-
-    @property
-    def max_length(self) -> int | None:
-        """Longest sequence in tokens; None: no limit known."""
-
-
 def check_lengths(
     checkpoint: str,
-    limits: Limits,
+    model: Loaded,
     tokens: Path,
     example_ids: Sequence[str],
     sequences: Sequence[NDArray[np.int32]],
@@ -87,13 +82,13 @@ def check_lengths(
         SstokenError: names the example.
     """
     for example_id, ids in zip(example_ids, sequences, strict=True):
-        if int(ids.max()) >= limits.vocab_size:
+        if int(ids.max()) >= model.vocab_size:
             raise SstokenError(
                 f"{checkpoint}: {tokens.name}, example {example_id!r} has token id {int(ids.max())}, beyond the "
-                f"model's vocabulary of {limits.vocab_size}; encode with this model's tokenizer"
+                f"model's vocabulary of {model.vocab_size}; encode with this model's tokenizer"
             )
-        if limits.max_length is not None and ids.size > limits.max_length:
+        if model.max_length is not None and ids.size > model.max_length:
             raise SstokenError(
                 f"{checkpoint}: {tokens.name}, example {example_id!r} has {ids.size} tokens, the model takes "
-                f"{limits.max_length}; encode with --max-length {limits.max_length}"
+                f"{model.max_length}; encode with --max-length {model.max_length}"
             )

@@ -63,8 +63,40 @@ class BackendOptions:
         return self.layer if signal.layer is None else signal.layer
 
 
-class Backend(ABC):
+class Loaded(ABC):
     """One loaded checkpoint. Dropping the last reference frees its memory."""
+
+    @abstractmethod
+    def __init__(self, options: BackendOptions) -> None:
+        """Load the checkpoint.
+
+        Raises:
+            SstokenError: it cannot be loaded, or its architecture is not supported.
+        """
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of token ids that the model can embed."""
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int | None:
+        """Longest sequence in tokens, including generated ones; None: no limit known."""
+
+    @property
+    def remark(self) -> str:
+        """How it computes, for the user; "" if there was nothing to choose."""
+        return ""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the weights, which is recorded with the results; empty: the one that was asked for."""
+        return ""
+
+
+class Backend(Loaded):
+    """A checkpoint that measures signals."""
 
     signals: ClassVar[frozenset[str]] = frozenset({LOSS, ATTENTION})
     """Names, without arguments, of the signals that it measures."""
@@ -80,34 +112,6 @@ class Backend(ABC):
         Checks what is installed and the checkpoint's configuration, but loads no weights.
         """
         return None
-
-    @abstractmethod
-    def __init__(self, options: BackendOptions) -> None:
-        """Load the checkpoint.
-
-        Raises:
-            SstokenError: it cannot be loaded, or its architecture cannot be measured.
-        """
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of token ids that the model can embed."""
-
-    @property
-    @abstractmethod
-    def max_length(self) -> int | None:
-        """Longest sequence in tokens; None: no limit known."""
-
-    @property
-    def remark(self) -> str:
-        """How it computes, for the user; "" if there was nothing to choose."""
-        return ""
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the weights, which is recorded with the scores; empty: the one that was asked for."""
-        return ""
 
     @property
     def attention_layers(self) -> dict[str, int]:

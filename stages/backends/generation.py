@@ -3,7 +3,7 @@
 Another package's backend that can generate names its `Generator` in a class attribute, `generator = "module:class"`.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 
@@ -11,6 +11,7 @@ from sstoken.errors import UsageError
 from sstoken.measure.branches import Branch, Continuation, IdArray
 from sstoken.stages.backends import (
     BackendOptions,
+    Loaded,
     backend_class,
     check_backend,
     resolve_backend,
@@ -24,36 +25,8 @@ GENERATORS = {
 """`module:class` of our backends' generators, by name."""
 
 
-class Generator(ABC):
-    """One loaded checkpoint that can generate. Dropping the last reference frees its memory."""
-
-    @abstractmethod
-    def __init__(self, options: BackendOptions) -> None:
-        """Load the checkpoint.
-
-        Raises:
-            SstokenError: it cannot be loaded, or cannot generate.
-        """
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of token ids that the model can embed."""
-
-    @property
-    @abstractmethod
-    def max_length(self) -> int | None:
-        """Longest sequence in tokens, including generated ones; None: no limit known."""
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the weights, which is recorded; empty: the one that was asked for."""
-        return ""
-
-    @property
-    def remark(self) -> str:
-        """How it generates, for the user; "" if there was nothing to choose."""
-        return ""
+class Generator(Loaded):
+    """A checkpoint that generates."""
 
     @abstractmethod
     def candidates(

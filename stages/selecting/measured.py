@@ -9,10 +9,11 @@ from sstoken.methods import Input
 from sstoken.signals import ATTENTION, get_signal, get_signals, is_signal
 from sstoken.stages import tables
 from sstoken.stages.manifest import read_manifest
+from sstoken.stages.model_options import ModelOptions
 from sstoken.stages.selecting.shard import column_of, supplier_of
 
-_OPTIONS = {"dtype": "float32", "layer": None, "backend": "auto"}
-"""Settings that change what is measured, with their defaults."""
+_OPTIONS = ("dtype", "layer", "backend")
+"""Settings that change what is measured."""
 
 
 def check_measured(method: str, inputs: Iterable[str], scores: Mapping[str, Path], tokens: Path) -> None:
@@ -82,9 +83,10 @@ def _command(missing: Mapping[Path, list[str]], scores: Mapping[str, Path], toke
     if ATTENTION not in signals:
         words += ["--attention-from", "none"]
     manifest = read_manifest(first)
-    for option, default in _OPTIONS.items():
-        value = default if manifest is None else manifest.settings.get(option, default)
-        if value != default:
+    defaults = {name: field.default for name, field in ModelOptions.model_fields.items()}
+    for option in _OPTIONS:
+        value = None if manifest is None else manifest.settings.get(option)
+        if value not in (None, defaults.get(option)):
             words += [f"--{option}", str(value)]
     return shlex.join([*words, "--out", str(first.parent), "--force"])
 
