@@ -43,6 +43,11 @@ class QuarantinedError(SstokenError):
         return type(self), (self.failed, self.attempts)
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type, for a one-line message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def first_line(error: BaseException) -> str:
     """Return the type and first line of an error, for a one-line message, without the query of a signed URL."""
     lines = str(error).strip().splitlines()

@@ -31,23 +31,21 @@ _RECORDS = ".records"
 
 
 class ObjectStore:
-    """Any file system of fsspec; see `Storage`."""
+    """Any file system of fsspec; see `Storage` for what each method does."""
 
     def open(self, file: RemotePath) -> BinaryIO:
-        """See `Storage`."""
         return file.open("rb")
 
     def list(self, folder: RemotePath) -> list[RemotePath]:
-        """See `Storage`. Without the records."""
+        """Leaves out the records."""
         return [file for file in folder.files() if _RECORDS not in file.relative_to(folder).parts]
 
     def size(self, file: RemotePath) -> int | None:
-        """See `Storage`."""
         info = file.info()
         return int(info["size"]) if info is not None and info["type"] == "file" else None
 
     def sizes(self, folder: RemotePath, names: Sequence[str]) -> dict[str, int | None]:
-        """See `Storage`. By one listing."""
+        """Takes one listing."""
         there = {
             file.relative_to(folder).as_posix(): int(info["size"]) for file, info in folder.files().items()
         }
@@ -55,7 +53,6 @@ class ObjectStore:
 
     @contextmanager
     def put(self, file: RemotePath) -> Iterator[BinaryIO]:
-        """See `Storage`."""
         with tempfile.NamedTemporaryFile(prefix="sstoken-") as scratch:
             try:
                 yield cast(BinaryIO, scratch.file)
@@ -67,7 +64,7 @@ class ObjectStore:
             self._upload(Path(scratch.name), file)
 
     def put_if_absent(self, file: RemotePath, content: bytes) -> bool:
-        """See `Storage`. With If-None-Match where the store has it."""
+        """Uses If-None-Match where the store has it."""
         faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
         if not conditional_write.create(file, content):
             return False
@@ -75,12 +72,11 @@ class ObjectStore:
         return True
 
     def commit(self, file: RemotePath, content: bytes) -> bool:
-        """See `Storage`."""
         return self.put_if_absent(file, content)
 
     @contextmanager
     def put_folder(self, folder: RemotePath) -> Iterator[Path]:
-        """See `Storage`. Writes the folder's record last, so that only a complete folder has one."""
+        """Writes the folder's record last, so that only a complete folder has one."""
         with tempfile.TemporaryDirectory(prefix="sstoken-") as name:
             scratch = Path(name) / folder.name
             scratch.mkdir()
@@ -90,18 +86,16 @@ class ObjectStore:
             self._note(folder, 0, "")
 
     def take(self, local: Path, file: RemotePath) -> None:
-        """See `Storage`."""
         self._upload(local, file)
         local.unlink()
 
     def make_folder(self, folder: RemotePath) -> None:
-        """See `Storage`. Does nothing: a folder exists while it has a file."""
+        """Does nothing: a folder exists while it has a file."""
 
     def flush(self, folder: RemotePath) -> None:
-        """See `Storage`. Does nothing: a store loses no object that it accepted."""
+        """Does nothing: a store loses no object that it accepted."""
 
     def delete(self, place: RemotePath) -> None:
-        """See `Storage`."""
         faults.point("delete", place)  # type: ignore[arg-type]
         found = place.files()
         marks = [place / mark for mark in MARKS if place / mark in found]
@@ -112,16 +106,15 @@ class ObjectStore:
             self._remove([record])
 
     def sweep(self, folder: RemotePath, name: str = "") -> None:
-        """See `Storage`. Does nothing: a killed writer leaves nothing in the store."""
+        """Does nothing: a killed writer leaves nothing in the store."""
 
     def workplace(self, place: RemotePath) -> RemotePath:
-        """See `Storage`."""
         if len(place.parts) < 3:
             raise UsageError(f"{place}: name the output folder itself, such as {place / 'tokens'}")
         return place.with_name(place.name + _PARTIAL)
 
     def publish(self, place: RemotePath) -> None:
-        """See `Storage`. The workplace keeps everything until the manifest is at `place`.
+        """The workplace keeps everything until the manifest is at `place`.
 
         Raises:
             SstokenError: another run is publishing there, or was first.
@@ -161,7 +154,6 @@ class ObjectStore:
         return True
 
     def recover(self, place: RemotePath) -> None:
-        """See `Storage`."""
         if not self.is_interrupted(place):
             return
         text = _read(self.workplace(place) / _MANIFEST)
@@ -171,16 +163,15 @@ class ObjectStore:
             self._remove([place / CLAIM])
 
     def is_interrupted(self, place: RemotePath) -> bool:
-        """See `Storage`."""
         return (place / CLAIM).is_file()
 
     def local(self, place: RemotePath) -> Path:
-        """See `Storage`. Downloads each content once per machine."""
+        """Downloads each content once per machine."""
         return remote_cache.fetched(place)
 
     @contextmanager
     def local_work(self, folder: RemotePath) -> Iterator[Path]:
-        """See `Storage`. Restores what the run kept in the store, and removes everything else."""
+        """Restores what the run kept in the store, and removes everything else."""
         made_by = _read(folder / MARKS[1]) or ""
         scratch = remote_cache.workshop(folder, made_by)
         with FileLock(scratch.parent / ".lock"):
@@ -197,22 +188,20 @@ class ObjectStore:
             shutil.rmtree(scratch)
 
     def keep_work(self, scratch: Path, folder: RemotePath) -> None:
-        """See `Storage`. Puts files in the order in which they were written, so an index follows what it names."""
+        """Puts files in the order in which they were written, so an index follows what it names."""
         self._put_all(scratch, folder)
         self._remove(
             [file for file in self.list(folder) if not (scratch / file.relative_to(folder)).exists()]
         )
 
     def on_this_machine(self, place: RemotePath) -> Path:
-        """See `Storage`."""
         return remote_cache.own_place(place)
 
     def vouches_for(self, file: RemotePath) -> bool:
-        """See `Storage`."""
         return self._noted(file) is not None
 
     def digest(self, file: RemotePath) -> tuple[int, str]:
-        """See `Storage`. Takes it from the file's record if that is current, else downloads the file."""
+        """Takes it from the file's record if that is current, else downloads the file."""
         noted = self._noted(file)
         if noted is not None:
             return noted["bytes"], noted["sha256"]

@@ -31,27 +31,23 @@ _OURS = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}$")
 
 
 class LocalDisk:
-    """A file system with atomic renames."""
+    """A file system with atomic renames; see `Storage` for what each method does."""
 
     def open(self, file: Path) -> BinaryIO:
-        """See `Storage`."""
         return open(file, "rb")
 
     def list(self, folder: Path) -> list[Path]:
-        """See `Storage`."""
         return sorted(path for path in folder.rglob("*") if path.is_file())
 
     def size(self, file: Path) -> int | None:
-        """See `Storage`."""
         return file.stat().st_size if file.is_file() else None
 
     def sizes(self, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
-        """See `Storage`."""
         return {name: self.size(folder / name) for name in names}
 
     @contextmanager
     def put(self, file: Path) -> Iterator[BinaryIO]:
-        """See `Storage`. The temporary name is random, so that no left-over process can move a half-written file."""
+        """The temporary name is random, so that no left-over process can move a half-written file."""
         temporary = _temporary(file)
         try:
             with faults.create(temporary) as opened:
@@ -68,7 +64,6 @@ class LocalDisk:
             raise
 
     def put_if_absent(self, file: Path, content: bytes) -> bool:
-        """See `Storage`."""
         if file.exists():
             return False
         temporary = _temporary(file)
@@ -84,14 +79,12 @@ class LocalDisk:
         return True
 
     def commit(self, file: Path, content: bytes) -> bool:
-        """See `Storage`."""
         with self.put(file) as opened:
             opened.write(content)
         return True
 
     @contextmanager
     def put_folder(self, folder: Path) -> Iterator[Path]:
-        """See `Storage`."""
         temporary = _temporary(folder)
         temporary.mkdir()
         try:
@@ -109,17 +102,14 @@ class LocalDisk:
             self.delete(temporary)  # only there if writing failed, or another process was first
 
     def take(self, local: Path, file: Path) -> None:
-        """See `Storage`."""
         file.parent.mkdir(parents=True, exist_ok=True)
         faults.point("rename", file)
         os.replace(local, file)
 
     def make_folder(self, folder: Path) -> None:
-        """See `Storage`."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def delete(self, place: Path) -> None:
-        """See `Storage`."""
         faults.point("delete", place)
         if place.is_dir() and not place.is_symlink():
             for mark in MARKS:
@@ -130,17 +120,15 @@ class LocalDisk:
             place.unlink(missing_ok=True)
 
     def sweep(self, folder: Path, name: str = "") -> None:
-        """See `Storage`."""
         for left in list(folder.glob(f"{name}.*{UNFINISHED}") if name else folder.rglob(f"*{UNFINISHED}")):
             if _OURS.search(left.name):
                 self.delete(left)
 
     def workplace(self, place: Path) -> Path:
-        """See `Storage`. Beside it, so on the same disk."""
+        """Lies beside it, on the same disk."""
         return place.with_name(place.name + ".partial")
 
     def publish(self, place: Path) -> None:
-        """See `Storage`."""
         if place.exists():
             faults.point("commit", place)
             place.rename(_replaced(place))
@@ -151,7 +139,6 @@ class LocalDisk:
             self.delete(_replaced(place))
 
     def recover(self, place: Path) -> None:
-        """See `Storage`."""
         if not self.is_interrupted(place):
             return
         if place.exists():
@@ -160,36 +147,30 @@ class LocalDisk:
             _replaced(place).rename(place)
 
     def is_interrupted(self, place: Path) -> bool:
-        """See `Storage`."""
         return _replaced(place).exists()
 
     def local(self, place: Path) -> Path:
-        """See `Storage`."""
         return place
 
     @contextmanager
     def local_work(self, folder: Path) -> Iterator[Path]:
-        """See `Storage`."""
         yield folder
 
     def keep_work(self, scratch: Path, folder: Path) -> None:
-        """See `Storage`. The work is in `folder` already."""
+        """The work is in `folder` already."""
 
     def on_this_machine(self, place: Path) -> Path:
-        """See `Storage`."""
         return place
 
     def vouches_for(self, file: Path) -> bool:
-        """See `Storage`. Always False: a disk keeps no digests."""
+        """Always False: a disk keeps no digests."""
         return False
 
     def digest(self, file: Path) -> tuple[int, str]:
-        """See `Storage`."""
         with open(file, "rb") as opened:
             return file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()
 
     def flush(self, folder: Path) -> None:
-        """See `Storage`."""
         for path in folder.rglob("*"):
             if path.is_file():
                 faults.point("fsync", path)

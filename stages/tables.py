@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, reason
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages import folders, plain_json, storage
 from sstoken.stages.storage import atomic_file
@@ -293,9 +293,8 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SstokenError(
-            f"{path}: not a readable Parquet file ({reason}); make its folder again"
+            f"{path}: not a readable Parquet file ({reason(error)}); make its folder again"
         ) from error
 
 

@@ -4,13 +4,10 @@ Everything is generated: the data by code, the tiny model from random weights. N
 """
 
 import json
-import os
 import shlex
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +24,7 @@ from sstoken.pipeline.demo import pretrained
 from sstoken.pipeline.demo.data import KINDS, DemoExample, Noise, generate, write_jsonl, write_noise
 from sstoken.pipeline.demo.model import build_model
 from sstoken.pipeline.job import Result
-from sstoken.stages import plain_json, tables
+from sstoken.stages import plain_json, storage, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.folders import copy_folder
 from sstoken.stages.report.show import default_console, print_example, print_legend, read_examples
@@ -198,11 +195,11 @@ def token_classes(
 def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed: int) -> Path:
     """Make the checkpoint `folder`: random weights, trained on `examples` by the pipeline's stages in `work`."""
     random_model = work / "random"
-    if not random_model.is_dir():
-        with _atomic(random_model) as partial:
-            partial.mkdir(parents=True)
-            build_model(partial, examples, seed)
+    storage.of(work).make_folder(work)
     write_jsonl(work / "data.jsonl", examples)
+    if not random_model.is_dir():
+        with storage.of(random_model).put_folder(random_model) as partial:
+            build_model(partial, examples, seed)
     tokens = curate.encode(data=str(work / "data.jsonl"), model=str(random_model), out=work / "tokens")
     trained = curate.anchor(
         tokens=tokens.folder,
@@ -213,18 +210,9 @@ def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed:
         **TRAINING,
     )
     if not folder.is_dir():
-        with _atomic(folder) as partial:
+        with storage.of(folder).put_folder(folder) as partial:
             copy_folder(trained.folder / trained.metrics["snapshots"][-1], partial)
     return folder
-
-
-@contextmanager
-def _atomic(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that atomically becomes `folder` if the block succeeds."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    os.replace(partial, folder)
 
 
 def _held(marker: Path) -> dict[str, Any]:

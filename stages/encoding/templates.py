@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, reason
 from sstoken.stages.encoding.memory_limit import MOST_BYTES, memory_limited
 from sstoken.stages.encoding.messages import REASONING, BadRow, Conversation, Message
 from sstoken.stages.storage import expanded
@@ -224,8 +224,7 @@ class ChatTemplate:
         except ImportError:
             raise  # of an old Jinja
         except Exception as error:  # the template's own code raises what it likes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise BadRow("template refuses", reason) from error
+            raise BadRow("template refuses", reason(error)) from error
         _check_rendered(texts[0], conversation)
         return texts[0], [(start, end) for start, end in spans[0]] if marked else []
 

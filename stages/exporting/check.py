@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, reason
 from sstoken.labels import IGNORED_LABEL, labels_from_mask
 from sstoken.stages import tables
 from sstoken.stages.exporting.base import Target
@@ -85,9 +85,8 @@ def _seen(folder: Path, target: Target) -> Iterator[tuple[list[int], list[int], 
             for row in table.to_pylist():
                 yield target.seen(row)
     except Exception as error:  # each loader raises its own types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SstokenError(
-            f"{folder}: {target.name} cannot read it ({reason}); export it again (--force)"
+            f"{folder}: {target.name} cannot read it ({reason(error)}); export it again (--force)"
         ) from error
 
 
