@@ -13,7 +13,7 @@ class Measured:
     """One run of the command line."""
 
     lines: list[str]
-    """Of its output."""
+    """Lines of its output."""
     seconds: float
     cpu_seconds: float
     peak_mib: float

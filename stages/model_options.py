@@ -12,7 +12,7 @@ from sstoken.errors import SstokenError
 from sstoken.stages.backends import (
     BACKENDS,
     BackendOptions,
-    Loaded,
+    LoadedModel,
     Setting,
     deciding_settings,
     resolve_backend,
@@ -71,7 +71,7 @@ class ModelOptions(ShardedStage):
 
 def check_lengths(
     checkpoint: str,
-    model: Loaded,
+    model: LoadedModel,
     tokens: Path,
     example_ids: Sequence[str],
     sequences: Sequence[NDArray[np.int32]],

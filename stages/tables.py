@@ -53,7 +53,7 @@ def masked_schema(weighted: bool, lean: bool) -> pa.Schema:
 
 METADATA_KEY = b"sstoken"
 _LEVEL = 3
-"""Of the shards that stages exchange."""
+"""zstd level of the shards that stages exchange."""
 _DIGEST = "digest"
 """Key of the metadata's own digest: metadata are read without the rest of the file, whose digest the manifest has."""
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 VOCABULARY = 128
-"""Of `word_tokenizer` and `tiny_llama`."""
+"""Size of the vocabulary of `word_tokenizer` and `tiny_llama`."""
 
 
 def word_tokenizer(first: str = "w", *, pad: bool = False) -> PreTrainedTokenizerFast:

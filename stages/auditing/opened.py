@@ -14,7 +14,7 @@ BATCH = 500
 
 
 @dataclass
-class Opened:
+class OpenedDataset:
     """A dataset that is ready to be read."""
 
     shown: str

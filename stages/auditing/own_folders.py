@@ -11,7 +11,7 @@ from sstoken.stages import manifest as manifests
 from sstoken.stages.auditing import columns
 from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.columns import Columns
-from sstoken.stages.auditing.opened import BATCH, Opened, arrow_rows
+from sstoken.stages.auditing.opened import BATCH, OpenedDataset, arrow_rows
 from sstoken.stages.exporting import get_target
 from sstoken.stages.manifest import Manifest
 
@@ -19,7 +19,7 @@ _LEGAL = "it holds no dataset; name tokens, scores, a masked dataset or an expor
 _TOKENS, _SCORES = ("encode", "part"), ("score", "critical", "observed")
 
 
-def own_folder(folder: Path, manifest: Manifest, tokens: Path | None) -> Opened:
+def own_folder(folder: Path, manifest: Manifest, tokens: Path | None) -> OpenedDataset:
     """Open a finished folder, with the same checks as the stages' own."""
     stage = manifest.stage
     if stage in _SCORES:
@@ -42,7 +42,7 @@ def own_folder(folder: Path, manifest: Manifest, tokens: Path | None) -> Opened:
     limit = tables.read_metadata(parts[0]).get("max_length") if stage in _TOKENS else None
     rows = _part_rows(parts, found.wanted)
     tokenizer = folder / "tokenizer"
-    return Opened(
+    return OpenedDataset(
         str(folder), stage, rows, found, tokenizer if tokenizer.is_dir() else None, max_length=limit
     )
 
@@ -69,7 +69,7 @@ def _tokens_of(scores: Path) -> Path:
     raise UsageError(f"{scores}: scores, and their tokens are not near by; name them with --tokens")
 
 
-def _export(folder: Path, manifest: Manifest) -> Opened:
+def _export(folder: Path, manifest: Manifest) -> OpenedDataset:
     """Open an export as its trainer reads it; its `scores/` tell which tokens the selection was taken from."""
     target = get_target(str(manifest.settings["to"]))
     sidecar = sorted((folder / "scores").glob("part-*.parquet"))
@@ -96,7 +96,7 @@ def _export(folder: Path, manifest: Manifest) -> Opened:
     there = ("input_ids", "labels", "loss_mask", "example_id", "response_mask")
     response = "response_mask" if _has_response(sidecar) else None
     found = Columns("input_ids", "labels", ("loss_mask",), response=response, all=there, selected=True)
-    return Opened(str(folder), "export", rows(), found, tokenizer_near(folder))
+    return OpenedDataset(str(folder), "export", rows(), found, tokenizer_near(folder))
 
 
 def _has_response(sidecar: list[Path]) -> bool:

@@ -11,7 +11,7 @@ from sstoken.stages import manifest as manifests
 from sstoken.stages.auditing import columns
 from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.data_files import read_files
-from sstoken.stages.auditing.opened import BATCH, Opened, arrow_rows
+from sstoken.stages.auditing.opened import BATCH, OpenedDataset, arrow_rows
 from sstoken.stages.auditing.own_folders import export_around, own_folder, tokenizer_near
 from sstoken.stages.encoding import sources
 from sstoken.stages.storage import expanded
@@ -19,7 +19,7 @@ from sstoken.stages.storage import expanded
 
 def open_source(
     source: Any, split: str | None = None, *, shifted: bool = False, tokens: Path | None = None
-) -> Opened:
+) -> OpenedDataset:
     """Open a dataset by what it is.
 
     Args:
@@ -50,7 +50,7 @@ def open_source(
     return opened
 
 
-def _opened(shown: str, rows: Iterator[Row], names: Iterable[str] | None, shifted: bool) -> Opened:
+def _opened(shown: str, rows: Iterator[Row], names: Iterable[str] | None, shifted: bool) -> OpenedDataset:
     first = next(rows, None)
     skipped = []
     while first is not None and first.problem is not None:  # the layout shows in a row that parses
@@ -63,10 +63,10 @@ def _opened(shown: str, rows: Iterator[Row], names: Iterable[str] | None, shifte
     if found is not None and shifted:
         found = replace(found, shifted=True)
     rows = chain(skipped, [first] if first is not None else [], rows)
-    return Opened(shown, "conversations" if found is None else "tokenised", rows, found)
+    return OpenedDataset(shown, "conversations" if found is None else "tokenised", rows, found)
 
 
-def _in_memory(source: Any, shifted: bool) -> Opened:
+def _in_memory(source: Any, shifted: bool) -> OpenedDataset:
     names: list[str] | None = None
     rows: Iterator[Row]
     if isinstance(source, Mapping):

@@ -22,7 +22,7 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.conversations import Reading, encoded
 from sstoken.stages.auditing.examples import Cutter, Example
 from sstoken.stages.auditing.findings import AuditResult, Collector
-from sstoken.stages.auditing.reading import Opened, open_source
+from sstoken.stages.auditing.reading import OpenedDataset, open_source
 from sstoken.stages.auditing.tally import Tally
 from sstoken.stages.auditing.vocabulary import Vocabulary
 from sstoken.stages.encoding.chat import EncoderOptions, load_encoder
@@ -104,7 +104,7 @@ def audit(
 
 
 def _audit_conversations(
-    opened: Opened, options: EncoderOptions, reading: Reading, max_length: int | None
+    opened: OpenedDataset, options: EncoderOptions, reading: Reading, max_length: int | None
 ) -> AuditResult:
     """Encode raw conversations without a limit on their length, and check them."""
     encoder = load_encoder(options)
@@ -119,14 +119,14 @@ def _audit_conversations(
     return _summed(opened, found, context, encoder.template(), max_length or declared, counts)
 
 
-def _tokenised(opened: Opened, context: Context) -> Iterator[Example]:
+def _tokenised(opened: OpenedDataset, context: Context) -> Iterator[Example]:
     assert opened.columns is not None
     for row in opened.rows:
         yield from examples(row, opened.columns, context)
 
 
 def _summed(
-    opened: Opened,
+    opened: OpenedDataset,
     found: Iterator[Example],
     context: Context,
     template: str | None,
@@ -190,7 +190,7 @@ def _cutter(context: Context, template: str | None) -> Cutter | None:
     return Cutter(vocabulary, context.shape)
 
 
-def _signals(opened: Opened, context: Context) -> dict[str, Any]:
+def _signals(opened: OpenedDataset, context: Context) -> dict[str, Any]:
     assert opened.scores is not None
     assert opened.tokens is not None
     signals = Signals()
@@ -230,7 +230,7 @@ def _model_size(ref: str) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _made_by(opened: Opened, place: str) -> str:
+def _made_by(opened: OpenedDataset, place: str) -> str:
     """Return the model that a folder's tokenizer came from, if it still exists: it knows its stop tokens."""
     folder = Path(opened.shown)
     try:

@@ -63,7 +63,7 @@ class BackendOptions:
         return self.layer if signal.layer is None else signal.layer
 
 
-class Loaded(ABC):
+class LoadedModel(ABC):
     """One loaded checkpoint. Dropping the last reference frees its memory."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Loaded(ABC):
         return ""
 
 
-class Backend(Loaded):
+class Backend(LoadedModel):
     """A checkpoint that measures signals."""
 
     signals: ClassVar[frozenset[str]] = frozenset({LOSS, ATTENTION})

@@ -11,7 +11,7 @@ from sstoken.errors import UsageError
 from sstoken.measure.branches import Branch, Continuation, IdArray
 from sstoken.stages.backends import (
     BackendOptions,
-    Loaded,
+    LoadedModel,
     backend_class,
     check_backend,
     resolve_backend,
@@ -25,7 +25,7 @@ GENERATORS = {
 """`module:class` of our backends' generators, by name."""
 
 
-class Generator(Loaded):
+class Generator(LoadedModel):
     """A checkpoint that generates."""
 
     @abstractmethod

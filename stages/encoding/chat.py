@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sstoken.errors import SstokenError, first_line
 from sstoken.stages import checkpoints
 from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation, TrainedTurns
-from sstoken.stages.encoding.rendering import Rendered, Renderer, Vocabulary
+from sstoken.stages.encoding.rendering import Rendered, Renderer, SpecialTokens
 from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span
 from sstoken.stages.token_text import byte_of_character
 
@@ -92,7 +92,7 @@ class ChatEncoder:
         self._override = chat_template
         self._keep_special_tokens = keep_special_tokens
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        vocabulary = Vocabulary(
+        vocabulary = SpecialTokens(
             tokenizer.special_tokens_map,
             control_tokens(tokenizer),
             frozenset(added | set(tokenizer.all_special_tokens)),

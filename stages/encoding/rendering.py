@@ -47,7 +47,7 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class SpecialTokens:
     """The special tokens that decide how conversations are rendered."""
 
     named: Mapping[str, Any]
@@ -75,7 +75,7 @@ class Renderer:
     def __init__(
         self,
         template: Callable[[list[dict[str, Any]] | None], str],
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         turns: TrainedTurns = "all",
         allow_lost: Collection[str] = (),
         *,

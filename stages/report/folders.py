@@ -13,7 +13,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages import joins, tables
 from sstoken.stages import manifest as manifests
-from sstoken.stages.report.shards import Opened, Shard, read_shard
+from sstoken.stages.report.shards import OpenedFolder, Shard, read_shard
 
 KINDS = ("masked", "tokens")
 
@@ -37,14 +37,14 @@ class SignalFacts:
 class Folders:
     """The folders of one report: the first, others of the same tokens, and the scores of those tokens."""
 
-    all: list[Opened]
+    all: list[OpenedFolder]
     scores: dict[str, Path] = field(default_factory=dict)
     """Folders of scores by checkpoint."""
     notes: list[str] = field(default_factory=list)
     """One line for each thing that is not shown, with the reason."""
 
     @property
-    def first(self) -> Opened:
+    def first(self) -> OpenedFolder:
         """The folder whose rows the report counts."""
         return self.all[0]
 
@@ -132,7 +132,7 @@ def open_folders(named: Mapping[str, Path], scores: Sequence[Path] = ()) -> Fold
     return folders
 
 
-def _open(name: str, path: Path) -> Opened:
+def _open(name: str, path: Path) -> OpenedFolder:
     what = "name a masked folder (select) or a tokens folder (encode)"
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; {what}")
@@ -142,7 +142,7 @@ def _open(name: str, path: Path) -> Opened:
     if facts.get("kind") not in KINDS:
         kind = facts.get("kind") or manifest.stage
         raise UsageError(f"{path}: a folder of {kind}; {what}")
-    return Opened(name, path, facts["kind"], facts, manifest, tables.columns(parts[0]))
+    return OpenedFolder(name, path, facts["kind"], facts, manifest, tables.columns(parts[0]))
 
 
 def _find_scores(folders: Folders, given: Sequence[Path]) -> None:
@@ -168,7 +168,7 @@ def _find_scores(folders: Folders, given: Sequence[Path]) -> None:
             folders.notes.append(f"Not shown: {folder.name} in scores/ holds other tokens' scores.")
 
 
-def _same_tokens(first: Opened, scores: Path) -> bool:
+def _same_tokens(first: OpenedFolder, scores: Path) -> bool:
     try:
         return bool(
             joins.folder_fingerprint(scores) == first.fingerprint

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sstoken.errors import UsageError
 from sstoken.stages import storage, tables
 from sstoken.stages.checkpoints import load_tokenizer
-from sstoken.stages.report.folders import Opened, open_folders
+from sstoken.stages.report.folders import OpenedFolder, open_folders
 from sstoken.stages.report.show import MaskedExample, ranks, read_examples
 from sstoken.stages.token_text import token_texts, visible
 
@@ -76,7 +76,7 @@ class Row:
 class Loaded(Sequence[Row]):
     """A finished masked or tokens folder."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: OpenedFolder) -> None:
         self._opened = opened
         self._parts = tables.parts(opened.path)
         self._tokenizer: Any = None

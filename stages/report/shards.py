@@ -20,7 +20,7 @@ _OWN = ("rel", "attention")
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedFolder:
     """A finished folder of a kind that can be shown."""
 
     name: str
@@ -64,7 +64,11 @@ class Shard:
 
 
 def read_shard(
-    part: Path, first_row: int, first: Opened, others: Sequence[Opened], scores: Mapping[str, Path]
+    part: Path,
+    first_row: int,
+    first: OpenedFolder,
+    others: Sequence[OpenedFolder],
+    scores: Mapping[str, Path],
 ) -> Shard:
     """Read a shard of the first folder, with the masks of the others and the signals of its tokens."""
     wanted = ["example_id", "input_ids", "response_mask", "keep_mask", "score", "weight", *_OWN]
@@ -96,7 +100,7 @@ def read_shard(
     return shard
 
 
-def _add_other(shard: Shard, other: Opened, name: str) -> None:
+def _add_other(shard: Shard, other: OpenedFolder, name: str) -> None:
     """Add the keep mask, score and weight from another folder's shard of that name."""
     size = shard.ids.size
     keep, has = np.zeros(size, dtype=bool), np.zeros(len(shard.example_ids), dtype=bool)

@@ -33,7 +33,7 @@ class Extent:
 def build(source: Path, file: Path) -> None:
     """Copy the examples to train on from Parquet into one Arrow file that can be memory-mapped.
 
-    Of a masked dataset, the kept tokens are trained, with their weights if it has any; of tokens, the responses.
+    A masked dataset trains its kept tokens, with their weights if it has any; a folder of tokens its responses.
     Examples with nothing to learn are skipped: alone in a batch, one would cause a division by zero.
 
     Args:

@@ -42,7 +42,7 @@ class Trial:
     by: str
     """What `at` counts: `any` fault point, `request`, `time`."""
     on: bool
-    """Of a disk's fault: whether all that follows fails, too."""
+    """Whether everything after a disk's fault fails, too."""
     then: str
     """What comes after: the `same` command; `other` settings; `twice`: the same fault again, then the same command;
     `force`: the command was to replace finished work."""

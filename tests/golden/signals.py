@@ -33,7 +33,7 @@ SIGNALS = (
     "entropy_at", "attention", "attention_predicting", "loss_unconditional", "kl@history", "reverse_kl@history",
     "kl_at@history",
 )  # fmt: skip
-"""Of the current model; of the history model the loss alone, as `loss_history`."""
+"""Signals of the current model. The history model gives its loss alone, as `loss_history`."""
 
 
 def make_model(architecture: str, role: str) -> PreTrainedModel:

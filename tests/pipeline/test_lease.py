@@ -43,7 +43,7 @@ def test_the_loser_says_who_holds_it(tmp_path: Path) -> None:
 
 
 def test_a_killed_runs_lease_is_taken_over_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of this machine: the lock was free, so its process is gone, whatever its number is used for now."""
+    """A lease of this machine: the lock was free, so its process is gone, whatever uses its number now."""
     monkeypatch.setattr(lease, "PATIENCE", 1e9)
     Lease(file).take()
     (file.parent / f"{file.name}.01234567.tmp").touch()

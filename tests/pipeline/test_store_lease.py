@@ -1,4 +1,4 @@
-"""Of several machines that work on a folder in an object store, one is let in; a dead one's lease is taken over."""
+"""One of several machines gets a folder in an object store; a dead machine's lease is taken over."""
 
 import os
 import subprocess

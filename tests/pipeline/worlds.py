@@ -37,7 +37,7 @@ class World:
     tokens: Path
     """Three shards."""
     scores: Path
-    """Of `base`, and with attention of `later`."""
+    """Scores of `base`, and of `later` with attention."""
 
 
 @dataclass(frozen=True)

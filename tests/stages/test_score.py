@@ -224,7 +224,7 @@ def test_an_unknown_backend_is_refused(model):
 
 
 def test_the_default_layer_is_the_last_with_softmax_attention(tokens, tmp_path):
-    """Of a hybrid that ends in convolutions; which one it is stands beside the scores."""
+    """A hybrid that ends in convolutions: the layer that was measured is recorded with the scores."""
     from tests.sstoken.measure.tiny_architectures import make_tiny
 
     folder = tmp_path / "hybrid"

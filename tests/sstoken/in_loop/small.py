@@ -81,7 +81,7 @@ def make_scored_examples(number=24, longest=24, seed=0, first=None):
 
 @torch.no_grad()
 def losses_of(model, ids):
-    """Of each token, from all logits in float32; the first has none: 0."""
+    """Return each token's loss, from all logits in float32; 0 for the first, which nothing predicts."""
     log_probs = model(torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
     return np.array([0.0] + [-float(log_probs[i - 1, t]) for i, t in enumerate(ids) if i], dtype=np.float32)
 

@@ -58,7 +58,7 @@ def train(folder, model, selection, **changes):
 
 
 def losses_under(model, seen):
-    """Of each response token, example by example."""
+    """Return the losses of each response token, example by example."""
     found = []
     with torch.no_grad():
         for o in seen:

@@ -63,7 +63,7 @@ def train(kind, folder, tokenizer, model, selection=None, **changes):
 
 
 def kept_log_probs(model, watcher):
-    """Of the kept tokens, each example by itself: [K] with gradients."""
+    """Return the log-probabilities of the kept tokens, each example by itself: [K] with gradients."""
     found = []
     for seen in watcher.seen:
         log_probs = model(torch.from_numpy(seen.input_ids)[None]).logits[0].log_softmax(-1)

@@ -13,7 +13,7 @@ IGNORED = -100
 
 
 class Recording:
-    """Of one training run: each call of the model, each step's loss, and whether the weights moved."""
+    """What one training run did: each call of the model, each step's loss, and whether the weights moved."""
 
     def __init__(self):
         self.calls, self.losses, self._sums = [], [], []
