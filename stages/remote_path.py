@@ -61,17 +61,11 @@ class RemotePath(PurePosixPath):
         """The URL's scheme, such as `s3`."""
         return self.parts[0].removesuffix(":") if self.parts else ""
 
-    def expanduser(self) -> "RemotePath":
-        """Return itself: a URL has no home folder."""
-        return self
-
-    def absolute(self) -> "RemotePath":
-        """Return itself: a URL is absolute."""
-        return self
-
     def resolve(self) -> "RemotePath":
-        """Return itself: object stores have no links."""
+        """Return itself: a URL is absolute, has no home folder, and object stores have no links."""
         return self
+
+    absolute = expanduser = resolve
 
     def is_symlink(self) -> bool:
         """Return False: object stores have no links."""

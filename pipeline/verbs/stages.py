@@ -5,7 +5,7 @@ whose output is finished returns at once (`result.skipped`).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -50,8 +50,16 @@ from sstoken.stages.manifest import Digests
 from sstoken.stages.score import ScoreOptions, compared
 from sstoken.stages.score_from_training import Observed
 from sstoken.stages.select import Select
+from sstoken.stages.stage import Stage
 
 __all__ = ["Result", "anchor", "commit", "critical", "encode", "export", "observed", "score", "select"]
+
+
+def _execute(call: Output, stage: type[Stage], inputs: Mapping[str, Place], seed: int = 0) -> Result:
+    """Run the stage whose fields a call has, from folders by name into `out`."""
+    folders = {name: place(folder) for name, folder in inputs.items()}
+    job = Job(stage_of(call, stage), folders, place(call.out), seed)
+    return execute(job, Digests(), force=call.force)
 
 
 class EncodeCall(Output, Encode):
@@ -62,8 +70,7 @@ class EncodeCall(Output, Encode):
     """
 
     def do(self) -> Result:
-        job = Job(stage_of(self, Encode), {}, place(self.out), seed=0)
-        return execute(job, Digests(), force=self.force)
+        return _execute(self, Encode, {})
 
 
 encode = verb(EncodeCall)
@@ -88,13 +95,11 @@ class AnchorCall(Output, Anchor):
 
     def do(self) -> Result:
         given = {"tokens": self.tokens, "masked": self.masked}
-        inputs = {name: place(folder) for name, folder in given.items() if folder is not None}
+        inputs = {name: folder for name, folder in given.items() if folder is not None}
         if len(inputs) != 1:
             said = ", ".join(f"{name} is {str(folder)!r}" for name, folder in given.items() if folder)
             raise UsageError(f"{said or 'neither tokens nor masked is given'}; name one of them to train on")
-        return execute(
-            Job(stage_of(self, Anchor), inputs, place(self.out), self.seed), Digests(), force=self.force
-        )
+        return _execute(self, Anchor, inputs, self.seed)
 
 
 anchor = verb(AnchorCall)
@@ -171,8 +176,7 @@ class CriticalCall(Output, Critical):
     """The checkpoint: folder, LoRA adapter or Hub id."""
 
     def do(self) -> Result:
-        job = Job(stage_of(self, Critical), {"tokens": place(self.tokens)}, place(self.out), seed=0)
-        return execute(job, Digests(), force=self.force)
+        return _execute(self, Critical, {"tokens": self.tokens})
 
 
 critical = verb(CriticalCall)
@@ -185,8 +189,7 @@ class ObservedCall(Output, Observed):
     """A finished tokens folder."""
 
     def do(self) -> Result:
-        job = Job(stage_of(self, Observed), {"tokens": place(self.tokens)}, place(self.out), seed=0)
-        return execute(job, Digests(), force=self.force)
+        return _execute(self, Observed, {"tokens": self.tokens})
 
 
 observed = api_only(ObservedCall)
@@ -269,7 +272,7 @@ class ExportCall(Output, Export):
         stage, masked = stage_of(self, Export), place(self.masked)
         if self.into is not None:
             check_into(place(self.into), get_target(self.to))
-        result = execute(Job(stage, {"masked": masked}, place(self.out), seed=0), Digests(), force=self.force)
+        result = _execute(self, Export, {"masked": masked})
         if self.into is not None:
             file, diff = write_settings(
                 place(self.into), get_target(self.to), result.folder, result.metrics, force=self.force

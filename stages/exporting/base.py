@@ -81,8 +81,36 @@ class Target(ABC):
         return ""
 
 
-class ParquetTarget(Target):
+class ShardedTarget(Target):
+    """Files of one format that `datasets` reads, named as the shards of the masked dataset."""
+
+    format: ClassVar[str]
+    """The name by which `load_dataset` knows the format."""
+    suffix: ClassVar[str]
+
+    def shard_name(self, index: int, shards: int) -> str:
+        """Use the names of the masked dataset, with the format's suffix."""
+        return f"{Path(tables.part_name(index)).stem}{self.suffix}"
+
+    def read(self, folder: Path) -> Iterator[pa.Table]:
+        """Stream the rows of the files that have some, in order, without a cache."""
+        from datasets import load_dataset
+
+        found = (folder / DATA).glob(f"part-*{self.suffix}")
+        files = [str(p) for p in sorted(found, key=lambda p: (len(p.name), p.name))]
+        rows = load_dataset(self.format, data_files=files, split="train", streaming=True)
+        yield from rows.with_format("arrow").iter(batch_size=1000)
+
+    def front_matter(self, facts: Facts) -> str:
+        """Name the shards of `data`, so that those of the sidecar are not loaded."""
+        return dataset_configs(f"{DATA}/part-*{self.suffix}", facts.fingerprint)
+
+
+class ParquetTarget(ShardedTarget):
     """Parquet files without any metadata."""
+
+    format = "parquet"
+    suffix = ".parquet"
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
         """Return the columns the trainer expects."""
@@ -91,56 +119,26 @@ class ParquetTarget(Target):
             "labels": tables.lists(rows.labels, rows.offsets, tables.IDS),
         }
 
-    def shard_name(self, index: int, shards: int) -> str:
-        """Use the same names as the masked dataset."""
-        return tables.part_name(index)
-
     def write(self, path: Path, rows: Rows) -> None:
         """Write one Parquet file."""
         tables.write_part(path, pa.table(self.columns(rows)), None, compression_level=FAST)
 
-    def read(self, folder: Path) -> Iterator[pa.Table]:
-        """Stream the rows with `datasets`."""
-        return stream("parquet", folder, "part-*.parquet")
 
-    def front_matter(self, facts: Facts) -> str:
-        """Name the shards of `data`, so that those of the sidecar are not loaded."""
-        return dataset_configs(f"{DATA}/part-*.parquet", facts.fingerprint)
-
-
-class JsonLinesTarget(Target):
+class JsonLinesTarget(ShardedTarget):
     """One JSON object per line."""
+
+    format = "json"
+    suffix = ".jsonl"
 
     @abstractmethod
     def lines(self, rows: Rows) -> Iterator[bytes]:
         """Yield the JSON object of each row."""
-
-    def shard_name(self, index: int, shards: int) -> str:
-        """Use the same names as the masked dataset, with another suffix."""
-        return tables.part_name(index).removesuffix(".parquet") + ".jsonl"
 
     def write(self, path: Path, rows: Rows) -> None:
         """Write one file, row by row."""
         with atomic_file(path) as file:
             for line in self.lines(rows):
                 file.write(line + b"\n")
-
-    def read(self, folder: Path) -> Iterator[pa.Table]:
-        """Stream the rows with `datasets`."""
-        return stream("json", folder, "part-*.jsonl")
-
-    def front_matter(self, facts: Facts) -> str:
-        """Name the shards of `data`."""
-        return dataset_configs(f"{DATA}/part-*.jsonl", facts.fingerprint)
-
-
-def stream(kind: str, folder: Path, pattern: str) -> Iterator[pa.Table]:
-    """Stream the files of `data` that have rows, in order, with `datasets.load_dataset` and no cache."""
-    from datasets import load_dataset
-
-    files = [str(p) for p in sorted((folder / DATA).glob(pattern), key=lambda p: (len(p.name), p.name))]
-    rows = load_dataset(kind, data_files=files, split="train", streaming=True)
-    yield from rows.with_format("arrow").iter(batch_size=1000)
 
 
 def ones(rows: Rows) -> pa.Array:
