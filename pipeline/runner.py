@@ -48,13 +48,7 @@ OF_UNFINISHED_WORK = (FINGERPRINT_FILE, ".job.json", "completions", took.FOLDER)
 """Files and folders that publishing removes."""
 
 
-def execute(
-    job: Job,
-    digests: Digests,
-    *,
-    replace: bool = False,
-    force: bool = False,
-) -> Result:
+def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = False) -> Result:
     """Run the job unless it is finished.
 
     Args:
@@ -223,10 +217,7 @@ def prepare(job: Job, identity: Identity, *, fresh: bool) -> None:
     store = storage.of(job.partial)
     left = partial_fingerprint(job.partial)
     if left not in (None, identity.fingerprint) and _holds_work(job.partial):
-        say(
-            f"note: {job.partial}: unfinished work of other settings or inputs is deleted",
-            err=True,
-        )
+        say(f"note: {job.partial}: unfinished work of other settings or inputs is deleted", err=True)
     if fresh or left != identity.fingerprint:
         store.delete(job.partial)
     store.make_folder(job.partial)

@@ -60,10 +60,7 @@ def schema() -> dict[str, Any]:
         "additionalProperties": {"type": "array", "items": {"type": "integer"}},
         "required": ["steps"],
     }
-    whole["properties"]["steps"] |= {
-        "properties": {"repeat": repeat},
-        "additionalProperties": step,
-    }
+    whole["properties"]["steps"] |= {"properties": {"repeat": repeat}, "additionalProperties": step}
     for name in ("critical", "score", "select"):  # an empty section means the defaults
         whole["properties"][name] = {"anyOf": [whole["properties"][name], {"type": "null"}]}
     whole["oneOf"] = [{"required": ["encode"]}, {"required": ["steps"]}]

@@ -20,10 +20,7 @@ _OF_ACTIVATIONS = re.compile(r"\.(?:[kvq]|input|output)_scale$")
 
 
 def load_model(
-    ref: str,
-    *,
-    dtype: "torch.dtype | str" = "auto",
-    trust_remote_code: bool = False,
+    ref: str, *, dtype: "torch.dtype | str" = "auto", trust_remote_code: bool = False
 ) -> "tuple[PreTrainedModel, list[str]]":
     """Load the causal language model of a full checkpoint, not of an adapter.
 

@@ -17,14 +17,7 @@ _PATIENCE = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempt
 S3 = ("s3", "s3a")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid", "mtime", "created")
 """Facts about an object that change with its content, the most reliable first."""
-_PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-}
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 @dataclass(frozen=True)

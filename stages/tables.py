@@ -33,13 +33,7 @@ MASKED_LEAN = pa.schema(
     [("example_id", pa.string()), ("input_ids", IDS), ("labels", IDS), ("keep_mask", MASK)]
 )
 MASKED = pa.schema(
-    [
-        *MASKED_LEAN,
-        ("response_mask", MASK),
-        ("rel", VALUES),
-        ("attention", VALUES),
-        ("score", VALUES),
-    ]
+    [*MASKED_LEAN, ("response_mask", MASK), ("rel", VALUES), ("attention", VALUES), ("score", VALUES)]
 )
 WEIGHT = pa.field("weight", VALUES)
 """Factor of a token's loss: null outside the response, 0 if the token is not learned, negative to unlearn it."""

@@ -115,10 +115,7 @@ def _pipeline(
     current = history.folder / history.metrics["snapshots"][-1]
     say(f"score: their tokens under the base and under {current.name}")
     scores = curate.score(
-        tokens=tokens,
-        checkpoints=[str(base), str(current)],
-        out=out / "scores",
-        attention_from=current.name,
+        tokens=tokens, checkpoints=[str(base), str(current)], out=out / "scores", attention_from=current.name
     ).folder
     say(f"select: {', '.join(METHODS)}")
     choice: dict[str, Any] = {"rho": RHO, "history": "base", "current": current.name, "seed": seed}

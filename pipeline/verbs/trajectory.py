@@ -46,12 +46,7 @@ def layers(scores: Place, *, checkpoints: Sequence[str] = ()) -> list[LayerStabi
     return layer_stability([folder / name for name in _snapshots(folder, checkpoints)])
 
 
-@command(
-    layers,
-    click.argument("scores"),
-    click.option("--ckpt", "checkpoints", multiple=True),
-    json_option,
-)
+@command(layers, click.argument("scores"), click.option("--ckpt", "checkpoints", multiple=True), json_option)
 def _layers(scores: str, checkpoints: tuple[str, ...], as_json: bool) -> None:
     found = layers(scores, checkpoints=checkpoints)
     if as_json:

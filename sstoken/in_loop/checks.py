@@ -87,10 +87,7 @@ def _loss_obstacles(trainer: Any) -> list[Obstacle]:
             f"label_smoothing_factor is set ({args.label_smoothing_factor}), which would replace the loss that "
             "selects; set it to 0",
         ),
-        (
-            loss_type not in (None, *LOSS_TYPES),
-            f"loss_type is {loss_type!r}; legal: {', '.join(LOSS_TYPES)}",
-        ),
+        (loss_type not in (None, *LOSS_TYPES), f"loss_type is {loss_type!r}; legal: {', '.join(LOSS_TYPES)}"),
         (
             bool(args.use_liger_kernel and fused),
             f"liger_kernel_config asks for {' and '.join(fused)}, for a loss of all tokens; remove that, the layer "

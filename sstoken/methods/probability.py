@@ -252,10 +252,7 @@ METHODS = (
         policy=Weight(),
         params=PowerParams,
         evidence="A",
-        aliases=(
-            "p-q-family",
-            "bll",
-        ),
+        aliases=("p-q-family", "bll"),
     ),
     _method(
         name="chord-phi",
@@ -275,9 +272,6 @@ METHODS = (
         policy=Where("drops what is below tau", lambda scores, tokens, params: scores >= params.tau),
         params=KnowledgeParams,
         evidence="S",
-        aliases=(
-            "xtf",
-            "xtf-kn-part",
-        ),
+        aliases=("xtf", "xtf-kn-part"),
     ),
 )

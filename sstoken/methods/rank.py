@@ -29,13 +29,7 @@ METHODS = (
     Method(
         name="ranktuner",
         family="rank",
-        inputs=(
-            "current.loss",
-            "current.entropy",
-            "current.max_prob",
-            "current.rank",
-            "current.ties",
-        ),
+        inputs=("current.loss", "current.entropy", "current.max_prob", "current.rank", "current.ties"),
         formula="p * max(p s, 1e-6)^(-1 / log2(max(s, R) + 1)^2), s a lower bound of the expected rank",
         source=f"{_SOURCE}; code as stored",
         score=_code,

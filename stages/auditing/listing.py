@@ -20,12 +20,7 @@ from sstoken.stages.auditing.kinds import Family
 _MODULES = (rows, packs, labels, turn_ends, special_tokens, parts, template, lengths, answers, signals)
 """In the order of the page."""
 
-_NEEDS = {
-    "ids": "",
-    "tokenizer": "a tokenizer",
-    "template": "a chat template",
-    "raw": "raw conversations",
-}
+_NEEDS = {"ids": "", "tokenizer": "a tokenizer", "template": "a chat template", "raw": "raw conversations"}
 
 
 def page() -> str:

@@ -9,13 +9,7 @@ from importlib import import_module
 
 from sstoken.errors import UsageError
 from sstoken.measure.branches import Branch, Continuation, IdArray
-from sstoken.stages.backends import (
-    BackendOptions,
-    LoadedModel,
-    backend_class,
-    check_backend,
-    resolve_backend,
-)
+from sstoken.stages.backends import BackendOptions, LoadedModel, backend_class, check_backend, resolve_backend
 from sstoken.stages.checkpoints import check_content
 
 GENERATORS = {

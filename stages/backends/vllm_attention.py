@@ -97,11 +97,7 @@ class LayerCapture:
 
     def take(self) -> dict[str, Any]:
         """See `AttentionExtension.sstoken_take`."""
-        taken = {
-            "problem": self._problem,
-            "attention": self._attention,
-            "deviation": self._deviation,
-        }
+        taken = {"problem": self._problem, "attention": self._attention, "deviation": self._deviation}
         self.expect({})
         return taken
 

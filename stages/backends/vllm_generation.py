@@ -9,13 +9,7 @@ from sstoken.measure.branches import Branch, Continuation, IdArray
 from sstoken.stages.backends import BackendOptions
 from sstoken.stages.backends import vllm_limits as limits
 from sstoken.stages.backends.generation import Generator
-from sstoken.stages.backends.vllm import (
-    SMALLEST_ROOM,
-    engine_spec,
-    make_engine,
-    numbered_adapter,
-    room_for,
-)
+from sstoken.stages.backends.vllm import SMALLEST_ROOM, engine_spec, make_engine, numbered_adapter, room_for
 from sstoken.stages.backends.vllm_generating import MOST_CANDIDATES, Generated, Prefixes
 from sstoken.stages.checkpoints import adapter_base
 

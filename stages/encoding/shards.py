@@ -16,13 +16,7 @@ from sstoken.stages import checkpoints, folders, joins, storage
 from sstoken.stages.encoding.chat import ChatEncoder, EncoderOptions, load_encoder
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout
-from sstoken.stages.encoding.messages import (
-    MAX_CHARS,
-    BadRow,
-    Conversation,
-    PassedOver,
-    check_text,
-)
+from sstoken.stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, check_text
 from sstoken.stages.encoding.ranges import RowRange
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.time_limit import limited

@@ -99,10 +99,7 @@ def texts_of(conversation: Conversation) -> dict[int, str]:
 
 
 def trace(
-    conversation: Conversation,
-    render: Render,
-    protected: re.Pattern[str] | None,
-    text: str | None = None,
+    conversation: Conversation, render: Render, protected: re.Pattern[str] | None, text: str | None = None
 ) -> Trace:
     """Render a conversation and find the owner of each character.
 
@@ -230,10 +227,7 @@ def _shown(part: str, text: str) -> bool:
 
 
 def _share_names(
-    owners: NDArray[np.int16],
-    text: str,
-    conversation: Conversation,
-    names_in: Callable[[int], int | None],
+    owners: NDArray[np.int16], text: str, conversation: Conversation, names_in: Callable[[int], int | None]
 ) -> str:
     """Assign the tool names that calls print to their turns, in place; return the remaining, unowned letters.
 

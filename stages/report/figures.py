@@ -8,16 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sstoken.errors import UsageError
-from sstoken.stages.report.drawing import (
-    DASHES,
-    DROPPED,
-    FORMATS,
-    GRID,
-    INK,
-    KEPT,
-    SERIES,
-    Chart,
-)
+from sstoken.stages.report.drawing import DASHES, DROPPED, FORMATS, GRID, INK, KEPT, SERIES, Chart
 from sstoken.stages.report.folders import SignalFacts
 from sstoken.stages.report.statistics import NUM_DECILES, RHO_BINS, Statistics
 from sstoken.stages.report.token_classes import ALL_CLASSES
@@ -94,11 +85,7 @@ def _breakdowns(stats: Statistics) -> Iterator[Chart]:
                 axes.bar(np.arange(NUM_DECILES) + 0.5, share, 0.86, color=KEPT)
             else:
                 axes.plot(
-                    np.arange(NUM_DECILES) + 0.5,
-                    share,
-                    DASHES[i % 7],
-                    color=SERIES[i % 7],
-                    label=opened.name,
+                    np.arange(NUM_DECILES) + 0.5, share, DASHES[i % 7], color=SERIES[i % 7], label=opened.name
                 )
         if len(stats.folders.all) > 1:
             axes.legend()

@@ -79,12 +79,7 @@ def render(stats: Statistics) -> tuple[str, dict[str, Any]]:
     wanted = _wanted(stats, ngrams, flags)
     shown = shown_examples.gather(stats, wanted)
     rows = {example["row"] for example in shown}
-    data = {
-        "folders": shown_examples.titles(folders),
-        "keys": _keys(stats),
-        "examples": shown,
-        "why": _WHY,
-    }
+    data = {"folders": shown_examples.titles(folders), "keys": _keys(stats), "examples": shown, "why": _WHY}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -299,11 +294,7 @@ def _agreement(stats: Statistics) -> dict[str, Any]:
     facts, names = stats.agreement, [each.name for each in stats.folders.all]
     return {
         "tables": [
-            {
-                "title": title,
-                "about": about,
-                "rows": list(zip(names, facts[key], strict=True)),
-            }
+            {"title": title, "about": about, "rows": list(zip(names, facts[key], strict=True))}
             for key, title, about in (
                 ("jaccard", "Jaccard", "Tokens kept by both over tokens kept by either."),
                 ("kappa", "Cohen's kappa", "Agreement beyond chance: 0 is chance, 1 is the same mask."),

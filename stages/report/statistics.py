@@ -127,12 +127,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         number = len(self.folders.all)
-        sizes = {
-            "class": len(ALL_CLASSES),
-            "decile": NUM_DECILES,
-            "turn": MOST_TURNS,
-            "length": NUM_LENGTHS,
-        }
+        sizes = {"class": len(ALL_CLASSES), "decile": NUM_DECILES, "turn": MOST_TURNS, "length": NUM_LENGTHS}
         self.by = {name: Breakdown.empty(size, number) for name, size in sizes.items()}
         self.sample = Uniform(TOKENS_SAMPLED, self.seed)
         self.cuts = Uniform(CUTS_SAMPLED, self.seed + 1)
@@ -298,10 +293,7 @@ def _flag(stats: Statistics, r: Responses, classes: NDArray[np.int8], rows: IntA
             found["unscored_kept"] = np.bincount(r.example[keep & np.isnan(r.score)], minlength=number) > 0
     for name, mask in found.items():
         count, first = stats.flags[name]
-        stats.flags[name] = (
-            count + int(mask.sum()),
-            [*first, *rows[mask].tolist()][:FLAG_ROWS],
-        )
+        stats.flags[name] = (count + int(mask.sum()), [*first, *rows[mask].tolist()][:FLAG_ROWS])
 
 
 def _distinct(r: Responses) -> Float64Array:

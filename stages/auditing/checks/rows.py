@@ -25,16 +25,10 @@ UNREADABLE = FAMILY.kind(
     "write the dataset again; token ids and labels are lists of integers, masks lists of numbers",
 )
 NULL = FAMILY.kind(
-    "null-row",
-    "error",
-    "rows without token ids or labels (null)",
-    "drop them, or tokenize them again",
+    "null-row", "error", "rows without token ids or labels (null)", "drop them, or tokenize them again"
 )
 NULL_TOKEN = FAMILY.kind(
-    "null-token",
-    "error",
-    "rows with null or NaN among their ids, labels or masks",
-    "tokenize them again",
+    "null-token", "error", "rows with null or NaN among their ids, labels or masks", "tokenize them again"
 )
 EMPTY = FAMILY.kind("empty-row", "error", "rows without a token", "drop them")
 NESTED = FAMILY.kind(

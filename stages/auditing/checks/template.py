@@ -10,14 +10,7 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import Family, Kind
 from sstoken.stages.encoding import chat, rendering
-from sstoken.stages.encoding.messages import (
-    LOST,
-    UNCERTAIN,
-    BadRow,
-    Conversation,
-    NeedsDecision,
-    PassedOver,
-)
+from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, NeedsDecision, PassedOver
 from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
@@ -136,12 +129,7 @@ class Conversations:
     proofs: Counter[str] = field(default_factory=Counter)
 
     def refuse(
-        self,
-        row: Row,
-        number: int,
-        error: BadRow,
-        context: Context,
-        conversation: Conversation | None = None,
+        self, row: Row, number: int, error: BadRow, context: Context, conversation: Conversation | None = None
     ) -> None:
         """Count a row that cannot be encoded; `conversation` is its content, if that could be read."""
         if isinstance(error, PassedOver):
