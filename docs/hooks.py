@@ -1,4 +1,4 @@
-"""What `mkdocs build` does besides: the README is the first page, links out of docs/ are written out, and llms.txt."""
+"""What `mkdocs build` does besides: the README is the first page, the glossary a page, and llms.txt."""
 
 import inspect
 import re
@@ -14,10 +14,12 @@ _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the README as the first page."""
+    """Add the README as the first page, and the glossary as a page of its own."""
     readme = (_ROOT / "README.md").read_text(encoding="utf-8")
     inside = re.sub(r"(\]\()docs/", r"\1", readme)
     files.append(File.generated(config, "index.md", content=_written_out(inside, _ROOT / "docs")))
+    words = (_ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Glossary\n")[2]
+    files.append(File.generated(config, "glossary.md", content=f"# Glossary\n{words}"))
     return files
 
 
