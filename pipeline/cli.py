@@ -14,7 +14,7 @@ from sstoken.errors import SstokenError
 from sstoken.pipeline import stopping
 from sstoken.pipeline.saying import printable
 from sstoken.pipeline.stopping import stopping_safely
-from sstoken.pipeline.verbosity import Verbosity, is_verbose, set_verbosity
+from sstoken.pipeline.verbosity import is_verbose, set_verbosity
 from sstoken.pipeline.verbs import index, verbs
 from sstoken.stages.shard_border import GOES_ON
 from sstoken.version import __version__
@@ -69,7 +69,7 @@ def cli(level: str | None) -> None:
     Example:
       sstoken-curate demo
     """
-    set_verbosity(Verbosity(level or "normal"))
+    set_verbosity(level or "normal")
     if is_verbose():
         os.environ["TRANSFORMERS_VERBOSITY"] = "info"
         warnings.simplefilter("default")

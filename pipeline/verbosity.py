@@ -1,32 +1,21 @@
 """How much the command line prints: `sstoken-curate --quiet VERB`, or `--verbose`."""
 
-from enum import Enum
+_level = "normal"
+"""`quiet`: errors, notes, warnings and requested output (`show`, `--json`). `verbose`: also libraries' messages, and
+tracebacks of errors."""
 
 
-class Verbosity(Enum):
-    """Levels, from least to most."""
-
-    QUIET = "quiet"
-    """Errors, notes and warnings, and requested output (`show`, `--json`)."""
-    NORMAL = "normal"
-    VERBOSE = "verbose"
-    """Also the messages of libraries, and tracebacks of errors."""
-
-
-_level = Verbosity.NORMAL
-
-
-def set_verbosity(level: Verbosity) -> None:
-    """Set the level for this process."""
+def set_verbosity(level: str) -> None:
+    """Set the level for this process: `quiet`, `normal` or `verbose`."""
     global _level
     _level = level
 
 
 def is_quiet() -> bool:
     """Whether only errors, notes and warnings are wanted."""
-    return _level is Verbosity.QUIET
+    return _level == "quiet"
 
 
 def is_verbose() -> bool:
     """Whether tracebacks and libraries' messages are wanted."""
-    return _level is Verbosity.VERBOSE
+    return _level == "verbose"

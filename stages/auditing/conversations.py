@@ -11,7 +11,6 @@ from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.checks.template import Conversations
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
-from sstoken.stages.encoding import sources
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout, NoLayout, Preference, detect_layout
 from sstoken.stages.encoding.messages import BadRow, Conversation, NeedsDecision
@@ -44,7 +43,6 @@ def encoded(
     ignored = frozenset(reading.ignore_columns)
     with limited("the chat template") as start:
         for row in rows:
-            source = sources.Row("", row.index, row.where, dict(row.values))
             conversation: Conversation | None = None
             try:
                 if row.problem is not None:
@@ -59,13 +57,10 @@ def encoded(
                 examples = encoder.encode(conversation)
             except NoLayout as error:
                 raise SstokenError(f"{row.where}: {error}") from error
-            except NeedsDecision as error:
-                counts.refuse(source, row.index, error, context, conversation)
-                if layout is None:
-                    layout = _layout_anyway(row, reading)
-                continue
             except BadRow as error:
-                counts.refuse(source, row.index, error, context, conversation)
+                counts.refuse(row, error, context, conversation)
+                if layout is None and isinstance(error, NeedsDecision):
+                    layout = _layout_anyway(row, reading)
                 continue
             counts.unused.update(conversation.unused)
             for each in examples:

@@ -14,7 +14,7 @@ from tests.pipeline.worlds import CommandLine, World
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.setattr(verbosity, "_level", verbosity.Verbosity.NORMAL)
+    monkeypatch.setattr(verbosity, "_level", "normal")
     return CommandLine(capfd)
 
 

@@ -71,7 +71,7 @@ def test_short_work_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_LINE", 1e-9)
-    monkeypatch.setattr(verbosity, "_level", verbosity.Verbosity.QUIET)
+    monkeypatch.setattr(verbosity, "_level", "quiet")
     assert shown(capsys, 100_000) == []
 
 

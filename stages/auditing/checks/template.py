@@ -6,12 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import Family, Kind
 from sstoken.stages.encoding import chat, rendering
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, NeedsDecision, PassedOver
-from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
 FAMILY = Family("conversations and the chat template")
@@ -128,9 +128,7 @@ class Conversations:
     unused: Counter[str] = field(default_factory=Counter)
     proofs: Counter[str] = field(default_factory=Counter)
 
-    def refuse(
-        self, row: Row, number: int, error: BadRow, context: Context, conversation: Conversation | None = None
-    ) -> None:
+    def refuse(self, row: Row, error: BadRow, context: Context, conversation: Conversation | None) -> None:
         """Count a row that cannot be encoded; `conversation` is its content, if that could be read."""
         if isinstance(error, PassedOver):
             self.passed_over[error.reason] += 1
@@ -142,10 +140,10 @@ class Conversations:
         text = _excerpt(error.detail, row, conversation)
         if error.reason == LOST:
             for name in dict.fromkeys(_KINDS.findall(detail)) or ("content",):
-                context.found.place(DROPPED[name], row.where, number, detail, remedy, text)
+                context.found.place(DROPPED[name], row.where, row.index, detail, remedy, text)
             return
         default = DECISION if isinstance(error, NeedsDecision) else BAD
-        context.found.place(_REASONS.get(error.reason, default), row.where, number, said, remedy, text)
+        context.found.place(_REASONS.get(error.reason, default), row.where, row.index, said, remedy, text)
 
     def note(self, notes: tuple[str, ...], example: Example, context: Context) -> None:
         """Count the notes that encoding made about a row."""
@@ -169,7 +167,7 @@ def _excerpt(detail: str, row: Row, conversation: Conversation | None) -> str:
     """Return the start of the turn that an error names, or of the row; from the special token it quotes, if any."""
     turn = _TURN.search(detail)
     if conversation is None or turn is None or int(turn[1]) > len(conversation.messages):
-        values = row.value if conversation is None else conversation.messages
+        values = dict(row.values) if conversation is None else conversation.messages
         return json.dumps(values, ensure_ascii=False, default=str)[:_EXCERPT] if values else ""
     message = conversation.messages[int(turn[1]) - 1]
     key = "reasoning_content" if detail.startswith("reasoning") else "content"
