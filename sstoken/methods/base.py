@@ -80,7 +80,7 @@ class Method:
     evidence: str = "-"
     """A, T, F, S or -: how its formula is known (see `EVIDENCE`)."""
     in_loop: bool = True
-    """Whether it can run in a training loop."""
+    """Whether its rule can be applied in a training loop; see `runs_in_loop` for its signals."""
     ignores: tuple[str, ...] = ()
     """Options of other methods that it accepts and ignores, so that one sweep can cover several methods."""
     aliases: tuple[str, ...] = ()
@@ -104,6 +104,17 @@ class Method:
         named = [Input(i).role for i in self.inputs]
         compared = [Input(i).signal.partition("@")[2] for i in self.inputs if _takes_checkpoint(Input(i))]
         return tuple(dict.fromkeys([*named, *compared]))
+
+    @property
+    def runs_in_loop(self) -> bool:
+        """Whether a training step measures what it needs of the model in training, with some kind of history."""
+        live = [Input(i).signal for i in self.inputs if Input(i).role == "current"]
+        known = {signal: SIGNALS.get(signal.partition("@")[0]) for signal in live}
+        return self.in_loop and all(
+            found is not None
+            and (found.needs in ("distribution", "second checkpoint") or name == found.name == "attention")
+            for name, found in known.items()
+        )
 
     @property
     def scope(self) -> Scope:

@@ -37,7 +37,7 @@ def describe(method: Method) -> dict[str, Any]:
         "scope": method.scope,
         "scopes": list(method.scopes),
         "weighted": method.weighted,
-        "in_loop": method.in_loop,
+        "in_loop": method.runs_in_loop,
         "evidence": method.evidence,
         "second_hand": method.evidence == "S",
         "formula": method.formula,
@@ -80,7 +80,7 @@ def page() -> str:
     families = list(dict.fromkeys(m.family for m in methods))
     table = "\n".join(
         f"| [`{m.name}`](#{m.name}) | {m.family} | {', '.join(f'`{i}`' for i in m.inputs) or 'none'} | "
-        f"{m.policy.text} | {m.scope} | {'yes' if m.in_loop else 'no'} | {_evidence(m)} |"
+        f"{m.policy.text} | {m.scope} | {'yes' if m.runs_in_loop else 'no'} | {_evidence(m)} |"
         for family in families
         for m in methods
         if m.family == family
@@ -162,7 +162,8 @@ With any method:
 | `--protect NAME` | keep these whatever their score: `end_of_turn`, `tool_calls`, `code`, `regex:PATTERN` |
 
 `--example keep=0.05` chooses examples by T-SHIRT first (`ratio=0.5`; `draws=30` where `pmi_noisy@1` to `@30` were
-measured; the role `scorer`, else `current`), then the method chooses their tokens; `--method full` keeps them all.
+measured; the role `scorer`, else `current`), then the method chooses their tokens; `--method full` keeps them all. Its
+candidates have an IFD below 1, measured without noise; the authors take the mean over the draws.
 
 With pooling, each unit may exceed its share by less than one word or sentence. Protected tokens come on top of the
 share, with weight 1.

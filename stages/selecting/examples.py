@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from sstoken.errors import NothingLeftError
 from sstoken.selection import BoolArray, Float64Array, global_quantile, num_kept, sums
@@ -17,12 +17,18 @@ SCORER = "scorer"
 """The role of the checkpoint whose losses T-SHIRT judges examples by."""
 
 
+def _share_or_number(keep: float) -> float:
+    if keep > 1 and not keep.is_integer():
+        raise ValueError("legal is a share up to 1, or a whole number")
+    return keep
+
+
 class ExampleChoice(Settings):
     """How to choose examples before choosing tokens in them."""
 
     method: Literal["t-shirt"] = "t-shirt"
     """The only one."""
-    keep: Annotated[float, Field(gt=0)] = 0.05
+    keep: Annotated[float, Field(gt=0), AfterValidator(_share_or_number)] = 0.05
     """Examples to keep: a share up to 1, or a number."""
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of tokens that count."""

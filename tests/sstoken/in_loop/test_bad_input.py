@@ -1,6 +1,7 @@
 """What cannot work is refused before the first step, in one line."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel, Trainer
 
 from sstoken import SelfModulatedMixin, SelfModulatedTrainer, SelfModulation, SstokenError, UsageError
+from sstoken.in_loop.rule import check_in_loop
 from sstoken.in_loop.settings import Schedule
+from sstoken.methods import METHODS
 from tests.factories import VOCABULARY
 from tests.sstoken.in_loop.small import arguments, collate, make_examples, make_model
 
@@ -267,3 +270,20 @@ def test_weights_in_float64_train(tmp_path):
         make_model().double(), arguments(tmp_path), data_collator=collate, train_dataset=make_examples()
     )
     assert trainer.train().global_step == 3
+
+
+def test_the_table_of_methods_says_which_run_in_the_loop():
+    def runs(method):
+        for history in ("scores", "base"):
+            try:
+                check_in_loop(method, history)
+            except UsageError:
+                continue
+            return True
+        return False
+
+    assert {m.name: m.runs_in_loop for m in METHODS.values()} == {m.name: runs(m) for m in METHODS.values()}
+    theirs = replace(METHODS["loss"], name="theirs")
+    for signal in ("loss", "attention", "attention@0", "attention_predicting", "kl@history", "unknown"):
+        method = replace(theirs, inputs=(f"current.{signal}",))
+        assert method.runs_in_loop == runs(method), signal

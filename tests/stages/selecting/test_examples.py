@@ -17,8 +17,9 @@ from sstoken.stages.selecting.examples import ExampleChoice, choose_examples, ju
 from sstoken.stages.selecting.shard import Shard
 from tests.factories import save_tokenizer
 from tests.stages.context import make_context
+from tests.support import SHARED
 
-GOLDEN = Path(__file__).parents[3] / "shared/golden/tshirt.json"
+GOLDEN = SHARED / "golden/tshirt.json"
 
 
 def write(folder: Path, rows: list[dict[str, list[float]]]) -> dict[str, Path]:
