@@ -119,7 +119,7 @@ def _head(name: str, *more: str) -> list[str]:
 def _array(name: str, call: str, ranks: int) -> list[str]:
     return [
         *_head(name, f"--array=0-{ranks - 1}", *_requeue(), "--output=slurm-%x-%A_%a.log"),
-        f"# One rank of the step {name}: every {ranks}th shard. A shard that is there is never made again.",
+        f"# One rank of the step {name}: one shard of every {ranks}. A shard that is there is never made again.",
         *_until_stopped(
             f'{call} --rank "$SLURM_ARRAY_TASK_ID" --world-size {ranks}',
             "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",
@@ -165,7 +165,7 @@ def _submit(folder: Path, scripts: list[_Script]) -> str:
     lines = [
         "#!/usr/bin/env bash",
         "# Submits every step; each waits for the one before. Run it from the folder that paths are relative to:",
-        f"# bash {folder / SUBMIT} [SBATCH OPTIONS]",
+        f"# bash {shlex.quote(str(folder / SUBMIT))} [SBATCH OPTIONS]",
         "# Its options go to every sbatch (--partition=..., --account=...); SSTOKEN_GPU to those that run a model.",
         "set -euo pipefail",
         "gpu=${SSTOKEN_GPU---gres=gpu:1}",

@@ -1,10 +1,11 @@
 """`run` and `demo`: whole runs."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import click
@@ -24,6 +25,7 @@ from sstoken.pipeline.verbs.command import Place, command, echo_results, local_p
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
+from sstoken.stages.remote_path import RemotePath
 from sstoken.stages.sharded import ShardedStage
 
 __all__ = ["Step", "demo", "run"]
@@ -239,10 +241,13 @@ def _write_scripts(config: RunConfig, ranks: int, as_json: bool) -> None:
     from sstoken.pipeline.slurm import write_scripts
 
     check_run(config)
-    files = write_scripts(config, config.folder.with_name(f"{config.folder.name}.slurm"), ranks)
+    out: PurePath = config.folder
+    name = f"{out.name}.slurm"  # on a disk, from which bash and sbatch read scripts
+    folder = Path(name) if isinstance(out, RemotePath) else config.folder.with_name(name)
+    files = write_scripts(config, folder, ranks)
     if as_json:
         say(json.dumps({"files": list(map(str, files))}))
         return
     for file in files:
         say(f"{file}: written")
-    say(f"nothing was run; submit with: bash {files[-1]}")
+    say(f"nothing was run; submit with: bash {shlex.quote(str(files[-1]))}")

@@ -373,3 +373,15 @@ def test_a_whole_run_stands_in_the_store(run: CommandLine, place: str, tmp_path:
         there = tables.parts(storage.address(f"{place}/{folder}"))
         assert [tables.read_table(p) for p in here] == [tables.read_table(p) for p in there]
     assert "finished" in run.works("plan", config, "--set", f"out={place}")
+
+
+def test_scripts_for_a_run_in_the_store_are_written_to_the_disk(
+    run: CommandLine, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = save_config(tmp_path, tmp_path / "inputs", examples=4, shard_rows=2, steps=2)
+    monkeypatch.chdir(tmp_path)
+    said = run.works("run", config, "--set", f"out={place}/my run", "--dry-run", "--ranks", 2)
+    assert said.splitlines()[-1] == "nothing was run; submit with: bash 'my run.slurm/submit.sh'"
+    commit = (tmp_path / "my run.slurm" / "1-encode-commit.sbatch").read_text()
+    assert f"sstoken-curate commit '{place}/my run/tokens'" in commit
+    assert not storage.of(storage.address(place)).list(storage.address(place))
