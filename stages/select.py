@@ -164,10 +164,19 @@ class Select(ShardedStage):
         if all("rel_sum" in m["checks"] for m in metadata):
             summary["mean_rel"] = sum(m["checks"]["rel_sum"] for m in metadata) / summary["response_tokens"]
         checks = [{**m["stats"], **m["checks"]} for m in metadata]
-        if notes := notes_on(checks, self.method) + harm_notes(checks):
+        if notes := self._ignored() + notes_on(checks, self.method) + harm_notes(checks):
             summary["notes"] = notes
         write_card(context.out, provenance, summary)
         return summary
+
+    def _ignored(self) -> list[str]:
+        """Return a note for each option given that the method does without."""
+        given = {*self.params, *(name for name in self.model_fields_set if getattr(self, name) is not None)}
+        return [
+            f"method {self.method!r} has no {name}; it changes nothing here"
+            for name in self.of.ignores
+            if name in given
+        ]
 
     def _provenance(self, context: Context, scores: dict[str, Path]) -> dict[str, Any]:
         folder = context.inputs["tokens"]

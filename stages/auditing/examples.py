@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -24,6 +24,8 @@ class Turn:
     """Where the text that opens the turn starts."""
     start: int
     stop: int
+    shares_blank: bool = False
+    """Whether the last token before `start` holds the end of the header and the blanks that the text begins with."""
 
 
 @dataclass
@@ -73,7 +75,10 @@ class Example:
         return stretches(self.learned)
 
     def end(self, turn: Turn, closers: Set[int], is_control: BoolArray) -> int:
-        """Return where a turn stops, including an end token that is the header of the next turn (as in GLM-4)."""
+        """Return where a turn stops, including an end token that is the header of the next turn (as in GLM-4).
+
+        Trained copies of that token belong to the turn too.
+        """
         ids = self.ids
         if turn.role != "assistant" or turn.stop >= len(ids):
             return turn.stop
@@ -81,7 +86,8 @@ class Example:
         if not 0 <= following < len(is_control) or not is_control[following]:
             return turn.stop
         if following in closers:
-            return turn.stop + 1
+            others = np.flatnonzero((ids[turn.stop + 1 :] != following) | ~self.learned[turn.stop + 1 :])
+            return turn.stop + 1 + (int(others[0]) if others.size else len(ids) - turn.stop - 1)
         own = np.flatnonzero(self.learned[turn.start : turn.stop]) + turn.start
         closed = any(int(i) in closers for i in ids[own[-2:]])
         alone = self.learned[turn.stop] and not self.learned[turn.stop + 1 : turn.stop + 2].any()
@@ -123,19 +129,24 @@ class Cutter:
             turns.append(Turn("system", 0, 0, self._first_from(example, found[0][1])))
         for (role, begin, end), (_, after, _) in pairwise([*found, ("", len(example.text), 0)]):
             header, stop = self._first_from(example, begin), self._first_from(example, after)
-            start = min(self._body(example, end), stop)
+            body, shares_blank = self._body(example, end)
+            start = min(body, stop)
             if role == "assistant" and turns and turns[-1].role == role:  # one turn in several messages
-                turns[-1] = Turn(role, turns[-1].header, turns[-1].start, stop)
+                turns[-1] = replace(turns[-1], stop=stop)
             else:
-                turns.append(Turn(role, header, start, stop))
+                turns.append(Turn(role, header, start, stop, shares_blank))
         example.turns = turns
 
     def _first_from(self, example: Example, position: int) -> int:
         return int(np.searchsorted(example.starts[:-1], position))
 
-    def _body(self, example: Example, end: int) -> int:
-        """Return the first token after a header; a token across its end counts unless that part is blank."""
+    def _body(self, example: Example, end: int) -> tuple[int, bool]:
+        """Return the first token after a header, and whether the one before it goes on with blanks of the text.
+
+        A token across the end of the header belongs to the text unless that part of it is blank.
+        """
         first = self._first_from(example, end)
-        if first and example.starts[first] > end and example.text[end : example.starts[first]].strip():
-            return first - 1
-        return first
+        across = first > 0 and int(example.starts[first]) > end
+        if across and example.text[end : example.starts[first]].strip():
+            return first - 1, False
+        return first, across

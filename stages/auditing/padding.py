@@ -45,7 +45,7 @@ def _is_ended(ids: IntArray, vocabulary: Vocabulary, shape: Shape) -> bool:
     """Return whether the tokens end with an answer's end token; False without a chat template."""
     inside = ids[(ids >= 0) & (ids < vocabulary.size)][-4:]
     words = inside[~vocabulary.is_blank[inside]]
-    return shape.known and bool(words.size) and int(words[-1]) in shape.last_closers
+    return shape.known and bool(words.size) and int(words[-1]) in (shape.last_closers or shape.closers)
 
 
 def _run(ids: IntArray, token: int) -> int:

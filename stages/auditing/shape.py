@@ -212,6 +212,7 @@ def _learn_reasoning(shape: Shape, probe: _Probe) -> None:
 def _learn_tools(shape: Shape, probe: _Probe, vocabulary: Vocabulary) -> None:
     text = probe.text([*_called(), _says(_SAID)], [_DEFINITION])
     if text is None or not text.find(_ASKED) < text.find(_VALUE) < text.find(_RESULT):
+        _learn_results(shape, probe)
         return
     before = _after_header(text.rpartition(_ASKED)[2].partition(_VALUE)[0].partition(_TOOL)[0], shape)
     tags = [tag for tag in _TAG.findall(before) if tag not in shape.thoughts]
@@ -229,6 +230,17 @@ def _learn_tools(shape: Shape, probe: _Probe, vocabulary: Vocabulary) -> None:
     answered = text.partition(_RESULT)[2].partition(_SAID)[0]
     if not any(known.strip() in answered for known in shape.openers["assistant"]):
         shape.openers["assistant"] += _TAG.findall(answered)[-1:]
+
+
+def _learn_results(shape: Shape, probe: _Probe) -> None:
+    """Find what opens a tool's turn where the template prints results, but no calls."""
+    text = probe.text([_user(_ASKED), _says(_SAID), _result(), _says(_SAID_MORE)])
+    if text is None or not text.find(_SAID) < text.find(_RESULT) < text.find(_SAID_MORE):
+        return
+    gap = text.rpartition(_SAID_MORE)[0].rpartition(_RESULT)[0].rpartition(_SAID)[2]
+    opener = gap[len(_prefix(gap, _after(probe.text([_user(_ASKED), _says(_SAID)]), _SAID))) :].lstrip()
+    if _TAG.search(opener) and opener not in shape.openers["user"]:
+        shape.openers["tool"] = [opener]
 
 
 def _after_header(text: str, shape: Shape) -> str:
@@ -249,8 +261,11 @@ _DEFINITION = {
 
 def _called() -> list[Message]:
     call = {"type": "function", "id": "call12345", "function": {"name": _TOOL, "arguments": {_KEY: _VALUE}}}
-    result = {"role": "tool", "name": _TOOL, "tool_call_id": "call12345", "content": _RESULT}
-    return [_user(_ASKED), _says("", tool_calls=[call]), result]
+    return [_user(_ASKED), _says("", tool_calls=[call]), _result()]
+
+
+def _result() -> Message:
+    return {"role": "tool", "name": _TOOL, "tool_call_id": "call12345", "content": _RESULT}
 
 
 def _system() -> Message:

@@ -201,3 +201,11 @@ def test_a_method_of_a_package_that_fails(
     monkeypatch.setattr(registry, "_found", lambda: {"theirs": method})
     with pytest.raises(SstokenError, match=f"method 'theirs' {said}"):
         notes(inputs, tmp_path / "out", method="theirs")
+
+
+def test_an_option_that_the_method_does_without(tmp_path: Path) -> None:
+    inputs = write(tmp_path / "in", {"loss": losses(0)}, {"loss": losses(1)})
+    kept = {"protect": ("end_of_turn",)}
+    [line] = notes(inputs, tmp_path / "out", method="random", gamma=0.9, **kept)
+    assert line == "method 'random' has no gamma; it changes nothing here"
+    assert notes(inputs, tmp_path / "bare", method="random", **kept) == []

@@ -118,21 +118,23 @@ def _check_turns(example: Example, context: Context) -> None:
                 focus = (start + run[0], start + run[1])
                 context.found.add(PROMPT, example, focus, f"in a turn of the {turn.role}")
         else:
-            run = next(iter(stretches(trained[turn.header : turn.start])), None)
+            run = next(iter(stretches(trained[turn.header : turn.start - turn.shares_blank])), None)
             if run is not None and _only_opens_reasoning(example, turn, run):
                 run = None
             if run is not None and not prompt_trained:
                 context.found.add(HEADER, example, (turn.header + run[0], turn.header + run[1]))
             if not example.selected and run is None:
                 _check_start(example, turn, context)
-        before = example.end(turn, context.shape.closers, vocabulary.is_control)
+        before = max(before, example.end(turn, context.shape.closers, vocabulary.is_control))
 
 
 def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) -> bool:
-    """Return whether the trained part of a header only opens reasoning, or is empty reasoning: the row may hold it."""
+    """Return whether the trained part of a header opens reasoning or is empty reasoning: the row may hold it."""
     begin, end = (int(example.starts[turn.header + at]) for at in run)
     said = example.text[begin:end]
-    return b"think" in said and not re.sub(rb"</?think(ing)?>|\xfe|\s", b"", said)
+    return re.match(rb"\xfe?</?think", said) is not None and not re.sub(
+        rb"</?think(ing)?>|\xfe|\s", b"", said
+    )
 
 
 def _check_start(example: Example, turn: Turn, context: Context) -> None:

@@ -101,5 +101,7 @@ def _check_bos(example: Example, context: Context) -> None:
         before = position - 1
         while before > first and vocabulary.is_blank[min(max(int(ids[before]), 0), vocabulary.size - 1)]:
             before -= 1
-        if int(ids[before]) not in ends:  # after an end, another document may begin
+        # After an end, another document may begin; but some tokens that stop generation (Phi-3's) open answers.
+        opened = any(t.role == "assistant" and t.header <= before < t.start for t in example.turns)
+        if opened or int(ids[before]) not in ends:
             context.found.add(BOS_INSIDE, example, (int(position), int(position) + 1))

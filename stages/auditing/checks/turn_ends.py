@@ -86,6 +86,8 @@ class TurnEnds:
     dropped_rows: int = 0
     opened_next: int = 0
     """Answers that are ended by a trained token of the next turn's header."""
+    closed_rows: int = 0
+    """Rows that end with the trained token that ends their last answer."""
     open_rows: Counter[int] = field(default_factory=Counter)
     """Rows whose last answer has no end, by their length."""
     longest: int = 0
@@ -130,6 +132,7 @@ class TurnEnds:
             if example.selected and not example.trained[last]:
                 self._drop(example, last, context)
             final = turn is example.answers[-1] and limit >= row_length
+            self.closed_rows += final
             if final and int(ids[last]) in context.shape.last_closers - vocabulary.stops:
                 found.add(NOT_A_STOP, example, (last, last + 1))
             return
@@ -184,7 +187,7 @@ class TurnEnds:
         """Report what depends on the whole dataset."""
         if 2 * self.dropped > self.turns:
             context.found.count(DROPPED, self.dropped_rows, self._first["dropped"])
-        if context.shape.in_next_header:
+        if context.shape.in_next_header and not self.closed_rows:
             # The last answer of a row has no next turn; the others may teach the end.
             if not self.opened_next and not self.not_trained:
                 context.found.count(NO_NEXT, self.open_rows.total(), self._first.get("open"))

@@ -50,6 +50,18 @@ GLM4 = (
     "{{ '[gMASK]<sop>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{{ '<think>\\n' + (m.get('reasoning_content') or '') + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+"""The generation prompt opens the reasoning, as in Qwen3.5."""
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 
 
 @cache
@@ -59,6 +71,20 @@ def chatml() -> PreTrainedTokenizerFast:
     return byte_tokenizer(
         special, eos_token="<|im_end|>", pad_token="<|pad|>", bos_token="<s>", chat_template=CHATML
     )
+
+
+@cache
+def thinking() -> PreTrainedTokenizerFast:
+    """Two line breaks are one token: it holds the end of the generation prompt and the start of empty reasoning."""
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", chat_template=THINKING)
+    tokenizer.add_tokens(["\n\n", "<think>", "</think>"])
+    return tokenizer
+
+
+@cache
+def phi3() -> PreTrainedTokenizerFast:
+    special = ["<|user|>", "<|end|>", "<s>", "<|assistant|>"]
+    return byte_tokenizer(special, eos_token="<|end|>", bos_token="<s>", chat_template=PHI3)
 
 
 @cache

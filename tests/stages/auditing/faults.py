@@ -192,6 +192,25 @@ def question_trained_mistral(rows: list[Row]) -> None:
     labels[10:12] = ids[10:12]
 
 
+@fault("prompt-trained", "llama3")
+def result_trained(rows: list[Row]) -> None:
+    """The template prints roles as they are, and no calls."""
+    talk = datasets.talk(2, 2)
+    talk[2]["role"] = "tool"
+    rows[THIRD] = datasets.sound_row(datasets.llama3(), talk)
+    ids, labels = third(rows)
+    _, stop = next(spans(labels))
+    labels[stop + 20 : stop + 24] = ids[stop + 20 : stop + 24]
+
+
+@fault("generation-prompt-trained", "thinking")
+def header_trained_before_reasoning(rows: list[Row]) -> None:
+    ids, labels = third(rows)
+    opened = ids.index(token("<think>", "thinking"))
+    start, _ = next(spans(labels))
+    labels[opened - 1 : start] = ids[opened - 1 : start]
+
+
 @fault("generation-prompt-trained")
 def header_trained(rows: list[Row]) -> None:
     ids, labels = third(rows)
@@ -251,6 +270,27 @@ def no_end(rows: list[Row]) -> None:
     ids, labels = third(rows)
     _, stop = next(spans(labels))
     del ids[stop - 1], labels[stop - 1]
+
+
+def ended_by_the_next_header(rows: list[Row]) -> None:
+    """As a template for training has it: the token that would open the next turn ends every answer."""
+    end = token("<|user|>", "glm4")
+    for row in rows:
+        row["input_ids"].append(end)
+        row["labels"].append(end)
+
+
+@fault("end-missing", "glm4")
+def no_end_where_others_have_one(rows: list[Row]) -> None:
+    ended_by_the_next_header(rows)
+    for values in third(rows):
+        values.pop()
+
+
+@fault("end-doubled", "glm4")
+def ended_twice_by_the_next_header(rows: list[Row]) -> None:
+    ended_by_the_next_header(rows)
+    insert(rows, len(third(rows)[0]), token("<|user|>", "glm4"), token("<|user|>", "glm4"))
 
 
 @fault("end-doubled", "llama3")

@@ -45,6 +45,19 @@ def test_sound_rows(name: str, turns: int, tmp_path: Path) -> None:
     assert [turn["rows"] for turn in result.facts["turns"]] == [6] * turns
 
 
+def test_a_blank_across_the_end_of_the_generation_prompt(tmp_path: Path) -> None:
+    tokenizer = datasets.thinking()
+    rows = datasets.sound(tokenizer, 6, 2)
+    across, opens = tokenizer.convert_tokens_to_ids(["\n\n", "<think>"])
+    for row in rows:
+        ids, labels = row["input_ids"], row["labels"]
+        for start, _ in list(datasets.spans(labels)):
+            first = max(i for i in range(start) if ids[i] == opens) + 1
+            assert ids[first] == across
+            labels[first:start] = ids[first:start]
+    assert kinds(audit(rows, tokenizer=datasets.save(tokenizer, tmp_path))) == {}
+
+
 STOPS = {
     "glm4moe": ("<|endoftext|>", "<|user|>", "<|observation|>"),
     "gptoss": ("<|return|>", "<|call|>"),

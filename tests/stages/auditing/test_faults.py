@@ -126,6 +126,20 @@ def test_a_fault_of_every_row(name: str, tokenizers: dict[str, str]) -> None:
     assert kinds(audit(rows, tokenizer=tokenizers[name])) == {"end-not-trained": 6}
 
 
+def test_bos_behind_a_header_that_stops_generation(tmp_path: Path) -> None:
+    """Phi-3's generation_config.json lists `<|assistant|>`."""
+    tokenizer = datasets.phi3()
+    place = datasets.save(tokenizer, tmp_path)
+    stops = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    rows = datasets.sound(tokenizer, 6, 2)
+    assert kinds(audit(rows, model=place)) == {}
+    start, _ = next(datasets.spans(rows[THIRD]["labels"]))
+    rows[THIRD]["input_ids"].insert(start, tokenizer.bos_token_id)
+    rows[THIRD]["labels"].insert(start, -100)
+    assert kinds(audit(rows, model=place)) == {"bos-inside": 1}
+
+
 def test_only_the_last_turn_is_trained(tokenizers: dict[str, str]) -> None:
     rows = datasets.sound(datasets.chatml(), 6, 3)
     for row in rows:
