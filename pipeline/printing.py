@@ -146,6 +146,7 @@ def _anchor(m: dict[str, Any]) -> list[str]:
     return [
         f"{m['steps']:,} steps, {m['tokens_seen']:,} tokens seen{loss}",
         f"checkpoints: {', '.join(m['snapshots'])}; the loss is drawn in learning_curve.png",
+        *(f"note: {note}" for note in m.get("notes", ())),
     ]
 
 

@@ -21,7 +21,7 @@ from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.training import reporting, sealing
-from sstoken.stages.training.history_index import read_index
+from sstoken.stages.training.history_index import read_index, too_few_steps
 from sstoken.stages.training.reporting import Reporter
 from sstoken.stages.vocabularies import check_vocabulary
 
@@ -177,6 +177,7 @@ class Anchor(Stage):
             "tokens_seen": lines[-1]["tokens_seen"],
             "loss": lines[-1]["loss"],
             "snapshots": [entry.name for entry in entries],
+            "notes": too_few_steps(lines[-1]["step"], self.snapshots, self.snapshot_every),
             "seconds": round(time.monotonic() - began, 3),
         }
 

@@ -100,3 +100,14 @@ def write_index(folder: Path, entries: Iterable[Entry]) -> None:
     """Replace the file atomically."""
     lines = ",\n".join(" " + json.dumps(asdict(entry)) for entry in entries)
     write_atomic(storage.address(folder) / INDEX, f"[\n{lines}\n]\n")
+
+
+def too_few_steps(steps: int, num_snapshots: int | None, every_steps: int | None) -> list[str]:
+    """Return a note where training is too short for the snapshots that were asked for."""
+    if num_snapshots is not None and num_snapshots > steps:
+        return [
+            f"{num_snapshots} snapshots were asked for, but training has {steps} steps: it left one a step"
+        ]
+    if every_steps is not None and every_steps > steps:
+        return [f"a snapshot every {every_steps} steps was asked for, but training has {steps}: it left one"]
+    return []

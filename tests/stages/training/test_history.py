@@ -20,6 +20,7 @@ from sstoken.stages.training.history_index import (
     Entry,
     read_history,
     read_index,
+    too_few_steps,
     write_index,
 )
 from tests import factories
@@ -91,6 +92,12 @@ class Recorder(TrainerCallback):
 )
 def test_steps(max_steps, number, every, expected):
     assert snapshot_steps(max_steps, number, every) == expected
+
+
+def test_a_training_too_short_for_its_snapshots_says_so() -> None:
+    assert "50 snapshots" in too_few_steps(2, 50, None)[0]
+    assert "every 10 steps" in too_few_steps(9, None, 10)[0]
+    assert too_few_steps(10, None, 10) == too_few_steps(4, 4, None) == too_few_steps(1, None, None) == []
 
 
 @pytest.mark.parametrize(
