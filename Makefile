@@ -110,7 +110,7 @@ test-mutants: $(READY)
 # The site, from docs/ and the README, into site/; strict: a dead link stops it.
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

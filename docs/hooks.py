@@ -16,8 +16,8 @@ _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 def on_files(files: Files, config: Any) -> Files:
     """Add the README as the first page, and the glossary as a page of its own."""
     readme = (_ROOT / "README.md").read_text(encoding="utf-8")
-    inside = re.sub(r"(\]\()docs/", r"\1", readme)
-    files.append(File.generated(config, "index.md", content=_written_out(inside, _ROOT / "docs")))
+    inside = re.sub(r"(\]\()docs/", r"\1", _written_out(readme, _ROOT))
+    files.append(File.generated(config, "index.md", content=inside))
     words = (_ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Glossary\n")[2]
     files.append(File.generated(config, "glossary.md", content=f"# Glossary\n{words}"))
     return files
@@ -67,12 +67,12 @@ def on_post_build(config: Any) -> None:
 
 
 def _written_out(text: str, folder: Path) -> str:
-    """Replace links to files outside `folder` by their labels and paths; addresses and anchors stay."""
+    """Replace links from `folder` to files outside docs/ by their labels and paths; addresses and anchors stay."""
 
     def replaced(link: re.Match[str]) -> str:
         label, target = link.groups()
         place = (folder / target.partition("#")[0]).resolve()
-        if place.is_relative_to(folder) and place.suffix in (".md", ".svg", ".png", ".json"):
+        if place.is_relative_to(_ROOT / "docs") and place.suffix in (".md", ".svg", ".png", ".json"):
             return link[0]
         shown = target.removeprefix("../")
         return label if label.strip("`") == shown else f"{label} (`{shown}`)"

@@ -268,6 +268,11 @@ def _dataset_rows(source: Saved | Hub, split: str | None) -> Iterator[Row]:
     from sstoken.stages.encoding.arrow_rows import rows_of
 
     index = 0
+    if isinstance(source, Hub):
+        from huggingface_hub import constants
+
+        if not constants.HF_HUB_OFFLINE:
+            _hub_commit(source)  # asks once, where `datasets` would ask again and again
     with naming_dataset(source) as (name, label):
         for table in dataset_tables(source, split):
             for value, problem, notes in rows_of(table):

@@ -4,8 +4,10 @@ import csv
 import gzip
 import hashlib
 import json
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -213,10 +215,16 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise ConnectionError("offline\nsecond line")
 
+    def said(message: str) -> None:
+        with pytest.raises(SstokenError, match=message) as error:
+            list(open_rows("user/name@main"))
+        assert "\n" not in str(error.value)
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", refuse)
+    said(r"'user/name': no such file, and the Hub does not answer.*offline.*check the id")
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="a"))
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(SstokenError, match=r"user/name: no such file.*offline") as error:
-        list(open_rows("user/name@main"))
-    assert "\n" not in str(error.value)
+    said(r"user/name: no such file.*offline")
 
 
 def test_hub_datasets_stream(monkeypatch) -> None:
@@ -226,6 +234,7 @@ def test_hub_datasets_stream(monkeypatch) -> None:
         asked.update(options, name=name, config=config)
         return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="a"))
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(open_rows("user/name:main@v1", "test"))
     assert [row.value for row in rows] == ROWS
