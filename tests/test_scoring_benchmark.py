@@ -1,6 +1,7 @@
 """The scoring benchmarks: both sides compute the same numbers, and what is printed keeps its form."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import dtype
+from benchmarks import dtype, rounds
 from benchmarks.scoring_parts import inputs, sides, steps
-from tests.support import PATIENCE
+from tests.support import PATIENCE, ROOT
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 EXAMPLES = [(5, 9), (30, 2), (1, 1), (12, 40), (3, 17), (8, 8), (2, 25), (60, 11), (4, 4)]
@@ -122,6 +123,15 @@ def test_the_last_line_of_the_scoring_benchmark_is_its_figures():
     small, large = figures["memory_mb"]["sstoken"].values()
     assert small["peak"] > small["before"] > 0
     assert large["above"] > 0
+
+
+def test_no_benchmark_measures_fewer_than_three_times():
+    """Each takes its number of rounds from benchmarks/rounds.py; those of `quality/` are over seeds."""
+    assert rounds.at_least(1) == rounds.ROUNDS == 3
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        source = path.read_text()
+        if "__main__" in source:
+            assert re.search(r"from benchmarks\.rounds import (at_least|middle|ROUNDS)", source), path
 
 
 def test_dtypes_need_all_of_their_inputs():

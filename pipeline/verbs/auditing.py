@@ -73,8 +73,8 @@ class AuditCall(Settings):
         from sstoken.stages.auditing.run import audit as run
 
         if (self.source is None) == (self.data is None):
-            given = "nothing" if self.source is None else "both DATA and --data"
-            raise UsageError(f"audit: {given} was given; name one dataset, as DATA or --data")
+            given = "nothing was" if self.source is None else "both DATA and --data were"
+            raise UsageError(f"audit: {given} given; name one dataset, as DATA or --data")
         options = {
             name: getattr(self, name)
             for name in type(self).model_fields
