@@ -243,7 +243,7 @@ def test_each_source_of_variance_moves_what_it_names_alone(tmp_path):
             clean,
             noisy,
             batches(6, 2, 9, seed.order),
-            np.concatenate(cells.keep(random, seed, training)[0]),
+            np.concatenate(cells.decide(random, seed, training).keep),
         )
 
     here = drawn(first)

@@ -1,10 +1,10 @@
 """A study, as its YAML file describes it."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 STUDIES = Path(__file__).parent / "studies"
 
@@ -67,10 +67,22 @@ class MethodRun(Strict):
     """Keep the tokens that end a turn, whatever their score."""
     protocol: Literal["equal-steps", "equal-tokens"] = "equal-steps"
     """As many steps as `full`, or as many kept tokens."""
+    published: Literal["offline", "in-loop"] | None = None
+    """The method of `sstoken.methods` with that name, by its own parameters, scope, policy and weights: from a mask or
+    weights made before training, or selecting inside each step. None: a score of this benchmark."""
+
+    @model_validator(mode="after")
+    def _no_settings_of_its_own(self) -> Self:
+        extra = self.model_fields_set - {"method", "published"}
+        if self.published and extra:
+            raise ValueError(f"a published method has its own {', '.join(sorted(extra))}")
+        return self
 
     @property
     def key(self) -> str:
         """The row's name in tables and files."""
+        if self.published:
+            return f"{'published' if self.published == 'offline' else 'in-loop'} {self.method}"
         if self.method in ("base", "full"):
             return self.method
         scope = "" if self.scope == "sample" else " global"

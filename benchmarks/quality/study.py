@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.quality import data
 from benchmarks.quality.marking import right
 from benchmarks.quality.planting import Example, plant
+from benchmarks.quality.published import Decision, decide, measure_inputs, share_kept, train_in_loop
 from benchmarks.quality.scores import SCORES
 from benchmarks.quality.settings import MethodRun, Seed, Study
 from benchmarks.quality.signals import Signals, measure, measure_layers, measure_loss
@@ -69,13 +70,21 @@ class Cells:
         began, cpu_began = time.monotonic(), time.process_time()
         training = self.training_set(seed)
         is_current = method.method == "full" and seed in self.study.seeds
-        keep, share = self.keep(method, seed, training)
         student = self._student(seed)
+        decision = (
+            Decision([], None) if method.published == "in-loop" else self.decide(method, seed, training)
+        )
         num_steps = self.study.epochs * len(training) // self.study.batch_size
         if method.protocol == "equal-tokens":
-            num_steps = round(num_steps / max(share["all"], 1e-9))
+            num_steps = round(num_steps / max(share_kept(decision, training)["all"], 1e-9))
         if method.method == "base":
             num_steps = 0
+        options: dict[str, Any] = {
+            "num_steps": num_steps,
+            "batch_size": self.study.batch_size,
+            "learning_rate": self.study.learning_rate,
+            "seed": seed.order,
+        }
         early: Signals = {}
 
         def after_step(step: int) -> None:
@@ -84,22 +93,18 @@ class Cells:
                 early.update(measure_loss(student, training, f"step{step}"))
                 student.model.train()
 
-        trained = train(
-            student,
-            training,
-            keep,
-            num_steps=num_steps,
-            batch_size=self.study.batch_size,
-            learning_rate=self.study.learning_rate,
-            seed=seed.order,
-            after_step=after_step,
-        )
+        if method.published == "in-loop":
+            decision, trained = train_in_loop(
+                student, training, method.method, self._all_signals(seed, training), **options
+            )
+        else:
+            trained = train(student, training, *decision, after_step=after_step, **options)
         found = {
             "method": method.key,
             "seed": seed.model_dump(exclude_none=True),
             "steps": num_steps,
             "trained_tokens": trained,
-            "kept": share,
+            "kept": share_kept(decision, training),
             **(self._untrained if method.method == "base" else self.evaluate(student)),
         }
         if is_current:
@@ -151,30 +156,23 @@ class Cells:
         examples = plant(rows, rows, rate=self.study.noise_rate, seed=seed.noise, half=self.study.phrases)
         return encode(self.tokenizer, examples, self.study.max_length)
 
-    def keep(
-        self, method: MethodRun, seed: Seed, training: Sequence[Encoded]
-    ) -> tuple[list[NDArray[np.bool_]], dict[str, float]]:
-        """The mask of each example, and the share of each class of tokens that it keeps."""
+    def decide(self, method: MethodRun, seed: Seed, training: Sequence[Encoded]) -> Decision:
+        """What a method makes of each response token, before training."""
+        if method.published:
+            return decide(method.method, training, self._all_signals(seed, training))
         offsets = np.concatenate([[0], np.cumsum([e.num_response for e in training])]).astype(np.int64)
         kinds = np.concatenate([e.kinds for e in training])
-        classes = np.concatenate([e.classes for e in training])
-        content = (kinds == CONTENT) | (kinds == END)
         if method.method in ("base", "full"):
             kept = np.ones(len(kinds), dtype=bool)
         elif method.method == "noise":
-            kept = content
+            kept = (kinds == CONTENT) | (kinds == END)
         else:
             scores = self._scores(method.method, seed, training, offsets)
             whole = np.array([0, len(scores)], dtype=np.int64)
             kept = keep_per_example(scores, offsets if method.scope == "sample" else whole, method.rho)
         if method.protect:
             kept = kept | (kinds == END)
-        share = {"all": float(kept.mean())}
-        groups = {"content": kinds == CONTENT, "noise": ~content, END: kinds == END}
-        groups |= {f"kind {k}": kinds == k for k in sorted(set(kinds) - {CONTENT, END})}
-        groups |= {f"class {c}": content & (classes == c) for c in sorted(set(classes) - {END})}
-        share |= {name: float(kept[group].mean()) for name, group in groups.items() if group.any()}
-        return np.split(kept, offsets[1:-1]), share
+        return Decision(np.split(kept, offsets[1:-1]), None)
 
     def _scores(
         self, name: str, seed: Seed, training: Sequence[Encoded], offsets: NDArray[np.int64]
@@ -197,6 +195,11 @@ class Cells:
         others = [self.folder / "signals" / f"{name}-{seed.key}.npz" for name in ("layers", "current")]
         return {name: values for p in (path, *others) if p.exists() for name, values in np.load(p).items()}
 
+    def _all_signals(self, seed: Seed, training: Sequence[Encoded]) -> Signals:
+        """With those that published methods read."""
+        path = self.folder / "signals" / f"published-{seed.key}.npz"
+        return self.signals(seed, training) | (dict(np.load(path)) if path.exists() else {})
+
     def _measure_layers(self, seed: Seed) -> None:
         path = self.folder / "signals" / f"layers-{seed.key}.npz"
         if path.exists():
@@ -212,6 +215,9 @@ class Cells:
         conditional_only = self.study.upper_layers is not None
         found = measure(student, training, "current", attention=True, unconditional=not conditional_only)
         self._save(self.folder / "signals" / f"current-{seed.key}.npz", found | early)
+        if names := {m.method for m in self.study.methods if m.published}:
+            inputs = measure_inputs(student, self._student(seed), training, names)
+            self._save(self.folder / "signals" / f"published-{seed.key}.npz", inputs)
 
     @staticmethod
     def _save(path: Path, signals: Signals) -> None:

@@ -11,9 +11,12 @@ from torch.nn import functional
 
 from benchmarks.quality.student import Student
 from benchmarks.quality.tokens import CLASSES, Encoded
+from sstoken.methods import Denominator
 
 Keep = Sequence[NDArray[np.bool_]]
 """Of each example, which of its response tokens are trained on."""
+Weights = Sequence[NDArray[np.float64]]
+"""Of each example, what the losses of its response tokens are multiplied by."""
 WARMUP = 0.1
 """The share of the steps in which the learning rate rises to its peak; then it falls linearly to 0."""
 
@@ -22,6 +25,8 @@ def train(
     student: Student,
     examples: Sequence[Encoded],
     keep: Keep,
+    weight: Weights | None = None,
+    denominator: Denominator = "kept",
     *,
     num_steps: int,
     batch_size: int,
@@ -29,12 +34,16 @@ def train(
     seed: int,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> int:
-    """Train on the kept tokens of batches that depend on the seed alone. Loss: the mean over a batch's kept tokens.
+    """Train on the kept tokens of batches that depend on the seed alone.
+
+    The loss is the mean over a batch's kept tokens, or the weighted sum divided by the number of response tokens.
 
     Args:
         student: trained in place.
         examples: all that may be drawn.
         keep: which of their tokens have a loss.
+        weight: what their losses are multiplied by; None: 1. Losses with negative weights are averaged separately.
+        denominator: divide the summed loss by the number of kept tokens, or of response tokens.
         num_steps: batches.
         batch_size: examples a batch.
         learning_rate: the peak.
@@ -45,11 +54,7 @@ def train(
         How many kept tokens were trained on.
     """
     parameters = [p for p in student.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    rising = max(1, round(WARMUP * num_steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rising, (num_steps - step) / max(1, num_steps - rising + 1))
-    )
+    optimizer, schedule = optimiser_and_schedule(parameters, learning_rate, num_steps)
     student.model.train()
     trained = 0
     for step, chosen in enumerate(batches(len(examples), batch_size, num_steps, seed), start=1):
@@ -57,7 +62,15 @@ def train(
         if not len(targets):
             continue
         trained += len(targets)
-        functional.cross_entropy(logits, targets).backward()
+        if weight is None and denominator == "kept":
+            loss = functional.cross_entropy(logits, targets)
+        else:
+            weights = np.concatenate(
+                [np.ones(keep[i].sum()) if weight is None else weight[i][keep[i]] for i in chosen]
+            )
+            number = sum(examples[i].num_response for i in chosen) if denominator == "response" else None
+            loss = _weighted(functional.cross_entropy(logits, targets, reduction="none"), weights, number)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -65,6 +78,29 @@ def train(
         after_step(step)
     student.model.eval()
     return trained
+
+
+def optimiser_and_schedule(
+    parameters: Sequence[torch.nn.Parameter], learning_rate: float, num_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW, and a learning rate that rises to its peak and falls linearly."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    rising = max(1, round(WARMUP * num_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rising, (num_steps - step) / max(1, num_steps - rising + 1))
+    )
+    return optimizer, schedule
+
+
+def _weighted(losses: torch.Tensor, weights: NDArray[np.float64], number: int | None) -> torch.Tensor:
+    """The weighted sum of losses [N], divided by `number`; None: by how many have a positive weight.
+
+    Losses to be forgotten (negative weights) are divided by their own number, as `in_loop.rule.Rule` does.
+    """
+    learned, forgotten = int((weights > 0).sum()), int((weights < 0).sum())
+    scaled = np.where(weights < 0, weights * learned / max(1, forgotten), weights)
+    factors = torch.from_numpy(scaled).to(losses)
+    return (losses * factors).sum() / max(1, learned if number is None else number)
 
 
 def batches(num_examples: int, batch_size: int, num_steps: int, seed: int) -> list[list[int]]:
