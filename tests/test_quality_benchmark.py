@@ -5,18 +5,25 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from benchmarks.quality import data
 from benchmarks.quality.intervals import auroc, average_precision, over_examples, paired_difference
 from benchmarks.quality.marking import right
 from benchmarks.quality.planting import KINDS, PHRASES, Row, plant
+from benchmarks.quality.published import LEFT_OUT
 from benchmarks.quality.scores import SCORES, ranks, without_position
 from benchmarks.quality.settings import STUDIES, MethodRun, Seed, Study, read_study
 from benchmarks.quality.student import BASES, load_tokenizer
 from benchmarks.quality.tokens import CONTENT, END, encode
+from benchmarks.quality.training import weighted_loss
+from sstoken.errors import UsageError
+from sstoken.in_loop.rule import check_in_loop
 from sstoken.methods import Tokens, get_method
+from sstoken.methods.registry import own_methods
 
 NO_DEADLINE = settings(deadline=None, max_examples=60)
 needs_shared = pytest.mark.skipif(not data.SHARED.is_dir(), reason="needs ../shared")
@@ -169,6 +176,64 @@ def test_every_study_can_tell(path):
     methods = {method.method for method in study.methods}
     assert not methods or study.variance or {"full", "random", "prefix", "worst"} <= methods
     assert study.base in BASES
+
+
+def test_every_method_is_trained_as_published_or_left_out_with_the_reason():
+    study = read_study("every-method")
+    trained = {how: {m.method for m in study.methods if m.published == how} for how in ("offline", "in-loop")}
+    baselines = {"full", "random"}
+    assert trained["offline"] | set(LEFT_OUT) | baselines == {m.name for m in own_methods()}
+    assert not trained["offline"] & (set(LEFT_OUT) | baselines)
+    for name in trained["offline"]:
+        try:
+            check_in_loop(get_method(name), "snapshot" if name.startswith("eksft") else "scores")
+            differs = "current" in get_method(name).roles  # what reads the base alone decides as offline
+        except UsageError:
+            differs = False
+        assert (name in trained["in-loop"]) == differs, name
+
+
+def test_a_published_method_has_no_settings_but_its_own():
+    with pytest.raises(ValidationError, match="rho"):
+        MethodRun(method="sstoken", published="offline", rho=0.5)
+
+
+def test_losses_are_weighted_by_hand():
+    losses, weights = torch.tensor([1.0, 2, 3, 4]), np.array([1.0, 0.5, -0.25, -0.25])
+    # learned: 1 and 1; forgotten: 0.25 * (3 + 4), over two tokens in the place of two learned ones
+    assert weighted_loss(losses, weights, None).item() == pytest.approx((1 + 1 - 0.25 * 7) / 2)
+    assert weighted_loss(losses[:2], weights[:2], 5).item() == pytest.approx(2 / 5)
+
+
+@needs_shared
+def test_in_the_loop_the_trainer_takes_the_benchmarks_steps_and_offline_the_methods_decide(tmp_path):
+    from benchmarks.quality.study import Cells
+
+    full = MethodRun(method="full")
+    loop, dft, sstoken, stm = (
+        MethodRun(method=name, published=how)
+        for name, how in (("full", "in-loop"), ("dft", "in-loop"), ("sstoken", "offline"), ("stm", "offline"))
+    )
+    study = Study(
+        name="published", about="A test.", base="small", data="families", num_train=4, noise_rate=0.5, batch_size=2,
+        learning_rate=1e-3, num_held_out=2, max_length=96, methods=(full, loop, dft, sstoken, stm),
+        seeds=(Seed(data=0, noise=0, order=0),),
+    )  # fmt: skip
+    cells = Cells(study, tmp_path, lambda line: None)
+    cells.run()
+    found = {m.key: json.loads(cells.path(m, study.seeds[0]).read_text()) for m in study.methods}
+
+    def losses(key):
+        return [answer["loss_all"] for answer in found[key]["held_out"]]
+
+    assert losses("in-loop full") == pytest.approx(losses("full"), rel=1e-4), "other batches, rates or losses"
+    assert losses("in-loop dft") != pytest.approx(losses("full"), rel=1e-3)
+    assert found["in-loop full"]["trained_tokens"] == found["full"]["trained_tokens"]
+    training = cells.training_set(study.seeds[0])
+    ours = cells.decide(MethodRun(method="sstoken"), study.seeds[0], training).keep
+    theirs = cells.decide(sstoken, study.seeds[0], training).keep
+    assert np.mean(np.concatenate(ours) == np.concatenate(theirs)) > 0.98  # but where batches round otherwise
+    assert 0 < found["published stm"]["kept"]["all"] < 1
 
 
 @pytest.mark.slow

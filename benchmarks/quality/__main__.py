@@ -51,22 +51,27 @@ def main() -> None:
     import torch
 
     from benchmarks.quality.page import write_summary
-    from benchmarks.quality.report import write_report
+    from benchmarks.quality.report import note_run, write_report
     from benchmarks.quality.settings import read_study
     from benchmarks.quality.study import Cells
 
     torch.set_num_threads(options.threads)
-    began = time.monotonic()
+    began, cpu_began, num_run = time.monotonic(), time.process_time(), 0
     figures = {}
     for name in ["quick"] if options.quick else options.studies or SMALL_TABLE:
         study = read_study(name)
         cells = Cells(study, options.out / study.name, lambda line: print(line, flush=True))
         if not options.report_only:
             cells.run()
+        num_run += cells.num_run
         command = "python benchmarks/quality " + ("--quick" if options.quick else study.name)
         figures[study.name] = write_report(cells, options.results or options.out, command)
-    write_summary(options.results or options.out)
     figures["seconds"] = round(time.monotonic() - began)
+    if num_run and not options.quick:
+        seconds = figures["seconds"], round(time.process_time() - cpu_began)
+        command = " ".join(["python benchmarks/quality", *options.studies])
+        note_run(options.results or options.out, command, num_run, seconds, options.threads)
+    write_summary(options.results or options.out)
     if options.json:
         print(json.dumps(figures))
 

@@ -40,6 +40,12 @@ def markdown(study: Study, figures: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+WEIGHT_ON_NOISE = "weight on noise"
+"""Of what a method's kept tokens or weights add up to, the share that is on noise."""
+RUNS = "runs.jsonl"
+"""What was run to make a folder's results: a line a run (`report.note_run`)."""
+
+
 def write_summary(out: Path) -> None:
     """Write `small-table.md`, where there is what to write: one row a study and method of a folder of results."""
     lines = [
@@ -55,24 +61,51 @@ def write_summary(out: Path) -> None:
     rows = []
     for path in sorted(out.glob("*.json")):
         figures = json.loads(path.read_text(encoding="utf-8"))
+        references: dict[str, str] = {}
+        for name in figures["methods"]:
+            references.setdefault(name.split()[0], name)
         for method, f in figures["methods"].items() if len(figures["seeds"]) >= 5 else ():
-            less = {name.split()[0]: value for name, value in f.get("loss_less", {}).items()}
+            less = {kind: f.get("loss_less", {}).get(name) for kind, name in references.items()}
             shares = [f[what]["less"]["full"] if what in f else None for what in ("right", "ended")]
             values = [f["loss"]["all"], less.get("random"), less.get("prefix"), *shares]
             values += [f.get("forgetting"), f.get("plain")]
             if method != "full":
                 rows.append((f"{path.stem} | {method}", values))
-    lines += _grid("study | method", columns, rows, _signed)
+    lines += [*_grid("study | method", columns, rows, _signed), *_runs(out / RUNS)]
     if rows:
         (out / "small-table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _runs(path: Path) -> list[str]:
+    """How long each run took."""
+    if not path.exists():
+        return []
+    lines = [
+        "",
+        "Runs: minutes of wall clock, whatever else the machine did, and of CPU time; cells that were run, not found.",
+        "",
+        "| command | ended | cells | minutes | CPU minutes | threads, cores | versions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for text in path.read_text(encoding="utf-8").splitlines():
+        run = json.loads(text)
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        lines.append(
+            f"| `{run['command']}` | {run['ended'][:10]} | {run['cells']} | {run['seconds'] / 60:.0f} | "
+            f"{run['cpu_seconds'] / 60:.0f} | {run['threads']}, {run['cores']} | {versions} |"
+        )
+    return lines
 
 
 def _methods(study: Study, methods: dict[str, Any]) -> list[str]:
     def kept(f: dict[str, Any]) -> str:
         noise = f["kept"].get("noise")
         shares = f["kept"]["content"], noise, f["kept"]["end"]
-        return ", ".join("none" if share is None else f"{share:.0%}" for share in shares)
+        text = ", ".join("none" if share is None else f"{share:.0%}" for share in shares)
+        return f"{text} | {f['kept'].get(WEIGHT_ON_NOISE, 0):.0%}" if weighted else text
 
+    weighted = any(WEIGHT_ON_NOISE in f["kept"] for f in methods.values())
+    heading = "method | seeds | steps | kept: content, noise, end" + " | weight on noise" * weighted
     columns = ("all tokens", "result", "numbers", "words", "end", "other answers", "plain text")
     rows = [
         (
@@ -88,7 +121,7 @@ def _methods(study: Study, methods: dict[str, Any]) -> list[str]:
         "over seeds and answers); below 0 is better than `full`. Other answers: roleplay; plain text: without the "
         "chat template.",
         "",
-        *_grid("method | seeds | steps | kept: content, noise, end", columns, rows, _signed),
+        *_grid(heading, columns, rows, _signed),
         "",
         f"`full` has a held-out loss of {_plain(methods['full']['own_loss'])}.",
     ]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.quality.page import WEIGHT_ON_NOISE
 from benchmarks.quality.signals import Signals
 from benchmarks.quality.student import Student
 from benchmarks.quality.tokens import CONTENT, END, Encoded
@@ -26,6 +27,12 @@ from sstoken.methods import Denominator, Input, Tokens, get_method
 from sstoken.signals import get_signal
 
 HISTORY, CURRENT = "history", "current"
+LEFT_OUT = {
+    "critical-tokens": "its signal is generated text",
+    "asft": "offline its weights are those of dft; its other term is a loss of its own",
+    "trimming": "by default the same as loss",
+}
+"""Methods of `sstoken.methods` that no study trains, and why."""
 _NEVER = 1_000_000
 """Steps between snapshots of the history: more than any study takes, so it stays the base."""
 
@@ -52,7 +59,7 @@ def share_kept(decision: Decision, examples: Sequence[Encoded]) -> dict[str, flo
     groups |= {f"class {c}": content & (classes == c) for c in sorted(set(classes) - {END})}
     share |= {name: float(kept[group].mean()) for name, group in groups.items() if group.any()}
     weight = kept.astype(float) if decision.weight is None else np.concatenate(decision.weight).clip(min=0)
-    share["weight on noise"] = float(weight[~content].sum() / max(weight.sum(), 1e-12))
+    share[WEIGHT_ON_NOISE] = float(weight[~content].sum() / max(weight.sum(), 1e-12))
     return share
 
 

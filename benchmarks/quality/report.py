@@ -1,9 +1,11 @@
 """From cells, or from the Parquet table that they left, to figures, a Markdown page and a drawing."""
 
 import json
+import os
 import platform
 import sys
 from collections import defaultdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.quality.detection import causes, found_noise
 from benchmarks.quality.intervals import Interval, paired_difference
-from benchmarks.quality.page import draw, markdown
+from benchmarks.quality.page import RUNS, draw, markdown
 from benchmarks.quality.study import Cells
 from benchmarks.quality.sweeps import sweeps
 from benchmarks.quality.tokens import CLASSES
@@ -76,6 +78,31 @@ def write_report(cells: Cells, out: Path, command: str) -> dict[str, Any]:
     if rows:
         draw(figures, place.with_suffix(".svg"), study.name)
     return {k: figures[k] for k in ("methods", "found", "variance", "causes", "sweeps")}
+
+
+def note_run(out: Path, command: str, num_cells: int, seconds: tuple[int, int], threads: int) -> None:
+    """Add a line to `runs.jsonl`: how long a run of one or more studies took.
+
+    Args:
+        out: where the results are.
+        command: as it was given.
+        num_cells: run, not found.
+        seconds: of wall clock, and of CPU time of all threads.
+        threads: that torch used.
+    """
+    wall, cpu = seconds
+    line = {
+        "command": command,
+        "ended": datetime.now(UTC).isoformat(timespec="minutes"),
+        "cells": num_cells,
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "threads": threads,
+        "cores": os.cpu_count(),
+        "versions": _versions(),
+    }
+    with (out / RUNS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _read(cells: Cells) -> list[Row]:

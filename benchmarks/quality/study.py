@@ -43,6 +43,8 @@ class Cells:
         (folder / "signals").mkdir(exist_ok=True)
         self.tokenizer = load_tokenizer(study.base)
         self._below: dict[bytes, Tensor] = {}
+        self.num_run = 0
+        """Cells that were run here, not found; without methods, training sets that were measured."""
 
     def run(self) -> None:
         """Run what is missing: for each seed `full` first, since its model is the signals' current one."""
@@ -52,6 +54,7 @@ class Cells:
             if self.study.layers:
                 self._measure_layers(seed)
             if not self.study.methods:
+                self.num_run += not (self.folder / "signals" / f"history-{seed.key}.npz").exists()
                 self.signals(seed, self.training_set(seed))
                 self.say(f"{self.study.name}  {seed.key}: measured")
         for seed in self.study.variance:
@@ -68,6 +71,7 @@ class Cells:
         if path.exists():
             return
         began, cpu_began = time.monotonic(), time.process_time()
+        self.num_run += 1
         training = self.training_set(seed)
         is_current = method.method == "full" and seed in self.study.seeds
         student = self._student(seed)

@@ -1,14 +1,17 @@
 """Why ssToken ranks noise as it does, on signals that are measured already: small tables with intervals."""
 
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.quality.detection import Pooled, kept_shares, pooled_signals
 from benchmarks.quality.intervals import Interval, auroc, over_examples, spearman_interval
+from benchmarks.quality.planting import KINDS
 from benchmarks.quality.scores import SCORES, position, ranks, rel
 from benchmarks.quality.signals import FloatArray
 from benchmarks.quality.tokens import CONTENT, END
+from sstoken.methods.prompt_gain import pmi_band
 from sstoken.selection import minmax
 
 if TYPE_CHECKING:
@@ -17,7 +20,14 @@ if TYPE_CHECKING:
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RHOS = (0.4, 0.6, 0.8)
 _LAYERS = "Prompt attention of the base by layer"
+_HALVES = "AUROC of `pmi-band` on kinds of noise and on answers that its settings were not chosen on"
 _HISTORIES = "AUROC by checkpoint: REL from a history to a current model, and `sstoken` of the two"
+PMI_GRID = {
+    "window": (0, 2, 4, 8),
+    "clip": (1.0, 2.0, 4.0),
+    "level": (0.5, 1.0, 1.5, 2.0),
+    "weight": (0.0, 0.25, 0.5, 1.0),
+}
 OF_RHO = ("sstoken", "rel", "t3s", "low-loss", "pmi-band", "prefix")
 
 
@@ -27,6 +37,8 @@ def sweeps(cells: "Cells") -> dict[str, Any]:
     if pooled is None:
         return {}
     found = {_LAYERS: _by_layer(pooled)} if "history.attention@0" in pooled.signals else {}
+    if "history.loss_unconditional" in pooled.signals:
+        found[_HALVES] = _by_half_of_kinds(pooled)
     if "current.attention" not in pooled.signals:
         return found
     if cells.study.checkpoints:
@@ -118,6 +130,33 @@ def _by_layer(pooled: Pooled) -> dict[str, Any]:
         spearman_interval(own, place[odd], judged_offsets),
     ]
     return {"columns": ["AUROC", "Spearman correlation with position"], "rows": rows}
+
+
+def _by_half_of_kinds(pooled: Pooled) -> dict[str, Any]:
+    """Settings chosen on half of the kinds in every other answer, judged on the other half in the answers between."""
+    signals, kinds, _, offsets = pooled
+    loss, alone = signals["history.loss"], signals["history.loss_unconditional"]
+    odd = np.repeat(np.arange(len(offsets) - 1) % 2 == 1, np.diff(offsets))
+    judged_offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[1::2])]).astype(np.int64)
+    content = kinds == CONTENT
+    settings = [dict(zip(PMI_GRID, values, strict=True)) for values in product(*PMI_GRID.values())]
+    scores = [pmi_band(loss, alone, offsets, **s) for s in settings]
+    rows = {}
+    for half in ("tune", "held"):
+        own = np.isin(kinds, [kind for kind, of in KINDS.items() if of == half])
+        others = ~own & ~content & (kinds != END)
+        chosen_by = [
+            over_examples(auroc, s, content & ~odd, own & ~odd, offsets, num_resamples=1).value
+            for s in scores
+        ]
+        best = int(np.argmax(chosen_by))
+        names = ", ".join(kind for kind, of in KINDS.items() if of == half)
+        text = ", ".join(f"{name} {value:g}" for name, value in settings[best].items())
+        rows[f"chosen on {names}: {text}"] = [
+            over_examples(auroc, s[odd], content[odd], others[odd], judged_offsets)
+            for s in (scores[best], pmi_band(loss, alone, offsets), -loss)
+        ]
+    return {"columns": ["so chosen", "its defaults", "low loss"], "rows": rows}
 
 
 def _by_checkpoint(pooled: Pooled, steps: tuple[int, ...]) -> dict[str, Any]:

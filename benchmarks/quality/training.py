@@ -69,7 +69,7 @@ def train(
                 [np.ones(keep[i].sum()) if weight is None else weight[i][keep[i]] for i in chosen]
             )
             number = sum(examples[i].num_response for i in chosen) if denominator == "response" else None
-            loss = _weighted(functional.cross_entropy(logits, targets, reduction="none"), weights, number)
+            loss = weighted_loss(functional.cross_entropy(logits, targets, reduction="none"), weights, number)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -92,7 +92,7 @@ def optimiser_and_schedule(
     return optimizer, schedule
 
 
-def _weighted(losses: torch.Tensor, weights: NDArray[np.float64], number: int | None) -> torch.Tensor:
+def weighted_loss(losses: torch.Tensor, weights: NDArray[np.float64], number: int | None) -> torch.Tensor:
     """The weighted sum of losses [N], divided by `number`; None: by how many have a positive weight.
 
     Losses to be forgotten (negative weights) are divided by their own number, as `in_loop.rule.Rule` does.
