@@ -100,7 +100,7 @@ def _runs(path: Path) -> list[str]:
 def _methods(study: Study, methods: dict[str, Any]) -> list[str]:
     def kept(f: dict[str, Any]) -> str:
         noise = f["kept"].get("noise")
-        shares = f["kept"]["content"], noise, f["kept"]["end"]
+        shares = f["kept"]["content"], noise, f["kept"].get("end")
         text = ", ".join("none" if share is None else f"{share:.0%}" for share in shares)
         return f"{text} | {f['kept'].get(WEIGHT_ON_NOISE, 0):.0%}" if weighted else text
 

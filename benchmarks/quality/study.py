@@ -73,7 +73,7 @@ class Cells:
         began, cpu_began = time.monotonic(), time.process_time()
         self.num_run += 1
         training = self.training_set(seed)
-        is_current = method.method == "full" and seed in self.study.seeds
+        is_current = method.key == "full" and seed in self.study.seeds
         student = self._student(seed)
         decision = (
             Decision([], None) if method.published == "in-loop" else self.decide(method, seed, training)
