@@ -128,6 +128,18 @@ def test_the_readme_repeats_what_is_kept():
         assert any(is_kept((value, low, high), unit, study) for study in studies), (value, low, high)
 
 
+def test_the_small_table_is_of_one_run_within_its_time():
+    lines = (RESULTS / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    [run] = [run for run in map(json.loads, lines) if run["command"] == "python benchmarks/quality"]
+    assert run["cores"] == 2
+    assert run["seconds"] < 90 * 60
+    minutes, of_cpu = (f"{run[name] / 60:.0f} minutes" for name in ("seconds", "cpu_seconds"))
+    assert f"{minutes} ({of_cpu} of CPU time)" in unwrapped(PAGES[0].read_text(encoding="utf-8"))
+    table = (RESULTS / "small-table.md").read_text(encoding="utf-8")
+    for text in ("(4, 4, 4)", run["versions"]["torch"], f"`{run['command']}`"):
+        assert text in table
+
+
 def test_worst_is_told_from_random():
     told = {
         path.stem: figures["methods"]["worst 0.6 global protected"]["loss_less"]["random 0.6 protected"]

@@ -58,9 +58,11 @@ def write_summary(out: Path) -> None:
     ]
     columns = ("less full", "less random", "less prefix", "right, less full", "ended, less full", "roleplay, less full",
                "plain text, less full")  # fmt: skip
-    rows = []
+    rows, seeds = [], set()
     for path in sorted(out.glob("*.json")):
         figures = json.loads(path.read_text(encoding="utf-8"))
+        if len(figures["seeds"]) >= 5:
+            seeds |= {tuple(seed) for seed in figures["seeds"]}
         references: dict[str, str] = {}
         for name in figures["methods"]:
             references.setdefault(name.split()[0], name)
@@ -71,6 +73,7 @@ def write_summary(out: Path) -> None:
             values += [f.get("forgetting"), f.get("plain")]
             if method != "full":
                 rows.append((f"{path.stem} | {method}", values))
+    lines += [f"Seeds (data, noise, order): {', '.join(map(str, sorted(seeds)))}.", ""]
     lines += [*_grid("study | method", columns, rows, _signed), *_runs(out / RUNS)]
     if rows:
         (out / "small-table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
