@@ -16,6 +16,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.methods.presets import PRESETS
 from sstoken.pipeline.checkpoint_names import given_roles, named_checkpoints, select_inputs
 from sstoken.pipeline.cli_options import Option, json_option
+from sstoken.pipeline.config import validated
 from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.plan import score_job
 from sstoken.pipeline.printing import print_result
@@ -218,25 +219,32 @@ class SelectCall(Output, Select):
     seed: Seed = 0
     """Seed of everything random."""
 
-    def do(self) -> Result:
+    def job(self) -> Job:
+        """What to run, its settings checked."""
         stage = stage_of(self, Select)
         stage.check()
         roles = given_roles(self.roles, self.history, self.current)
         inputs = select_inputs(stage.method, place(self.scores_folder), roles)
-        job = Job(stage, {"tokens": place(self.tokens), **inputs}, place(self.out), self.seed)
-        return execute(job, Digests(), force=self.force)
+        return Job(stage, {"tokens": place(self.tokens), **inputs}, place(self.out), self.seed)
+
+    def do(self) -> Result:
+        return execute(self.job(), Digests(), force=self.force)
 
 
 def _show_selections(values: dict[str, Any], as_json: bool) -> None:
     """Select for every combination of values, each into a folder of its own: OUT-rho-0.4, OUT-rho-0.6."""
     kept = swept(values, SelectCall)
     choices = combinations(kept.pop("sweep", {}))
-    results = {}
+    calls, results = {}, {}
     for choice in choices:
         name, out = "select", kept["out"]
         if choice:
             name, out = f"select/{label(choice)}", f"{str(out).rstrip('/')}-{label(choice)}"
-        given = chosen(kept, choice) | {"out": out}
+        calls[name] = chosen(kept, choice) | {"out": out}
+    if len(calls) > 1:  # refuse a wrong combination before the others are made
+        for given in calls.values():
+            validated(SelectCall, given, "select").job()
+    for name, given in calls.items():
         results[name] = select(**given)
         if not as_json and given.get("method") in PRESETS:
             say(PRESETS[given["method"]].line)

@@ -399,6 +399,10 @@ def test_options_given_several_times_are_a_sweep(world: World, cli: CommandLine,
     assert [Path(facts["folder"]).name for facts in again.values()] == ["masked-rho-0.4", "masked-rho-0.6"]
     thresholds = ("--method", "profit", "--param", "tau=0.1", "--param", "tau=0.2")
     assert "masked-tau-0.2" in cli.works(*select, *thresholds)
+    made = set(tmp_path.iterdir())
+    both = ("--method", "rel", "--method", "profit", "--rho", 0.3)
+    assert "method 'profit' has no parameter 'rho'" in cli.fails(2, *select, *both)
+    assert set(tmp_path.iterdir()) == made, "no combination is made where one is wrong"
     line = cli.fails(
         2, "encode", "--data", "d", "--model", "m", "--out", "o", "--column", "a=b", "--column", "a=c"
     )
