@@ -148,7 +148,12 @@ def _print_needed(needed: "list[Estimate]", out: Path) -> None:
         )
         for e in needed
     ]
-    rows.append(("all", "", hours(sum(seconds) / 3600, "~") if seconds else "-", "~" + size_text(int(size))))
+    # A sum without what is not known is a lower bound.
+    about = "~" if len(seconds) == len(needed) else ">"
+    disk = "~" if all(e.bytes is not None for e in needed) else ">"
+    rows.append(
+        ("all", "", hours(sum(seconds) / 3600, about) if seconds else "-", disk + size_text(int(size)))
+    )
     say()
     print_table(("still to do", "tokens", "time", "disk"), rows)
     if seconds:

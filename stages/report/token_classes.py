@@ -21,6 +21,7 @@ CLASSES = ("special", "white space", "number", "word", "punctuation")
 ALL_CLASSES = ("word", "number", "punctuation", "code", "white space", "end of turn", "special")
 """`CLASSES` and those that depend on the token's place: inside a code fence, at the end of a turn."""
 _FENCES = ("```", "~~~")
+_FENCE_LENGTH = 3
 
 
 def class_of(text: str) -> str:
@@ -69,8 +70,29 @@ class TokenClasses:
         return found
 
     @cached_property
-    def _opens_fence(self) -> BoolArray:
+    def _is_fence(self) -> BoolArray:
         return np.array([text.strip().startswith(_FENCES) for text in self.texts], dtype=bool)
+
+    @cached_property
+    def _ticks(self) -> NDArray[np.int8]:
+        """[V]: how many backticks or tildes a token is, 0 where it is more or a fence by itself."""
+        found = [len(text.strip()) if text.strip() in ("`", "``", "~", "~~") else 0 for text in self.texts]
+        return np.array(found, dtype=np.int8)
+
+    def _fences(self, known: IntArray) -> tuple[BoolArray, BoolArray]:
+        """Return which of N tokens begin a code fence, and which belong to one: some tokenizers split it up."""
+        begins = self._is_fence[known]
+        ticks = self._ticks[known]
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], ticks > 0, [0]]).astype(np.int8)))
+        starts, stops = edges[::2], edges[1::2]
+        total = np.concatenate([[0], np.cumsum(ticks, dtype=np.int64)])
+        split = total[stops] - total[starts] >= _FENCE_LENGTH
+        steps = np.zeros(len(known) + 1, dtype=np.int8)
+        steps[starts[split]], steps[stops[split]] = 1, -1
+        inside = np.cumsum(steps[:-1]) > 0
+        belongs = begins | inside
+        begins[starts[split]] = True
+        return begins, belongs
 
     def is_special(self, ids: NDArray[np.int32]) -> BoolArray:
         """Return whether each token is special, [N]."""
@@ -106,11 +128,12 @@ class TokenClasses:
             return found
         lengths = np.diff(turns)
         turn_of = np.repeat(np.arange(lengths.size), lengths)
-        opened = np.cumsum(self._opens_fence[known])
+        begins, fences = self._fences(known)
+        opened = np.cumsum(begins)
         before = np.concatenate([[0], opened])[turns[:-1]]
         inside = (opened - before[turn_of]) % 2 == 1
         special = self.is_special(ids)
-        found[(inside | self._opens_fence[known]) & ~special] = ALL_CLASSES.index("code")
+        found[(inside | fences) & ~special] = ALL_CLASSES.index("code")
         found[_ends(special, turns)] = ALL_CLASSES.index("end of turn")
         return found
 

@@ -1,6 +1,7 @@
 """What `plan` expects of the steps that are still to do: tokens, time by the last runs on this machine, disk."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_a_run_leaves_the_rates_that_the_next_plan_uses(
     assert before["score/base"]["tokens"] > 0
     said = cli.works("plan", config)
     assert "none of its kind has run here yet" in said
+    assert re.search(r"^all +>", said, re.MULTILINE)  # what is not known is not in the sum
     api.run(config)
     known = json.loads((own_cache / "rates.json").read_text())
     assert {"encode", "select"} <= set(known)

@@ -93,7 +93,9 @@ def test_only_the_row_group_that_holds_the_row_is_read(
     pq.write_table(table, part, row_group_size=2)
     groups = []
     read = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda f, g, *a: groups.append(g) or read(f, g, *a))
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda f, g, *a, **k: groups.append(g) or read(f, g, *a, **k)
+    )
     assert [e.example_id for e in read_examples(folder, 3)] == ["e3"]
     assert groups == [1]
 

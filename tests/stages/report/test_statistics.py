@@ -17,7 +17,8 @@ from sstoken.stages.report.ngrams import NGrams
 from sstoken.stages.report.quality import flags
 from sstoken.stages.report.sampling import Highest, Uniform
 from sstoken.stages.report.statistics import NUM_DECILES, Statistics, measure
-from sstoken.stages.report.token_classes import ALL_CLASSES
+from sstoken.stages.report.token_classes import ALL_CLASSES, TokenClasses
+from tests.factories import byte_tokenizer
 from tests.stages.report.small_folders import EOS, tokens_table, write_masked, write_signals, write_tokens
 
 CONVERSATIONS = [
@@ -88,6 +89,22 @@ def test_classes_follow_text_and_place(place: Path, stats: Statistics) -> None:
     ]
     assert names[-1] == "end of turn"
     assert names[-5:-1] == ["word"] * 4 or "code" in names
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_fence_is_found_in_one_token_and_in_several(whole: bool, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(["<end>"], eos_token="<end>")
+    if whole:
+        tokenizer.add_tokens(["```"])
+    tokenizer.save_pretrained(tmp_path)
+    fence = ["```"] if whole else ["`"] * 3
+    pieces = [*"a`b` ", *fence, *"x 1", *fence, "c", "<end>"]
+    ids = np.array(tokenizer.convert_tokens_to_ids([p.replace(" ", "\u0120") for p in pieces]), np.int32)
+    found = TokenClasses(tmp_path).classify(ids, np.array([0, ids.size]))
+    names = [ALL_CLASSES[c] for c in found]
+    start, stop = 5, len(pieces) - 2
+    assert names[start:stop] == ["code"] * (stop - start)
+    assert "code" not in names[:start] + names[stop:]
 
 
 def test_losses_and_their_order(place: Path, stats: Statistics) -> None:
