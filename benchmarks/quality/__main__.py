@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     options = parser.parse_args()
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait actively slow down a machine that is busy
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that wait actively slow down a machine that is busy
     import torch
 
     from benchmarks.quality.page import write_summary
