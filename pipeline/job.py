@@ -4,15 +4,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sstoken.errors import UsageError
+from sstoken.errors import ChangedError, UsageError
 from sstoken.pipeline.locks import at_work
 from sstoken.pipeline.sections import MASKED, TOKENS
-from sstoken.stages import joins, storage
+from sstoken.stages import folders, joins, storage
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
 from sstoken.stages.stage import EngineOptions, Stage
@@ -79,6 +80,8 @@ class Identity:
     fingerprint: str
     inputs: dict[str, str]
     sources: dict[str, Any]
+    read: Mapping[Path, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    """Stamp and digest of each file among the sources."""
 
 
 def state(job: Job, digests: Digests) -> State:
@@ -108,7 +111,15 @@ def superseded(job: Job, identity: Identity) -> Path | None:
 def identify(job: Job, digests: Digests) -> Identity:
     """Collect what determines the job's output."""
     inputs = {name: _input(name, folder).fingerprint for name, folder in job.inputs.items()}
-    sources = job.stage.sources(digests)
+    read = {}
+
+    def digest(path: Path) -> str:
+        stamp = storage.stamp(path)  # before it is read
+        found = digests(path)
+        read[path] = stamp, found
+        return found
+
+    sources = job.stage.sources(digest)
     facts = {
         "stage": job.stage.name,
         "settings": job.stage.fingerprinted(),
@@ -117,8 +128,25 @@ def identify(job: Job, digests: Digests) -> Identity:
         "sources": sources,
         "version": __version__,
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    return Identity(digest[:16], inputs, sources)
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return Identity(fingerprint[:16], inputs, sources, read)
+
+
+def check_unchanged(job: Job, identity: Identity) -> None:
+    """Refuse inputs and files of the sources that were changed since `identify`. Files that are gone pass.
+
+    Raises:
+        ChangedError: names the file or folder.
+    """
+    instead = f"what {job.stage.name!r} made of it is dropped; run the same command again"
+    for path, (stamp, digest) in identity.read.items():
+        with suppress(FileNotFoundError):
+            if storage.stamp(path) != stamp and folders.hash_file(path) != digest:
+                raise ChangedError(f"{path}: changed while it was read; {instead}")
+    for name, folder in job.inputs.items():
+        there = manifests.read_manifest(folder)
+        if there is None or there.fingerprint != identity.inputs[name]:
+            raise ChangedError(f"{folder}: replaced while it was read; {instead}")
 
 
 def _input(name: str, folder: Path) -> Manifest:

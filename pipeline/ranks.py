@@ -12,10 +12,20 @@ from typing import Any
 
 from pydantic import BaseModel, field_validator
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import ChangedError, SstokenError, UsageError
 from sstoken.pipeline.config import validated
 from sstoken.pipeline.disk import naming_full_disk
-from sstoken.pipeline.job import Identity, Job, Result, State, identify, linked, partial_fingerprint, state_of
+from sstoken.pipeline.job import (
+    Identity,
+    Job,
+    Result,
+    State,
+    check_unchanged,
+    identify,
+    linked,
+    partial_fingerprint,
+    state_of,
+)
 from sstoken.pipeline.locks import RANKS, at_work, forget_parts, one_run_at_a_time
 from sstoken.pipeline.runner import (
     check_out,
@@ -87,9 +97,21 @@ def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
         done = job.partial / COMPLETIONS / part.removeprefix("rank-")
         with naming_full_disk(disk):
             run_stage(job, identity)
+            _check_unchanged(job, stage, identity)
             storage.of(done).make_folder(done.parent)
             storage.of(done).put_if_absent(done, b"")
     return Result(job.partial, metrics, skipped=False)
+
+
+def _check_unchanged(job: Job, stage: ShardedStage, identity: Identity) -> None:
+    """Delete this rank's shards if what it read was changed meanwhile, and say so."""
+    try:
+        check_unchanged(job, identity)
+    except ChangedError:
+        outputs = stage.outputs(context_of(job, identity))
+        for output in outputs[stage.rank :: stage.world_size]:
+            storage.of(output).delete(output)
+        raise
 
 
 def commit(out: Path) -> dict[str, Result]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sstoken.errors import NothingLeftError, QuarantinedError, SstokenError, UsageError
+from sstoken.errors import ChangedError, NothingLeftError, QuarantinedError, SstokenError, UsageError
 from sstoken.pipeline import rates
 from sstoken.pipeline.disk import check_not_inside, check_writable, naming_full_disk
 from sstoken.pipeline.engines import make_engine
@@ -22,6 +22,7 @@ from sstoken.pipeline.job import (
     Job,
     Result,
     State,
+    check_unchanged,
     identify,
     only_sources_changed,
     partial_fingerprint,
@@ -124,6 +125,8 @@ def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -
             raise SstokenError(f"{job.out}: {others[0]} is writing it; wait for the ranks, then `commit`")
 
         def end(metrics: dict[str, Any], began: float) -> Result:
+            if not job.stage.reads_once:
+                check_unchanged(job, identity)
             check_lease()
             seconds = time.monotonic() - began
             finish(job, identity, metrics, seconds, there)
@@ -177,7 +180,7 @@ def keeping_what_is_complete(job: Job) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (QuarantinedError, StoppedError)):
             raise
-        if isinstance(error, NothingLeftError) or not _holds_work(job.partial):
+        if isinstance(error, (NothingLeftError, ChangedError)) or not _holds_work(job.partial):
             storage.of(job.partial).delete(job.partial)
         raise
 
@@ -243,6 +246,7 @@ def context_of(job: Job, identity: Identity) -> Context:
         seed=job.seed,
         fingerprint=identity.fingerprint,
         engine=_engine(job.stage),
+        unchanged=partial(check_unchanged, job, identity),
         progress=partial(progress_bar, faster=job.stage.faster) if is_main_process() else no_progress_bar,
     )
 

@@ -21,6 +21,10 @@ class NothingLeftError(SstokenError):
     """The work finished with an empty result; rerunning needs other data or settings."""
 
 
+class ChangedError(SstokenError):
+    """What the work read was changed meanwhile, so its results may be of both contents; they are dropped."""
+
+
 class QuarantinedError(SstokenError):
     """Some shards failed at every attempt. All others are done."""
 

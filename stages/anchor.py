@@ -47,6 +47,7 @@ class Anchor(Stage):
     folder: ClassVar[str] = "history"
     distributed: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
+    reads_once: ClassVar[bool] = True
 
     model: Annotated[str, BY_CONTENT]
     """The base model: a folder or a Hub id. Its tokenizer must be the one that made the tokens."""
@@ -200,6 +201,7 @@ class Anchor(Stage):
         tokenizer = self._tokenizer(source)
         set_seed(context.seed)
         model = self._model(token_dataset.read_extent(data), source, arguments.bf16)
+        context.unchanged()
         rows = model.get_input_embeddings().weight.shape[0]
         snapshots = HistorySnapshots(
             context.out, self.snapshots, self.snapshot_every, ema_decay=self.ema_decay, base=self.model

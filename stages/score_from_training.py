@@ -46,7 +46,7 @@ class Observed(Stage):
             context.progress("shards", len(token_parts)) as progress,
         ):
             for part in token_parts:
-                if not (context.out / part.name).exists():
+                if not tables.is_sound(context.out / part.name):
                     self._write_shard(part, seen, context.out / part.name, context.fingerprint)
                 progress.advance()
         return summarize_scores(context.out, self._checkpoint)

@@ -121,6 +121,8 @@ class Context:
     """Fingerprint of this stage's settings and inputs, for provenance."""
     engine: Engine
     progress: ProgressBar
+    unchanged: Callable[[], None] = lambda: None
+    """Raises `ChangedError` if what is read has changed since the work began. Only `reads_once` stages call it."""
     keep: Callable[[], None] = lambda: None
     """Call it when `out` is in a state to resume from: its storage saves what is there."""
 
@@ -173,6 +175,8 @@ class Stage(Settings):
     """Whether several processes, started by torchrun, can run it together."""
     seeded: ClassVar[bool] = False
     """Whether what it writes depends on the seed."""
+    reads_once: ClassVar[bool] = False
+    """Whether it reads its inputs and sources before its work; others read them up to their end."""
     follows_sources: ClassVar[bool] = False
     """Whether to make the output again if only the content of its sources has changed."""
 

@@ -58,8 +58,14 @@ class LocalDisk:
             faults.point("commit" if file.name in MARKS else "rename", file)
             os.replace(temporary, file)
         except BaseException as error:
-            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-                error.filename = str(file)  # a failed write does not name its file
+            if (
+                isinstance(error, OSError)
+                and error.errno is not None
+                and error.filename in (None, str(temporary))
+            ):
+                error.filename = str(
+                    file
+                )  # a failed write names none, others the file of no interest to the user
             temporary.unlink(missing_ok=True)  # a full disk needs the room
             raise
 

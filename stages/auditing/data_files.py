@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError, first_line
+from sstoken.stages import folders
 from sstoken.stages.auditing import columns
 from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.opened import BATCH, arrow_rows
@@ -36,6 +37,8 @@ def read_files(path: Path, name: str, split: str | None) -> tuple[Iterator[Row],
         SstokenError: a file is damaged.
     """
     files = _files(path, name)
+    for file in [path] if files is None and path.is_file() else files or ():
+        folders.check_file(file)
     if files is None:
         return _as_encode_reads(sources.open_rows(name, split)), None
     if split is not None:

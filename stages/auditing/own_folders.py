@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError, first_line
-from sstoken.stages import joins, tables
+from sstoken.stages import folders, joins, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.auditing import columns
 from sstoken.stages.auditing.checks.rows import Row
@@ -72,7 +72,9 @@ def _tokens_of(scores: Path) -> Path:
 def _export(folder: Path, manifest: Manifest) -> OpenedDataset:
     """Open an export as its trainer reads it; its `scores/` tell which tokens the selection was taken from."""
     target = get_target(str(manifest.settings["to"]))
-    sidecar = sorted((folder / "scores").glob("part-*.parquet"))
+    for file in folders.listed_in(folder) or ():  # its trainer checks none
+        folders.check_file(file)
+    sidecar = tables.parts(folder / "scores")
 
     def rows() -> Iterator[Row]:
         beside = _part_rows(sidecar, ["example_id", "response_mask"]) if _has_response(sidecar) else None

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from sstoken.errors import SstokenError
+from sstoken.stages import folders
 from sstoken.stages import manifest as manifests
 from sstoken.stages.encoding.sources import shown
 from sstoken.stages.hub_models import split_revision
@@ -78,6 +79,9 @@ def find_origin(masked: Path, manifest: Manifest) -> dict[str, Any]:
 
     They come from the provenance the folder was pulled with, or else from the manifests of its inputs, if these are
     still in the run's folder. JSON-ready, without local paths; empty if nothing is known.
+
+    Raises:
+        SstokenError: a manifest in the run's folder is damaged.
     """
     if (masked / PROVENANCE).is_file():
         return read_provenance(masked / PROVENANCE).origin
@@ -97,11 +101,10 @@ def find_origin(masked: Path, manifest: Manifest) -> dict[str, Any]:
 def _manifests(run: Path, pattern: str) -> list[Manifest]:
     found = []
     for path in sorted(run.glob(f"{pattern}/{manifests.MANIFEST}")):
-        try:
-            manifest = manifests.read_manifest(path.parent)
-        except SstokenError:  # foreign or damaged: it is only informative
-            continue
-        if manifest is not None:
+        if (
+            folders.is_finished(path.parent)
+            and (manifest := manifests.read_manifest(path.parent)) is not None
+        ):
             found.append(manifest)
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sstoken.stages.storage import atomic_file
+from sstoken.stages import storage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,8 @@ def save(chart: Chart, path: Path) -> None:
         ".pdf": {"CreationDate": None},
         ".png": {"Software": None},
     }
-    with _drawn(chart) as figure, atomic_file(path) as file:
+    storage.of(path).make_folder(path.parent)
+    with _drawn(chart) as figure, storage.atomic_file(path) as file:
         figure.savefig(file, format=kind[1:], dpi=200, metadata=nothing[kind])
 
 

@@ -13,6 +13,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages import joins, tables
 from sstoken.stages import manifest as manifests
+from sstoken.stages.folders import is_finished
 from sstoken.stages.report.shards import OpenedFolder, Shard, read_shard
 
 KINDS = ("masked", "tokens")
@@ -152,8 +153,8 @@ def _find_scores(folders: Folders, given: Sequence[Path]) -> None:
     found = [
         each
         for place in places
-        for each in ([place] if tables.parts(place) else sorted(place.iterdir() if place.is_dir() else ()))
-        if each.is_dir() and tables.parts(each)
+        for each in ([place] if is_finished(place) else sorted(place.iterdir() if place.is_dir() else ()))
+        if is_finished(each) and tables.parts(each)
     ]
     if given and not found:
         raise UsageError(f"{given[0]}: no scores there; name what score wrote")
@@ -169,14 +170,13 @@ def _find_scores(folders: Folders, given: Sequence[Path]) -> None:
 
 
 def _same_tokens(first: OpenedFolder, scores: Path) -> bool:
-    try:
-        return bool(
-            joins.folder_fingerprint(scores) == first.fingerprint
-            and {path.name for path in tables.parts(first.path)}
-            <= {path.name for path in tables.parts(scores)}
-        )
-    except SstokenError:
-        return False
+    """Return whether scores were measured on these tokens; of older versions' scores, that is unknown."""
+    parts = tables.parts(scores)
+    return bool(
+        all(joins.TOKENS in tables.read_metadata(path) for path in parts)
+        and joins.folder_fingerprint(scores) == first.fingerprint
+        and {path.name for path in tables.parts(first.path)} <= {path.name for path in parts}
+    )
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

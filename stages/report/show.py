@@ -21,7 +21,7 @@ from rich.text import Text
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
-from sstoken.stages import tables
+from sstoken.stages import storage, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.manifest import finished_inside
 from sstoken.stages.report.choosing import choose, signal_values
@@ -129,7 +129,8 @@ def save_svg(masked: Path, file: Path, row: int | None = None, num_examples: int
     show(masked, row, num_examples, console, **options)
     svg = console.export_svg(title="sstoken", unique_id="sstoken", code_format=_SVG)
     try:
-        file.write_text(svg, encoding="utf-8")
+        storage.of(file).make_folder(file.parent)
+        storage.write_atomic(file, svg)
     except OSError as error:
         raise SstokenError(f"{file}: cannot be written ({error.strerror}); name another file") from error
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import UsageError
 from sstoken.selection import BoolArray, IntArray
-from sstoken.stages import storage
+from sstoken.stages import folders, storage
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.token_text import special_ids, token_texts
 
@@ -69,11 +69,11 @@ class ResponseText:
     @cached_property
     def pieces(self) -> list[str]:
         """The text of each token; joined, the text of the turns."""
-        texts = _pieces_of(self.tokenizer)
-        found = [texts(int(i)) for i in self.ids]
+        loaded = _loaded(self.tokenizer)
+        found = [loaded.text(int(i)) for i in self.ids]
         for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
             if any(_UNKNOWN in piece for piece in found[a:b]):  # a character spans several tokens
-                found[a:b] = token_texts(_tokenizer(self.tokenizer), self.ids[a:b].tolist())
+                found[a:b] = token_texts(loaded.tokenizer, self.ids[a:b].tolist())
         return found
 
     @property
@@ -85,10 +85,10 @@ class ResponseText:
         """Return whether each token's own text passes a test, [N]; the test is called once per id."""
         if not len(self.ids):
             return np.zeros(0, dtype=bool)
-        texts = _pieces_of(self.tokenizer)
+        loaded = _loaded(self.tokenizer)
         passed = np.zeros(int(self.ids.max()) + 1, dtype=bool)
         found = np.flatnonzero(np.bincount(self.ids))
-        passed[found] = [test(texts(int(i))) for i in found]
+        passed[found] = [test(loaded.text(int(i))) for i in found]
         return passed[self.ids]
 
     def spans(self, pool: str) -> IntArray:
@@ -120,7 +120,7 @@ class ResponseText:
 
     def _ends(self) -> BoolArray:
         """Return each turn's last token, and the special tokens and whitespace at its end."""
-        special = _special_ids(self.tokenizer)
+        special = _loaded(self.tokenizer).special
         ends = np.zeros(len(self.ids), dtype=bool)
         for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
             at, found = b - 1, b - 1
@@ -185,33 +185,36 @@ class _Core:
         return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(folder: Path) -> Any:
-    """Load the tokenizer that made the tokens."""
+class _Loaded:
+    """The tokenizer that made the tokens, checked against its folder's manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            folders.check_file(file)
+        self.tokenizer: Any = _Core(file) if file.is_file() else load_tokenizer(str(folder))
+        self.special = frozenset(special_ids(self.tokenizer))
+        self._before = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._skipped = len(self._decode(self._before))
+        self._texts: dict[int, str] = {}
+
+    def text(self, index: int) -> str:
+        """Return the text of an id's token after others."""
+        if index not in self._texts:
+            self._texts[index] = self._decode([*self._before, index])[self._skipped :]
+        return self._texts[index]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _loaded(folder: Path) -> _Loaded:
     local = storage.local(folder)
-    if (local / "tokenizer.json").is_file():
-        return _Core(local / "tokenizer.json")
-    return load_tokenizer(str(local))
+    files = sorted(path for path in local.iterdir() if path.is_file())
+    return _load(local, tuple((file.name, *storage.stamp(file)) for file in files))
 
 
 @lru_cache(maxsize=2)
-def _pieces_of(folder: Path) -> Callable[[int], str]:
-    """Return a function that maps an id to the token's text after others."""
-    tokenizer = _tokenizer(folder)
-    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    skipped = len(decode(before))
-
-    @cache
-    def text(index: int) -> str:
-        return decode([*before, index])[skipped:]
-
-    return text
-
-
-@lru_cache(maxsize=2)
-def _special_ids(folder: Path) -> frozenset[int]:
-    return frozenset(special_ids(_tokenizer(folder)))
+def _load(folder: Path, stamps: tuple[tuple[object, ...], ...]) -> _Loaded:
+    """Load a tokenizer once a process; other `stamps` mean that its files have changed."""
+    return _Loaded(folder)

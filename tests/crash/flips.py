@@ -18,7 +18,7 @@ from typing import Any
 from tests.crash.jobs import contents, in_child, succeeded
 from tests.crash.warm import Fault, Outcome, call, import_all
 
-_SAYS = re.compile(r"chang|differ|anew|damaged", re.IGNORECASE)
+_SAYS = re.compile(r"chang|differ|anew|damaged|other settings|not shown", re.IGNORECASE)
 OUTSIDE = ("data.jsonl", "base", "run.yaml")
 """What a run reads from outside; for a verb alone, another content is another input."""
 
@@ -32,25 +32,45 @@ class Reader:
     """`finished`, or the name of the part of a run in which it was killed."""
     out: str = "new"
     """What it writes; empty: it prints."""
+    reads: tuple[str, ...] = ("",)
+    """How the names of the files begin that it may read."""
 
     @property
     def reads_outside(self) -> bool:
         """Whether it knows what the outside was before."""
         return self.arguments.startswith("run ") and self.state != "encode"  # before, nothing was finished
 
+    def may_read(self, name: str) -> bool:
+        """Whether a change in that file could change what it does."""
+        return name.startswith(self.reads) and (self.reads_outside or not name.startswith(OUTSIDE))
 
+
+TOKENS, SCORES, HISTORY, MASKED = "out/tokens/", "out/scores/", "out/history/", "out/masked/"
+SELECT = f"select --tokens {TOKENS} --scores {SCORES} --history step-0 --current step-4 --out new"
+POOLED = f"{SELECT} --pool word --protect end_of_turn"
+RANK = f"score --tokens {TOKENS} --ckpt {HISTORY}step-2 --out new --world-size 2 --rank"
 READERS = [
     *(Reader("run run.yaml", state, "out") for state in ("encode", "anchor", "trained", "score", "select")),
     Reader("run run.yaml", "finished", "out"),
-    Reader("score --tokens out/tokens --ckpt out/history/step-2 --out new"),
-    Reader("anchor --tokens out/tokens --model base --max-steps 1 --out new"),
-    Reader("anchor --masked out/masked --model base --max-steps 1 --out new"),
-    Reader("select --tokens out/tokens --scores out/scores --history step-0 --current step-4 --out new"),
-    Reader("export out/masked --to trl --out new"),
-    Reader("export out/masked --to jsonl --out new", "export", "new"),
-    Reader("publish out/masked --repo me/it --dry-run --out new", out=""),
-    Reader("show out/masked --rows 100", out=""),
-    Reader("compare out/masked other", out=""),
+    Reader(f"score --tokens {TOKENS} --ckpt {HISTORY}step-2 --out new", reads=(TOKENS, HISTORY)),
+    Reader(f"anchor --tokens {TOKENS} --model base --max-steps 1 --out new", reads=(TOKENS,)),
+    Reader(f"anchor --masked {MASKED} --model base --max-steps 1 --out new", reads=(MASKED,)),
+    Reader(SELECT, reads=(TOKENS, SCORES)),
+    Reader(f"export {MASKED} --to trl --out new", reads=(MASKED,)),
+    Reader(f"export {MASKED} --to jsonl --out new", "export", "new", (MASKED, "new")),
+    Reader(f"publish {MASKED} --repo me/it --dry-run --out new", out=""),
+    Reader(f"show {MASKED} --rows 100", out="", reads=(MASKED,)),
+    Reader(f"compare {MASKED} other", out="", reads=(MASKED, "other/")),
+    Reader(POOLED, reads=(TOKENS, SCORES)),
+    Reader(POOLED, "pooled", "new", (TOKENS, SCORES, "new")),
+    Reader(f"score --tokens {TOKENS} --ckpt adapter/step-2 --out new", reads=(TOKENS, "adapter/")),
+    Reader("commit new", "ranks", "new", (TOKENS, "new")),
+    Reader(f"{RANK} 1", "ranks", "new.partial", (TOKENS, HISTORY, "new")),
+    Reader("audit trl", out="", reads=("trl/",)),
+    Reader("export out/masked --to trl --check --out trl", out="trl", reads=(MASKED, "trl/")),
+    Reader(f"report {MASKED} --out new/report.html", reads=(MASKED, SCORES)),
+    Reader(f"plot rho {MASKED} --out new/rho.svg", reads=(MASKED, SCORES)),
+    Reader(f"phases --tokens {TOKENS} --scores {SCORES} --out new", reads=(TOKENS, SCORES)),
 ]
 
 
@@ -65,18 +85,23 @@ class Flips:
         self._states = {"finished": self._copy(start, "finished")}
         done = self._states["finished"]
         self._must(done, "run run.yaml")
-        self._must(
-            done,
-            "select --tokens out/tokens --scores out/scores --method random --history step-0 --out other",
-        )
+        for arguments in (
+            f"select --tokens {TOKENS} --scores {SCORES} --method random --history step-0 --out other",
+            f"anchor --tokens {TOKENS} --model base --lora-rank 2 --max-steps 2 --snapshots 1 --out adapter",
+            f"export {MASKED} --to trl --out trl",
+        ):
+            self._must(done, arguments)
         kills = {"encode": "tokens.partial/part-00001.*", "anchor": "history.partial/trainer/*/whole.json"}
         kills |= {"trained": "history.partial/log.jsonl", "score": "scores/*.partial/part-00000.*"}
         kills |= {"select": "masked.partial/part-00000.*"}
         for name, file in kills.items():
             self._states[name] = self._killed(start, name, "run run.yaml", f"out/{file}")
-        self._states["export"] = self._killed(
-            done, "export", "export out/masked --to jsonl --out new", "new.partial/.counts/*"
-        )
+        kill = f"export {MASKED} --to jsonl --out new"
+        self._states["export"] = self._killed(done, "export", kill, "new.partial/.counts/*")
+        self._states["pooled"] = self._killed(done, "pooled", POOLED, "new.partial/part-00000.*")
+        self._states["ranks"] = self._copy(done, "ranks")
+        for rank in "01":
+            self._must(self._states["ranks"], f"{RANK} {rank}")
         self._expected = {
             reader: self._do(reader, self._copy(self._states[reader.state], "trial")) for reader in READERS
         }
@@ -124,20 +149,21 @@ class Flips:
             return False
         if path.name.startswith("child.") or path.name.endswith(".lock"):
             return False
-        return reader.reads_outside or not text.startswith(OUTSIDE)
+        return reader.may_read(text)
 
     def _end(self, reader: Reader, name: str, outcome: Outcome, made: Any) -> str:
         if "Traceback" in outcome.err or outcome.code not in (0, 1, 2):
             return "silent"  # as bad
         if outcome.code:
             return "refused"
-        expected = self._expected[reader][1]
+        usual, expected = self._expected[reader]
         if isinstance(made, dict):  # what was flipped and not made again is as it was flipped
             own = name.removeprefix(f"{reader.out}/")
             made, expected = ({k: v for k, v in found.items() if k != own} for found in (made, expected))
         if made == expected:
             return "same"
-        return "said" if _SAYS.search(outcome.err + outcome.out) else "silent"
+        said = {*(outcome.err + outcome.out).splitlines()} - {*(usual.err + usual.out).splitlines()}
+        return "said" if any(map(_SAYS.search, said)) else "silent"
 
     def _do(self, reader: Reader, place: Path) -> tuple[Outcome, Any]:
         outcome = call(reader.arguments.split(), place)

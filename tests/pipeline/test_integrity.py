@@ -4,6 +4,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokens=folder / "tokens", model=str(world.base), out=folder / "history", max_steps=2, snapshots=2
     )
     api.select(tokens=folder / "tokens", scores=folder / "scores", out=folder / "masked")
+    api.export(masked=folder / "masked", to="jsonl", out=folder / "export")
     return folder
 
 
@@ -68,7 +70,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 
 
 def shards_and_tokenizer(folder: Path) -> list[Path]:
-    used = ("part-*.parquet", "tokenizer/*", "manifest.json")
+    used = ("part-*.parquet", "data/*", "scores/*", "tokenizer/*", "manifest.json")
     return [p for p in listed(folder) if any(p.relative_to(folder).match(pattern) for pattern in used)]
 
 
@@ -90,6 +92,11 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[[World, Path, Path], object]]
         ("masked",),
         lambda w, run, out: api.publish(masked=run / "masked", repo="me/it", dry_run=True),
     ),
+    "audit": (("export",), lambda w, run, out: api.audit(data=str(run / "export"))),
+    "report": (
+        ("masked", "scores/base"),
+        lambda w, run, out: api.report([run / "masked"], out=out.with_suffix(".html")),
+    ),
 }
 
 
@@ -109,6 +116,21 @@ def test_a_byte_changed_in_an_input_is_never_silent(stage: str, run: Path, tmp_p
                 assert "\n" not in str(caught.value)
                 tried += 1
     assert tried > PLACES * len(inputs)
+
+
+def test_a_damaged_tokenizer_decides_nothing(run: Path, tmp_path: Path) -> None:
+    file = run / "tokens/tokenizer/tokenizer.json"
+    select = partial(api.select, tokens=run / "tokens", scores=run / "scores", out=tmp_path / "out")
+    for place in places(file):
+        with flipped(file, place), pytest.raises(SstokenError, match=r"tokenizer\.json"):
+            select(pool="word", protect=("end_of_turn",))
+        assert not list(tmp_path.rglob("part-*"))  # the next run would go on from them
+
+
+def test_a_damaged_manifest_in_the_run_is_not_left_out_of_a_publication(run: Path) -> None:
+    file = run / "scores/base/manifest.json"
+    with flipped(file, 40), pytest.raises(SstokenError, match=r"scores/base/manifest\.json"):
+        api.publish(masked=run / "masked", repo="me/it", dry_run=True)
 
 
 def test_shown_rows_and_rows_for_training_are_checked(run: Path) -> None:

@@ -1,5 +1,7 @@
 """Words, sentences and protected tokens of real texts, by a byte-level tokenizer."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,19 @@ def parts(text: ResponseText, pool: str) -> list[str]:
 
 def test_pieces_give_the_text_back(folder: Path) -> None:
     assert "".join(response(folder, *TEXTS).pieces) == "".join(TEXTS)
+
+
+def test_another_tokenizer_at_the_same_place_is_read_anew(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "own")
+    text = response(tmp_path / "own", "no end")
+    assert "".join(text.pieces) == "no end"
+    file = tmp_path / "own/tokenizer.json"
+    vocabulary = json.loads(file.read_bytes())
+    swapped = vocabulary["model"]["vocab"]
+    swapped["no"], swapped["end"] = swapped["end"], swapped["no"]
+    file.write_text(json.dumps(vocabulary))
+    again = ResponseText(text.ids, text.turns, text.tokenizer)
+    assert "".join(again.pieces) == "end no"
 
 
 def test_words(folder: Path) -> None:
