@@ -90,14 +90,15 @@ def main(arguments: list[str] | None = None) -> None:
         )
         status = _fail(f"{error.format_message()}{_typed(arguments)} (see {verb} --help)", error.exit_code)
     except SstokenError as error:
-        status = _fail(str(error), error.exit_code)
+        told = _full_disk(error) or error
+        status = _fail(str(told), told.exit_code)
     except (KeyboardInterrupt, click.Abort):
         status = _fail(f"{stopping.reason()}; {GOES_ON}", stopping.code())
     except OSError as error:
         status = _fail(_refused(error), 1)
     except Exception as error:  # libraries in Rust and C++ raise their own types for errors of the system
         if "(os error " in str(error):
-            status = _fail(f"{error}; {GOES_ON}", 1)
+            status = _fail(str(_full_disk(error) or f"{error}; {GOES_ON}"), 1)
         elif "out of memory" in str(error).lower() or isinstance(error, MemoryError):
             status = _fail("out of memory; make the batch smaller (--batch-tokens, --batch-size)", 1)
         else:
@@ -117,12 +118,17 @@ def _typed(arguments: list[str] | None) -> str:
 
 def _refused(error: OSError) -> str:
     """Say what the system refused, for which file; for a full disk, also how full it is."""
-    from sstoken.pipeline.disk import full_disk
-
-    if (told := full_disk(error, Path.cwd())) is not None:
+    if (told := _full_disk(error)) is not None:
         return str(told)
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}; {GOES_ON}"
+
+
+def _full_disk(error: Exception) -> SstokenError | None:
+    """Return the error that says which disk is full, if that is the cause, whichever function worded it otherwise."""
+    from sstoken.pipeline.disk import full_disk
+
+    return full_disk(error, Path.cwd())
 
 
 def _fail(message: str, status: int) -> int:

@@ -74,19 +74,25 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         told = full_disk(error, folder)
-        if told is None:
+        if told is None or told is error:
             raise
         raise told from error
 
 
+class FullDiskError(SstokenError):
+    """A disk is full; says which, and how full."""
+
+
 def full_disk(error: BaseException, folder: Path) -> SstokenError | None:
     """Return the error to show if a full disk caused `error`, directly or through a library; else None."""
+    if isinstance(error, FullDiskError):
+        return error
     place = _without_room(error, folder)
     if place is None:
         return None
     disk = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.ismount(p))
     usage = shutil.disk_usage(disk)
-    return SstokenError(
+    return FullDiskError(
         f"{place}: no space left on the disk at {disk} ({size_text(usage.free)} free of {size_text(usage.total)}); "
         f"make room there; {GOES_ON}"
     )
@@ -94,15 +100,16 @@ def full_disk(error: BaseException, folder: Path) -> SstokenError | None:
 
 def _without_room(error: BaseException | None, folder: Path) -> Path | None:
     """The file or folder on the full disk that caused an error; None: it had another cause."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return Path(os.fsdecode(error.filename)) if error.filename else folder
-        if any(text in str(error) for text in _FULL_TEXTS):
-            return folder
-        if any(text in str(error) for text in _TORCH_TEXTS) and shutil.disk_usage(folder).free < _NO_ROOM:
-            return folder
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    return None
+    full = [each for each in chain if isinstance(each, OSError) and each.errno in _FULL]
+    if named := [each.filename for each in full if each.filename]:
+        return Path(os.fsdecode(named[0]))
+    texts = " ".join(map(str, chain))
+    by_torch = any(text in texts for text in _TORCH_TEXTS) and shutil.disk_usage(folder).free < _NO_ROOM
+    return folder if full or by_torch or any(text in texts for text in _FULL_TEXTS) else None
 
 
 def free_bytes(folder: PurePath) -> int | None:

@@ -14,7 +14,7 @@ from sstoken.pipeline.schema import SCHEMA_FILE
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import Digests
 from sstoken.stages.processor import multiplies_bfloat16
-from sstoken.stages.storage import expanded
+from sstoken.stages.storage import expanded, write_atomic
 from sstoken.stages.token_text import visible
 
 ROWS = 200
@@ -101,8 +101,8 @@ def write(file: Path, text: str, schema: str, *, force: bool) -> None:
         raise UsageError(f"{file}: exists already; name another with --file, or overwrite it with --force")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-        (file.parent / SCHEMA_FILE).write_text(schema, encoding="utf-8")
+        write_atomic(file, text)
+        write_atomic(file.parent / SCHEMA_FILE, schema)
     except OSError as error:
         raise UsageError(f"{file}: cannot be written ({error.strerror}); name another with --file") from error
 

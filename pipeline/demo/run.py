@@ -28,6 +28,7 @@ from sstoken.stages import plain_json, storage, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.folders import copy_folder
 from sstoken.stages.report.show import default_console, print_example, print_legend, read_examples
+from sstoken.stages.storage import write_atomic
 from sstoken.version import __version__
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def _claim(out: Path, seed: int, model: str | None) -> None:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(facts) + "\n")
+        write_atomic(marker, json.dumps(facts) + "\n")
     except OSError as error:
         raise UsageError(f"{out}: cannot be written ({error.strerror}); name another folder") from error
 

@@ -15,6 +15,7 @@ from sstoken.pipeline.changes import changes
 from sstoken.pipeline.claim import claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
+from sstoken.pipeline.disk import naming_full_disk
 from sstoken.pipeline.job import Job, Result, State, state
 from sstoken.pipeline.locks import one_run_at_a_time
 from sstoken.pipeline.plan import Step, check_run, run_groups
@@ -61,7 +62,9 @@ def demo(
 
     from sstoken.pipeline.demo.run import run_demo
 
-    return run_demo(local_place(out), seed, Console(stderr=True) if quiet else None, model=model)
+    folder = local_place(out)
+    with naming_full_disk(folder):
+        return run_demo(folder, seed, Console(stderr=True) if quiet else None, model=model)
 
 
 @command(

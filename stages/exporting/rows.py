@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sstoken.errors import UsageError
+from sstoken.errors import SstokenError, UsageError
 from sstoken.labels import IGNORED_LABEL, labels_from_mask
 from sstoken.selection import places, sums
 from sstoken.stages import tables
@@ -61,6 +61,7 @@ def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared
 
     Raises:
         UsageError: weights are requested and the dataset has no scores.
+        SstokenError: a weight is not finite.
     """
     ids, offsets = tables.flatten(table["input_ids"])
     keep = tables.flatten(table["keep_mask"])[0].astype(bool)
@@ -113,7 +114,7 @@ def token_weights(table: pa.Table, keep: NDArray[np.bool_]) -> NDArray[np.float6
     """
     if "weight" in table.column_names:
         given = tables.flatten(table["weight"])[0].astype(np.float64)
-        return np.where(keep, given, 0.0)
+        return _finite(np.where(keep, given, 0.0))
     if "score" not in table.column_names:
         raise UsageError("--weights needs scores, and this masked dataset is lean; select it without --lean")
     score, offsets = tables.flatten(table["score"])
@@ -127,7 +128,18 @@ def token_weights(table: pa.Table, keep: NDArray[np.bool_]) -> NDArray[np.float6
         raise UsageError("--weights needs the score of every kept token, and this masked dataset has none")
     lowest = np.repeat(np.fmin.reduceat(score, starts), lengths)
     highest = np.repeat(np.fmax.reduceat(score, starts), lengths)
-    np.divide(score - lowest + SMALLEST_RANGE, highest - lowest + SMALLEST_RANGE, out=weights, where=keep)
+    with np.errstate(invalid="ignore"):
+        np.divide(score - lowest + SMALLEST_RANGE, highest - lowest + SMALLEST_RANGE, out=weights, where=keep)
+    return _finite(weights)
+
+
+def _finite(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Refuse weights that no loss can be multiplied by."""
+    if not np.isfinite(weights).all():
+        raise SstokenError(
+            "the weight of a kept token is infinite or not a number; select again, or export without weights "
+            "(--no-weights)"
+        )
     return weights
 
 

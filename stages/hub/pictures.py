@@ -79,14 +79,14 @@ def score_histogram(parts: Sequence[Path]) -> tuple[NDArray[Any], NDArray[Any], 
 
 
 def _scores(parts: Sequence[Path]) -> Any:
-    """Yield the keep flags and scores of each shard's tokens that have a score."""
+    """Yield the keep flags and scores of each shard's tokens that have a finite score."""
     for part in parts:
         table = tables.read_table(part, ["keep_mask", "score"])
         keep = tables.flatten(table["keep_mask"])[0].astype(bool)
         if table["score"].null_count:  # a method without scores
             continue
         scores = tables.flatten(table["score"])[0]
-        measured = ~np.isnan(scores)
+        measured = np.isfinite(scores)
         yield keep[measured], scores[measured].astype(np.float64)
 
 

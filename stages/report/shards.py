@@ -138,6 +138,8 @@ def _add_scores(shard: Shard, checkpoint: str, part: Path) -> None:
         offsets = tables.flatten(table[name])[1].astype(np.int64)
         values = _values(table, name, int(offsets[-1]))
         if values is not None:
+            if np.isinf(values).any():
+                raise SstokenError(f"{part}: column {name!r} holds an infinite value; score again")
             source, target = _aligned(
                 shard, places, offsets, f"{part}: not row-aligned; score these tokens again"
             )

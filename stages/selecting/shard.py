@@ -113,7 +113,9 @@ class Shard:
                 raise SstokenError(f"{path}: not row-aligned with {self.tokens}; score these tokens again")
             found[name] = values[self.response].astype(np.float64)
             signal = get_signal(column)
-            if not (signal.from_second or signal.partial) and not np.isfinite(found[name]).all():
+            if np.isinf(found[name]).any():
+                raise SstokenError(f"{path}: column {column!r} holds an infinite value; score again")
+            if not (signal.from_second or signal.partial) and np.isnan(found[name]).any():
                 raise SstokenError(
                     f"{path}: column {column!r} has no value for a response token; score again"
                 )

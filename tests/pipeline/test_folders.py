@@ -222,3 +222,19 @@ def test_a_full_disk_is_named_and_the_work_goes_on_when_there_is_room(
         cli.works(*commands[verb], "--out", tmp_path / "elsewhere/out")
         for part in (tmp_path / "elsewhere").rglob("part-*.parquet"):
             assert part.read_bytes() == (disk / part.relative_to(tmp_path / "elsewhere")).read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["init", "demo"])
+def test_a_full_disk_is_named_where_no_stage_works(
+    verb: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    command = {
+        "init": ("init", "--data", world.data, "--model", world.base, "--file", disk / "run.yaml"),
+        "demo": ("demo", "--out", disk / "demo"),
+    }[verb]
+    with mounted(disk, "-t", "tmpfs", "-o", "size=4k", "none"):
+        (disk / "other").write_bytes(bytes(4096))
+        line = CommandLine(capsys).fails(1, *command)
+    assert line.startswith(f"error: {disk}/"), line
+    assert f"no space left on the disk at {disk} (0 bytes free of 4,096 bytes)" in line

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from sstoken.errors import SstokenError, UsageError
@@ -17,7 +19,7 @@ from sstoken.stages.manifest import read_manifest
 from sstoken.stages.report.show import read_examples
 from sstoken.stages.training.history_index import read_history
 from sstoken.stages.training.score_column import with_history
-from tests.pipeline.worlds import CommandLine, World, make_world
+from tests.pipeline.worlds import CommandLine, World, list_anew, make_world
 
 PLACES = 6
 """Bytes flipped in each file; the first and last ones among them."""
@@ -131,6 +133,37 @@ def test_a_damaged_manifest_in_the_run_is_not_left_out_of_a_publication(run: Pat
     file = run / "scores/base/manifest.json"
     with flipped(file, 40), pytest.raises(SstokenError, match=r"scores/base/manifest\.json"):
         api.publish(masked=run / "masked", repo="me/it", dry_run=True)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_no_value_that_is_not_finite_is_used(value: float, run: Path, tmp_path: Path) -> None:
+    """Where it got past `score`, and the manifest lists it."""
+    shutil.copytree(run, tmp_path / "run")
+    copy = tmp_path / "run"
+    _put(copy / "scores/base", "loss", value)
+    with pytest.raises(SstokenError, match=r"part-00000\.parquet: column 'loss' h"):
+        api.select(tokens=copy / "tokens", scores=copy / "scores", out=tmp_path / "out")
+    if value != value:  # the report shows it as not measured
+        return
+    with pytest.raises(SstokenError, match=r"part-00000\.parquet: column 'loss' holds an infinite value"):
+        api.report([copy / "masked"], out=tmp_path / "report.html")
+    _put(copy / "masked", "score", value)
+    with pytest.raises(SstokenError, match="weight of a kept token is infinite or not a number"):
+        api.export(masked=copy / "masked", to="verl", weights=True, out=tmp_path / "weighted")
+    assert api.publish(masked=copy / "masked", repo="me/it", include_scores=True, dry_run=True).folder
+
+
+def _put(folder: Path, column: str, value: float) -> None:
+    """Write a value over the first one in a finished folder, and list the shard anew."""
+    shard = tables.parts(folder)[0]
+    held = tables.read_table(shard)
+    values, offsets = tables.flatten(held[column])
+    values = values.copy()
+    values[np.flatnonzero(np.isfinite(values))[0]] = value
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.float32(), mask=np.isnan(values)))
+    place = held.column_names.index(column)
+    tables.write_part(shard, held.set_column(place, column, lists), tables.read_metadata(shard))
+    list_anew(folder)
 
 
 def test_shown_rows_and_rows_for_training_are_checked(run: Path) -> None:
