@@ -153,7 +153,7 @@ def _commit(out: Path) -> Result:
             storage.of(partial).sweep(partial)
             context = context_of(job, identity)
             assert isinstance(job.stage, ShardedStage)
-            _check_complete(out, partial, job.stage.outputs(context))
+            _check_complete(out, partial, job.stage, job.stage.outputs(context))
             metrics = job.stage.finish(context)
             check_lease()
             finish(job, identity, metrics, time.monotonic() - start, there)
@@ -161,8 +161,11 @@ def _commit(out: Path) -> Result:
     return Result(out, metrics, skipped=False)
 
 
-def _check_complete(out: Path, partial: Path, outputs: list[Path]) -> None:
-    """Refuse to commit while shards are missing; say which ranks to run again."""
+def _check_complete(out: Path, partial: Path, stage: ShardedStage, outputs: list[Path]) -> None:
+    """Refuse to commit while shards are missing; say which ranks to run again. Damaged ones are deleted before."""
+    for file in outputs:
+        if file.exists() and not stage.is_done(file):
+            storage.of(file).delete(file)
     missing = [index for index, file in enumerate(outputs) if storage.of(file).size(file) is None]
     if not missing:
         return
@@ -174,7 +177,7 @@ def _check_complete(out: Path, partial: Path, outputs: list[Path]) -> None:
         ranks = f" (rank {', '.join(map(str, sorted({index % world_size for index in missing})))} of {world_size})"
     names = ", ".join(outputs[index].name for index in missing[:3]) + (", ..." if len(missing) > 3 else "")
     raise SstokenError(
-        f"{out}: {len(missing)} of {len(outputs)} shards are missing: {names}; run their ranks again{ranks}"
+        f"{out}: {len(missing)} of {len(outputs)} shards are missing or damaged: {names}; run their ranks again{ranks}"
     )
 
 

@@ -125,7 +125,7 @@ def test_a_rank_that_was_killed_is_run_again(kind: str, world: World, tmp_path: 
         for other in set(range(WORLD_SIZE)) - {killed}:
             slow.run(kind, inputs, seven, **settings, rank=other, world_size=WORLD_SIZE)
         with pytest.raises(
-            SstokenError, match=rf"{missing} of 21 shards are missing: .*\(rank {killed} of {WORLD_SIZE}\)"
+            SstokenError, match=rf"{missing} of 21 shards are missing or damaged: .*\(rank {killed} of {WORLD_SIZE}\)"
         ):
             api.commit(seven)
         slow.run(kind, inputs, seven, **settings, **rank)
@@ -181,6 +181,23 @@ def test_a_commit_sees_that_inputs_changed(world: World, tmp_path: Path) -> None
     data.write_bytes(world.data.read_bytes() * 2)
     with pytest.raises(SstokenError, match="settings or inputs have changed since the ranks began"):
         api.commit(tmp_path / "other")
+
+
+def test_a_shard_damaged_before_the_commit_is_made_again(world: World, tmp_path: Path) -> None:
+    given = {"tokens": world.tokens, "scores": world.scores, "out": tmp_path / "masked", "world_size": 2}
+    for rank in range(2):
+        api.select(**given, rank=rank)
+    shard = tmp_path / "masked.partial/part-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(
+        SstokenError, match=r"1 of 3 shards are missing or damaged: part-00001.*\(rank 1 of 2\)"
+    ):
+        api.commit(tmp_path / "masked")
+    api.select(**given, rank=1)
+    api.commit(tmp_path / "masked")
+    assert len(tables.parts(tmp_path / "masked")) == 3
 
 
 def test_commit_is_a_verb() -> None:

@@ -183,6 +183,7 @@ def test_svg_bytes_are_deterministic_and_need_no_network(masked: Path, tmp_path:
 
 
 def test_svg_that_cannot_be_written_is_one_line(masked: Path, tmp_path: Path) -> None:
+    (tmp_path / "no").touch()
     with pytest.raises(SstokenError, match="cannot be written"):
         save_svg(masked, tmp_path / "no" / "a.svg")
 
