@@ -125,7 +125,8 @@ def test_a_rank_that_was_killed_is_run_again(kind: str, world: World, tmp_path: 
         for other in set(range(WORLD_SIZE)) - {killed}:
             slow.run(kind, inputs, seven, **settings, rank=other, world_size=WORLD_SIZE)
         with pytest.raises(
-            SstokenError, match=rf"{missing} of 21 shards are missing or damaged: .*\(rank {killed} of {WORLD_SIZE}\)"
+            SstokenError,
+            match=rf"{missing} of 21 shards are missing or damaged: .*\(rank {killed} of {WORLD_SIZE}\)",
         ):
             api.commit(seven)
         slow.run(kind, inputs, seven, **settings, **rank)
