@@ -153,9 +153,8 @@ class Anchor(Stage):
         began = time.monotonic()
         log = context.out / _LOG
         if is_main_process():
-            joins.note_training(
-                context.out, _data(context)
-            )  # also when a run resumes: nothing vouches for the old note
+            # Also when a run resumes: nothing vouches for the old note.
+            joins.note_training(context.out, _data(context))
         if not log.exists():
             with reporting.no_messages(), ExitStack() as stack:
                 self._train(context, stack)
