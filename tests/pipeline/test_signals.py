@@ -34,6 +34,12 @@ cli.main([])
 """
 
 
+def _take_signals() -> None:
+    """Ignored signals are inherited: of these tests too when they run under nohup or in the background."""
+    for number in CODES:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(kind: str, seconds: float) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", STUBBORN, kind, str(seconds)],
@@ -42,6 +48,7 @@ def start(kind: str, seconds: float) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_take_signals,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "working\n"
