@@ -12,8 +12,8 @@ from sstoken.methods import Method, Params, Statistic, Tokens, Top, get_method
 from sstoken.selection import BoolArray, Cut, Float64Array, IntArray, global_cuts, global_quantile, keep_above
 from sstoken.stages.selecting.shard import Shard
 
-HELD = 1 << 22
-"""Most values (32 MiB) to hold between passes over the dataset; more are computed again in each pass."""
+HELD = 1 << 20
+"""Most values (8 MiB) to hold between passes over the dataset; more are computed again in each pass."""
 
 
 @dataclass(frozen=True)
