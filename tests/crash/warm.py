@@ -106,7 +106,8 @@ def _be_command(arguments: list[str], folder: Path, fault: Fault, report: Path) 
     os.setpgid(0, 0)
     os.chdir(folder)
     for number, name in ((1, "child.out"), (2, "child.err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        # Appended: what is left of a command killed before may still write into the same file.
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     code: Any = 70
     try:
