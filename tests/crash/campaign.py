@@ -170,7 +170,9 @@ class Campaign:
         lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
         assert (outcome.code, len(lines)) == (1, 1), outcome
         assert "Traceback" not in outcome.err, outcome
-        assert re.match(r"error: [^ ]*(out|t\d+|masked|publish)[^ ]*[: ]", lines[0]), lines[0]
+        assert re.match(
+            r"error: (1 of the shards failed .*: )?[^ ]*(out|t\d+|masked|publish)[^ ]*[: ]", lines[0]
+        ), lines[0]
         if trial.kind == "ENOSPC":
             assert "no space left on the disk at" in lines[0], lines[0]
             assert " free of " in lines[0], lines[0]
