@@ -12,8 +12,8 @@ from sstoken.methods import Method, Params, Statistic, Tokens, Top, get_method
 from sstoken.selection import BoolArray, Cut, Float64Array, IntArray, global_cuts, global_quantile, keep_above
 from sstoken.stages.selecting.shard import Shard
 
-HELD = 1 << 20
-"""Most values (8 MiB) to hold between passes over the dataset; more are computed again in each pass."""
+HELD = 1 << 22
+"""Most values (32 MiB) to hold between passes over the dataset; more are computed again in each pass."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,9 @@ class WholeDataset:
                 yield chunk
                 if kept is not None:
                     kept.append(chunk)
-                    kept = kept if sum(c.size for c in kept) <= HELD else None
+                    # Of shards like those so far: what is too much for all of them is not held meanwhile, either.
+                    expected = sum(c.size for c in kept) / len(kept) * len(self.shards)
+                    kept = kept if expected <= HELD else None
             held.extend(kept or ())
 
         return stream
