@@ -58,14 +58,11 @@ class LocalDisk:
             faults.point("commit" if file.name in MARKS else "rename", file)
             os.replace(temporary, file)
         except BaseException as error:
-            if (
-                isinstance(error, OSError)
-                and error.errno is not None
-                and error.filename in (None, str(temporary))
-            ):
+            named = getattr(error, "filename", None)
+            if isinstance(error, OSError) and error.errno is not None and named in (None, str(temporary)):
                 error.filename = str(
                     file
-                )  # a failed write names none, others the file of no interest to the user
+                )  # a failed write names no file, and a failed rename the temporary one
             temporary.unlink(missing_ok=True)  # a full disk needs the room
             raise
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import storage
@@ -79,7 +79,9 @@ class HistorySnapshots(TrainerCallback):
         self._last_loss: float | None = None
         self._tokens_seen: float | None = None
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Plan the snapshots; drop the entries that training will make again."""
         self.steps = snapshot_steps(state.max_steps, self._num_snapshots, self._every_steps)
         self._last_step = state.global_step
@@ -102,7 +104,9 @@ class HistorySnapshots(TrainerCallback):
             if state.global_step > 0:
                 self._resume_average(model, state.global_step)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         """Update the average; request the loss if a snapshot is due."""
         if self._average is not None:
             self._average.update(_unwrap(kwargs["model"]))
@@ -111,16 +115,24 @@ class HistorySnapshots(TrainerCallback):
         return control
 
     def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Take a snapshot if one is due. The trainer logs before it saves, so no checkpoint precedes its snapshot."""
+        logs = logs or {}
         self._last_loss = logs.get("loss", self._last_loss)
         trl_count = logs.get("num_tokens")
         self._tokens_seen = state.num_input_tokens_seen or trl_count or self._tokens_seen
         if state.global_step in self.steps:
             self._take(state, kwargs)
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take the last snapshot of a run that stops early, before a best model replaces the last one."""
         if control.should_training_stop:
             self._take(state, kwargs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sstoken.errors import SstokenError
 from sstoken.stages import plain_json, storage
@@ -62,13 +62,17 @@ class Resumable(TrainerCallback):
         self._folder, self._snapshots, self._keep = folder, snapshots, keep
         self._seals = sealing.Seals(folder.parent)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         """Save at a snapshot, which is taken while logging, before the trainer saves."""
         if state.global_step in self._snapshots.steps and state.global_step < state.max_steps:
             control.should_save = True
         return control
 
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Mark the checkpoint as complete once every process has written its part; delete the previous one."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -106,12 +110,16 @@ class LiveLog(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the lines up to the step the run resumes from."""
         if state.is_world_process_zero:
             write_atomic(self._path, log_lines(state.log_history))
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Append the newest line."""
         if state.is_world_process_zero:
             with self._path.open("a") as file:
@@ -134,26 +142,36 @@ class Watch(TrainerCallback):
         self._began = 0.0, 0
         """Time at which training started or resumed, and the tokens seen by then."""
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Open the progress bar at the step the run resumes from."""
         if state.is_world_process_zero:
             self._progress = self._stack.enter_context(self._open("steps", state.max_steps))
             self._progress.skip(state.global_step)
             self._began = time.monotonic(), state.num_input_tokens_seen
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Count the step."""
         if self._progress is not None:
             self._progress.advance()
 
     def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Stop at a loss or gradient that is NaN or infinite, before anything is saved.
 
         Raises:
             SstokenError: the loss or gradient norm is not finite.
         """
+        logs = logs or {}
         if self._progress is not None and "loss" in logs:
             began, seen = self._began
             rate = (state.num_input_tokens_seen - seen) / max(1e-9, time.monotonic() - began)
