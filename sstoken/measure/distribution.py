@@ -21,7 +21,6 @@ from sstoken.measure.token_loss import (
     tile_elements,
     tiles,
     token_losses,
-    token_losses_by_kernel,
 )
 from sstoken.measure.top_logits import TopLogits
 
@@ -61,6 +60,8 @@ def measure_distribution(
     """
     if {*names} <= {"loss"}:
         if kernels and isinstance(head, OutputHead):
+            from sstoken.measure.cuda.choices import token_losses_by_kernel
+
             return {name: token_losses_by_kernel(hidden, targets, head) for name in names}
         return {name: token_losses(hidden, targets, head) for name in names}
     dtype = torch.promote_types(hidden.dtype, torch.float32)

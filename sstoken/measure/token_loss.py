@@ -138,18 +138,6 @@ def row_tiles(num_rows: int) -> Iterator[slice]:
 
 
 @as_given
-def token_losses_by_kernel(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """`token_losses` with the Triton kernel if a trial shows it accurate, else without."""
-    from sstoken.measure.cuda.choices import choose_token_losses
-
-    choice = choose_token_losses(
-        hidden.device, hidden.dtype, hidden.shape[1],
-        bias=head.bias is not None, scale=head.scale, softcap=head.softcap,
-    )  # fmt: skip
-    return choice.call(hidden, targets, head.weight, head.bias, head.scale, head.softcap)
-
-
-@as_given
 def measure_logits(hidden: Tensor, head: OutputHead) -> Tensor:
     """All logits [N, V] of rows [N, D], at least fp32."""
     return head.logits(hidden)

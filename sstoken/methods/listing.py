@@ -6,7 +6,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from sstoken.methods.base import EVIDENCE, Method, Params, legal, parameter_type
-from sstoken.methods.presets import PRESETS
+from sstoken.methods.presets import PRESETS, Preset
 from sstoken.methods.registry import METHODS, get_method, own_methods
 from sstoken.signals import SIGNALS
 
@@ -52,8 +52,14 @@ def facts() -> list[dict[str, Any]]:
     found = [{"method": m.name, **describe(m), "stands_for": None} for m in METHODS.values()]
     for preset in PRESETS.values():
         described = describe(get_method(preset.method)) | {"name": preset.name, "source": preset.about}
-        found.append({"method": preset.name, **described, "stands_for": preset.stands_for})
+        found.append({"method": preset.name, **described, "stands_for": stands_for(preset)})
     return found
+
+
+def stands_for(preset: Preset) -> dict[str, Any]:
+    """What a manifest records instead of the preset's name."""
+    params = get_method(preset.method).read_params(preset.params).model_dump(mode="json")
+    return {"method": preset.method, "params": params, "protect": list(preset.protect)}
 
 
 def print_rows() -> tuple[Sequence[str], Sequence[Sequence[str]]]:

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sstoken.methods.registry import get_method
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -17,12 +15,6 @@ class Preset:
     """Why, in one line that names the page with the evidence."""
     params: Mapping[str, Any] = field(default_factory=dict)
     protect: tuple[str, ...] = ()
-
-    @property
-    def stands_for(self) -> dict[str, Any]:
-        """What a manifest records instead of its name."""
-        params = get_method(self.method).read_params(self.params).model_dump(mode="json")
-        return {"method": self.method, "params": params, "protect": list(self.protect)}
 
     @property
     def text(self) -> str:

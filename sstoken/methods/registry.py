@@ -13,6 +13,7 @@ import numpy as np
 from sstoken.errors import SstokenError, UsageError
 from sstoken.methods.base import Method
 from sstoken.methods.policies import Outcome
+from sstoken.methods.presets import PRESETS
 from sstoken.methods.tokens import Array, Tokens
 from sstoken.selection import IntArray
 
@@ -52,8 +53,6 @@ def get_method(name: str) -> Method:
             return method
     if reason := _broken().get(name):
         raise SstokenError(reason)
-    from sstoken.methods.presets import PRESETS
-
     if name in PRESETS:
         raise UsageError(
             f"method {name!r} is a preset of `select`, short for {PRESETS[name].text}; name the method"
@@ -92,8 +91,7 @@ def broken_entry_points() -> list[str]:
 
 @cache
 def _found() -> dict[str, Method]:
-    import sstoken.methods as package
-
+    package = import_module(__package__)
     names = [module.name for module in iter_modules(package.__path__)]
     ordered = [*(n for n in _ORDER if n in names), *(n for n in sorted(names) if n not in _ORDER)]
     own: dict[str, Method] = {}

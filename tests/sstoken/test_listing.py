@@ -9,7 +9,7 @@ from pydantic import Field
 from sstoken.errors import UsageError
 from sstoken.methods import METHODS, Method, Params, Top
 from sstoken.methods.base import legal, parameter_type
-from sstoken.methods.listing import describe, facts, parameters, print_rows
+from sstoken.methods.listing import describe, facts, parameters, print_rows, stands_for
 from sstoken.methods.presets import PRESETS
 from sstoken.methods.registry import decide
 
@@ -84,7 +84,7 @@ def test_all_facts_of_a_method():
     assert list(every) == [*METHODS, *PRESETS]
     assert every["sstoken"] == {"method": "sstoken", **describe(METHODS["sstoken"]), "stands_for": None}
     for name, preset in PRESETS.items():
-        assert every[name]["stands_for"] == preset.stands_for
+        assert every[name]["stands_for"] == stands_for(preset)
         assert every[name]["signals"] == list(METHODS[preset.method].inputs)
     assert every["sstoken"]["cost"] == "one forward pass of the history and one of the current checkpoint"
     assert every["prefix"]["cost"] == "none"

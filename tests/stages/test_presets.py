@@ -5,7 +5,7 @@ import pytest
 from sstoken.errors import UsageError
 from sstoken.in_loop.settings import SelfModulation
 from sstoken.methods import METHODS, get_method
-from sstoken.methods.listing import facts, page
+from sstoken.methods.listing import facts, page, stands_for
 from sstoken.methods.presets import PRESETS, Preset, expand, method_name
 from sstoken.stages.select import Select
 
@@ -13,7 +13,7 @@ from sstoken.stages.select import Select
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
 def test_a_preset_stands_for_what_select_takes(preset: Preset) -> None:
     assert preset.name not in METHODS
-    assert preset.stands_for["method"] == method_name(preset.name) == get_method(preset.method).name
+    assert stands_for(preset)["method"] == method_name(preset.name) == get_method(preset.method).name
     long = Select(method=preset.method, params=dict(preset.params), protect=preset.protect)
     short = Select(method=preset.name)
     short.check()
@@ -51,7 +51,7 @@ def test_other_settings_are_left_as_they_are() -> None:
 def test_the_list_says_what_a_preset_stands_for() -> None:
     listed = {row["method"]: row["stands_for"] for row in facts()}
     assert listed["sstoken"] is None
-    assert listed["recommended"] == PRESETS["recommended"].stands_for
+    assert listed["recommended"] == stands_for(PRESETS["recommended"])
     assert f"`--method recommended` is short for `{PRESETS['recommended'].text}`" in page()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from sstoken.measure.cuda.agreement import Choice, Trial, first_that_agrees
 from sstoken.measure.cuda.prompt_attention import packed_prompt_attention
 from sstoken.measure.cuda.token_loss import fused_token_losses
+from sstoken.measure.precision import as_given
 from sstoken.measure.prompt_attention import Segment, prompt_attention
 from sstoken.measure.token_loss import OutputHead, token_losses
 
@@ -125,3 +126,13 @@ def choose_token_losses(
     by_tiles = partial(fused_token_losses, tile_elements=num_tokens * 1024)  # several tiles of columns
     choice = first_that_agrees({"triton": by_tiles}, ("torch", plain_token_losses), [trial])
     return replace(choice, call=fused_token_losses) if choice.call is by_tiles else choice
+
+
+@as_given
+def token_losses_by_kernel(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
+    """`token_losses` with the Triton kernel if a trial shows it accurate, else without."""
+    choice = choose_token_losses(
+        hidden.device, hidden.dtype, hidden.shape[1],
+        bias=head.bias is not None, scale=head.scale, softcap=head.softcap,
+    )  # fmt: skip
+    return choice.call(hidden, targets, head.weight, head.bias, head.scale, head.softcap)
