@@ -1,15 +1,16 @@
-"""`init` and `schema`: a configuration to start from, and its schema for editors."""
+"""`init`, `schema`, `completion`: a configuration to start from, its schema for editors, completion in the shell."""
 
 import json
 from typing import Any
 
 import click
 
+from sstoken.errors import UsageError
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.saying import say
 from sstoken.pipeline.verbs.command import Place, command, local_place
 
-__all__ = ["init", "schema"]
+__all__ = ["completion", "init", "schema"]
 
 
 def init(
@@ -76,3 +77,35 @@ def schema() -> dict[str, Any]:
 @command(schema, click.option("--json", "as_json", is_flag=True, hidden=True))
 def _schema(as_json: bool) -> None:
     say(json.dumps(schema(), indent=1))
+
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def completion(shell: str) -> str:
+    """Print the script by which the shell (bash, zsh or fish) completes verbs, options, methods, targets and signals.
+
+    Evaluate it in the shell's startup file, or save it among the shell's completions, which starts faster.
+
+    Example:
+      sstoken-curate completion bash > sstoken-curate.bash
+
+    Args:
+        shell: `bash`, `zsh` or `fish`.
+
+    Raises:
+        UsageError: another shell.
+    """
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell) if shell in SHELLS else None
+    if made is None:
+        raise UsageError(f"no completion for {shell!r}; legal: {', '.join(SHELLS)}")
+    # The script depends on the program's name alone: it asks the program itself for what fits.
+    program = click.Command("sstoken-curate")
+    return made(program, {}, "sstoken-curate", "_SSTOKEN_CURATE_COMPLETE").source()
+
+
+@command(completion, click.argument("shell", type=click.Choice(SHELLS)))
+def _completion(shell: str) -> None:
+    say(completion(shell))

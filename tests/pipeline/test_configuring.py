@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,13 @@ import jsonschema
 import pytest
 import yaml
 
+from sstoken.curate import completion
 from sstoken.errors import UsageError
 from sstoken.pipeline.config import RunConfig, load_config
 from sstoken.pipeline.schema import schema
 from sstoken.pipeline.sections import KINDS
 from tests.pipeline.worlds import CommandLine, World
-from tests.support import ROOT
+from tests.support import PATIENCE, ROOT
 
 PUBLISHED = ROOT / "docs" / "sstoken.schema.json"
 CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml")])
@@ -183,3 +188,41 @@ def test_the_shell_completes(
     monkeypatch.setenv("COMP_CWORD", str(len(words)))
     found = cli().out.splitlines()
     assert {line.partition(",")[2] for line in found} == completed
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_is_one_that_the_shell_reads(shell: str, cli: CommandLine, tmp_path: Path) -> None:
+    script = cli.works("completion", shell)
+    assert script == completion(shell) + "\n"
+    assert f"_SSTOKEN_CURATE_COMPLETE={shell}_complete" in script
+    if (found := shutil.which(shell)) is None:
+        pytest.skip(f"no {shell} here")
+    (tmp_path / "script").write_text(script)
+    subprocess.run([found, "-n", tmp_path / "script"], check=True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_by_the_script(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(cli.works("completion", "bash"))
+    program = tmp_path / "sstoken-curate"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sstoken.pipeline "$@"\n')
+    program.chmod(0o755)
+    typed = (
+        "source script; COMP_WORDS=(sstoken-curate export --to ax); COMP_CWORD=3; "
+        '$(complete -p sstoken-curate | sed "s/.*-F \\([^ ]*\\).*/\\1/") sstoken-curate; echo "${COMPREPLY[*]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", typed],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout == "axolotl\n", done.stderr
+
+
+def test_another_shell_is_refused(cli: CommandLine) -> None:
+    assert "'bash', 'zsh', 'fish'" in cli.fails(2, "completion", "tcsh")
+    with pytest.raises(UsageError, match="no completion for 'tcsh'; legal: bash, zsh, fish"):
+        completion("tcsh")
