@@ -101,7 +101,7 @@ class Encode(ShardedStage):
 
     def check(self) -> None:
         """See `Stage.check`."""
-        sources.check_source(self.data, self.split)
+        sources.locate(self.data, self.split)
         check_columns(self.format, self.columns)
         checkpoints.local_folder(self.model)
         self._template()
@@ -203,7 +203,7 @@ class Encode(ShardedStage):
 
     def _tasks(self, out: Path) -> Iterator[Task[Shard]]:
         for index, ranges in enumerate(cut(self.data, self.split, self.shard_rows, self.limit)):
-            yield Task(out / part_name(index), sum(rows.count for rows in ranges), Shard(index, ranges))
+            yield Task(out / part_name(index), sum(rows.num_rows for rows in ranges), Shard(index, ranges))
 
 
 def _first_bad(out: Path) -> str:

@@ -74,19 +74,17 @@ def _members(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
 
     with zipfile.ZipFile(raw) as archive:
         members = [m for m in archive.infolist() if not m.is_dir() and _is_visible(m.filename)]
+        names = [m.filename for m in members]
         outer = row_files.kind(name)
-        for member in members:
-            inner = member.filename
-            if row_files.kind(inner) is None and outer is not None and len(members) == 1:
-                inner += f".{outer}"  # take the format from the archive's name
+        if len(names) == 1 and row_files.kind(names[0]) is None and outer is not None:
+            names[0] += f".{outer}"  # take the format from the archive's name
+        for member, inner in zip(members, names, strict=True):
             if row_files.kind(inner) is None or is_zip(inner):
                 raise SstokenError(
                     f"{name}: holds {member.filename}, which is not one of {', '.join(row_files.EXTENSIONS)}; extract "
                     "the archive and name the files that hold rows"
                 )
-        for member in members:
-            inner = member.filename
-            inner += f".{outer}" if row_files.kind(inner) is None else ""
+        for member, inner in zip(members, names, strict=True):
             try:
                 stream = archive.open(member)
             except (RuntimeError, NotImplementedError) as error:

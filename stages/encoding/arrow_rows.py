@@ -15,7 +15,7 @@ NULLS_LEFT_OUT = "nulls in tool calls or tools left out (an Arrow struct does no
 _CALLS = frozenset(("arguments", "parameters", "input", "args", "tools", "functions"))
 """Fields below which a null may be a real value of the row."""
 Convert = Callable[[Any], Any]
-Parsed = tuple[Any, tuple[str, str] | None, tuple[str, ...]]
+Converted = tuple[Any, tuple[str, str] | None, tuple[str, ...]]
 """A row's value, or a (reason, detail) problem, and notes on what reading it changed."""
 
 
@@ -25,7 +25,7 @@ class _Nulls:
     found = 0
 
 
-def rows_of(table: Any) -> Iterator[Parsed]:
+def rows_of(table: Any) -> Iterator[Converted]:
     """Yield the rows of a table or record batch.
 
     Raises:

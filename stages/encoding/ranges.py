@@ -8,14 +8,13 @@ from their start, so the main process reads their rows and sends them.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, groupby, islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from sstoken.errors import SstokenError
 from sstoken.stages.encoding import row_files
-from sstoken.stages.encoding.archives import COMPRESSED, is_zip
+from sstoken.stages.encoding.archives import COMPRESSED
 from sstoken.stages.encoding.arrow_rows import rows_of
 from sstoken.stages.encoding.sources import (
     Files,
@@ -28,9 +27,10 @@ from sstoken.stages.encoding.sources import (
     is_local,
     locate,
     naming_dataset,
+    numbered,
     pairs,
     remote,
-    shown,
+    some,
 )
 
 _READ_TWICE = 4
@@ -41,34 +41,15 @@ class RowRange(Protocol):
     """Consecutive rows of one file."""
 
     @property
-    def count(self) -> int:
+    def num_rows(self) -> int:
         """Number of rows."""
 
     def rows(self) -> Iterator[Row]:
         """Read the rows."""
 
 
-class _Source(Protocol):
-    """A file or table that marks point into."""
-
-    def range(self, first: "_Mark", count: int) -> RowRange:
-        """Return `count` rows from a mark on."""
-
-
-class _Mark(NamedTuple):
-    """Where a row starts."""
-
-    source: _Source
-    row: int
-    """Its position in the file, from 0."""
-    offset: int = 0
-    """In bytes of the file, or in rows of the table in memory."""
-    number: int = 0
-    """Its line in the file, from 1."""
-
-
 @dataclass(frozen=True)
-class _Opened:
+class _File:
     """A file that every process can open."""
 
     filesystem: Any
@@ -76,130 +57,100 @@ class _Opened:
     name: str
     """As shown to the user."""
     label: str
-
-    @cached_property
-    def stamp(self) -> tuple[int, int] | None:
-        """Size and time of a local file."""
-        if not is_local(self.filesystem):
-            return None
-        stat = os.stat(self.path)
-        return stat.st_size, stat.st_mtime_ns
+    stamp: tuple[int, int] | None
+    """Size and time of a local file when its rows were located."""
 
     def open(self) -> Any:
+        """Open the file; refuse it if it has changed."""
+        if self.stamp != _stamp(self.filesystem, self.path, self.name):
+            raise SstokenError(f"{self.name}: changed while it was read; run again when it is complete")
         return remote(lambda path: self.filesystem.open(path, "rb"), self.path, self.name)
 
 
 @dataclass(frozen=True)
-class _Lines(_Opened):
-    """An uncompressed JSONL file."""
-
-    def range(self, first: _Mark, count: int) -> RowRange:
-        return _LineRange(self, self.stamp, first.row, first.offset, first.number, count)
-
-
-@dataclass(frozen=True)
-class _Groups(_Opened):
-    """A Parquet file with small row groups."""
-
-    def range(self, first: _Mark, count: int) -> RowRange:
-        return _GroupRange(self, self.stamp, first.row, count)
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
+class _Table:
     """A table in memory."""
 
-    batch: Any
+    table: Any
     name: str
     label: str
     first: int
     """Position of its first row in the file or dataset."""
-    of: Saved | Hub | None
+    dataset: Saved | Hub | None
     """The dataset it comes from; None for a Parquet file."""
 
-    def range(self, first: _Mark, count: int) -> RowRange:
-        return _Table(self, first.offset, count)
 
+class _Lines(NamedTuple):
+    """Rows of an uncompressed JSONL file."""
 
-@dataclass(frozen=True)
-class _LineRange:
-    file: _Opened
-    stamp: tuple[int, int] | None
-    index: int
+    source: _File
+    first: int
     offset: int
+    """Where the first row starts, in bytes."""
     number: int
-    count: int
+    """The first row's line, from 1."""
+    num_rows: int = 1
 
     def rows(self) -> Iterator[Row]:
-        with _unchanged(self.file, self.stamp) as raw:
+        name, label = self.source.name, self.source.label
+        with self.source.open() as raw:
             raw.seek(self.offset)
-            found = islice(row_files.lines(raw, self.offset, self.number), self.count)
-            for index, (_, number, line) in enumerate(found, self.index):
+            found = islice(row_files.lines(raw, self.offset, self.number), self.num_rows)
+            for index, (_, number, line) in enumerate(found, self.first):
                 parsed = row_files.line_of_json(number, line, parse=True)
-                yield Row(
-                    self.file.label, index, f"{self.file.name} {parsed.where}", parsed.value, parsed.problem
-                )
+                yield Row(label, index, f"{name} {parsed.where}", parsed.value, parsed.problem)
 
 
-@dataclass(frozen=True)
-class _GroupRange:
-    file: _Opened
-    stamp: tuple[int, int] | None
-    index: int
-    count: int
+class _InGroups(NamedTuple):
+    """Rows of a Parquet file with small row groups."""
+
+    source: _File
+    first: int
+    num_rows: int = 1
 
     def rows(self) -> Iterator[Row]:
-        import pyarrow as pa
-
-        with _unchanged(self.file, self.stamp) as raw:
-            try:
-                opened = row_files.parquet_file(raw)
-                groups, skipped = _groups(opened.metadata, self.index, self.count)
-                batches = opened.iter_batches(row_files.BATCH_ROWS, row_groups=groups, use_threads=False)
-                parsed = chain.from_iterable(map(rows_of, batches))
-                wanted = islice(parsed, skipped, skipped + self.count)
-                read = 0
-                for index, (value, problem, notes) in enumerate(wanted, self.index):
-                    yield Row(self.file.label, index, f"{self.file.name} row {index}", value, problem, notes)
-                    read += 1
-                row_files.check_all_read(self.count, read)
-            except (pa.ArrowException, ValueError) as error:
-                raise row_files.not_parquet(self.file.name, error) from error
-            except row_files.DAMAGE as error:
-                raise row_files.damaged(self.file.name, error) from error
+        name = self.source.name
+        with self.source.open() as raw, row_files.reading(name), row_files.reading_parquet(name):
+            file = row_files.parquet_file(raw)
+            groups, skipped = _groups(file.metadata, self.first, self.num_rows)
+            batches = file.iter_batches(row_files.BATCH_ROWS, row_groups=groups, use_threads=False)
+            wanted = islice(chain.from_iterable(map(rows_of, batches)), skipped, skipped + self.num_rows)
+            read = 0
+            for row in numbered(wanted, name, self.source.label, self.first):
+                yield row
+                read += 1
+            row_files.check_all_read(self.num_rows, read)
 
 
-@dataclass(frozen=True)
-class _Table:
-    table: _Batch
+class _InTable(NamedTuple):
+    """Rows of a table in memory."""
+
+    source: _Table
     offset: int
-    count: int
+    """The first row's position in the table."""
+    num_rows: int = 1
 
     def rows(self) -> Iterator[Row]:
-        name, label, first = self.table.name, self.table.label, self.table.first + self.offset
-        part = self.table.batch.slice(self.offset, self.count)
-        try:
-            for index, (value, problem, notes) in enumerate(rows_of(part), first):
-                yield Row(label, index, f"{name} row {index}", value, problem, notes)
-        except ValueError as error:
-            if self.table.of is None:
-                raise row_files.not_parquet(name, error) from error
-            with naming_dataset(self.table.of):
-                raise
+        name, label, dataset = self.source.name, self.source.label, self.source.dataset
+        with row_files.reading_parquet(name) if dataset is None else naming_dataset(dataset):
+            part = self.source.table.slice(self.offset, self.num_rows)
+            yield from numbered(rows_of(part), name, label, self.source.first + self.offset)
 
 
-@dataclass(frozen=True)
-class _Read:
+class _Read(NamedTuple):
     """Rows that the main process has read."""
 
     read: list[Row]
 
     @property
-    def count(self) -> int:
+    def num_rows(self) -> int:
         return len(self.read)
 
     def rows(self) -> Iterator[Row]:
         return (row.parsed() for row in self.read)
+
+
+_OneRow = _Lines | _InGroups | _InTable | Row
 
 
 def cut(data: str, split: str | None, size: int, limit: int | None = None) -> Iterator[list[RowRange]]:
@@ -215,84 +166,68 @@ def cut(data: str, split: str | None, size: int, limit: int | None = None) -> It
         SstokenError: as `sources.open_rows`.
     """
     source = locate(data, split)
-    found = _marks_of_files(source, size) if isinstance(source, Files) else _marks_of_dataset(source, split)
-    marks: Iterator[_Mark | Row] = islice(found, limit)
-    empty = True
-    while shard := list(islice(marks, size)):
-        empty = False
-        yield _ranges(shard)
-    if empty:
-        raise SstokenError(f"{shown(data)}: no rows in it; name data that has some")
+    found = _rows_of_files(source, size) if isinstance(source, Files) else _rows_of_dataset(source, split)
+    rows: Iterator[_OneRow] = islice(found, limit)
+    shards = iter(lambda: list(islice(rows, size)), [])
+    return some(map(_joined, shards), data)
 
 
-def _ranges(marks: list[_Mark | Row]) -> list[RowRange]:
+def _joined(rows: list[_OneRow]) -> list[RowRange]:
+    """Join the rows that have the same source."""
     ranges: list[RowRange] = []
-    for source, group in groupby(marks, key=lambda mark: mark.source if isinstance(mark, _Mark) else None):
+    for _, group in groupby(rows, key=lambda row: None if isinstance(row, Row) else id(row.source)):
         found: list[Any] = list(group)
-        found_range: RowRange = _Read(found) if source is None else source.range(found[0], len(found))
-        ranges.append(found_range)
+        is_read = isinstance(found[0], Row)
+        ranges.append(_Read(found) if is_read else found[0]._replace(num_rows=len(found)))
     return ranges
 
 
-def _marks_of_files(files: Files, size: int) -> Iterator[_Mark | Row]:
+def _rows_of_files(files: Files, size: int) -> Iterator[_OneRow]:
     for (path, name), label in zip(pairs(files), file_labels(list(files.shown)), strict=True):
         kind = row_files.kind(name)
-        plain = not is_zip(name) and PurePosixPath(name).suffix.lower() not in COMPRESSED
-        if plain and kind == "jsonl" and is_local(files.filesystem):
-            yield from _marks_of_lines(_Lines(files.filesystem, path, name, label))
-        elif plain and kind == "parquet":
-            yield from _marks_of_parquet(files.filesystem, path, name, label, size)
+        plain = PurePosixPath(name).suffix.lower() not in COMPRESSED
+        if plain and (kind == "parquet" or (kind == "jsonl" and is_local(files.filesystem))):
+            stamp = _stamp(files.filesystem, path, name)
+            file = _File(files.filesystem, path, name, label, stamp)
+            yield from _rows_of_lines(file) if kind == "jsonl" else _rows_of_parquet(file, size)
         else:
-            one = Files(files.filesystem, (path,), (name,))
-            yield from file_rows(one, [label], parse=False)
+            yield from file_rows(Files(files.filesystem, (path,), (name,)), [label], parse=False)
 
 
-def _marks_of_lines(file: _Lines) -> Iterator[_Mark]:
+def _rows_of_lines(file: _File) -> Iterator[_Lines]:
     with file.open() as raw:
         row_files.refuse_mistaken(raw.peek(1)[:4096], file.name)
         for index, (offset, number, _) in enumerate(row_files.lines(raw)):
-            yield _Mark(file, index, offset, number)
+            yield _Lines(file, index, offset, number)
 
 
-def _marks_of_parquet(filesystem: Any, path: str, name: str, label: str, size: int) -> Iterator[_Mark]:
-    import pyarrow as pa
-
-    file = _Groups(filesystem, path, name, label)
-    with file.open() as raw:
-        row_files.refuse_mistaken(raw.read(4096), name)
-        raw.seek(0)
-        try:
-            opened = row_files.parquet_file(raw)
-            about = opened.metadata
-            longest = max((about.row_group(i).num_rows for i in range(about.num_row_groups)), default=0)
-            if longest <= _READ_TWICE * size and _is_shared(filesystem):
-                yield from (_Mark(file, index) for index in range(about.num_rows))
-                return
-            first = 0
-            for batch in opened.iter_batches(row_files.BATCH_ROWS, use_threads=False):
-                yield from _marks_of_batch(_Batch(batch, name, label, first, None))
-                first += batch.num_rows
-        except (pa.ArrowException, ValueError) as error:
-            raise row_files.not_parquet(name, error) from error
-        except row_files.DAMAGE as error:
-            raise row_files.damaged(name, error) from error
+def _rows_of_parquet(file: _File, size: int) -> Iterator[_InGroups | _InTable]:
+    with file.open() as raw, row_files.reading(file.name), row_files.reading_parquet(file.name):
+        row_files.refuse_mistaken(raw.read(4096), file.name)
+        opened = row_files.parquet_file(raw)
+        about = opened.metadata
+        longest = max((about.row_group(i).num_rows for i in range(about.num_row_groups)), default=0)
+        shared = "memory" not in file.filesystem.protocol  # other processes see the same files
+        if longest <= _READ_TWICE * size and shared:
+            yield from (_InGroups(file, index) for index in range(about.num_rows))
+            return
+        batches = opened.iter_batches(row_files.BATCH_ROWS, use_threads=False)
+        yield from _rows_of_tables(batches, file.name, file.label, None)
 
 
-def _marks_of_dataset(source: Saved | Hub, split: str | None) -> Iterator[_Mark]:
-    first = 0
+def _rows_of_dataset(source: Saved | Hub, split: str | None) -> Iterator[_InTable]:
     with naming_dataset(source) as (name, label):
-        for table in dataset_tables(source, split):
-            yield from _marks_of_batch(_Batch(table, name, label, first, source))
-            first += table.num_rows
+        yield from _rows_of_tables(dataset_tables(source, split), name, label, source)
 
 
-def _marks_of_batch(batch: _Batch) -> Iterator[_Mark]:
-    return (_Mark(batch, batch.first + offset, offset) for offset in range(batch.batch.num_rows))
-
-
-def _is_shared(filesystem: Any) -> bool:
-    """Return whether other processes see the same files."""
-    return "memory" not in filesystem.protocol
+def _rows_of_tables(
+    tables: Iterator[Any], name: str, label: str, dataset: Saved | Hub | None
+) -> Iterator[_InTable]:
+    first = 0
+    for table in tables:
+        source = _Table(table, name, label, first, dataset)
+        yield from (_InTable(source, offset) for offset in range(table.num_rows))
+        first += table.num_rows
 
 
 def _groups(about: Any, first: int, count: int) -> tuple[list[int], int]:
@@ -308,10 +243,9 @@ def _groups(about: Any, first: int, count: int) -> tuple[list[int], int]:
     return groups, skipped
 
 
-def _unchanged(file: _Opened, stamp: tuple[int, int] | None) -> Any:
-    """Open a file, and refuse it if it changed since its rows were located."""
-    if stamp is not None:
-        stat = remote(os.stat, file.path, file.name)
-        if (stat.st_size, stat.st_mtime_ns) != stamp:
-            raise SstokenError(f"{file.name}: changed while it was read; run again when it is complete")
-    return file.open()
+def _stamp(filesystem: Any, path: str, name: str) -> tuple[int, int] | None:
+    """Return the size and time of a local file."""
+    if not is_local(filesystem):
+        return None
+    stat = remote(os.stat, path, name)
+    return stat.st_size, stat.st_mtime_ns

@@ -5,11 +5,13 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 from sstoken.errors import SstokenError, first_line
+from sstoken.stages.encoding.arrow_rows import rows_of
 from sstoken.stages.encoding.json_values import DuplicateKeyError, elements, parse_json
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
@@ -17,7 +19,7 @@ MAX_LINE_BYTES = 256 << 20
 """A longer line of JSON is a bad row rather than out of memory."""
 BATCH_ROWS = 64
 """Rows of a table in memory at a time."""
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile)
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile)
 """What decompressors raise on a truncated file, or one that is not compressed."""
 
 Problem = tuple[str, str]
@@ -61,19 +63,21 @@ def read(stream: Any, name: str, *, parse: bool = True) -> Iterator[Parsed]:
     """
     format = kind(name)
     assert format is not None, name
-    try:
+    with reading(name):
         refuse_mistaken(stream.peek(1)[:4096], name)
         if format == "jsonl":
             yield from _json_lines(stream, parse)
         else:
             yield from {"json": _json, "parquet": _parquet, "csv": _csv}[format](stream, name)
-    except DAMAGE as error:
-        raise damaged(name, error) from error
 
 
-def damaged(name: str, error: BaseException) -> SstokenError:
-    """Return the error for a file that raised one of `DAMAGE`."""
-    return SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again")
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what decompressors raise on a damaged file into a one-line error."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise SstokenError(f"{name}: damaged or cut short ({first_line(error)}); fetch it again") from error
 
 
 def refuse_mistaken(start: bytes, name: str) -> None:
@@ -188,10 +192,6 @@ def _json_array(stream: Any, name: str) -> Iterator[Parsed]:
 
 
 def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
-    import pyarrow as pa
-
-    from sstoken.stages.encoding.arrow_rows import rows_of
-
     if not stream.seekable():  # Parquet needs a seekable file
         import shutil
         import tempfile
@@ -201,15 +201,13 @@ def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
             yield from _parquet(copy, name)
         return
     index = 0
-    try:
+    with reading_parquet(name):
         file = parquet_file(stream)
         for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
             for value, problem, notes in rows_of(batch):
                 yield Parsed(f"row {index}", value, problem, notes)
                 index += 1
         check_all_read(file.metadata.num_rows, index)
-    except (pa.ArrowException, ValueError) as error:
-        raise not_parquet(name, error) from error
 
 
 def parquet_file(stream: Any) -> Any:
@@ -250,9 +248,17 @@ def check_all_read(claimed: int, read: int) -> None:
         raise ValueError(f"its footer claims {claimed:,} rows there, its columns hold {read:,}")
 
 
-def not_parquet(name: str, error: Exception) -> SstokenError:
-    """Return the error for a Parquet file that cannot be read."""
-    return SstokenError(f"{name}: not a readable Parquet file ({first_line(error)}); fetch it again")
+@contextmanager
+def reading_parquet(name: str) -> Iterator[None]:
+    """Turn what readers raise on a damaged Parquet file into a one-line error."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, ValueError) as error:
+        raise SstokenError(
+            f"{name}: not a readable Parquet file ({first_line(error)}); fetch it again"
+        ) from error
 
 
 def _csv(stream: Any, name: str) -> Iterator[Parsed]:

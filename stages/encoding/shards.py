@@ -67,7 +67,7 @@ def encode_shard(settings: EncodingSettings, shard: Shard, worker: Worker) -> No
     path = settings.out / part_name(shard.index)
     encoder = settings.encoder()
     columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
-    stats: Stats = no_stats() | {"rows": sum(rows.count for rows in shard.ranges)}
+    stats: Stats = no_stats() | {"rows": sum(rows.num_rows for rows in shard.ranges)}
     bad: list[dict[str, Any]] = []
     unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
     first: dict[str, Any] = {}

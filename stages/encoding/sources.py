@@ -7,20 +7,23 @@ pattern of such files, a folder written by `datasets.save_to_disk`, or a dataset
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages import plain_json
 from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
+from sstoken.stages.encoding.arrow_rows import Converted, rows_of
 from sstoken.stages.hub_models import REMEDY
 from sstoken.stages.remote_path import options
 from sstoken.stages.storage import expanded
 
+T = TypeVar("T")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -73,16 +76,6 @@ class Hub:
     revision: str | None
 
 
-def check_source(data: str, split: str | None = None) -> None:
-    """Refuse a `data` that cannot be read, without reading rows or using the network.
-
-    Raises:
-        UsageError: nothing there, a plain folder, a pattern without matches, an unknown extension, or a split
-            that does not exist.
-    """
-    locate(data, split)
-
-
 def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
     """Stream the rows of `data` in order.
 
@@ -91,7 +84,7 @@ def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
         split: split of a Hub dataset (default `train`) or of a saved DatasetDict.
 
     Raises:
-        UsageError: as `check_source`.
+        UsageError: as `locate`.
         SstokenError: an empty source, a damaged file, or a Hub that does not answer. A JSONL line that does not
             parse is no error here: it is yielded as a row with a `problem`.
     """
@@ -100,12 +93,17 @@ def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
         rows = file_rows(source, file_labels(list(source.shown)), parse=True)
     else:
         rows = _dataset_rows(source, split)
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
-        raise SstokenError(f"{shown(data)}: no rows in it; name data that has some")
+    yield from some(rows, data)
+
+
+def some(items: Iterator[T], data: str) -> Iterator[T]:
+    """Yield the items; refuse `data` if there are none."""
+    try:
+        first = next(items)
+    except StopIteration:
+        raise SstokenError(f"{shown(data)}: no rows in it; name data that has some") from None
+    yield first
+    yield from items
 
 
 def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -> dict[str, Any]:
@@ -150,8 +148,13 @@ def file_labels(paths: list[str]) -> list[str]:
     ]
 
 
-def locate(data: str, split: str | None) -> Files | Saved | Hub:
-    """Decide what `data` names; lists directories, but never contacts the Hub."""
+def locate(data: str, split: str | None = None) -> Files | Saved | Hub:
+    """Decide what `data` names, without reading rows or contacting the Hub.
+
+    Raises:
+        UsageError: nothing there, a plain folder, a pattern without matches, an unknown extension, or a split
+            that does not exist.
+    """
     if "://" in data:
         return _no_split(_locate_files(data), split)
     path = expanded(data)
@@ -160,13 +163,8 @@ def locate(data: str, split: str | None) -> Files | Saved | Hub:
     if path.exists() or any(c in data for c in "*?["):
         return _no_split(_locate_files(str(path)), split)
     hub = _HUB_ID.fullmatch(data)
-    if (
-        hub is None
-        or data.startswith(".")
-        or row_files.kind(data) is not None
-        or is_zip(data)
-        or is_tar(data)
-    ):
+    is_file_name = row_files.kind(data) is not None or is_zip(data) or is_tar(data)
+    if hub is None or data.startswith(".") or is_file_name:
         raise UsageError(
             f"data {data!r}: no such file; name a file, a pattern such as 'dir/*.jsonl', a folder written by "
             "save_to_disk, or a Hub dataset user/name"
@@ -254,30 +252,28 @@ def file_rows(files: Files, labels: list[str], *, parse: bool) -> Iterator[Row]:
     """Stream the rows of files with these labels; without `parse`, lines of JSON stay bytes (see `Row.parsed`)."""
     for (path, name), label in zip(pairs(files), labels, strict=True):
         index = 0
-        with remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw:
-            try:
-                for each, stream in opened(raw, name):
-                    for row in row_files.read(stream, each, parse=parse):
-                        yield Row(label, index, f"{each} {row.where}", row.value, row.problem, row.notes)
-                        index += 1
-            except row_files.DAMAGE as error:  # in the archive itself
-                raise row_files.damaged(name, error) from error
+        with remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw, row_files.reading(name):
+            for each, stream in opened(raw, name):
+                for row in row_files.read(stream, each, parse=parse):
+                    yield Row(label, index, f"{each} {row.where}", row.value, row.problem, row.notes)
+                    index += 1
 
 
 def _dataset_rows(source: Saved | Hub, split: str | None) -> Iterator[Row]:
-    from sstoken.stages.encoding.arrow_rows import rows_of
-
-    index = 0
     if isinstance(source, Hub):
         from huggingface_hub import constants
 
         if not constants.HF_HUB_OFFLINE:
             _hub_commit(source)  # asks once, where `datasets` would ask again and again
     with naming_dataset(source) as (name, label):
-        for table in dataset_tables(source, split):
-            for value, problem, notes in rows_of(table):
-                yield Row(label, index, f"{name} row {index}", value, problem, notes)
-                index += 1
+        parsed = chain.from_iterable(map(rows_of, dataset_tables(source, split)))
+        yield from numbered(parsed, name, label)
+
+
+def numbered(parsed: Iterable[Converted], name: str, label: str, first: int = 0) -> Iterator[Row]:
+    """Number the rows of a table from `first`."""
+    for index, (value, problem, notes) in enumerate(parsed, first):
+        yield Row(label, index, f"{name} row {index}", value, problem, notes)
 
 
 def dataset_tables(source: Saved | Hub, split: str | None) -> Iterator[Any]:

@@ -7,7 +7,7 @@ import yaml
 
 from sstoken.pipeline import api
 from sstoken.pipeline.config import RunConfig, load_config
-from sstoken.stages.encoding.sources import check_source
+from sstoken.stages.encoding.sources import locate
 from tests.pipeline.worlds import World
 from tests.support import ROOT
 
@@ -32,7 +32,7 @@ def test_what_it_reads_is_there_for_everybody(
     monkeypatch.chdir(tmp_path)
     for place in places(load_config(path)):
         if place not in MADE_BY_THE_DEMO:
-            check_source(place, "train")  # on the Hub: a path would have to be there
+            locate(place, "train")  # on the Hub: a path would have to be there
             assert not place.startswith((".", "/")), place
 
 

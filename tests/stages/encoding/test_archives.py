@@ -13,7 +13,7 @@ import pytest
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.encoding import archives
-from sstoken.stages.encoding.sources import check_source, open_rows
+from sstoken.stages.encoding.sources import locate, open_rows
 
 ROWS = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -149,7 +149,7 @@ def test_an_encrypted_zip_is_one_line(tmp_path) -> None:
 def test_tar_archives_are_named_as_such(name, tmp_path) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UsageError, match="a tar archive; extract it"):
-        check_source(str(tmp_path / name))
+        locate(str(tmp_path / name))
 
 
 def test_a_missing_codec_is_named(tmp_path, monkeypatch) -> None:

@@ -22,7 +22,7 @@ NAMES = ["d.jsonl", "d.ndjson", "d.jsonl.gz", "d.json", "d.parquet", "d.csv"]
 def check(data, size, limit=None, split=None):
     """Cut, move each shard to another process and read it; compare with reading all."""
     shards = [pickle.loads(pickle.dumps(shard)) for shard in cut(data, split, size, limit)]
-    counts = [sum(rows.count for rows in shard) for shard in shards]
+    counts = [sum(rows.num_rows for rows in shard) for shard in shards]
     assert all(count == size for count in counts[:-1])
     found = [list(chain.from_iterable(rows.rows() for rows in shard)) for shard in shards]
     assert [len(rows) for rows in found] == counts

@@ -14,7 +14,7 @@ import pytest
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.encoding import row_files
-from sstoken.stages.encoding.sources import check_source, data_identity, file_labels, open_rows, shown
+from sstoken.stages.encoding.sources import data_identity, file_labels, locate, open_rows, shown
 
 ROWS = [{"question": f"q{i} \u00e9\u2028\n", "answer": f"a{i}"} for i in range(5)]
 
@@ -121,16 +121,16 @@ def test_saved_datasets(tmp_path) -> None:
     assert values(str(tmp_path / "one")) == ROWS
     assert values(str(tmp_path / "both"), "test") == ROWS[:1]
     with pytest.raises(UsageError, match="test"):
-        check_source(str(tmp_path / "both"), "dev")
+        locate(str(tmp_path / "both"), "dev")
     with pytest.raises(UsageError, match="leave split out"):
-        check_source(str(tmp_path / "one"), "train")
+        locate(str(tmp_path / "one"), "train")
     identity = data_identity(str(tmp_path / "one"), None, digest)
     assert "state.json" in identity["files"]
     (tmp_path / "one").rename(tmp_path / "two")  # the examples' ids change with the name
     assert data_identity(str(tmp_path / "two"), None, digest) != identity
     (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ')
     with pytest.raises(SstokenError, match=r"dataset_dict\.json: damaged"):
-        check_source(str(tmp_path / "both"), "test")
+        locate(str(tmp_path / "both"), "test")
 
 
 def test_remote_addresses(tmp_path) -> None:
@@ -144,9 +144,9 @@ def test_remote_addresses(tmp_path) -> None:
     assert values("memory://bucket/*.jsonl") == [{"a": 1}]
     assert set(data_identity("memory://bucket/d.jsonl", None, digest)["files"]) == {"d"}
     with pytest.raises(UsageError, match="no such file"):
-        check_source("memory://bucket/e.jsonl")
+        locate("memory://bucket/e.jsonl")
     with pytest.raises(UsageError, match="cannot be opened"):
-        check_source("nothing://bucket/e.jsonl")
+        locate("nothing://bucket/e.jsonl")
 
 
 def test_secrets_of_an_address_are_not_shown() -> None:
@@ -178,13 +178,13 @@ def test_refusals_before_any_work(data, message, tmp_path, monkeypatch) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "bare").write_text("x")
     with pytest.raises(UsageError, match=message) as error:
-        check_source(data)
+        locate(data)
     assert "\n" not in str(error.value)
 
 
 def test_files_have_no_splits(tmp_path) -> None:
     with pytest.raises(UsageError, match="leave split out"):
-        check_source(write(tmp_path / "d.jsonl"), "train")
+        locate(write(tmp_path / "d.jsonl"), "train")
 
 
 @pytest.mark.parametrize(
