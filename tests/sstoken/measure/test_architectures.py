@@ -1,7 +1,10 @@
 """Every causal architecture of transformers: right values, or a refusal that names it; the documentation says which."""
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from sstoken.measure.architecture import examine
+from tests.smollm2 import FOLDER, needs_smollm2
 from tests.sstoken.measure import tiny_architectures
 from tests.sstoken.measure.tiny_architectures import WRONG, architectures, classify
 from tests.support import ROOT
@@ -48,3 +51,10 @@ def test_an_architecture_is_as_documented(kind):
 @pytest.mark.slow
 def test_every_architecture_is_documented():
     assert set(documented()) == set(architectures())
+
+
+@needs_smollm2
+def test_a_pretrained_model_in_bfloat16_with_eager_attention_is_measured():
+    """Its lowest ids are special tokens that were hardly trained, on which eager attention and sdpa differ by 69 %."""
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="bfloat16", attn_implementation="eager")
+    assert examine(model.eval()).softmax_layers == tuple(range(model.config.num_hidden_layers))
