@@ -1,6 +1,7 @@
 """Stage `export`: write the masked dataset in a trainer's own format."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -82,7 +83,7 @@ class Export(ShardedStage):
             Task(out / _COUNTS / f"{path.stem}.json", tables.num_rows(path), (i, len(parts), path))
             for i, path in enumerate(parts)
         ]
-        return Work(_ExportShard(self, out, weighted), tasks)
+        return Work(partial(_export_shard, self, out, weighted), tasks)
 
     def is_done(self, output: Path) -> bool:
         """See `ShardedStage.is_done`."""
@@ -109,7 +110,7 @@ class Export(ShardedStage):
         target = get_target(self.to)
         shards = [target.shard_name(i, len(parts)) for i, c in enumerate(found) if c["examples"]]
         weighted = self.with_weights(masked)
-        facts = Facts(counts["examples"], counts["longest"], context.fingerprint, weighted, shards)
+        facts = Facts(counts["longest"], context.fingerprint, weighted, shards)
         for name, content in target.files(facts).items():
             write_atomic(out / name, content)
         write_atomic(
@@ -126,31 +127,25 @@ def has_weights(masked: Path) -> bool:
     return bool(parts) and "weight" in tables.columns(parts[0])
 
 
-class _ExportShard:
-    """Writes one shard. Picklable, for worker processes."""
-
-    def __init__(self, stage: Export, out: Path, weighted: bool) -> None:
-        self._stage, self._out, self._weighted = stage, out, weighted
-
-    def __call__(self, task: tuple[int, int, Path], worker: Worker) -> None:
-        index, shards, path = task
-        stage, target = self._stage, get_target(self._stage.to)
-        needed = None if stage.scores else ["example_id", "input_ids", "keep_mask"]
-        if needed and self._weighted:
-            needed += [c for c in ("response_mask", "score", "weight") if c in tables.columns(path)]
-        ready = prepare(tables.read_table(path, needed), stage.max_length, self._weighted)
-        data = self._out / DATA / target.shard_name(index, shards)
-        written = []
-        if ready.counts["examples"]:  # some loaders fail on a file without rows
-            if stage.scores:
-                sidecar = self._out / SCORES / path.name
-                tables.write_part(sidecar, ready.sidecar, None, compression_level=FAST)
-                written.append(sidecar)
-            target.write(data, ready.rows)
-            written.append(data)
-        files = {file.relative_to(self._out).as_posix(): folders.hash_file(file) for file in written}
-        record = {"counts": ready.counts, "files": files}
-        write_atomic(
-            self._out / _COUNTS / f"{path.stem}.json",
-            json.dumps({**record, "digest": plain_json.digest(record)}),
-        )
+def _export_shard(
+    stage: Export, out: Path, weighted: bool, task: tuple[int, int, Path], worker: Worker
+) -> None:
+    index, shards, path = task
+    target = get_target(stage.to)
+    needed = None if stage.scores else ["example_id", "input_ids", "keep_mask"]
+    if needed and weighted:
+        needed += [c for c in ("response_mask", "score", "weight") if c in tables.columns(path)]
+    ready = prepare(tables.read_table(path, needed), stage.max_length, weighted)
+    data = out / DATA / target.shard_name(index, shards)
+    written = []
+    if ready.counts["examples"]:  # some loaders fail on a file without rows
+        if stage.scores:
+            sidecar = out / SCORES / path.name
+            tables.write_part(sidecar, ready.sidecar, None, compression_level=FAST)
+            written.append(sidecar)
+        target.write(data, ready.rows)
+        written.append(data)
+    files = {file.relative_to(out).as_posix(): folders.hash_file(file) for file in written}
+    record = {"counts": ready.counts, "files": files}
+    text = json.dumps({**record, "digest": plain_json.digest(record)})
+    write_atomic(out / _COUNTS / f"{path.stem}.json", text)

@@ -46,7 +46,7 @@ from sstoken.stages.encode import Encode
 from sstoken.stages.export import Export
 from sstoken.stages.exporting import get_target
 from sstoken.stages.exporting.check import check_export
-from sstoken.stages.exporting.settings import check_into, write_settings
+from sstoken.stages.exporting.into import check_into, write_into
 from sstoken.stages.manifest import Digests
 from sstoken.stages.score import ScoreOptions, compared
 from sstoken.stages.score_from_training import Observed
@@ -282,7 +282,7 @@ class ExportCall(Output, Export):
             check_into(place(self.into), get_target(self.to))
         result = _execute(self, Export, {"masked": masked})
         if self.into is not None:
-            file, diff = write_settings(
+            file, diff = write_into(
                 place(self.into), get_target(self.to), result.folder, result.metrics, force=self.force
             )
             result = replace(result, metrics={**result.metrics, "into": {"file": str(file), "diff": diff}})

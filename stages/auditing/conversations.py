@@ -13,9 +13,9 @@ from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout, NoLayout, Preference, detect_layout
+from sstoken.stages.encoding.limits import time_limited
 from sstoken.stages.encoding.messages import BadRow, Conversation, NeedsDecision
 from sstoken.stages.encoding.preference import wanted
-from sstoken.stages.encoding.time_limit import limited
 
 if TYPE_CHECKING:
     from sstoken.stages.encoding.chat import ChatEncoder
@@ -41,7 +41,7 @@ def encoded(
     """
     layout: Layout | None = None
     ignored = frozenset(reading.ignore_columns)
-    with limited("the chat template") as start:
+    with time_limited("the chat template") as start:
         for row in rows:
             conversation: Conversation | None = None
             try:

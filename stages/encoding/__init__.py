@@ -7,6 +7,6 @@
   them.
 - Rendering to text: `templates` (a chat template), `rendering` (text and response spans), `spans` (where turns begin
   and end), `tracing`, `altering`, `pieces` (text that the template dropped), `scaffolds` (shapes seen before).
-- Encoding to tokens: `chat` (ids and response mask), `shards` (writes one shard), `token_stats`,
-  `time_limit`.
+- Encoding to tokens: `chat` (ids and response mask), `shards` (writes one shard), `token_stats`, `limits`
+  (of time and memory).
 """

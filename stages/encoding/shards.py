@@ -16,10 +16,10 @@ from sstoken.stages import checkpoints, folders, joins, storage
 from sstoken.stages.encoding.chat import ChatEncoder, EncoderOptions, load_encoder
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout
+from sstoken.stages.encoding.limits import time_limited
 from sstoken.stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, check_text
 from sstoken.stages.encoding.ranges import RowRange
 from sstoken.stages.encoding.sources import Row
-from sstoken.stages.encoding.time_limit import limited
 from sstoken.stages.encoding.token_stats import Stats, no_stats
 from sstoken.stages.stage import Worker
 from sstoken.stages.storage import write_atomic
@@ -55,7 +55,7 @@ class EncodingSettings:
 
     def encoder(self) -> ChatEncoder:
         """Return this process's encoder."""
-        with limited(self.options.model):
+        with time_limited(self.options.model):
             return _encoder(self.options, checkpoints.stamp(self.options.model))
 
 
@@ -71,7 +71,7 @@ def encode_shard(settings: EncodingSettings, shard: Shard, worker: Worker) -> No
     bad: list[dict[str, Any]] = []
     unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
     first: dict[str, Any] = {}
-    with limited(str(path)) as start:
+    with time_limited(str(path)) as start:
         for row in chain.from_iterable(rows.rows() for rows in shard.ranges):
             worker.advance(1)
             try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError, reason
-from sstoken.stages.encoding.memory_limit import MOST_BYTES, memory_limited
+from sstoken.stages.encoding.limits import MOST_BYTES, memory_limited
 from sstoken.stages.encoding.messages import REASONING, BadRow, Conversation, Message
 from sstoken.stages.storage import expanded
 

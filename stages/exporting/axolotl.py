@@ -4,20 +4,19 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget, ones
-from sstoken.stages.exporting.into import ABSENT, AtLeast, Changes
+from sstoken.stages.exporting.base import ABSENT, DATA, AtLeast, Changes, Facts, ParquetTarget, ones
 from sstoken.stages.exporting.rows import Rows
 
 CONFIG = """# axolotl train axolotl.yaml --base-model MODEL
 base_model: MODEL
 tokenizer_config: tokenizer
 datasets:
-  - path: {data}
+  - path: data
     ds_type: parquet
     type:
-dataset_prepared_path: ../prepared/{fingerprint}
+dataset_prepared_path: ../prepared/$fingerprint
 output_dir: ../trained
-sequence_len: {longest}
+sequence_len: $longest
 sample_packing: false
 micro_batch_size: 4
 gradient_accumulation_steps: 1
@@ -33,18 +32,25 @@ class Axolotl(ParquetTarget):
     others."""
 
     name = "axolotl"
+    program = ("axolotl.yaml", CONFIG)
+    training = """```bash
+axolotl train axolotl.yaml --base-model MODEL
+axolotl train axolotl.yaml --base-model MODEL --sample-packing --sequence-len 4096
+```
+
+In a configuration of your own:
+
+- `type:` stays empty. With a type, Axolotl would look for text to tokenize.
+- `sequence_len` must be at least $longest, the longest row: longer rows are dropped.
+- `dataset_prepared_path` must be a new folder for each export. Axolotl's cache is keyed by the path and the settings,
+  not by the content: another export at the same path would train on the old one.
+"""
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
         """Add an attention mask of ones."""
         columns = super().columns(rows)
         labels = columns.pop("labels")
         return columns | {"attention_mask": ones(rows), "labels": labels}
-
-    def files(self, facts: Facts) -> dict[str, str]:
-        """Return a complete configuration with paths relative to the export."""
-        return {
-            "axolotl.yaml": CONFIG.format(data=DATA, fingerprint=facts.fingerprint, longest=facts.longest)
-        }
 
     def settings(self, facts: Facts, out: Path) -> Changes:
         """See `Target.settings`."""
@@ -55,18 +61,3 @@ class Axolotl(ParquetTarget):
             "tokenizer_config": str(out / "tokenizer"),
             "sequence_len": AtLeast(facts.longest),
         }
-
-    def usage(self, facts: Facts) -> str:
-        """Explain how to run `axolotl.yaml`."""
-        return f"""```bash
-axolotl train axolotl.yaml --base-model MODEL
-axolotl train axolotl.yaml --base-model MODEL --sample-packing --sequence-len 4096
-```
-
-In a configuration of your own:
-
-- `type:` stays empty. With a type, Axolotl would look for text to tokenize.
-- `sequence_len` must be at least {facts.longest}, the longest row: longer rows are dropped.
-- `dataset_prepared_path` must be a new folder for each export. Axolotl's cache is keyed by the path and the settings,
-  not by the content: another export at the same path would train on the old one.
-"""

@@ -1,16 +1,16 @@
 """The interface of `export` targets: how one trainer takes tokens and labels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from sstoken.stages import tables
-from sstoken.stages.exporting.into import Changes
 from sstoken.stages.exporting.rows import Rows
 from sstoken.stages.masked_card import dataset_configs
 from sstoken.stages.storage import atomic_file
@@ -27,7 +27,6 @@ SCORES = "scores"
 class Facts:
     """Facts about an export for its README and settings."""
 
-    examples: int
     longest: int
     """Tokens of the longest row."""
     fingerprint: str
@@ -37,6 +36,37 @@ class Facts:
     """File names in `data`, in order."""
 
 
+Changes = Mapping[str, Any]
+"""What each setting of a trainer has to be: a value, `ABSENT`, or one of the classes below."""
+ABSENT = object()
+"""The setting must not be there."""
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A lower limit: a larger value of the user's stays."""
+
+    value: int
+    or_none: bool = False
+    """Null means no limit, and stays too."""
+
+
+@dataclass(frozen=True)
+class IfGiven:
+    """A value for a setting that is changed if the user's configuration has it, but not added."""
+
+    value: Any
+
+
+NO_EVALUATION: Changes = {
+    "eval_strategy": IfGiven("no"),
+    "do_eval": IfGiven(False),
+    "eval_on_start": IfGiven(False),
+    "load_best_model_at_end": IfGiven(False),
+}
+"""For transformers' Trainer, which refuses to begin where it is to evaluate and has nothing to evaluate on."""
+
+
 class Target(ABC):
     """One trainer. Subclasses define how a shard is written and how the trainer reads it."""
 
@@ -44,6 +74,11 @@ class Target(ABC):
     """The name for `--to`."""
     weights: ClassVar[bool] = False
     """Whether the trainer supports a float weight per token."""
+    training: ClassVar[str]
+    """The README's section on training (Markdown): the exact command and its pitfalls. Here and in `program`,
+    `$longest` and `$fingerprint` stand for the export's `Facts`."""
+    program: ClassVar[tuple[str, str] | None] = None
+    """Name and text of a file that the trainer runs, imports or reads."""
 
     @abstractmethod
     def shard_name(self, index: int, shards: int) -> str:
@@ -57,13 +92,16 @@ class Target(ABC):
     def read(self, folder: Path) -> Iterator[pa.Table]:
         """Yield the rows of a finished export in order, through the trainer's own loader."""
 
-    @abstractmethod
     def usage(self, facts: Facts) -> str:
-        """Return the README's section on training (Markdown): the exact command and its pitfalls."""
+        """Return `training`, filled in."""
+        return Template(self.training).substitute(vars(facts))
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """Return extra text files that the trainer runs, imports or reads, by their path in the export."""
-        return {}
+        """Return the text files of the export, by their path in it: `program`, filled in."""
+        if self.program is None:
+            return {}
+        name, text = self.program
+        return {name: Template(text).substitute(vars(facts))}
 
     def settings(self, facts: Facts, out: Path) -> Changes | None:
         """Return the changes to a user's YAML configuration that make it train on the export at `out` (absolute).
@@ -115,8 +153,8 @@ class ParquetTarget(ShardedTarget):
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
         """Return the columns the trainer expects."""
         return {
-            "input_ids": tables.lists(rows.ids, rows.offsets, tables.IDS),
-            "labels": tables.lists(rows.labels, rows.offsets, tables.IDS),
+            "input_ids": rows.column(rows.ids),
+            "labels": rows.column(rows.labels),
         }
 
     def write(self, path: Path, rows: Rows) -> None:
@@ -143,7 +181,4 @@ class JsonLinesTarget(ShardedTarget):
 
 def ones(rows: Rows) -> pa.Array:
     """Return an attention mask in which every position is a token."""
-    return tables.lists(np.ones(rows.ids.size, np.int8), rows.offsets, INT8)
-
-
-INT8 = pa.list_(pa.int8())
+    return rows.column(np.ones(rows.ids.size, np.int8))

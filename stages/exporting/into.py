@@ -2,49 +2,59 @@
 
 import difflib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from yaml import safe_load
 
 from sstoken.errors import UsageError
+from sstoken.stages import manifest as manifests
+from sstoken.stages.exporting import TARGETS
+from sstoken.stages.exporting.base import ABSENT, AtLeast, Changes, Facts, IfGiven, Target
 from sstoken.stages.storage import write_atomic
 
-Changes = Mapping[str, Any]
-"""What each setting has to be: a value, `ABSENT`, or one of the classes below."""
-ABSENT = object()
-"""The setting must not be there."""
+_NOTHING = Facts(longest=0, fingerprint="", weights=False, shards=[])
 
 
-class AtLeast(int):
-    """A lower limit: a larger value of the user's stays."""
+def check_into(path: Path, target: Target) -> None:
+    """Refuse, before any work, a configuration that cannot be changed.
 
-    or_none = False
-    """Whether null stays, too, meaning no limit."""
-
-
-class AtLeastOrNone(AtLeast):
-    """A lower limit where null means no limit, and stays."""
-
-    or_none = True
-
-
-@dataclass(frozen=True)
-class IfGiven:
-    """A value for a setting that is changed if the user's configuration has it, but not added."""
-
-    value: Any
+    Raises:
+        UsageError: the trainer is not configured by YAML, or the file is not a YAML mapping.
+    """
+    if target.settings(_NOTHING, path) is None:
+        able = [name for name, other in TARGETS.items() if other.settings(_NOTHING, path) is not None]
+        raise UsageError(
+            f"--into: {target.name} is not configured by a YAML file alone; legal: {', '.join(able)} (the README.md of "
+            "the export says how to train)"
+        )
+    rewritten(path, {})
 
 
-NO_EVALUATION: Changes = {
-    "eval_strategy": IfGiven("no"),
-    "do_eval": IfGiven(False),
-    "eval_on_start": IfGiven(False),
-    "load_best_model_at_end": IfGiven(False),
-}
-"""For transformers' Trainer, which refuses to begin where it is to evaluate and has nothing to evaluate on."""
+def write_into(
+    path: Path, target: Target, export: Path, metrics: Mapping[str, Any], *, force: bool = False
+) -> tuple[Path, list[str]]:
+    """Write the configuration, changed to train on a finished export, beside the user's own, as `NAME-masked.yml`.
+
+    Returns:
+        The file, and the lines of a unified diff (empty if nothing had to change).
+
+    Raises:
+        UsageError: as `rewritten`; or a file of that name exists and differs, and `force` is False.
+    """
+    fingerprint = manifests.finished(export, "export").fingerprint
+    changes = target.settings(
+        Facts(metrics["longest"], fingerprint, weights=False, shards=[]), export.resolve()
+    )
+    assert changes is not None, "checked before any work"
+    before, after = rewritten(path, changes)
+    written = path.with_name(f"{path.stem}-masked{path.suffix}")
+    if written.exists() and not force and written.read_text(encoding="utf-8", errors="replace") != after:
+        raise UsageError(f"{written}: exists and differs; move it, or overwrite it with --force")
+    write_atomic(written, after)
+    lines = before.splitlines(), after.splitlines()
+    return written, list(difflib.unified_diff(*lines, str(path), str(written), lineterm="", n=1))
 
 
 def rewritten(path: Path, changes: Changes) -> tuple[str, str]:
@@ -74,58 +84,42 @@ def rewritten(path: Path, changes: Changes) -> tuple[str, str]:
         raise UsageError(f"{path}: not valid YAML{place}") from error
     if not isinstance(values, CommentedMap):
         raise UsageError(f"{path}: not a mapping of settings; name your trainer's configuration")
-    for name, value in changes.items():
-        if isinstance(value, IfGiven):
-            if name in values and values[name] != value.value:
-                values[name] = _plainly(value.value)
-        elif value is ABSENT:
+    for name, wanted in changes.items():
+        if wanted is ABSENT:
             values.pop(name, None)
-        elif isinstance(value, AtLeast) and value.or_none and name in values and values[name] is None:
-            continue
-        elif not _holds(values.get(name), value):
-            values[name] = int(value) if isinstance(value, AtLeast) else _plainly(value)
+        elif not _holds(values, name, wanted):
+            values[name] = _plainly(wanted)
     text = io.StringIO()
     yaml.dump(values, text)
     return before, text.getvalue()
 
 
-def write_into(path: Path, changes: Changes, *, force: bool = False) -> tuple[Path, list[str]]:
-    """Write the changed configuration beside the user's own, as `NAME-masked.yml`.
+def _holds(values: Mapping[str, Any], name: str, wanted: Any) -> bool:
+    """Return whether a setting needs no change."""
+    given = values.get(name)
+    if isinstance(wanted, IfGiven):
+        return name not in values or bool(given == wanted.value)
+    if isinstance(wanted, AtLeast):
+        if given is None:
+            return wanted.or_none and name in values
+        return isinstance(given, int) and not isinstance(given, bool) and given >= wanted.value
+    return type(given) is type(wanted) and bool(given == wanted)
 
-    Returns:
-        The file, and the lines of a unified diff (empty if nothing had to change).
 
-    Raises:
-        UsageError: as `rewritten`; or a file of that name exists and differs, and `force` is False.
+def _plainly(wanted: Any) -> Any:
+    """Return the value to write.
+
+    A text such as `no` is quoted, since trainers read YAML 1.1, where it is false, and ruamel.yaml writes 1.2.
     """
-    before, after = rewritten(path, changes)
-    target = path.with_name(f"{path.stem}-masked{path.suffix}")
-    if target.exists() and not force and target.read_text(encoding="utf-8", errors="replace") != after:
-        raise UsageError(f"{target}: exists and differs; move it, or overwrite it with --force")
-    write_atomic(target, after)
-    return target, list(
-        difflib.unified_diff(
-            before.splitlines(), after.splitlines(), str(path), str(target), lineterm="", n=1
-        )
-    )
-
-
-def _plainly(value: Any) -> Any:
-    """Quote a text such as `no`, which trainers would read as false: they read YAML 1.1, and ruamel.yaml writes 1.2."""
     from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+    value = wanted.value if isinstance(wanted, AtLeast | IfGiven) else wanted
     return DoubleQuotedScalarString(value) if isinstance(value, str) and safe_load(value) != value else value
-
-
-def _holds(given: Any, wanted: Any) -> bool:
-    if isinstance(wanted, AtLeast):
-        return isinstance(given, int) and not isinstance(given, bool) and given >= wanted
-    return type(given) is type(wanted) and bool(given == wanted)
 
 
 def _indents(text: str) -> tuple[int, int]:
     """Return how the file indents lists: spaces before their content, and before the dash."""
-    lines: Sequence[str] = text.splitlines()
+    lines = text.splitlines()
     for above, line in zip(lines, lines[1:], strict=False):
         body = line.lstrip(" ")
         if body.startswith("- ") and above.rstrip().endswith(":"):

@@ -1,6 +1,6 @@
 """LitGPT."""
 
-from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget
+from sstoken.stages.exporting.base import ParquetTarget
 
 MODULE = '''"""The rows of `data/` as a LitGPT data module."""
 
@@ -67,21 +67,15 @@ class LitGPT(ParquetTarget):
     """`input_ids, labels`, and a data module."""
 
     name = "litgpt"
-
-    def files(self, facts: Facts) -> dict[str, str]:
-        """Return the data module."""
-        return {"masked_data.py": MODULE}
-
-    def usage(self, facts: Facts) -> str:
-        """Show the command."""
-        return f"""```bash
+    program = ("masked_data.py", MODULE)
+    training = """```bash
 PYTHONPATH=. litgpt finetune_full CHECKPOINT --data masked_data.MaskedData \\
-    --data.data_files '{DATA}/*.parquet'
+    --data.data_files 'data/*.parquet'
 ```
 
 CHECKPOINT is MODEL converted by `litgpt convert_to_litgpt` or `litgpt download`; `finetune_lora` works the same way.
 
 - Without `--data.val_files` it validates on the rows it trains on.
-- `--train.max_seq_length` below {facts.longest}, the longest row, cuts rows.
+- `--train.max_seq_length` below $longest, the longest row, cuts rows.
 - LitGPT does not pack rows for fine-tuning.
 """

@@ -7,11 +7,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from sstoken.stages.exporting.base import DATA, Facts, Target, ones
-from sstoken.stages.exporting.into import ABSENT, NO_EVALUATION, AtLeast, Changes, IfGiven
+from sstoken.stages.exporting.base import (
+    ABSENT,
+    DATA,
+    NO_EVALUATION,
+    AtLeast,
+    Changes,
+    Facts,
+    IfGiven,
+    Target,
+    ones,
+)
 from sstoken.stages.exporting.rows import Rows
 from sstoken.stages.storage import atomic_file
-from sstoken.stages.tables import IDS, lists
 
 ROWS_PER_BATCH = 1000
 TYPES = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
@@ -21,10 +29,10 @@ model_name_or_path: MODEL
 stage: sft
 do_train: true
 finetuning_type: full
-tokenized_path: {data}
+tokenized_path: data
 dataset: masked    # required but not read
 template: empty
-cutoff_len: {longest}
+cutoff_len: $longest
 remove_unused_columns: false
 output_dir: ../trained
 per_device_train_batch_size: 4
@@ -45,6 +53,17 @@ class LlamaFactory(Target):
     """
 
     name = "llamafactory"
+    program = ("llamafactory.yaml", CONFIG)
+    training = """```bash
+llamafactory-cli train llamafactory.yaml model_name_or_path=MODEL
+```
+
+In a configuration of your own:
+
+- `tokenized_path` names `data`. `dataset` is required, but it, `template` and `cutoff_len` do nothing to these rows:
+  nothing is cut. The longest row has $longest tokens; shorten rows with `export --max-length N`.
+- `packing` and `neat_packing` work while LLaMA-Factory tokenizes, so they do nothing here either.
+"""
 
     def shard_name(self, index: int, shards: int) -> str:
         """Use the names of `save_to_disk`."""
@@ -53,9 +72,9 @@ class LlamaFactory(Target):
     def write(self, path: Path, rows: Rows) -> None:
         """Write an Arrow IPC stream."""
         columns = {
-            "input_ids": lists(rows.ids, rows.offsets, IDS),
+            "input_ids": rows.column(rows.ids),
             "attention_mask": ones(rows),
-            "labels": lists(rows.labels, rows.offsets, IDS),
+            "labels": rows.column(rows.labels),
         }
         table = pa.table(columns)
         with atomic_file(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
@@ -69,7 +88,7 @@ class LlamaFactory(Target):
         yield from rows.iter(batch_size=ROWS_PER_BATCH)
 
     def files(self, facts: Facts) -> dict[str, str]:
-        """Return what `load_from_disk` needs, and a complete configuration."""
+        """Add what `load_from_disk` needs."""
         features = {
             name: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "Sequence"}
             for name, dtype in TYPES.items()
@@ -83,10 +102,9 @@ class LlamaFactory(Target):
             "_output_all_columns": False,
             "_split": "train",
         }
-        return {
+        return super().files(facts) | {
             f"{DATA}/dataset_info.json": json.dumps({"features": features}, indent=1),
             f"{DATA}/state.json": json.dumps(state, indent=1),
-            "llamafactory.yaml": CONFIG.format(data=DATA, longest=facts.longest),
         }
 
     def settings(self, facts: Facts, out: Path) -> Changes:
@@ -105,16 +123,3 @@ class LlamaFactory(Target):
             "packing": IfGiven(False),
             "neat_packing": IfGiven(False),
         }
-
-    def usage(self, facts: Facts) -> str:
-        """Explain how to run `llamafactory.yaml`."""
-        return f"""```bash
-llamafactory-cli train llamafactory.yaml model_name_or_path=MODEL
-```
-
-In a configuration of your own:
-
-- `tokenized_path` names `data`. `dataset` is required, but it, `template` and `cutoff_len` do nothing to these rows:
-  nothing is cut. The longest row has {facts.longest} tokens; shorten rows with `export --max-length N`.
-- `packing` and `neat_packing` work while LLaMA-Factory tokenizes, so they do nothing here either.
-"""

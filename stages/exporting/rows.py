@@ -4,6 +4,7 @@ E rows with M tokens in all; token arrays are flat, and `offsets` [E + 1] holds 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,6 @@ from sstoken.stages import tables
 
 SMALLEST_RANGE = 1e-8
 """Added to the range of an example's scores, so that kept tokens never weigh 0, and 1 if all scores are equal."""
-TRAINED_COLUMNS = ("input_ids", "labels")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Rows:
     def kept(self) -> NDArray[np.bool_]:
         """[M]"""
         return self.labels != IGNORED_LABEL
+
+    def column(self, values: NDArray[Any]) -> pa.Array:
+        """Return one value per token [M] as a column of lists [E]."""
+        return tables.lists(values, self.offsets, pa.list_(pa.from_numpy_dtype(values.dtype)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared
         values = column.combine_chunks().flatten().filter(pa.array(taken_M))
         return pa.ListArray.from_arrays(pa.array(new_offsets), values, type=column.type)
 
-    rest = table.drop_columns([c for c in TRAINED_COLUMNS if c in table.column_names])
+    rest = table.drop_columns([c for c in ("input_ids", "labels") if c in table.column_names])
     sidecar = rest if all_taken else pa.table({name: cut(rest[name]) for name in rest.column_names})
     labels = labels_from_mask(ids, trained)[taken_M]
     rows = Rows(

@@ -30,6 +30,7 @@ class Swift(JsonLinesTarget):
 
     name = "swift"
     weights = True
+    program = ("masked_template.py", PLUGIN)
 
     def lines(self, rows: Rows) -> Iterator[bytes]:
         """Yield one object per row."""
@@ -44,10 +45,6 @@ class Swift(JsonLinesTarget):
         content = row["messages"][0]["content"]
         ids, scale = content["token_ids"], content["loss_scale"]
         return ids, labels_from_mask(ids, scale).tolist(), scale
-
-    def files(self, facts: Facts) -> dict[str, str]:
-        """Return the template."""
-        return {"masked_template.py": PLUGIN}
 
     def usage(self, facts: Facts) -> str:
         """Show the command."""

@@ -1,6 +1,6 @@
 """torchtune."""
 
-from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget
+from sstoken.stages.exporting.base import ParquetTarget
 
 MODULE = '''"""The rows of `data/` as a torchtune dataset."""
 
@@ -50,23 +50,17 @@ class Torchtune(ParquetTarget):
     """
 
     name = "torchtune"
-
-    def files(self, facts: Facts) -> dict[str, str]:
-        """Return the dataset class."""
-        return {"masked_dataset.py": MODULE}
-
-    def usage(self, facts: Facts) -> str:
-        """Show two sections of a recipe's configuration."""
-        return f"""Take a configuration of your model (`tune cp ...`) and replace these sections:
+    program = ("masked_dataset.py", MODULE)
+    training = """Take a configuration of your model (`tune cp ...`) and replace these sections:
 
 ```yaml
 tokenizer:
   _component_: masked_dataset.NoTokenizer
   pad_id: 0
-  max_seq_len: {facts.longest}       # at least the longest row; the length of a pack
+  max_seq_len: $longest       # at least the longest row; the length of a pack
 dataset:
   _component_: masked_dataset.masked_dataset
-  data_files: {DATA}/*.parquet
+  data_files: data/*.parquet
   packed: false                      # true packs
 ```
 

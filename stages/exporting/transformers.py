@@ -1,6 +1,6 @@
 """transformers' Trainer."""
 
-from sstoken.stages.exporting.base import Facts, ParquetTarget
+from sstoken.stages.exporting.base import ParquetTarget
 
 SCRIPT = '''"""python train.py MODEL [any setting of TrainingArguments, such as --num_train_epochs 1]"""
 
@@ -37,14 +37,8 @@ class Transformers(ParquetTarget):
     """`input_ids, labels`; the collator makes the attention mask."""
 
     name = "transformers"
-
-    def files(self, facts: Facts) -> dict[str, str]:
-        """Return a complete script."""
-        return {"train.py": SCRIPT}
-
-    def usage(self, facts: Facts) -> str:
-        """Explain how to run `train.py`."""
-        return """```bash
+    program = ("train.py", SCRIPT)
+    training = """```bash
 python train.py MODEL --output_dir ../trained
 ```
 

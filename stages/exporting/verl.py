@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from sstoken.labels import labels_from_mask
-from sstoken.stages import tables
-from sstoken.stages.exporting.base import DATA, Facts, ParquetTarget
+from sstoken.stages.exporting.base import ParquetTarget
 from sstoken.stages.exporting.rows import Rows
 
 MODULE = '''"""The rows of `data/` as a verl dataset."""
@@ -50,35 +49,25 @@ class Verl(ParquetTarget):
 
     name = "verl"
     weights = True
+    program = ("masked_dataset.py", MODULE)
+    training = """```bash
+torchrun --nproc_per_node 1 -m verl.trainer.sft_trainer model.path=MODEL \\
+    'data.train_files=data/*.parquet' \\
+    data.custom_cls.path=masked_dataset.py data.custom_cls.name=MaskedDataset \\
+    data.pad_mode=no_padding data.max_token_len_per_gpu=8192
+```
+
+- `data.max_token_len_per_gpu` has to be at least $longest, the longest row.
+- Keep `loss_mask` 0 at the first token of each row: verl concatenates the rows of a batch and shifts the masks by
+  one, so a 1 there would train the last token of the row before.
+"""
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
         """Float32 with weights, else int8."""
         mask = rows.kept.astype(np.int8) if rows.weights is None else rows.weights
-        kind = pa.list_(pa.from_numpy_dtype(mask.dtype))
-        return {
-            "input_ids": super().columns(rows)["input_ids"],
-            "loss_mask": tables.lists(mask, rows.offsets, kind),
-        }
+        return {"input_ids": rows.column(rows.ids), "loss_mask": rows.column(mask)}
 
     def seen(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[float]]:
         """Treat a token with a positive mask as a label."""
         ids, mask = row["input_ids"], row["loss_mask"]
         return ids, labels_from_mask(ids, mask).tolist(), mask
-
-    def files(self, facts: Facts) -> dict[str, str]:
-        """Return the dataset class."""
-        return {"masked_dataset.py": MODULE}
-
-    def usage(self, facts: Facts) -> str:
-        """Show the command."""
-        return f"""```bash
-torchrun --nproc_per_node 1 -m verl.trainer.sft_trainer model.path=MODEL \\
-    'data.train_files={DATA}/*.parquet' \\
-    data.custom_cls.path=masked_dataset.py data.custom_cls.name=MaskedDataset \\
-    data.pad_mode=no_padding data.max_token_len_per_gpu=8192
-```
-
-- `data.max_token_len_per_gpu` has to be at least {facts.longest}, the longest row.
-- Keep `loss_mask` 0 at the first token of each row: verl concatenates the rows of a batch and shifts the masks by
-  one, so a 1 there would train the last token of the row before.
-"""

@@ -12,7 +12,7 @@ import pytest
 from sstoken.errors import SstokenError
 from sstoken.pipeline import api
 from sstoken.stages.checkpoints import load_tokenizer
-from sstoken.stages.encoding import memory_limit, time_limit
+from sstoken.stages.encoding import limits
 from tests.pipeline.worlds import make_world
 
 SHOWN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -33,7 +33,7 @@ def test_an_endless_template_is_stopped(kind: str, tmp_path: Path, monkeypatch: 
     model = str(make_world().base)
     messages = [{"role": "user", "content": "w"}]
     load_tokenizer(model).apply_chat_template(messages, chat_template=SHOWN)  # its imports take long
-    monkeypatch.setattr(time_limit, "MOST_SECONDS", 2.0)
+    monkeypatch.setattr(limits, "MOST_SECONDS", 2.0)
     data, template = tmp_path / "data.jsonl", tmp_path / "t.jinja"
     data.write_text(json.dumps({"prompt": "w1", "completion": "w2"}) + "\n")
     template.write_text(ENDLESS[kind])
@@ -50,8 +50,8 @@ def test_an_endless_template_is_stopped(kind: str, tmp_path: Path, monkeypatch: 
 
 
 def test_a_regular_expression_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_limit, "MOST_SECONDS", 0.3)
-    with pytest.raises(SstokenError, match=r"^row 3: the chat template"), time_limit.limited("row 3"):
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.3)
+    with pytest.raises(SstokenError, match=r"^row 3: the chat template"), limits.time_limited("row 3"):
         re.match(r"(a+)+$", "a" * 100 + "b")
 
 
@@ -81,7 +81,7 @@ def test_a_template_made_to_harm_is_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, and without the memory that it asks for."""
-    monkeypatch.setattr(memory_limit, "MOST_BYTES", 1 << 29)
+    monkeypatch.setattr(limits, "MOST_BYTES", 1 << 29)
     template, words = GROWING[kind]
     data, file = tmp_path / "data.jsonl", tmp_path / "t.jinja"
     data.write_text(json.dumps({"prompt": "w1", "completion": "w2"}) + "\n")

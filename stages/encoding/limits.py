@@ -1,4 +1,4 @@
-"""A time limit for templates that loop forever."""
+"""Limits on time and memory, for chat templates that loop forever or whose output grows without bound."""
 
 import signal
 import threading
@@ -10,6 +10,8 @@ from sstoken.errors import SstokenError
 
 MOST_SECONDS = 120.0
 """CPU time of this process for one row, independent of other load. The longest rows take a few seconds."""
+MOST_BYTES = 4 << 30
+"""Bytes that rendering one conversation may add to the process; a few megabytes are usual."""
 _AGAIN = 1.0
 """Seconds until the signal repeats, in case the first is lost in a finalizer."""
 
@@ -18,13 +20,13 @@ class _TooLong(BaseException):
     """Not an `Exception`, so that no library catches it."""
 
 
-def interruptible() -> bool:
+def _interruptible() -> bool:
     """Return whether a signal can interrupt this thread."""
     return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
-def limited(what: str) -> Iterator[Callable[[str], None]]:
+def time_limited(what: str) -> Iterator[Callable[[str], None]]:
     """Stop a template that computes for longer than `MOST_SECONDS`.
 
     There is no limit where signals are unavailable (in a thread, on Windows).
@@ -38,7 +40,7 @@ def limited(what: str) -> Iterator[Callable[[str], None]]:
     Raises:
         SstokenError: the time limit was exceeded.
     """
-    if not interruptible():
+    if not _interruptible():
         yield lambda name: None
         return
 
@@ -62,3 +64,35 @@ def limited(what: str) -> Iterator[Callable[[str], None]]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def memory_limited() -> Iterator[None]:
+    """Make allocations beyond `MOST_BYTES` raise MemoryError, before the system kills a process.
+
+    Does nothing where the system has no limit (Windows, macOS), and in a thread, since other threads allocate, too.
+    """
+    size = _address_space() if _interruptible() else None
+    if size is None:
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (soft, hard, size + MOST_BYTES) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_space() -> int | None:
+    """Return the size of this process's address space in bytes; None without Linux's /proc."""
+    import resource
+
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read(64).split()[0]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return None
