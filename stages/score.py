@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
@@ -18,6 +17,7 @@ from sstoken.stages.scores_file import Column, summarize_scores, write_scores
 from sstoken.stages.sharded import Work
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task, Worker
 from sstoken.stages.vocabularies import check_vocabulary
+from sstoken.stages.windows import Windows, windows
 
 
 class ScoreOptions(ModelOptions):
@@ -28,6 +28,9 @@ class ScoreOptions(ModelOptions):
     layer: int | None = None
     """Decoder layer of the signal `attention`; negative counts from the last. None: the last layer with softmax
     attention."""
+    stride: Annotated[int, Field(ge=1)] | None = None
+    """Measure examples longer than the model takes in overlapping windows, each this many tokens after the last; late
+    tokens then lack the earliest context. Not for signals that need the prompt. None: refuse such examples."""
     workers: Annotated[int | None, Field(ge=1), SPEED_ONLY] = None
     """Processes, each with the model in memory. Default: 1, or one for each device of a list."""
 
@@ -66,7 +69,18 @@ class Score(ScoreOptions):
         return self.model_copy(update={"signals": finished}) if {*finished} > {*self.measured} else self
 
     def check(self) -> None:
-        """Refuse an unknown signal, and a checkpoint that is incomplete or that the backend does not support."""
+        """Refuse an unknown signal, and a checkpoint that is incomplete or that the backend does not support.
+
+        Raises:
+            UsageError: also for a signal that windows cannot give.
+        """
+        if self.stride is not None:
+            whole = [s.name for s in get_signals(self.measured) if s.needs in ("attention", "second pass")]
+            if whole:
+                raise UsageError(
+                    f"stride is {self.stride}: a window may lack the prompt, which {', '.join(whole)} needs; measure "
+                    "other signals (--attention-from none), or leave out stride"
+                )
         for ref in (self.checkpoint, *self.references.values()):
             checkpoints.check_loadable(ref)
         check_backend(self.backend, self.for_backend(), self.workers or 1)
@@ -87,6 +101,8 @@ class Score(ScoreOptions):
         fields["attention"] = ATTENTION in measured
         if not fields["attention"]:
             del fields["layer"]
+        if self.stride is None:
+            del fields["stride"]
         # Loss and attention came before `signals`: leave it out, so that scores made before stay finished.
         del fields["signals"]
         if measured - {ATTENTION} != {LOSS}:
@@ -136,6 +152,11 @@ class Score(ScoreOptions):
     def finish(self, context: Context) -> dict[str, Any]:
         """Add up the shards' sums."""
         summary = summarize_scores(context.out, self.checkpoint)
+        if self.stride is not None:
+            counts = [tables.read_metadata(part)["in_windows"] for part in tables.parts(context.out)]
+            summary["in_windows"] = sum(counts)
+            cut = f"{sum(counts)} of {summary['examples']} examples in windows, a stride of {self.stride} tokens"
+            summary["computed_with"] = "; ".join(filter(None, [summary.get("computed_with"), cut]))
         if joins.trained_on_others(self.checkpoint, context.inputs["tokens"]):
             summary["trained_on_other_tokens"] = True
         return summary
@@ -188,10 +209,14 @@ class _ScoreShard:
         table = tables.read_table(tokens)
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()
-        check_lengths(stage.checkpoint, backend, tokens, example_ids, sequences)
+        pieces = windows(sequences, masks, backend.max_length, stage.stride)
+        names = [example_ids[i] for i in pieces.examples]
+        check_lengths(stage.checkpoint, backend, tokens, names, pieces.sequences)
         response, offsets = tables.flatten(table["response_mask"])
-        columns = self._measure(tokens.name, backend, example_ids, sequences, masks, worker)
+        columns = self._measure(tokens.name, backend, names, pieces, worker)
         provenance = self._provenance(backend) | {joins.TOKENS: joins.measured_fingerprint(tokens, table)}
+        if stage.stride is not None:
+            provenance["in_windows"] = pieces.cut
         write_scores(
             self._out / tokens.name, example_ids, offsets, response.astype(bool), columns, provenance
         )
@@ -201,12 +226,11 @@ class _ScoreShard:
         shard: str,
         backend: Backend,
         example_ids: list[str],
-        sequences: list[NDArray[np.int32]],
-        masks: list[NDArray[np.bool_]],
+        pieces: Windows,
         worker: Worker,
     ) -> dict[str, Column]:
         """Return each signal over all examples, one after the other: values of its measured tokens only."""
-        stage = self._stage
+        stage, sequences, masks = self._stage, pieces.sequences, pieces.masks
         named = {name: get_signal(name) for name in stage.measured}
         counts = np.array([mask.sum() for mask in masks], dtype=np.int64)
         starts = {
@@ -229,7 +253,7 @@ class _ScoreShard:
                     )
                 column[starts[name][index] : starts[name][index + 1]] = signals[name]
             left.discard(index)
-            worker.advance(sequences[index].size)
+            worker.advance(pieces.fresh[index])
         if left:
             raise SstokenError(
                 f"backend {stage.backend!r} did not measure {len(left)} of {len(sequences)} examples of {shard} "

@@ -105,6 +105,66 @@ def test_the_dtype_that_was_used_is_recorded(asked, stored, tokens, tmp_path):
     assert {tables.read_metadata(part)["dtype"] for part in tables.parts(tmp_path / "scores")} == {used}
 
 
+@pytest.mark.parametrize("stride", [1, 3, 7])
+def test_windows_of_a_long_example_give_each_token_the_nearest_context(stride, tokens, tmp_path):
+    folder = save_model(tmp_path / "short", positions=8)
+    stage = Score(checkpoint=str(folder), stride=stride, device="cpu", signals=("loss", "entropy"))
+    metrics = stage.run(make_context(tmp_path / "scores", {"tokens": tokens}))
+    rows = pa.concat_tables([pq.read_table(p) for p in tables.parts(tokens)]).to_pylist()
+    scored = pa.concat_tables([pq.read_table(p) for p in tables.parts(tmp_path / "scores")]).to_pylist()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for row, found in zip(rows, scored, strict=True):
+        ids, end = row["input_ids"], 8
+        for place, is_response in enumerate(row["response_mask"]):
+            if not is_response:
+                assert found["loss"][place] is found["entropy"][place] is None
+                continue
+            while place >= end:  # the first window that reaches the token
+                end += stride
+            start = max(0, min(end, len(ids)) - 8)
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids[start:place]])).logits[0, -1].log_softmax(-1)
+            assert found["loss"][place] == pytest.approx(-log_p[ids[place]].item(), abs=1e-5)
+            assert found["entropy"][place] == pytest.approx(-(log_p.exp() @ log_p).item(), abs=1e-5)
+    longer = sum(len(row["input_ids"]) > 8 for row in rows)
+    assert metrics["in_windows"] == longer > 0
+    assert f"{longer} of 21 examples in windows, a stride of {stride} tokens" in metrics["computed_with"]
+
+
+def test_a_stride_changes_nothing_that_fits(tokens, model, tmp_path):
+    plain, _ = score_losses(tokens, tmp_path / "plain", model)
+    again, metrics = score_losses(tokens, tmp_path / "again", model, stride=5)
+    assert again.equals(plain)
+    assert metrics["in_windows"] == 0
+
+
+def score_losses(tokens, out, checkpoint, **fields):
+    metrics = Score(checkpoint=str(checkpoint), device="cpu", **fields).run(
+        make_context(out, {"tokens": tokens})
+    )
+    return pa.concat_tables([pq.read_table(p) for p in tables.parts(out)]), metrics
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"attention": True}, "a window may lack the prompt, which attention needs; .*--attention-from none"),
+        ({"signals": ("loss", "loss_unconditional")}, "which loss_unconditional needs"),
+    ],
+)
+def test_windows_give_no_signal_that_needs_the_prompt(fields, reason, model):
+    with pytest.raises(UsageError, match=f"stride is 4: {reason}"):
+        Score(checkpoint=str(model), stride=4, **fields).check()
+
+
+def test_a_stride_without_context_is_refused(tokens, tmp_path):
+    folder = save_model(tmp_path / "short", positions=8)
+    with pytest.raises(
+        UsageError, match="stride is 8, and the model takes 8 tokens; legal is 1 <= stride < 8"
+    ):
+        score_losses(tokens, tmp_path / "o", folder, stride=8)
+
+
 def test_adapters_share_the_base_and_are_swapped(tokens, model, tmp_path):
     """Base, adapter, other adapter, base again: each gives its own losses, and the base is loaded once."""
     base_models.shared_base.held.clear()
@@ -260,6 +320,7 @@ def test_the_fingerprint_of_the_old_settings_is_the_old_one(model):
     assert both == loss | {"attention": True, "layer": None}
     assert Score(checkpoint=str(model), signals=("loss",)).fingerprinted() == loss
     assert Score(checkpoint=str(model), signals=("attention", "loss")).fingerprinted() == both
+    assert Score(checkpoint=str(model), stride=4).fingerprinted() == loss | {"stride": 4}
     more = Score(checkpoint=str(model), signals=("loss", "attention@1")).fingerprinted()
     assert more == loss | {"signals": ["attention@1", "loss"]}
 
