@@ -149,7 +149,10 @@ def score_losses(tokens, out, checkpoint, **fields):
     ("fields", "reason"),
     [
         ({"attention": True}, "a window may lack the prompt, which attention needs; .*--attention-from none"),
-        ({"signals": ("loss", "loss_unconditional")}, "which loss_unconditional needs"),
+        (
+            {"signals": ("loss", "loss_unconditional")},
+            "a window may lack the prompt, which loss_unconditional needs",
+        ),
     ],
 )
 def test_windows_give_no_signal_that_needs_the_prompt(fields, reason, model):
