@@ -161,7 +161,9 @@ def _sampled(stage: Encode) -> Sizes | None:
     """Estimate from the first rows; None if counting the rows would read all data over the network."""
     if "://" in stage.data or not (expanded(stage.data).exists() or any(c in stage.data for c in "*?[")):
         return None
-    rows = sum(piece.num_rows for shard in cut(stage.data, stage.split, 1 << 16, stage.limit) for piece in shard)
+    rows = sum(
+        piece.num_rows for shard in cut(stage.data, stage.split, 1 << 16, stage.limit) for piece in shard
+    )
     few = stage.model_copy(update={"limit": min(SAMPLE, rows), "workers": 1, "engine": "local"})
     with tempfile.TemporaryDirectory(prefix="sstoken-") as folder:
         out = Path(folder) / "tokens"

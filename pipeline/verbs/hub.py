@@ -18,11 +18,10 @@ from sstoken.pipeline.sections import stage_of
 from sstoken.pipeline.verbs.command import Internal, Output, Place, place, verb
 from sstoken.stages import manifest as manifests
 from sstoken.stages import storage
-from sstoken.stages.hub.provenance import PROVENANCE, find_origin, read_provenance
+from sstoken.stages.hub.provenance import CARD, PROVENANCE, find_origin, read_provenance
 from sstoken.stages.hub.publication import Publication
 from sstoken.stages.hub.pull import Pull
 from sstoken.stages.hub.remote import asking, check_branch, check_repo, connect
-from sstoken.stages.hub.repository import CARD
 from sstoken.stages.hub.upload import MAIN, Upload, upload
 from sstoken.stages.manifest import Digests, FileEntry
 

@@ -63,30 +63,32 @@ def card(
         shards: what is published.
         report: name of the page that shows its tokens, if it is published too.
     """
-    source, title, fields = _source(origin), _title(origin, repo), shards.schema
-    front = front_matter(title, origin, license, shards)
+    hub, source = _data(origin).get("hub"), _source(origin)
+    title = f"{hub or repo.partition('/')[2]}, token-masked"
+    link = f"[{markdown(source)}](https://huggingface.co/datasets/{hub})" if hub else markdown(source)
+    front = _front_matter(title, origin, license, shards)
     # str.format, not DatasetCard.from_template: values are escaped for Markdown here, and are never a template.
     return _CARD.format(
         # not to_yaml, which writes characters that turn text around as they are
         front=yaml.safe_dump(front.to_dict(), sort_keys=False, width=1000),
         title=markdown(title),
-        source=f", made from {_link(source, origin)}" if source else "",
+        source=f", made from {link}" if source else "",
         examples=f"{shards.examples:,}",
         tokens=f"{shards.tokens:,}",
         kept=f"{metrics['kept']:,}",
         response=f"{metrics['response_tokens']:,}",
         share=f"{metrics['kept_share']:.1%}",
-        columns="\n".join(f"| `{f.name}` | {_type(f)} | {COLUMNS[f.name]} |" for f in fields),
-        settings="\n".join(f"| {markdown(k)} | {markdown(v)} |" for k, v in settings(facts, origin)),
+        columns="\n".join(f"| `{f.name}` | {_type(f)} | {COLUMNS[f.name]} |" for f in shards.schema),
+        settings="\n".join(f"| {markdown(k)} | {markdown(v)} |" for k, v in _settings(facts, origin)),
         repo=repo,
-        model=next(iter(base_models(origin)), "your/model"),
+        model=next(iter(_base_models(origin)), "your/model"),
         longest=facts.get("max_length") or 4096,
         licence=_licence(license),
         report=_REPORT.format(name=report) if report else "",
     )
 
 
-def front_matter(
+def _front_matter(
     title: str, origin: Mapping[str, Any], license: str | list[str] | None, shards: Shards
 ) -> "DatasetCardData":
     """Return what the Hub reads: licence, tags, and the shards with their columns; what is not known is left out."""
@@ -101,7 +103,7 @@ def front_matter(
         tags=list(TAGS),
         size_categories=[_SIZES[min(len(_SIZES) - 1, max(0, len(str(shards.examples)) - 3))]],
         source_datasets=[source] if source else None,
-        base_model=base_models(origin) or None,
+        base_model=_base_models(origin) or None,
         configs=[{"config_name": "default", "data_files": paths}],
         dataset_info={
             "features": [_feature(field) for field in shards.schema],
@@ -112,7 +114,7 @@ def front_matter(
     )
 
 
-def base_models(origin: Mapping[str, Any]) -> list[str]:
+def _base_models(origin: Mapping[str, Any]) -> list[str]:
     """Return the Hub models used to encode and score the dataset: the base of an adapter, not the adapter."""
     checkpoints = (origin.get("checkpoints") or {}).values()
     identities = [origin.get("tokenizer"), *((c or {}).get("base", c) for c in checkpoints)]
@@ -120,7 +122,7 @@ def base_models(origin: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def settings(facts: Mapping[str, Any], origin: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _settings(facts: Mapping[str, Any], origin: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Return name and value of every setting that decided the mask."""
     method = METHODS.get(facts["method"])
     yield "method", facts["method"]
@@ -147,18 +149,8 @@ def _data(origin: Mapping[str, Any]) -> Mapping[str, Any]:
     return origin.get("data") or {}
 
 
-def _source(origin: Mapping[str, Any]) -> str | None:
-    return _data(origin).get("hub") or origin.get("name") or None
-
-
-def _link(source: str, origin: Mapping[str, Any]) -> str:
-    hub = _data(origin).get("hub")
-    return f"[{markdown(source)}](https://huggingface.co/datasets/{hub})" if hub else markdown(source)
-
-
-def _title(origin: Mapping[str, Any], repo: str) -> str:
-    source = _data(origin).get("hub")
-    return f"{source or repo.partition('/')[2]}, token-masked"
+def _source(origin: Mapping[str, Any]) -> str:
+    return _data(origin).get("hub") or origin.get("name") or ""
 
 
 def _licence(license: str | list[str] | None) -> str:

@@ -19,7 +19,11 @@ from sstoken.stages.encoding.sources import shown
 from sstoken.stages.hub_models import split_revision
 from sstoken.stages.manifest import FileEntry, Manifest
 
-PROVENANCE = "provenance.json"
+PROVENANCE, CARD, REPORT = "provenance.json", "README.md", "report.html"
+SHARDS, TOKENIZER = "data", "tokenizer"
+"""Folders of a published repository."""
+SIGNALS = ("rel", "attention", "score")
+"""Columns published only on request: they are large, and no trainer needs them."""
 
 
 class _Facts(BaseModel):
@@ -101,10 +105,8 @@ def find_origin(masked: Path, manifest: Manifest) -> dict[str, Any]:
 def _manifests(run: Path, pattern: str) -> list[Manifest]:
     found = []
     for path in sorted(run.glob(f"{pattern}/{manifests.MANIFEST}")):
-        if (
-            folders.is_finished(path.parent)
-            and (manifest := manifests.read_manifest(path.parent)) is not None
-        ):
+        manifest = manifests.read_manifest(path.parent) if folders.is_finished(path.parent) else None
+        if manifest is not None:
             found.append(manifest)
     return found
 

@@ -19,17 +19,19 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import folders, storage, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.hub.card import Shards, card
-from sstoken.stages.hub.provenance import PROVENANCE, Provenance, as_json, hub_names, public
-from sstoken.stages.hub.remote import check_repo
-from sstoken.stages.hub.repository import (
+from sstoken.stages.hub.provenance import (
     CARD,
-    EXAMPLE_PICTURE,
+    PROVENANCE,
     REPORT,
-    SCORES_PICTURE,
     SHARDS,
     SIGNALS,
     TOKENIZER,
+    Provenance,
+    as_json,
+    hub_names,
+    public,
 )
+from sstoken.stages.hub.remote import check_repo
 from sstoken.stages.masked_stats import merge_stats
 from sstoken.stages.stage import Context, EngineOptions, Stage, Task, Worker
 from sstoken.stages.storage import write_atomic
@@ -76,14 +78,11 @@ class Publication(Stage, EngineOptions):
         hub = hub_names(self.origin)
         columns = [name for name in names if self.include_scores or name not in SIGNALS]
         storage.of(out).make_folder(out / SHARDS)
-        publish_shard = partial(_publish_shard, out / SHARDS, columns, hub)
         groups = _groups(sources, self.shard_tokens)
+        places = [out / SHARDS / tables.part_name(index) for index in range(len(groups))]
+        tasks = [Task(path, 1, (path, group)) for path, group in zip(places, groups, strict=True)]
         with context.progress("files", len(groups)) as progress:
-            tasks = [
-                Task(out / SHARDS / tables.part_name(index), 1, (index, group))
-                for index, group in enumerate(groups)
-            ]
-            for _ in context.engine.map(publish_shard, tasks, progress):
+            for _ in context.engine.map(partial(_publish_shard, columns, hub), tasks, progress):
                 pass
         metadata = [tables.read_metadata(path) for path in tables.parts(out / SHARDS)]
         metrics = merge_stats([m["stats"] for m in metadata])
@@ -117,21 +116,21 @@ class Publication(Stage, EngineOptions):
         from sstoken.stages.hub.pictures import draw_scores
         from sstoken.stages.report.show import save_svg
 
-        draw_scores(masked, metrics, out / SCORES_PICTURE)
-        save_svg(masked, out / EXAMPLE_PICTURE, row=_typical_row(tables.parts(masked)))
+        draw_scores(masked, metrics, out / "scores.svg")
+        save_svg(masked, out / "example.svg", row=_typical_row(tables.parts(masked)))
 
 
 def _groups(sources: Iterable[Path], shard_tokens: int) -> list[list[Path]]:
     """Group neighbouring shards into published files; no file is empty if any shard has rows."""
     groups: list[list[Path]] = []
-    sizes: list[int] = []
+    size = shard_tokens
     for path in sources:
-        if not groups or sizes[-1] >= shard_tokens:
+        if size >= shard_tokens:
             groups.append([])
-            sizes.append(0)
+            size = 0
         groups[-1].append(path)
-        sizes[-1] += _num_tokens(path)
-    if len(groups) > 1 and not sizes[-1]:
+        size += _num_tokens(path)
+    if len(groups) > 1 and not size:
         groups[-2] += groups.pop()
     return groups
 
@@ -151,11 +150,8 @@ def _num_values(footer: pq.FileMetaData) -> dict[str, int]:
     }
 
 
-def _publish_shard(
-    out: Path, columns: list[str], hub: set[str], group: tuple[int, list[Path]], worker: Worker
-) -> None:
-    index, sources = group
-    path = out / tables.part_name(index)
+def _publish_shard(columns: list[str], hub: set[str], task: tuple[Path, list[Path]], worker: Worker) -> None:
+    path, sources = task
     if path.exists() and tables.is_sound(path):  # it lay in unfinished work
         return
     metadata = [tables.read_metadata(source) for source in sources]

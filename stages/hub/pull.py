@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sstoken.errors import SstokenError
@@ -18,9 +19,15 @@ from sstoken.labels import labels_from_mask
 from sstoken.stages import storage, tables
 from sstoken.stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 from sstoken.stages.folders import hash_file
-from sstoken.stages.hub.provenance import PROVENANCE, Provenance, read_provenance
+from sstoken.stages.hub.provenance import (
+    PROVENANCE,
+    SHARDS,
+    SIGNALS,
+    TOKENIZER,
+    Provenance,
+    read_provenance,
+)
 from sstoken.stages.hub.remote import asking, connect, tree
-from sstoken.stages.hub.repository import SHARDS, TOKENIZER, UNSCORED
 from sstoken.stages.manifest import FileEntry
 from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import merge_stats
@@ -97,12 +104,8 @@ class Pull(Stage):
         """Yield each file with the path of its checked download; None if an interrupted run put it in place."""
 
         def fetch(file: FileEntry) -> tuple[FileEntry, Path | None]:
-            name = PurePosixPath(file.path).name
-            if (
-                _SHARD.fullmatch(file.path)
-                and (out / name).is_file()
-                and hash_file(out / name) == file.sha256
-            ):
+            in_place = out / PurePosixPath(file.path).name
+            if _SHARD.fullmatch(file.path) and in_place.is_file() and hash_file(in_place) == file.sha256:
                 return file, None
             path = self._download(file.path, out / _DOWNLOADS)
             if hash_file(path) != file.sha256:
@@ -166,7 +169,8 @@ def _is_safe(path: str) -> bool:
 def _contradiction(path: Path, stats: Mapping[str, Any]) -> str | None:
     """Return what is wrong within a shard: its columns, masks or counts."""
     schema = pq.read_schema(path).remove_metadata()
-    plain = (tables.MASKED, tables.MASKED_LEAN, UNSCORED)
+    unscored = pa.schema([field for field in tables.MASKED if field.name not in SIGNALS])
+    plain = (tables.MASKED, tables.MASKED_LEAN, unscored)
     allowed = [*plain, *(each.append(tables.WEIGHT) for each in plain)]
     if not any(schema.equals(each) for each in allowed):
         return f"has columns that no masked dataset has ({', '.join(schema.names)})"

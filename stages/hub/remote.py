@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sstoken.errors import SstokenError, UsageError, first_line
 
@@ -107,7 +107,7 @@ def explain(error: BaseException) -> str:
         return "has no such branch, tag or commit; see its page for those there are"
     if isinstance(error, RepositoryNotFoundError):
         return "no such dataset on the Hub, or a private one that your token may not see"
-    said = _message(error)
+    said = " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
     if status in _REFUSALS:
         return f"{_REFUSALS[status]}{f': {said}' if status in (403, 413) and said else ''}"
     if status is not None and status >= 500:
@@ -122,9 +122,3 @@ def explain(error: BaseException) -> str:
     return (
         f"the Hub does not answer at {constants.ENDPOINT} ({reason}); try again, what was transferred is kept"
     )
-
-
-def _message(error: Any) -> str:
-    """Return the server's own message."""
-    lines = str(getattr(error, "server_message", None) or "").split()
-    return " ".join(lines)[:200]

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.hub.provenance import PROVENANCE, read_provenance
+from sstoken.stages.hub.provenance import CARD, PROVENANCE, read_provenance
 from sstoken.stages.hub.remote import asking, tree
-from sstoken.stages.hub.repository import CARD
 from sstoken.stages.manifest import FileEntry
 from sstoken.stages.stage import ProgressBar
 
@@ -63,6 +62,8 @@ def upload(
         UsageError: the repository holds something else, or is public.
         SstokenError: the Hub refused or failed.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard
+
     with asking(repo):
         head, exists = _head(api, repo, branch, private)
         there = tree(api, repo, head)
@@ -73,8 +74,24 @@ def upload(
         url = f"{api.endpoint}/datasets/{repo}"
         if not changed and not removed:
             return Upload(url, head, [], [])
-        commit = _commit(api, folder, changed, removed, repo, branch, head, title, progress)
-    return Upload(url, commit, [file.path for file in changed], removed)
+        DatasetCard.load(folder / CARD).validate()  # fail before the upload rather than after it
+        additions = [CommitOperationAdd(file.path, folder / file.path) for file in changed]
+        with progress("files", len(additions)) as bar:
+            for start in range(0, len(additions), _BATCH_FILES):
+                batch = additions[start : start + _BATCH_FILES]  # the Hub keeps what a killed upload sent
+                api.preupload_lfs_files(repo, batch, repo_type="dataset", revision=branch, free_memory=False)
+                bar.advance(len(batch))
+        info = api.create_commit(
+            repo,
+            [*additions, *map(CommitOperationDelete, removed)],
+            commit_message=title,
+            repo_type="dataset",
+            revision=branch,
+            parent_commit=head,
+        )
+        if info.oid == head:
+            raise SstokenError(f"{repo}: the Hub made no commit; try again")
+    return Upload(url, str(info.oid), [file.path for file in changed], removed)
 
 
 def _head(api: "HfApi", repo: str, branch: str, private: bool) -> tuple[str, bool]:
@@ -117,15 +134,12 @@ def _superseded(
             f"{repo}: holds {others[0]} ({len(others)} such files), which `publish` did not write; choose another "
             "repository, or remove them from it"
         )
-    if others and (mixed := [path for path in others if path.split("/")[0] in _folders(files)]):
+    folders = {file.path.partition("/")[0] for file in files}
+    if mixed := [path for path in others if path.partition("/")[0] in folders]:
         raise UsageError(
             f"{repo}: {mixed[0]} is not from an earlier publication; remove it from the repository"
         )
     return sorted((ours & set(there)) - {file.path for file in files})
-
-
-def _folders(files: Sequence[FileEntry]) -> set[str]:
-    return {file.path.partition("/")[0] for file in files}
 
 
 def _same(there: "RepoFile | None", folder: Path, file: FileEntry) -> bool:
@@ -136,37 +150,3 @@ def _same(there: "RepoFile | None", folder: Path, file: FileEntry) -> bool:
     if there.lfs is not None:
         return bool(there.lfs.sha256 == file.sha256)
     return bool(there.blob_id == git_hash((folder / file.path).read_bytes()))  # small: large files are in LFS
-
-
-def _commit(
-    api: "HfApi",
-    folder: Path,
-    changed: Sequence[FileEntry],
-    removed: Sequence[str],
-    repo: str,
-    branch: str,
-    head: str,
-    title: str,
-    progress: ProgressBar,
-) -> str:
-    """Upload and commit; return the commit id. Large files sent by an earlier, killed call are not sent again."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard
-
-    DatasetCard.load(folder / CARD).validate()  # fail before the upload rather than after it
-    additions = [CommitOperationAdd(file.path, folder / file.path) for file in changed]
-    with progress("files", len(additions)) as bar:
-        for start in range(0, len(additions), _BATCH_FILES):
-            batch = additions[start : start + _BATCH_FILES]
-            api.preupload_lfs_files(repo, batch, repo_type="dataset", revision=branch, free_memory=False)
-            bar.advance(len(batch))
-    info = api.create_commit(
-        repo,
-        [*additions, *(CommitOperationDelete(path) for path in removed)],
-        commit_message=title,
-        repo_type="dataset",
-        revision=branch,
-        parent_commit=head,
-    )
-    if info.oid == head:
-        raise SstokenError(f"{repo}: the Hub made no commit; try again")
-    return str(info.oid)
