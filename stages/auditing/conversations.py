@@ -9,8 +9,8 @@ import numpy as np
 from sstoken.errors import SstokenError
 from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.checks.template import Conversations
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.findings import Audit
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout, NoLayout, Preference, detect_layout
 from sstoken.stages.encoding.limits import time_limited
@@ -32,7 +32,7 @@ class Reading:
 
 
 def encoded(
-    rows: Iterator[Row], encoder: "ChatEncoder", reading: Reading, counts: Conversations, context: Context
+    rows: Iterator[Row], encoder: "ChatEncoder", reading: Reading, counts: Conversations, audit: Audit
 ) -> Iterator[Example]:
     """Yield the examples of rows; count and report those that cannot be encoded.
 
@@ -58,7 +58,7 @@ def encoded(
             except NoLayout as error:
                 raise SstokenError(f"{row.where}: {error}") from error
             except BadRow as error:
-                counts.refuse(row, error, context, conversation)
+                counts.refuse(row, error, audit, conversation)
                 if layout is None and isinstance(error, NeedsDecision):
                     layout = _layout_anyway(row, reading)
                 continue
@@ -72,7 +72,7 @@ def encoded(
                     _name(row),
                 )
                 counts.proofs[each.proof] += 1
-                counts.note((*conversation.notes, *each.notes), example, context)
+                counts.note((*conversation.notes, *each.notes), example, audit)
                 yield example
 
 

@@ -1,14 +1,13 @@
 """The result of an audit: counts by kind of finding, an example of each, and facts about the dataset."""
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.kinds import KINDS, SEVERITIES, Kind, Severity
+from sstoken.stages.auditing.shape import Shape
+from sstoken.stages.auditing.vocabulary import Vocabulary
 from sstoken.stages.token_text import token_texts, visible
-
-if TYPE_CHECKING:
-    from sstoken.stages.auditing.vocabulary import Vocabulary
 
 _AROUND = 12
 """Tokens to show on either side of a finding."""
@@ -95,14 +94,20 @@ class AuditResult:
         }
 
 
-class Collector:
-    """Counts the rows of each kind of finding and keeps the first example."""
+@dataclass
+class Audit:
+    """An audit under way: what is known of the dataset, and the rows and first example of each kind of finding."""
 
-    def __init__(self, vocabulary: "Vocabulary | None") -> None:
-        self.vocabulary = vocabulary
-        self._rows: dict[str, int] = {}
-        self._last: dict[str, int] = {}
-        self._first: dict[str, tuple[Shown | None, str, str]] = {}
+    vocabulary: Vocabulary | None = None
+    """None: no tokenizer is known, and texts are not checked."""
+    shape: Shape = field(default_factory=Shape)
+    """The marks of the chat template."""
+    num_rows: int = 0
+    """Rows read so far."""
+    _rows: dict[str, int] = field(default_factory=dict)
+    _last: dict[str, int] = field(default_factory=dict)
+    """By kind, the last row that has it."""
+    _first: dict[str, tuple[Shown | None, str, str]] = field(default_factory=dict)
 
     def __contains__(self, kind: Kind) -> bool:
         return kind.name in self._rows
@@ -111,7 +116,7 @@ class Collector:
         """Return whether the current row has a finding of this kind; False for all rows before it."""
         return self._last.get(kind.name) == row
 
-    def add(self, kind: Kind, example: Example, focus: tuple[int, int] = (0, 0), detail: str = "") -> None:
+    def report(self, kind: Kind, example: Example, focus: tuple[int, int] = (0, 0), detail: str = "") -> None:
         """Count a row; `focus` is the span of tokens concerned, relative to the example."""
         if self.has(kind, example.row):
             return
@@ -120,13 +125,15 @@ class Collector:
         if kind.name not in self._first:
             self._first[kind.name] = self.show(example, focus), detail, ""
 
-    def count(self, kind: Kind, rows: int, shown: Shown | None = None, detail: str = "") -> None:
+    def report_count(self, kind: Kind, rows: int, shown: Shown | None = None, detail: str = "") -> None:
         """Set the number of rows of a kind."""
         if rows:
             self._rows[kind.name] = rows
             self._first.setdefault(kind.name, (shown, detail, ""))
 
-    def place(self, kind: Kind, where: str, row: int, detail: str, remedy: str = "", text: str = "") -> None:
+    def report_row(
+        self, kind: Kind, where: str, row: int, detail: str, remedy: str = "", text: str = ""
+    ) -> None:
         """Count a row that has no token ids; `text` is an excerpt to show as tokens."""
         self._rows[kind.name] = self._rows.get(kind.name, 0) + 1
         if kind.name not in self._first:

@@ -1,7 +1,7 @@
 """The registry of findings: what each kind means, how severe it is and what to do about it.
 
-A family of checks declares its kinds with `FAMILY.kind(...)` at the top of its file; docs/audit.md is generated
-from them.
+A family of checks declares its kinds at the top of its file, such as `FAMILY.error(...)`;
+docs/audit.md is generated from them.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Kind:
     """What is wrong; follows a number of rows: "rows in which ..."."""
     remedy: str
     """What to do."""
-    needs: Needs = "ids"
+    needs: Needs
 
 
 KINDS: dict[str, Kind] = {}
@@ -37,11 +37,24 @@ class Family:
     """Checks that a file has together."""
 
     name: str
+    needs: Needs = "ids"
+    """What its checks need, unless a kind says otherwise."""
     kinds: list[Kind] = field(default_factory=list)
 
-    def kind(self, name: str, severity: Severity, what: str, remedy: str, needs: Needs = "ids") -> Kind:
-        """Declare a kind of finding."""
-        assert name not in KINDS, name
-        KINDS[name] = Kind(name, severity, what, remedy, needs)
-        self.kinds.append(KINDS[name])
-        return KINDS[name]
+    def error(self, name: str, what: str, remedy: str, needs: Needs | None = None) -> Kind:
+        """Declare a kind of error."""
+        return self._declare(Kind(name, "error", what, remedy, needs or self.needs))
+
+    def warning(self, name: str, what: str, remedy: str, needs: Needs | None = None) -> Kind:
+        """Declare a kind of warning."""
+        return self._declare(Kind(name, "warning", what, remedy, needs or self.needs))
+
+    def note(self, name: str, what: str, remedy: str, needs: Needs | None = None) -> Kind:
+        """Declare a kind of note."""
+        return self._declare(Kind(name, "note", what, remedy, needs or self.needs))
+
+    def _declare(self, kind: Kind) -> Kind:
+        assert kind.name not in KINDS, kind.name
+        KINDS[kind.name] = kind
+        self.kinds.append(kind)
+        return kind

@@ -1,7 +1,7 @@
 """Run an audit: open the dataset, check every row, sum up."""
 
 from collections.abc import Collection, Iterator, Mapping
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ from sstoken.stages.auditing.checks.answers import Answers
 from sstoken.stages.auditing.checks.lengths import Lengths
 from sstoken.stages.auditing.checks.parts import Parts
 from sstoken.stages.auditing.checks.rows import Row, examples
-from sstoken.stages.auditing.checks.signals import Signals
+from sstoken.stages.auditing.checks.signals import check as check_signals
 from sstoken.stages.auditing.checks.template import NO_TEMPLATE, Conversations
 from sstoken.stages.auditing.checks.turn_ends import TurnEnds
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.conversations import Reading, encoded
 from sstoken.stages.auditing.examples import Cutter, Example
-from sstoken.stages.auditing.findings import AuditResult, Collector
+from sstoken.stages.auditing.findings import Audit, AuditResult
 from sstoken.stages.auditing.reading import OpenedDataset, open_source
 from sstoken.stages.auditing.tally import Tally
 from sstoken.stages.auditing.vocabulary import Vocabulary
@@ -78,141 +77,85 @@ def audit(
     opened = open_source(
         source, split, shifted=shifted_labels, tokens=None if tokens is None else expanded(tokens)
     )
-    opened.rows = _Counted(islice(opened.rows, limit))
+    state = Audit()
+    rows = _counted(islice(opened.rows, limit), state)
     ref = model or tokenizer
-    if opened.columns is None:
-        if ref is None:
-            raise UsageError(
-                f"{opened.shown}: raw conversations (no input_ids); name the --model whose chat template and "
-                "tokenizer are used"
-            )
-        options = EncoderOptions(
-            ref, None, template, trust_remote_code, turns, tuple(allow_lost), keep_special_tokens
+    if opened.columns is not None:
+        place = ref or (str(opened.tokenizer) if opened.tokenizer else None)
+        if place is not None:
+            loaded = checkpoints.load_tokenizer(place, trust_remote_code=trust_remote_code)
+            state.vocabulary = _vocabulary(place if ref else _made_by(opened, place), loaded)
+            template = template or _own_template(loaded)
+        found: Iterator[Example] = chain.from_iterable(examples(row, opened.columns, state) for row in rows)
+        return _checked(opened, found, state, template, max_length or opened.max_length)
+    if ref is None:
+        raise UsageError(
+            f"{opened.shown}: raw conversations (no input_ids); name the --model whose chat template and "
+            "tokenizer are used"
         )
-        reading = Reading(format, tuple((columns or {}).items()), tuple(ignore_columns), preference)
-        return _audit_conversations(opened, options, reading, max_length)
-    place = ref or (str(opened.tokenizer) if opened.tokenizer else None)
-    if place is None:
-        context = Context(Collector(None))
-    else:
-        loaded = checkpoints.load_tokenizer(place, trust_remote_code=trust_remote_code)
-        vocabulary = _vocabulary(place if ref else _made_by(opened, place), loaded)
-        context = Context(Collector(vocabulary), vocabulary)
-        template = template or _own_template(loaded)
-    found = _tokenised(opened, context)
-    return _summed(opened, found, context, template, max_length or opened.max_length, None)
-
-
-def _audit_conversations(
-    opened: OpenedDataset, options: EncoderOptions, reading: Reading, max_length: int | None
-) -> AuditResult:
-    """Encode raw conversations without a limit on their length, and check them."""
-    encoder = load_encoder(options)
-    declared = encoder.max_length
-    encoder.max_length = _ANY_LENGTH
-    vocabulary = _vocabulary(options.model, encoder.tokenizer)
-    context = Context(Collector(vocabulary), vocabulary)
+    encoder = load_encoder(
+        EncoderOptions(ref, None, template, trust_remote_code, turns, tuple(allow_lost), keep_special_tokens)
+    )
+    declared, encoder.max_length = encoder.max_length, _ANY_LENGTH
+    state.vocabulary = _vocabulary(ref, encoder.tokenizer)
     counts = Conversations()
-    found = encoded(opened.rows, encoder, reading, counts, context)
+    reading = Reading(format, tuple((columns or {}).items()), tuple(ignore_columns), preference)
+    found = encoded(rows, encoder, reading, counts, state)
     if encoder.template_origin == "plain":
-        context.found.count(NO_TEMPLATE, 1, None, f"{options.model}: its tokenizer has none")
-    return _summed(opened, found, context, encoder.template(), max_length or declared, counts)
+        state.report_count(NO_TEMPLATE, 1, None, f"{ref}: its tokenizer has none")
+    result = _checked(opened, found, state, encoder.template(), max_length or declared)
+    result.facts |= counts.facts()
+    return result
 
 
-def _tokenised(opened: OpenedDataset, context: Context) -> Iterator[Example]:
-    assert opened.columns is not None
-    for row in opened.rows:
-        yield from examples(row, opened.columns, context)
+def _counted(rows: Iterator[Row], audit: Audit) -> Iterator[Row]:
+    for row in rows:
+        audit.num_rows += 1
+        yield row
 
 
-def _summed(
+def _checked(
     opened: OpenedDataset,
     found: Iterator[Example],
-    context: Context,
+    audit: Audit,
     template: str | None,
     max_length: int | None,
-    counts: Conversations | None,
 ) -> AuditResult:
     """Run all checks on every example and sum up."""
-    cutter = _cutter(context, template)
-    tally, lengths, ends, parts, answers = (
-        Tally(),
-        Lengths(max_length),
-        TurnEnds(max_length),
-        Parts(),
-        Answers(),
-    )
+    vocabulary, cut = audit.vocabulary, None
+    if vocabulary is not None:
+        audit.shape.closers = set(vocabulary.stops)
+        if template is not None:
+            special = vocabulary.tokenizer.special_tokens_map
+            audit.shape = shapes.learn(ChatTemplate(template, special), vocabulary)
+        cut = Cutter(vocabulary, audit.shape)
+    tally, parts, answers = Tally(), Parts(), Answers()
+    lengths, ends = Lengths(max_length), TurnEnds(max_length)
     for _, row in groupby(found, key=lambda example: example.row):
         documents = list(row)
-        packed = not documents[0].whole
-        if packed:
-            ids, trained = (
-                np.concatenate([getattr(d, name) for d in documents]) for name in ("ids", "trained")
-            )
-            lengths.add(documents[0], len(ids), trained, context)
-            answers.add_row(ids, documents[0], context)
-            labels.check_pack(documents[0], bool(trained.any()), context)
+        ids, trained = (np.concatenate([getattr(d, name) for d in documents]) for name in ("ids", "trained"))
+        lengths.add(documents[0], trained, audit)
+        answers.add_row(ids, documents[0], audit)
+        if not documents[0].whole:
+            labels.check_pack(documents[0], bool(trained.any()), audit)
         for example in documents:
-            if cutter is not None:
-                cutter(example)
-            if not packed:
-                lengths.add(example, len(example.ids), example.trained, context)
-                answers.add_row(example.ids, example, context)
-            tally.add(example, context)
-            labels.check(example, context)
-            ends.check(example, context)
-            special_tokens.check(example, context)
-            parts.check(example, context)
-            answers.check(example, context)
-    ends.finish(context)
-    lengths.finish(context)
-    answers.finish(context)
-    assert isinstance(opened.rows, _Counted)
-    facts = {"rows": opened.rows.count, **tally.facts(), **lengths.facts(), "ends": ends.facts()}
+            if cut is not None:
+                cut(example)
+            tally.add(example, audit)
+            labels.check(example, audit)
+            ends.check(example, audit)
+            special_tokens.check(example, audit)
+            parts.check(example, audit)
+            answers.check(example, audit)
+    for check in (ends, lengths, answers):
+        check.finish(audit)
+    facts = {"rows": audit.num_rows, **tally.facts(), **lengths.facts(), "ends": ends.facts()}
     facts |= {"parts": parts.facts(), **answers.facts()}
-    facts["tokenizer"] = None if context.vocabulary is None else context.vocabulary.tokenizer.name_or_path
-    facts["turns_known"] = context.shape.known
-    if counts is not None:
-        facts |= counts.facts()
-    if opened.scores is not None:
-        facts["signals"] = _signals(opened, context)
-    return AuditResult(opened.shown, opened.form, facts, context.found.findings())
-
-
-def _cutter(context: Context, template: str | None) -> Cutter | None:
-    vocabulary = context.vocabulary
-    if vocabulary is None:
-        return None
-    context.shape.closers = set(vocabulary.stops)
-    if template is not None:
-        special = vocabulary.tokenizer.special_tokens_map
-        context.shape = shapes.learn(ChatTemplate(template, special), vocabulary)
-    return Cutter(vocabulary, context.shape)
-
-
-def _signals(opened: OpenedDataset, context: Context) -> dict[str, Any]:
-    assert opened.scores is not None
-    assert opened.tokens is not None
-    signals = Signals()
-    signals.read(opened.scores, opened.tokens, context)
-    signals.finish(context)
-    return signals.facts()
-
-
-class _Counted:
-    """An iterator over rows that counts them."""
-
-    def __init__(self, rows: Iterator[Row]) -> None:
-        self.count = 0
-        self._rows = rows
-
-    def __iter__(self) -> Iterator[Row]:
-        return self
-
-    def __next__(self) -> Row:
-        row = next(self._rows)
-        self.count += 1
-        return row
+    facts["tokenizer"] = None if vocabulary is None else vocabulary.tokenizer.name_or_path
+    facts["turns_known"] = audit.shape.known
+    if opened.scores is not None and opened.tokens is not None:
+        facts["signals"] = check_signals(opened.scores, opened.tokens, audit)
+    return AuditResult(opened.shown, opened.form, facts, audit.findings())
 
 
 def _vocabulary(ref: str, tokenizer: Any) -> Vocabulary:

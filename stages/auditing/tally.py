@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.findings import Audit
 
 _TURNS_TOLD = 8
 """Turns of a conversation that are counted separately; the last count includes all later turns."""
@@ -23,7 +23,7 @@ class Tally:
     turns: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))
     without_turns: int = 0
 
-    def add(self, example: Example, context: Context) -> None:
+    def add(self, example: Example, audit: Audit) -> None:
         """Count an example."""
         self.examples += 1
         self.tokens += len(example.ids)
@@ -33,8 +33,8 @@ class Tally:
         number = start = 0
         for turn in example.turns:
             stop = turn.stop
-            if context.vocabulary is not None:
-                stop = example.end(turn, context.shape.closers, context.vocabulary.is_control)
+            if audit.vocabulary is not None:
+                stop = example.end(turn, audit.shape.closers, audit.vocabulary.is_control)
             length, trained = stop - start, int(example.trained[start:stop].sum())
             start = stop
             role = self.roles[turn.role]

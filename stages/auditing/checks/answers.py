@@ -16,41 +16,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sstoken.selection import IntArray
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
-from sstoken.stages.auditing.findings import Shown
+from sstoken.stages.auditing.findings import Audit, Shown
 from sstoken.stages.auditing.kinds import Family
 from sstoken.stages.auditing.vocabulary import CONTROL, shown
 
 FAMILY = Family("answers")
-ROWS = FAMILY.kind(
-    "duplicate-rows",
-    "note",
-    "rows that are copies of an earlier row",
-    "drop the copies, unless they are intended",
+ROWS = FAMILY.note(
+    "duplicate-rows", "rows that are copies of an earlier row", "drop the copies, unless they are intended"
 )
-SAME = FAMILY.kind(
+SAME = FAMILY.note(
     "duplicate-answers",
-    "note",
     "rows with an answer that an earlier row has word for word",
     "check that they are intended",
 )
-NEAR = FAMILY.kind(
+NEAR = FAMILY.note(
     "near-duplicate-answers",
-    "note",
     "rows with an answer that is nearly that of an earlier row",
     "check that they are intended",
 )
-ONE_TOKEN = FAMILY.kind(
+ONE_TOKEN = FAMILY.note(
     "one-token-answers",
-    "note",
     "rows with an answer of one token, besides the token that ends it",
     "check that they are intended",
     "tokenizer",
 )
-SCRIPT = FAMILY.kind(
+SCRIPT = FAMILY.note(
     "answers-in-another-script",
-    "note",
     "rows with an answer in another script than its prompt",
     "check that they are intended",
     "template",
@@ -82,47 +74,47 @@ class Answers:
     _heads: list[NDArray[np.int32]] = field(default_factory=list)
     _numbers: list[int] = field(default_factory=list)
 
-    def add_row(self, ids: IntArray, example: Example, context: Context) -> None:
+    def add_row(self, ids: IntArray, example: Example, audit: Audit) -> None:
         """Count a row; `ids` are all of it."""
         if len(self._rows) >= MOST_ANSWERS:
             return
         digest = _digest(ids)
         if digest in self._rows:
-            context.found.add(ROWS, example)
+            audit.report(ROWS, example)
         self._rows.add(digest)
 
-    def check(self, example: Example, context: Context) -> None:
+    def check(self, example: Example, audit: Audit) -> None:
         """Check each answer."""
         for turn in example.answers:
-            said = self._said(example, turn, context)
-            if not said.size or _calls_a_tool(example, turn, context):
+            said = self._said(example, turn, audit)
+            if not said.size or _calls_a_tool(example, turn, audit):
                 continue  # calls are naturally alike
-            if context.vocabulary is not None and said.size == 1:
-                context.found.add(ONE_TOKEN, example, (turn.start, turn.start + 1))
-            if example.turns and context.vocabulary is not None:
-                _check_script(example, turn, context)
+            if audit.vocabulary is not None and said.size == 1:
+                audit.report(ONE_TOKEN, example, (turn.start, turn.start + 1))
+            if example.turns and audit.vocabulary is not None:
+                _check_script(example, turn, audit)
             if said.size >= LONG_ENOUGH:
-                self._compare(said, example, turn, context)
+                self._compare(said, example, turn, audit)
 
     @staticmethod
-    def _said(example: Example, turn: Turn, context: Context) -> IntArray:
+    def _said(example: Example, turn: Turn, audit: Audit) -> IntArray:
         """Return an answer's tokens without special tokens and whitespace."""
         ids = example.ids[turn.start : turn.stop][example.learned[turn.start : turn.stop]]
-        vocabulary = context.vocabulary
+        vocabulary = audit.vocabulary
         if vocabulary is None or not ids.size:
             return ids
         known = vocabulary.known(ids)
         return ids[~(vocabulary.is_control[known] | vocabulary.is_blank[known])]
 
-    def _compare(self, said: IntArray, example: Example, turn: Turn, context: Context) -> None:
+    def _compare(self, said: IntArray, example: Example, turn: Turn, audit: Audit) -> None:
         if self.compared >= MOST_ANSWERS:
             self.left_out += 1
             return
         self.compared += 1
         digest = _digest(said)
         if digest in self._seen:
-            if not context.found.has(ROWS, example.row):
-                context.found.add(SAME, example, (turn.start, turn.stop))
+            if not audit.has(ROWS, example.row):
+                audit.report(SAME, example, (turn.start, turn.stop))
             return
         self._seen.add(digest)
         self._numbers.append(example.row)
@@ -140,7 +132,7 @@ class Answers:
             self._signatures.append(signatures(self._buffer))
         self._buffer, self._buffered = [], 0
 
-    def finish(self, context: Context) -> None:
+    def finish(self, audit: Audit) -> None:
         """Report near duplicates."""
         self._sign()
         if not self._signatures:
@@ -153,22 +145,22 @@ class Answers:
             return
         first = int(copies[0])
         ids = [int(i) for i in self._heads[first] if i >= 0]
-        texts = context.found.texts(ids)
+        texts = audit.texts(ids)
         row = int(rows[first])
         example = Shown(f"row {row}", row, None, 0, (0, 0), tuple(ids), tuple(texts), (True,) * len(ids))
         detail = f"its answer is nearly that of row {int(rows[like[first]])}"
-        context.found.count(NEAR, int(np.unique(rows[copies]).size), example, detail)
+        audit.report_count(NEAR, int(np.unique(rows[copies]).size), example, detail)
 
     def facts(self) -> dict[str, Any]:
         """Return how many answers were compared."""
         return {"answers_compared": self.compared, "answers_not_compared": self.left_out}
 
 
-def _calls_a_tool(example: Example, turn: Turn, context: Context) -> bool:
-    if context.vocabulary is None or not context.shape.calls:
+def _calls_a_tool(example: Example, turn: Turn, audit: Audit) -> bool:
+    if audit.vocabulary is None or not audit.shape.calls:
         return False
     said = example.text[int(example.starts[turn.start]) : int(example.starts[turn.stop])]
-    return any(context.vocabulary.marked(mark) in said for mark in context.shape.calls)
+    return any(audit.vocabulary.marked(mark) in said for mark in audit.shape.calls)
 
 
 def signatures(answers: list[IntArray]) -> NDArray[np.uint32]:
@@ -225,7 +217,7 @@ def _digest(ids: IntArray) -> bytes:
     return hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=8).digest()
 
 
-def _check_script(example: Example, turn: Turn, context: Context) -> None:
+def _check_script(example: Example, turn: Turn, audit: Audit) -> None:
     before = next((t for t in reversed(example.turns) if t.stop <= turn.header and t.role == "user"), None)
     if before is None:
         return
@@ -237,7 +229,7 @@ def _check_script(example: Example, turn: Turn, context: Context) -> None:
     scripts = script(shown(asked)), script(shown(said))
     if None not in scripts and scripts[0] != scripts[1]:
         detail = f"the prompt is in {scripts[0]}, the answer in {scripts[1]}"
-        context.found.add(SCRIPT, example, (turn.start, turn.start + 8), detail)
+        audit.report(SCRIPT, example, (turn.start, turn.start + 8), detail)
 
 
 def script(text: str) -> str | None:

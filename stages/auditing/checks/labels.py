@@ -4,107 +4,98 @@ import re
 
 import numpy as np
 
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn, stretches
+from sstoken.stages.auditing.findings import Audit
 from sstoken.stages.auditing.kinds import Family
 
 FAMILY = Family("what is trained")
-NOTHING = FAMILY.kind(
+NOTHING = FAMILY.error(
     "nothing-trained",
-    "error",
     "rows in which no token is trained",
     "drop these rows, or fix what makes the labels: often the text by which it finds answers is missing, or the answer "
     "was cut off",
 )
-NOTHING_KEPT = FAMILY.kind(
+NOTHING_KEPT = FAMILY.warning(
     "nothing-kept",
-    "warning",
     "rows of which the selection keeps no token",
     "such rows cost training time and teach nothing: select a larger share, or let `export` drop them",
 )
-EVERYTHING = FAMILY.kind(
+EVERYTHING = FAMILY.error(
     "everything-trained",
-    "error",
     "rows in which every token is trained, the prompt too",
     "set the labels of the prompt to -100 (in TRL `assistant_only_loss` or `completion_only_loss`), unless the model "
     "should learn to write prompts",
 )
-PROMPT = FAMILY.kind(
+PROMPT = FAMILY.error(
     "prompt-trained",
-    "error",
     "rows that train tokens of a user, system or tool turn",
     "set their labels to -100",
     "template",
 )
-HEADER = FAMILY.kind(
+HEADER = FAMILY.error(
     "generation-prompt-trained",
-    "error",
     "rows that train the text that opens an answer, which the model is given at inference",
     "begin the trained span after the generation prompt",
     "template",
 )
-SHIFTED_MASK = FAMILY.kind(
+SHIFTED_MASK = FAMILY.error(
     "mask-shifted",
-    "error",
     "rows whose mask stands one token too early: it trains the token before each answer and not the one that ends it",
     "move the mask one token to the right: it marks the tokens that are learned, not the positions that predict them",
     "template",
 )
-LATE_START = FAMILY.kind(
+LATE_START = FAMILY.warning(
     "answer-start-not-trained",
-    "warning",
     "rows that train an answer without its first tokens",
     "begin the trained span right after the generation prompt; a single missing token often means a mask that is off "
     "by one, or a prompt that was tokenized separately",
     "template",
 )
-UNKNOWN_TURNS = FAMILY.kind(
+UNKNOWN_TURNS = FAMILY.warning(
     "turns-not-found",
-    "warning",
     "rows in which no turn of the tokenizer's chat template was found, so their prompts and turn ends were not checked",
     "name the tokenizer and template that made them (--model, --tokenizer, --chat-template)",
     "tokenizer",
 )
-ACROSS = FAMILY.kind(
+ACROSS = FAMILY.warning(
     "packed-start-trained",
-    "warning",
     "rows that train the first token of a document packed after another: it would be predicted from the other one",
     "set the label of each document's first token to -100",
 )
 
 
-def check(example: Example, context: Context) -> None:
+def check(example: Example, audit: Audit) -> None:
     """Check which tokens of an example are trained."""
-    found, trained = context.found, example.trained
+    trained = example.trained
     visible = np.flatnonzero(example.visible)
     if not trained.any():
         if example.whole:
-            found.add(NOTHING_KEPT if example.selected else NOTHING, example)
+            audit.report(NOTHING_KEPT if example.selected else NOTHING, example)
         return
     if visible.size > 1 and trained[visible[1:]].all():  # nothing predicts the first token
-        found.add(EVERYTHING, example, (int(visible[0]), int(visible[0]) + 1))
+        audit.report(EVERYTHING, example, (int(visible[0]), int(visible[0]) + 1))
         return
     if not example.whole and example.offset and trained[0]:
-        found.add(ACROSS, example, (0, 1))
+        audit.report(ACROSS, example, (0, 1))
     if not example.turns:
-        if context.shape.known and not example.offset:
-            found.add(UNKNOWN_TURNS, example)
+        if audit.shape.known and not example.offset:
+            audit.report(UNKNOWN_TURNS, example)
         return
-    if _shifted(example, context):
+    if _shifted(example, audit):
         first = next(t for t in example.answers)
-        found.add(SHIFTED_MASK, example, (first.start - 1, first.start))
+        audit.report(SHIFTED_MASK, example, (first.start - 1, first.start))
         return
-    _check_turns(example, context)
+    _check_turns(example, audit)
 
 
-def check_pack(first: Example, trained: bool, context: Context) -> None:
+def check_pack(first: Example, trained: bool, audit: Audit) -> None:
     """Check a row of several documents: does it train anything?"""
     if not trained:
-        context.found.add(NOTHING_KEPT if first.selected else NOTHING, first)
+        audit.report(NOTHING_KEPT if first.selected else NOTHING, first)
 
 
-def _check_turns(example: Example, context: Context) -> None:
-    vocabulary = context.vocabulary
+def _check_turns(example: Example, audit: Audit) -> None:
+    vocabulary = audit.vocabulary
     assert vocabulary is not None
     trained, visible = example.trained & example.visible, np.flatnonzero(example.visible)
     before = int(visible[0]) + 1 if visible.size else 0  # nothing predicts the first token
@@ -116,16 +107,16 @@ def _check_turns(example: Example, context: Context) -> None:
             prompt_trained = run is not None
             if run is not None:
                 focus = (start + run[0], start + run[1])
-                context.found.add(PROMPT, example, focus, f"in a turn of the {turn.role}")
+                audit.report(PROMPT, example, focus, f"in a turn of the {turn.role}")
         else:
             run = next(iter(stretches(trained[turn.header : turn.start - turn.shares_blank])), None)
             if run is not None and _only_opens_reasoning(example, turn, run):
                 run = None
             if run is not None and not prompt_trained:
-                context.found.add(HEADER, example, (turn.header + run[0], turn.header + run[1]))
+                audit.report(HEADER, example, (turn.header + run[0], turn.header + run[1]))
             if not example.selected and run is None:
-                _check_start(example, turn, context)
-        before = max(before, example.end(turn, context.shape.closers, vocabulary.is_control))
+                _check_start(example, turn, audit)
+        before = max(before, example.end(turn, audit.shape.closers, vocabulary.is_control))
 
 
 def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) -> bool:
@@ -137,12 +128,12 @@ def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) ->
     )
 
 
-def _check_start(example: Example, turn: Turn, context: Context) -> None:
+def _check_start(example: Example, turn: Turn, audit: Audit) -> None:
     trained = np.flatnonzero(example.trained[turn.start : turn.stop])
     if not trained.size or not trained[0] or trained[-1] - trained[0] + 1 != trained.size:
         return  # further gaps: the tokens are left out on purpose
     skipped = example.ids[turn.start : turn.start + trained[0]]
-    vocabulary, shape = context.vocabulary, context.shape
+    vocabulary, shape = audit.vocabulary, audit.shape
     assert vocabulary is not None
     inside = skipped[(skipped >= 0) & (skipped < vocabulary.size)]
     if vocabulary.is_control[inside].any() or vocabulary.is_blank[inside].all():
@@ -150,12 +141,12 @@ def _check_start(example: Example, turn: Turn, context: Context) -> None:
     begin, end = example.starts[turn.start], example.starts[turn.start + trained[0]]
     if any(mark.strip().encode() in example.text[begin:end] for mark in shape.thoughts):
         return  # reasoning has a check of its own
-    context.found.add(LATE_START, example, (turn.start, turn.start + int(trained[0])))
+    audit.report(LATE_START, example, (turn.start, turn.start + int(trained[0])))
 
 
-def _shifted(example: Example, context: Context) -> bool:
+def _shifted(example: Example, audit: Audit) -> bool:
     """Return whether the trained span of every answer starts and ends one token too early."""
-    closers = context.shape.closers
+    closers = audit.shape.closers
     answers = example.answers
     if example.selected or not answers or not closers:
         return False

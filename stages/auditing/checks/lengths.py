@@ -7,22 +7,19 @@ from typing import Any
 import numpy as np
 
 from sstoken.selection import BoolArray
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
-from sstoken.stages.auditing.findings import Shown
+from sstoken.stages.auditing.findings import Audit, Shown
 from sstoken.stages.auditing.kinds import Family
 from sstoken.stages.encoding.token_stats import percentile
 
 FAMILY = Family("lengths")
-CUT = FAMILY.kind(
+CUT = FAMILY.warning(
     "answers-cut",
-    "warning",
     "rows whose answers do not fit into the maximum length",
     "raise --max-length, or drop these rows: an answer that breaks off has no end",
 )
-LOST = FAMILY.kind(
+LOST = FAMILY.error(
     "answers-lost",
-    "error",
     "rows whose answers lie entirely beyond the maximum length",
     "raise --max-length, or drop these rows",
 )
@@ -43,17 +40,10 @@ class Lengths:
     _lost_rows: dict[int, int] = field(default_factory=Counter)
     _first: dict[str, Shown] = field(default_factory=dict)
 
-    def add(self, example: Example, length: int, trained: BoolArray, context: Context) -> None:
-        """Count a row.
-
-        Args:
-            example: the row, or the first document in it.
-            length: of the whole row.
-            trained: [length].
-            context: for the examples of findings.
-        """
+    def add(self, example: Example, trained: BoolArray, audit: Audit) -> None:
+        """Count a row: `example` is the row, or the first document in it; `trained` covers the whole row, [T]."""
+        length, total = len(trained), int(np.count_nonzero(trained))
         self.rows[length] += 1
-        total = int(np.count_nonzero(trained))
         self.trained += total
         for limit in self._limits():
             kept = total if length <= limit else int(np.count_nonzero(trained[:limit]))
@@ -64,12 +54,12 @@ class Lengths:
             kept = int(np.count_nonzero(trained[: self.max_length]))
             if kept < total and (name := "cut" if kept else "lost") not in self._first:
                 at = self.max_length - example.offset
-                self._first[name] = context.found.show(example, (at - 1, at))
+                self._first[name] = audit.show(example, (at - 1, at))
 
     def _limits(self) -> list[int]:
         return sorted({*CURVE, *([self.max_length] if self.max_length else [])})
 
-    def finish(self, context: Context) -> None:
+    def finish(self, audit: Audit) -> None:
         """Report what the maximum length cuts."""
         if self.max_length is None:
             return
@@ -77,8 +67,8 @@ class Lengths:
         cut = self._cut_rows[self.max_length] - lost
         share = 1 - self._kept[self.max_length] / max(1, self.trained)
         detail = f"at {self.max_length:,} tokens {share:.1%} of what is trained is lost"
-        context.found.count(CUT, cut, self._first.get("cut"), detail)
-        context.found.count(LOST, lost, self._first.get("lost"), detail)
+        audit.report_count(CUT, cut, self._first.get("cut"), detail)
+        audit.report_count(LOST, lost, self._first.get("lost"), detail)
 
     def facts(self) -> dict[str, Any]:
         """Return percentiles and the curve."""

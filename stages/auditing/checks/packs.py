@@ -5,21 +5,20 @@ from collections.abc import Iterator
 import numpy as np
 
 from sstoken.selection import IntArray
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.findings import Audit
 from sstoken.stages.auditing.kinds import Family
 
 FAMILY = Family("packs")
-POSITIONS = FAMILY.kind(
+POSITIONS = FAMILY.error(
     "bad-positions",
-    "error",
     "rows whose position_ids or seq_lengths do not fit their tokens",
     "count positions from 0 in each document; the lengths of a pack's documents add up to its tokens",
 )
 
 
 def documents(
-    example: Example, positions: IntArray | None, lengths: IntArray | None, context: Context
+    example: Example, positions: IntArray | None, lengths: IntArray | None, audit: Audit
 ) -> Iterator[Example]:
     """Yield the documents of a row; a row that is not packed is yielded as it is.
 
@@ -27,17 +26,17 @@ def documents(
         example: the row, T tokens.
         positions: position_ids, [T].
         lengths: the documents' lengths.
-        context: collects the findings.
+        audit: collects the findings.
     """
     starts = [0]
     if positions is not None:
-        starts = _by_positions(example, positions, context)
+        starts = _by_positions(example, positions, audit)
     if lengths is not None:
         if lengths.sum() == len(example.ids) and (lengths > 0).all():
             starts = [0, *np.cumsum(lengths)[:-1].tolist()]
         else:
             said = f"the lengths add up to {lengths.sum()}, there are {len(example.ids)} tokens"
-            context.found.add(POSITIONS, example, (0, 0), said)
+            audit.report(POSITIONS, example, (0, 0), said)
     if len(starts) == 1:
         yield example
         return
@@ -57,7 +56,7 @@ def documents(
         )
 
 
-def _by_positions(example: Example, positions: IntArray, context: Context) -> list[int]:
+def _by_positions(example: Example, positions: IntArray, audit: Audit) -> list[int]:
     places = np.arange(len(positions)) if example.padding is None else np.flatnonzero(~example.padding)
     counted = positions[places]
     if not counted.size:
@@ -68,6 +67,6 @@ def _by_positions(example: Example, positions: IntArray, context: Context) -> li
     good = zeros[1 : last + 1] | (np.diff(counted)[:last] == 1)
     if counted[0] != 0 or not good.all():
         at = int(places[0] if counted[0] != 0 else places[int(np.argmin(good)) + 1])
-        context.found.add(POSITIONS, example, (at, at + 1), f"position {positions[at]} at token {at}")
+        audit.report(POSITIONS, example, (at, at + 1), f"position {positions[at]} at token {at}")
         return [0]
     return [0, *(int(i) for i in places[zeros] if i > places[0])]

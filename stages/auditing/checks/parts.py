@@ -5,25 +5,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
+from sstoken.stages.auditing.findings import Audit
 from sstoken.stages.auditing.kinds import Family
 from sstoken.stages.auditing.vocabulary import Vocabulary
 
-FAMILY = Family("reasoning and tool calls")
-REASONING = FAMILY.kind(
+FAMILY = Family("reasoning and tool calls", "template")
+REASONING = FAMILY.warning(
     "reasoning-not-trained",
-    "warning",
     "rows with an answer that is trained without its reasoning",
     "train the reasoning too, or take it out of the rows: the model would answer without having learned to think",
-    "template",
 )
-CALL = FAMILY.kind(
+CALL = FAMILY.warning(
     "tool-call-not-trained",
-    "warning",
     "rows with an answer that is trained without its tool call",
     "train the call too, or take it out of the rows",
-    "template",
 )
 
 
@@ -36,20 +32,20 @@ class Parts:
     _patterns: tuple[re.Pattern[bytes], re.Pattern[bytes] | None] | None = None
     _closes: bytes = b""
 
-    def check(self, example: Example, context: Context) -> None:
+    def check(self, example: Example, audit: Audit) -> None:
         """Check the reasoning and tool calls of each answer."""
-        if context.vocabulary is None or not example.turns:
+        if audit.vocabulary is None or not example.turns:
             return
         if self._patterns is None:
-            self._patterns = _patterns(context)
-            self._closes = context.vocabulary.marked(context.shape.thoughts[1])
+            self._patterns = _patterns(audit)
+            self._closes = audit.vocabulary.marked(audit.shape.thoughts[1])
         for turn in example.turns:
             if turn.role == "assistant":
-                self._check(example, turn, context)
+                self._check(example, turn, audit)
 
-    def _check(self, example: Example, turn: Turn, context: Context) -> None:
+    def _check(self, example: Example, turn: Turn, audit: Audit) -> None:
         assert self._patterns is not None
-        assert context.vocabulary is not None
+        assert audit.vocabulary is not None
         thoughts, calls = self._patterns
         begin, end = int(example.starts[turn.start]), int(example.starts[turn.stop])
         spans: list[tuple[str, int, int]] = []
@@ -63,7 +59,7 @@ class Parts:
         learned = example.learned
         for name, start, stop in spans:
             first, last = (int(np.searchsorted(example.starts, at)) for at in (start, stop))
-            while last > first and _is_mark(int(example.ids[last - 1]), context.vocabulary):
+            while last > first and _is_mark(int(example.ids[last - 1]), audit.vocabulary):
                 last -= 1  # the marks that end the call or the turn
             trained = int(learned[first:last].sum())
             self.tokens[name] += last - first
@@ -71,7 +67,7 @@ class Parts:
             others = learned[turn.start : first].any() or learned[last : turn.stop].any()
             if not trained and others and last > first:
                 reported = REASONING if name == "reasoning" else CALL
-                context.found.add(reported, example, (first, last))
+                audit.report(reported, example, (first, last))
 
     def facts(self) -> dict[str, dict[str, int]]:
         """Return the counts."""
@@ -83,8 +79,8 @@ def _is_mark(token: int, vocabulary: Vocabulary) -> bool:
     return known and bool(vocabulary.is_control[token] or vocabulary.is_blank[token])
 
 
-def _patterns(context: Context) -> tuple[re.Pattern[bytes], re.Pattern[bytes] | None]:
-    vocabulary, shape = context.vocabulary, context.shape
+def _patterns(audit: Audit) -> tuple[re.Pattern[bytes], re.Pattern[bytes] | None]:
+    vocabulary, shape = audit.vocabulary, audit.shape
     assert vocabulary is not None
     opens, closes = (re.escape(vocabulary.marked(mark)) for mark in shape.thoughts)
     # Where the generation prompt opens the reasoning, the answer begins inside it.

@@ -7,21 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sstoken.stages.auditing.checks.rows import Row
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.findings import Audit
 from sstoken.stages.auditing.kinds import Family, Kind
 from sstoken.stages.encoding import chat, rendering
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, NeedsDecision, PassedOver
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
-FAMILY = Family("conversations and the chat template")
+FAMILY = Family("conversations and the chat template", "raw")
 _TURNS = "use --turns each, or a --chat-template that prints all of it"
 
 
 def _lost(what: str, about: str) -> Kind:
-    return FAMILY.kind(
-        f"{what}-dropped", "error", f"rows whose {about} the chat template leaves out", _TURNS, "raw"
-    )
+    return FAMILY.error(f"{what}-dropped", f"rows whose {about} the chat template leaves out", _TURNS)
 
 
 DROPPED = {
@@ -31,71 +29,49 @@ DROPPED = {
     "tool_calls": _lost("tool-calls", "tool calls"),
     "content": _lost("content", "text"),
 }
-UNSURE = FAMILY.kind(
+UNSURE = FAMILY.error(
     "uncertain-mask",
-    "error",
     "rows in which it is not certain where an answer begins or ends",
     "use a chat template that marks answers with {% generation %}, such as --chat-template trl:NAME",
-    "raw",
 )
-REFUSED = FAMILY.kind(
-    "template-refuses",
-    "error",
-    "rows that the chat template refuses",
-    "fix the rows, or use another --chat-template",
-    "raw",
+REFUSED = FAMILY.error(
+    "template-refuses", "rows that the chat template refuses", "fix the rows, or use another --chat-template"
 )
-SPECIAL = FAMILY.kind(
+SPECIAL = FAMILY.error(
     "special-token-in-text",
-    "error",
     "rows whose text holds a special token: a chat template was applied already, or the text was not cleaned",
     "remove it, or keep the rows with --keep-special-tokens",
-    "raw",
 )
-TOKENIZER = FAMILY.kind(
+TOKENIZER = FAMILY.error(
     "changed-by-tokenizer",
-    "error",
     "rows whose answers do not survive tokenization as they are written",
     "use another tokenizer, or clean the text",
-    "raw",
 )
-DECISION = FAMILY.kind(
+DECISION = FAMILY.error(
     "needs-decision",
-    "error",
     "rows that can be read in several ways",
     "choose one with the option that the example names",
-    "raw",
 )
-BAD = FAMILY.kind(
-    "bad-row", "error", "rows that are not a conversation to train on", "fix or drop them", "raw"
-)
-NO_TEMPLATE = FAMILY.kind(
+BAD = FAMILY.error("bad-row", "rows that are not a conversation to train on", "fix or drop them")
+NO_TEMPLATE = FAMILY.warning(
     "no-chat-template",
-    "warning",
     "rows encoded without a chat template: a plain one is used (User: ... Assistant: ...)",
     "name the template that the model will be used with (--chat-template)",
-    "raw",
 )
-NAMES = FAMILY.kind(
+NAMES = FAMILY.warning(
     "names-dropped",
-    "warning",
     "rows whose speakers have names, which the chat template leaves out",
     "write the names into the contents, if they matter",
-    "raw",
 )
-NORMALIZED = FAMILY.kind(
+NORMALIZED = FAMILY.warning(
     "text-normalized",
-    "warning",
     "rows whose text the tokenizer changes (blanks, or other forms of letters)",
     "check that code and quotations are still right",
-    "raw",
 )
-NOT_MARKED = FAMILY.kind(
+NOT_MARKED = FAMILY.warning(
     "turn-not-marked",
-    "warning",
     "rows with an answer, or a part of one, that the chat template does not mark with {% generation %}",
     "mark it in the template, if it should be trained",
-    "raw",
 )
 _NOTES = {
     rendering.SPEAKERS_LOST: NAMES,
@@ -128,7 +104,7 @@ class Conversations:
     unused: Counter[str] = field(default_factory=Counter)
     proofs: Counter[str] = field(default_factory=Counter)
 
-    def refuse(self, row: Row, error: BadRow, context: Context, conversation: Conversation | None) -> None:
+    def refuse(self, row: Row, error: BadRow, audit: Audit, conversation: Conversation | None) -> None:
         """Count a row that cannot be encoded; `conversation` is its content, if that could be read."""
         if isinstance(error, PassedOver):
             self.passed_over[error.reason] += 1
@@ -140,17 +116,17 @@ class Conversations:
         text = _excerpt(error.detail, row, conversation)
         if error.reason == LOST:
             for name in dict.fromkeys(_KINDS.findall(detail)) or ("content",):
-                context.found.place(DROPPED[name], row.where, row.index, detail, remedy, text)
+                audit.report_row(DROPPED[name], row.where, row.index, detail, remedy, text)
             return
         default = DECISION if isinstance(error, NeedsDecision) else BAD
-        context.found.place(_REASONS.get(error.reason, default), row.where, row.index, said, remedy, text)
+        audit.report_row(_REASONS.get(error.reason, default), row.where, row.index, said, remedy, text)
 
-    def note(self, notes: tuple[str, ...], example: Example, context: Context) -> None:
+    def note(self, notes: tuple[str, ...], example: Example, audit: Audit) -> None:
         """Count the notes that encoding made about a row."""
         self.notes.update(notes)
         for note in notes:
             if note in _NOTES:
-                context.found.add(_NOTES[note], example, (0, 0), note)
+                audit.report(_NOTES[note], example, (0, 0), note)
 
     def facts(self) -> dict[str, Any]:
         """Return the counts."""

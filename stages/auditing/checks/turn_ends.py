@@ -7,67 +7,52 @@ import numpy as np
 
 from sstoken.selection import IntArray
 from sstoken.stages.auditing.checks.labels import SHIFTED_MASK
-from sstoken.stages.auditing.context import Context
 from sstoken.stages.auditing.examples import Example, Turn
-from sstoken.stages.auditing.findings import Shown
+from sstoken.stages.auditing.findings import Audit, Shown
 from sstoken.stages.auditing.kinds import Family
 
-FAMILY = Family("turn ends")
-NOT_TRAINED = FAMILY.kind(
+FAMILY = Family("turn ends", "tokenizer")
+NOT_TRAINED = FAMILY.error(
     "end-not-trained",
-    "error",
     "rows with an answer whose end token stands there and is not trained: the model does not learn to stop",
     "train the token that ends the turn, also where it opens the next one (as in GLM-4)",
-    "tokenizer",
 )
-MISSING = FAMILY.kind(
+MISSING = FAMILY.error(
     "end-missing",
-    "error",
     "rows with an answer that no end token follows: the model does not learn to stop",
     "add the end token after each answer ({{ eos_token }} in the chat template)",
-    "tokenizer",
 )
-TRUNCATED = FAMILY.kind(
+TRUNCATED = FAMILY.warning(
     "answer-truncated",
-    "warning",
     "rows of the greatest length whose last answer has no end: they were cut",
     "tokenize with a larger maximum length, or drop these rows",
-    "tokenizer",
 )
-DOUBLED = FAMILY.kind(
+DOUBLED = FAMILY.error(
     "end-doubled",
-    "error",
     "rows with an answer that ends in the same token twice, both trained",
     "add the end token once: the template has it already, or the tokenizer adds it",
-    "tokenizer",
 )
-INSIDE = FAMILY.kind(
+INSIDE = FAMILY.error(
     "end-inside",
-    "error",
     "rows that train a token that stops generation in the middle of an answer",
     "remove it from the text of the answer",
-    "tokenizer",
 )
-NOT_A_STOP = FAMILY.kind(
+NOT_A_STOP = FAMILY.warning(
     "end-not-a-stop-token",
-    "warning",
     "rows whose last answer ends with a token that does not stop generation",
     "name it in eos_token_id of generation_config.json, or set the tokenizer's eos_token to it",
     "template",
 )
-NO_NEXT = FAMILY.kind(
+NO_NEXT = FAMILY.warning(
     "end-in-next-header-alone",
-    "warning",
     "rows whose last answer has no end: the chat template puts it into the header of the next turn, and no row has one",
     "use a template that also prints it after the last answer, or add rows of several turns",
     "template",
 )
-DROPPED = FAMILY.kind(
+DROPPED = FAMILY.warning(
     "turn-ends-dropped",
-    "warning",
     "rows of a selection that drops the end of a turn, as it does for most turns",
     "keep them: select with --protect end_of_turn",
-    "tokenizer",
 )
 
 
@@ -96,25 +81,25 @@ class TurnEnds:
     _first: dict[str, Shown] = field(default_factory=dict)
     _last_dropped: int = -1
 
-    def check(self, example: Example, context: Context) -> None:
+    def check(self, example: Example, audit: Audit) -> None:
         """Check the end of each answer."""
-        row_length = _shown_length(example, context)
+        row_length = _shown_length(example, audit)
         if example.whole:
             self.longest = max(self.longest, row_length)
             self.lengths[row_length] += 1
-        if context.vocabulary is None or (example.selected and example.response is None):
+        if audit.vocabulary is None or (example.selected and example.response is None):
             return
         if example.whole and example.learned[1:].all():
             return  # everything is trained: `labels` reports it
-        if context.found.has(SHIFTED_MASK, example.row):
+        if audit.has(SHIFTED_MASK, example.row):
             return
         for turn in example.answers:
-            self._check(example, turn, context, row_length)
+            self._check(example, turn, audit, row_length)
 
-    def _check(self, example: Example, turn: Turn, context: Context, row_length: int) -> None:
-        vocabulary, found = context.vocabulary, context.found
+    def _check(self, example: Example, turn: Turn, audit: Audit, row_length: int) -> None:
+        vocabulary = audit.vocabulary
         assert vocabulary is not None
-        ids, learned, closers = example.ids, example.learned, context.shape.closers or vocabulary.stops
+        ids, learned, closers = example.ids, example.learned, audit.shape.closers or vocabulary.stops
         limit = example.end(turn, closers, vocabulary.is_control)
         own = np.flatnonzero(learned[turn.header : limit]) + turn.header
         own = own[~vocabulary.is_blank[vocabulary.known(ids[own])]]
@@ -124,47 +109,46 @@ class TurnEnds:
             return
         self.turns += 1
         last = int(own[-1])
-        self._check_inside(example, turn, last, context)
+        self._check_inside(example, turn, last, audit)
         if int(ids[last]) in closers or last >= turn.stop:
             self.trained += 1
             self.opened_next += last >= turn.stop
-            self._check_once(example, own, context)
+            self._check_once(example, own, audit)
             if example.selected and not example.trained[last]:
-                self._drop(example, last, context)
+                self._drop(example, last, audit)
             final = turn is example.answers[-1] and limit >= row_length
             self.closed_rows += final
-            if final and int(ids[last]) in context.shape.last_closers - vocabulary.stops:
-                found.add(NOT_A_STOP, example, (last, last + 1))
+            if final and int(ids[last]) in audit.shape.last_closers - vocabulary.stops:
+                audit.report(NOT_A_STOP, example, (last, last + 1))
             return
         visible = example.visible
         end = next((i for i in range(last + 1, limit) if int(ids[i]) in closers and visible[i]), None)
         if end is not None:
             self.not_trained += 1
-            found.add(NOT_TRAINED, example, (end, end + 1))
+            audit.report(NOT_TRAINED, example, (end, end + 1))
             return
         self.missing += 1
         if limit >= row_length:
             if not example.whole:
                 return  # packing cuts its last document
             self.open_rows[row_length] += 1
-            if "open" not in self._first or row_length == self.longest:
-                name = "open" if "open" not in self._first else "longest"
-                self._first[name] = found.show(example, (last, last + 1))
+            if "open" not in self._first:
+                self._first["open"] = audit.show(example, (last, last + 1))
             if row_length == self.longest:
-                self._first["longest"] = found.show(example, (last, last + 1))
+                self._first["longest"] = audit.show(example, (last, last + 1))
         else:
-            found.add(MISSING, example, (last, last + 1))
+            audit.report(MISSING, example, (last, last + 1))
 
-    def _check_once(self, example: Example, own: IntArray, context: Context) -> None:
+    def _check_once(self, example: Example, own: IntArray, audit: Audit) -> None:
         ids = example.ids[own]
         same = 1
         while same < len(ids) and ids[-1 - same] == ids[-1]:
             same += 1
         if same == 2:
-            context.found.add(DOUBLED, example, (int(own[-2]), int(own[-1]) + 1))
+            audit.report(DOUBLED, example, (int(own[-2]), int(own[-1]) + 1))
 
-    def _check_inside(self, example: Example, turn: Turn, last: int, context: Context) -> None:
-        vocabulary = context.vocabulary
+    def _check_inside(self, example: Example, turn: Turn, last: int, audit: Audit) -> None:
+        vocabulary = audit.vocabulary
         assert vocabulary is not None
         ids = example.ids
         part = ids[turn.start : last]
@@ -173,31 +157,31 @@ class TurnEnds:
             rest = ids[position + 1 : last]
             rest = rest[~vocabulary.is_blank[vocabulary.known(rest)]]
             if rest.size and not vocabulary.is_control[vocabulary.known(rest[:1])][0]:
-                context.found.add(INSIDE, example, (int(position), int(position) + 1))
+                audit.report(INSIDE, example, (int(position), int(position) + 1))
 
-    def _drop(self, example: Example, last: int, context: Context) -> None:
+    def _drop(self, example: Example, last: int, audit: Audit) -> None:
         self.dropped += 1
         if example.row != self._last_dropped:
             self._last_dropped = example.row
             self.dropped_rows += 1
         if "dropped" not in self._first:
-            self._first["dropped"] = context.found.show(example, (last, last + 1))
+            self._first["dropped"] = audit.show(example, (last, last + 1))
 
-    def finish(self, context: Context) -> None:
+    def finish(self, audit: Audit) -> None:
         """Report what depends on the whole dataset."""
         if 2 * self.dropped > self.turns:
-            context.found.count(DROPPED, self.dropped_rows, self._first["dropped"])
-        if context.shape.in_next_header and not self.closed_rows:
+            audit.report_count(DROPPED, self.dropped_rows, self._first["dropped"])
+        if audit.shape.in_next_header and not self.closed_rows:
             # The last answer of a row has no next turn; the others may teach the end.
             if not self.opened_next and not self.not_trained:
-                context.found.count(NO_NEXT, self.open_rows.total(), self._first.get("open"))
+                audit.report_count(NO_NEXT, self.open_rows.total(), self._first.get("open"))
             return
         cut = self._cut()
-        context.found.count(TRUNCATED, cut, self._first.get("longest"))
+        audit.report_count(TRUNCATED, cut, self._first.get("longest"))
         left = self.open_rows.total() - cut
-        already = MISSING in context.found
+        already = MISSING in audit
         if left and not already:
-            context.found.count(MISSING, left, self._first.get("open"))
+            audit.report_count(MISSING, left, self._first.get("open"))
 
     def _cut(self) -> int:
         """Return how many open rows were cut at a maximum length: those of the greatest length, if it is a limit."""
@@ -217,10 +201,10 @@ class TurnEnds:
         }
 
 
-def _shown_length(example: Example, context: Context) -> int:
+def _shown_length(example: Example, audit: Audit) -> int:
     """Return the length of an example without the padding after it."""
     shown = example.visible.copy()
-    vocabulary = context.vocabulary
+    vocabulary = audit.vocabulary
     if vocabulary is not None and vocabulary.pads_apart:
         shown &= example.ids != vocabulary.pad
     places = np.flatnonzero(shown)
