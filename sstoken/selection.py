@@ -47,19 +47,14 @@ def runs(mask: BoolArray, offsets: NDArray[np.integer[Any]]) -> IntArray:
     return np.append(np.flatnonzero(begins), true.size)
 
 
-def check_ratio(rho: float) -> None:
-    """Refuse a selection ratio outside (0, 1].
+def num_kept(num_tokens: int, rho: float) -> int:
+    """`ceil(rho * n)`, with rho taken as the decimal it is written as: 0.55 of 100 tokens is 55, not 56.
 
     Raises:
-        UsageError: with the value and the legal range.
+        UsageError: rho is outside (0, 1].
     """
     if not (isinstance(rho, int | float) and 0 < rho <= 1):
         raise UsageError(f"rho is {rho}; legal is 0 < rho <= 1 (the share of response tokens to keep)")
-
-
-def num_kept(num_tokens: int, rho: float) -> int:
-    """`ceil(rho * n)`, with rho taken as the decimal it is written as: 0.55 of 100 tokens is 55, not 56."""
-    check_ratio(rho)
     return math.ceil(Fraction(str(rho)) * num_tokens)
 
 
@@ -99,75 +94,51 @@ def minmax_tensor(values: "Tensor", example: "Tensor", num_examples: int) -> "Te
     return (values - low[example]) / ((high - low)[example] + MINMAX_EPSILON)
 
 
-def minmax_units(values: Any, units: IntArray, unit: Any) -> Any:
-    """`minmax` of an array, `minmax_tensor` of a tensor.
-
-    Args:
-        values: [N] float64, numpy or torch.
-        units: [U + 1] on the host.
-        unit: [N] index of each token's unit.
-    """
-    if isinstance(values, np.ndarray):
-        return minmax(values, units)
-    return minmax_tensor(values, unit, len(units) - 1)
-
-
-def keep_top(scores: Any, units: IntArray, quotas: Sequence[int], unit: Any) -> Any:
-    """Keep the `quotas[u]` highest scores of each unit, numpy or torch; ties go to the earlier token.
-
-    Args:
-        scores: [N] float64, finite.
-        units: [U + 1] on the host, where each unit starts.
-        quotas: [U].
-        unit: [N] index of each token's unit, ascending.
-
-    Returns:
-        [N] bool.
-    """
-    if not isinstance(scores, np.ndarray):
-        return keep_per_example_tensor(scores, unit, quotas)
-    # lexsort is stable: equal scores stay in the order of the tokens.
-    order = np.lexsort((-scores, unit))
-    rank_N = np.empty(scores.size, dtype=np.int64)
-    rank_N[order] = np.arange(scores.size) - np.repeat(units[:-1], np.diff(units))
-    return rank_N < np.asarray(quotas, dtype=np.int64)[unit]
-
-
-def keep_per_example(scores: Float64Array, offsets: IntArray, rho: float) -> BoolArray:
-    """Keep the `ceil(rho * n)` highest scores of each example.
+def keep_top(scores: Float64Array, units: IntArray, quotas: Sequence[int]) -> BoolArray:
+    """Keep the `quotas[u]` highest scores of each unit; ties go to the earlier token.
 
     Args:
         scores: [N], finite.
-        offsets: [E + 1].
-        rho: in (0, 1].
+        units: [U + 1], where each unit starts.
+        quotas: [U].
 
     Returns:
         [N] bool.
     """
-    counts = np.diff(offsets)
-    lengths, inverse = np.unique(counts, return_inverse=True)  # one exact (slow) quota per distinct length
-    quotas = np.array([num_kept(int(n), rho) for n in lengths], dtype=np.int64)[inverse]
-    return keep_top(scores, offsets, quotas.tolist(), np.repeat(np.arange(counts.size), counts))
+    counts = np.diff(units)
+    unit = np.repeat(np.arange(counts.size), counts)
+    # lexsort is stable: equal scores stay in the order of the tokens.
+    order = np.lexsort((-scores, unit))
+    rank_N = np.empty(scores.size, dtype=np.int64)
+    rank_N[order] = np.arange(scores.size) - np.repeat(units[:-1], counts)
+    return rank_N < np.asarray(quotas, dtype=np.int64)[unit]
 
 
-def keep_per_example_tensor(scores: "Tensor", example: "Tensor", quotas: Sequence[int]) -> "Tensor":
-    """`keep_per_example` of a tensor, on its device.
+def keep_top_tensor(scores: "Tensor", unit: "Tensor", quotas: Sequence[int]) -> "Tensor":
+    """`keep_top` of a tensor, on its device.
 
     Args:
-        scores: [N] float64, finite; the examples' tokens back to back.
-        example: [N] index of each token's example, ascending.
-        quotas: [E], how many to keep of each (`num_kept`).
+        scores: [N] float64, finite.
+        unit: [N] index of each token's unit, ascending.
+        quotas: [U].
 
     Returns:
         [N] bool.
     """
     order = (scores + 0.0).argsort(descending=True, stable=True)  # + 0.0 makes -0.0 and 0.0 the same
-    order = order[example[order].argsort(stable=True)]
-    ones = example.new_ones(example.shape)
-    counts = example.new_zeros(len(quotas)).scatter_add(0, example, ones)
-    place = ones.cumsum(0) - 1 - (counts.cumsum(0) - counts)[example]
+    order = order[unit[order].argsort(stable=True)]
+    ones = unit.new_ones(unit.shape)
+    counts = unit.new_zeros(len(quotas)).scatter_add(0, unit, ones)
+    place = ones.cumsum(0) - 1 - (counts.cumsum(0) - counts)[unit]
     rank = place.new_empty(place.shape).index_copy(0, order, place)
-    return rank < example.new_tensor(quotas)[example]
+    return rank < unit.new_tensor(quotas)[unit]
+
+
+def keep_per_example(scores: Float64Array, offsets: IntArray, rho: float) -> BoolArray:
+    """Keep the `ceil(rho * n)` highest scores of each example: [N] bool, of scores [N] and offsets [E + 1]."""
+    lengths, inverse = np.unique(np.diff(offsets), return_inverse=True)
+    quotas = [num_kept(int(n), rho) for n in lengths]  # exact and slow, so once for each distinct length
+    return keep_top(scores, offsets, np.array(quotas, dtype=np.int64)[inverse].tolist())
 
 
 class Cut(NamedTuple):

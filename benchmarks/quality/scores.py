@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.quality.signals import FloatArray, Signals
-from sstoken.methods.prompt_gain import pmi_band
+from sstoken.methods.instruction import pmi_band
 from sstoken.selection import IntArray, minmax
 
 Score = Callable[[Signals, IntArray], FloatArray]
@@ -39,8 +39,8 @@ def rel(s: Signals) -> FloatArray:
     return s["history.loss"] - s["current.loss"]
 
 
-def _pmi_band(role: str, **settings: float) -> Score:
-    return lambda s, o: pmi_band(s[f"{role}.loss"], s[f"{role}.loss_unconditional"], o, **settings)
+def _pmi_band(role: str) -> Score:
+    return lambda s, o: pmi_band(s[f"{role}.loss"], s[f"{role}.loss_unconditional"], o)
 
 
 SCORES: dict[str, Score] = {

@@ -11,7 +11,7 @@ from benchmarks.quality.planting import KINDS
 from benchmarks.quality.scores import SCORES, position, ranks, rel
 from benchmarks.quality.signals import FloatArray
 from benchmarks.quality.tokens import CONTENT, END
-from sstoken.methods.prompt_gain import pmi_band
+from sstoken.methods.instruction import PmiBandParams, pmi_band
 from sstoken.selection import minmax
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _by_half_of_kinds(pooled: Pooled) -> dict[str, Any]:
     judged_offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[1::2])]).astype(np.int64)
     content = kinds == CONTENT
     settings = [dict(zip(PMI_GRID, values, strict=True)) for values in product(*PMI_GRID.values())]
-    scores = [pmi_band(loss, alone, offsets, **s) for s in settings]
+    scores = [pmi_band(loss, alone, offsets, PmiBandParams(**s)) for s in settings]
     rows = {}
     for half in ("tune", "held"):
         own = np.isin(kinds, [kind for kind, of in KINDS.items() if of == half])

@@ -14,44 +14,40 @@ def _random(tokens: Tokens, params: Params) -> Array:
     return tokens.like(np.random.default_rng(tokens.seed).random(tokens.num_tokens))
 
 
-_method = partial(Method, family="baselines")
+_ranking = partial(
+    Method,
+    family="baselines",
+    policy=KEEP_SHARE,
+    params=Share,
+    scopes=("sample", "turn", "global"),
+    ignores=("gamma",),
+)
 METHODS = (
-    _method(
+    _ranking(
         name="attention",
         inputs=("current.attention",),
         formula="attention",
         source="ssToken, Qin et al. 2025, arXiv 2510.18250 (gamma = 0)",
         score=lambda tokens, params: tokens["current.attention"],
-        policy=KEEP_SHARE,
-        params=Share,
-        scopes=("sample", "turn", "global"),
         evidence="A",
-        ignores=("gamma",),
     ),
-    _method(
+    _ranking(
         name="loss",
         inputs=("current.loss",),
         formula="current_loss",
         source="baseline: the tokens that the model finds hardest",
         score=lambda tokens, params: tokens["current.loss"],
-        policy=KEEP_SHARE,
-        params=Share,
-        scopes=("sample", "turn", "global"),
-        ignores=("gamma",),
     ),
-    _method(
+    _ranking(
         name="random",
         inputs=(),
         formula="uniform(0, 1), seeded",
         source="baseline",
         score=_random,
-        policy=KEEP_SHARE,
-        params=Share,
-        scopes=("sample", "turn", "global"),
-        ignores=("gamma",),
     ),
-    _method(
+    Method(
         name="full",
+        family="baselines",
         inputs=(),
         formula="0 (keeps every response token, whatever rho)",
         source="baseline: ordinary fine-tuning",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from sstoken.methods.tokens import Array, Tokens
 
@@ -22,11 +22,8 @@ class Policy:
 
     text: str
     """What it does, for the table of methods."""
-
-    @property
-    def ranks(self) -> bool:
-        """Whether it ranks the tokens of a unit against one another."""
-        return False
+    ranks: ClassVar[bool] = False
+    """Whether it ranks the tokens of a unit against one another."""
 
     def apply(self, scores: Array, tokens: Tokens, params: Any) -> Outcome:
         """Decide about N tokens, given their scores [N]."""
@@ -37,17 +34,13 @@ class Policy:
 class Top(Policy):
     """Keep the highest scores of each unit of the scope."""
 
+    ranks: ClassVar[bool] = True
     quota: Callable[[int, Any], int]
     """`quota(n, params)`: how many of n tokens to keep."""
     drop: bool = False
     """Drop the highest instead, and keep the others."""
     negative: Callable[[int, Any], tuple[int, float]] | None = None
     """`negative(n, params)`: how many tokens after the quota get a weight, and which; all others get 0."""
-
-    @property
-    def ranks(self) -> bool:
-        """Always."""
-        return True
 
     def quotas(self, num_tokens: int, params: Any) -> list[int]:
         """The ranks at which the outcome changes, in a unit of `num_tokens`."""

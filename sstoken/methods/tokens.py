@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sstoken.errors import UsageError
-from sstoken.selection import IntArray, keep_top, minmax_units, places
+from sstoken.selection import IntArray, keep_top, keep_top_tensor, minmax, minmax_tensor, places
 
 Array = Any
 """A numpy array or a torch tensor; float64 unless stated otherwise."""
@@ -106,7 +106,9 @@ class Tokens:
 
     def minmax(self, values: Array) -> Array:
         """Scale each example's values to [0, 1) by their own minimum and range (ssToken, equation 6)."""
-        return minmax_units(values, self.offsets, self.example)
+        if self.xp is np:
+            return minmax(values, self.offsets)
+        return minmax_tensor(values, self.example, len(self.offsets) - 1)
 
     def mean(self, values: Array) -> Array:
         """Mean of each example [E]; 0 for an example without tokens."""
@@ -122,5 +124,7 @@ class Tokens:
 
     def top(self, values: Array, quotas: Sequence[int]) -> Array:
         """Like `in_top`, with one quota for each of the U units."""
+        if self.xp is np:
+            return keep_top(values, self.units, quotas)
         unit = self.like(np.repeat(np.arange(len(self.counts)), self.counts))
-        return keep_top(values, self.units, quotas, unit)
+        return keep_top_tensor(values, unit, quotas)

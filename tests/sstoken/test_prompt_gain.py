@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sstoken.methods.prompt_gain import pmi_band, window_mean
+from sstoken.methods.instruction import pmi_band, window_mean
 
 NO_DEADLINE = settings(deadline=None, max_examples=50)
 

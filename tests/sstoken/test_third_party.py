@@ -109,7 +109,8 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
 
 
 def test_the_page_is_current() -> None:
-    assert DOCS.read_text() == page(), "write it again: python -m sstoken.methods.listing > docs/methods.md"
+    written = DOCS.read_text()
+    assert written == page(written), "write it again: python -m sstoken.methods.listing"
 
 
 def test_the_page_names_every_policy_option() -> None:

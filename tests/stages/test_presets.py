@@ -1,13 +1,17 @@
 """Presets of `select`: what they stand for, and that what the user gives wins."""
 
+from pathlib import Path
+
 import pytest
 
 from sstoken.errors import UsageError
 from sstoken.in_loop.settings import SelfModulation
 from sstoken.methods import METHODS, get_method
-from sstoken.methods.listing import facts, page, stands_for
+from sstoken.methods.listing import facts, stands_for
 from sstoken.methods.presets import PRESETS, Preset, expand, method_name
 from sstoken.stages.select import Select
+
+METHODS_PAGE = Path(__file__).parents[2] / "docs/methods.md"
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
@@ -52,7 +56,7 @@ def test_the_list_says_what_a_preset_stands_for() -> None:
     listed = {row["method"]: row["stands_for"] for row in facts()}
     assert listed["sstoken"] is None
     assert listed["recommended"] == stands_for(PRESETS["recommended"])
-    assert f"`--method recommended` is short for `{PRESETS['recommended'].text}`" in page()
+    assert f"`--method recommended` is short for `{PRESETS['recommended'].text}`" in METHODS_PAGE.read_text()
 
 
 def test_a_preset_is_refused_in_the_loop_by_what_it_stands_for() -> None:

@@ -13,7 +13,7 @@ from sstoken.in_loop.rule import Rule
 from sstoken.methods import decide, get_method
 from sstoken.selection import (
     keep_per_example,
-    keep_per_example_tensor,
+    keep_top_tensor,
     minmax,
     minmax_tensor,
     num_kept,
@@ -75,7 +75,7 @@ def test_the_tensor_forms_equal_the_numpy_forms_to_the_last_bit(rows, rho):
     example = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
     tensor = torch.from_numpy(scores)
     assert minmax_tensor(tensor, example, len(rows)).numpy().tobytes() == minmax(scores, offsets).tobytes()
-    keep = keep_per_example_tensor(tensor, example, [num_kept(n, rho) for n in counts])
+    keep = keep_top_tensor(tensor, example, [num_kept(n, rho) for n in counts])
     assert keep.tolist() == keep_per_example(scores, offsets, rho).tolist()
 
 
