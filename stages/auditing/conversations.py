@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sstoken.errors import SstokenError
-from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.checks.template import Conversations
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.findings import Audit
+from sstoken.stages.auditing.opened import Row
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout, NoLayout, Preference, detect_layout
 from sstoken.stages.encoding.limits import time_limited

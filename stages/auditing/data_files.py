@@ -8,8 +8,7 @@ from typing import Any
 from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages import folders
 from sstoken.stages.auditing import columns
-from sstoken.stages.auditing.checks.rows import Row
-from sstoken.stages.auditing.opened import BATCH, arrow_rows
+from sstoken.stages.auditing.opened import BATCH, Row, file_rows
 from sstoken.stages.encoding import sources
 
 _ARROW = (".parquet", ".arrow", ".feather")
@@ -47,7 +46,7 @@ def read_files(path: Path, name: str, split: str | None) -> tuple[Iterator[Row],
         )
     if files[0].suffix.lower() not in _ARROW:
         return _as_encode_reads(chain.from_iterable(sources.open_rows(str(file)) for file in files)), None
-    return _from_arrow(files), _names(files[0])
+    return file_rows(files, _batches), _names(files[0])
 
 
 def _as_encode_reads(rows: Iterator[sources.Row]) -> Iterator[Row]:
@@ -131,16 +130,3 @@ def _batches(file: Path) -> Iterator[Any]:
         yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
     else:
         yield from opened
-
-
-def _from_arrow(files: list[Path]) -> Iterator[Row]:
-    import pyarrow as pa
-
-    row = 0
-    for file in files:
-        try:
-            for each in arrow_rows(_batches(file), f"{file.name} row", row):
-                yield each
-                row = each.index + 1
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise SstokenError(f"{file}: damaged or cut short ({first_line(error)})") from error

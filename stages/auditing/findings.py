@@ -1,5 +1,6 @@
 """The result of an audit: counts by kind of finding, an example of each, and facts about the dataset."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -140,9 +141,7 @@ class Audit:
             ids: list[int] = []
             if text and self.vocabulary is not None:
                 ids = self.vocabulary.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                ids = list(ids[: 3 * _AROUND])
-            texts = self.texts(ids) if ids else []
-            shown = Shown(where, row, None, 0, (0, 0), tuple(ids), tuple(texts), (False,) * len(ids))
+            shown = self.excerpt(where, row, ids[: 3 * _AROUND], trained=False)
             self._first[kind.name] = shown, detail, remedy
 
     def show(self, example: Example, focus: tuple[int, int]) -> Shown:
@@ -164,18 +163,17 @@ class Audit:
             tuple(bool(t) for t in example.trained[first:last]),
         )
 
-    def texts(self, ids: list[int]) -> list[str]:
+    def excerpt(self, where: str, row: int, ids: Sequence[int], *, trained: bool) -> Shown:
+        """Return tokens for display that are all trained, or none of them."""
+        return Shown(where, row, ids=tuple(ids), tokens=tuple(self.texts(ids)), trained=(trained,) * len(ids))
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token, or `<id>` for an unknown one."""
         if self.vocabulary is None:
             return [f"<{i}>" for i in ids]
-        size = self.vocabulary.size
-        known = [0 <= i < size for i in ids]
-        if not all(known):
-            texts = iter(
-                token_texts(self.vocabulary.tokenizer, [i for i, k in zip(ids, known, strict=True) if k])
-            )
-            return [next(texts) if k else f"<{i}>" for i, k in zip(ids, known, strict=True)]
-        return token_texts(self.vocabulary.tokenizer, ids)
+        known = range(self.vocabulary.size)
+        texts = iter(token_texts(self.vocabulary.tokenizer, [i for i in ids if i in known]))
+        return [next(texts) if i in known else f"<{i}>" for i in ids]
 
     def findings(self) -> list[Finding]:
         """Return the findings, most severe first."""

@@ -9,9 +9,8 @@ from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages import folders, joins, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.auditing import columns
-from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.columns import Columns
-from sstoken.stages.auditing.opened import BATCH, OpenedDataset, arrow_rows
+from sstoken.stages.auditing.opened import BATCH, OpenedDataset, Row, file_rows
 from sstoken.stages.exporting import get_target
 from sstoken.stages.manifest import Manifest
 
@@ -48,11 +47,7 @@ def own_folder(folder: Path, manifest: Manifest, tokens: Path | None) -> OpenedD
 
 
 def _part_rows(parts: list[Path], wanted: list[str]) -> Iterator[Row]:
-    row = 0
-    for part in parts:
-        for each in arrow_rows(tables.read_batches(part, BATCH, wanted), f"{part.name} row", row):
-            yield each
-            row = each.index + 1
+    return file_rows(parts, lambda part: tables.read_batches(part, BATCH, wanted))
 
 
 def _tokens_of(scores: Path) -> Path:

@@ -9,9 +9,8 @@ from typing import Any
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import manifest as manifests
 from sstoken.stages.auditing import columns
-from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.data_files import read_files
-from sstoken.stages.auditing.opened import BATCH, OpenedDataset, arrow_rows
+from sstoken.stages.auditing.opened import BATCH, OpenedDataset, Row, arrow_rows
 from sstoken.stages.auditing.own_folders import export_around, own_folder, tokenizer_near
 from sstoken.stages.encoding import sources
 from sstoken.stages.storage import expanded
@@ -77,11 +76,11 @@ def _in_memory(source: Any, shifted: bool) -> OpenedDataset:
         source = pa.Table.from_pandas(source, preserve_index=False)
     if hasattr(source, "with_format"):  # datasets.Dataset
         names = list(source.column_names or ()) or None
-        rows = arrow_rows(source.with_format("arrow").iter(batch_size=BATCH), "row")
+        rows = arrow_rows(source.with_format("arrow").iter(batch_size=BATCH))
     elif hasattr(source, "to_batches"):  # pyarrow.Table
-        rows = arrow_rows(source.to_batches(BATCH), "row")
+        rows = arrow_rows(source.to_batches(BATCH))
     elif hasattr(source, "iter_slices"):  # polars.DataFrame
-        rows = arrow_rows((part.to_arrow() for part in source.iter_slices(BATCH)), "row")
+        rows = arrow_rows(part.to_arrow() for part in source.iter_slices(BATCH))
     elif isinstance(source, Iterable) and not isinstance(source, bytes):
         rows = (
             Row(f"row {i}", i, row) if isinstance(row, Mapping) else Row(f"row {i}", i, {}, "not an object")

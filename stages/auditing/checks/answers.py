@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sstoken.selection import IntArray
 from sstoken.stages.auditing.examples import Example, Turn
-from sstoken.stages.auditing.findings import Audit, Shown
+from sstoken.stages.auditing.findings import Audit
 from sstoken.stages.auditing.kinds import Family
 from sstoken.stages.auditing.vocabulary import CONTROL, shown
 
@@ -118,10 +118,7 @@ class Answers:
             return
         self._seen.add(digest)
         self._numbers.append(example.row)
-        head = np.full(_HEAD, -1, np.int32)
-        shown_ids = example.ids[turn.start : turn.stop][:_HEAD]
-        head[: len(shown_ids)] = shown_ids
-        self._heads.append(head)
+        self._heads.append(example.ids[turn.start : turn.stop][:_HEAD].astype(np.int32))
         self._buffer.append(said)
         self._buffered += said.size
         if self._buffered >= _BUFFER:
@@ -144,10 +141,8 @@ class Answers:
         if not copies.size:
             return
         first = int(copies[0])
-        ids = [int(i) for i in self._heads[first] if i >= 0]
-        texts = audit.texts(ids)
         row = int(rows[first])
-        example = Shown(f"row {row}", row, None, 0, (0, 0), tuple(ids), tuple(texts), (True,) * len(ids))
+        example = audit.excerpt(f"row {row}", row, self._heads[first].tolist(), trained=True)
         detail = f"its answer is nearly that of row {int(rows[like[first]])}"
         audit.report_count(NEAR, int(np.unique(rows[copies]).size), example, detail)
 

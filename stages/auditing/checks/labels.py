@@ -82,7 +82,7 @@ def check(example: Example, audit: Audit) -> None:
             audit.report(UNKNOWN_TURNS, example)
         return
     if _shifted(example, audit):
-        first = next(t for t in example.answers)
+        first = example.answers[0]
         audit.report(SHIFTED_MASK, example, (first.start - 1, first.start))
         return
     _check_turns(example, audit)

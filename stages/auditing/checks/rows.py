@@ -1,7 +1,6 @@
 """Check that a tokenised row is well formed: valid ids, labels and masks that fit together."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,10 @@ from sstoken.labels import IGNORED_LABEL
 from sstoken.selection import BoolArray, IntArray
 from sstoken.stages.auditing.checks import packs
 from sstoken.stages.auditing.columns import Columns
-from sstoken.stages.auditing.examples import Example
+from sstoken.stages.auditing.examples import Example, find_padding
 from sstoken.stages.auditing.findings import Audit
 from sstoken.stages.auditing.kinds import Family, Kind
-from sstoken.stages.auditing.padding import find_padding
+from sstoken.stages.auditing.opened import Row
 from sstoken.stages.auditing.values import BadValue, is_nested, numbers
 
 FAMILY = Family("rows")
@@ -83,16 +82,6 @@ NO_LABELS = FAMILY.error(
 )
 _ENOUGH = 0.98
 """Share of labels that must match the ids one or two places on for the labels to count as shifted."""
-
-
-@dataclass
-class Row:
-    """A row as read from the dataset."""
-
-    where: str
-    index: int
-    values: Mapping[str, Any]
-    problem: str | None = None
 
 
 class _Stop(Exception):  # noqa: N818 (ends the reading of one row)

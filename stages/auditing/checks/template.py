@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from sstoken.stages.auditing.checks.rows import Row
 from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.findings import Audit
 from sstoken.stages.auditing.kinds import Family, Kind
+from sstoken.stages.auditing.opened import Row
 from sstoken.stages.encoding import chat, rendering
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, NeedsDecision, PassedOver
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT

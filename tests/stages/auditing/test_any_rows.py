@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sstoken.errors import UsageError
-from sstoken.stages.auditing import audit
+from sstoken.stages.auditing.run import audit
 from tests.stages.auditing import datasets
 
 SMALL = st.integers(0, 4)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sstoken.stages.auditing import audit
+from sstoken.stages.auditing.run import audit
 from sstoken.stages.encoding.chat import ChatEncoder
 from sstoken.stages.encoding.messages import BadRow
 from tests.stages.auditing import datasets

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.auditing import audit
 from sstoken.stages.auditing.findings import AuditResult
+from sstoken.stages.auditing.run import audit
 from tests.factories import byte_tokenizer
 from tests.stages.auditing import datasets
 from tests.stages.encoding import real_templates

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sstoken.stages.auditing import audit
 from sstoken.stages.auditing.findings import AuditResult
+from sstoken.stages.auditing.run import audit
 from tests.stages.auditing import datasets
 from tests.stages.auditing.datasets import Row
 from tests.stages.auditing.faults import FAULTS, THIRD, Make
