@@ -1,16 +1,16 @@
 """The registry of signals: what `score` can measure for each token, with name, unit and range.
 
 A signal is a per-token measurement of one checkpoint. Its name is its column in a scores folder, and the name by which
-a method asks for it. To add one, enter it in `SIGNALS` and compute it in `sstoken.measure` (in `distribution.py` if it
-needs nothing but the predicting distribution).
+a method asks for it. To add one, enter it in `SIGNALS`. A mean under the predicting distribution is computed from its
+entry (`Signal.mean_of`); anything else is computed in `sstoken.measure`.
 
 Some names take an argument after `@`: `attention@-1` (a decoder layer), `kl@base` (another checkpoint).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sstoken.errors import UsageError
 
@@ -42,6 +42,9 @@ class Signal:
     """Whether one value on every token is nothing unusual."""
     from_second: bool = False
     """An example's first response token has no value: null in its column."""
+    mean_of: Callable[[Any, Any], Any] | None = None
+    """`mean_of(log_p, entropy)`: the signal is its mean under the distribution that predicts the token. It gets tensors
+    in nats, log-probabilities [N, W] and entropies [N, 1], and returns [N, W]. None: measured otherwise."""
     argument: str | None = None
     """What the name has after `@`."""
 

@@ -1,12 +1,12 @@
 """Signals of the distribution that predicts a token: hidden states through the output embedding in tiles.
 
-All signals come from the same tiles, which stay in the CPU's cache. Full rows of logits are computed only for the few
-rows that need them.
+Signals come from the same tiles, which stay in the CPU's cache; those that their entry defines as a mean
+(`Signal.mean_of`) take a second pass over them. Full rows of logits are computed only for the few rows that need them.
 
 Shapes: N rows, D hidden size, V vocabulary, W entries of a tile, S of a sample.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ from sstoken.measure.token_loss import (
     token_losses,
 )
 from sstoken.measure.top_logits import TopLogits
+from sstoken.signals import SIGNALS
 
 RANKS = frozenset({"rank", "ties", "mass_above"})
 """Signals that compare all logits with the token's own."""
+MEANS = {signal.name: signal.mean_of for signal in SIGNALS.values() if signal.mean_of is not None}
+"""`Signal.mean_of` of the signals that have one, by name."""
 OF_DISTRIBUTION = (
-    frozenset({"loss", "entropy", "entropy_top20", "max_prob", "sum_p2", "expected_rank"}) | RANKS
+    frozenset({"loss", "entropy", "entropy_top20", "max_prob", "sum_p2", "expected_rank", *MEANS}) | RANKS
 )
 """What `measure_distribution` measures."""
 _COUNTS = frozenset({"rank", "ties"})
@@ -102,6 +105,8 @@ def _measure_rows(
         found["entropy_top20"] = _entropy(sums.top.values())
     if sums.expected_rank is not None:
         found["expected_rank"] = _expected_rank(hidden, head, sums.expected_rank)
+    if means := {name: MEANS[name] for name in names if name in MEANS}:
+        found |= _measure_means(hidden, head, sums.shift + log_total, found["entropy"], means)
     if ranked:
         found["rank"] = sums.greater
         found["ties"] = sums.at_least - sums.greater - 1
@@ -114,6 +119,31 @@ def _measure_rows(
         for name, values in again.items():
             found[name][rows] = values
     return {name: found[name] for name in names}
+
+
+def _measure_means(
+    hidden: Tensor,
+    head: Head,
+    log_total: Tensor,
+    entropy: Tensor,
+    functions: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+) -> dict[str, Tensor]:
+    """Measure signals that their entries define, [N] float64 each, in another pass over the tiles.
+
+    Args:
+        hidden: [N, D].
+        head: the output head.
+        log_total: [N], the log-sum-exp of each row's logits.
+        entropy: [N].
+        functions: `Signal.mean_of`, by name.
+    """
+    found = {name: torch.zeros_like(log_total, dtype=torch.float64) for name in functions}
+    for _, logits in tiles(hidden, head):
+        log_p = logits.sub_(log_total[:, None])
+        p = log_p.exp()
+        for name, function in functions.items():
+            found[name] += torch.linalg.vecdot(function(log_p, entropy[:, None].to(log_p.dtype)), p)
+    return found
 
 
 class _Sums:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sstoken.measure import token_loss
+from sstoken.measure import distribution, token_loss
 from sstoken.measure.distribution import OF_DISTRIBUTION, measure_distribution
 from sstoken.measure.divergence import measure_divergence
 from sstoken.measure.expected_rank import ExpectedRank
@@ -87,6 +87,22 @@ def test_all_signals_are_those_of_the_full_logits(rows, size, kind, seed):
             msg=name,
         )
         assert (found[name].dtype == torch.int32) == exact
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap", "large", "later tiles far above", "equal"])
+def test_what_an_entry_defines_is_its_mean_under_the_distribution(kind, monkeypatch):
+    """Means that are signals of their own: the probability's is `sum_p2`, the surprise's is `entropy`."""
+    defined = {"p": lambda log_p, entropy: log_p.exp(), "surprise": lambda log_p, entropy: -log_p}
+    for name, function in defined.items():
+        monkeypatch.setitem(distribution.MEANS, name, function)
+    monkeypatch.setitem(token_loss.TILE_ELEMENTS, "cpu", 40 * 256)
+    generator = torch.Generator().manual_seed(0)
+    head = make_head(kind, 900, 16, generator)
+    hidden = torch.randn(40, 16, generator=generator)
+    targets = torch.randint(900, (40,), generator=generator)
+    found = measure_distribution(hidden, targets, head, ["sum_p2", "entropy", *defined])
+    torch.testing.assert_close(found["p"], found["sum_p2"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found["surprise"], found["entropy"], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "far apart", "one bucket", "not a number"])
