@@ -1,7 +1,8 @@
 """What the signals of one distribution cost on top of the loss, in one process on the CPU, sides in turns.
 
-CPU time of a `Scorer` on a random Llama (8 layers x 512, vocabulary 32,000) or a model of yours: the loss alone, with
-all but `expected_rank`, and with all. `--exact`: how far each signal is from that of the model in float64.
+CPU time of a `Scorer` on a random Llama (8 layers x 512, vocabulary 32,000) or a model of yours: the loss alone, the
+signals of one pass but `expected_rank`, all of one pass, and `varentropy`, which takes a second one. `--exact`: how
+far each signal is from that of the model in float64.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from sstoken.measure.distribution import OF_DISTRIBUTION
+    from sstoken.measure.distribution import MEANS, OF_DISTRIBUTION
     from sstoken.measure.scorer import Scorer
 
     torch.set_num_threads(1)
@@ -59,8 +60,9 @@ def main() -> None:
         return
     sides = {
         "loss": ("loss",),
-        "all but expected_rank": tuple(OF_DISTRIBUTION - {"expected_rank"}),
-        "all": tuple(OF_DISTRIBUTION),
+        "all of one pass but expected_rank": tuple(OF_DISTRIBUTION - {"expected_rank", *MEANS}),
+        "all of one pass": tuple(OF_DISTRIBUTION - {*MEANS}),
+        "varentropy": ("varentropy",),
     }
     scorers = {name: Scorer(model, signals=signals, batch_tokens=768) for name, signals in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}

@@ -70,6 +70,10 @@ class Signal:
         return int(self.argument) if self.takes == "layer" and self.argument is not None else None
 
 
+def _squared_deviation(log_p: Any, entropy: Any) -> Any:
+    return (log_p + entropy) ** 2
+
+
 _PROMPT = "share of attention on the prompt, mean over heads, in the row"
 _INF = math.inf
 _SIGNALS = (
@@ -85,6 +89,8 @@ _SIGNALS = (
     Signal("max_prob", "probability", "probability of the most likely token", 0, 1, "distribution"),
     Signal("sum_p2", "probability", "sum of squared probabilities", 0, 1, "distribution"),
     Signal("expected_rank", "tokens", "sum of rank times probability, ranks from 1", 1, _INF, "distribution"),
+    Signal("varentropy", "nats squared", "variance of -log p under the distribution that predicts the token",
+           0, _INF, "distribution", mean_of=_squared_deviation),
     Signal("entropy_at", "nats", "entropy of the distribution at the token's position, which predicts the next token",
            0, _INF, "distribution"),
     Signal("attention", "probability", f"{_PROMPT} of the token", 0, 1, "attention", takes="layer"),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sstoken.methods.base import Method, Params, Statistic
+from sstoken.methods.excess_loss import KEEP_SHARE, Share
 from sstoken.methods.policies import ABOVE_ZERO, Top, Weight, Where
 from sstoken.methods.probability import probability
 from sstoken.methods.tokens import Array, Tokens
@@ -45,6 +46,13 @@ class EksftParams(Params):
     """Exclude the tokens that either signal, both, or only the named one picks."""
 
 
+class TypicalParams(Share):
+    """Parameters of `typical`."""
+
+    floor: Annotated[float, Field(gt=0)] = 0.1
+    """Added to the variance, in nats squared, so that where the model is certain a small surprise is no outlier."""
+
+
 def _pilot(tokens: Tokens, params: Params) -> Array:
     unsure = tokens["current.entropy"] <= tokens.statistics["entropy"]
     dropped = unsure & (probability(tokens) <= tokens.statistics["p"])
@@ -79,6 +87,12 @@ def _eksft(kl: str, entropy: str) -> Any:
 
 def _entropy(tokens: Tokens, params: Params) -> Array:
     return tokens["current.entropy"]
+
+
+def _typical(tokens: Tokens, params: TypicalParams) -> Array:
+    """Minus the distance of the surprise from its expectation, the entropy, in standard deviations."""
+    surprise = tokens["current.loss"] - tokens["current.entropy"]
+    return -tokens.xp.abs(surprise) / tokens.xp.sqrt(tokens["current.varentropy"] + params.floor)
 
 
 _method = partial(Method, family="entropy")
@@ -178,5 +192,16 @@ METHODS = (
         params=EksftParams,
         scopes=("sample", "turn"),
         evidence="F",
+    ),
+    _method(
+        name="typical",
+        inputs=("current.loss", "current.entropy", "current.varentropy"),
+        formula="-|loss - entropy| / sqrt(varentropy + floor)",
+        source="baseline: the tokens as surprising as the model expects; the deviation of locally typical sampling "
+        "(Meister et al. 2022, arXiv 2202.00666) in standard deviations",
+        score=_typical,
+        policy=KEEP_SHARE,
+        params=TypicalParams,
+        scopes=("sample", "turn", "global"),
     ),
 )

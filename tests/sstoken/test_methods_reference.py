@@ -230,6 +230,15 @@ KEPT = {
     "se-kd": share(lambda x: x["current.entropy"], lambda n: max(1, math.ceil(round(0.2 * n, 9)))),
     "eksft": eksft("current.kl_at@history", "current.entropy_at"),
     "eksft-aligned": eksft("current.kl@history", "current.entropy"),
+    "typical": share(
+        lambda x: [
+            -abs(loss - h) / math.sqrt(v + 0.1)
+            for loss, h, v in zip(
+                x["current.loss"], x["current.entropy"], x["current.varentropy"], strict=True
+            )
+        ],
+        ceil_share,
+    ),
     "t-shirt": tshirt,
     "prefix": prefix,
     "critical-tokens": zipped(lambda critical: int(critical == 1), "current.critical"),

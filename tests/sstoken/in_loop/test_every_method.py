@@ -51,6 +51,7 @@ def plain_signals(model, ids, reference=None):
     predicting = {
         "loss": -of_own[:, 0],
         "entropy": entropy,
+        "varentropy": (p * (log_p + entropy[:, None]) ** 2).sum(1),
         "entropy_top20": -(top.exp() * top).sum(1),
         "rank": larger.sum(1),
         "ties": (log_p == of_own).sum(1) - 1,

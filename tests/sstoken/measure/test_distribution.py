@@ -45,6 +45,7 @@ def reference(hidden, targets, head):
     return {
         "loss": -log_p.gather(1, targets[:, None])[:, 0],
         "entropy": torch.special.entr(p).sum(1),
+        "varentropy": (p * (log_p + torch.special.entr(p).sum(1)[:, None]).square()).sum(1),
         "entropy_top20": torch.special.entr(top.exp()).sum(1),
         "rank": (logits > own).sum(1),
         "ties": (logits == own).sum(1) - 1,
