@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.rounds import ROUNDS, at_least, middle
 from sstoken.pipeline import api
-from sstoken.stages.encoding.chat import ChatEncoder
+from sstoken.stages.encoding.chat import ChatEncoder, EncoderOptions
 from sstoken.stages.encoding.messages import Conversation, Message
 from sstoken.stages.encoding.ranges import cut
 from tests.stages.encoding import real_templates
@@ -83,7 +83,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @cache
 def encoder() -> ChatEncoder:
     """What `encode` has in each process."""
-    return ChatEncoder(tokenizer(), 1 << 20)
+    return ChatEncoder(tokenizer(), EncoderOptions(1 << 20))
 
 
 def by_transformers(given: Rows) -> None:

@@ -122,14 +122,10 @@ class Encode(ShardedStage):
         """
         self.check()
         settings = EncodingSettings(
+            model=self.model,
+            trust_remote_code=self.trust_remote_code,
             options=EncoderOptions(
-                self.model,
-                self.max_length,
-                self._template(),
-                self.trust_remote_code,
-                self.turns,
-                self.allow_lost,
-                self.keep_special_tokens,
+                self.max_length, self._template(), self.turns, self.allow_lost, self.keep_special_tokens
             ),
             layout=self._layout(),
             max_chars=self.max_chars,

@@ -93,9 +93,8 @@ def audit(
             f"{opened.shown}: raw conversations (no input_ids); name the --model whose chat template and "
             "tokenizer are used"
         )
-    encoder = load_encoder(
-        EncoderOptions(ref, None, template, trust_remote_code, turns, tuple(allow_lost), keep_special_tokens)
-    )
+    options = EncoderOptions(None, template, turns, tuple(allow_lost), keep_special_tokens)
+    encoder = load_encoder(ref, options, trust_remote_code=trust_remote_code)
     declared, encoder.max_length = encoder.max_length, _ANY_LENGTH
     state.vocabulary = _vocabulary(ref, encoder.tokenizer)
     counts = Conversations()

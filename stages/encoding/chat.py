@@ -7,7 +7,7 @@ rendering: if the template drops one, the row is bad, unless the user allows it.
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -33,15 +33,18 @@ NORMALIZED = "examples whose text the tokenizer's normalizer changes"
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """How a checkpoint's tokenizer and chat template encode conversations; see `ChatEncoder`."""
+    """How conversations become tokens."""
 
-    model: str
     max_length: int | None = None
+    """In tokens; None: the tokenizer's own limit, or 4096 if it has no real one."""
     chat_template: str | None = None
-    trust_remote_code: bool = False
+    """Jinja text that replaces the tokenizer's own."""
     turns: TrainedTurns = "all"
+    """Which assistant turns are responses; `each` is rendered as inference would see it."""
     allow_lost: tuple[str, ...] = ()
+    """Kinds of text that the template may drop."""
     keep_special_tokens: bool = False
+    """Accept rows whose text contains special tokens."""
 
 
 @dataclass(frozen=True)
@@ -66,44 +69,33 @@ class ChatEncoder:
 
     Args:
         tokenizer: a fast tokenizer.
-        max_length: in tokens; None: the tokenizer's own limit, or 4096 if it has no real one.
-        chat_template: Jinja text that replaces the tokenizer's own.
-        turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in its own
-            example, rendered as inference would see it.
-        allow_lost: kinds of text that the template may drop.
-        keep_special_tokens: accept rows whose text contains special tokens.
+        options: how to encode.
         stop_tokens: tokens that stop generation, besides EOS.
     """
 
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        max_length: int | None = None,
-        chat_template: str | None = None,
-        *,
-        turns: TrainedTurns = "all",
-        allow_lost: Collection[str] = (),
-        keep_special_tokens: bool = False,
+        options: EncoderOptions = EncoderOptions(),
         stop_tokens: Collection[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self._options = options
         declared = int(min(tokenizer.model_max_length, _SANE_MAX_LENGTH))
-        self.max_length = max_length or (declared if declared < _SANE_MAX_LENGTH else DEFAULT_MAX_LENGTH)
-        self._override = chat_template
-        self._keep_special_tokens = keep_special_tokens
-        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        vocabulary = SpecialTokens(
+        default = declared if declared < _SANE_MAX_LENGTH else DEFAULT_MAX_LENGTH
+        self.max_length = options.max_length or default
+        special_tokens = SpecialTokens(
             tokenizer.special_tokens_map,
             control_tokens(tokenizer),
-            frozenset(added | set(tokenizer.all_special_tokens)),
+            self._added | set(tokenizer.all_special_tokens),
             frozenset({str(tokenizer.eos_token), *stop_tokens}),
         )
-        self._renderer = Renderer(self.template, vocabulary, turns, allow_lost)
+        self.renderer = Renderer(self.template, special_tokens, options.turns, options.allow_lost)
 
     def template(self, tools: list[dict[str, Any]] | None = None) -> str:
         """Return the Jinja text in use; a tokenizer may have a separate one for conversations with tools."""
-        if self._override is not None:
-            return self._override
+        if self._options.chat_template is not None:
+            return self._options.chat_template
         if self.tokenizer.chat_template is None:
             return ("{{- bos_token -}}" if self._adds_bos else "") + PLAIN_CHAT_TEMPLATE
         try:
@@ -124,14 +116,8 @@ class ChatEncoder:
                 tokens, or the response spans are not certain.
         """
         notes = self._special_tokens_in(conversation)
-        examples = []
-        for turn, rendered in self._renderer.examples(conversation):
-            examples.append(self._tokenize(rendered, turn, notes))
-        return examples
-
-    def render(self, conversation: Conversation) -> Rendered:
-        """Render a conversation; see `Renderer.render`."""
-        return self._renderer.render(conversation)
+        rendered = self.renderer.examples(conversation)
+        return [self._tokenize(each, turn, notes) for turn, each in rendered]
 
     def added_text(self, conversation: Conversation) -> str:
         """Return what the template opens this conversation with; "" if that is only special tokens and a role's name.
@@ -139,16 +125,14 @@ class ChatEncoder:
         Raises:
             BadRow: as `encode`.
         """
-        opening = self._renderer.opening(conversation)
-        words = opening
-        for token in sorted(map(str, self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True):
-            words = words.replace(token, " ")
+        opening = self.renderer.opening(conversation)
+        words = re.sub(_any_of(self._added), " ", opening) if self._added else opening
         return opening if len(re.findall(r"[^\W\d_]{2,}", words)) >= _FEWEST_WORDS else ""
 
     @property
     def template_origin(self) -> str:
         """Where the chat template comes from: `given`, the `tokenizer`, or `plain`, as the tokenizer has none."""
-        if self._override is not None:
+        if self._options.chat_template is not None:
             return "given"
         return "plain" if self.tokenizer.chat_template is None else "tokenizer"
 
@@ -190,7 +174,7 @@ class ChatEncoder:
         tokens = self._byte_level
         if tokens is not None:
             spelled_bytes = (b"".join([tokens[i] for i in run]).strip() for run in runs)
-            if all(a == text.encode().strip() for a, text in zip(spelled_bytes, expected, strict=True)):
+            if all(run == text.encode().strip() for run, text in zip(spelled_bytes, expected, strict=True)):
                 return ()
         decode = self.tokenizer.backend_tokenizer.decode
         spelled = self._unspaced("".join(decode(run, skip_special_tokens=False) for run in runs))
@@ -234,7 +218,7 @@ class ChatEncoder:
         for index, message in enumerate(conversation.messages):
             for key in ("content", "reasoning_content"):
                 match = self._specials.search(message.get(key) or "")
-                if match and self._keep_special_tokens:
+                if match and self._options.keep_special_tokens:
                     return (SPECIAL_KEPT,)
                 if match:
                     raise BadRow(
@@ -246,7 +230,11 @@ class ChatEncoder:
     @cached_property
     def _specials(self) -> re.Pattern[str] | None:
         tokens = {token for token in control_tokens(self.tokenizer) if len(token) > 2}
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
+        return re.compile(_any_of(tokens)) if tokens else None
+
+    @cached_property
+    def _added(self) -> frozenset[str]:
+        return frozenset(map(str, self.tokenizer.added_tokens_decoder.values()))
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -258,6 +246,11 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
     """Return a tokenizer's special tokens. Tokens that were merely added count as text."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return frozenset(added | set(tokenizer.all_special_tokens))
+
+
+def _any_of(tokens: Iterable[str]) -> str:
+    """Return a pattern for any of the tokens, preferring the longest."""
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
 
 
 def _token_runs(text: str, spans: list[Span], offsets: list[Span]) -> list[Span]:
@@ -295,19 +288,11 @@ def _length_to_last(mask: list[bool]) -> int:
     return next((i + 1 for i in range(len(mask) - 1, -1, -1) if mask[i]), 0)
 
 
-def load_encoder(options: EncoderOptions) -> ChatEncoder:
+def load_encoder(model: str, options: EncoderOptions, *, trust_remote_code: bool) -> ChatEncoder:
     """Load the encoder of a checkpoint: its tokenizer, and the tokens that stop its generation.
 
     Raises:
         UsageError, SstokenError: as `load_tokenizer`.
     """
-    tokenizer = checkpoints.load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
-    return ChatEncoder(
-        tokenizer,
-        options.max_length,
-        options.chat_template,
-        turns=options.turns,
-        allow_lost=options.allow_lost,
-        keep_special_tokens=options.keep_special_tokens,
-        stop_tokens=checkpoints.stop_tokens(options.model, tokenizer),
-    )
+    tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return ChatEncoder(tokenizer, options, checkpoints.stop_tokens(model, tokenizer))

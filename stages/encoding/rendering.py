@@ -1,6 +1,6 @@
 """Render conversations to text, account for every piece of them, and locate the responses."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ from sstoken.stages.encoding.altering import TEMPLATE, TOOLS
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, TrainedTurns
 from sstoken.stages.encoding.pieces import Piece, pieces
 from sstoken.stages.encoding.scaffolds import Scaffolds
-from sstoken.stages.encoding.spans import Turn, TurnFinder
+from sstoken.stages.encoding.spans import SpecialTokens, Turn, TurnFinder
 from sstoken.stages.encoding.templates import ChatTemplate, Span, read_template, training_variant
 from sstoken.stages.encoding.tracing import SPLIT, Trace, missing
 
@@ -46,43 +46,27 @@ class Rendered:
     """What shows where the responses are: one of `MARKERS`, `PATTERN`, `SUBSTITUTION`, `PREFIX`."""
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The special tokens that decide how conversations are rendered."""
-
-    named: Mapping[str, Any]
-    """Special tokens by their names in templates: `bos_token`, ..."""
-    control: frozenset[str]
-    """Special tokens, which are not text."""
-    special: frozenset[str]
-    """Special and added tokens; any of them may close a turn."""
-    stops: frozenset[str]
-    """Tokens that stop generation."""
-
-
 class Renderer:
     """Renders conversations with the templates of one tokenizer.
 
     Args:
         template: returns the Jinja text for a conversation with these tools.
-        vocabulary: the tokenizer's special tokens.
-        turns: which assistant turns are responses: `all` in one example, the `last`, or `each` in its own
-            example, rendered as inference would see it.
-        allow_lost: kinds of text that the template may drop.
+        special_tokens: the tokenizer's.
+        turns, allow_lost: see `EncoderOptions`.
         suggest: name remedies in errors, each tried on the conversation.
     """
 
     def __init__(
         self,
         template: Callable[[list[dict[str, Any]] | None], str],
-        vocabulary: SpecialTokens,
+        special_tokens: SpecialTokens,
         turns: TrainedTurns = "all",
         allow_lost: Collection[str] = (),
         *,
         suggest: bool = True,
     ) -> None:
         self._template = template
-        self._vocabulary = vocabulary
+        self._special_tokens = special_tokens
         self._turns = turns
         self._allow_lost = frozenset(allow_lost)
         self._suggest = suggest
@@ -130,7 +114,7 @@ class Renderer:
             notes += [f"examples whose {kind} the chat template leaves out" for kind in lost]
             answers = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
             try:
-                turns = finder.turns(found, conversation, answers if not lost else wanted)
+                turns = [finder.turn(found, conversation, i) for i in (wanted if lost else answers)]
             except BadRow as error:
                 if error.reason != SPLIT:
                     raise
@@ -173,7 +157,7 @@ class Renderer:
         notes = _notes_of(until, finder.template)
         notes += [f"examples whose {kind} the chat template leaves out" for kind in kinds]
         notes += [EARLIER_REASONING] if earlier else []
-        [turn] = finder.turns(found, until, [index])
+        turn = finder.turn(found, until, index)
         marked = finder.template.render_marked(until)[1] if finder.template.marks_responses else None
         spans, remarks = _spans(turn, marked)
         if not spans:
@@ -236,7 +220,7 @@ class Renderer:
         allow_lost: frozenset[str] = frozenset(),
     ) -> bool:
         other = Renderer(
-            lambda tools: source, self._vocabulary, turns, self._allow_lost | allow_lost, suggest=False
+            lambda tools: source, self._special_tokens, turns, self._allow_lost | allow_lost, suggest=False
         )
         try:
             return all(rendered.spans for _, rendered in other.examples(conversation))
@@ -246,11 +230,8 @@ class Renderer:
     def _finder(self, conversation: Conversation) -> tuple[TurnFinder, Scaffolds]:
         source = self._template(conversation.tools)
         if source not in self._finders:
-            template = ChatTemplate(source, self._vocabulary.named)
-            finder = TurnFinder(
-                template, self._vocabulary.special, self._vocabulary.control, self._vocabulary.stops
-            )
-            self._finders[source] = finder, Scaffolds()
+            template = ChatTemplate(source, self._special_tokens.named)
+            self._finders[source] = TurnFinder(template, self._special_tokens), Scaffolds()
         return self._finders[source]
 
 
@@ -282,7 +263,7 @@ def _spans(turn: Turn, marked: list[Span] | None) -> tuple[list[Span], list[str]
     """Return the spans of a turn that are trained on, and notes about them."""
     notes = [] if turn.closed else [NO_END]
     if marked is None:
-        return [turn.span], notes
+        return [(turn.start, turn.stop)], notes
     own = [(start, stop) for start, stop in marked if start < turn.last and stop > turn.first]
     if not own:
         return [], [UNMARKED]
@@ -290,5 +271,5 @@ def _spans(turn: Turn, marked: list[Span] | None) -> tuple[list[Span], list[str]
     if start > turn.first or stop < turn.last:  # the template excludes part of the turn on purpose
         return own, [UNMARKED]
     if turn.closed:
-        return [turn.span], []
+        return [(turn.start, turn.stop)], []
     return [(turn.start, max(stop, turn.stop))], notes if stop <= turn.stop else []

@@ -45,6 +45,8 @@ class Shard:
 class EncodingSettings:
     """How shards are encoded and where they go."""
 
+    model: str
+    trust_remote_code: bool
     options: EncoderOptions
     layout: Layout
     max_chars: int
@@ -55,8 +57,8 @@ class EncodingSettings:
 
     def encoder(self) -> ChatEncoder:
         """Return this process's encoder."""
-        with time_limited(self.options.model):
-            return _encoder(self.options, checkpoints.stamp(self.options.model))
+        with time_limited(self.model):
+            return _encoder(self.model, self.options, self.trust_remote_code, checkpoints.stamp(self.model))
 
 
 def encode_shard(settings: EncodingSettings, shard: Shard, worker: Worker) -> None:
@@ -188,7 +190,7 @@ def _metadata(settings: EncodingSettings, encoder: ChatEncoder) -> dict[str, Any
         "tokenizer": {
             "fingerprint": checkpoints.tokenizer_fingerprint(encoder.tokenizer),
             "vocab_size": len(encoder.tokenizer),
-            "name": settings.options.model,
+            "name": settings.model,
         },
         "chat_template": hashlib.sha256(encoder.template().encode()).hexdigest()[:16],
         "max_length": encoder.max_length,
@@ -196,6 +198,6 @@ def _metadata(settings: EncodingSettings, encoder: ChatEncoder) -> dict[str, Any
 
 
 @lru_cache(maxsize=1)
-def _encoder(options: EncoderOptions, stamp: tuple[Any, ...]) -> ChatEncoder:
+def _encoder(model: str, options: EncoderOptions, trusted: bool, stamp: tuple[Any, ...]) -> ChatEncoder:
     """Load the encoder once per process, since loading a tokenizer is slow; another `stamp` loads it again."""
-    return load_encoder(options)
+    return load_encoder(model, options, trust_remote_code=trusted)

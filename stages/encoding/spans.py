@@ -5,10 +5,11 @@ the conversation prints the same. It ends with the tokens that close it, up to t
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
+from typing import Any
 
 from sstoken.stages.encoding.altering import visible
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation
@@ -38,29 +39,29 @@ class Turn:
     closed: bool
     """It ends with a token that stops generation."""
 
-    @property
-    def span(self) -> Span:
-        """Start and stop of the response."""
-        return self.start, self.stop
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The tokenizer's tokens that decide how conversations are rendered and where turns end."""
+
+    named: Mapping[str, Any]
+    """Special tokens by their names in templates: `bos_token`, ..."""
+    control: frozenset[str]
+    """Special tokens, which are not text; only these can end a turn."""
+    special: frozenset[str]
+    """Special and added tokens; any of them may close a turn."""
+    stops: frozenset[str]
+    """Tokens that stop generation."""
 
 
 class TurnFinder:
-    """Finds the assistant's turns in the renderings of one template.
+    """Finds the assistant's turns in the renderings of one template."""
 
-    Args:
-        template: the chat template.
-        special: the tokenizer's special and added tokens.
-        control: those that are not text; only these can end a turn.
-        stops: those that stop generation.
-    """
-
-    def __init__(
-        self, template: ChatTemplate, special: Iterable[str], control: Iterable[str], stops: Iterable[str]
-    ) -> None:
+    def __init__(self, template: ChatTemplate, tokens: SpecialTokens) -> None:
         self.template = template
-        self._control = tuple(filter(str.strip, control))
-        self._special = sorted(filter(str.strip, special), key=lambda t: (-len(t), t))
-        self._stops = frozenset(filter(str.strip, stops))
+        self._control = tuple(filter(str.strip, tokens.control))
+        self._special = sorted(filter(str.strip, tokens.special), key=lambda t: (-len(t), t))
+        self._stops = frozenset(filter(str.strip, tokens.stops))
         self._headers: dict[tuple[object, ...], int] = {}
 
     def trace(self, conversation: Conversation, text: str | None = None) -> Trace:
@@ -71,25 +72,22 @@ class TurnFinder:
         """
         return trace(conversation, self.template.render, self.template.protected, text)
 
-    def turns(self, found: Trace, conversation: Conversation, wanted: Sequence[int]) -> list[Turn]:
-        """Return the turns of the messages `wanted`, in order.
+    def turn(self, found: Trace, conversation: Conversation, index: int) -> Turn:
+        """Return the turn of message `index`.
 
         Raises:
-            BadRow: the template prints a turn in several places, or the end of its header is not certain.
+            BadRow: the template prints the turn in several places, or the end of its header is not certain.
         """
-        return [self._turn(found, conversation, index) for index in wanted]
-
-    def prompt(self, conversation: Conversation, index: int) -> Trace:
-        """Render the prompt that the model gets at inference before message `index`, with the generation prompt."""
-        before = _until(conversation, index)
-        return trace(before, lambda c: self.template.render(c, prompt=True), self.template.protected)
-
-    def _turn(self, found: Trace, conversation: Conversation, index: int) -> Turn:
         first, last = self._region(found, conversation, index)
         before, after = found.before(first), found.after(last)
         start = before + self._header_length(found.text[before:first], conversation, index)
         length, closed = self._closing(found.text[last:after], conversation, index)
         return Turn(index, first, last, start, last + length, closed)
+
+    def prompt(self, conversation: Conversation, index: int) -> Trace:
+        """Render the prompt that the model gets at inference before message `index`, with the generation prompt."""
+        before = _until(conversation, index)
+        return trace(before, lambda c: self.template.render(c, prompt=True), self.template.protected)
 
     def _region(self, found: Trace, conversation: Conversation, index: int) -> Span:
         region = found.region(index + 1)
@@ -123,10 +121,7 @@ class TurnFinder:
     def _header_length(self, gap: str, conversation: Conversation, index: int) -> int:
         """Return how much of the text before a turn is given to the model at inference.
 
-        Args:
-            gap: the text from the last character of an earlier message to the turn's first.
-            conversation: the conversation.
-            index: the turn's message.
+        `gap` is the text from the last character of an earlier message to the turn's first.
         """
         roles = tuple(m["role"] for m in conversation.messages[max(0, index - 2) : index])
         reasons = any(m.get("reasoning_content") for m in conversation.messages)

@@ -182,7 +182,7 @@ def template(content: bytes) -> None:
         detect_layout({"messages": []}),
     )
     with contextlib.suppress(SstokenError), _refusing(""):
-        encoder = chat.ChatEncoder(_tokenizer(), 64, text)
+        encoder = chat.ChatEncoder(_tokenizer(), chat.EncoderOptions(64, text))
         encoder.encode(conversation)
 
 

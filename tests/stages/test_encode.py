@@ -283,7 +283,9 @@ def test_shard_function_pickles(model, tmp_path) -> None:
     from sstoken.stages.encoding.chat import EncoderOptions
     from sstoken.stages.encoding.layouts import detect_layout
 
-    settings = shards.EncodingSettings(EncoderOptions(model), detect_layout(ROWS[0]), 10, True, tmp_path, "f")
+    settings = shards.EncodingSettings(
+        model, False, EncoderOptions(), detect_layout(ROWS[0]), 10, True, tmp_path, "f"
+    )
     assert pickle.loads(pickle.dumps(partial(shards.encode_shard, settings))).args == (settings,)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from sstoken.stages.encoding.chat import DEFAULT_MAX_LENGTH, ChatEncoder, Encoded
+from sstoken.stages.encoding.chat import DEFAULT_MAX_LENGTH, ChatEncoder, Encoded, EncoderOptions
 from sstoken.stages.encoding.messages import BadRow, Conversation
 from sstoken.stages.encoding.rendering import NO_END, SPEAKERS_LOST, TOOLS_IN_SYSTEM
 from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE
@@ -101,9 +101,10 @@ def conversation(*turns: str, system: str | None = None) -> list[dict]:
     return start + [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
 
 
-def make(tokenizer: PreTrainedTokenizerFast, template: str, **options) -> ChatEncoder:
+def make(tokenizer: PreTrainedTokenizerFast, template: str, stop_tokens=(), **options) -> ChatEncoder:
     """An encoder that takes special tokens in texts, which many tests put there on purpose."""
-    return ChatEncoder(tokenizer, chat_template=template, **{"keep_special_tokens": True, **options})
+    options = {"keep_special_tokens": True, **options}
+    return ChatEncoder(tokenizer, EncoderOptions(chat_template=template, **options), stop_tokens)
 
 
 def encode(encoder: ChatEncoder, messages: list[dict]) -> Encoded:
@@ -256,7 +257,7 @@ def test_a_template_that_repeats_the_answer_is_refused(tokenizer) -> None:
 
 def test_special_tokens_in_a_text_make_a_bad_row_or_are_noted(tokenizer) -> None:
     with pytest.raises(BadRow, match=r"turn 3 holds '<\|im_end\|>'.*--keep-special-tokens") as error:
-        encode(ChatEncoder(tokenizer, chat_template=CHATML), TALK)
+        encode(ChatEncoder(tokenizer, EncoderOptions(chat_template=CHATML)), TALK)
     assert error.value.reason == "special token in the text"
     assert encode(make(tokenizer, CHATML), TALK).notes == ("examples with special tokens in their text",)
 
@@ -278,8 +279,10 @@ def test_a_token_of_prompt_and_response_is_uncertain(tokenizer) -> None:
 
 
 def test_no_chat_template_uses_the_plain_one(tokenizer) -> None:
-    encoder = ChatEncoder(tokenizer, keep_special_tokens=True)
-    rendered = encoder.render(Conversation(conversation("hello", "there", "my", "friend", system="be kind")))
+    encoder = ChatEncoder(tokenizer, EncoderOptions(keep_special_tokens=True))
+    rendered = encoder.renderer.render(
+        Conversation(conversation("hello", "there", "my", "friend", system="be kind"))
+    )
     assert rendered.text == "be kind\n\nUser: hello\nAssistant: there</s>\nUser: my\nAssistant: friend</s>\n"
     assert [rendered.text[a:b].strip() for a, b in rendered.spans] == ["there</s>", "friend</s>"]
     free = make(tokenizer, unmarked(PLAIN_CHAT_TEMPLATE))
@@ -292,7 +295,7 @@ def test_plain_template_starts_with_bos_where_the_tokenizer_does() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[bos]
     )
-    rendered = ChatEncoder(tokenizer).render(Conversation(conversation("hello", "there")))
+    rendered = ChatEncoder(tokenizer).renderer.render(Conversation(conversation("hello", "there")))
     assert rendered.text.startswith("<s>User: hello")
 
 
@@ -310,7 +313,7 @@ def test_truncation_keeps_the_start(tokenizer) -> None:
 
 def test_max_length_is_what_the_tokenizer_declares(tokenizer) -> None:
     assert ChatEncoder(tokenizer).max_length == DEFAULT_MAX_LENGTH
-    assert ChatEncoder(tokenizer, 7).max_length == 7
+    assert ChatEncoder(tokenizer, EncoderOptions(7)).max_length == 7
     short = build_tokenizer()
     short.model_max_length = 33
     assert ChatEncoder(short).max_length == 33
@@ -318,7 +321,7 @@ def test_max_length_is_what_the_tokenizer_declares(tokenizer) -> None:
 
 def test_a_dated_template_gives_the_same_text_on_any_day(tokenizer) -> None:
     encoder = make(tokenizer, "{{ strftime_now('%d %b %Y') }}" + CHATML)
-    assert encoder.render(Conversation(TALK)).text.startswith("26 Jul 2024")
+    assert encoder.renderer.render(Conversation(TALK)).text.startswith("26 Jul 2024")
 
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40).filter(str.strip)
@@ -334,7 +337,7 @@ def test_any_text_is_masked_alike_with_and_without_markers(turns, style, tokeniz
     marked = make(tokenizer, STYLES[style])
     free = make(tokenizer, unmarked(STYLES[style]))
     assert encode(free, messages) == encode(marked, messages)
-    rendered = free.render(Conversation(messages))
+    rendered = free.renderer.render(Conversation(messages))
     assert len(rendered.spans) == len(turns)
     for (start, end), (_, answer) in zip(rendered.spans, turns, strict=True):
         assert answer.strip() in rendered.text[start:end]
@@ -349,7 +352,7 @@ def test_golden_tokens(markers: bool) -> None:
 
     tokenizer = load_tokenizer(str(SHARED / "models/base"))
     template = None if markers else unmarked(str(tokenizer.chat_template))
-    encoder = ChatEncoder(tokenizer, chat_template=template)
+    encoder = ChatEncoder(tokenizer, EncoderOptions(chat_template=template))
     columns = ["example_id", "messages", "input_ids", "response_mask"]
     for row in pq.read_table(SHARED / "golden/tokens.parquet", columns=columns).to_pylist():
         encoded = encode(encoder, json.loads(row["messages"]))

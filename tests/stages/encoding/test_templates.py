@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sstoken.errors import UsageError
 from sstoken.stages import tables
 from sstoken.stages.encode import Encode
-from sstoken.stages.encoding.chat import ChatEncoder
+from sstoken.stages.encoding.chat import ChatEncoder, EncoderOptions
 from sstoken.stages.encoding.messages import BadRow, Conversation
 from sstoken.stages.encoding.rendering import NO_END
 from sstoken.stages.encoding.templates import template_file, training_variant
@@ -29,8 +29,8 @@ ORIGINALS, TRAINING = real_templates.names(), real_templates.names(training=True
 pytestmark = pytest.mark.skipif(not ORIGINALS, reason="the installed TRL ships no chat templates")
 
 
-def encoder(name: str, **options: Any) -> ChatEncoder:
-    return ChatEncoder(real_templates.tokenizer(name), **options)
+def encoder(name: str, stop_tokens=(), **options: Any) -> ChatEncoder:
+    return ChatEncoder(real_templates.tokenizer(name), EncoderOptions(**options), stop_tokens)
 
 
 def runs(encoded, tokenizer) -> list[str]:
