@@ -14,10 +14,18 @@ if "SSTOKEN_CACHE" not in os.environ:  # rates and fetched files of tests stay o
     os.environ["SSTOKEN_CACHE"] = tempfile.mkdtemp(prefix="sstoken-tests-")
     atexit.register(shutil.rmtree, os.environ["SSTOKEN_CACHE"], ignore_errors=True)
 if find_spec("hypothesis"):
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
     # No test fails because the machine is busy.
     settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    # For `make test-mutants`: the same examples for each mutant, and no search for the smallest that fails.
+    settings.register_profile(
+        "mutants",
+        settings.get_profile("no clock"),
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        report_multiple_bugs=False,
+    )
     settings.load_profile("no clock")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run without a GPU

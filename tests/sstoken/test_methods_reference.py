@@ -99,8 +99,8 @@ def logit(value):
     return math.log(value) - math.log(1 - value)
 
 
-def info(value):
-    return 0.0 if value >= 0.93 else value * max(0.0, 1 - logit(value) / logit(0.93))
+def info(value, most=0.93):
+    return 0.0 if value >= most else value * max(0.0, 1 - logit(value) / logit(most))
 
 
 def ranktuner(loss, entropy, max_prob, rank, ties):
@@ -121,9 +121,9 @@ def minmax(values):
     return [(v - min(values)) / (max(values) - min(values) + 1e-8) for v in values]
 
 
-def sstoken(x):
-    attention = x["current.attention"]
-    return [0.5 * a + 0.5 * b for a, b in zip(minmax(rel(x)) if x["n"] else [], attention, strict=True)]
+def sstoken(x, gamma=0.5):
+    scaled = minmax(rel(x)) if x["n"] else []
+    return [gamma * a + (1 - gamma) * b for a, b in zip(scaled, x["current.attention"], strict=True)]
 
 
 def cayley(s):
@@ -137,17 +137,25 @@ def cayley(s):
     return [[weight(v) for v in p(x)] for x in s.examples]
 
 
-def talr(s):
-    tau = quantile([mean(x["current.loss"]) for x in s.examples if x["n"]], 0.5)
-    return [[max(math.exp(-v / tau), 0.01) for v in x["current.loss"]] for x in s.examples]
+def talr(s, by_token=False, least=0.01):
+    losses = [x["current.loss"] for x in s.examples if x["n"]]
+    tau = quantile([v for row in losses for v in row] if by_token else list(map(mean, losses)), 0.5)
+
+    def weight(loss):
+        return math.exp(-loss / tau) if tau else (0.0 if loss else math.nan)
+
+    return [[max(weight(v), least) for v in x["current.loss"]] for x in s.examples]
 
 
-def eaft_pilot(s):
-    h, q = quantile(s.together(lambda x: x["current.entropy"]), 0.15), quantile(s.together(p), 0.15)
-    return [
-        [int(not (e <= h and v <= q)) for e, v in zip(x["current.entropy"], p(x), strict=True)]
-        for x in s.examples
-    ]
+def eaft_pilot(share):
+    def keep(s):
+        h, q = quantile(s.together(lambda x: x["current.entropy"]), share), quantile(s.together(p), share)
+        return [
+            [int(not (e <= h and v <= q)) for e, v in zip(x["current.entropy"], p(x), strict=True)]
+            for x in s.examples
+        ]
+
+    return keep
 
 
 def above(q, strict):
@@ -158,47 +166,92 @@ def above(q, strict):
     return keep
 
 
-def eksft(kl, entropy):
+def eksft(kl, entropy, share=0.2, combine=set.union):
     def keep(s):
         out = []
         for x in s.examples:
-            k = int(0.2 * x["n"])
-            dropped = first(k, x[kl]) | first(k, x[entropy])
+            k = int(share * x["n"])
+            dropped = combine(first(k, x[kl]), first(k, x[entropy]))
             out.append([int(i not in dropped) for i in range(x["n"])])
         return out
 
     return keep
 
 
-def tshirt(s):
+def tshirt(s, ratio=0.5):
     def size(x):
         pairs = zip(x["current.loss"], x["current.loss_unconditional"], strict=True)
         return [abs(a - b) for a, b in pairs]
 
     counted = [v for v in s.together(size) if not math.isnan(v)]
-    cut = quantile(counted, 0.5) if counted else 0.0
+    cut = quantile(counted, 1 - ratio) if counted else 0.0
     return [[int(v > cut) for v in size(x)] for x in s.examples]
 
 
-def forgetting(s):
+def forgetting(s, rho=0.7, forget=0.25):
     n = len(s.together(rel))
-    positive = s.top_of_all(rel, lambda flat: first(int(n * 0.7), flat))
-    either = s.top_of_all(rel, lambda flat: first(int(n * 0.7) + int(n * (1 - 0.7)), flat))
+    positive = s.top_of_all(rel, lambda flat: first(int(n * rho), flat))
+    either = s.top_of_all(rel, lambda flat: first(int(n * rho) + int(n * (1 - rho)), flat))
     return [
-        [1.0 if a else -0.25 if b else 0.0 for a, b in zip(x, y, strict=True)]
+        [1.0 if a else -forget if b else 0.0 for a, b in zip(x, y, strict=True)]
         for x, y in zip(positive, either, strict=True)
     ]
 
 
-def prefix(s):
-    return [[int(at < max(1, int(x["length"] * 0.5))) for at in x["positions"]] for x in s.examples]
+def prefix(share):
+    return each(lambda x: [int(at < max(1, int(x["length"] * share))) for at in x["positions"]])
 
 
-def ceil_share(n):
-    return math.ceil(round(0.6 * n, 9))
+def ceil_share(n, rho=0.6):
+    return math.ceil(round(rho * n, 9))
 
 
-KEPT = {
+def between(low, high):
+    return each(lambda x: [int(low <= v <= high) for v in p(x)])
+
+
+SETTINGS = {
+    "sstoken gamma=0.2 rho=0.3": share(lambda x: sstoken(x, 0.2), lambda n: ceil_share(n, 0.3)),
+    "trimming keep=low": share(lambda x: [-v for v in x["current.loss"]], ceil_share),
+    "toss discard=0.5": lambda s: s.top_of_all(
+        rel, lambda flat: set(range(len(flat))) - first(int(len(flat) * 0.5), flat)
+    ),
+    "stm drop=lowest tau=4.5": each(lambda x: [int(math.exp(v) >= 4.5) for v in x["history.loss"]]),
+    "stm tau=0": each(lambda x: [1] * x["n"]),
+    "stm-dpf tau=-1": each(lambda x: [1] * x["n"]),
+    "dpf tau=9": zipped(lambda a, b: int(math.exp(b) - math.exp(a) <= 9), "history.loss", "current.loss"),
+    "prift-mass tau=0.2": zipped(
+        lambda v, m, t: int(1 - m - t * math.exp(-v) >= 0.2),
+        "history.loss",
+        "history.mass_above",
+        "history.ties",
+    ),
+    "profit direction=lower tau=0.2": between(0, 0.2),
+    "profit direction=middle tau=0.1 upper=0.5": between(0.1, 0.5),
+    "profit direction=higher tau=0.3 upper=0.5": between(0.3, 1),
+    "xtf-kn tau=0.7": each(lambda x: [int(1 - v >= 0.7) for v in p(x, "history")]),
+    "p-q form=top tau=0.2": between(0.2, 1),
+    "p-q form=bottom tau=0.2": between(0, 0.2),
+    "eaft-pilot quantile=0.5": eaft_pilot(0.5),
+    "eaft-masked quantile=0.6": above(0.6, strict=True),
+    "token-entropy rho=0.6": above(1 - 0.6, strict=False),
+    "se-kd rho=0.5": share(lambda x: x["current.entropy"], lambda n: max(1, ceil_share(n, 0.5))),
+    **{
+        f"eksft share=0.4 combine={word}": eksft("current.kl_at@history", "current.entropy_at", 0.4, combine)
+        for word, combine in {
+            "union": set.union,
+            "intersection": set.intersection,
+            "kl": lambda kl, entropy: kl,
+            "entropy": lambda kl, entropy: entropy,
+        }.items()
+    },
+    "t-shirt ratio=0.2": lambda s: tshirt(s, 0.2),
+    "prefix share=0.8": prefix(0.8),
+    "prefix of=response share=0.4": each(lambda x: [int(i < ceil_share(x["n"], 0.4)) for i in range(x["n"])]),
+    "critical-tokens untried=keep": zipped(lambda critical: int(critical != 0), "current.critical"),
+}
+"""What methods keep with other parameters than the defaults."""
+KEPT = SETTINGS | {
     "sstoken": share(sstoken, ceil_share),
     "rel": share(rel, ceil_share),
     "attention": share(lambda x: x["current.attention"], ceil_share),
@@ -224,7 +277,7 @@ KEPT = {
     ),
     "profit": each(lambda x: [int(v >= 0.1) for v in p(x)]),
     "xtf-kn": each(lambda x: [int(1 - v >= 0.05) for v in p(x, "history")]),
-    "eaft-pilot": eaft_pilot,
+    "eaft-pilot": eaft_pilot(0.15),
     "eaft-masked": above(0.15, strict=True),
     "token-entropy": above(1 - 0.2, strict=False),
     "se-kd": share(lambda x: x["current.entropy"], lambda n: max(1, math.ceil(round(0.2 * n, 9)))),
@@ -240,7 +293,7 @@ KEPT = {
         ceil_share,
     ),
     "t-shirt": tshirt,
-    "prefix": prefix,
+    "prefix": prefix(0.5),
     "critical-tokens": zipped(lambda critical: int(critical == 1), "current.critical"),
 }
 WEIGHTS = {
@@ -263,6 +316,18 @@ WEIGHTS = {
         ranktuner, "current.loss", "current.entropy", "current.max_prob", "current.rank", "current.ties"
     ),
     "ranktuner-paper": zipped(ranktuner_paper, "current.loss", "current.expected_rank", "current.rank"),
+    "forgetting rho=0.4 forget=2": lambda s: forgetting(s, 0.4, 2.0),
+    "asft loss=sft": each(lambda x: [1.0] * x["n"]),
+    "infosft P=0.7": each(lambda x: [info(v, 0.7) for v in p(x)]),
+    "talr median=token w_min=0.2": lambda s: talr(s, True, 0.2),
+    "p-q q=0.5": each(lambda x: [v**0.5 for v in p(x)]),
+    "eaft alpha=2": zipped(lambda h: (h / 3) ** 2, "current.entropy_top20"),
+    "eaft-axolotl alpha=0.5": zipped(lambda h: h**0.5, "current.entropy_top20"),
+    "iw-sft temperature=0.5 most=1.5": each(
+        lambda x: [min(math.exp(0.5 * mean(rel(x))), 1.5)] * x["n"] if x["n"] else []
+    ),
+    "iw-sft-token clip=0.3": each(lambda x: [min(max(math.exp(v), 1 - 0.3), 1 + 0.3) for v in rel(x)]),
+    "psft clip=0": each(lambda x: [math.exp(v) if math.exp(v) <= 1 else 0.0 for v in rel(x)]),
 }
 ELSEWHERE = {"random", "pmi-band"}
 """Methods with a test of their own."""
@@ -273,11 +338,13 @@ some_tokens = st.builds(
 NO_DEADLINE = settings(deadline=None, max_examples=25)
 
 
-def decide(name, tokens):
+def decide(called, tokens):
+    """Run `method parameter=value ...`."""
+    name, *given = called.split()
     method = get_method(name)
     if method.scope == "global":
         tokens = tokens.with_(own_units=np.array([0, tokens.num_tokens]))
-    return method.decide(tokens, method.read_params({}))
+    return method.decide(tokens, method.read_params(dict(setting.split("=") for setting in given)))
 
 
 def slow(tokens):
@@ -305,7 +372,7 @@ def test_masks_equal_the_reference(name, tokens):
     _, outcome = decide(name, tokens)
     wanted = [bool(v) for row in KEPT[name](slow(tokens)) for v in row]
     assert outcome.keep.tolist() == wanted
-    assert outcome.weight is None
+    assert outcome.weight is None or outcome.weight.tolist() == wanted
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -317,11 +384,11 @@ def test_weights_equal_the_reference(name, tokens):
     _, outcome = decide(name, tokens)
     wanted = [v for row in WEIGHTS[name](slow(tokens)) for v in row]
     np.testing.assert_allclose(outcome.weight, wanted, rtol=1e-9, atol=1e-12)
-    expected = outcome.weight > 0 if name == "forgetting" else outcome.weight != 0
+    expected = outcome.weight > 0 if name.startswith("forgetting") else outcome.weight != 0
     assert outcome.keep.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.name not in ELSEWHERE])
+@pytest.mark.parametrize("name", [*KEPT, *WEIGHTS])
 @NO_DEADLINE
 @given(tokens=some_tokens)
 def test_numpy_and_torch_agree(name, tokens):

@@ -17,7 +17,10 @@ from sstoken.selection import (
     keep_per_example,
     minmax,
     num_kept,
+    places,
+    runs,
     sortable_keys,
+    sums,
 )
 
 # Few distinct values, so that ties are common.
@@ -34,6 +37,25 @@ def flat(rows):
 def reference_keep(row, k):
     order = sorted(range(len(row)), key=lambda i: (-row[i], i))
     return [i in order[:k] for i in range(len(row))]
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=6), max_size=6))
+def test_places_sums_and_runs_equal_a_loop_over_the_examples(rows):
+    values, offsets = flat(rows)
+    mask = values.astype(bool)
+    assert places(offsets).tolist() == [i for row in rows for i in range(len(row))]
+    assert sums(mask.astype(np.int64), offsets).tolist() == [sum(row) for row in rows]
+    begins, seen = [], 0
+    for row in rows:
+        for before, now in zip([False, *row], row, strict=False):
+            if now and not before:
+                begins.append(seen)
+            seen += now
+    assert runs(mask, offsets).tolist() == [*begins, seen]
+
+
+def test_sums_of_counts_are_counts():
+    assert sums(np.array([2, 3]), np.array([0, 1, 2])).dtype.kind == "i"
 
 
 @given(examples, ratios)

@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from sstoken.errors import SstokenError
+from sstoken.methods import METHODS, get_method, registry
 from sstoken.methods.listing import page
 from tests.support import PATIENCE
 
@@ -64,48 +67,83 @@ def test_the_example_of_the_docs(tmp_path: Path) -> None:
     assert decided.stdout == "[False, False, True]\n", decided.stderr
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (
-            "import no_such_module",
-            "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')",
-        ),
-        ("METHOD = 3", "is no Method, nor a list of them"),
-        ("raise ValueError('a\\nb')", "cannot be imported (ValueError: a b)"),
-    ],
-)
+@pytest.fixture
+def installed(tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Install a module as the docs' example package, for this process."""
+
+    def forget() -> None:
+        sys.modules.pop("surprise", None)
+        registry._found.cache_clear()
+        registry._third_party.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def add(module: str) -> None:
+            install(tmp_path, module, blocks("toml")[0])
+            patch.syspath_prepend(tmp_path)
+            forget()
+
+        yield add
+    forget()
+
+
+def test_methods_of_a_package_come_after_ours(installed: Callable[[str], None]) -> None:
+    ours = list(METHODS)
+    installed(f"{blocks('python')[0]}\nMETHOD = [METHOD]")
+    assert list(METHODS) == [*ours, "surprise"]
+    assert [m.name for m in registry.own_methods()] == ours
+    assert get_method("surprise").family == "examples"
+    assert registry.broken_entry_points() == []
+
+
+BROKEN = [
+    ("import no_such_module", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
+    ("METHOD = 3", "is no Method, nor a list of them"),
+    ("METHOD = [3]", "is no Method, nor a list of them"),
+    ("raise ValueError('a\\nb')", "cannot be imported (ValueError: a b)"),
+]
+
+
+@pytest.mark.parametrize(("module", "message"), BROKEN)
 def test_a_broken_package_is_one_line_and_hides_no_other_method(
-    tmp_path: Path, module: str, message: str
+    module: str, message: str, installed: Callable[[str], None]
 ) -> None:
+    ours = list(METHODS)
+    installed(module)
+    line = (
+        f"method 'surprise' of entry point 'surprise:METHOD' {message}; "
+        "mend or uninstall the package that offers it"
+    )
+    assert list(METHODS) == ours == [m.name for m in registry.own_methods()]
+    assert registry.broken_entry_points() == [line]
+    with pytest.raises(SstokenError) as raised:
+        get_method("surprise")
+    assert str(raised.value) == line
+
+
+def test_the_command_line_names_a_broken_package(tmp_path: Path) -> None:
+    module, message = BROKEN[-1]
     install(tmp_path, module, blocks("toml")[0])
     listed = run(tmp_path, VERB.format(["methods", "--json"]))
     assert listed.returncode == 0, listed.stderr
     assert len(json.loads(listed.stdout)) > 30
     assert message in listed.stderr
     assert listed.stderr.count("\n") == 1
-    selected = [
-        "select",
-        "--tokens",
-        "t",
-        "--scores",
-        "s",
-        "--out",
-        str(tmp_path / "out"),
-        "--method",
-        "surprise",
-    ]
+    out = str(tmp_path / "out")
+    selected = ["select", "--tokens", "t", "--scores", "s", "--out", out, "--method", "surprise"]
     asked = run(tmp_path, VERB.format(selected))
     assert asked.returncode == 1
     assert message in asked.stderr
     assert asked.stderr.count("\n") == 1
 
 
-def test_a_name_that_is_taken(tmp_path: Path) -> None:
-    install(tmp_path, "from sstoken.methods import get_method\nMETHOD = get_method('rel')", blocks("toml")[0])
-    listed = run(tmp_path, VERB.format(["methods", "--json"]))
-    assert [m["name"] for m in json.loads(listed.stdout)].count("rel") == 1
-    assert "has the name of one here" in listed.stderr
+def test_a_name_that_is_taken(installed: Callable[[str], None]) -> None:
+    ours = list(METHODS)
+    installed("from sstoken.methods import rank\nMETHOD = rank.METHODS[0]")
+    assert list(METHODS) == ours
+    assert registry.broken_entry_points() == [
+        "method 'ranktuner' of an installed package has the name of one here; rename it"
+    ]
 
 
 def test_the_page_is_current() -> None:

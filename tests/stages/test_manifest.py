@@ -12,12 +12,14 @@ from sstoken.stages.manifest import (
     Digests,
     Manifest,
     finished,
+    finished_inside,
     list_files,
     problems,
     read_manifest,
     unlisted,
     write_manifest,
 )
+from sstoken.stages.storage import address
 
 
 def make(folder, **changes):
@@ -64,6 +66,49 @@ def test_no_manifest_and_no_folder(tmp_path):
         UsageError, match="gone: no such folder; it should be the folder that holds the tokens"
     ):
         finished(tmp_path / "gone", "tokens")
+
+
+def test_a_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"file: is a file; it should be the folder that holds the tokens$"):
+        finished(tmp_path / "file", "tokens")
+
+
+def test_a_folder_of_finished_ones_names_them(tmp_path):
+    for number in range(9):
+        make(tmp_path / f"run{number}")
+    inside = [str(tmp_path / f"run{number}") for number in range(8)]
+    assert finished_inside(tmp_path) == inside
+    assert finished_inside(tmp_path / "run0") == []
+    assert finished_inside(tmp_path / "run0" / "a.txt") == []
+    assert finished_inside(tmp_path / "gone") == []
+    with pytest.raises(UsageError) as raised:
+        finished(tmp_path, "tokens")
+    assert str(raised.value) == f"{tmp_path}: a folder of several; name one in it: {', '.join(inside)}"
+
+
+def test_finished_compares_sizes_alone(tmp_path):
+    manifest = make(tmp_path / "run")
+    (tmp_path / "run" / "a.txt").write_text("two")
+    assert finished(tmp_path / "run", "tokens").files == manifest.files
+
+
+def test_the_digest_is_the_manifests_own_whatever_else_looks_like_it(tmp_path):
+    make(tmp_path / "run", settings={"regex": "0" * 64})
+    assert read_manifest(tmp_path / "run").settings == {"regex": "0" * 64}
+
+
+def test_in_an_object_store_the_first_manifest_stands(tmp_path):
+    folder = address(f"memory://{tmp_path.name}/run")
+    facts = {"settings": {}, "seed": 0, "inputs": {}, "sources": {}, "seconds": 0, "metrics": {}, "files": []}
+    first = Manifest(stage="encode", fingerprint="f", version="1", **facts)
+    write_manifest(folder, first)
+    with pytest.raises(SstokenError) as raised:
+        write_manifest(folder, first.model_copy(update={"fingerprint": "g"}))
+    assert str(raised.value) == (
+        f"{folder}: another run finished it first; its output stands, run again to see it"
+    )
+    assert read_manifest(folder).fingerprint == "f"
 
 
 @pytest.mark.parametrize("change", ["settings", "digest", "half", "field"])
