@@ -12,9 +12,8 @@ import click
 
 from sstoken.errors import SstokenError
 from sstoken.pipeline import stopping
-from sstoken.pipeline.saying import printable
+from sstoken.pipeline.saying import is_verbose, printable, set_verbosity
 from sstoken.pipeline.stopping import stopping_safely
-from sstoken.pipeline.verbosity import is_verbose, set_verbosity
 from sstoken.pipeline.verbs import index, verbs
 from sstoken.stages.shard_border import GOES_ON
 from sstoken.version import __version__

@@ -1,9 +1,9 @@
-"""A job: a stage with its folders, and its state."""
+"""A job: a stage with its folders, its state, and how a finished output differs from what it would write now."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,11 +12,12 @@ from typing import Any
 
 from sstoken.errors import ChangedError, UsageError
 from sstoken.pipeline.locks import at_work
+from sstoken.pipeline.plain_yaml import short
 from sstoken.pipeline.sections import MASKED, TOKENS
 from sstoken.stages import folders, joins, storage
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
-from sstoken.stages.stage import EngineOptions, Stage
+from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, EngineOptions, Stage
 from sstoken.version import __version__
 
 FINGERPRINT_FILE = ".fingerprint"
@@ -197,3 +198,54 @@ def settings_of(stage: Stage) -> dict[str, Any]:
 
 def _without_engine(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _ENGINE}
+
+
+def changes(step: str, job: Job, digests: Digests) -> tuple[str, ...]:
+    """List every setting and input that differs from the finished output's, such as `select.rho 0.6 -> 0.4`.
+
+    The job's inputs have to be finished. `step` begins each line.
+    """
+    there = manifests.read_manifest(job.out)
+    if there is None or there.stage != job.stage.name:
+        return ()
+    return (
+        *_changed_settings(step, job, there),
+        *_changed_inputs(step, job, there),
+        *_changed_sources(step, job, there, digests),
+        *([f"sstoken {there.version} -> {__version__}"] if there.version != __version__ else []),
+    )
+
+
+def _changed_settings(step: str, job: Job, there: Manifest) -> Iterator[str]:
+    now = job.stage.model_dump(mode="json")
+    for name, info in type(job.stage).model_fields.items():
+        if any(mark in (SPEED_ONLY, BY_CONTENT) for mark in info.metadata):
+            continue
+        default = info.get_default(call_default_factory=True)
+        before = there.settings.get(name, json.loads(json.dumps(default, default=str)))
+        if before != now[name]:
+            yield f"{step}.{name} {_shown(before)} -> {_shown(now[name])}"
+    if job.stage.seeded and there.seed != job.seed:
+        yield f"seed {there.seed} -> {job.seed}"
+
+
+def _changed_inputs(step: str, job: Job, there: Manifest) -> Iterator[str]:
+    for name in sorted({*job.inputs, *there.inputs}):
+        manifest = manifests.read_manifest(job.inputs[name]) if name in job.inputs else None
+        now = manifest.fingerprint if manifest is not None else None
+        if now != there.inputs.get(name):
+            place = f", now {job.inputs[name].name}" if name in job.inputs else ", now none"
+            yield f"{step} reads another input {name}{place}"
+
+
+def _changed_sources(step: str, job: Job, there: Manifest, digests: Digests) -> Iterator[str]:
+    now = json.loads(json.dumps(job.stage.sources(digests), default=str))
+    for name in sorted({*now, *there.sources}):
+        if now.get(name) != there.sources.get(name):
+            before, after = there.settings.get(name), getattr(job.stage, name, None)
+            named = f" {_shown(before)} -> {_shown(after)}" if before != after else ", whose content changed"
+            yield f"{step}.{name}{named}"
+
+
+def _shown(value: Any) -> str:
+    return short(value) if isinstance(value, (str, dict, list)) else str(value).lower()

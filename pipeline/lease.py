@@ -82,11 +82,8 @@ class Lease:
             SstokenError: its holder is alive; names it.
         """
         found = holder(self._file)
-        if (
-            found is not None and found.boot != self._own.boot
-        ):  # a living holder on this machine would hold the lock
-            watched(found)
-            _wait_for_end(self._file, found, wait)
+        if found is not None:
+            self._outlive(found, wait, watched)
         for left in self._file.parent.glob(f"{self._file.name}.*{UNFINISHED}"):
             left.unlink(missing_ok=True)
         temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}{UNFINISHED}")
@@ -123,6 +120,12 @@ class Lease:
             found = holder(self._file)
             if found is not None and found.token == self._own.token:
                 self._remove()
+
+    def _outlive(self, found: Holder, wait: float, watched: Callable[[Holder], None]) -> None:
+        """Return once a holder on another machine is dead; a living one on this machine would hold the lock."""
+        if found.boot != self._own.boot:
+            watched(found)
+            _wait_for_end(self._file, found, wait)
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT):
@@ -176,9 +179,8 @@ class StoreLease(Lease):
 
     def _is_taken(self, wait: float, watched: Callable[[Holder], None]) -> bool:
         found = holder(self._file)
-        if found is not None and found.boot != self._own.boot:
-            watched(found)
-            _wait_for_end(self._file, found, wait)
+        if found is not None:
+            self._outlive(found, wait, watched)
         before, now = conditional_write.version_of(self._place), holder(self._file)
         if before is None:
             return conditional_write.create(self._place, self._text())

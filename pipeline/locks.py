@@ -1,8 +1,9 @@
 """Locks that keep other runs off an output folder, or off a rank's part of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -13,6 +14,7 @@ from sstoken.pipeline.saying import say
 from sstoken.stages import storage
 from sstoken.stages.remote_path import RemotePath
 
+P = TypeVar("P", bound=PurePath)
 _NO_LEASE = ("hf",)
 """Every file put there is a commit of a repository."""
 RANKS = "rank-*-of-*"
@@ -39,46 +41,31 @@ def one_run_at_a_time(
     """
     storage.of(out).make_folder(out.parent)
     lock = FileLock(_lock_file(out, part))
-    try:
-        lock.acquire(timeout=wait)
-    except Timeout:
-        by = lease.holder(_lease_file(out, part))
-        raise SstokenError(
-            f"{out}: another run is writing {part or 'it'}{f': {by}' if by else ''}; wait for that, or choose another "
-            "folder"
-        ) from None
-    try:
-        own = lease.Lease(_lease_file(out, part), fingerprint)
-        with naming_full_disk(out):
-            own.take(wait, _say_watched)
+    with ExitStack() as held:
         try:
-            with _one_machine_at_a_time(out, part, wait, fingerprint) as check:
+            lock.acquire(timeout=wait)
+        except Timeout:
+            by = lease.holder(_lease_file(out, part))
+            raise SstokenError(
+                f"{out}: another run is writing {part or 'it'}{f': {by}' if by else ''}; wait for that, or choose "
+                "another folder"
+            ) from None
+        held.callback(
+            lock.release
+        )  # the file stays: after unlinking it, two runs could lock two of that name
+        leases = [lease.Lease(_lease_file(out, part), fingerprint)]
+        if (shared := _store_lease(out, part, fingerprint)) is not None:
+            leases.append(shared)
+        for own in leases:
+            with naming_full_disk(out):
+                own.take(wait, _say_watched)
+            held.callback(own.release)
 
-                def check_both() -> None:
-                    own.check()
-                    check()
+        def check() -> None:
+            for own in leases:
+                own.check()
 
-                yield check_both
-        finally:
-            own.release()
-    finally:
-        lock.release()  # the lock file stays: after unlinking it, two runs could lock two files of that name
-
-
-@contextmanager
-def _one_machine_at_a_time(
-    out: PurePath, part: str, wait: float, fingerprint: str
-) -> Iterator[Callable[[], None]]:
-    """Keep other machines off a folder in an object store; a folder on a disk has its lease already."""
-    if not isinstance(out, RemotePath) or out.scheme in _NO_LEASE:
-        yield lambda: None
-        return
-    own = lease.StoreLease(_store_lease(out, part), fingerprint)
-    own.take(wait, _say_watched)
-    try:
-        yield own.check
-    finally:
-        own.release()
+        yield check
 
 
 def at_work(out: Path, parts: str) -> list[str]:
@@ -89,14 +76,13 @@ def at_work(out: Path, parts: str) -> list[str]:
 
 def forget_dead_run(out: Path) -> None:
     """Delete the lease of a run that was killed after it published, unless another run is at work on the folder."""
-    file = _lease_file(out, "")
+    file = _lease_file(out)
     if file.exists() and lease.is_of_this_machine(file):
-        lock = FileLock(_lock_file(out, ""))
+        lock = FileLock(_lock_file(out))
         with suppress(Timeout, OSError):
             lock.acquire(timeout=0)
-            place: PurePath = out
-            if isinstance(place, RemotePath) and place.scheme not in _NO_LEASE:
-                lease.StoreLease(_store_lease(place, "")).forget()
+            if (shared := _store_lease(out)) is not None:
+                shared.forget()
             file.unlink(missing_ok=True)
         lock.release()
 
@@ -112,21 +98,27 @@ def _lock_files(out: Path, parts: str) -> list[Path]:
     return list(pattern.parent.glob(pattern.name))
 
 
-def _lock_file(out: Path, part: str) -> Path:
-    out = storage.of(out).on_this_machine(out)
-    return out.with_name(f".{out.name}.{part}.lock" if part else f".{out.name}.lock")
+def _lock_file(out: Path, part: str = "", suffix: str = ".lock") -> Path:
+    return _hidden(storage.of(out).on_this_machine(out), part, suffix)
 
 
-def _store_lease(out: RemotePath, part: str) -> RemotePath:
-    return out.with_name(f".{out.name}.{part}.lease" if part else f".{out.name}.lease")
+def _lease_file(out: Path, part: str = "") -> Path:
+    return _lock_file(out, part, ".lease")
+
+
+def _store_lease(out: PurePath, part: str = "", fingerprint: str = "") -> lease.StoreLease | None:
+    """The lease that keeps other machines off a folder in an object store; None: a disk's folder has one already."""
+    if not isinstance(out, RemotePath) or out.scheme in _NO_LEASE:
+        return None
+    return lease.StoreLease(_hidden(out, part, ".lease"), fingerprint)
+
+
+def _hidden(out: P, part: str, suffix: str) -> P:
+    return out.with_name(f".{out.name}.{part}{suffix}" if part else f".{out.name}{suffix}")
 
 
 def _say_watched(other: lease.Holder) -> None:
     say(f"{other} holds the lease; watching it for {lease.PATIENCE:.0f} s", err=True)
-
-
-def _lease_file(out: Path, part: str) -> Path:
-    return _lock_file(out, part).with_suffix(".lease")
 
 
 def _is_held(file: Path) -> bool:

@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sstoken.pipeline.job import Result
-from sstoken.pipeline.saying import printable, say
-from sstoken.pipeline.verbosity import is_quiet
+from sstoken.pipeline.saying import is_quiet, printable, say
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages.processes import is_main_process
 from sstoken.stages.token_text import visible

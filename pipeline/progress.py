@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sstoken.pipeline.verbosity import is_quiet
+from sstoken.pipeline.saying import is_quiet
 from sstoken.stages.stage import NoProgress, Progress
 
 if TYPE_CHECKING:

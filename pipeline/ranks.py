@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel
 
 from sstoken.errors import ChangedError, SstokenError, UsageError
 from sstoken.pipeline.config import validated
@@ -30,8 +30,7 @@ from sstoken.pipeline.locks import RANKS, at_work, forget_parts, one_run_at_a_ti
 from sstoken.pipeline.runner import (
     check_out,
     context_of,
-    finish,
-    keeping_what_is_complete,
+    having_folder,
     prepare,
     recover,
     run_stage,
@@ -59,15 +58,6 @@ class _Record(BaseModel):
     seed: int
     fingerprint: str
 
-    @field_validator("stage")
-    @classmethod
-    def _known(cls, stage: str) -> str:
-        try:
-            _stage(stage)
-        except (ImportError, StopIteration):
-            raise ValueError("not a stage that ranks share") from None
-        return stage
-
 
 def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
     """Do this rank's share of the job, unless it is done already.
@@ -79,10 +69,10 @@ def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
     part = f"rank-{stage.rank:05d}-of-{stage.world_size:05d}"
     metrics = {"rank": stage.rank, "world_size": stage.world_size}
     if state_of(job, identity) is State.FINISHED:
-        return Result(job.out, manifests.finished(job.out, stage.folder).metrics, skipped=True)
+        return skipped(job)
     check_out(job)
     disk = storage.of(job.partial).on_this_machine(job.partial)
-    with one_run_at_a_time(job.place, part, fingerprint=identity.fingerprint):
+    with naming_full_disk(disk), one_run_at_a_time(job.place, part, fingerprint=identity.fingerprint):
         with one_run_at_a_time(job.place, wait=_SOON):
             recover(job, identity)
             if partial_fingerprint(job.partial) not in (None, identity.fingerprint) and (
@@ -91,15 +81,13 @@ def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
                 raise SstokenError(
                     f"{job.out}: {others[0]} is at work with other settings; wait for it to end"
                 )
-            with naming_full_disk(disk):
-                prepare(job, identity, fresh=False)
-                storage.of(job.partial).put_if_absent(job.partial / JOB_FILE, _record(job, identity))
+            prepare(job, identity, fresh=False)
+            storage.of(job.partial).put_if_absent(job.partial / JOB_FILE, _record(job, identity))
+        run_stage(job, identity)
+        _check_unchanged(job, stage, identity)
         done = job.partial / COMPLETIONS / part.removeprefix("rank-")
-        with naming_full_disk(disk):
-            run_stage(job, identity)
-            _check_unchanged(job, stage, identity)
-            storage.of(done).make_folder(done.parent)
-            storage.of(done).put_if_absent(done, b"")
+        storage.of(done).make_folder(done.parent)
+        storage.of(done).put_if_absent(done, b"")
     return Result(job.partial, metrics, skipped=False)
 
 
@@ -130,8 +118,7 @@ def commit(out: Path) -> dict[str, Result]:
 
 
 def _commit(out: Path) -> Result:
-    partial = _workplace(out)
-    record = _read_record(partial / JOB_FILE)
+    record = _read_record(_workplace(out) / JOB_FILE)
     if record is None:
         done = manifests.read_manifest(out)
         if done is None:
@@ -141,27 +128,21 @@ def _commit(out: Path) -> Result:
     identity = identify(job, Digests())
     if identity.fingerprint != record.fingerprint:
         raise SstokenError(f"{out}: settings or inputs have changed since the ranks began; run them again")
-    with one_run_at_a_time(job.place, fingerprint=identity.fingerprint) as check_lease:
-        if others := at_work(job.place, RANKS):
-            raise SstokenError(f"{out}: {others[0]} is still at work; commit when all have ended")
-        recover(job, identity)
-        if state_of(job, identity) is State.FINISHED:
+    if others := at_work(job.place, RANKS):
+        raise SstokenError(f"{out}: {others[0]} is still at work; commit when all have ended")
+    with having_folder(job, identity, replace=True, force=False) as end:
+        if end is None:
             return skipped(job)
-        there = manifests.read_manifest(out)
-        with keeping_what_is_complete(job):
-            start = time.monotonic()
-            storage.of(partial).sweep(partial)
-            context = context_of(job, identity)
-            assert isinstance(job.stage, ShardedStage)
-            _check_complete(out, partial, job.stage, job.stage.outputs(context))
-            metrics = job.stage.finish(context)
-            check_lease()
-            finish(job, identity, metrics, time.monotonic() - start, there)
+        start = time.monotonic()
+        assert isinstance(job.stage, ShardedStage)
+        context = context_of(job, identity)
+        _check_complete(job, job.stage, job.stage.outputs(context))
+        result = end(job.stage.finish(context), start)
         forget_parts(job.place, RANKS)
-    return Result(out, metrics, skipped=False)
+    return result
 
 
-def _check_complete(out: Path, partial: Path, stage: ShardedStage, outputs: list[Path]) -> None:
+def _check_complete(job: Job, stage: ShardedStage, outputs: list[Path]) -> None:
     """Refuse to commit while shards are missing; say which ranks to run again. Damaged ones are deleted before."""
     for file in outputs:
         if file.exists() and not stage.is_done(file):
@@ -169,7 +150,7 @@ def _check_complete(out: Path, partial: Path, stage: ShardedStage, outputs: list
     missing = [index for index, file in enumerate(outputs) if storage.of(file).size(file) is None]
     if not missing:
         return
-    done = [file.name for file in storage.of(partial).list(partial / COMPLETIONS)]
+    done = [file.name for file in storage.of(job.partial).list(job.partial / COMPLETIONS)]
     sizes = {int(name.rpartition("-")[2]) for name in done}
     ranks = ""
     if len(sizes) == 1:
@@ -177,7 +158,8 @@ def _check_complete(out: Path, partial: Path, stage: ShardedStage, outputs: list
         ranks = f" (rank {', '.join(map(str, sorted({index % world_size for index in missing})))} of {world_size})"
     names = ", ".join(outputs[index].name for index in missing[:3]) + (", ..." if len(missing) > 3 else "")
     raise SstokenError(
-        f"{out}: {len(missing)} of {len(outputs)} shards are missing or damaged: {names}; run their ranks again{ranks}"
+        f"{job.out}: {len(missing)} of {len(outputs)} shards are missing or damaged: {names}; run their ranks again"
+        f"{ranks}"
     )
 
 
@@ -191,18 +173,14 @@ def _place(partial: Path) -> Path:
 
 
 def _record(job: Job, identity: Identity) -> bytes:
-    left_out = {"rank", "world_size"}
-    return (
-        _Record(
-            stage=job.stage.name,
-            settings=job.stage.model_dump(mode="json", exclude_unset=True, exclude=left_out),
-            inputs={name: str(folder.absolute()) for name, folder in job.inputs.items()},
-            seed=job.seed,
-            fingerprint=identity.fingerprint,
-        )
-        .model_dump_json(indent=1)
-        .encode()
+    record = _Record(
+        stage=job.stage.name,
+        settings=job.stage.model_dump(mode="json", exclude_unset=True, exclude={"rank", "world_size"}),
+        inputs={name: str(folder.absolute()) for name, folder in job.inputs.items()},
+        seed=job.seed,
+        fingerprint=identity.fingerprint,
     )
+    return record.model_dump_json(indent=1).encode()
 
 
 def _read_record(file: Path) -> _Record | None:
@@ -210,9 +188,11 @@ def _read_record(file: Path) -> _Record | None:
         return None
     with storage.of(file).open(file) as opened:
         try:
-            return _Record.model_validate(plain_json.parse(opened.read()))
-        except ValueError:
+            record = _Record.model_validate(plain_json.parse(opened.read()))
+            _stage(record.stage)
+        except (ValueError, ImportError, StopIteration):
             raise SstokenError(f"{file}: damaged; delete it and run one of the ranks again") from None
+    return record
 
 
 def _job(out: Path, record: _Record) -> Job:

@@ -78,9 +78,9 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
         if not job.stage.agree(None):
             return skipped(job)
         return Result(job.out, run_stage(job, identity), skipped=False)
-    if not force and is_finished(job, identity):
+    if not force and (found := found_finished(job, identity)):
         job.stage.agree(False)
-        return found_finished(job, identity)
+        return found
     with having_folder(job, identity, replace=replace, force=force) as end:
         if end is None:
             job.stage.agree(False)
@@ -129,13 +129,13 @@ def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -
                 check_unchanged(job, identity)
             check_lease()
             seconds = time.monotonic() - began
-            finish(job, identity, metrics, seconds, there)
+            _finish(job, identity, metrics, seconds, there)
             if from_the_start:
                 rates.remember(job, seconds)
             return Result(job.out, metrics, skipped=False)
 
         from_the_start = force or partial_fingerprint(job.partial) != identity.fingerprint
-        with keeping_what_is_complete(job):
+        with _keeping_what_is_complete(job):
             prepare(job, identity, fresh=force)
             storage.of(job.partial).sweep(job.partial)
             yield end
@@ -155,13 +155,13 @@ def check_job(job: Job) -> None:
     _engine(job.stage)
 
 
-def is_finished(job: Job, identity: Identity) -> bool:
-    """Whether there is nothing to do. Does not test the folder for writing: it may be on a read-only disk."""
-    return state_of(job, identity) is State.FINISHED and not storage.of(job.place).is_interrupted(job.place)
+def found_finished(job: Job, identity: Identity) -> Result | None:
+    """The result of a finished job, and what killed runs left beside it; None: there is work to do.
 
-
-def found_finished(job: Job, identity: Identity) -> Result:
-    """Like `skipped`, for a folder that is not locked yet; also reports what killed runs left beside it."""
+    Does not test the folder for writing: it may be on a read-only disk.
+    """
+    if state_of(job, identity) is not State.FINISHED or storage.of(job.place).is_interrupted(job.place):
+        return None
     forget_dead_run(job.place)
     return with_other(skipped(job), superseded=superseded(job, identity))
 
@@ -172,7 +172,7 @@ def skipped(job: Job) -> Result:
 
 
 @contextmanager
-def keeping_what_is_complete(job: Job) -> Iterator[None]:
+def _keeping_what_is_complete(job: Job) -> Iterator[None]:
     """If the work fails, delete the partial folder, unless it has complete files to resume from."""
     try:
         with naming_full_disk(storage.of(job.partial).on_this_machine(job.partial)):
@@ -253,12 +253,10 @@ def context_of(job: Job, identity: Identity) -> Context:
 
 def _engine(stage: Settings) -> Engine:
     options = stage if isinstance(stage, EngineOptions) else EngineOptions()
-    if isinstance(stage, ShardedStage):
-        return make_engine(options, stage.rank, stage.world_size)
-    return make_engine(options)
+    return make_engine(options, getattr(stage, "rank", 0), getattr(stage, "world_size", 1))
 
 
-def finish(
+def _finish(
     job: Job, identity: Identity, metrics: dict[str, Any], seconds: float, there: Manifest | None
 ) -> None:
     """Write the manifest and publish, replacing `there`, the output when the work began.

@@ -1,8 +1,28 @@
-"""Print lines that may hold names and texts of the data: nothing in them drives the terminal."""
+"""What the command line prints: how much of it (`--quiet`, `--verbose`), and nothing that drives the terminal."""
 
 import click
 
 from sstoken.stages.token_text import visible
+
+_level = "normal"
+"""`quiet`: errors, notes, warnings and requested output (`show`, `--json`). `verbose`: also libraries' messages, and
+tracebacks of errors."""
+
+
+def set_verbosity(level: str) -> None:
+    """Set the level for this process: `quiet`, `normal` or `verbose`."""
+    global _level
+    _level = level
+
+
+def is_quiet() -> bool:
+    """Whether only errors, notes and warnings are wanted."""
+    return _level == "quiet"
+
+
+def is_verbose() -> bool:
+    """Whether tracebacks and libraries' messages are wanted."""
+    return _level == "verbose"
 
 
 def say(text: str = "", *, err: bool = False) -> None:

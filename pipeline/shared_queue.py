@@ -12,7 +12,6 @@ from sstoken.pipeline.runner import (
     execute,
     found_finished,
     having_folder,
-    is_finished,
     skipped,
 )
 from sstoken.stages.manifest import Digests
@@ -33,10 +32,8 @@ def execute_together(
 
     Args:
         jobs: all with the same engine options.
-        digests: cache of file digests.
+        digests, replace, force: see `execute`.
         listener: called with a job's index and result as soon as it is finished.
-        replace: see `execute`.
-        force: see `execute`.
 
     Raises:
         UsageError: as `execute`; before any work.
@@ -51,15 +48,15 @@ def execute_together(
     if len(jobs) == 1 or not all(_in_one_process(job.stage) for job in jobs):
         for index, job in enumerate(jobs):
             add(index, execute(job, digests, replace=replace, force=force))
-        return [results[index] for index in range(len(jobs))]
+        return list(results.values())
     for job in jobs:
         check_job(job)
     left: list[_Begun] = []
     with ExitStack() as all_folders:
         for index, job in enumerate(jobs):
             identity = identify(job, digests)
-            if not force and is_finished(job, identity):
-                add(index, found_finished(job, identity))
+            if not force and (found := found_finished(job, identity)):
+                add(index, found)
                 continue
             folder = all_folders.enter_context(ExitStack())
             end = folder.enter_context(having_folder(job, identity, replace=replace, force=force))

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from sstoken.errors import SstokenError
-from sstoken.pipeline.changes import changes
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import RunConfig, load_config
-from sstoken.pipeline.job import State, identify, state, superseded
+from sstoken.pipeline.job import State, changes, identify, state, superseded
 from sstoken.pipeline.plan import check_run, run_steps
 from sstoken.pipeline.printing import SUPERSEDED, print_table
 from sstoken.pipeline.saying import say

@@ -11,12 +11,11 @@ from typing import Any
 import click
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.pipeline.changes import changes
 from sstoken.pipeline.claim import claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import LARGEST_SEED, RunConfig, load_config
 from sstoken.pipeline.disk import naming_full_disk
-from sstoken.pipeline.job import Job, Result, State, state
+from sstoken.pipeline.job import Job, Result, State, changes, state
 from sstoken.pipeline.locks import one_run_at_a_time
 from sstoken.pipeline.plan import Step, check_run, run_groups
 from sstoken.pipeline.printing import print_result

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sstoken.pipeline import verbosity
+from sstoken.pipeline import saying
 from sstoken.pipeline.first_example import print_first_example
 from tests.pipeline.worlds import CommandLine, World
 
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    monkeypatch.setattr(verbosity, "_level", "normal")
+    monkeypatch.setattr(saying, "_level", "normal")
     return CommandLine(capfd)
 
 

@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from sstoken.pipeline import progress, verbosity
+from sstoken.pipeline import progress, saying
 from tests.support import PATIENCE, ROOT, messages
 
 
@@ -71,7 +71,7 @@ def test_short_work_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_LINE", 1e-9)
-    monkeypatch.setattr(verbosity, "_level", "quiet")
+    monkeypatch.setattr(saying, "_level", "quiet")
     assert shown(capsys, 100_000) == []
 
 
