@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,23 +47,35 @@ def byte_of_character() -> dict[str, int]:
     return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
+class Decoder:
+    """Decodes tokens as they read after others: some tokenizers drop the first space of a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._skipped = len(_decode(tokenizer, self._before))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of consecutive tokens."""
+        return _decode(self._tokenizer, [*self._before, *ids])[self._skipped :]
+
+
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds; joined, they give the decoded text.
 
     A character spread over several tokens appears at the token that completes it, and the earlier ones add nothing.
     Bytes that never form a character become U+FFFD at the token after them.
     """
-
-    def decode(some: Sequence[int]) -> str:
-        text = tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)
-
     texts: list[str] = []
     start, done = 0, 0  # ids[start:done] are decoded and serve as left context for the next
     for i in range(len(ids)):
-        before, now = decode(ids[start:done]), decode(ids[start : i + 1])
+        before, now = _decode(tokenizer, ids[start:done]), _decode(tokenizer, ids[start : i + 1])
         unfinished = now.endswith("\ufffd") and i + 1 < len(ids)
         texts.append("" if unfinished else now[len(before) :])
         if not unfinished:
             start, done = done, i + 1
     return texts
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

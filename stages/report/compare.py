@@ -9,10 +9,7 @@ import numpy as np
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import joins, tables
-from sstoken.stages.checkpoints import load_tokenizer
-from sstoken.stages.report.token_classes import CLASSES as CLASSES
-from sstoken.stages.report.token_classes import class_of
-from sstoken.stages.token_text import special_ids
+from sstoken.stages.report.token_classes import ALL_CLASSES, CLASSES, TokenClasses
 
 if TYPE_CHECKING:
     import polars as pl
@@ -166,12 +163,9 @@ def _describe(tokens: "pl.DataFrame", classes: "pl.DataFrame") -> "pl.DataFrame"
 def _class_by_id(folder: Path) -> "pl.DataFrame":
     import polars as pl
 
-    tokenizer = load_tokenizer(str(folder))
-    special = special_ids(tokenizer)
-    ids = sorted(set(tokenizer.get_vocab().values()))
-    texts = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=False)
-    found = ["special" if i in special else class_of(text) for i, text in zip(ids, texts, strict=True)]
-    return pl.DataFrame({"input_ids": np.array(ids, dtype=np.int32), "class": found})
+    classes = TokenClasses(folder).classes
+    names = [ALL_CLASSES[i] for i in classes]
+    return pl.DataFrame({"input_ids": np.arange(classes.size, dtype=np.int32), "class": names})
 
 
 def _add(before: "pl.DataFrame | None", frame: "pl.DataFrame", num_masks: int, key: str) -> "pl.DataFrame":

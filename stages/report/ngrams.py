@@ -50,18 +50,12 @@ class NGrams:
             for shift in range(n):
                 key = (key << _BITS) | ids[shift : shift + last]
                 kept += keep[shift : shift + last]
-            found = (
-                pl.LazyFrame({"key": key[inside], "kept": kept[inside], "row": row_of[:last][inside]})
-                .group_by("key")
-                .agg(pl.len().cast(pl.Int64).alias("count"), pl.col("kept").sum(), pl.col("row").min())
-            )  # fmt: skip
+            found = pl.LazyFrame({"key": key[inside], "kept": kept[inside], "row": row_of[:last][inside]})
+            found = found.with_columns(count=pl.lit(1, pl.Int64))
             if n in self.held:
-                found = (
-                    pl.concat([self.held[n].lazy(), found])
-                    .group_by("key")
-                    .agg(pl.col("count").sum(), pl.col("kept").sum(), pl.col("row").min())
-                )
-            self.held[n] = self._pruned(n, found.collect())
+                found = pl.concat([self.held[n].lazy(), found], how="diagonal")
+            sums = found.group_by("key").agg(pl.col("count", "kept").sum(), pl.col("row").min())
+            self.held[n] = self._pruned(n, sums.collect())
 
     def _pruned(self, n: int, frame: "pl.DataFrame") -> "pl.DataFrame":
         import polars as pl

@@ -24,7 +24,6 @@ from sstoken.version import __version__
 TEMPLATES = Path(__file__).parent / "page"
 MOST_BYTES = 5_000_000
 NGRAM_ROWS = 12
-_LENGTHS_NAME = "{low:,} to {high:,}"
 _WHY = {
     "random": "random",
     "surprising": "surprising",
@@ -86,11 +85,8 @@ def render(stats: Statistics) -> tuple[str, dict[str, Any]]:
     )  # fmt: skip
     environment.filters |= {"count": "{:,}".format, "percent": _percent, "shown": _shown}
     drawn = charts(stats)
-    wide = [
-        _figure(chart)
-        for name, chart in drawn.items()
-        if not name.startswith("histogram:") and name != "agreement"
-    ]
+    histograms = [name for name in drawn if name.startswith("histogram:")]
+    others = [name for name in drawn if name not in (*histograms, "agreement")]
     text = environment.get_template("page.html").render(
         title=_title(folders),
         masked=folders.first.kind == "masked",
@@ -99,8 +95,8 @@ def render(stats: Statistics) -> tuple[str, dict[str, Any]]:
         made=list(_made(folders)),
         notes=_notes(stats),
         breakdowns=list(_breakdowns(stats)),
-        histograms=[_figure(chart) for name, chart in drawn.items() if name.startswith("histogram:")],
-        figures=wide,
+        histograms=[_figure(drawn[name]) for name in histograms],
+        figures=[_figure(drawn[name]) for name in others],
         sampled=min(TOKENS_SAMPLED, stats.response_tokens),
         all_tokens=stats.response_tokens,
         ngrams=ngrams,
@@ -162,16 +158,9 @@ def _wanted(
     stats: Statistics, ngrams: Iterable[dict[str, Any]], flags: Iterable[dict[str, Any]]
 ) -> dict[str, list[int]]:
     """Return rows by the reason for showing them; rows that the page links to come first."""
-    found = stats.rows_to_show()
     flagged = [row for flag in flags for row in flag["rows"]]
     linked = [entry["row"] for table in ngrams for side in ("most", "least") for entry in table[side]]
-    return {
-        "flag": flagged,
-        "disagreeing": found["disagreeing"],
-        "surprising": found["surprising"],
-        "random": found["random"],
-        "n-gram": linked,
-    }
+    return {"flag": flagged, **stats.rows_to_show(), "n-gram": linked}
 
 
 def _numbers(stats: Statistics) -> list[tuple[str, str]]:
@@ -250,9 +239,7 @@ def _breakdowns(stats: Statistics) -> Iterable[dict[str, Any]]:
     turns[-1] += " and later"
     if (stats.by["turn"].tokens > 0).sum() > 1:
         yield _table(stats.by["turn"], "By turn of the assistant", turns)
-    lengths = [
-        _LENGTHS_NAME.format(low=2**n, high=2 ** (n + 1) - 1) for n in range(stats.by["length"].tokens.size)
-    ]
+    lengths = [f"{2**n:,} to {2 ** (n + 1) - 1:,}" for n in range(stats.by["length"].tokens.size)]
     lengths[-1] = f"{2 ** (len(lengths) - 1):,} or more"
     yield _table(stats.by["length"], "By length of the response, in tokens", lengths)
 
@@ -282,7 +269,7 @@ def _ngrams(stats: Statistics) -> list[dict[str, Any]]:
         for side in ("most", "least"):
             entries = stats.ngrams.extremes(n, share, NGRAM_ROWS, least=side == "least")
             for entry in entries:
-                entry["text"] = stats.token_classes.text(entry["ids"])
+                entry["text"] = stats.token_classes.decoder.text(entry["ids"])
             table[side] = entries
         if table["most"] or table["least"]:
             found.append(table)

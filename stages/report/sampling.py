@@ -16,13 +16,11 @@ class Highest:
     """The rows with the highest keys among all that were added; at most `size`."""
 
     size: int
-    seen: int = 0
     _keys: Float64Array = field(default_factory=lambda: np.empty(0))
     _columns: Columns = field(default_factory=dict)
 
     def add(self, keys: Float64Array, columns: Mapping[str, NDArray[np.generic]]) -> None:
         """Add N rows, except those whose key is NaN; a column that a call lacks is NaN in its rows."""
-        self.seen += keys.size
         wanted = np.flatnonzero(~np.isnan(keys))
         if self._keys.size >= self.size:
             wanted = wanted[keys[wanted] > self._keys.min()]
@@ -47,28 +45,16 @@ class Highest:
         return {name: values[order] for name, values in self._columns.items()}
 
 
-@dataclass
 class Uniform:
     """A uniform sample without replacement of all rows that were added; at most `size`."""
 
-    size: int
-    seed: int
-    _highest: Highest = field(init=False)
-    _calls: int = 0
-
-    def __post_init__(self) -> None:
-        self._highest = Highest(self.size)
+    def __init__(self, size: int, seed: int) -> None:
+        self._highest, self._seed, self._calls = Highest(size), seed, 0
 
     def add(self, number: int, columns: Mapping[str, NDArray[np.generic]]) -> None:
         """Add `number` rows."""
-        keys = np.random.default_rng([self.seed, self._calls]).random(number)
+        self._highest.add(np.random.default_rng([self._seed, self._calls]).random(number), columns)
         self._calls += 1
-        self._highest.add(keys, columns)
-
-    @property
-    def seen(self) -> int:
-        """Number of rows that were added."""
-        return self._highest.seen
 
     def columns(self) -> Columns:
         """Return the sample, in random order."""

@@ -1,6 +1,6 @@
 """The statistics of a report, from one pass over the shards: counts of all tokens, and a sample of their signals."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -76,19 +76,13 @@ def responses(shard: Shard) -> Responses:
     )
 
 
-@dataclass
 class Breakdown:
-    """Counts of tokens and kept tokens by a code, such as the class."""
+    """Counts of tokens and kept tokens by a code, such as the class, for C codes and F folders."""
 
-    tokens: IntArray
-    """[C]."""
-    kept: IntArray
-    """[F, C], for F folders."""
-
-    @staticmethod
-    def empty(codes: int, folders: int) -> "Breakdown":
-        """Return counts of zero."""
-        return Breakdown(np.zeros(codes, np.int64), np.zeros((folders, codes), np.int64))
+    def __init__(self, codes: int, folders: int) -> None:
+        self.tokens = np.zeros(codes, np.int64)
+        self.kept = np.zeros((folders, codes), np.int64)
+        """[F, C]."""
 
     def add(self, code: NDArray[np.integer[Any]], keeps: list[BoolArray]) -> None:
         """Count N tokens, by their codes [N] and each folder's keep mask [N]."""
@@ -97,46 +91,32 @@ class Breakdown:
             self.kept[i] += np.bincount(code[keep], minlength=self.tokens.size)
 
 
-@dataclass
 class Statistics:
     """The result of a pass over the shards."""
 
-    folders: Folders
-    token_classes: TokenClasses
-    seed: int = 0
-    examples: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    by: dict[str, Breakdown] = field(init=False)
-    """Counts by `class`, `decile`, `turn` and `length`."""
-    pair: tuple[str, str] | None = None
-    """The two signals to compare."""
-    sample: Uniform = field(init=False)
-    """Sample of response tokens: every signal, `score`, `keep` and `class`."""
-    cuts: Uniform = field(init=False)
-    """Sample of examples: the lowest score that was kept."""
-    by_rho: IntArray = field(init=False)
-    """[classes, RHO_BINS]: tokens by the share of their example's tokens that score higher."""
-    losses: dict[str, Float64Array] = field(default_factory=dict)
-    """[4] by checkpoint: sum of losses and number of kept tokens, then of dropped tokens."""
-    ngrams: NGrams = field(default_factory=NGrams)
-    chosen: dict[str, Highest | Uniform] = field(init=False)
-    """Rows of examples to show, by the reason."""
-    flags: dict[str, tuple[int, list[int]]] = field(default_factory=lambda: {name: (0, []) for name in FLAGS})
-    """Number of examples and the first rows, by flag."""
-
-    def __post_init__(self) -> None:
-        number = len(self.folders.all)
+    def __init__(self, folders: Folders, seed: int = 0) -> None:
+        self.folders = folders
+        self.token_classes = TokenClasses(folders.tokenizer)
+        self.examples = self.tokens = 0
         sizes = {"class": len(ALL_CLASSES), "decile": NUM_DECILES, "turn": MOST_TURNS, "length": NUM_LENGTHS}
-        self.by = {name: Breakdown.empty(size, number) for name, size in sizes.items()}
-        self.sample = Uniform(TOKENS_SAMPLED, self.seed)
-        self.cuts = Uniform(CUTS_SAMPLED, self.seed + 1)
+        self.by = {name: Breakdown(size, len(folders.all)) for name, size in sizes.items()}
+        self.pair: tuple[str, str] | None = None
+        """The two signals to compare."""
+        self.sample = Uniform(TOKENS_SAMPLED, seed)
+        """Sample of response tokens: every signal, `score`, `keep` and `class`."""
+        self.cuts = Uniform(CUTS_SAMPLED, seed + 1)
+        """Sample of examples: the lowest score that was kept."""
         self.by_rho = np.zeros((len(ALL_CLASSES), RHO_BINS), np.int64)
-        self.chosen = {
-            "random": Uniform(EXAMPLES_SAMPLED, self.seed + 2),
-            "surprising": Highest(EXAMPLES_LEADING),
-            "disagreeing": Highest(EXAMPLES_LEADING),
-        }
+        """[classes, RHO_BINS]: tokens by the share of their example's tokens that score higher."""
+        self.losses: dict[str, Float64Array] = {}
+        """[4] by checkpoint: sum of losses and number of kept tokens, then of dropped tokens."""
+        self.ngrams = NGrams()
+        self.random = Uniform(EXAMPLES_SAMPLED, seed + 2)
+        """Rows of examples to show; those below lead by how far signals, or masks, disagree."""
+        self.surprising = Highest(EXAMPLES_LEADING)
+        self.disagreeing = Highest(EXAMPLES_LEADING)
+        self.flags: dict[str, tuple[int, list[int]]] = {name: (0, []) for name in FLAGS}
+        """Number of examples and the first rows, by flag."""
 
     @property
     def response_tokens(self) -> int:
@@ -167,25 +147,22 @@ class Statistics:
         return [
             s
             for s in self.folders.signals()
-            if s.key in columns and np.isfinite(_floats(columns, s.key)).any()
+            if s.key in columns and np.isfinite(columns[s.key].astype(np.float64)).any()
         ]
 
     def rows_to_show(self) -> dict[str, list[int]]:
         """Return rows of examples to show, by the reason."""
-        found = {name: sample.columns().get("row", np.empty(0)) for name, sample in self.chosen.items()}
+        reasons = ("disagreeing", "surprising", "random")
+        found = {name: getattr(self, name).columns().get("row", np.empty(0)) for name in reasons}
         return {name: [int(row) for row in rows] for name, rows in found.items()}
 
 
 def measure(folders: Folders, seed: int = 0) -> Statistics:
     """Read every shard once. Memory depends on the largest shard and the vocabulary, not on the dataset."""
-    stats = Statistics(folders, TokenClasses(folders.tokenizer), seed)
+    stats = Statistics(folders, seed)
     for shard in folders.shards():
         _add(stats, shard, responses(shard))
     return stats
-
-
-def _floats(columns: Columns, name: str) -> Float64Array:
-    return columns[name].astype(np.float64)
 
 
 def _add(stats: Statistics, shard: Shard, r: Responses) -> None:
@@ -193,12 +170,11 @@ def _add(stats: Statistics, shard: Shard, r: Responses) -> None:
     stats.examples += len(shard.example_ids)
     stats.tokens += shard.ids.size
     classes = stats.token_classes.classify(r.ids, r.turns)
-    decile = r.place * NUM_DECILES // np.maximum(1, counts[r.example])
     turn = np.repeat(_turn_numbers(r), np.diff(r.turns))
     length = np.log2(np.maximum(1, counts)).astype(np.int64)[r.example]
     codes: dict[str, NDArray[np.integer[Any]]] = {
         "class": classes,
-        "decile": decile,
+        "decile": r.place * NUM_DECILES // np.maximum(1, counts[r.example]),
         "turn": np.minimum(turn, MOST_TURNS - 1),
         "length": np.minimum(length, NUM_LENGTHS - 1),
     }
@@ -247,16 +223,16 @@ def _higher(values: Float32Array, example: IntArray, offsets: IntArray) -> Float
 def _choose(stats: Statistics, r: Responses, rows: IntArray) -> None:
     counts = np.diff(r.offsets)
     some = counts > 0
-    stats.chosen["random"].add(int(some.sum()), {"row": rows[some]})  # type: ignore[arg-type]
+    stats.random.add(int(some.sum()), {"row": rows[some]})
     stats.pair = stats.pair or pair_of(r.signals)
     if stats.pair is not None and all(name in r.signals for name in stats.pair):
         values = surprise(r.signals[stats.pair[0]], r.signals[stats.pair[1]], r.example, r.offsets)
-        stats.chosen["surprising"].add(np.where(counts >= 8, values, np.nan), {"row": rows})  # type: ignore[arg-type]
+        stats.surprising.add(np.where(counts >= 8, values, np.nan), {"row": rows})
     if len(r.keeps) > 1:
         both = np.logical_and.reduce(r.has)
         differ = (np.any([k != r.keeps[0] for k in r.keeps[1:]], axis=0) & both).astype(float)
         share = np.bincount(r.example, differ, minlength=counts.size) / np.maximum(1, counts)
-        stats.chosen["disagreeing"].add(np.where(share > 0, share, np.nan), {"row": rows})  # type: ignore[arg-type]
+        stats.disagreeing.add(np.where(share > 0, share, np.nan), {"row": rows})
 
 
 def surprise(a: Float32Array, b: Float32Array, example: IntArray, offsets: IntArray) -> Float64Array:
@@ -298,20 +274,13 @@ def _flag(stats: Statistics, r: Responses, classes: NDArray[np.int8], rows: IntA
 
 def _distinct(r: Responses) -> Float64Array:
     """Return the share of distinct ones among an example's token trigrams, [E]; 1 if it has none."""
-    number, size = r.offsets.size - 1, r.ids.size - 2
-    if size <= 0:
-        return np.ones(number)
-    ids = r.ids.astype(np.int64)
+    import polars as pl
+
+    shares, size = np.ones(r.offsets.size - 1), max(0, r.ids.size - 2)
+    ids, example = r.ids.astype(np.int64), r.example[:size]
     key = (ids[:size] * 1_000_003 + ids[1 : size + 1]) * 1_000_003 + ids[2:]
-    example = r.example[:size]
     inside = example == r.example[2:]
-    key, example = key[inside], example[inside]
-    order = np.lexsort((key, example))
-    key, example = key[order], example[order]
-    new = np.ones(key.size, dtype=bool)
-    new[1:] = (key[1:] != key[:-1]) | (example[1:] != example[:-1])
-    all_of = np.bincount(example, minlength=number)
-    shares: Float64Array = np.where(
-        all_of > 0, np.bincount(example, new, minlength=number) / np.maximum(1, all_of), 1.0
-    )
+    frame = pl.DataFrame({"example": example[inside], "key": key[inside]})
+    found = frame.group_by("example").agg(share=pl.col("key").n_unique() / pl.len())
+    shares[found["example"].to_numpy()] = found["share"].to_numpy()
     return shares

@@ -1,6 +1,5 @@
 """Texts and classes of tokens by id, for statistics over millions of tokens."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from sstoken.selection import BoolArray, IntArray
 from sstoken.stages.checkpoints import load_tokenizer
-from sstoken.stages.token_text import special_ids
+from sstoken.stages.token_text import Decoder, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,12 +45,17 @@ class TokenClasses:
         return load_tokenizer(str(self.folder))
 
     @cached_property
+    def decoder(self) -> Decoder:
+        """Its decoder."""
+        return Decoder(self.tokenizer)
+
+    @cached_property
     def texts(self) -> list[str]:
         """[V]: the text of each token after others; "" for an id without a token."""
         ids = sorted(set(self.tokenizer.get_vocab().values()))
         texts = [""] * (ids[-1] + 1 if ids else 0)
-        for i, text in zip(ids, self._after([[i] for i in ids]), strict=True):
-            texts[i] = text
+        for i in ids:
+            texts[i] = self.decoder.text([i])
         return texts
 
     @cached_property
@@ -97,20 +101,6 @@ class TokenClasses:
     def is_special(self, ids: NDArray[np.int32]) -> BoolArray:
         """Return whether each token is special, [N]."""
         return self.special[np.minimum(ids, self.special.size - 1)]
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Return the text of consecutive tokens as it is after others."""
-        return self._after([list(ids)])[0]
-
-    def _after(self, many: Sequence[list[int]]) -> list[str]:
-        """Return texts as they are after another token: some tokenizers drop a text's first space."""
-        before = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
-        decode = self.tokenizer.batch_decode
-        skipped = len(decode([before], skip_special_tokens=False, clean_up_tokenization_spaces=False)[0])
-        found = decode(
-            [[*before, *ids] for ids in many], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return [text[skipped:] for text in found]
 
     def classify(self, ids: NDArray[np.int32], turns: IntArray) -> NDArray[np.int8]:
         """Classify response tokens by text and place.

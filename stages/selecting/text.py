@@ -14,7 +14,7 @@ from sstoken.errors import UsageError
 from sstoken.selection import BoolArray, IntArray
 from sstoken.stages import folders, storage
 from sstoken.stages.checkpoints import load_tokenizer
-from sstoken.stages.token_text import special_ids, token_texts
+from sstoken.stages.token_text import Decoder, special_ids, token_texts
 
 END_OF_TURN = "end_of_turn"
 _PATTERNS = {
@@ -194,18 +194,14 @@ class _Loaded:
             folders.check_file(file)
         self.tokenizer: Any = _Core(file) if file.is_file() else load_tokenizer(str(folder))
         self.special = frozenset(special_ids(self.tokenizer))
-        self._before = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
-        self._skipped = len(self._decode(self._before))
+        self._decoder = Decoder(self.tokenizer)
         self._texts: dict[int, str] = {}
 
     def text(self, index: int) -> str:
         """Return the text of an id's token after others."""
         if index not in self._texts:
-            self._texts[index] = self._decode([*self._before, index])[self._skipped :]
+            self._texts[index] = self._decoder.text([index])
         return self._texts[index]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _loaded(folder: Path) -> _Loaded:

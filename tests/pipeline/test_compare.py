@@ -8,7 +8,7 @@ import pytest
 
 from sstoken import curate
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages.report.compare import CLASSES
+from sstoken.stages.report.token_classes import CLASSES
 from tests.pipeline.worlds import CommandLine, World
 
 
