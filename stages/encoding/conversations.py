@@ -21,12 +21,7 @@ WANTED = "wanted answers of preference rows"
 
 
 def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:
-    """Parse a row into a conversation.
-
-    Args:
-        row: the parsed JSON row.
-        layout: the layout of its dataset.
-        max_chars: the longest conversation accepted, in characters of all its messages together.
+    """Parse a row into a conversation of at most `max_chars` characters in all its messages together.
 
     Raises:
         BadRow: the row has no well-formed conversation with a turn to train on, or holds something that a
@@ -43,7 +38,8 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
                 f"column {layout.columns[role]!r} is missing or null",
             )
     turns = _PARSERS[layout.format](row, layout)
-    left = _unused_values(row, turns, beside)
+    left = [(name, name, row[name]) for name in beside.others]
+    left += [(f"messages[].{key}", key.rpartition(".")[2], values) for key, values in turns.others.items()]
     tools = read_tools(layout.get(row, "tools"))
     notes = [PROMPT_MARKED] * turns.marked_prompts
     untrained = _untrained(row, turns, beside, notes)
@@ -64,8 +60,8 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
 
 
 def _from_turns(row: Mapping[str, Any], layout: Layout) -> Turns:
-    column = "messages" if layout.format == "messages" else "conversations"
-    return read_turns(layout.get(row, column), layout.ignored)
+    (role,) = REQUIRED[layout.format]
+    return read_turns(layout.get(row, role), layout.ignored)
 
 
 def _from_prompt(row: Mapping[str, Any], layout: Layout) -> Turns:
@@ -90,8 +86,8 @@ def _from_alpaca(row: Mapping[str, Any], layout: Layout) -> Turns:
 
 
 def _from_qa(row: Mapping[str, Any], layout: Layout) -> Turns:
-    pair = _pair(*(_text(layout.get(row, role), role) for role in ("question", "answer")))
-    return _read(row, layout, _with_context(row, layout, pair))
+    question, answer = (_text(layout.get(row, role), role) for role in ("question", "answer"))
+    return _read(row, layout, _with_context(row, layout, _pair(question, answer)))
 
 
 _PARSERS = {
@@ -182,10 +178,9 @@ def _untrained(row: Mapping[str, Any], turns: Turns, beside: Beside, notes: list
     """Return the answers that marks on turns or columns of marks exclude from training."""
     trained = list(turns.trained)
     for name in beside.marks:
-        value = row[name]
+        value = json_or_text(row[name])
         if value is None:
             continue
-        value = json_or_text(value)
         if isinstance(value, list):
             marks = list_marks(value, name, turns.answers)
         elif name == "mask" and isinstance(value, str) and value in turns.speakers:  # NeMo
@@ -218,9 +213,3 @@ def _check_media(row: Mapping[str, Any], beside: Beside) -> None:
                 f"column {name} belongs to the row and only text can be encoded; train on the text alone with "
                 f"--ignore-column {name}",
             )
-
-
-def _unused_values(row: Mapping[str, Any], turns: Turns, beside: Beside) -> list[tuple[str, str, Any]]:
-    columns = [(name, name, row[name]) for name in beside.others]
-    keys = ((f"messages[].{key}", key.rpartition(".")[2], values) for key, values in turns.others.items())
-    return [*columns, *keys]

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 from sstoken.errors import SstokenError, UsageError
@@ -42,9 +42,6 @@ OTHER_NAMES = {
 """Alternative column names for a role, used if no column has the role's own name."""
 
 
-_MOST_SHAPES = 1000
-
-
 class Beside(NamedTuple):
     """The columns of a row that play no role in its layout."""
 
@@ -56,7 +53,9 @@ class Beside(NamedTuple):
     """All other columns except the row's own id."""
 
 
-def _beside(columns: list[str]) -> Beside:
+@lru_cache(maxsize=1000)
+def _beside(columns: tuple[str, ...], used: frozenset[str]) -> Beside:
+    columns = tuple(c for c in columns if c not in used)
     return Beside(
         tuple(filter(is_media, columns)),
         tuple(name for name in ROW_MARKS if name in columns),
@@ -81,23 +80,21 @@ class Layout:
         """Return the row's value for `role`, or None."""
         return row.get(self.columns.get(role, ""))
 
-    def beside(self, row: Mapping[str, Any]) -> "Beside":
+    def beside(self, row: Mapping[str, Any]) -> Beside:
         """Classify the columns of a row that play no role."""
-        columns = tuple(row)
-        found = self._seen.get(columns)
-        if found is None:
-            if len(self._seen) > _MOST_SHAPES:  # rows of ever new columns
-                self._seen.clear()
-            found = self._seen[columns] = _beside([c for c in columns if c not in self.columns.values()])
-        return found
+        return _beside(tuple(row), self._used)
 
     @cached_property
-    def _seen(self) -> dict[tuple[str, ...], "Beside"]:
-        return {}
+    def _used(self) -> frozenset[str]:
+        return frozenset(self.columns.values())
 
 
 class NoLayout(SstokenError):  # noqa: N818 (the dataset has none; the error is what is raised about it)
     """The columns of a row match no layout."""
+
+
+def _formats(format: str) -> list[str]:
+    return list(REQUIRED) if format == "auto" else [format]
 
 
 def check_columns(format: str, columns: Mapping[str, str]) -> None:
@@ -106,8 +103,7 @@ def check_columns(format: str, columns: Mapping[str, str]) -> None:
     Raises:
         UsageError: lists the roles it has.
     """
-    names = list(REQUIRED) if format == "auto" else [format]
-    legal = sorted({role for n in names for role in REQUIRED[n] + OPTIONAL[n]})
+    legal = sorted({role for name in _formats(format) for role in REQUIRED[name] + OPTIONAL[name]})
     for role in columns:
         if role not in legal:
             raise UsageError(f"column {role!r}: format {format} has the columns {', '.join(legal)}")
@@ -122,22 +118,19 @@ def detect_layout(
 ) -> Layout:
     """Detect the layout of a dataset from its first row.
 
-    Args:
-        row: only its columns are considered.
-        format: a known format, or `auto` for the first whose required columns are all present.
-        columns: overrides: role of the format -> column that plays it.
-        ignored, preference: see `Layout`.
+    `auto` is the first format whose required columns are all present. `columns` says which column plays a role, where
+    its name differs.
 
     Raises:
         NoLayout: no known layout has these columns, or `format` needs a column that is missing.
     """
     given = columns or {}
     row = {name: value for name, value in row.items() if name not in ignored}
-    for name in REQUIRED if format == "auto" else (format,):
+    for name in _formats(format):
         resolved = {role: _column(row, role, given) for role in REQUIRED[name] + OPTIONAL[name]}
         if all(resolved[role] in row for role in REQUIRED[name]):
             return Layout(name, resolved, ignored, preference)
-    known = "; ".join(f"{n} ({', '.join(c)})" for n, c in REQUIRED.items() if format in ("auto", n))
+    known = "; ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in _formats(format))
     if set(row) - {"example_id", "meta", "id", "source"} == {"text"}:
         raise NoLayout(
             "the column text alone matches no layout: which part of a text is the answer cannot be told; give the "
@@ -158,17 +151,17 @@ def _way_out(row: Mapping[str, Any], format: str) -> str:
         name = str(inside[0])
         return f"the rows seem to be in {name!r}: save that list alone; if it has turns, --column messages={name}"
     lowered = {name.lower().replace("-", "_").replace(" ", "_"): name for name in names}
-    for each in REQUIRED if format == "auto" else (format,):
-        found = {
-            role: next((lowered[n] for n in (role, *OTHER_NAMES.get(role, ())) if n in lowered), None)
-            for role in REQUIRED[each]
-        }
+    for each in _formats(format):
+        found = {role: lowered.get(_column(lowered, role, {}), "") for role in REQUIRED[each]}
         if all(found.values()):
-            given = " ".join(f"--column {shlex.quote(f'{role}={name}')}" for role, name in found.items())
-            return f"say which is which: --format {each} {given}"
+            return f"say which is which: --format {each} {_options(found)}"
     first, second = (*names, "COLUMN", "COLUMN")[:2]
-    given = " ".join(f"--column {shlex.quote(pair)}" for pair in (f"question={first}", f"answer={second}"))
-    return f"say which column is which with --format and --column, e.g. --format qa {given}"
+    options = _options({"question": first, "answer": second})
+    return f"say which column is which with --format and --column, e.g. --format qa {options}"
+
+
+def _options(columns: Mapping[str, str]) -> str:
+    return " ".join(f"--column {shlex.quote(f'{role}={name}')}" for role, name in columns.items())
 
 
 def _column(row: Mapping[str, Any], role: str, given: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ _UNKNOWN_SENSE = "mask"
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def read_mark(value: Any, name: str, where: str) -> bool:
+def _read_mark(value: Any, name: str, where: str) -> bool:
     """Return whether a mark says that its turn is trained on.
 
     Raises:
@@ -39,21 +39,17 @@ def read_mark(value: Any, name: str, where: str) -> bool:
 
 
 def turn_marks(turns: Sequence[Mapping[str, Any]], answers: Sequence[bool]) -> list[bool]:
-    """Return whether each turn is trained on, according to its own marks.
-
-    Args:
-        turns: the row's messages.
-        answers: which of them are the assistant's.
+    """Return whether each turn is trained on, according to its own marks; `answers` are the assistant's turns.
 
     Raises:
-        BadRow: as `read_mark`; or the mark is ambiguous, or marks only part of a message.
+        BadRow: not a mark, a weight other than 0 and 1, an ambiguous mark, or one of only part of a message.
     """
     trained = [True] * len(turns)
     for name in TURN_MARKS:
         if not any(name in turn for turn in turns):
             continue
         marks = [
-            None if turn.get(name) is None else read_mark(turn[name], name, f"message {number}")
+            None if turn.get(name) is None else _read_mark(turn[name], name, f"message {number}")
             for number, turn in enumerate(turns, 1)
         ]
         trained = [t and m is not False for t, m in zip(trained, _trained(name, marks, answers), strict=True)]
@@ -73,13 +69,13 @@ def count_marked(turns: Sequence[Mapping[str, Any]], answers: Sequence[bool]) ->
     return sum(m and not answer for m, answer in zip(marked, answers, strict=True))
 
 
-def list_marks(value: Any, name: str, answers: Sequence[bool]) -> list[bool]:
+def list_marks(value: list[Any], name: str, answers: Sequence[bool]) -> list[bool]:
     """Return whether each turn is trained on, according to a column with a mark per message or per answer.
 
     Raises:
-        BadRow: as `read_mark`; or the list has another length.
+        BadRow: as `turn_marks`; or the list has another length.
     """
-    marks: list[bool | None] = [read_mark(mark, name, f"column {name}") for mark in value]
+    marks: list[bool | None] = [_read_mark(mark, name, f"column {name}") for mark in value]
     if len(marks) == sum(answers) != len(answers):
         rest = iter(marks)
         marks = [next(rest) if answer else None for answer in answers]
@@ -98,9 +94,9 @@ def row_mark(value: Any, name: str) -> bool:
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in ("weight", "loss_weight", "sample_weight") and is_number:
-        return read_mark(value, name, "column")
+        return _read_mark(value, name, "column")
     try:
-        return name == _UNKNOWN_SENSE or read_mark(value, name, "column")
+        return name == _UNKNOWN_SENSE or _read_mark(value, name, "column")
     except BadRow:
         return True
 

@@ -9,7 +9,6 @@ from sstoken.errors import SstokenError
 Message = dict[str, Any]
 """`role` (system, user, assistant, tool), `content`, and optionally `tool_calls`, reasoning and ids."""
 
-
 TrainedTurns = Literal["all", "last", "each"]
 """Which assistant turns are responses: all in one example, the last, or each in its own example."""
 Losable = Literal["reasoning", "system", "tools", "tool_calls", "content"]
@@ -42,7 +41,6 @@ _MAY_FOLLOW: dict[str, set[str | None]] = {
     "assistant": {"user", "tool"},
     "tool": {"assistant", "tool"},
 }
-
 
 UNCERTAIN = "uncertain mask"
 """Why a row is bad: its response spans are not certain."""
@@ -80,18 +78,22 @@ def check_messages(messages: list[Message], max_chars: int = MAX_CHARS) -> None:
         BadRow: a role is out of order, there is no answer, a text has a lone surrogate, or there are more than
             `max_chars` characters.
     """
-    _check_length(messages, max_chars)
-    check_text(messages)
-    _check_order(messages)
-    _check_answers(messages)
-
-
-def _check_length(messages: list[Message], max_chars: int) -> None:
-    length = sum(
-        len(value) if isinstance(value, str) else len(str(value)) for m in messages for value in m.values()
-    )
+    length = sum(len(str(value)) for message in messages for value in message.values())
     if length > max_chars:
         raise BadRow("too long", f"{length:,} characters, more than --max-chars {max_chars:,}")
+    check_text(messages)
+    previous = None
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        if previous not in _MAY_FOLLOW[role]:
+            where = f"after {previous}" if previous else "at the start"
+            raise BadRow("role order", f"message {number} is {role} {where}")
+        previous = role
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not answers:
+        raise BadRow("no answer", "no assistant message")
+    if not all(m.get("content", "").strip() or m.get("tool_calls") for m in answers):
+        raise BadRow("no answer", "an assistant message is empty")
 
 
 def check_text(value: Any) -> None:
@@ -104,21 +106,3 @@ def check_text(value: Any) -> None:
         ) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow("bad message", f"not plain JSON values ({type(error).__name__})") from error
-
-
-def _check_order(messages: list[Message]) -> None:
-    previous = None
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
-        if previous not in _MAY_FOLLOW[role]:
-            where = f"after {previous}" if previous else "at the start"
-            raise BadRow("role order", f"message {number} is {role} {where}")
-        previous = role
-
-
-def _check_answers(messages: list[Message]) -> None:
-    answers = [m for m in messages if m["role"] == "assistant"]
-    if not answers:
-        raise BadRow("no answer", "no assistant message")
-    if not all(m.get("content", "").strip() or m.get("tool_calls") for m in answers):
-        raise BadRow("no answer", "an assistant message is empty")

@@ -26,15 +26,10 @@ _ANSWERS = {"prompt": "completion", "instruction": "output", "question": "answer
 def wanted(
     row: Any, ignored: frozenset[str] = frozenset(), *, take: bool = False
 ) -> tuple[Mapping[str, Any], bool]:
-    """Return the row as a demonstration, and whether it is preference data.
-
-    Args:
-        row: in any layout.
-        ignored: columns to disregard.
-        take: the user asked for the wanted answers.
+    """Return the row as a demonstration, and whether it is preference data, without the `ignored` columns.
 
     Raises:
-        NeedsDecision: a preference row, and `take` is false.
+        NeedsDecision: a preference row, and the user did not ask to `take` the wanted answers.
         BadRow: the row has no named columns, or its wanted answer is ambiguous.
         PassedOver: its only answer is unwanted.
     """

@@ -37,8 +37,7 @@ ROLES = {
 """Lower-case speaker names and their roles; `call`: an assistant whose content is a tool call."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _SAID = ("content", "value", "text")
-EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""Values that count as empty."""
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 _READ = {"role", "from", *_SAID, "tool_calls", "function_call", "name", "tool_call_id",
          "train_detail", *REASONING, *TURN_MARKS}  # fmt: skip
 _PLAIN = {"role", "from", "content", "value"}
@@ -66,6 +65,11 @@ class Turns:
         self.turn.append(turn)
         self.trained.append(trained)
 
+    def leave(self, key: str, value: Any) -> None:
+        """Remember a value that ends up in no message, unless it is empty."""
+        if value not in _EMPTY:
+            self.others.setdefault(key, []).append(value)
+
     @property
     def answers(self) -> list[bool]:
         """For each turn of the row's list, whether it is the assistant's."""
@@ -79,11 +83,7 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
     """Parse a list of turns, or its JSON text, into messages.
 
     Consecutive calls, which some layouts store as separate turns, become one message; so do an answer and the calls
-    that directly follow it.
-
-    Args:
-        value: OpenAI, Anthropic, ShareGPT, LLaMA-Factory or ms-swift turns.
-        ignored: keys of turns to disregard.
+    that directly follow it. Keys in `ignored` are disregarded.
 
     Raises:
         BadRow: not a list, an unknown kind of turn, or an unsupported mark.
@@ -99,39 +99,30 @@ def read_turns(value: Any, ignored: frozenset[str] = frozenset()) -> Turns:
     if ignored:
         raw = [_without(turn, ignored, turns) for turn in raw]
     roles = [_role(turn, number) for number, turn in enumerate(raw, 1)]
-    if all(turn.keys() <= _PLAIN for turn in raw) and "call" not in roles:  # by far the most common
-        for index, (turn, role) in enumerate(zip(raw, roles, strict=True)):
-            _add_plain(turns, turn, role, index)
-        return turns
-    answers = [role in ("assistant", "call") for role in roles]
-    trained = turn_marks(raw, answers)
-    turns.marked_prompts = count_marked(raw, answers)
+    plain = all(turn.keys() <= _PLAIN for turn in raw) and "call" not in roles  # by far the most common
+    trained = [True] * len(raw)
+    if not plain:
+        answers = [role in ("assistant", "call") for role in roles]
+        trained = turn_marks(raw, answers)
+        turns.marked_prompts = count_marked(raw, answers)
     for index, (turn, role) in enumerate(zip(raw, roles, strict=True)):
         turns.speakers.append(str(turn.get("role") or turn.get("from")))
+        said = turn.get("content")
+        if plain and isinstance(said, str) and "value" not in turn:
+            turns.add({"role": role, "content": said}, index, True)
+            continue
         _add(turns, turn, role, index, trained[index])
         for key, other in turn.items():
-            if key not in _READ and other not in EMPTY:
-                turns.others.setdefault(str(key), []).append(other)
+            if key not in _READ:
+                turns.leave(str(key), other)
     return turns
-
-
-def _add_plain(turns: Turns, turn: Mapping[str, Any], role: str, index: int) -> None:
-    """Like `_add`, for a turn with only a speaker and a content."""
-    said = turn.get("content")
-    if isinstance(said, str) and "value" not in turn:
-        turns.speakers.append(turn.get("role") or turn["from"])
-        turns.add({"role": role, "content": said}, index, True)
-    else:
-        turns.speakers.append(str(turn.get("role") or turn.get("from")))
-        _add(turns, turn, role, index, True)
 
 
 def _without(turn: Any, ignored: frozenset[str], turns: Turns) -> Any:
     if not isinstance(turn, Mapping) or ignored.isdisjoint(turn):
         return turn
     for key in ignored.intersection(turn):
-        if turn[key] not in EMPTY:
-            turns.others.setdefault(key, []).append(turn[key])
+        turns.leave(key, turn[key])
     return {key: value for key, value in turn.items() if key not in ignored}
 
 
@@ -153,8 +144,8 @@ def _add(turns: Turns, turn: Mapping[str, Any], role: str, index: int, trained: 
     saying = [key for key in _SAID if turn.get(key) is not None]
     said = turn[saying[0]] if saying else None
     for key in saying[1:]:
-        if turn[key] not in (said, *EMPTY):
-            turns.others.setdefault(key, []).append(turn[key])
+        if turn[key] != said:
+            turns.leave(key, turn[key])
     if role == "call":
         calls = read_calls(said, where)
         if turns.messages and turns.messages[-1]["role"] == "assistant":
@@ -164,13 +155,14 @@ def _add(turns: Turns, turn: Mapping[str, Any], role: str, index: int, trained: 
         return
     content = read_content(said, where)
     for key in content.unused:
-        turns.others.setdefault(f"content[].{key}", []).append(True)
+        turns.leave(f"content[].{key}", True)
     for result in content.results:
         turns.add(result, index, True)
     if content.results and not (content.text.strip() or content.calls or content.reasoning):
         return
     message: Message = {"role": role, "content": content.text}
-    calls = content.calls + _calls(turn, where)
+    given = [turn[key] for key in ("tool_calls", "function_call") if turn.get(key)]
+    calls = content.calls + [call for each in given for call in read_calls(each, where)]
     reasoning = _reasoning(turn, content.reasoning, where)
     if (calls or reasoning) and role != "assistant":
         raise BadRow("bad message", f"{where} is from {role} and holds tool calls or reasoning")
@@ -178,17 +170,8 @@ def _add(turns: Turns, turn: Mapping[str, Any], role: str, index: int, trained: 
         message["tool_calls"] = calls
     if reasoning:
         message["reasoning_content"] = reasoning
-    turns.add(
-        message | {k: turn[k] for k in ("name", "tool_call_id") if turn.get(k) is not None}, index, trained
-    )
-
-
-def _calls(turn: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    found = []
-    for key in ("tool_calls", "function_call"):
-        if turn.get(key):
-            found += read_calls(turn[key], where)
-    return found
+    message |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) is not None}
+    turns.add(message, index, trained)
 
 
 def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:

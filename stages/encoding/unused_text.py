@@ -44,17 +44,11 @@ def check_unused(
 ) -> list[str]:
     """Return the names of unused columns and keys; refuse those that hold text of a conversation.
 
-    Text that also appears in the messages is not lost, nor is a column that repeats the complete conversation
-    as one text.
-
-    Args:
-        values: for each: the name as shown to the user (`messages[].name`), the bare name and the value.
-        messages: the conversation.
-        layout: determines which roles are free to take a column.
+    Text that also appears in the messages is not lost, nor is a column that repeats the complete conversation as one
+    text. `values` hold the name as shown to the user (`messages[].name`), the bare name and the value.
 
     Raises:
-        NeedsDecision: with reason `unused text`; lists all such columns and the options that use or ignore
-            them.
+        NeedsDecision: with reason `unused text`; lists all such columns and the options that use or ignore them.
     """
     unused, lost = [], []
     for shown, name, value in values:
@@ -87,9 +81,7 @@ def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
         return False
     value = json_or_text(value, "[{")
     is_conversation = kind == "conversation" or _holds_turns(value)
-    texts = [
-        text for text in _texts(value) if says_something(text) and (is_conversation or _is_natural(text))
-    ]
+    texts = [t for t in _texts(value) if says_something(t) and (is_conversation or _is_natural(t))]
     if not texts:
         return False
     contents = [str(m.get(key, "")).strip() for m in messages for key in ("content", "reasoning_content")]
@@ -105,12 +97,8 @@ def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
 
 def _holds_turns(value: Any) -> bool:
     turns = value if isinstance(value, list) else [value]
-    return any(
-        isinstance(turn, Mapping)
-        and ("role" in turn or "from" in turn)
-        and ("content" in turn or "value" in turn)
-        for turn in turns
-    )
+    objects = (turn for turn in turns if isinstance(turn, Mapping))
+    return any(turn.keys() & {"role", "from"} and turn.keys() & {"content", "value"} for turn in objects)
 
 
 def _texts(value: Any) -> Iterator[str]:
