@@ -35,11 +35,8 @@ def altered_copy(
 ) -> Conversation:
     """Return a copy with other letters and digits, where every text keeps its length.
 
-    Args:
-        conversation: is not modified.
-        protected: text that the template looks for; it keeps its letters.
-        variant: selects another set of replacements.
-        with_names: also replace the names of tools, although some templates look them up.
+    Text that matches `protected` keeps its letters. Each `variant` is another set of replacements. `with_names`
+    replaces the names of tools, too, although some templates look them up.
     """
     names = len(conversation.messages) + 1
 
@@ -47,7 +44,7 @@ def altered_copy(
         table = _replacements(owner, variant)
         return "".join(
             text[start:stop].translate(table) if inside else text[start:stop]
-            for start, stop, inside in stretches(text, protected)
+            for start, stop, inside in _stretches(text, protected)
         )
 
     def value(given: Any, owner: int) -> Any:
@@ -89,7 +86,7 @@ def altered_copy(
     return replace(conversation, messages=messages, tools=described(conversation.tools))
 
 
-def stretches(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[int, int, bool]]:
+def _stretches(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[int, int, bool]]:
     """Yield start, stop and kind of each stretch, in order: True outside protected text, False inside."""
     at = 0
     for match in protected.finditer(text) if protected else ():
@@ -101,7 +98,7 @@ def stretches(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[in
 
 def segments(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[int, int]]:
     """Yield start and stop of each stretch outside protected text."""
-    return ((start, stop) for start, stop, outside in stretches(text, protected) if outside)
+    return ((start, stop) for start, stop, outside in _stretches(text, protected) if outside)
 
 
 def visible(text: str, protected: re.Pattern[str] | None) -> str:
@@ -184,17 +181,16 @@ def decoded(points: NDArray[np.uint32]) -> str:
 
 
 def owners_of(
-    original: NDArray[np.uint32],
-    altered: NDArray[np.uint32],
-    num_owners: int,
-    variant: int,
-    texts: Mapping[int, str],
+    text: str, altered_text: str, num_owners: int, variant: int, texts: Mapping[int, str]
 ) -> NDArray[np.int16] | None:
     """Return the owner of each character, inferred from its replacement; None if one matches no owner.
 
     `texts` holds what each owner has to print. Where several owners replace a character alike, prefer those that
     still have this character to print.
     """
+    original, altered = codes(text), codes(altered_text)
+    if original.size != altered.size:
+        return None
     left = {owner: Counter(text) for owner, text in texts.items()} if num_owners > min(_NUM_SHIFTS) else {}
     owners = np.full(original.size, TEMPLATE, np.int16)
     places = np.flatnonzero(original != altered)

@@ -26,14 +26,9 @@ def is_zip(path: str) -> bool:
 
 
 def opened(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
-    """Yield the data files in one file: the file itself, decompressed, or every member of a zip archive in order.
+    """Yield name and bytes of the data files in one file, by its extensions.
 
-    Args:
-        raw: the file, binary.
-        name: the file's name as shown to the user; its extensions decide how it is read.
-
-    Yields:
-        The name of each data file and its buffered bytes.
+    These are the file itself, decompressed, or every member of a zip archive in order.
 
     Raises:
         SstokenError: this Python lacks the codec, or a member of the archive is not a data file.
@@ -41,15 +36,10 @@ def opened(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
     if is_zip(name):
         yield from _members(raw, name)
     else:
-        yield name, decompressed(raw, name)
+        yield name, _decompressed(raw, name)
 
 
-def decompressed(raw: Any, name: str) -> io.BufferedReader:
-    """Return a buffered reader of the uncompressed bytes.
-
-    Raises:
-        SstokenError: this Python was built without the codec.
-    """
+def _decompressed(raw: Any, name: str) -> io.BufferedReader:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix == ".zst":
         import pyarrow as pa  # bundles zstd
@@ -92,7 +82,7 @@ def _members(raw: Any, name: str) -> Iterator[tuple[str, io.BufferedReader]]:
                     f"{name}: {member.filename} cannot be read ({error}); extract it"
                 ) from error
             with stream:
-                yield f"{name}: {inner}", decompressed(stream, inner)
+                yield f"{name}: {inner}", _decompressed(stream, inner)
 
 
 def _is_visible(path: str) -> bool:

@@ -60,13 +60,9 @@ _PLAIN = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def elements(stream: Any) -> Iterator[tuple[Any, tuple[str, str] | None]]:
-    """Stream the elements of one JSON array.
+    """Yield the elements of one JSON array from a binary stream of UTF-8, with or without a byte order mark.
 
-    Args:
-        stream: binary, UTF-8, with or without a byte order mark.
-
-    Yields:
-        An element's value, or None and the problem, if the element is JSON that cannot be represented.
+    Each is a value, or None and the problem, if the element is JSON that cannot be represented.
 
     Raises:
         ValueError: the text is not a JSON array, from the next element on.

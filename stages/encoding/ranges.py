@@ -17,18 +17,16 @@ from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED
 from sstoken.stages.encoding.arrow_rows import rows_of
 from sstoken.stages.encoding.sources import (
-    Files,
+    File,
     Hub,
     Row,
     Saved,
     dataset_tables,
-    file_labels,
     file_rows,
     is_local,
     locate,
     naming_dataset,
     numbered,
-    pairs,
     remote,
     some,
 )
@@ -49,22 +47,17 @@ class RowRange(Protocol):
 
 
 @dataclass(frozen=True)
-class _File:
-    """A file that every process can open."""
+class _Stamped(File):
+    """A file whose rows were located, and which must not change before they are read."""
 
-    filesystem: Any
-    path: str
-    name: str
-    """As shown to the user."""
-    label: str
     stamp: tuple[int, int] | None
-    """Size and time of a local file when its rows were located."""
+    """Size and time of a local file."""
 
     def open(self) -> Any:
         """Open the file; refuse it if it has changed."""
-        if self.stamp != _stamp(self.filesystem, self.path, self.name):
+        if self.stamp != _stamp(self):
             raise SstokenError(f"{self.name}: changed while it was read; run again when it is complete")
-        return remote(lambda path: self.filesystem.open(path, "rb"), self.path, self.name)
+        return super().open()
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class _Table:
 class _Lines(NamedTuple):
     """Rows of an uncompressed JSONL file."""
 
-    source: _File
+    source: _Stamped
     first: int
     offset: int
     """Where the first row starts, in bytes."""
@@ -104,7 +97,7 @@ class _Lines(NamedTuple):
 class _InGroups(NamedTuple):
     """Rows of a Parquet file with small row groups."""
 
-    source: _File
+    source: _Stamped
     first: int
     num_rows: int = 1
 
@@ -156,18 +149,18 @@ _OneRow = _Lines | _InGroups | _InTable | Row
 def cut(data: str, split: str | None, size: int, limit: int | None = None) -> Iterator[list[RowRange]]:
     """Yield the ranges of each shard of `size` rows, in order; the last shard may be shorter.
 
-    Args:
-        data: see `sources`.
-        split: split of a dataset.
-        size: rows in a shard.
-        limit: most rows in total.
+    `data` and `split` are as for `open_rows`; `limit` is the most rows in total.
 
     Raises:
         SstokenError: as `sources.open_rows`.
     """
     source = locate(data, split)
-    found = _rows_of_files(source, size) if isinstance(source, Files) else _rows_of_dataset(source, split)
-    rows: Iterator[_OneRow] = islice(found, limit)
+    found: Iterator[_OneRow]
+    if isinstance(source, list):
+        found = chain.from_iterable(_rows_of_file(file, size) for file in source)
+    else:
+        found = _rows_of_dataset(source, split)
+    rows = islice(found, limit)
     shards = iter(lambda: list(islice(rows, size)), [])
     return some(map(_joined, shards), data)
 
@@ -182,26 +175,25 @@ def _joined(rows: list[_OneRow]) -> list[RowRange]:
     return ranges
 
 
-def _rows_of_files(files: Files, size: int) -> Iterator[_OneRow]:
-    for (path, name), label in zip(pairs(files), file_labels(list(files.shown)), strict=True):
-        kind = row_files.kind(name)
-        plain = PurePosixPath(name).suffix.lower() not in COMPRESSED
-        if plain and (kind == "parquet" or (kind == "jsonl" and is_local(files.filesystem))):
-            stamp = _stamp(files.filesystem, path, name)
-            file = _File(files.filesystem, path, name, label, stamp)
-            yield from _rows_of_lines(file) if kind == "jsonl" else _rows_of_parquet(file, size)
-        else:
-            yield from file_rows(Files(files.filesystem, (path,), (name,)), [label], parse=False)
+def _rows_of_file(file: File, size: int) -> Iterator[_OneRow]:
+    kind = row_files.kind(file.name)
+    if PurePosixPath(file.name).suffix.lower() in COMPRESSED:
+        return file_rows(file, parse=False)
+    if kind == "parquet":
+        return _rows_of_parquet(_Stamped(**vars(file), stamp=_stamp(file)), size)
+    if kind == "jsonl" and is_local(file.filesystem):
+        return _rows_of_lines(_Stamped(**vars(file), stamp=_stamp(file)))
+    return file_rows(file, parse=False)
 
 
-def _rows_of_lines(file: _File) -> Iterator[_Lines]:
+def _rows_of_lines(file: _Stamped) -> Iterator[_Lines]:
     with file.open() as raw:
         row_files.refuse_mistaken(raw.peek(1)[:4096], file.name)
         for index, (offset, number, _) in enumerate(row_files.lines(raw)):
             yield _Lines(file, index, offset, number)
 
 
-def _rows_of_parquet(file: _File, size: int) -> Iterator[_InGroups | _InTable]:
+def _rows_of_parquet(file: _Stamped, size: int) -> Iterator[_InGroups | _InTable]:
     with file.open() as raw, row_files.reading(file.name), row_files.reading_parquet(file.name):
         row_files.refuse_mistaken(raw.read(4096), file.name)
         opened = row_files.parquet_file(raw)
@@ -243,9 +235,9 @@ def _groups(about: Any, first: int, count: int) -> tuple[list[int], int]:
     return groups, skipped
 
 
-def _stamp(filesystem: Any, path: str, name: str) -> tuple[int, int] | None:
+def _stamp(file: File) -> tuple[int, int] | None:
     """Return the size and time of a local file."""
-    if not is_local(filesystem):
+    if not is_local(file.filesystem):
         return None
-    stat = remote(os.stat, path, name)
+    stat = remote(os.stat, file.path, file.name)
     return stat.st_size, stat.st_mtime_ns

@@ -23,6 +23,7 @@ _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile)
 """What decompressors raise on a truncated file, or one that is not compressed."""
 
 Problem = tuple[str, str]
+"""A short stable reason, and the detail."""
 
 
 class Parsed(NamedTuple):
@@ -51,12 +52,9 @@ def is_visible(path: str) -> bool:
 
 
 def read(stream: Any, name: str, *, parse: bool = True) -> Iterator[Parsed]:
-    """Yield the rows of an open, buffered binary file.
+    """Yield the rows of an open `io.BufferedReader`; the extension in its name decides the format.
 
-    Args:
-        stream: an `io.BufferedReader`.
-        name: the file as shown to the user; its extension decides the format.
-        parse: False leaves lines of JSON as bytes.
+    Without `parse`, lines of JSON stay bytes.
 
     Raises:
         SstokenError: the file is empty or damaged.
@@ -66,7 +64,7 @@ def read(stream: Any, name: str, *, parse: bool = True) -> Iterator[Parsed]:
     with reading(name):
         refuse_mistaken(stream.peek(1)[:4096], name)
         if format == "jsonl":
-            yield from _json_lines(stream, parse)
+            yield from (line_of_json(number, line, parse) for _, number, line in lines(stream))
         else:
             yield from {"json": _json, "parquet": _parquet, "csv": _csv}[format](stream, name)
 
@@ -105,20 +103,10 @@ _OTHERS = {
 """What a file is, by its first bytes in lower case."""
 
 
-def _json_lines(stream: Any, parse: bool = True) -> Iterator[Parsed]:
-    return (line_of_json(number, line, parse) for _, number, line in lines(stream))
-
-
 def lines(stream: Any, offset: int = 0, number: int = 1) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yield the lines of a buffered binary file that are not blank.
+    """Yield offset, number and bytes of the lines that are not blank; None instead of bytes if one is too long.
 
-    Args:
-        stream: the file, at the start of a line.
-        offset: position of `stream` in the file, in bytes.
-        number: number of the next line, from 1.
-
-    Yields:
-        Offset, number and bytes of a line; None instead of bytes if it is too long.
+    `offset` is the position of `stream` in its file, at the start of line `number`, which counts from 1.
     """
     while line := stream.readline(MAX_LINE_BYTES):
         start, offset = offset, offset + len(line)
@@ -172,8 +160,9 @@ def _json(stream: Any, name: str) -> Iterator[Parsed]:
         yield from _json_array(stream, name)
         return
     # Many .json files hold JSON lines; others hold one pretty-printed object.
-    for row in _json_lines(stream):
-        if row.where == "line 1" and row.problem is not None and row.problem[0] == "broken JSON":
+    for _, number, line in lines(stream):
+        row = line_of_json(number, line, parse=True)
+        if number == 1 and row.problem is not None and row.problem[0] == "broken JSON":
             raise SstokenError(
                 f"{name}: neither a JSON list of rows nor one JSON object a line ({row.problem[1]}); make it "
                 "[{...}, {...}] or JSON lines"
@@ -230,9 +219,8 @@ def parquet_file(stream: Any) -> Any:
     for index, group in enumerate(groups):
         if group.num_rows <= size:
             continue  # `check_all_read` comes in time
-        next(
-            file.iter_batches(1, row_groups=[index], use_threads=False)
-        )  # `column` of a damaged one ends the process
+        # `column` of a damaged group ends the process, so read a row of it first.
+        next(file.iter_batches(1, row_groups=[index], use_threads=False))
         if any(group.column(i).num_values < group.num_rows for i in range(group.num_columns)):
             raise ValueError(f"its footer claims {group.num_rows:,} rows, more than its columns hold")
     return file

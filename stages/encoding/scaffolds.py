@@ -115,21 +115,11 @@ class Scaffolds:
         for turn in turns:
             own = [k for k, (_, _, index, _) in enumerate(placed) if index == turn.message]
             before, after = own[0], own[-1] + 1
-            if (
-                not ends[before] <= turn.start <= begins[before]
-                or not ends[after] <= turn.stop <= begins[after]
-            ):
+            starts_in_gap = ends[before] <= turn.start <= begins[before]
+            if not (starts_in_gap and ends[after] <= turn.stop <= begins[after]):
                 return
-            places.append(
-                _Place(
-                    turn.message,
-                    before,
-                    turn.start - ends[before],
-                    after,
-                    turn.stop - ends[after],
-                    turn.closed,
-                )
-            )
+            start, stop = turn.start - ends[before], turn.stop - ends[after]
+            places.append(_Place(turn.message, before, start, after, stop, turn.closed))
         self._known[shape] = _Scaffold(
             [found.text[end:begin] for begin, end in zip(begins, ends, strict=True)],
             [(index, key) for _, _, index, key in placed],

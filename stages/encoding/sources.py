@@ -52,12 +52,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Files:
-    """Files of one filesystem. `shown[i]` is `paths[i]` as shown to the user, without the secrets of a signed URL."""
+class File:
+    """A file that every process can open."""
 
     filesystem: Any
-    paths: tuple[str, ...]
-    shown: tuple[str, ...]
+    path: str
+    name: str
+    """As shown to the user: without the secrets of a signed URL."""
+    label: str
+    """See `Row.file`."""
+
+    def open(self) -> Any:
+        """Open it for reading bytes."""
+        return remote(lambda path: self.filesystem.open(path, "rb"), self.path, self.name)
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,9 @@ def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
             parse is no error here: it is yielded as a row with a `problem`.
     """
     source = locate(data, split)
-    if isinstance(source, Files):
-        rows = file_rows(source, file_labels(list(source.shown)), parse=True)
+    rows: Iterator[Row]
+    if isinstance(source, list):
+        rows = chain.from_iterable(file_rows(file, parse=True) for file in source)
     else:
         rows = _dataset_rows(source, split)
     yield from some(rows, data)
@@ -117,11 +125,13 @@ def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -
         }
     if isinstance(source, Hub):
         return {"hub": source.name, "config": source.config, "commit": _hub_commit(source)}
-    if is_local(source.filesystem):
-        keys = [digest(Path(path)) for path in source.paths]
-    else:
-        keys = [str(remote(source.filesystem.checksum, path, name)) for path, name in pairs(source)]
-    return {"files": dict(zip(file_labels(list(source.shown)), keys, strict=True))}
+    keys = {
+        file.label: digest(Path(file.path))
+        if is_local(file.filesystem)
+        else str(remote(file.filesystem.checksum, file.path, file.name))
+        for file in source
+    }
+    return {"files": keys}
 
 
 def shown(data: str) -> str:
@@ -143,12 +153,12 @@ def file_labels(paths: list[str]) -> list[str]:
     while all(len(f) > common for f in folders) and len({f[common] for f in folders}) == 1:
         common += 1
     return [
-        stem if count[stem] == 1 else "/".join((*folder[common:], _bare(path)))
+        stem if count[stem] == 1 else "/".join((*folder[common:], PurePosixPath(shown(path)).name))
         for stem, folder, path in zip(stems, folders, paths, strict=True)
     ]
 
 
-def locate(data: str, split: str | None = None) -> Files | Saved | Hub:
+def locate(data: str, split: str | None = None) -> list[File] | Saved | Hub:
     """Decide what `data` names, without reading rows or contacting the Hub.
 
     Raises:
@@ -172,7 +182,7 @@ def locate(data: str, split: str | None = None) -> Files | Saved | Hub:
     return Hub(hub["name"], hub["config"], hub["revision"])
 
 
-def _no_split(files: Files, split: str | None) -> Files:
+def _no_split(files: list[File], split: str | None) -> list[File]:
     if split is not None:
         raise UsageError(
             f"split {split!r}: plain files have no splits; name the split's file, or leave split out"
@@ -206,7 +216,7 @@ def _locate_saved(folder: Path, split: str | None) -> Saved:
     )
 
 
-def _locate_files(data: str) -> Files:
+def _locate_files(data: str) -> list[File]:
     import fsspec
 
     try:
@@ -236,7 +246,8 @@ def _locate_files(data: str) -> Files:
             )
     prefix = "" if is_local(filesystem) else data.partition("://")[0] + "://"
     names = [shown(p) if "://" in p else prefix + p for p in paths]
-    return Files(filesystem, tuple(paths), tuple(names))
+    labels = file_labels(names)
+    return [File(filesystem, *each) for each in zip(paths, names, labels, strict=True)]
 
 
 def _conversion(suffix: str) -> str:
@@ -248,15 +259,14 @@ def _conversion(suffix: str) -> str:
     return "convert it, for example to JSON lines: one object with the row's columns a line"
 
 
-def file_rows(files: Files, labels: list[str], *, parse: bool) -> Iterator[Row]:
-    """Stream the rows of files with these labels; without `parse`, lines of JSON stay bytes (see `Row.parsed`)."""
-    for (path, name), label in zip(pairs(files), labels, strict=True):
-        index = 0
-        with remote(lambda p: files.filesystem.open(p, "rb"), path, name) as raw, row_files.reading(name):
-            for each, stream in opened(raw, name):
-                for row in row_files.read(stream, each, parse=parse):
-                    yield Row(label, index, f"{each} {row.where}", row.value, row.problem, row.notes)
-                    index += 1
+def file_rows(file: File, *, parse: bool) -> Iterator[Row]:
+    """Stream the rows of a file; without `parse`, lines of JSON stay bytes (see `Row.parsed`)."""
+    index = 0
+    with file.open() as raw, row_files.reading(file.name):
+        for name, stream in opened(raw, file.name):
+            for row in row_files.read(stream, name, parse=parse):
+                yield Row(file.label, index, f"{name} {row.where}", row.value, row.problem, row.notes)
+                index += 1
 
 
 def _dataset_rows(source: Saved | Hub, split: str | None) -> Iterator[Row]:
@@ -324,19 +334,10 @@ def remote(ask: Callable[[str], Any], path: str, name: str) -> Any:
         raise SstokenError(f"{name}: cannot be read ({first_line(error)})") from error
 
 
-def pairs(files: Files) -> Iterator[tuple[str, str]]:
-    """Yield each path, and how to show it."""
-    return zip(files.paths, files.shown, strict=True)
-
-
 def is_local(filesystem: Any) -> bool:
     """Return whether a file system is this machine's own."""
     protocol = filesystem.protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
-
-
-def _bare(path: str) -> str:
-    return PurePosixPath(shown(path)).name
 
 
 def _without_compression(path: str) -> str:

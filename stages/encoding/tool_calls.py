@@ -13,9 +13,7 @@ _ARGUMENTS = ("arguments", "parameters", "input", "args")
 def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Parse calls into `{"type": "function", "function": {"name", "arguments"}}`, with `id` if present.
 
-    Args:
-        value: a call or a list of them, possibly as JSON text. A call may be a bare name and arguments.
-        where: the message, for errors.
+    The value is a call or a list of them, possibly as JSON text. A call may be a bare name and arguments.
 
     Raises:
         BadRow: a call has no name, or its arguments are not a JSON object.
@@ -28,8 +26,7 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
     """Parse tool definitions into `{"type": "function", "function": {...}}`; None if there are none.
 
-    Args:
-        value: one definition or a list of them, possibly as JSON text. A definition may lack the wrapper.
+    The value is one definition or a list of them, possibly as JSON text. A definition may lack the wrapper.
 
     Raises:
         BadRow: it is something else.
@@ -64,9 +61,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = {} if given is None or given == "" else _parsed(given, where)
     if not isinstance(arguments, Mapping):
         raise BadRow("bad tool call", f"{where}: the arguments of {name} are not a JSON object")
-    identity = next(
-        (call[key] for key in ("id", "tool_call_id", "call_id") if call.get(key) is not None), None
-    )
+    ids = (call.get(key) for key in ("id", "tool_call_id", "call_id"))
+    identity = next((value for value in ids if value is not None), None)
     known = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
     return known if identity is None else known | {"id": identity}
 

@@ -89,7 +89,7 @@ class Trace:
         return position + int(owned[0]) if owned.size else len(self.text)
 
 
-def texts_of(conversation: Conversation) -> dict[int, str]:
+def _texts_of(conversation: Conversation) -> dict[int, str]:
     """Return what each owner has to print; tool names have their own owner, after the last message."""
     texts: dict[int, str] = {}
     for piece in pieces(conversation):
@@ -101,19 +101,14 @@ def texts_of(conversation: Conversation) -> dict[int, str]:
 def trace(
     conversation: Conversation, render: Render, protected: re.Pattern[str] | None, text: str | None = None
 ) -> Trace:
-    """Render a conversation and find the owner of each character.
+    """Render a conversation (`text`, if already known) and find the owner of each character.
 
-    Args:
-        conversation: what is rendered.
-        render: the chat template.
-        protected: text that the template looks for; it keeps its letters.
-        text: the rendering, if already known.
+    Text that matches `protected`, since the template looks for it, keeps its letters.
 
     Raises:
         BadRow: the template refuses the conversation, or treats every altered copy differently.
     """
     text = render(conversation) if text is None else text
-    original = codes(text)
 
     def names_in(index: int) -> int | None:
         """Return how many letters of names message `index` prints if nothing follows it; None if unknown."""
@@ -123,11 +118,7 @@ def trace(
             altered = render(altered_copy(cut, protected, variant, with_names=True))
         except BadRow:
             return None
-        found = (
-            owners_of(codes(shown), codes(altered), index + 3, variant, texts_of(cut))
-            if len(altered) == len(shown)
-            else None
-        )
+        found = owners_of(shown, altered, index + 3, variant, _texts_of(cut))
         if found is None:
             return None
         earlier = np.flatnonzero((found >= TOOLS) & (found <= index))
@@ -139,11 +130,8 @@ def trace(
             altered = render(altered_copy(conversation, protected, variant, with_names))
         except BadRow:
             continue
-        if len(altered) != len(text):
-            continue
-        owners = owners_of(
-            original, codes(altered), len(conversation.messages) + 2, variant, texts_of(conversation)
-        )
+        num_owners = len(conversation.messages) + 2
+        owners = owners_of(text, altered, num_owners, variant, _texts_of(conversation))
         if owners is not None:
             names = _share_names(owners, text, conversation, names_in) if with_names else None
             return Trace(text, owners, names)
@@ -232,8 +220,7 @@ def _share_names(
     """Assign the tool names that calls print to their turns, in place; return the remaining, unowned letters.
 
     Templates also print the name of a call in the header of its result. A turn's own names are the first ones between
-    its neighbouring turns, and come before its last argument; `names_in` decides for trailing calls without
-    arguments.
+    its neighbouring turns, and come before its last argument; `names_in` decides for trailing calls without arguments.
     """
     named = len(conversation.messages) + 1
     for index, message in enumerate(conversation.messages):
