@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sstoken.pipeline.saying import printable
-from sstoken.stages.auditing.findings import AuditResult, Finding
-from sstoken.stages.auditing.kinds import SEVERITIES
+from sstoken.stages.auditing.findings import SEVERITIES, AuditResult, Finding
 from sstoken.stages.token_text import visible
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}

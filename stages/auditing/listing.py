@@ -15,7 +15,7 @@ from sstoken.stages.auditing.checks import (
     template,
     turn_ends,
 )
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Family
 
 _MODULES = (rows, packs, labels, turn_ends, special_tokens, parts, template, lengths, answers, signals)
 """In the order of the page."""

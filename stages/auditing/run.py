@@ -16,13 +16,12 @@ from sstoken.stages.auditing.checks.lengths import Lengths, Tally
 from sstoken.stages.auditing.checks.parts import Parts
 from sstoken.stages.auditing.checks.rows import examples
 from sstoken.stages.auditing.checks.signals import check as check_signals
-from sstoken.stages.auditing.checks.template import NO_TEMPLATE, Conversations
+from sstoken.stages.auditing.checks.template import NO_TEMPLATE, Conversations, Reading, encoded
 from sstoken.stages.auditing.checks.turn_ends import TurnEnds
-from sstoken.stages.auditing.conversations import Reading, encoded
+from sstoken.stages.auditing.data_files import Row
 from sstoken.stages.auditing.examples import Cutter, Example
 from sstoken.stages.auditing.findings import Audit, AuditResult
-from sstoken.stages.auditing.opened import OpenedDataset, Row
-from sstoken.stages.auditing.reading import open_source
+from sstoken.stages.auditing.reading import OpenedDataset, open_source
 from sstoken.stages.auditing.vocabulary import Vocabulary
 from sstoken.stages.encoding.chat import EncoderOptions, load_encoder
 from sstoken.stages.encoding.layouts import Preference

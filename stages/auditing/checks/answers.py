@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from sstoken.selection import IntArray
 from sstoken.stages.auditing.examples import Example, Turn
-from sstoken.stages.auditing.findings import Audit
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Audit, Family
 from sstoken.stages.auditing.vocabulary import CONTROL, shown
 
 FAMILY = Family("answers")

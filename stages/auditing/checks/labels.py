@@ -5,8 +5,7 @@ import re
 import numpy as np
 
 from sstoken.stages.auditing.examples import Example, Turn, stretches
-from sstoken.stages.auditing.findings import Audit
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Audit, Family
 
 FAMILY = Family("what is trained")
 NOTHING = FAMILY.error(

@@ -8,8 +8,7 @@ import numpy as np
 
 from sstoken.selection import BoolArray
 from sstoken.stages.auditing.examples import Example
-from sstoken.stages.auditing.findings import Audit, Shown
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Audit, Family, Shown
 from sstoken.stages.encoding.token_stats import percentile
 
 FAMILY = Family("lengths")

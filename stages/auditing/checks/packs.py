@@ -6,8 +6,7 @@ import numpy as np
 
 from sstoken.selection import IntArray
 from sstoken.stages.auditing.examples import Example
-from sstoken.stages.auditing.findings import Audit
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Audit, Family
 
 FAMILY = Family("packs")
 POSITIONS = FAMILY.error(

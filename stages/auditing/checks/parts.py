@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sstoken.stages.auditing.examples import Example, Turn
-from sstoken.stages.auditing.findings import Audit
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Audit, Family
 from sstoken.stages.auditing.vocabulary import Vocabulary
 
 FAMILY = Family("reasoning and tool calls", "template")

@@ -1,6 +1,7 @@
 """Check that a tokenised row is well formed: valid ids, labels and masks that fit together."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,10 @@ from numpy.typing import NDArray
 from sstoken.labels import IGNORED_LABEL
 from sstoken.selection import BoolArray, IntArray
 from sstoken.stages.auditing.checks import packs
-from sstoken.stages.auditing.columns import Columns
+from sstoken.stages.auditing.columns import BadValue, Columns, is_nested, numbers
+from sstoken.stages.auditing.data_files import Row
 from sstoken.stages.auditing.examples import Example, find_padding
-from sstoken.stages.auditing.findings import Audit
-from sstoken.stages.auditing.kinds import Family, Kind
-from sstoken.stages.auditing.opened import Row
-from sstoken.stages.auditing.values import BadValue, is_nested, numbers
+from sstoken.stages.auditing.findings import Audit, Family, Kind
 
 FAMILY = Family("rows")
 UNREADABLE = FAMILY.error(
@@ -90,123 +89,168 @@ class _Stop(Exception):  # noqa: N818 (ends the reading of one row)
 
 def examples(row: Row, columns: Columns, audit: Audit) -> Iterator[Example]:
     """Yield an example for each document packed into a row; report what is wrong with the row."""
-    try:
-        yield from _documents(row, columns, audit)
-    except _Stop:
-        return
-
-
-def _documents(row: Row, columns: Columns, audit: Audit) -> Iterator[Example]:
     if row.problem is not None:
         audit.report_row(UNREADABLE, row.where, row.index, row.problem)
-        raise _Stop
-    values = columns.of(row.values)
-    ids = _integers(row, "token ids", values.get(columns.ids), audit)
-    nothing = np.zeros(len(ids), bool)
-    example = Example(row.where, row.index, ids, nothing, _name(row), selected=columns.selected)
-    if not len(ids):
-        audit.report(EMPTY, example)
-        raise _Stop
-    _check_ids(example, audit)
-    trained = _from_labels(example, row, columns, values, audit)
-    masks = _masks(example, row, columns, values, audit)
-    example.trained = _agreed(example, trained, masks, columns, audit)
-    if columns.response and values.get(columns.response) is not None:
-        example.response = _mask(example, row, columns.response, values, audit) > 0
-        example.selected = True
-    shown = np.ones(len(ids), bool)
-    if values.get("attention_mask") is not None:
-        shown = _mask(example, row, "attention_mask", values, audit) > 0
-    if audit.vocabulary is not None:
-        inner = find_padding(ids[shown], example.trained[shown], audit.vocabulary, audit.shape)
-        if inner is not None:
-            shown[np.flatnonzero(shown)[inner]] = False
-    example.padding = None if shown.all() else ~shown
-    positions = lengths = None
-    if values.get("position_ids") is not None and not is_nested(values["position_ids"]):
-        positions = _integers(row, "position_ids", values["position_ids"], audit)
-        _same_length(example, "position_ids", positions, row, audit)
-    for name in ("seq_lengths", "seq_lens"):
-        if values.get(name) is not None:
-            lengths = _integers(row, name, values[name], audit)
-    yield from packs.documents(example, positions, lengths, audit)
+        return
+    with suppress(_Stop):
+        yield from _Reader(row, columns, audit).documents()
 
 
-def _name(row: Row) -> str | None:
-    name = row.values.get("example_id", row.values.get("id"))
-    return str(name) if isinstance(name, (str, int)) else None
+class _Reader:
+    """Reads one row, of T tokens."""
 
+    def __init__(self, row: Row, columns: Columns, audit: Audit) -> None:
+        self._row, self._columns, self._audit = row, columns, audit
+        self._values = columns.of(row.values)
+        ids = self._integers(columns.ids, "token ids")
+        name = row.values.get("example_id", row.values.get("id"))
+        name = str(name) if isinstance(name, (str, int)) else None
+        nothing = np.zeros(len(ids), bool)
+        self._example = Example(row.where, row.index, ids, nothing, name, selected=columns.selected)
 
-def _stop(kind: Kind, row: Row, detail: str, audit: Audit) -> _Stop:
-    audit.report_row(kind, row.where, row.index, detail)
-    return _Stop()
+    def documents(self) -> Iterator[Example]:
+        example, vocabulary = self._example, self._audit.vocabulary
+        ids = example.ids
+        if not len(ids):
+            self._audit.report(EMPTY, example)
+            return
+        outside = ids < 0 if vocabulary is None else (ids < 0) | (ids >= vocabulary.size)
+        if outside.any():
+            at = int(outside.argmax())
+            last = "" if vocabulary is None else f"; the last there is {vocabulary.size - 1}"
+            self._report(OUTSIDE, at, f"id {ids[at]}{last}")
+        labels = self._from_labels()
+        example.trained = self._agreed(labels, self._masks())
+        response = self._columns.response
+        if response is not None and self._has(response):
+            example.response = self._mask(response) > 0
+            example.selected = True
+        shown = self._mask("attention_mask") > 0 if self._has("attention_mask") else np.ones(len(ids), bool)
+        if vocabulary is not None:
+            inner = find_padding(ids[shown], example.trained[shown], vocabulary, self._audit.shape)
+            if inner is not None:
+                shown[np.flatnonzero(shown)[inner]] = False
+        example.padding = None if shown.all() else ~shown
+        positions = lengths = None
+        if self._has("position_ids") and not is_nested(self._values["position_ids"]):
+            positions = self._per_token("position_ids")
+        for name in ("seq_lengths", "seq_lens"):
+            if self._has(name):
+                lengths = self._integers(name)
+        yield from packs.documents(example, positions, lengths, self._audit)
 
+    def _has(self, name: str) -> bool:
+        return self._values.get(name) is not None
 
-def _array(row: Row, what: str, value: Any, audit: Audit) -> NDArray[Any]:
-    try:
-        return numbers(value)
-    except BadValue as error:
-        kinds = {"null": NULL, "null token": NULL_TOKEN, "nested": NESTED}
-        raise _stop(kinds.get(error.kind, UNREADABLE), row, f"{what}: {error}", audit) from error
+    def _report(self, kind: Kind, at: int, detail: str = "") -> None:
+        self._audit.report(kind, self._example, (at, at + 1), detail)
 
+    def _array(self, name: str, what: str | None = None) -> NDArray[Any]:
+        """Return a column's numbers; `what` is its name in messages."""
+        try:
+            return numbers(self._values.get(name))
+        except BadValue as error:
+            kind = {"null": NULL, "null token": NULL_TOKEN, "nested": NESTED}.get(error.kind, UNREADABLE)
+            raise self._stop(kind, f"{what or name}: {error}") from error
 
-def _integers(row: Row, what: str, value: Any, audit: Audit) -> IntArray:
-    array = _array(row, what, value, audit)
-    if array.dtype.kind == "f" and not (array == np.floor(array)).all():
-        raise _stop(OUTSIDE, row, f"{what} has {array[array != np.floor(array)][0]:g}", audit)
-    return array.astype(np.int64)
+    def _stop(self, kind: Kind, detail: str) -> _Stop:
+        self._audit.report_row(kind, self._row.where, self._row.index, detail)
+        return _Stop()
 
+    def _integers(self, name: str, what: str | None = None) -> IntArray:
+        array = self._array(name, what)
+        if array.dtype.kind == "f" and not (array == np.floor(array)).all():
+            odd = array[array != np.floor(array)][0]
+            raise self._stop(OUTSIDE, f"{what or name} has {odd:g}")
+        return array.astype(np.int64)
 
-def _check_ids(example: Example, audit: Audit) -> None:
-    ids, vocabulary = example.ids, audit.vocabulary
-    outside = ids < 0 if vocabulary is None else (ids < 0) | (ids >= vocabulary.size)
-    if outside.any():
-        at = int(np.flatnonzero(outside)[0])
-        last = "" if vocabulary is None else f"; the last there is {vocabulary.size - 1}"
-        audit.report(OUTSIDE, example, (at, at + 1), f"id {ids[at]}{last}")
+    def _check_length(self, name: str, array: NDArray[Any]) -> None:
+        size = len(self._example.ids)
+        if len(array) != size:
+            focus = (min(len(array), size),) * 2
+            self._audit.report(LENGTHS, self._example, focus, f"{size} token ids, {len(array)} {name}")
+            raise _Stop
 
+    def _per_token(self, name: str) -> IntArray:
+        array = self._integers(name)
+        self._check_length(name, array)
+        return array
 
-def _same_length(example: Example, what: str, array: NDArray[Any], row: Row, audit: Audit) -> None:
-    if len(array) != len(example.ids):
-        said = f"{len(example.ids)} token ids, {len(array)} {what}"
-        audit.report(LENGTHS, example, (min(len(array), len(example.ids)),) * 2, said)
-        raise _Stop
+    def _from_labels(self) -> BoolArray | None:
+        """Return which tokens the labels train, undoing a shift, [T]; None if there are no labels."""
+        if self._columns.labels is None:
+            return None
+        ids, labels = self._example.ids, self._per_token(self._columns.labels)
+        trained = labels != IGNORED_LABEL
+        vocabulary = self._audit.vocabulary
+        bad = trained & ((labels < 0) | (False if vocabulary is None else labels >= vocabulary.size))
+        trained &= ~bad
+        if bad.any():
+            at = int(bad.argmax())
+            self._example.trained = trained
+            self._report(BAD_LABEL, at, f"label {labels[at]}")
+        shift = _shift(ids, labels, trained)
+        moved = np.zeros(len(ids), bool)
+        places = np.flatnonzero(trained) + (shift or 0)
+        moved[places[(places >= 0) & (places < len(ids))]] = True
+        self._example.trained = moved
+        expected = int(self._columns.shifted)
+        if shift is None:
+            at = int((trained & (labels != ids)).argmax())
+            self._report(OTHER_LABELS, at, f"token {ids[at]} has label {labels[at]}")
+        elif shift != expected and trained.any():
+            at = int(trained.argmax())
+            if expected and not shift:
+                self._report(NOT_SHIFTED, at)
+            else:
+                self._report(SHIFTED, at, f"by {abs(shift)} to the {'left' if shift > 0 else 'right'}")
+        return moved
 
+    def _masks(self) -> dict[str, BoolArray]:
+        found = {}
+        columns, values = self._columns, self._values
+        for name in (*columns.masks, *columns.inverted):
+            if isinstance(values.get(name), (bool, int, float)):
+                continue  # one weight for the whole row
+            if not self._has(name) and (columns.labels or len(columns.masks) > 1):
+                continue
+            mask = self._mask(name) > 0
+            found[name] = ~mask if name in columns.inverted else mask
+        return found
 
-def _from_labels(
-    example: Example, row: Row, columns: Columns, values: Mapping[str, Any], audit: Audit
-) -> BoolArray | None:
-    """Return which tokens the labels train, undoing a shift, [T]; None if there are no labels."""
-    if columns.labels is None:
-        return None
-    labels = _integers(row, columns.labels, values.get(columns.labels), audit)
-    _same_length(example, columns.labels, labels, row, audit)
-    ids = example.ids
-    trained = labels != IGNORED_LABEL
-    size = audit.vocabulary.size if audit.vocabulary else None
-    bad = trained & ((labels < 0) | (labels >= size if size else False))
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        example.trained = trained & ~bad
-        audit.report(BAD_LABEL, example, (at, at + 1), f"label {labels[at]}")
-        trained = trained & ~bad
-    shift = _shift(ids, labels, trained)
-    moved = np.zeros(len(ids), bool)
-    places = np.flatnonzero(trained) + (shift or 0)
-    moved[places[(places >= 0) & (places < len(ids))]] = True
-    example.trained = moved
-    expected = 1 if columns.shifted else 0
-    if shift is None:
-        at = int(np.flatnonzero(trained & (labels != ids))[0])
-        audit.report(OTHER_LABELS, example, (at, at + 1), f"token {ids[at]} has label {labels[at]}")
-    elif shift != expected and trained.any():
-        at = int(np.flatnonzero(trained)[0])
-        if expected and not shift:
-            audit.report(NOT_SHIFTED, example, (at, at + 1))
-        else:
-            way = "left" if shift > 0 else "right"
-            audit.report(SHIFTED, example, (at, at + 1), f"by {abs(shift)} to the {way}")
-    return moved
+    def _mask(self, name: str) -> NDArray[np.float64]:
+        array = self._array(name).astype(np.float64)
+        self._check_length(name, array)
+        wrong = ~np.isfinite(array) | (array < 0)
+        if wrong.any() and name != "weight":  # our weights may be negative: tokens to unlearn
+            at = int(wrong.argmax())
+            self._report(BAD_MASK, at, f"{name} has {array[at]:g}")
+        return np.where(np.isfinite(array), array, 0)
+
+    def _agreed(self, labels: BoolArray | None, masks: dict[str, BoolArray]) -> BoolArray:
+        """Return which tokens labels and masks train, [T]; report where they differ."""
+        example, columns = self._example, self._columns
+        outer = np.ones(len(example.ids), bool)
+        if labels is None and not masks:
+            said = f"it has {', '.join(columns.all)}"
+            self._audit.report_row(NO_LABELS, example.where, example.row, said)
+            return outer
+        # TRL trains what both completion_mask and assistant_masks allow.
+        for name in columns.outer:
+            outer &= masks.get(name, outer)
+        says = {columns.labels or "": labels} if labels is not None else {}
+        says |= {name: mask & outer for name, mask in masks.items() if name not in columns.outer}
+        if not says:
+            return outer
+        (first, trained), *others = says.items()
+        if (trained & ~outer)[1:].any():
+            others.append((columns.outer[0], trained & outer))
+        example.trained = trained
+        for name, mask in others:
+            different = (mask != trained)[1:]  # nothing predicts the first token
+            if different.any():
+                self._report(DISAGREE, int(different.argmax()) + 1, f"{first} and {name} differ")
+        return trained
 
 
 def _shift(ids: IntArray, labels: IntArray, trained: BoolArray) -> int | None:
@@ -223,62 +267,3 @@ def _shift(ids: IntArray, labels: IntArray, trained: BoolArray) -> int | None:
             if same > share:
                 best, share = shift, same
     return best if share >= _ENOUGH else None
-
-
-def _masks(
-    example: Example, row: Row, columns: Columns, values: Mapping[str, Any], audit: Audit
-) -> dict[str, BoolArray]:
-    found = {}
-    for name in (*columns.masks, *columns.inverted):
-        if isinstance(values.get(name), (bool, int, float)):
-            continue  # one weight for the whole row
-        if values.get(name) is None and (columns.labels or len(columns.masks) > 1):
-            continue
-        found[name] = _mask(example, row, name, values, audit) > 0
-        if name in columns.inverted:
-            found[name] = ~found[name]
-    return found
-
-
-def _mask(
-    example: Example, row: Row, name: str, values: Mapping[str, Any], audit: Audit
-) -> NDArray[np.float64]:
-    array = _array(row, name, values.get(name), audit).astype(np.float64)
-    _same_length(example, name, array, row, audit)
-    wrong = ~np.isfinite(array) | (array < 0)
-    if wrong.any() and name != "weight":  # our weights may be negative: tokens to unlearn
-        at = int(np.flatnonzero(wrong)[0])
-        audit.report(BAD_MASK, example, (at, at + 1), f"{name} has {array[at]:g}")
-    return np.where(np.isfinite(array), array, 0)
-
-
-def _agreed(
-    example: Example,
-    labels: BoolArray | None,
-    masks: dict[str, BoolArray],
-    columns: Columns,
-    audit: Audit,
-) -> BoolArray:
-    if labels is None and not masks:
-        audit.report_row(NO_LABELS, example.where, example.row, f"it has {', '.join(columns.all)}")
-        return np.ones(len(example.ids), bool)
-    # TRL trains what both completion_mask and assistant_masks allow.
-    narrow = {name: mask for name, mask in masks.items() if name not in columns.outer}
-    outer = np.ones(len(example.ids), bool)
-    for name in columns.outer:
-        outer &= masks.get(name, outer)
-    says = {columns.labels or "": labels} if labels is not None else {}
-    says |= {name: mask & outer for name, mask in narrow.items()}
-    if not says:
-        return outer
-    first, *others = says.items()
-    trained = first[1]
-    if (trained & ~outer)[1:].any():
-        others.append((columns.outer[0], trained & outer))
-    example.trained = trained
-    for name, mask in others:
-        different = np.flatnonzero((mask != trained)[1:]) + 1  # nothing predicts the first token
-        if different.size:
-            at = int(different[0])
-            audit.report(DISAGREE, example, (at, at + 1), f"{first[0]} and {name} differ")
-    return trained

@@ -7,8 +7,7 @@ import numpy as np
 
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages import tables
-from sstoken.stages.auditing.findings import Audit
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Audit, Family
 
 FAMILY = Family("scores")
 MISSING = FAMILY.error(

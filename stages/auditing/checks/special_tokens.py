@@ -3,8 +3,7 @@
 import numpy as np
 
 from sstoken.stages.auditing.examples import Example, stretches
-from sstoken.stages.auditing.findings import Audit
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Audit, Family
 
 FAMILY = Family("special tokens", "tokenizer")
 BOS_MISSING = FAMILY.error(

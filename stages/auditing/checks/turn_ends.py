@@ -8,8 +8,7 @@ import numpy as np
 from sstoken.selection import IntArray
 from sstoken.stages.auditing.checks.labels import SHIFTED_MASK
 from sstoken.stages.auditing.examples import Example, Turn
-from sstoken.stages.auditing.findings import Audit, Shown
-from sstoken.stages.auditing.kinds import Family
+from sstoken.stages.auditing.findings import Audit, Family, Shown
 
 FAMILY = Family("turn ends", "tokenizer")
 NOT_TRAINED = FAMILY.error(

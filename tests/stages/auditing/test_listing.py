@@ -1,6 +1,6 @@
 """docs/audit.md lists every check."""
 
-from sstoken.stages.auditing.kinds import KINDS
+from sstoken.stages.auditing.findings import KINDS
 from sstoken.stages.auditing.listing import page
 from tests.support import ROOT
 
