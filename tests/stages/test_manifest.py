@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from uuid import uuid4
 
 import pytest
 
@@ -98,8 +99,8 @@ def test_the_digest_is_the_manifests_own_whatever_else_looks_like_it(tmp_path):
     assert read_manifest(tmp_path / "run").settings == {"regex": "0" * 64}
 
 
-def test_in_an_object_store_the_first_manifest_stands(tmp_path):
-    folder = address(f"memory://{tmp_path.name}/run")
+def test_in_an_object_store_the_first_manifest_stands():
+    folder = address(f"memory://{uuid4()}/run")
     facts = {"settings": {}, "seed": 0, "inputs": {}, "sources": {}, "seconds": 0, "metrics": {}, "files": []}
     first = Manifest(stage="encode", fingerprint="f", version="1", **facts)
     write_manifest(folder, first)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -49,8 +50,8 @@ def test_what_is_written_is_read(shard):
     assert [batch.to_pydict() for batch in batches] == [{"example_id": ["a", "b"]}, {"example_id": ["c"]}]
 
 
-def test_a_shard_in_an_object_store(tmp_path):
-    path = address(f"memory://{tmp_path.name}/part-00000.parquet")
+def test_a_shard_in_an_object_store():
+    path = address(f"memory://{uuid4()}/part-00000.parquet")
     tables.write_part(path, TABLE, {"kind": "tokens"})
     assert tables.num_rows(path) == 3
     assert tables.columns(path) == TABLE.column_names
@@ -84,6 +85,7 @@ def test_no_reader_starts_a_thread(shard):
     code = f"""
 import os
 from pathlib import Path
+from uuid import uuid4
 from tests.stages.test_tables import read_all
 shard, before = Path({str(shard)!r}), len(os.listdir("/proc/self/task"))
 list(read_all(shard))
