@@ -100,12 +100,16 @@ test-lowest:
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -p no:cacheprovider tests/stages tests/pipeline tests/test_golden.py
 
 # How many small changes to the code that decides no fast test notices; half an hour, not in CI.
+# make test-mutants MUTANTS='sstoken.stages.manifest.*' for some of them.
+MUTANTS ?=
 test-mutants: $(READY)
-	$(BIN)/python -m pip install --quiet 'mutmut==3.8.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mutmut==3.8.1'
+	# else those that survived before are not tried again, and tests that are gone run
+	rm -rf mutants
 	# The tests run in mutants/, and look for ../shared from there.
 	ln -sfn ../shared shared
-	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 2; status=$$?; rm shared; exit $$status
-	$(BIN)/python tests/mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 2 $(if $(MUTANTS),'$(MUTANTS)'); status=$$?; rm shared; exit $$status
+	$(BIN)/python tests/mutants.py $(if $(MUTANTS),'$(MUTANTS)')
 
 # The site, from docs/ and the README, into site/; strict: a dead link stops it.
 docs: $(READY)
