@@ -76,7 +76,7 @@ def print_rows() -> tuple[Sequence[str], Sequence[Sequence[str]]]:
             m.formula,
             m.policy.text,
             ", ".join(f"{p['name']}={p['default']}" for p in parameters(m.params)) or "none",
-            "second-hand" if m.evidence == "S" else EVIDENCE[m.evidence].split(" (")[0],
+            EVIDENCE[m.evidence],
             m.source,
         )
         for m in METHODS.values()

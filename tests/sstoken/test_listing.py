@@ -83,6 +83,18 @@ def test_all_facts_of_a_method():
     every = {entry["method"]: entry for entry in facts()}
     assert list(every) == [*METHODS, *PRESETS]
     assert every["sstoken"] == {"method": "sstoken", **describe(METHODS["sstoken"]), "stands_for": None}
+    recommended = PRESETS["recommended"]
+    assert every["recommended"] == {
+        "method": "recommended",
+        **describe(METHODS["pmi-band"]),
+        "name": "recommended",
+        "source": recommended.about,
+        "stands_for": {
+            "method": "pmi-band",
+            "params": {"rho": 0.6, "window": 4, "clip": 2.0, "level": 1.0, "weight": 0.5},
+            "protect": ["end_of_turn"],
+        },
+    }
     for name, preset in PRESETS.items():
         assert every[name]["stands_for"] == stands_for(preset)
         assert every[name]["signals"] == list(METHODS[preset.method].inputs)
@@ -111,6 +123,7 @@ def test_rows_to_print():
 def test_a_method_checks_its_scope():
     assert METHOD.check_scope(None) == "sample"
     assert METHOD.check_scope("global") == "global"
+    assert METHODS["full"].check_scope("sample") == "token"  # it ignores the scope
     with pytest.raises(
         UsageError, match=r"^scope is 'turn', and method 'sample' takes scope sample, global$"
     ):

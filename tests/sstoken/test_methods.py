@@ -24,6 +24,13 @@ def test_rel_is_history_minus_current():
     np.testing.assert_allclose(TOKENS.rel, [2.0, 0.5, -1.0, 3.0, 3.0])
 
 
+def test_a_signal_is_there_or_named():
+    assert "history.loss" in TOKENS
+    assert "history.entropy" not in TOKENS
+    with pytest.raises(UsageError, match=r"^the signal 'history.entropy' is missing; score the checkpoint"):
+        TOKENS["history.entropy"]
+
+
 def test_sstoken_by_hand():
     # min-max of REL: example 0 spans -1 to 2, example 1 is constant.
     expected = [0.3 * 1 + 0.7 * 0.1, 0.3 * 0.5 + 0.7 * 0.4, 0.7 * 0.3, 0.7 * 0.2, 0.7 * 0.6]

@@ -230,6 +230,24 @@ def test_held_digests_are_written_by_save(tmp_path):
     assert not cache.exists()  # nothing new
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").write_text("one")
+    cache = tmp_path / ("d" * 250)  # the temporary name beside it is too long for a file system
+    digests = Digests(cache)
+    assert digests(tmp_path / "file") == Digests()(tmp_path / "file")
+    assert not cache.exists()
+
+
+def test_saving_sweeps_what_killed_processes_left_of_the_cache_alone(tmp_path):
+    (tmp_path / "file").write_text("one")
+    left, others = tmp_path / "digests.json.0123abcd.tmp", tmp_path / "other.json.0123abcd.tmp"
+    left.touch()
+    others.touch()
+    Digests(tmp_path / "digests.json")(tmp_path / "file")
+    assert not left.exists()
+    assert others.exists()
+
+
 def test_a_file_that_its_manifest_denies_is_refused(tmp_path):
     make(tmp_path / "run")
     digests = Digests()

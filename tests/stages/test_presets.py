@@ -44,6 +44,20 @@ def test_a_budget_goes_with_the_recommended_preset() -> None:
     Select(method="recommended", budget=10).check()
 
 
+def test_only_what_a_preset_sets_is_set() -> None:
+    assert expand({"method": "recommended"}) == {"method": "pmi-band", "protect": ("end_of_turn",)}
+    assert method_name("sstoken") == "sstoken"
+
+
+@pytest.mark.parametrize("given", [{"method": ["mine"]}, {"method": "mine", "params": 3}])
+def test_settings_of_a_wrong_type_are_left_to_their_check(given: dict[str, object]) -> None:
+    PRESETS["mine"] = Preset("mine", "pmi-band", "a test", params={"window": 2})
+    try:
+        assert expand(given).get("params") == given.get("params")
+    finally:
+        del PRESETS["mine"]
+
+
 def test_other_settings_are_left_as_they_are() -> None:
     given = {"method": "sstoken", "rho": 0.5}
     assert expand(given) == given
