@@ -188,6 +188,12 @@ class Audit:
             self._rows[kind.name] = rows
             self._first.setdefault(kind.name, (shown, detail, ""))
 
+    def explain(self, kind: Kind, detail: str) -> None:
+        """Set the detail of a kind's example, if it has one."""
+        if kind in self:
+            shown, _, remedy = self._first[kind.name]
+            self._first[kind.name] = shown, detail, remedy
+
     def report_row(
         self, kind: Kind, where: str, row: int, detail: str, remedy: str = "", text: str = ""
     ) -> None:

@@ -17,7 +17,6 @@ from sstoken.stages.exporting import get_target
 from sstoken.stages.manifest import Manifest
 from sstoken.stages.storage import expanded
 
-_LEGAL = "it holds no dataset; name tokens, scores, a masked dataset or an export"
 _TOKENS, _SCORES = ("encode", "part"), ("score", "critical", "observed")
 
 
@@ -130,12 +129,12 @@ def _own_folder(folder: Path, manifest: Manifest, tokens: Path | None) -> Opened
     if stage == "export":
         return _export(folder, manifest)
     parts = tables.parts(folder)
-    if not parts:
-        raise UsageError(f"{folder}: written by {stage}; {_LEGAL}")
-    names = tables.columns(parts[0])
+    names = tables.columns(parts[0]) if parts else []
     found = columns.find(names)
     if found is None:
-        raise UsageError(f"{folder}: written by {stage}; {_LEGAL}")
+        raise UsageError(
+            f"{folder}: written by {stage}; it holds no dataset; name tokens, scores, a masked dataset or an export"
+        )
     if "keep_mask" in names:
         found = replace(found, selected=True)
     limit = tables.read_metadata(parts[0]).get("max_length") if stage in _TOKENS else None
@@ -170,9 +169,10 @@ def _export(folder: Path, manifest: Manifest) -> OpenedDataset:
     for file in folders.listed_in(folder) or ():  # its trainer checks none
         folders.check_file(file)
     sidecar = tables.parts(folder / "scores")
+    has_response = bool(sidecar) and "response_mask" in tables.columns(sidecar[0])
 
     def rows() -> Iterator[Row]:
-        beside = _part_rows(sidecar, ["example_id", "response_mask"]) if _has_response(sidecar) else None
+        beside = _part_rows(sidecar, ["example_id", "response_mask"]) if has_response else None
         index = 0
         try:
             for table in target.read(folder):
@@ -191,13 +191,9 @@ def _export(folder: Path, manifest: Manifest) -> OpenedDataset:
             raise SstokenError(f"{folder}: {target.name} cannot read it ({first_line(error)})") from error
 
     there = ("input_ids", "labels", "loss_mask", "example_id", "response_mask")
-    response = "response_mask" if _has_response(sidecar) else None
+    response = "response_mask" if has_response else None
     found = Columns("input_ids", "labels", ("loss_mask",), response=response, all=there, selected=True)
     return OpenedDataset(str(folder), "export", rows(), found, _tokenizer_near(folder))
-
-
-def _has_response(sidecar: list[Path]) -> bool:
-    return bool(sidecar) and "response_mask" in tables.columns(sidecar[0])
 
 
 def _export_around(folder: Path) -> Manifest | None:

@@ -58,10 +58,11 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
     shape = Shape(closers=set(vocabulary.stops))
     probe = _Probe(template)
     dialogue = [_user(_ASKED), _says(_SAID), _user(_ASKED_MORE), _says(_SAID_MORE)]
-    text = probe.text(dialogue) or probe.text([_system(), *dialogue])
-    if text is None or any(text.count(word) < 1 for word in (_ASKED, _SAID, _ASKED_MORE, _SAID_MORE)):
+    text = probe.text(dialogue) or probe.text([{"role": "system", "content": "Wqxsystem"}, *dialogue])
+    words = (_ASKED, _SAID, _ASKED_MORE, _SAID_MORE)
+    if text is None or any(word not in text for word in words):
         return shape
-    before, to_answer, to_user, to_last, tail = _gaps(text, (_ASKED, _SAID, _ASKED_MORE, _SAID_MORE))
+    before, to_answer, to_user, to_last, tail = _gaps(text, words)
     asked = _after(probe.text(dialogue[:1], prompt=True), _ASKED)
     bare = _after(probe.text(dialogue[:1]), _ASKED)
     closing_user = _prefix(asked, bare) if asked != bare else ""
@@ -69,11 +70,10 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
     gaps = [to_answer, to_last, *(gap for gap in (probe.before_reasoning(), probe.before_call()) if gap)]
     shape.openers["assistant"] = list(dict.fromkeys(_answer_openers(prompt, closing_user, gaps)))
     shape.openers["user"] = _user_openers(before, to_user, tail, closing_user)
-    shape.closers |= _closers(to_user, tail, vocabulary)
     shape.last_closers, shape.tail = _first(tail, vocabulary), frozenset(_ids_in(tail, vocabulary))
-    if not shape.last_closers and (following := _first(to_user, vocabulary)):
-        shape.in_next_header = True
-        shape.closers |= following
+    following = _first(to_user, vocabulary)
+    shape.closers |= shape.last_closers | following | _first(_prefix(to_user, tail), vocabulary)
+    shape.in_next_header = bool(following) and not shape.last_closers
     if vocabulary.bos is not None:
         bos = str(vocabulary.tokenizer.bos_token)
         shape.begins_with_bos = text.startswith(bos)
@@ -120,13 +120,10 @@ def _lenient(text: str, vocabulary: Vocabulary) -> bytes:
             blank = b" ?" if number < len(pieces) else b""  # behind the mark it may be the turn's own
             parts.append(re.escape(CONTROL + piece.encode()) + blank)
         else:
-            parts += [rb"\s*" if atom.isspace() else re.escape(atom.encode()) for atom in _words(piece)]
+            words = re.findall(r"\s+|\S+", piece)
+            parts += [rb"\s*" if word.isspace() else re.escape(word.encode()) for word in words]
     trailing = text[len(text.rstrip()) :].encode()
     return b"".join(parts) + (b"(?:%s)?" % re.escape(trailing) if trailing else b"")
-
-
-def _words(text: str) -> Iterator[str]:
-    return (match[0] for match in re.finditer(r"\s+|\S+", text))
 
 
 class _Probe:
@@ -178,14 +175,6 @@ def _user_openers(before: str, to_user: str, tail: str, closing_user: str) -> li
             opener = opener.removeprefix(closed)
             break
     return [opener.lstrip()] if opener.strip() else []
-
-
-def _closers(to_user: str, tail: str, vocabulary: Vocabulary) -> set[int]:
-    return (
-        _first(tail, vocabulary)
-        | _first(_prefix(to_user, tail), vocabulary)
-        | (_first(to_user, vocabulary) if _first(tail, vocabulary) else set())
-    )
 
 
 def _first(text: str, vocabulary: Vocabulary) -> set[int]:
@@ -266,10 +255,6 @@ def _called() -> list[Message]:
 
 def _result() -> Message:
     return {"role": "tool", "name": _TOOL, "tool_call_id": "call12345", "content": _RESULT}
-
-
-def _system() -> Message:
-    return {"role": "system", "content": "Wqxsystem"}
 
 
 def _user(content: str) -> Message:

@@ -1,7 +1,7 @@
 """A tokenizer's ids: their text, and which of them are special, blank or stop generation."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,6 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.control_tokens = sorted(filter(str.strip, control_tokens(tokenizer)), key=lambda t: (-len(t), t))
         vocabulary = tokenizer.get_vocab()
-        self._tokens = vocabulary
         self.size = max(len(tokenizer), max(vocabulary.values(), default=0) + 1, size or 0)
         self.ids = {token: vocabulary[token] for token in self.control_tokens if token in vocabulary}
         self.stops = {i for t in (str(tokenizer.eos_token), *stops) if (i := vocabulary.get(t)) is not None}
@@ -59,16 +58,15 @@ class Vocabulary:
     @cached_property
     def is_control(self) -> BoolArray:
         """[size]: whether an id is a special token."""
-        found = np.zeros(self.size, bool)
-        found[[i for i in self.ids.values() if i < self.size]] = True
-        return found
+        return self._among(self.ids.values())
 
     @cached_property
     def is_stop(self) -> BoolArray:
         """[size]: whether an id stops generation."""
-        found = np.zeros(self.size, bool)
-        found[[i for i in self.stops if i < self.size]] = True
-        return found
+        return self._among(self.stops)
+
+    def _among(self, ids: Iterable[int]) -> BoolArray:
+        return np.isin(np.arange(self.size), list(ids))
 
     @cached_property
     def is_blank(self) -> BoolArray:
@@ -78,16 +76,15 @@ class Vocabulary:
     def bytes_of(self, ids: IntArray) -> tuple[bytes, NDArray[np.int64]]:
         """Return the text of T tokens as UTF-8 with `CONTROL` marks, and where each token starts in it, [T + 1]."""
         pieces = self._pieces
-        known = np.where((ids >= 0) & (ids < len(pieces)), ids, len(pieces) - 1)
+        known = np.where((ids >= 0) & (ids < self.size), ids, self.size)
         starts = np.zeros(len(ids) + 1, np.int64)
         np.cumsum(self._lengths[known], out=starts[1:])
         return b"".join([pieces[i] for i in known.tolist()]), starts
 
     def marked(self, text: str) -> bytes:
         """Return text in the form of `bytes_of`."""
-        return b"".join(
-            CONTROL + part.encode() if part in self.ids else part.encode() for part in self.split(text)
-        )
+        parts = self.split(text)
+        return b"".join(CONTROL * (part in self.ids) + part.encode() for part in parts)
 
     def split(self, text: str) -> list[str]:
         """Split text at special tokens, each of which becomes a part of its own."""
@@ -100,17 +97,16 @@ class Vocabulary:
     def _pieces(self) -> list[bytes]:
         """The bytes of each id, [size + 1]; the last entry is for ids outside the vocabulary."""
         tokens: list[str] = ["?"] * self.size
-        for token, i in self._tokens.items():
+        for token, i in self.tokenizer.get_vocab().items():
             tokens[i] = token
-        added = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()}
+        added = {i: str(token).encode() for i, token in self.tokenizer.added_tokens_decoder.items()}
         control = set(self.ids.values())
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         decoder = str(getattr(backend, "decoder", None))
         plain = _byte_level() if "ByteLevel" in decoder else _sentencepiece if "▁" in decoder else _word
         pieces = []
         for i, token in enumerate(tokens):
-            piece = added[i].encode() if i in added else plain(str(token))
-            pieces.append(CONTROL + str(token).encode() if i in control else piece)
+            pieces.append(CONTROL + token.encode() if i in control else added.get(i) or plain(token))
         return [*pieces, b"?"]
 
     @cached_property

@@ -8,7 +8,7 @@ import numpy as np
 
 from sstoken.selection import BoolArray
 from sstoken.stages.auditing.examples import Example
-from sstoken.stages.auditing.findings import Audit, Family, Shown
+from sstoken.stages.auditing.findings import Audit, Family
 from sstoken.stages.encoding.token_stats import percentile
 
 FAMILY = Family("lengths")
@@ -39,7 +39,6 @@ class Lengths:
     _kept: dict[int, int] = field(default_factory=Counter)
     _cut_rows: dict[int, int] = field(default_factory=Counter)
     _lost_rows: dict[int, int] = field(default_factory=Counter)
-    _first: dict[str, Shown] = field(default_factory=dict)
 
     def add(self, example: Example, trained: BoolArray, audit: Audit) -> None:
         """Count a row: `example` is the row, or the first document in it; `trained` covers the whole row, [T]."""
@@ -51,25 +50,20 @@ class Lengths:
             self._kept[limit] += kept
             self._cut_rows[limit] += kept < total
             self._lost_rows[limit] += total > 0 and not kept
-        if self.max_length is not None and length > self.max_length and total:
-            kept = int(np.count_nonzero(trained[: self.max_length]))
-            if kept < total and (name := "cut" if kept else "lost") not in self._first:
-                at = self.max_length - example.offset
-                self._first[name] = audit.show(example, (at - 1, at))
+            if limit == self.max_length and kept < total:
+                at = limit - example.offset
+                audit.report(CUT if kept else LOST, example, (at - 1, at))
 
     def _limits(self) -> list[int]:
         return sorted({*CURVE, *([self.max_length] if self.max_length else [])})
 
     def finish(self, audit: Audit) -> None:
-        """Report what the maximum length cuts."""
-        if self.max_length is None:
-            return
-        lost = self._lost_rows[self.max_length]
-        cut = self._cut_rows[self.max_length] - lost
-        share = 1 - self._kept[self.max_length] / max(1, self.trained)
-        detail = f"at {self.max_length:,} tokens {share:.1%} of what is trained is lost"
-        audit.report_count(CUT, cut, self._first.get("cut"), detail)
-        audit.report_count(LOST, lost, self._first.get("lost"), detail)
+        """Say how much the maximum length cuts."""
+        if self.max_length is not None:
+            share = 1 - self._kept[self.max_length] / max(1, self.trained)
+            detail = f"at {self.max_length:,} tokens {share:.1%} of what is trained is lost"
+            audit.explain(CUT, detail)
+            audit.explain(LOST, detail)
 
     def facts(self) -> dict[str, Any]:
         """Return percentiles and the curve."""
