@@ -84,6 +84,8 @@ def _seen(folder: Path, target: Target) -> Iterator[tuple[list[int], list[int], 
         for table in target.read(folder):
             for row in table.to_pylist():
                 yield target.seen(row)
+    except SstokenError:  # a target's own reason
+        raise
     except Exception as error:  # each loader raises its own types
         raise SstokenError(
             f"{folder}: {target.name} cannot read it ({reason(error)}); export it again (--force)"
