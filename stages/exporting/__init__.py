@@ -8,6 +8,7 @@ from sstoken.stages.exporting.base import Target
 from sstoken.stages.exporting.jsonl import JsonLines
 from sstoken.stages.exporting.litgpt import LitGPT
 from sstoken.stages.exporting.llamafactory import LlamaFactory
+from sstoken.stages.exporting.megatron_bridge import MegatronBridge
 from sstoken.stages.exporting.nemo import NeMo
 from sstoken.stages.exporting.swift import Swift
 from sstoken.stages.exporting.torchtune import Torchtune
@@ -25,6 +26,7 @@ TARGETS: dict[str, Target] = {
         Axolotl(),
         LlamaFactory(),
         NeMo(),
+        MegatronBridge(),
         Swift(),
         Torchtune(),
         Verl(),

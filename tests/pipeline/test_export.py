@@ -1,5 +1,6 @@
 """`export`: every target against the masked dataset, what is refused, what `--check` finds."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -17,16 +18,37 @@ from sstoken.stages import manifest as manifests
 from sstoken.stages import tables
 from sstoken.stages.exporting import TARGETS
 from sstoken.stages.exporting.rows import prepare
-from tests.pipeline.worlds import CommandLine, World, no_trace, snapshot
+from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World, copy_model, no_trace, snapshot
 
 WEIGHTED = [name for name, target in TARGETS.items() if target.weights]
 every_target = pytest.mark.parametrize("target", TARGETS)
 
 
+HEADERS = (
+    "{% for m in messages %}w1 w2 {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}w1 w2 {% endif %}"
+)
+
+
 @pytest.fixture(scope="module")
-def masked(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Tokens and scores, with headers that the vocabulary knows: it would write EOS for other words."""
+    folder = tmp_path_factory.mktemp("export")
+    checkpoints = [str(copy_model(path, folder / path.name)) for path in (world.base, world.later)]
+    for checkpoint in checkpoints:
+        (Path(checkpoint) / "chat_template.jinja").write_text(HEADERS)
+    api.encode(
+        data=str(world.data), model=checkpoints[0], out=folder / "tokens", shard_rows=SHARD_ROWS, workers=1
+    )
+    api.score(tokens=folder / "tokens", checkpoints=checkpoints, out=folder / "scores")
+    return folder / "tokens", folder / "scores"
+
+
+@pytest.fixture(scope="module")
+def masked(scored: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokens, scores = scored
     out = tmp_path_factory.mktemp("export") / "masked"
-    return api.select(tokens=world.tokens, scores=world.scores, out=out, rho=0.5).folder
+    return api.select(tokens=tokens, scores=scores, out=out, rho=0.5).folder
 
 
 def table(**columns: list[list[float | None]]) -> pa.Table:
@@ -151,9 +173,10 @@ def test_weights_are_refused_elsewhere(masked: Path, tmp_path: Path, cli: Comman
 
 
 @pytest.fixture(scope="module")
-def weighted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weighted(scored: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokens, scores = scored
     out = tmp_path_factory.mktemp("weighted") / "masked"
-    return api.select(tokens=world.tokens, scores=world.scores, out=out, method="psft").folder
+    return api.select(tokens=tokens, scores=scores, out=out, method="psft").folder
 
 
 @every_target
@@ -237,8 +260,12 @@ def alter(path: Path) -> None:
     columns = (pa.ipc.open_stream(path).read_all() if arrow else pq.read_table(path)).to_pydict()
     schema = pa.ipc.open_stream(path).schema if arrow else pq.read_schema(path)
     name = "labels" if "labels" in columns else "loss_mask"
-    row = columns[name][1]
-    row[0 if len(row) < 2 else -2] = 1 - row[-2] if name == "loss_mask" else 7
+    if "seq_start_id" in columns:  # the second row is in the first pack
+        place = columns["seq_start_id"][0][1]
+        columns[name][0][place] = 1 - columns[name][0][place]
+    else:
+        row = columns[name][1]
+        row[0 if len(row) < 2 else -2] = 1 - row[-2] if name == "loss_mask" else 7
     altered = pa.table(columns, schema=schema)
     if arrow:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
@@ -260,6 +287,32 @@ def test_check_finds_one_wrong_label(masked: Path, tmp_path: Path, cli: CommandL
     line = cli.fails(1, "export", masked, "--to", target, "--out", out, "--check")
     assert "row 1 " in line
     assert "by the masked dataset" in line
+
+
+def test_packs_hold_whole_rows_in_order_and_masks_are_about_what_is_predicted(tmp_path: Path) -> None:
+    lengths = [4000, 96, 2, 5000, 10]
+    keep = [[j % 3 == 1 for j in range(n)] for n in lengths]
+    ready = prepare(table(keep_mask=keep), None, False)
+    TARGETS["megatron-bridge"].write(tmp_path / "part-00000.parquet", ready.rows)
+    packs = pq.read_table(tmp_path / "part-00000.parquet").to_pylist()
+    assert [pack["seq_start_id"] for pack in packs] == [[0, 4000], [0], [0], [0]]
+    assert [len(pack["input_ids"]) for pack in packs] == [4096, 2, 5000, 10]
+    for pack in packs:
+        bounds = [*pack["seq_start_id"], len(pack["input_ids"])]
+        assert len(pack["loss_mask"]) == bounds[-1]
+        for a, b in itertools.pairwise(bounds):
+            assert pack["loss_mask"][a:b] == [*(int(j % 3 == 1) for j in range(1, b - a)), 0]
+
+
+def test_what_megatron_bridge_never_trains_is_found_by_check(
+    world: World, tmp_path: Path, cli: CommandLine
+) -> None:
+    """Without a template of its own, the tiny tokenizer writes EOS for the header before an answer."""
+    made = api.select(tokens=world.tokens, scores=world.scores, out=tmp_path / "masked", rho=1.0)
+    line = cli.fails(
+        1, "export", made.folder, "--to", "megatron-bridge", "--out", tmp_path / "out", "--check"
+    )
+    assert "follows the tokenizer's EOS, and megatron-bridge never trains on what EOS predicts" in line
 
 
 def test_check_finds_damage(masked: Path, tmp_path: Path) -> None:
