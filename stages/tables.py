@@ -295,8 +295,6 @@ def _readable(path: Path) -> Iterator[None]:
 def flatten(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
     """Return a list column's flat values [M], null as NaN, and its rows' offsets [E + 1]."""
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # of zero chunks
-        array = pa.array([], column.type)
     return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
 
 
@@ -309,7 +307,7 @@ def rows(column: pa.ChunkedArray) -> list[NDArray[Any]]:
 def lists(values: NDArray[Any], offsets: NDArray[np.integer[Any]], kind: pa.ListType) -> pa.ListArray:
     """Return a list column of type `kind` from flat values [M] and offsets [E + 1]; NaN becomes null."""
     flat = pa.array(values, kind.value_type, from_pandas=True)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
+    return pa.ListArray.from_arrays(offsets, flat)
 
 
 def scattered(
@@ -323,7 +321,8 @@ def scattered(
         offsets: [E + 1], where each row starts.
         kind: the column's type.
     """
-    full = np.zeros(measured.size, values.dtype)
+    full, missing = np.zeros(measured.size, values.dtype), ~measured
     full[measured] = values
-    flat = pa.array(full, kind.value_type, mask=~measured, from_pandas=True)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
+    missing[measured] = np.isnan(values)  # given a mask, Arrow makes no NaN null
+    flat = pa.array(full, kind.value_type, mask=missing)
+    return pa.ListArray.from_arrays(offsets, flat)

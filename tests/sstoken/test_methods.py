@@ -37,6 +37,26 @@ def test_sstoken_by_hand():
     np.testing.assert_allclose(score("sstoken", gamma=0.3), expected, atol=1e-8)
 
 
+def test_cayley_of_improbable_tokens_stops_at_its_lowest_exponent():
+    signals = {"current.loss": np.full(3, 12.0)}
+    one = Tokens(np.array([0, 3]), signals, own_units=np.array([0, 3]))
+    _, outcome = METHODS["cayley"].decide(one, METHODS["cayley"].read_params({}))
+    np.testing.assert_allclose(outcome.weight, np.exp(-12 * 0.001), rtol=1e-4)
+
+
+def test_ranktuner_at_two_bits_of_entropy():
+    signals = {
+        "current.loss": np.array([1.0]),
+        "current.entropy": np.array([2 * np.log(2)]),
+        "current.max_prob": np.array([0.9]),
+        "current.rank": np.array([0.0]),
+        "current.ties": np.array([0.0]),
+    }
+    p = np.exp(-1)
+    expected = p * (p * 2) ** (-1 / np.log2(3) ** 2)  # a bound of 2, not 1.1
+    np.testing.assert_allclose(score("ranktuner", Tokens(np.array([0, 1]), signals)), [expected])
+
+
 @pytest.mark.parametrize(("gamma", "alone"), [(1.0, "rel"), (0.0, "attention")])
 def test_the_ends_of_gamma_rank_like_one_signal(gamma, alone):
     both, single = score("sstoken", gamma=gamma), score(alone)

@@ -12,6 +12,7 @@ import pytest
 
 from sstoken.errors import SstokenError
 from sstoken.stages import tables
+from sstoken.stages.manifest import Manifest, list_files, write_manifest
 from sstoken.stages.storage import address
 from tests.support import PATIENCE, ROOT
 
@@ -36,6 +37,19 @@ def test_names_sort_in_the_order_of_the_shards(tmp_path):
     for name in [*names, "other.parquet", "part-1.txt"]:
         (tmp_path / name).touch()
     assert [path.name for path in tables.parts(tmp_path)] == [names[1], names[2], names[0]]
+
+
+def test_a_finished_folders_shards_are_those_that_its_manifest_lists(tmp_path):
+    names = [tables.part_name(i) for i in (100_000, 99_999)]
+    for name in [*names, "other.parquet"]:
+        (tmp_path / name).touch()
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / names[0]).touch()
+    facts = {"settings": {}, "seed": 0, "inputs": {}, "sources": {}, "seconds": 0, "metrics": {}}
+    manifest = Manifest(stage="encode", fingerprint="f", version="1", files=list_files(tmp_path), **facts)
+    write_manifest(tmp_path, manifest)
+    (tmp_path / tables.part_name(1)).touch()  # a stray one
+    assert tables.parts(tmp_path) == [tmp_path / name for name in reversed(names)]
 
 
 def test_what_is_written_is_read(shard):
@@ -63,9 +77,10 @@ def test_a_shard_in_an_object_store():
 
 
 def test_tokens_are_counted_unless_the_shard_says(shard):
-    assert tables.num_tokens(shard) == 4
-    tables.write_part(shard, TABLE, {"stats": {"rows": 3}})
-    assert tables.num_tokens(shard) == 4
+    twice = pa.concat_tables([TABLE, TABLE])
+    for metadata in ({}, {"stats": {"rows": 6}}):
+        tables.write_part(shard, twice, metadata)
+        assert tables.num_tokens(shard) == 8
     tables.write_part(shard, TABLE, {"stats": {"tokens": 17}})
     assert tables.num_tokens(shard) == 17
 
@@ -239,4 +254,23 @@ def test_lists_and_back():
     assert [row.tolist() for row in tables.rows(pa.chunked_array([made.slice(1)]))] == [[], [3.0]]
     empty, bounds = tables.flatten(pa.chunked_array([], tables.IDS))
     assert empty.size == 0
-    assert bounds.tolist() in ([], [0])
+    assert bounds.tolist() == [0]
+    ids = tables.lists(np.array([1, 2]), np.array([0, 2]), tables.IDS)  # of int64
+    assert ids.type == tables.IDS
+    assert ids.to_pylist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        (tables.VALUES, np.array([1.5, np.nan, 3.0]), [[None, 1.5], [], [None, None, 3.0]]),
+        (tables.IDS, np.array([7, 0, 9]), [[None, 7], [], [0, None, 9]]),
+    ],
+)
+def test_measured_values_are_scattered_over_their_rows(kind, values, expected):
+    measured = np.array([value is not None for row in expected for value in row])
+    if kind == tables.VALUES:
+        measured[2] = True  # where NaN was measured
+    made = tables.scattered(values, measured, np.array([0, 2, 2, 5]), kind)
+    assert made.type == kind
+    assert made.to_pylist() == expected
