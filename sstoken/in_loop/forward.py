@@ -32,18 +32,15 @@ class Decision(NamedTuple):
 
 
 class Selector(Protocol):
-    """Decides which tokens a step keeps. `SelectingModel` uses its members in this order."""
+    """Decides which tokens a step keeps."""
+
+    signals: tuple[str, ...]
+    """Names of the signals that `select` needs, such as `loss`; empty if it keeps everything anyway."""
+    reference: MeasuredStates | None
+    """The history's states, for signals that compare distributions; `prepare` may set them."""
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Prepare for the forward pass `model(**inputs)`."""
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        """Names of the signals that `select` needs, such as `loss`; empty if it keeps everything anyway."""
-
-    @property
-    def reference(self) -> MeasuredStates | None:
-        """The history's states, for signals that compare distributions."""
 
     def select(self, signals: Mapping[str, Tensor]) -> Decision:
         """Decide, given the signals by name, [N] each."""
@@ -64,14 +61,9 @@ class SelectingModel:
         selector: Selector,
         aux_divisor: float = 1.0,
     ) -> None:
-        """Take a model's place for one call.
+        """Take the place of a model, which may be wrapped for several processes, for one call.
 
-        Args:
-            model: the model being trained; may be wrapped for several processes.
-            head: measures that model's signals.
-            tokens: the response tokens of the batch.
-            selector: chooses the tokens to keep.
-            aux_divisor: divisor of the model's auxiliary loss, which is a mean over the batch.
+        `aux_divisor` divides the model's auxiliary loss, which is a mean over the batch.
         """
         self._model, self._head, self._tokens = model, head, tokens
         self._selector, self._aux_divisor = selector, aux_divisor
@@ -168,7 +160,7 @@ def measure_signals(
         head: measures that model's signals.
         inputs: the trainer's arguments to the model, including `labels` [B, T].
         tokens: the response tokens of the batch.
-        names: the signals; those that compare distributions are not measured, but the states they need are kept.
+        names: of signals that compare distributions (`kl@...`) only the states are kept.
 
     Returns:
         Each signal [N], and the states from which they were measured.

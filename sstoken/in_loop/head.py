@@ -64,14 +64,9 @@ class HeadSignals:
 
     @torch.no_grad()
     def states(self, hidden: Tensor, tokens: ResponseTokens, names: Sequence[str]) -> MeasuredStates:
-        """Pick the states from which signals are measured. Call it within the forward pass.
+        """Pick the states from which the named signals are measured. Call it within the forward pass.
 
-        States and weights are rounded once, to the dtype in which autocast multiplies there.
-
-        Args:
-            hidden: [B * T, D], the last states.
-            tokens: the response tokens of the batch.
-            names: the signals to measure.
+        States [B * T, D] and weights are rounded once, to the dtype in which autocast multiplies there.
         """
         head = self._linear(self._scale_now) if type(self._head) is nn.Linear else None
         hidden = hidden if head is None else hidden.to(head.weight.dtype)
@@ -86,16 +81,13 @@ class HeadSignals:
         names: Sequence[str],
         reference: MeasuredStates | None = None,
     ) -> dict[str, Tensor]:
-        """Measure signals; products and sums are float32.
+        """Measure signals of N response tokens, [N] each; products and sums are float32.
 
         Args:
-            states: the states of N response tokens.
+            states: from `states`.
             targets: [N], the tokens' ids.
-            names: the signals to measure.
+            names: the signals.
             reference: the history's states, for `kl` and other signals that compare distributions.
-
-        Returns:
-            Each signal, [N].
         """
         plain = [name for name in names if "@" not in name and not _own(name)]
         found = self._distribution(states.hidden, targets, states.head, plain)
@@ -193,13 +185,8 @@ def states_to_head(
 ) -> Iterator[list[bool]]:
     """Within this context, the output embedding gets only the states that `choose` returns; logits are [1, K, V].
 
-    Args:
-        model: a causal language model; may be wrapped for several processes.
-        tokens: the response tokens of the batch.
-        choose: gets the states [B * T, D] and returns the rows [K, D] to compute logits of.
-
-    Yields:
-        A list that gains an entry whenever the output embedding is called.
+    `choose` gets the states [B * T, D] and returns the rows [K, D]. The list that this yields gains an entry whenever the
+    output embedding is called.
     """
     used: list[bool] = []
 

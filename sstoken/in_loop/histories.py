@@ -100,10 +100,7 @@ History = BaseHistory | WeightHistory
 def make_history(model: nn.Module, settings: SelfModulation, step: int) -> History | None:
     """Create the history that the settings name; None if its losses come with the batch or are not needed.
 
-    Args:
-        model: the model, not wrapped.
-        settings: of the selection.
-        step: finished optimizer steps; not 0 in a resumed run.
+    `step` counts finished optimizer steps; it is not 0 in a resumed run.
 
     Raises:
         UsageError: the model cannot provide it.

@@ -25,12 +25,7 @@ class CarryHistory:
     def __init__(
         self, collator: Callable[..., Mapping[str, Any]], columns: Sequence[str] = (HISTORY,)
     ) -> None:
-        """Wrap a collator.
-
-        Args:
-            collator: any data collator that pads, flattens or packs, and keeps the order of tokens.
-            columns: the history columns to carry.
-        """
+        """Wrap any data collator that pads, flattens or packs, and keeps the order of tokens."""
         self._collator, self._columns = collator, tuple(columns)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -142,15 +137,10 @@ def _floats(values: Any) -> NDArray[np.float32]:
 
 
 def prepare_with_columns(prepare: Callable[[Any], Any], dataset: Any, columns: Sequence[str]) -> Any:
-    """Carry history columns through TRL's truncation and packing.
+    """Carry history columns through `prepare`, TRL's truncation and packing of the training dataset.
 
     TRL cuts and packs `input_ids` and `labels` and drops all other columns. So the values travel in the upper 32 bits
     of the labels, one column per preparation.
-
-    Args:
-        prepare: TRL's preparation of the training dataset.
-        dataset: has `input_ids`, `labels` and the columns.
-        columns: the history columns.
 
     Raises:
         SstokenError: the preparation is random, so columns would end up at other tokens.

@@ -89,14 +89,11 @@ class SelectionMetrics:
         """Add one forward pass; all values are [N]."""
         share = torch.stack([keep, ~keep]).to(_precise(keep.device))
         tokens = share.sum(1)
+        nothing = torch.zeros_like(tokens)
         parts = [tokens]
         for values in (rel, attention):
-            parts += [torch.zeros_like(tokens)] * 2 if values is None else [share @ values.to(share), tokens]
-        parts.append(
-            torch.zeros_like(tokens)
-            if weight is None
-            else torch.stack([weight.to(tokens).sum(), tokens.sum()])
-        )
+            parts += [nothing, nothing] if values is None else [share @ values.to(share), tokens]
+        parts.append(nothing if weight is None else torch.stack([weight.to(tokens).sum(), tokens.sum()]))
         sums = torch.cat(parts)
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -131,10 +128,7 @@ class SelectionMetrics:
         self._seconds += sum(begin.elapsed_time(end) / 1000 for begin, end in self._events)
         found = {"kept_share": (tokens[0], sum(tokens)), "mask_overlap": overlap, "weight": weight}
         for name, totals, counts in (("rel", rel, num_rel), ("attention", attention, num_attention)):
-            found |= {
-                f"{name}_{kept}": pair
-                for kept, *pair in zip(("kept", "dropped"), totals, counts, strict=True)
-            }
+            found[f"{name}_kept"], found[f"{name}_dropped"] = zip(totals, counts, strict=True)
         metrics = {PREFIX + name: top / bottom for name, (top, bottom) in found.items() if bottom}
         if tokens[0]:
             metrics[PREFIX + "seconds"] = self._seconds

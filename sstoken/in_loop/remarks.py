@@ -4,11 +4,15 @@ Shapes: N response tokens of a batch.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sstoken.in_loop.forward import measure_signals
+from sstoken.in_loop.head import HeadSignals
+from sstoken.in_loop.histories import at_rest
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.rule import Rule
 from sstoken.in_loop.settings import SelfModulation
@@ -20,6 +24,9 @@ UNRELATED = 0.3
 SAME_MODEL = 0.1
 """Up to this mean difference, in nats per token, history and current losses may come from one model, scored in
 float32 and trained in half precision."""
+MIXES, MIXES_IN_HALF = 0.01, 0.1
+"""Warn if a sequence's losses beside others differ by more than this from those alone, in nats per token; the second
+in half precision."""
 FEWEST_TOKENS = 32
 """Means and correlations over fewer tokens are not reported."""
 
@@ -27,13 +34,7 @@ FEWEST_TOKENS = 32
 def remarks_on_examples(
     batches: Sequence[ResponseTokens], settings: SelfModulation, rule: Rule
 ) -> Iterator[str]:
-    """Warn about the batches of the first optimisation step, before the model has seen them.
-
-    Args:
-        batches: the response tokens of each batch.
-        settings: of the selection.
-        rule: the method at that step.
-    """
+    """Warn about the batches of the first optimisation step, before the model has seen them."""
     lengths, promptless = [], 0
     for tokens in batches:
         mask = tokens.response_mask.cpu()
@@ -117,7 +118,7 @@ def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[
     Args:
         losses: [N] nats, under the model at the first batch, before any step.
         history: [N] nats, from the column.
-        noisy: whether training's forward pass is random (dropout, NEFTune), so that small differences are expected.
+        noisy: whether training's forward pass is random, so that small differences are expected.
     """
     if losses.numel() < FEWEST_TOKENS:
         return
@@ -137,4 +138,40 @@ def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[
             "the column's history losses are not those of the model that training starts from: they differ by "
             f"{apart:.2f} nats per token at the first batch, more than rounding ({SAME_MODEL:g}); score the checkpoint "
             "that training starts from, or ignore this if you meant an earlier one"
+        )
+
+
+def remarks_on_batch(
+    model: nn.Module, head: HeadSignals, inputs: Mapping[str, Any], tokens: ResponseTokens, rounded: bool
+) -> Iterator[str]:
+    """Warn if one sequence's losses in its batch differ from those alone. Runs two forward passes without gradients.
+
+    Linear attention and convolutions run across the sequences of a packed row, padding on the left shifts absolute
+    positions, and experts of limited capacity are shared by all sequences. Training then sees other losses than
+    `score`. `rounded`: whether the model computes in half precision.
+    """
+    answered = [i for i in range(len(tokens.segments)) if tokens.offsets[i] < tokens.offsets[i + 1]]
+    if not answered:
+        return
+    index = max(answered, key=lambda i: (tokens.segments[i][1], -tokens.segments[i][2]))
+    row, start, stop = tokens.segments[index]
+    alone = {k: inputs[k][row : row + 1, start:stop] for k in ("input_ids", "labels")}
+    if alone["input_ids"].numel() == inputs["input_ids"].numel():
+        return
+    with at_rest(model):
+        batched: Tensor = measure_signals(model, head, inputs, tokens)[0]["loss"]
+        batched = batched[tokens.offsets[index] : tokens.offsets[index + 1]]
+        own_tokens = ResponseTokens.of(tokens.response_mask[row, start:stop][None])
+        try:
+            single = measure_signals(model, head, alone | {"use_cache": False}, own_tokens)[0]["loss"]
+        except Exception:  # a model that needs more than token ids
+            return
+    apart = float((batched - single).abs().mean())
+    if apart > (MIXES_IN_HALF if rounded else MIXES):
+        behind = any(r == row and before <= start for r, _, before in tokens.segments)
+        where = "behind others in its row" if behind else "padded with others"
+        yield (
+            f"{type(model).__name__}: a sequence {where} has other losses than alone, by {apart:.2f} nats per token: "
+            "the layers mix sequences or count padding as positions; train without packing and padding-free batches, "
+            "padded on the right"
         )

@@ -42,10 +42,10 @@ class Rescale:
     def after_backward(
         self, loss: Tensor, model: nn.Module, of_all_processes: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
-        """Record a micro-batch's loss; after the last one, rescale the gradients.
+        """Record a micro-batch's loss, divided by the provisional divisor; after the last one, rescale the gradients.
 
         Args:
-            loss: the micro-batch's loss, detached, divided by the provisional divisor.
+            loss: detached.
             model: its gradients are complete after the last micro-batch.
             of_all_processes: sums a count over processes; None: more micro-batches follow.
 

@@ -46,7 +46,7 @@ class ResponseTokens:
             response_mask: [B, T] bool, on any device. A sequence's first token is never a response token, as nothing
                 predicts it.
             segments: the sequences, in the order of the batch; None: each row is one.
-            device: for the result's tensors; None: the mask's.
+            device: of the result's tensors; None: the mask's.
         """
         device = response_mask.device if device is None else device
         mask_BT = response_mask.cpu().numpy()

@@ -43,11 +43,7 @@ def column_of(name: str) -> str:
 
 
 def check_in_loop(method: Method, history: str) -> None:
-    """Refuse a method that cannot run in a training loop.
-
-    Args:
-        method: the method.
-        history: `SelfModulation.history`.
+    """Refuse a method that cannot run in a training loop with this `SelfModulation.history`.
 
     Raises:
         UsageError: gives the method and the reason.

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from sstoken.in_loop.forward import Decision, measure_signals
 from sstoken.in_loop.head import MeasuredStates, rounds
 from sstoken.in_loop.histories import as_history
-from sstoken.in_loop.isolation import remarks_on_batch
 from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
-from sstoken.in_loop.remarks import remarks_on_column, remarks_on_losses
+from sstoken.in_loop.remarks import remarks_on_batch, remarks_on_column, remarks_on_losses
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.rule import ATTENTION, CURRENT, Rule, column_of
 from sstoken.methods import Input
@@ -40,14 +39,7 @@ class StepSelector:
     reference: MeasuredStates | None = None
 
     def __init__(self, trainer: Any, plan: Plan, columns: Mapping[str, Tensor], input_ids: Tensor) -> None:
-        """Collect what is known before the forward pass.
-
-        Args:
-            trainer: the in-loop trainer.
-            plan: of this forward pass.
-            columns: history signals [B, T] that came with the batch, by column.
-            input_ids: [B, T].
-        """
+        """Collect what is known before the forward pass; `columns` are the batch's history signals [B, T] by column."""
         self._trainer, self._plan, self._input_ids = trainer, plan, input_ids
         self._metrics: SelectionMetrics = trainer._selection_metrics
         self._signals: dict[str, Tensor] = {

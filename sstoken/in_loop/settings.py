@@ -164,11 +164,9 @@ class SelfModulation:
         return self.history_decay or _DEFAULT_DECAY if self.history == "ema" else 0.0
 
     def rule(self, step: int, num_steps: int) -> Rule:
-        """Return the rule for an optimizer step; during the warm-up, that is `full`, which keeps every token.
+        """Return the rule after `step` of `num_steps` optimizer steps, warm-up included.
 
-        Args:
-            step: finished optimizer steps.
-            num_steps: optimizer steps of the whole training, warm-up included.
+        During the warm-up, that is `full`, which keeps every token.
         """
         if step < self.warmup_steps:
             full = get_method("full")

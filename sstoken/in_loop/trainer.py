@@ -76,7 +76,7 @@ class SelfModulatedMixin(_Base):
         self._remarked: set[str] = set()
         super().__init__(*args, **kwargs)
         check_trainer(self)
-        if self._carries_history and not self._column_checked and self.train_dataset is not None:
+        if self._selection.columns and not self._column_checked and self.train_dataset is not None:
             check_columns(self.train_dataset, self._selection.columns)
         if self._selection.history == "base":
             make_history(self.model, self._selection, 0)
@@ -86,30 +86,24 @@ class SelfModulatedMixin(_Base):
         self._head = HeadSignals(self.model)
         try_out(self)
 
-    @property
-    def _carries_history(self) -> bool:
-        return bool(self._selection.columns)
-
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Carry the history losses through TRL's truncation and packing."""
-        prepare = super()._prepare_dataset
+        prepare, columns = super()._prepare_dataset, self._selection.columns
         given = inspect.signature(prepare).bind(dataset, *args, **kwargs).arguments
         evaluates = given.get("dataset_name", "train") != "train" or self._column_checked
-        if not self._carries_history or evaluates:
+        if not columns or evaluates:
             return prepare(dataset, *args, **kwargs)
-        check_columns(dataset, self._selection.columns)
+        check_columns(dataset, columns)
         self._column_checked = True
-        return prepare_with_columns(
-            lambda rows: prepare(rows, *args, **kwargs), dataset, self._selection.columns
-        )
+        return prepare_with_columns(lambda rows: prepare(rows, *args, **kwargs), dataset, columns)
 
     def get_train_dataloader(self) -> Any:
         """Return the trainer's own data loader, with history losses in its batches."""
-        if not self._carries_history:
+        carried = self._selection.columns
+        if not carried:
             return super().get_train_dataloader()
         self._set_signature_columns_if_needed()
         collator, columns = self.data_collator, self._signature_columns
-        carried = self._selection.columns
         self.data_collator = CarryHistory(collator, carried)
         self._signature_columns = [*columns, *carried]
         try:
