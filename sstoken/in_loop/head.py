@@ -185,8 +185,8 @@ def states_to_head(
 ) -> Iterator[list[bool]]:
     """Within this context, the output embedding gets only the states that `choose` returns; logits are [1, K, V].
 
-    `choose` gets the states [B * T, D] and returns the rows [K, D]. The list that this yields gains an entry whenever the
-    output embedding is called.
+    `choose` gets the states [B * T, D] and returns the rows [K, D]. The list that this yields gains an entry whenever
+    the output embedding is called.
     """
     used: list[bool] = []
 

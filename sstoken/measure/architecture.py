@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.measure.capture import IMPLEMENTATION, attention_calls
 
 _LENGTH = 11
 _SHARED = 5
-"""Length of the prefix that both rows of the trial batch share."""
+"""Length of the prefix that both trial rows share."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,10 @@ def examine(model: Any) -> Findings:
         SstokenError: it cannot run on token ids alone, or a token's states depend on later tokens.
     """
     name = type(model).__name__
-    ids = _trial_ids(model)
+    ids, other = _trial_rows(model)
     try:
         alone = _logits(model, ids[None])[0]
         layers = _softmax_layers(model, ids, alone)
-        other = torch.cat([ids[:_SHARED], ids[_SHARED:].flip(0)])
         batch = _logits(model, torch.stack([ids, other]))
         agree = _agree(batch[0], alone, model.dtype) and _agree(
             batch[1, :_SHARED], alone[:_SHARED], model.dtype
@@ -44,7 +43,7 @@ def examine(model: Any) -> Findings:
         causal = agree or _agree(_logits(model, other[None])[0, :_SHARED], alone[:_SHARED], model.dtype)
     except Exception as error:  # an unknown architecture can fail in any way
         raise SstokenError(
-            f"{name}: cannot run on token ids alone ({_line(error)}); it is not supported"
+            f"{name}: cannot run on token ids alone ({first_line(error)}); it is not supported"
         ) from error
     if not causal:
         raise _not_causal(name)
@@ -58,9 +57,7 @@ def check_causal(model: Any) -> None:
     Raises:
         SstokenError: a token's states depend on later tokens.
     """
-    ids = _trial_ids(model)
-    other = torch.cat([ids[:_SHARED], ids[_SHARED:].flip(0)])
-    first, second = (_logits(model, row[None])[0, :_SHARED] for row in (ids, other))
+    first, second = (_logits(model, row[None])[0, :_SHARED] for row in _trial_rows(model))
     dtype = torch.bfloat16 if torch.is_autocast_enabled(model.device.type) else model.dtype
     if not _agree(first, second, dtype):
         raise _not_causal(type(model).__name__)
@@ -130,13 +127,14 @@ def _softmax_layers(model: Any, ids: Tensor, expected: Tensor) -> tuple[int, ...
     return ()
 
 
-def _trial_ids(model: Any) -> Tensor:
-    """Token ids for a trial, spread over the lower half of the vocabulary.
+def _trial_rows(model: Any) -> tuple[Tensor, Tensor]:
+    """Two rows of token ids with the same beginning, spread over the lower half of the vocabulary.
 
     The lowest ids are often special tokens that were never trained, on which bfloat16 rounds by more than half.
     """
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    return torch.arange(1, _LENGTH + 1) * max(1, vocabulary // (2 * _LENGTH)) % vocabulary
+    ids = torch.arange(1, _LENGTH + 1) * max(1, vocabulary // (2 * _LENGTH)) % vocabulary
+    return ids, torch.cat([ids[:_SHARED], ids[_SHARED:].flip(0)])
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -150,8 +148,3 @@ def _agree(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Whether they agree up to rounding; NaN passes here and is reported later, with its example."""
     apart = (values - expected).abs().mean() / expected.abs().mean()
     return bool(apart.isnan()) or float(apart) <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1)
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -101,12 +101,7 @@ def sdpa_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Call sdpa's CPU kernel for the attention output [B, T, H, D] and the log-sum-exp [B, H, T], which sdpa drops.
 
-    Args:
-        query: [B, H, T, D].
-        key: [B, K, T, D].
-        value: [B, K, T, D].
-        mask: in sdpa's format; None: causal.
-        scaling: factor of the attention scores.
+    `mask` is in sdpa's format; None: causal.
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))

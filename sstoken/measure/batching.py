@@ -6,14 +6,8 @@ from collections.abc import Hashable, Sequence
 def plan_padded(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group sequences of similar length so that each padded batch holds at most `batch_tokens` positions.
 
-    A longer sequence is a batch of its own. The plan depends on the arguments alone.
-
-    Args:
-        lengths: tokens of each sequence.
-        batch_tokens: limit on the number of sequences times the length of the longest.
-
-    Returns:
-        Indices into `lengths`, longest sequences first, so that a batch that is too large fails at once.
+    A longer sequence is a batch of its own. The plan depends on the arguments alone: indices into `lengths`, longest
+    sequences first, so that a batch that is too large fails at once.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -24,16 +18,9 @@ def plan_padded(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def plan_packed(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group sequences in order so that each packed batch holds at most `batch_tokens` tokens.
+    """Group sequences, as indices into `lengths`, in order; each packed batch holds at most `batch_tokens` tokens.
 
     A longer sequence is a batch of its own.
-
-    Args:
-        lengths: tokens of each sequence.
-        batch_tokens: limit on the sum of lengths.
-
-    Returns:
-        Indices into `lengths`.
     """
     batches: list[list[int]] = []
     tokens = 0
@@ -47,12 +34,7 @@ def plan_packed(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def by_class(indices: Sequence[int], classes: Sequence[Hashable]) -> list[list[int]]:
-    """Group indices by class, in the order in which classes first appear.
-
-    Args:
-        indices: sequences.
-        classes: the class of each; sequences of different classes never share a batch.
-    """
+    """Group indices by the class of each, in the order in which classes first appear."""
     groups: dict[Hashable, list[int]] = {}
     for index, kind in zip(indices, classes, strict=True):
         groups.setdefault(kind, []).append(index)

@@ -26,7 +26,6 @@ from sstoken.measure.attention_function import (
     sdpa_kernel,
     with_position_bias,
 )
-from sstoken.measure.decoder import check_layer
 from sstoken.measure.precision import cast_as_autocast
 from sstoken.measure.prompt_attention import Segment, prompt_attention
 
@@ -35,6 +34,18 @@ if TYPE_CHECKING:
 
 _SLOT = "_sstoken_capture"
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def check_layer(layer: int, num_layers: int) -> None:
+    """Refuse a decoder layer that the model does not have; negative numbers count from the end.
+
+    Raises:
+        UsageError: no such layer; gives the legal range.
+    """
+    if not -num_layers <= layer < num_layers:
+        raise UsageError(
+            f"layer {layer}: the model has {num_layers} layers; legal is {-num_layers} to {num_layers - 1}"
+        )
 
 
 class ForwardStopped(Exception):  # noqa: N818

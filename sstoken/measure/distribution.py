@@ -104,7 +104,9 @@ def _measure_rows(
     if sums.top is not None:
         found["entropy_top20"] = _entropy(sums.top.values())
     if sums.expected_rank is not None:
-        found["expected_rank"] = _expected_rank(hidden, head, sums.expected_rank)
+        found["expected_rank"], off = sums.expected_rank.values()
+        rows = (~(off < _MOST_OFF)).nonzero()[:, 0]
+        found["expected_rank"][rows] = _expected_rank_by_row(hidden[rows], head)
     if means := {name: MEANS[name] for name in names if name in MEANS}:
         found |= _measure_means(hidden, head, sums.shift + log_total, found["entropy"], means)
     if ranked:
@@ -157,7 +159,7 @@ class _Sums:
         top: TopLogits | None,
         expected_rank: bool,
     ) -> None:
-        """Start at 0.
+        """Start at 0, from some of the logits, [N, S].
 
         Args:
             sample: [N, S], some of the logits.
@@ -250,22 +252,13 @@ def _ranks_by_row(hidden: Tensor, targets: Tensor, head: Head) -> dict[str, Tens
     return found
 
 
-def _expected_rank(hidden: Tensor, head: Head, buckets: ExpectedRank) -> Tensor:
-    """Sum of rank times probability, [N] float64: from the buckets where they are accurate, else by sorting."""
-    found, off = buckets.values()
-    rows = (~(off < _MOST_OFF)).nonzero()[:, 0]
-    found[rows] = _expected_rank_by_row(hidden[rows], head)
-    return found
-
-
 def _expected_rank_by_row(hidden: Tensor, head: Head) -> Tensor:
     """Sum of rank times probability, [N] float64, from sorted rows of logits."""
     found = hidden.new_zeros(hidden.shape[0], dtype=torch.float64)
     for rows, logits in _whole_rows(hidden, head):
         ranks = torch.arange(logits.shape[1], 0, -1, dtype=torch.float64, device=logits.device)
-        if (
-            logits.device.type == "cpu"
-        ):  # numpy sorts several times faster than torch, which also sorts indices
+        if logits.device.type == "cpu":
+            # numpy sorts several times faster than torch, which also sorts indices.
             array = logits.numpy()
             array.sort(axis=1)
         else:

@@ -19,11 +19,7 @@ def measure_divergence(
 ) -> tuple[Tensor, Tensor]:
     """KL(this || other) and KL(other || this), in nats, [N] each, at least fp32.
 
-    Args:
-        hidden: [N, D], this checkpoint's states at the positions to compare.
-        head: its output head.
-        other_hidden: [N, D'], the other checkpoint's states at the same positions.
-        other_head: its output head, over the same vocabulary.
+    Both sides are hidden states [N, D] at the same positions, with output heads over the same vocabulary.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     forward, reverse = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))

@@ -78,12 +78,7 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def candidates(self, ids: IdArray, positions: IdArray, count: int) -> IdArray:
-        """Find the likeliest tokens at some positions of a sequence, given what precedes them.
-
-        Args:
-            ids: [T].
-            positions: [P], each at least 1.
-            count: number of candidates.
+        """Find the likeliest tokens at some positions [P] of a sequence [T], each at least 1, given what precedes them.
 
         Returns:
             [P, count] ids, likeliest first; equally likely ones by ascending id.
@@ -151,7 +146,7 @@ class GreedyDecoder:
         if room is None:
             first = branches[0]
             cache = self._prefill(sequences[first.sequence][: first.length])
-            cached_bytes = sum(t.nbytes for layer in cache for t in layer if t is not None)
+            cached_bytes = sum(t.nbytes for layer in cache for t in layer or ())
             bytes_per_position = max(1, cached_bytes // first.length)
             room = self._batch_tokens = max(1, free_memory(self._device) // 3 // bytes_per_position)
         longest = 0
@@ -162,16 +157,14 @@ class GreedyDecoder:
         return min(most, len(branches))
 
     @torch.inference_mode()
-    def _prefill(self, ids: IdArray) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _prefill(self, ids: IdArray) -> list[tuple[Tensor, Tensor] | None]:
         """Compute the keys and values [1, H, N, D] of each layer; None for a layer that shares another's."""
         cache = DynamicCache()
         inputs = self._row(ids)
         try:
             self._logits(inputs.new_tensor([ids.size - 1]), input_ids=inputs, past_key_values=cache)
-            layers = [
-                (layer.keys, layer.values) if layer.is_initialized else (None, None) for layer in cache.layers
-            ]
-            shapes = [keys.shape[-2] for keys, _ in layers if keys is not None]
+            layers = [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
+            shapes = [layer[0].shape[-2] for layer in layers if layer is not None]
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             raise self._without_cache() from error
         if not shapes or set(shapes) != {ids.size}:
@@ -199,9 +192,8 @@ class GreedyDecoder:
         for row, length in enumerate(cached):
             mask[row, width - length :] = 1
         positions = torch.as_tensor(cached, dtype=torch.long, device=self._device)[:, None]
-        top = (
-            None if self._max_length is None else self._max_length - 1
-        )  # finished rows stay in the batch for a while
+        # Finished rows stay in the batch for a while, so their positions could exceed the model's.
+        top = None if self._max_length is None else self._max_length - 1
         tokens = torch.as_tensor(np.array(feed), dtype=torch.long, device=self._device)[:, None]
         said: list[list[int]] = [[] for _ in branches]
         ended = [False] * len(branches)
@@ -248,28 +240,25 @@ class GreedyDecoder:
         room: int,
     ) -> DynamicCache:
         """Build a batch's cache: each row holds its sequence's prefix, right-aligned in `width` positions."""
-        buffers: list[tuple[Tensor, Tensor] | None] = []
+        buffers: list[Any] = []  # keys and values of each layer; None for a layer that shares another's
         last = -1
-        computed: list[tuple[Tensor | None, Tensor | None]] = []
+        computed: list[tuple[Tensor, Tensor] | None] = []
         for row, branch in enumerate(branches):
             if branch.sequence != last:
                 last = branch.sequence
                 of_sequence = [n for n, b in zip(cached, branches, strict=True) if b.sequence == last]
                 computed = self._prefill(sequences[last][: max(1, *of_sequence, 1)])
             if not buffers:
-                for keys, values in computed:
-                    if keys is None or values is None:
-                        buffers.append(None)
-                        continue
-                    shapes = [(len(branches), t.shape[1], room, t.shape[3]) for t in (keys, values)]
-                    buffers.append((keys.new_zeros(shapes[0]), values.new_zeros(shapes[1])))
+                buffers = [
+                    layer and [t.new_zeros(len(branches), t.shape[1], room, t.shape[3]) for t in layer]
+                    for layer in computed
+                ]
             length = int(cached[row])
-            for buffer, (keys, values) in zip(buffers, computed, strict=True):
-                if buffer is not None and keys is not None and values is not None:
-                    buffer[0][row, :, width - length : width] = keys[0, :, :length]
-                    buffer[1][row, :, width - length : width] = values[0, :, :length]
+            for buffer, layer in zip(buffers, computed, strict=True):
+                for held, states in zip(buffer or (), layer or (), strict=True):
+                    held[row, :, width - length : width] = states[0, :, :length]
         cache = DynamicCache()
-        cache.layers = [DynamicLayer() if b is None else _ReservedLayer(*b, width) for b in buffers]
+        cache.layers = [DynamicLayer() if b is None else _ReservedLayer(b[0], b[1], width) for b in buffers]
         return cache
 
     def _check(self, ids: IdArray, branch: Branch, found: Tensor) -> None:
@@ -280,11 +269,10 @@ class GreedyDecoder:
         """
         own = [] if branch.token is None else [branch.token]
         alone = torch.as_tensor([[*ids[: branch.length].tolist(), *own]], device=self._device)
-        expected = self._logits(alone.new_tensor([alone.shape[1] - 1]), input_ids=alone, use_cache=False)[
-            0, 0
-        ]
-        difference = (expected.float() - found.float()).abs().max()
-        scale = expected.float().abs().max().clamp(min=1)
+        last = alone.new_tensor([alone.shape[1] - 1])
+        expected = self._logits(last, input_ids=alone, use_cache=False)[0, 0].float()
+        difference = (expected - found.float()).abs().max()
+        scale = expected.abs().max().clamp(min=1)
         limit = 1e-3 if self._model.dtype in (torch.float32, torch.float64) else 5e-2
         if not difference <= limit * scale:
             raise SstokenError(

@@ -73,21 +73,17 @@ class Readout:
                 )
 
     def read(self, inputs: dict[str, Any], positions: Tensor, *, by_length: bool) -> list[Tensor]:
-        """Run each model; return the inputs of its output embedding at `positions`, [R, D] each.
+        """Run each model; return the inputs of its output embedding at `positions` of the flattened batch, [R, D] each.
 
-        Args:
-            inputs: arguments of the forward pass.
-            positions: [R] in the flattened batch.
-            by_length: whether rotary embeddings depend on the batch's length, so that earlier lengths must be reset.
+        `by_length`: whether rotary embeddings depend on the batch's length, so that earlier lengths must be reset.
         """
         found = []
         for model in self.models:
             if by_length:
                 reset(model)
-            with intercept_head(model) as head_input:
+            with intercept_head(model) as held:
                 model(**inputs)
-            assert head_input.hidden is not None
-            found.append(head_input.hidden.flatten(0, 1).index_select(0, positions))
+            found.append(held[-1].flatten(0, 1).index_select(0, positions))
         return found
 
     def signals(
@@ -95,9 +91,7 @@ class Readout:
     ) -> dict[str, Tensor]:
         """Compute the signals of the response tokens of several batches, [N] each, by name.
 
-        Args:
-            batches: each batch's reading, and what `read` returned for it.
-            to_device: moves a host tensor to the models' device.
+        `batches` holds each batch's reading and what `read` returned for it; `to_device` moves a host tensor to the model.
         """
         readings = [reading for reading, _ in batches]
         hidden = [torch.cat(states) for states in zip(*(states for _, states in batches), strict=True)]

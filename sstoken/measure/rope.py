@@ -33,11 +33,22 @@ def longest(config: Any) -> int | None:
 
 def length_class(model: Any) -> Callable[[int], tuple[int, ...]] | None:
     """A function from a row's length to a key for its factors; None: they do not depend on the length."""
-    kinds = sorted(set(_kinds(model)))
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", 0)
+    kinds: set[tuple[bool, int]] = set()
+    """For each length-dependent embedding: whether it has two sets of factors, and the length at which they change."""
+    for kind, part in _parts(config):
+        if _BY_LENGTH in kind:
+            kinds.add((False, int(positions)))  # where transformers changes the factors
+        elif kind in _BY_SIDE:
+            original = part.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            kinds.add((True, int(original or positions)))
     if not kinds:
         return None
+    ordered = sorted(kinds)
     return lambda length: tuple(
-        int(length > original) if side else max(length, original) for side, original in kinds
+        int(length > original) if side else max(length, original) for side, original in ordered
     )
 
 
@@ -58,23 +69,6 @@ def _types(module: Any) -> list[tuple[str, str]]:
     if isinstance(kinds, str):
         return [("", kinds)]
     return [(f"{layer}_", kind) for layer, kind in kinds.items()] if isinstance(kinds, dict) else []
-
-
-def _kinds(model: Any) -> list[tuple[bool, int]]:
-    """For each length-dependent embedding: whether it has two sets of factors, and the length at which they change."""
-    config = model.config.get_text_config()
-    found = []
-    for kind, part in _parts(config):
-        if not (kind in _BY_SIDE or _BY_LENGTH in kind):
-            continue
-        positions = getattr(config, "max_position_embeddings", 0)
-        original = part.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        if _BY_LENGTH in kind:
-            original = positions  # transformers changes the factors beyond this length
-        found.append((kind in _BY_SIDE, int(original or positions)))
-    return found
 
 
 def _parts(config: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -15,14 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.measure.architecture import Findings, examine
 from sstoken.measure.batch import Batch, Ids, Mask, Reading, lay_out, read_positions
 from sstoken.measure.batching import by_class, plan_packed, plan_padded
-from sstoken.measure.capture import AttentionCapture, ForwardStopped
-from sstoken.measure.decoder import check_layer, decoder_layers
+from sstoken.measure.capture import AttentionCapture, ForwardStopped, check_layer
 from sstoken.measure.memory import is_out_of_memory
 from sstoken.measure.noise import Noise, noisy_embeddings
 from sstoken.measure.readout import READABLE, Readout
@@ -87,7 +86,8 @@ class Scorer:
         if unknown := [s.name for s in self._wanted if s.base not in MEASURABLE]:
             raise UsageError(f"a forward pass does not give {', '.join(unknown)}")
         self._device: torch.device = model.get_input_embeddings().weight.device
-        blocks = decoder_layers(model)
+        lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
+        blocks: list[Any] = list(lists[0]) if lists else []  # the decoder layers
         for block in blocks:
             block._compiled_call_impl = None  # undo another scorer's compilation; torch has no other way
         self._kernels = cuda_kernels and self._device.type == "cuda"

@@ -61,10 +61,7 @@ def losses_alone(
 ) -> list[NDArray[np.float32]]:
     """Losses of each response without its prompt, [n - 1] each (empty if n is 0).
 
-    Args:
-        sequences: token ids, [T] each.
-        response_masks: [T] each.
-        measure: measures the loss of responses, given their masks and which sequences they are of.
+    `measure` measures responses, given their masks and which of the sequences they are of.
     """
     losses: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(sequences)
     indices = [i for i, mask in enumerate(response_masks) if mask.sum() > 1]

@@ -50,23 +50,13 @@ class OutputHead:
     def logits(
         self, hidden: Tensor, start: int = 0, stop: int | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Logits of the vocabulary entries `start:stop`, at least fp32.
+        """Logits [N, stop - start] of the vocabulary entries `start:stop`, at least fp32; written to `out` if given.
 
-        Args:
-            hidden: [N, D], what the model feeds to its output embedding.
-            start: first entry.
-            stop: one past the last; None: V.
-            out: [N, stop - start], written to if given.
-
-        Returns:
-            [N, stop - start].
+        `hidden` [N, D] is what the model feeds to its output embedding.
         """
         product = _product(hidden, self.weight[start:stop], out)
         if self.bias is not None:
             product += self.bias[start:stop]
-        return self._shape(product)
-
-    def _shape(self, product: Tensor) -> Tensor:
         if self.scale != 1.0:
             product *= self.scale
         if self.softcap is not None:
@@ -164,16 +154,9 @@ def _losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 def take_own(own: Tensor, logits: Tensor, start: int, targets: Tensor) -> Tensor:
-    """Copy the targets' logits out of a tile, rounded like all others.
+    """Copy the targets' logits out of a tile [N, W], of the entries from `start` on, into `own` [N].
 
-    Args:
-        own: [N], where they go.
-        logits: [N, W], of the entries from `start` on.
-        start: the tile's first entry.
-        targets: [N] token ids.
-
-    Returns:
-        The rows whose targets are in the tile.
+    They are rounded like all others. Returns the rows whose targets are in the tile.
     """
     rows = ((targets >= start) & (targets < start + logits.shape[1])).nonzero()[:, 0]
     own[rows] = logits[rows, targets[rows] - start].to(own.dtype)
@@ -201,11 +184,7 @@ def tile_elements(device: torch.device) -> int:
 
 
 def tiles(hidden: Tensor, head: Head) -> Iterator[tuple[int, Tensor]]:
-    """Compute the logits of the whole vocabulary tile by tile, all in the same buffer.
-
-    Args:
-        hidden: [N, D].
-        head: the output head.
+    """Compute the logits of the whole vocabulary for states [N, D], tile by tile, all in the same buffer.
 
     Yields:
         The tile's first vocabulary entry, and its logits [N, entries].
@@ -220,22 +199,16 @@ def tiles(hidden: Tensor, head: Head) -> Iterator[tuple[int, Tensor]]:
         yield start, head.logits(hidden, start, stop, out=buffer[: rows * (stop - start)].view(rows, -1))
 
 
-class HeadInput:
-    """Holds the input of the output embedding in the last forward pass: `hidden` [B, T, D]."""
-
-    hidden: Tensor | None = None
-
-
 @contextmanager
-def intercept_head(model: nn.Module) -> Iterator[HeadInput]:
-    """Within this context a forward pass computes no logits; the input of the output embedding is kept instead.
+def intercept_head(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within this context a forward pass computes no logits; it adds the output embedding's input [B, T, D] to a list.
 
-    Taken there, it includes everything that the model does to its last hidden state.
+    Taken there, the input includes everything that the model does to its last hidden state.
     """
-    held = HeadInput()
+    held: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        held.hidden = args[0]
+        held.append(args[0])
         return (args[0][:, :0], *args[1:])
 
     handle = output_embedding(model).register_forward_pre_hook(keep)
