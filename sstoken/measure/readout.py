@@ -91,7 +91,7 @@ class Readout:
     ) -> dict[str, Tensor]:
         """Compute the signals of the response tokens of several batches, [N] each, by name.
 
-        `batches` holds each batch's reading and what `read` returned for it; `to_device` moves a host tensor to the model.
+        `batches` holds each batch's reading and what `read` returned for it; `to_device` moves a tensor to the model.
         """
         readings = [reading for reading, _ in batches]
         hidden = [torch.cat(states) for states in zip(*(states for _, states in batches), strict=True)]
