@@ -4,7 +4,6 @@ Run in the repository, `python -m sstoken.methods.listing` brings the page's tab
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -136,5 +135,8 @@ def _entry(method: Method) -> str:
 
 
 if __name__ == "__main__":
-    file = Path("docs/methods.md")
-    file.write_text(page(file.read_text(encoding="utf-8")), encoding="utf-8")
+    with open("docs/methods.md", "r+", encoding="utf-8") as file:
+        text = page(file.read())
+        file.seek(0)
+        file.write(text)
+        file.truncate()
