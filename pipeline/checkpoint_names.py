@@ -8,7 +8,7 @@ from sstoken.errors import UsageError
 from sstoken.methods import METHODS, Input, get_method
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages.critical import Critical
-from sstoken.stages.manifest import MANIFEST, read_manifest
+from sstoken.stages.manifest import read_manifest
 from sstoken.stages.selecting.examples import SCORER
 from sstoken.stages.storage import expanded
 
@@ -99,26 +99,28 @@ def select_inputs(method: str, scores: Path, given: Mapping[str, str]) -> dict[s
     if not scores.is_dir():
         kind = "is a file" if scores.exists() else "no such folder"
         raise UsageError(f"{scores}: {kind}; name the one that holds the checkpoints' scores")
-    if (made := read_manifest(scores)) is not None and made.stage not in ("score", "observed", "critical"):
-        raise UsageError(
-            f"{scores}: written by {made.stage!r}; scores has to be the folder that 'score' wrote (exchanged with "
-            "another option?)"
-        )
-    if made is not None:
-        raise UsageError(f"{scores}: the scores of one checkpoint; name the folder above scores")
-    folders = sorted(p for p in scores.iterdir() if p.is_dir())
-    there = [p.name for p in folders if (p / MANIFEST).is_file()]
+    if (made := read_manifest(scores)) is not None:
+        what = "the scores of one checkpoint; name the folder above scores"
+        if made.stage not in ("score", "observed", "critical"):
+            what = (
+                f"written by {made.stage!r}; scores has to be the folder that 'score' wrote (exchanged with another "
+                "option?)"
+            )
+        raise UsageError(f"{scores}: {what}")
+    manifests = {p.name: read_manifest(p) for p in sorted(scores.iterdir()) if p.is_dir()}
+    there = {name: manifest for name, manifest in manifests.items() if manifest is not None}
     listed = f"there are: {', '.join(there) or 'none'}"
-    if len(there) < len(folders):
-        listed += f" (unfinished: {', '.join(p.name for p in folders if p.name not in there)})"
+    if len(there) < len(manifests):
+        listed += f" (unfinished: {', '.join(name for name in manifests if name not in there)})"
     found = dict(given)
     for name in found.values():
         if name not in there:
             raise UsageError(f"{scores}: no finished scores of {name!r}; {listed}")
     needed = get_method(method).roles
     generated = any(get_signal(Input(i).signal).needs == "generation" for i in get_method(method).inputs)
-    _guess_roles(found, needed, [n for n in there if _is_generated(scores / n) == generated])
-    attended = [name for name in there if _has_attention(scores / name)]
+    _guess_roles(found, needed, [n for n, m in there.items() if (m.stage == Critical.name) == generated])
+    measured = {name: manifest.settings for name, manifest in there.items()}
+    attended = [n for n, s in measured.items() if s.get("attention") or "attention" in s.get("signals", ())]
     if found.get("current") in attended:
         found.setdefault("attention", found["current"])
     elif len(attended) == 1:
@@ -168,16 +170,3 @@ def _only_or_last(names: list[str]) -> str | None:
         return names[0]
     steps = [n for n in names if n.removeprefix("step-").isdigit()]
     return max(steps, key=lambda n: int(n.removeprefix("step-"))) if steps else None
-
-
-def _is_generated(folder: Path) -> bool:
-    """Whether a folder was written by `critical`, and so holds only signals from generation."""
-    manifest = read_manifest(folder)
-    return manifest is not None and manifest.stage == Critical.name
-
-
-def _has_attention(folder: Path) -> bool:
-    manifest = read_manifest(folder)
-    return manifest is not None and bool(
-        manifest.settings.get("attention") or "attention" in manifest.settings.get("signals", ())
-    )

@@ -44,16 +44,12 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
         identity = _identity(config, digests)
     if held != identity:
         check_writable(path)
-    if (
-        held is not None
-        and not anew
-        and not all(_same(held.get(key), identity[key], folder) for key in identity)
-    ):
-        raise UsageError(
-            f"{folder}: holds the run of data {_shown(folder, held.get('data'))!r} and model "
-            f"{_shown(folder, held.get('model'))!r}; set another `out`, or --force encode to run it all again here"
-        )
-    if held != identity:
+        same = held is None or all(_same(held.get(key), identity[key], folder) for key in identity)
+        if held is not None and not same and not anew:
+            raise UsageError(
+                f"{folder}: holds the run of data {_shown(folder, held.get('data'))!r} and model "
+                f"{_shown(folder, held.get('model'))!r}; set another `out`, or --force encode to run it all again here"
+            )
         storage.of(folder).make_folder(folder)
         for leftover in filter(_is_unfinished, folder.iterdir()):
             storage.of(leftover).delete(leftover)

@@ -159,12 +159,7 @@ def _default(flag: str, field: FieldInfo) -> list[str]:
     default = field.default
     if isinstance(default, bool):
         return [f"default: {'' if default else 'no-'}{flag[2:]}"]
-    empty = (
-        default is None
-        or default is PydanticUndefined
-        or (isinstance(default, (dict, tuple, str)) and not default)
-    )
-    return [] if empty else [f"default: {default}"]
+    return [] if default in (PydanticUndefined, None, "", (), {}) else [f"default: {default}"]
 
 
 def _metadata(field: FieldInfo) -> list[Any]:

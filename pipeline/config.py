@@ -89,12 +89,15 @@ class RunConfig(BaseModel):
         """
         if self.steps:
             return self.steps
-        assert self.encode is not None, "checked when it was made"
-        anchor = {} if self.anchor is None else {"anchor": self.anchor}
-        critical = {} if self.critical is None else {"critical": self.critical}
         scored = "score" in self.model_fields_set or self.select.reads_scores
-        score = {"score": self.score} if scored else {}
-        return {"encode": self.encode, **anchor, **critical, **score, "select": self.select}
+        sections: dict[str, Stage | None] = {
+            "encode": self.encode,
+            "anchor": self.anchor,
+            "critical": self.critical,
+            "score": self.score if scored else None,
+            "select": self.select,
+        }
+        return {name: section for name, section in sections.items() if section is not None}
 
     def place(self, step: str) -> Path:
         """The folder that a step writes."""
@@ -127,11 +130,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     if "steps" in values:
         values["steps"] = _steps(repeated(values["steps"], str(path)), str(path))
     else:
-        encode, anchor = values.get("encode"), values.get("anchor")
-        if isinstance(encode, dict) and isinstance(anchor, dict) and "model" in encode:
-            anchor.setdefault("model", encode["model"])
-        if isinstance(encode, dict) and isinstance(values.get("critical"), dict) and "model" in encode:
-            values["critical"].setdefault("checkpoint", encode["model"])
+        encode = values.get("encode")
+        for section, field in (("anchor", "model"), ("critical", "checkpoint")):
+            if isinstance(encode, dict) and isinstance(values.get(section), dict) and "model" in encode:
+                values[section].setdefault(field, encode["model"])
         if isinstance(values.get("select"), dict):
             values["select"] = swept(values["select"], SelectSection)
         if "out" in values and "encode" not in values and values.keys() <= RunConfig.model_fields.keys():

@@ -22,12 +22,17 @@ def check_writable(folder: PurePath) -> None:
     """
     if not isinstance(folder, Path):
         return  # an object store refuses the first file instead
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    existing = _existing(folder)
     parent = existing if existing != folder.absolute() else existing.parent
     if not parent.is_dir() or not _writable(parent):
         raise SstokenError(
             f"{parent}: cannot be written to; choose another output folder or fix its permissions"
         )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
 
 
 def _writable(folder: Path) -> bool:
@@ -116,8 +121,7 @@ def free_bytes(folder: PurePath) -> int | None:
     """Bytes free on the disk of an existing or future folder; None: it is remote."""
     if not isinstance(folder, Path):
         return None
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def size_text(count: int) -> str:

@@ -1,6 +1,6 @@
 """Prints the first example of a tokens folder after `encode`: prompt and response as the trainer will see them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -18,25 +18,17 @@ _HEAD, _TAIL = 60, 20
 def print_first_example(tokens: Path, console: Console | None = None) -> None:
     """Print the first example of a finished tokens folder with its response marked; shortens long stretches."""
     console = console or default_console()
-    row = next(
-        (tables.read_row_group(part, 0, _COLUMNS).slice(0, 1).to_pylist() for part in _filled(tokens)), None
-    )
-    if not row:
+    filled = next((part for part in tables.parts(tokens) if tables.num_rows(part)), None)
+    if filled is None:
         return
-    texts = token_texts(load_tokenizer(str(tokens / "tokenizer")), row[0]["input_ids"])
-    shown, mask = _cut(texts, row[0]["response_mask"])
+    (row,) = tables.read_row_group(filled, 0, ("input_ids", "response_mask")).slice(0, 1).to_pylist()
+    texts = token_texts(load_tokenizer(str(tokens / "tokenizer")), row["input_ids"])
+    shown, mask = _cut(texts, row["response_mask"])
     plain = is_plain(console)
     marks = "response between « and »" if plain else "response on a background"
     text = render_example(shown, mask, mask, [None] * len(mask), plain=plain)
     console.print(f"  the first example, {marks}:", highlight=False, soft_wrap=True)
     console.print(text, soft_wrap=not console.is_terminal)
-
-
-_COLUMNS = ("input_ids", "response_mask")
-
-
-def _filled(tokens: Path) -> Iterator[Path]:
-    return (part for part in tables.parts(tokens) if tables.num_rows(part))
 
 
 def _cut(texts: Sequence[str], mask: Sequence[bool]) -> tuple[list[str], list[bool]]:

@@ -92,14 +92,11 @@ def score_job(ref: str, attention: bool, options: Mapping[str, object], tokens: 
     stage = Score(checkpoint=ref, attention=attention, **options)
     job = Job(stage, {"tokens": tokens}, out, seed=0)
     finished = read_manifest(out)
-    if (
-        finished is None
-        or finished.stage != stage.name
-        or (more := stage.holding(finished.settings)) == stage
-    ):
-        return job
-    with_more = replace(job, stage=more)
-    return with_more if state(with_more, Digests()) is State.FINISHED else job
+    if finished is not None and finished.stage == stage.name:
+        with_more = replace(job, stage=stage.holding(finished.settings))
+        if with_more != job and state(with_more, Digests()) is State.FINISHED:
+            return with_more
+    return job
 
 
 class _Planner:
@@ -212,12 +209,11 @@ class _Planner:
         scored = scored_for(name, section, selections, resolver, short=not self._config.steps)
         self._scored[name] = scored
         base = stage_of(section, ScoreOptions)
+        signals = base.signals or ("loss",)
         for checkpoint, ref in scored.refs.items():
             options = base.model_dump()
-            if more := [
-                s for s in scored.signals.get(checkpoint, ()) if s not in (base.signals or ("loss",))
-            ]:
-                options["signals"] = (*(base.signals or ("loss",)), *more)
+            if more := [s for s in scored.signals.get(checkpoint, ()) if s not in signals]:
+                options["signals"] = (*signals, *more)
             options = compared(options, checkpoint, scored.refs)
             place = self._config.place(name) / checkpoint
             attended = checkpoint in scored.attended
@@ -254,10 +250,9 @@ class _Planner:
         anchors = tuple(self._histories)
         given = {f: getattr(section, f) for f in Select.model_fields if f in section.model_fields_set}
         for choice in combinations(section.sweep):
-            suffix = label(choice)
-            full = f"{name}/{suffix}" if choice else name
-            place = self._config.place(name)
-            place = place.with_name(f"{place.name}-{suffix}") if choice else place
+            full, place = name, self._config.place(name)
+            if choice:
+                full, place = f"{name}/{label(choice)}", place.with_name(f"{place.name}-{label(choice)}")
             self._places[full] = place
             if scored is None:
                 yield Step(full, Select.name, None, (*anchors, tokens, *read, str(score)))

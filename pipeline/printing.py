@@ -15,8 +15,6 @@ from sstoken.stages.token_text import visible
 
 _REMARKS = ("note:", "warning:")
 """Lines that begin with these are shown even with `--quiet`."""
-
-
 SUPERSEDED = "unfinished work of other settings or inputs, or of a forced run; resume that run, or delete it"
 
 
@@ -65,10 +63,10 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
     if not is_main_process():
         return
     stage = kind or name.partition("/")[0]
+    is_done = not result.skipped and "world_size" not in result.metrics
+    summary = _SUMMARIES.get(stage, _plain)(result.metrics) if is_done else []
     if is_quiet():
-        for line in (
-            () if result.skipped or "world_size" in result.metrics else _summary(stage, result.metrics)
-        ):
+        for line in summary:
             if line.startswith(_REMARKS):
                 say(f"{name}: {line}", err=True)
         return
@@ -84,16 +82,12 @@ def print_result(name: str, result: Result, kind: str | None = None) -> None:
     say(f"{name}: done, in {result.folder}")
     if result.replaced:
         say(f"  replaced what was there: {'; '.join(result.replaced)}")
-    for line in _summary(stage, result.metrics):
+    for line in summary:
         say(f"  {line}")
     if stage == "encode":
         from sstoken.pipeline.first_example import print_first_example
 
         print_first_example(result.folder)
-
-
-def _summary(stage: str, metrics: dict[str, Any]) -> list[str]:
-    return _SUMMARIES.get(stage, _plain)(metrics)
 
 
 def _plain(metrics: dict[str, Any]) -> list[str]:

@@ -81,8 +81,9 @@ def remember(job: Job, seconds: float) -> None:
     """
     from sstoken.pipeline import cost
 
-    measured = job.out if isinstance(job.stage, Encode) else _rows(job)
-    if measured is None:
+    inputs = job.inputs.get("tokens") or job.inputs.get("masked")
+    measured = job.out if isinstance(job.stage, Encode) else inputs
+    if measured is None:  # it reads no rows of a run, as `pull`
         return
     try:
         took = read_manifest(job.out)
@@ -108,9 +109,7 @@ def _known() -> dict[str, dict[str, float]]:
         found = json.loads(_file().read_text())
     except (OSError, ValueError):
         return {}
-    if not isinstance(found, dict):
-        return {}
-    return {kind: rate for kind, rate in found.items() if _is_rate(rate)}
+    return {k: rate for k, rate in found.items() if _is_rate(rate)} if isinstance(found, dict) else {}
 
 
 def _is_rate(found: object) -> bool:
@@ -125,9 +124,8 @@ def _kind(job: Job) -> str:
     if isinstance(stage, Score):
         return "/".join((stage.name, _device(stage.device), stage.dtype, stage.backend))
     if isinstance(stage, Anchor):
-        return "/".join(
-            (stage.name, _device("auto"), stage.precision, "full" if stage.lora_rank is None else "lora")
-        )
+        trained = "full" if stage.lora_rank is None else "lora"
+        return "/".join((stage.name, _device("auto"), stage.precision, trained))
     return stage.name
 
 
@@ -142,8 +140,3 @@ def _workers(job: Job) -> int:
     if not isinstance(stage, ShardedStage):
         return 1
     return stage.workers or (num_cores() if stage.every_core else 1)
-
-
-def _rows(job: Job) -> Path | None:
-    """The folder whose rows the job reads; None: it reads none of a run, as `pull`."""
-    return job.inputs.get("tokens") or job.inputs.get("masked")

@@ -64,21 +64,20 @@ class Resolver:
     def waits_for(self, score: ScoreSection, selections: Iterable[SelectSection]) -> list[str]:
         """The anchor steps that must run before it is known what to score."""
         if len(self._histories) == 1:
-            return [name for name, history in self._histories.items() if history is None]
+            return self._still_to_run()
         sections: list[ScoreSection | SelectSection] = [score, *selections]
         named = [given for section in sections for given in _named(section)]
-        return list(dict.fromkeys(str(self.run_of(given)) for given in named if self.unknown(given)))
+        return list(dict.fromkeys(step for given in named for step in self.awaited(given)))
 
     def awaited(self, given: str) -> list[str]:
         """The anchor step that has to run before one checkpoint is known."""
         if self.unknown(given):
             return [str(self.run_of(given))]
         named = (given == LAST or _SNAPSHOT.fullmatch(given)) and not Path(given).exists()
-        return (
-            [n for n, h in self._histories.items() if h is None]
-            if named and len(self._histories) == 1
-            else []
-        )
+        return self._still_to_run() if named and len(self._histories) == 1 else []
+
+    def _still_to_run(self) -> list[str]:
+        return [name for name, history in self._histories.items() if history is None]
 
     def asked(self, score: ScoreSection, checkpoint: str) -> tuple[str, ...]:
         """The anchor steps from which a scored checkpoint may come."""

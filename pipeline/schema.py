@@ -6,22 +6,8 @@ from sstoken.pipeline.config import RunConfig
 from sstoken.pipeline.sections import KINDS, SelectSection
 
 SCHEMA_FILE = "sstoken.schema.json"
-_NAMES_OR_LISTS = frozenset(
-    (
-        "stage",
-        "tokens",
-        "scores",
-        "critical",
-        "roles",
-        "history",
-        "current",
-        "sweep",
-        "protect",
-        "examples",
-        "params",
-    )
-)
-"""Fields of a selection for which a list is no sweep."""
+_NO_SWEEP = {"stage", *SelectSection.__annotations__, "protect", "examples", "params"}
+"""Fields of a selection for which a list is no sweep: what it reads, and settings that are lists or mappings."""
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -71,7 +57,7 @@ def _take_lists(section: dict[str, Any]) -> None:
     """Let each setting take a list of values, which makes a sweep."""
     about = ("description", "default", "title")
     for name, field in section["properties"].items():
-        if name in _NAMES_OR_LISTS:
+        if name in _NO_SWEEP:
             continue
         one = {key: value for key, value in field.items() if key not in about}
         kept = {key: field[key] for key in about if key in field}

@@ -7,7 +7,7 @@ Steps that work by shards become job arrays of ranks, each followed by a short j
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from sstoken.stages.storage import write_atomic
 
 RESOLVED = "config.yaml"
 SUBMIT = "submit.sh"
-_WARNING = 60
-"""Seconds before a job's time limit at which SLURM sends it a signal."""
+_REQUEUE = ("--requeue", "--signal=B:TERM@60")
+"""SLURM sends a signal that many seconds before a job's time limit."""
 
 
 @dataclass
@@ -38,27 +38,6 @@ class _Script:
     gpu: bool = False
 
 
-@dataclass
-class _Planned:
-    """One step of the configuration with all its jobs."""
-
-    jobs: list[Job] = field(default_factory=list)
-
-    @property
-    def shared(self) -> bool:
-        """Whether ranks can share its work."""
-        return all(isinstance(job.stage, ShardedStage) for job in self.jobs)
-
-    @property
-    def runs_a_model(self) -> bool:
-        """Whether it can use a GPU."""
-        return any(hasattr(job.stage, "device") or job.stage.name == Anchor.name for job in self.jobs)
-
-    def folders(self, place: Path) -> list[Path]:
-        """The folders to commit; for `score`, the parent folder, as some checkpoints are not known yet."""
-        return [place] if self.jobs[0].stage.name == Score.name else [job.out for job in self.jobs]
-
-
 def write_scripts(config: RunConfig, folder: Path, ranks: int) -> list[Path]:
     """Write the resolved configuration and the scripts; return all files.
 
@@ -67,27 +46,23 @@ def write_scripts(config: RunConfig, folder: Path, ranks: int) -> list[Path]:
         folder: the folder to write; the scripts name it, so jobs must be submitted from where that path is valid.
         ranks: tasks of each job array; 1: no arrays.
     """
-    steps: dict[str, _Planned] = {}
+    steps: dict[str, list[Job]] = {}
     for step in promised_steps(config):
         assert step.job is not None, "every checkpoint is promised"
-        steps.setdefault(step.step, _Planned()).jobs.append(step.job)
+        steps.setdefault(step.step, []).append(step.job)
     scripts: list[_Script] = []
-    for number, (step_name, planned) in enumerate(steps.items(), 1):
+    for number, (step_name, jobs) in enumerate(steps.items(), 1):
         name = re.sub(r"[^\w.-]", "-", step_name)
         call = f"sstoken-curate run {shlex.quote(str(folder / RESOLVED))} --only {shlex.quote(step_name)}"
-        shared = planned.shared and ranks > 1
-        scripts.append(
-            _Script(
-                f"{number}-{name}.sbatch",
-                _array(name, call, ranks) if shared else _single(name, call),
-                planned.runs_a_model,
-            )
-        )
+        shared = ranks > 1 and all(isinstance(job.stage, ShardedStage) for job in jobs)
+        lines = _array(name, call, ranks) if shared else _single(name, call)
+        gpu = any(hasattr(job.stage, "device") or isinstance(job.stage, Anchor) for job in jobs)
+        scripts.append(_Script(f"{number}-{name}.sbatch", lines, gpu))
         if shared:
-            commits = [
-                f"sstoken-curate commit {shlex.quote(str(place))}"
-                for place in planned.folders(config.place(step_name))
-            ]
+            places = [job.out for job in jobs]
+            if isinstance(jobs[0].stage, Score):  # some checkpoints are not known yet: all below its folder
+                places = [config.place(step_name)]
+            commits = [f"sstoken-curate commit {shlex.quote(str(place))}" for place in places]
             scripts.append(_Script(f"{number}-{name}-commit.sbatch", _commit(name, commits)))
     written = {RESOLVED: resolved(config)}
     written |= {script.name: "\n".join(script.lines) + "\n" for script in scripts}
@@ -118,7 +93,7 @@ def _head(name: str, *more: str) -> list[str]:
 
 def _array(name: str, call: str, ranks: int) -> list[str]:
     return [
-        *_head(name, f"--array=0-{ranks - 1}", *_requeue(), "--output=slurm-%x-%A_%a.log"),
+        *_head(name, f"--array=0-{ranks - 1}", *_REQUEUE, "--output=slurm-%x-%A_%a.log"),
         f"# One rank of the step {name}: one shard of every {ranks}. A shard that is there is never made again.",
         *_until_stopped(
             f'{call} --rank "$SLURM_ARRAY_TASK_ID" --world-size {ranks}',
@@ -129,7 +104,7 @@ def _array(name: str, call: str, ranks: int) -> list[str]:
 
 def _single(name: str, call: str) -> list[str]:
     return [
-        *_head(name, *_requeue(), "--output=slurm-%x-%j.log"),
+        *_head(name, *_REQUEUE, "--output=slurm-%x-%j.log"),
         f"# The step {name}, in one job; it goes on where an earlier one stopped.",
         *_until_stopped(call, "$SLURM_JOB_ID"),
     ]
@@ -142,10 +117,6 @@ def _commit(name: str, commits: list[str]) -> list[str]:
         "set -euo pipefail",
         *commits,
     ]
-
-
-def _requeue() -> tuple[str, ...]:
-    return "--requeue", f"--signal=B:TERM@{_WARNING}"
 
 
 def _until_stopped(call: str, job: str) -> list[str]:

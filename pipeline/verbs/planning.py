@@ -56,17 +56,18 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
     planned: list[Planned] = []
     waiting: set[str] = set()
     for step in run_steps(config):
-        awaited = [name for name in step.after if name in waiting]
-        why = f"waits for {awaited[0]}" if awaited else ""
-        if step.job is not None:
-            why = why or state(step.job, digests).value
-        if why != State.FINISHED.value:
+        job, awaited = step.job, [name for name in step.after if name in waiting]
+        if job is None or awaited:
+            why = f"waits for {awaited[0]}" if awaited else ""
+            planned.append(Planned(step.name, None if job is None else job.out, why))
             waiting.add(step.name)
-        other = superseded(step.job, identify(step.job, digests)) if step.job and not awaited else None
-        differs: tuple[str, ...] = ()
-        if step.job is not None and not awaited and why != State.FINISHED.value:
-            differs = changes(step.step, step.job, digests)
-        planned.append(Planned(step.name, step.job.out if step.job else None, why, other, differs))
+            continue
+        found = state(job, digests)
+        if found is not State.FINISHED:
+            waiting.add(step.name)
+        differs = () if found is State.FINISHED else changes(step.step, job, digests)
+        other = superseded(job, identify(job, digests))
+        planned.append(Planned(step.name, job.out, found.value, other, differs))
     return planned
 
 
@@ -111,7 +112,6 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
             vars(p)
             | {"folder": str(p.folder or ""), "superseded": str(p.superseded or "")}
             | by_step.get(p.step, none)
-            | {"step": p.step}
             for p in planned
         ]
         say(json.dumps(facts))

@@ -126,11 +126,10 @@ def run(
     until = only or until
     check_run(config)
     digests = Digests(storage.of(config.folder).on_this_machine(config.folder / DIGESTS))
+    anew = any(isinstance(config.named[name], Encode) for name in forced)
     # The tasks of an array begin together.
     with one_run_at_a_time(config.folder, "claim", wait=_SOON) if world_size > 1 else nullcontext():
-        claim(
-            config, digests, anew=bool(forced & {n for n, s in config.named.items() if isinstance(s, Encode)})
-        )
+        claim(config, digests, anew=anew)
     results: dict[str, Result] = {}
     for group in run_groups(config):
         if until is not None and names.index(group[0].step) > names.index(until):
@@ -206,16 +205,7 @@ def _placed(job: Job, config: RunConfig, rank: int, world_size: int) -> Job:
     json_option,
 )
 def _run(
-    config: str,
-    overrides: tuple[str, ...],
-    until: str | None,
-    only: str | None,
-    force: tuple[str, ...],
-    rank: int,
-    world_size: int,
-    dry_run: bool,
-    ranks: int,
-    as_json: bool,
+    config: str, overrides: tuple[str, ...], dry_run: bool, ranks: int, as_json: bool, **options: Any
 ) -> None:
     if dry_run:
         _write_scripts(load_config(config, overrides), ranks, as_json)
@@ -225,16 +215,7 @@ def _run(
         if not as_json:
             print_result(step.name, result, step.kind)
 
-    results = run(
-        config,
-        overrides=overrides,
-        until=until,
-        only=only,
-        force=force,
-        rank=rank,
-        world_size=world_size,
-        listener=report,
-    )
+    results = run(config, overrides=overrides, listener=report, **options)
     if as_json:
         echo_results(results)
 
