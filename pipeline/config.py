@@ -1,6 +1,8 @@
 """The run's configuration, read from YAML and validated."""
 
 import difflib
+import glob
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +19,14 @@ from pydantic import (
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.plain_yaml import read_yaml, short
-from sstoken.pipeline.sections import KINDS, AnchorSection, CriticalSection, ScoreSection, SelectSection
-from sstoken.pipeline.yaml_shorthand import beside_the_file, repeated, swept
+from sstoken.pipeline.sections import (
+    KINDS,
+    AnchorSection,
+    CriticalSection,
+    ScoreSection,
+    SelectSection,
+    swept,
+)
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.sharded import ShardedStage
@@ -37,6 +45,9 @@ _FOLDERS = {
     "select": "masked",
 }
 """The folder that each section writes; a named step writes a folder of its own name."""
+_PATHS = ("data", "model", "chat_template", "checkpoint", "checkpoints")
+"""Fields that hold paths of inputs."""
+_REPEAT = "repeat"
 
 
 class RunConfig(BaseModel):
@@ -121,14 +132,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     values = read_yaml(file.read_bytes(), str(file))
     if not isinstance(values, dict):
         raise UsageError(f"{path}: empty, or not a mapping; sections are {', '.join(RunConfig.model_fields)}")
-    beside_the_file(values, file.parent)
+    _beside_the_file(values, file.parent)
     for override in overrides:
         _override(values, override)
     for section in _FOLDERS:
         if section in values and values[section] is None:  # nothing under it asks for the defaults
             values[section] = {}
     if "steps" in values:
-        values["steps"] = _steps(repeated(values["steps"], str(path)), str(path))
+        values["steps"] = _steps(_repeated(values["steps"], str(path)), str(path))
     else:
         encode = values.get("encode")
         for section, field in (("anchor", "model"), ("critical", "checkpoint")):
@@ -141,6 +152,86 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     config = validated(RunConfig, values, str(path))
     config._file = file
     return config
+
+
+def _beside_the_file(values: dict[str, Any], folder: Path) -> None:
+    """Resolve relative paths that exist from the file's folder, in every section and step, in place."""
+    if folder.resolve() == Path.cwd():
+        return
+
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found(item) for item in value]
+        if isinstance(value, dict):
+            return {key: found(item) for key, item in value.items()}
+        if not isinstance(value, str) or "://" in value or expanded(value).is_absolute():
+            return value
+        place = str(folder / value)
+        return place if Path(place).exists() or (glob.has_magic(value) and glob.glob(place)) else value
+
+    def visit(section: Any) -> None:
+        for key, value in section.items() if isinstance(section, dict) else ():
+            if key in _PATHS:
+                section[key] = found(value)
+            else:
+                visit(value)
+
+    visit(values)
+
+
+def _repeated(steps: Any, where: str) -> Any:
+    """Expand `repeat: {VARIABLE: [values], steps: {...}}` into its steps, once for each value.
+
+    `{VARIABLE}`, `{VARIABLE-1}` and `{VARIABLE+1}` are replaced in names and texts.
+
+    Raises:
+        UsageError: it is not one list of integers and a mapping of steps, or two steps get the same name.
+    """
+    if not isinstance(steps, dict) or _REPEAT not in steps:
+        return steps
+    written: dict[Any, Any] = {}
+    for name, body in steps.items():
+        if name != _REPEAT:
+            written[name] = body
+            continue
+        variables = [key for key in body if key != "steps"] if isinstance(body, dict) else []
+        numbers = body[variables[0]] if len(variables) == 1 else None
+        inner = body.get("steps") if isinstance(body, dict) else None
+        if (
+            not isinstance(numbers, list)
+            or not all(type(n) is int for n in numbers)
+            or not isinstance(inner, dict)
+        ):
+            raise UsageError(
+                f"{where}: steps.{_REPEAT} is {short(body)}; legal is one variable with a list of whole numbers, and "
+                f"steps, such as {_REPEAT}: {{t: [1, 2], steps: ...}}"
+            )
+        for number in numbers:
+            for inner_name, inner_body in inner.items():
+                key = _filled(inner_name, variables[0], number)
+                if key in written:
+                    raise UsageError(
+                        f"{where}: step {short(key)} appears twice; write {{{variables[0]}}} into its name"
+                    )
+                written[key] = _filled(inner_body, variables[0], number)
+    return written
+
+
+def _filled(value: Any, variable: str, number: int) -> Any:
+    if isinstance(value, dict):
+        return {_filled(k, variable, number): _filled(v, variable, number) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, variable, number) for item in value]
+    if not isinstance(value, str):
+        return value
+    pattern = re.compile(rf"\{{{re.escape(variable)}([+-]\d+)?\}}")
+
+    def result(match: re.Match[str]) -> str:
+        return str(number + int(match[1] or 0))
+
+    if whole := pattern.fullmatch(value):
+        return int(result(whole))
+    return pattern.sub(result, value)
 
 
 def _steps(values: Any, where: str) -> dict[str, Stage]:

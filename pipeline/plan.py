@@ -20,9 +20,11 @@ from sstoken.pipeline.sections import (
     ReadsSteps,
     ScoreSection,
     SelectSection,
+    chosen,
+    combinations,
+    label,
     stage_of,
 )
-from sstoken.pipeline.yaml_shorthand import chosen, combinations, label
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.critical import CRITICAL, Critical
 from sstoken.stages.manifest import Digests, read_manifest

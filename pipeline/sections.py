@@ -1,13 +1,14 @@
 """The sections of a run's configuration: one class per kind of step, with the names of the steps that it reads."""
 
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, TypeVar
+import re
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from sstoken.methods import Input, Method, get_method
 from sstoken.methods.presets import method_name
-from sstoken.pipeline.yaml_shorthand import combinations
 from sstoken.signals import get_signal
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.critical import Critical
@@ -143,3 +144,44 @@ def stage_of(section: Settings, stage: type[S], **changed: Any) -> S:
     """Build a stage from a section that has its fields, passing on only those that were given."""
     given = {name: getattr(section, name) for name in stage.model_fields if name in section.model_fields_set}
     return stage(**{**given, **changed})
+
+
+def swept(fields: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """Move settings that have a list instead of one value to `sweep`; those of `params` become `params.NAME`."""
+    kept: dict[str, Any] = dict(fields)
+    several: dict[str, list[Any]] = {}
+    for name, value in fields.items():
+        if name == "params" and isinstance(value, dict):
+            several |= {f"params.{key}": item for key, item in value.items() if isinstance(item, list)}
+            kept[name] = {key: item for key, item in value.items() if not isinstance(item, list)}
+        elif isinstance(value, list) and name in section.model_fields and not _takes_lists(section, name):
+            several[name] = kept.pop(name)
+    if several:
+        own = kept.get("sweep", {})
+        kept["sweep"] = {**own, **several} if isinstance(own, dict) else own
+    return kept
+
+
+def combinations(sweep: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every combination of one value per setting; a single empty choice if there are no settings."""
+    return [dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())]
+
+
+def label(choice: Mapping[str, Any]) -> str:
+    """The suffix of a sweep's folder, such as `rho-0.4-gamma-0.5`."""
+    parts = (f"{name.removeprefix('params.')}-{value}" for name, value in choice.items())
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+
+
+def chosen(fields: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
+    """Set a selection's fields to the values of one combination."""
+    found = dict(fields)
+    for name, value in choice.items():
+        group, dot, key = name.partition(".")
+        found[group] = {**found.get(group, {}), key: value} if dot else value
+    return found
+
+
+def _takes_lists(section: type[BaseModel], name: str) -> bool:
+    annotation = section.model_fields[name].annotation
+    return any(get_origin(kind) in (list, tuple) for kind in (annotation, *get_args(annotation)))

@@ -1,13 +1,14 @@
 """Trains a base model, runs the real pipeline, and reports how much planted noise each method kept.
 
-Everything is generated: the data by code, the tiny model from random weights. No network; minutes on two cores.
+Everything is generated: the data by code, the tiny model from random weights. No network; minutes on two cores. With
+`--model M`, the same noisy data is scored by a pretrained model without training.
 """
 
 import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,13 @@ from rich.text import Text
 
 from sstoken import curate
 from sstoken.errors import SstokenError, UsageError
-from sstoken.pipeline.demo import pretrained
 from sstoken.pipeline.demo.data import KINDS, DemoExample, Noise, generate, write_jsonl, write_noise
 from sstoken.pipeline.demo.model import build_model
 from sstoken.pipeline.job import Result
 from sstoken.stages import plain_json, storage, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.folders import copy_folder
+from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.report.show import default_console, print_example, print_legend, read_examples
 from sstoken.stages.storage import write_atomic
 from sstoken.version import __version__
@@ -43,6 +44,12 @@ TRAINING: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
 """Settings of the base model's training and of the anchor run."""
 RHO = 0.6
 METHODS = ("sstoken", "rel", "attention", "loss", "random", "full")
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_LOCAL = Path(".models") / "smollm2"
+"""The folder to which `make smollm2` downloads it."""
+NUM_PRETRAINED = 80
+"""Examples for a pretrained model: takes minutes on two cores with 135 M parameters."""
+PRETRAINED_METHODS = ("recommended", "random", "full")
 
 CLASSES = ("content", *KINDS)
 _READING = (
@@ -81,36 +88,61 @@ def run_demo(
 
     _claim(out, seed, model)
     if model is not None:
-        examples = list(generate(min(num_pipeline, pretrained.NUM_EXAMPLES), seed))
-        selected = pretrained.run_pretrained(out, pretrained.place_of(model), examples, seed, RHO, say)
-        shown = pretrained.METHODS[0]
+        examples = list(generate(min(num_pipeline, NUM_PRETRAINED), seed))
+        say(f"encode: {len(examples):,} examples, with noise planted in their answers")
+        selected = _pretrained(out, place_of(model), examples, seed, say)
     else:
         examples = list(generate(num_base + num_pipeline, seed))
         examples, base_examples = examples[num_base:], examples[:num_base]
         say(f"base: a tiny model, from random weights, on {num_base:,} generated examples")
         base = _base_model(out / "base", out / "pretraining", base_examples, seed)
-        selected = _pipeline(out, base, examples, seed, say)
-        shown = METHODS[0]
+        say(f"encode: {len(examples):,} other examples, with noise planted in their answers")
+        selected = _trained(out, base, examples, seed, say)
     say("done")
     found = count_kept({method: result.folder for method, result in selected.items()}, examples)
     found["kept_by_tenth"] = {m: result.metrics["kept_share_by_decile"] for m, result in selected.items()}
     console.print(_findings(found))
     reading = _READING if model is None else _READING.partition(" The last two")[0] + "\n"
     console.print(reading, highlight=False, soft_wrap=not console.is_terminal)
-    masked = selected[shown].folder
+    masked = next(iter(selected.values())).folder
     _print_examples(masked, examples, console)
     _print_next(masked, console)
     return found
 
 
-def _pipeline(
+def place_of(model: str) -> str:
+    """Return a model's folder or Hub id; `smollm2` stands for SmolLM2-135M-Instruct, the local copy if there is one."""
+    if model != "smollm2":
+        return model
+    return str(_LOCAL) if (_LOCAL / "config.json").is_file() else SMOLLM2
+
+
+def _pretrained(
+    out: Path, model: str, examples: Sequence[DemoExample], seed: int, say: Callable[[str], None]
+) -> dict[str, Result]:
+    """Run the stages without training; return each method's selection."""
+    import torch
+
+    tokens = _encoded(out, model, examples)
+    say(f"score: their tokens under {model}, with and without their prompts; no training")
+    scores = curate.score(
+        tokens=tokens,
+        checkpoints=[f"base={model}"],
+        out=out / "scores",
+        attention_from="none",
+        signals=("loss", "loss_unconditional"),
+        dtype="bfloat16" if torch.accelerator.is_available() or multiplies_bfloat16() else "float32",
+    ).folder
+    choice = {"rho": RHO, "scope": "sample", "seed": seed}
+    choices = {method: {} if method == "full" else choice for method in PRETRAINED_METHODS}
+    return _selected(out, tokens, scores, choices, say)
+
+
+def _trained(
     out: Path, base: Path, examples: Sequence[DemoExample], seed: int, say: Callable[[str], None]
 ) -> dict[str, Result]:
     """Run the stages as a user would; return each method's selection."""
-    write_jsonl(out / "data.jsonl", examples)
-    write_noise(out / "noise.jsonl", examples)
-    say(f"encode: {len(examples):,} other examples, with noise planted in their answers")
-    tokens = curate.encode(data=str(out / "data.jsonl"), model=str(base), out=out / "tokens").folder
+    tokens = _encoded(out, str(base), examples)
     say(f"anchor: {TRAINING['epochs']} epochs of fine-tuning on them")
     history = curate.anchor(tokens=tokens, model=str(base), out=out / "history", seed=seed, **TRAINING)
     current = history.folder / history.metrics["snapshots"][-1]
@@ -118,13 +150,30 @@ def _pipeline(
     scores = curate.score(
         tokens=tokens, checkpoints=[str(base), str(current)], out=out / "scores", attention_from=current.name
     ).folder
-    say(f"select: {', '.join(METHODS)}")
-    choice: dict[str, Any] = {"rho": RHO, "history": "base", "current": current.name, "seed": seed}
+    choice = {"rho": RHO, "history": "base", "current": current.name, "seed": seed}
+    return _selected(out, tokens, scores, dict.fromkeys(METHODS, choice), say)
+
+
+def _encoded(out: Path, model: str, examples: Sequence[DemoExample]) -> Path:
+    write_jsonl(out / "data.jsonl", examples)
+    write_noise(out / "noise.jsonl", examples)
+    return curate.encode(data=str(out / "data.jsonl"), model=model, out=out / "tokens").folder
+
+
+def _selected(
+    out: Path,
+    tokens: Path,
+    scores: Path,
+    choices: Mapping[str, Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Result]:
+    """Select by each method, with its settings."""
+    say(f"select: {', '.join(choices)}")
     return {
         method: curate.select(
             tokens=tokens, scores=scores, out=out / f"masked-{method}", method=method, **choice
         )
-        for method in METHODS
+        for method, choice in choices.items()
     }
 
 

@@ -23,7 +23,7 @@ from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.roles import NO_ATTENTION
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.saying import say
-from sstoken.pipeline.sections import stage_of
+from sstoken.pipeline.sections import chosen, combinations, label, stage_of, swept
 from sstoken.pipeline.shared_queue import execute_together
 from sstoken.pipeline.verbs.command import (
     Internal,
@@ -37,7 +37,6 @@ from sstoken.pipeline.verbs.command import (
     print_finished,
     verb,
 )
-from sstoken.pipeline.yaml_shorthand import chosen, combinations, label, swept
 from sstoken.stages import manifest as manifests
 from sstoken.stages import storage
 from sstoken.stages.anchor import Anchor

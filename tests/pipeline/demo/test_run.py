@@ -9,10 +9,17 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from sstoken.errors import UsageError
-from sstoken.pipeline.demo import pretrained
 from sstoken.pipeline.demo.data import KINDS, generate
 from sstoken.pipeline.demo.model import build_model
-from sstoken.pipeline.demo.run import CLASSES, METHODS, run_demo, token_classes
+from sstoken.pipeline.demo.run import (
+    CLASSES,
+    METHODS,
+    PRETRAINED_METHODS,
+    SMOLLM2,
+    place_of,
+    run_demo,
+    token_classes,
+)
 
 SIZES = {"num_base": 24, "num_pipeline": 24}
 
@@ -100,7 +107,7 @@ def test_building_the_model_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_with_a_model_nothing_is_trained(demo: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
     found = run_demo(tmp_path / "own", console=console, num_pipeline=12, model=str(demo[0] / "base"))
-    assert list(found["kept"]) == list(pretrained.METHODS)
+    assert list(found["kept"]) == list(PRETRAINED_METHODS)
     assert found["kept"]["full"]["content"] == 1
     assert all(found["tokens"][kind] > 0 for kind in CLASSES)
     assert not (tmp_path / "own" / "history").exists()
@@ -113,8 +120,8 @@ def test_smollm2_is_the_local_copy_where_there_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert pretrained.place_of("smollm2") == pretrained.SMOLLM2
-    assert pretrained.place_of("mine") == "mine"
+    assert place_of("smollm2") == SMOLLM2
+    assert place_of("mine") == "mine"
     (tmp_path / ".models" / "smollm2").mkdir(parents=True)
     (tmp_path / ".models" / "smollm2" / "config.json").write_text("{}")
-    assert pretrained.place_of("smollm2") == ".models/smollm2"
+    assert place_of("smollm2") == ".models/smollm2"
