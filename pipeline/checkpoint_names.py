@@ -37,31 +37,19 @@ def _names_a_folder(given: str, ref: str) -> bool:
 
 
 def check_name(name: str, given: str, ref: str) -> None:
-    """Refuse a checkpoint name that cannot be a folder's.
-
-    Raises:
-        UsageError: it is empty, hidden or has a slash.
-    """
+    """Refuse a checkpoint name that cannot be a folder's: empty, hidden or with a slash."""
     if not name or "/" in name or name.startswith("."):
         raise UsageError(f"checkpoint {given!r}: {name!r} cannot be a folder's name; write NAME={ref}")
 
 
 def enter(named: dict[str, str], name: str, ref: str) -> None:
-    """Add a checkpoint to `named`.
-
-    Raises:
-        UsageError: another checkpoint has that name.
-    """
+    """Add a checkpoint to `named`; refuse another one of the same name."""
     if named.setdefault(name, ref) != ref:
         raise UsageError(f"two checkpoints are called {name!r}; name one of them: NAME={ref}")
 
 
 def check_roles(roles: Iterable[str]) -> None:
-    """Refuse a role that no method has.
-
-    Raises:
-        UsageError: it is no method's, nor the name of a signal that a checkpoint supplies.
-    """
+    """Refuse a role that is no method's, nor the name of a signal that a checkpoint supplies."""
     known = [*dict.fromkeys(role for method in METHODS.values() for role in method.roles), SCORER]
     for role in roles:
         if role not in known and not is_signal(role):
@@ -71,11 +59,7 @@ def check_roles(roles: Iterable[str]) -> None:
 
 
 def given_roles(roles: Mapping[str, str], history: str | None, current: str | None) -> dict[str, str]:
-    """Merge `--role`, `--history` and `--current`; return checkpoint names by role.
-
-    Raises:
-        UsageError: a role is given twice, with different names, or no method has it.
-    """
+    """Merge `--role`, `--history` and `--current` into checkpoint names by role; refuse two names for one role."""
     check_roles(roles)
     found = dict(roles)
     for role, name in (("history", history), ("current", current)):
@@ -85,13 +69,10 @@ def given_roles(roles: Mapping[str, str], history: str | None, current: str | No
 
 
 def select_inputs(method: str, scores: Path, given: Mapping[str, str]) -> dict[str, Path]:
-    """Find the score folders that a selection reads, by role, below `scores`.
+    """Find the score folders that a method reads, by role, among the checkpoints' folders in `scores`.
 
-    Args:
-        method: its roles decide which checkpoints are needed.
-        scores: the folder with one folder per scored checkpoint.
-        given: checkpoint names by role. By default, `history` is `base`, `step-0` or the one that is not current, and
-            `current` is the only other one, or the one of the highest step.
+    `given` has checkpoint names by role. By default, `history` is `base`, `step-0` or the one that is not current, and
+    `current` is the only other one, or the one of the highest step.
 
     Raises:
         UsageError: no scores of that name, or several candidates for a role.
@@ -153,11 +134,7 @@ def _guess_roles(found: dict[str, str], needed: Iterable[str], there: list[str])
 
 
 def check_compared(method: str, history: str | None, current: str | None) -> None:
-    """Refuse to compare a checkpoint with itself.
-
-    Raises:
-        UsageError: the method compares history and current, and both are the same checkpoint.
-    """
+    """Refuse a method that compares history and current where both are the same checkpoint."""
     if history == current and {"history", "current"} <= set(get_method(method).roles):
         raise UsageError(
             f"history and current are both {current!r}; method {method!r} compares two checkpoints, name another"

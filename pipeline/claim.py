@@ -22,12 +22,8 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
     """Mark a folder as this configuration's run; refuse one that holds the run of other data or another model.
 
     Data and model count as the same if either their content or their path is the same: a run goes on after they, the
-    run or the working directory were moved, and after a file was edited in place.
-
-    Args:
-        config: the run.
-        digests: cache of file digests.
-        anew: take over the folder of another run.
+    run or the working directory were moved, and after a file was edited in place. With `anew`, the folder of another
+    run is taken over.
 
     Raises:
         UsageError: the folder holds another run, or was not written by a run.

@@ -124,7 +124,7 @@ def _refused(error: OSError) -> str:
 
 
 def _full_disk(error: Exception) -> SstokenError | None:
-    """Return the error that says which disk is full, if that is the cause, whichever function worded it otherwise."""
+    """Return the error that names the full disk, if a full disk caused `error`."""
     from sstoken.pipeline.disk import full_disk
 
     return full_disk(error, Path.cwd())

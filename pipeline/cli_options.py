@@ -184,11 +184,7 @@ def _plain_type(annotation: Any, metadata: Iterable[Any]) -> tuple[Any, list[str
 
 
 def pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
-    """Turn NAME=VALUE options into a mapping; None if there are none.
-
-    Raises:
-        click.BadParameter: a value without `=`, or a name given twice.
-    """
+    """Turn NAME=VALUE options into a mapping, each name once; None if there are none."""
     found = pairs_or_lists(context, option, values) or {}
     for name, content in found.items():
         if isinstance(content, list):
@@ -199,11 +195,7 @@ def pairs(context: click.Context, option: click.Parameter, values: tuple[str, ..
 def pairs_or_lists(
     context: click.Context, option: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, str | list[str]] | None:
-    """Like `pairs`, but a name given several times gets a list of its values.
-
-    Raises:
-        click.BadParameter: a value without `=`.
-    """
+    """Like `pairs`, but a name given several times gets a list of its values."""
     found: dict[str, list[str]] = {}
     for value in values:
         name, separator, content = value.partition("=")

@@ -94,11 +94,7 @@ class Cost:
 
 
 def costs(config: RunConfig, tflops: float) -> list[Cost]:
-    """Estimate the cost of each step.
-
-    Args:
-        config: the run.
-        tflops: assumed speed of a device, in 10^12 FLOPs per second.
+    """Estimate the cost of each step on devices that do `tflops` * 10^12 FLOPs per second.
 
     Raises:
         SstokenError: a config.json or the data cannot be read.

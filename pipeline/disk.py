@@ -1,4 +1,4 @@
-"""Disks that outputs are written to: refused places, and errors of full disks in one line."""
+"""Where outputs may not be written, and full disks, explained in one line."""
 
 import errno
 import os
@@ -15,11 +15,7 @@ from sstoken.stages.shard_border import GOES_ON
 
 
 def check_writable(folder: PurePath) -> None:
-    """Refuse a folder that cannot be created or replaced.
-
-    Raises:
-        SstokenError: its nearest existing parent cannot be written to.
-    """
+    """Refuse (`SstokenError`) a folder whose nearest existing parent cannot be written to."""
     if not isinstance(folder, Path):
         return  # an object store refuses the first file instead
     existing = _existing(folder)
@@ -45,11 +41,7 @@ def _writable(folder: Path) -> bool:
 
 
 def check_not_inside(out: PurePath) -> None:
-    """Refuse an output inside a finished folder, which may hold only what its stage wrote.
-
-    Raises:
-        UsageError: names the finished folder.
-    """
+    """Refuse an output inside a finished folder, which may hold only what its stage wrote."""
     if not isinstance(out, Path):
         return
     for folder in out.absolute().parents:
@@ -72,8 +64,7 @@ _NO_ROOM = 1 << 20
 def naming_full_disk(folder: Path) -> Iterator[None]:
     """Turn errors of a full disk into one line: which disk, how much is free, and which file did not fit.
 
-    Args:
-        folder: where the work is done, for errors that do not name a file.
+    Errors that do not name a file are put down to `folder`.
     """
     try:
         yield

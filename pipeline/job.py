@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sstoken.errors import ChangedError, UsageError
-from sstoken.pipeline.locks import at_work
+from sstoken.pipeline.locks import is_at_work
 from sstoken.pipeline.plain_yaml import short
 from sstoken.pipeline.sections import MASKED, TOKENS
 from sstoken.stages import folders, joins, storage
@@ -102,7 +102,7 @@ def superseded(job: Job, identity: Identity) -> Path | None:
 
     It holds work with other settings or inputs, or that of a forced run of a finished job.
     """
-    if not job.partial.exists() or at_work(job.place, ""):
+    if not job.partial.exists() or is_at_work(job.place):
         return None
     left = partial_fingerprint(job.partial)
     resumed = left == identity.fingerprint and state_of(job, identity) is not State.FINISHED

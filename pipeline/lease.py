@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from threading import Event, Thread
 
@@ -84,7 +85,7 @@ class Lease:
         found = holder(self._file)
         if found is not None:
             self._outlive(found, wait, watched)
-        for left in self._file.parent.glob(f"{self._file.name}.*{UNFINISHED}"):
+        for left in self._file.parent.glob(f"{escape(self._file.name)}.*{UNFINISHED}"):
             left.unlink(missing_ok=True)
         temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}{UNFINISHED}")
         self._opened = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -17,8 +18,6 @@ from sstoken.stages.remote_path import RemotePath
 P = TypeVar("P", bound=PurePath)
 _NO_LEASE = ("hf",)
 """Every file put there is a commit of a repository."""
-RANKS = "rank-*-of-*"
-"""Pattern of the parts that ranks lock; see `one_run_at_a_time` and `at_work`."""
 
 
 @contextmanager
@@ -68,9 +67,15 @@ def one_run_at_a_time(
         yield check
 
 
-def at_work(out: Path, parts: str) -> list[str]:
-    """List the parts of an output folder, among those that match a pattern, that are locked now."""
-    held = filter(_is_held, _lock_files(out, parts))
+def is_at_work(out: Path) -> bool:
+    """Whether an output folder is locked now."""
+    file = _lock_file(out)
+    return file.exists() and _is_held(file)
+
+
+def ranks_at_work(out: Path) -> list[str]:
+    """List the parts of an output folder that ranks have locked now, such as `rank-00003-of-00007`."""
+    held = filter(_is_held, _rank_locks(out))
     return [file.name.removeprefix(f".{out.name}.").removesuffix(".lock") for file in held]
 
 
@@ -87,15 +92,15 @@ def forget_dead_run(out: Path) -> None:
         lock.release()
 
 
-def forget_parts(out: Path, parts: str) -> None:
-    """Delete the lock files of parts, once the folder is finished."""
-    for file in _lock_files(out, parts):
+def forget_ranks(out: Path) -> None:
+    """Delete the ranks' lock files, once the folder is finished."""
+    for file in _rank_locks(out):
         file.unlink(missing_ok=True)
 
 
-def _lock_files(out: Path, parts: str) -> list[Path]:
-    pattern = _lock_file(out, parts)
-    return list(pattern.parent.glob(pattern.name))
+def _rank_locks(out: Path) -> list[Path]:
+    own = storage.of(out).on_this_machine(out)
+    return list(own.parent.glob(f"{escape(f'.{own.name}.')}rank-*-of-*.lock"))
 
 
 def _lock_file(out: Path, part: str = "", suffix: str = ".lock") -> Path:

@@ -22,11 +22,7 @@ ROWS = 200
 
 
 def look(data: str, model: str) -> dict[str, Any]:
-    """Encode the first rows as `encode` would, and return its metrics.
-
-    Raises:
-        UsageError, SstokenError: as `encode`; also if none of these rows can be used.
-    """
+    """Encode the first rows as `encode` would, and return its metrics; raises like `encode`."""
     stage = Encode(data=data, model=model, limit=ROWS, on_bad_row="skip", workers=1)
     with tempfile.TemporaryDirectory(prefix="sstoken-init-") as folder:
         return execute(Job(stage, {}, Path(folder) / "tokens", seed=0), Digests()).metrics
@@ -92,11 +88,7 @@ select:
 
 
 def write(file: Path, text: str, schema: str, *, force: bool) -> None:
-    """Write the configuration, and the schema beside it.
-
-    Raises:
-        UsageError: the file exists already, or cannot be written.
-    """
+    """Write the configuration, and the schema beside it; refuse a file that exists, or that cannot be written."""
     if file.exists() and not force:
         raise UsageError(f"{file}: exists already; name another with --file, or overwrite it with --force")
     try:

@@ -24,7 +24,7 @@ _HINTS = {
     "undefined alias": "; put a value that begins with * in quotes",
     "<document start>": "; name a configuration, whose sections are out, encode, anchor, score, select",
 }
-"""By what PyYAML says: what to do."""
+"""What to do, by what PyYAML reports."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 100

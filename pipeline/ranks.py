@@ -26,7 +26,7 @@ from sstoken.pipeline.job import (
     partial_fingerprint,
     state_of,
 )
-from sstoken.pipeline.locks import RANKS, at_work, forget_parts, one_run_at_a_time
+from sstoken.pipeline.locks import forget_ranks, one_run_at_a_time, ranks_at_work
 from sstoken.pipeline.runner import (
     check_out,
     context_of,
@@ -76,7 +76,7 @@ def execute_rank(job: Job, stage: ShardedStage, identity: Identity) -> Result:
         with one_run_at_a_time(job.place, wait=_SOON):
             recover(job, identity)
             if partial_fingerprint(job.partial) not in (None, identity.fingerprint) and (
-                others := [other for other in at_work(job.place, RANKS) if other != part]
+                others := [other for other in ranks_at_work(job.place) if other != part]
             ):
                 raise SstokenError(
                     f"{job.out}: {others[0]} is at work with other settings; wait for it to end"
@@ -128,7 +128,7 @@ def _commit(out: Path) -> Result:
     identity = identify(job, Digests())
     if identity.fingerprint != record.fingerprint:
         raise SstokenError(f"{out}: settings or inputs have changed since the ranks began; run them again")
-    if others := at_work(job.place, RANKS):
+    if others := ranks_at_work(job.place):
         raise SstokenError(f"{out}: {others[0]} is still at work; commit when all have ended")
     with having_folder(job, identity, replace=True, force=False) as end:
         if end is None:
@@ -138,7 +138,7 @@ def _commit(out: Path) -> Result:
         context = context_of(job, identity)
         _check_complete(job, job.stage, job.stage.outputs(context))
         result = end(job.stage.finish(context), start)
-        forget_parts(job.place, RANKS)
+        forget_ranks(job.place)
     return result
 
 

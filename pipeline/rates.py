@@ -5,6 +5,7 @@ each kind stores its rate in the user's cache.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -61,23 +62,19 @@ def estimates(config: "RunConfig", steps: set[str]) -> list[Estimate]:
         if size is None:
             found.append(Estimate(name, None, None, None, guessed=False))
             continue
-        try:
+        seconds = written = None
+        with suppress(SstokenError):  # the model is not on this machine
             flops, written = cost.estimate(job, size)
-        except SstokenError:  # the model is not on this machine
-            found.append(Estimate(name, size.tokens, None, None, size.guessed))
-            continue
-        rate = known.get(_kind(job), {}).get("rate")
-        seconds = (flops or size.tokens) / (rate * _workers(job)) if rate else None
+            rate = known.get(_kind(job), {}).get("rate")
+            seconds = (flops or size.tokens) / (rate * _workers(job)) if rate else None
         found.append(Estimate(name, size.tokens, seconds, written, size.guessed))
     return found
 
 
 def remember(job: Job, seconds: float) -> None:
-    """Store the rate of a job that has just run from start to end; does nothing if it cannot be told or stored.
+    """Store the rate of a job that ran from start to end in `seconds`; do nothing if it cannot be told or stored.
 
-    Args:
-        job: the finished job.
-        seconds: its duration; for sharded stages, the time that workers spent on shards is used instead.
+    Sharded stages recorded the time that workers spent on shards, which is used instead.
     """
     from sstoken.pipeline import cost
 

@@ -136,12 +136,10 @@ def scored_for(
     """Plan a score step for the selections that read it.
 
     Args:
-        name: the score step's name.
-        score: its section.
-        selections: names and sections of the selections.
+        name, score: the step's name and section.
+        selections: their names and sections.
         resolver: finds checkpoints.
-        short: whether the run is written as the four sections; roles then default to the first and last checkpoint of
-            its history.
+        short: whether the run is written as sections; roles then default to its history's first and last checkpoint.
 
     Raises:
         UsageError: a missing checkpoint, a role without a checkpoint, or a checkpoint compared with itself.

@@ -30,7 +30,7 @@ from sstoken.pipeline.job import (
     state_of,
     superseded,
 )
-from sstoken.pipeline.locks import RANKS, at_work, forget_dead_run, one_run_at_a_time
+from sstoken.pipeline.locks import forget_dead_run, one_run_at_a_time, ranks_at_work
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.saying import say
 from sstoken.stages import joins, storage, tables, took
@@ -121,7 +121,7 @@ def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -
                 f"{job.out}: would be replaced, but {own[0]} in it was not written by sstoken ({len(own)} such files); "
                 "move them elsewhere first"
             )
-        if others := at_work(job.place, RANKS):
+        if others := ranks_at_work(job.place):
             raise SstokenError(f"{job.out}: {others[0]} is writing it; wait for the ranks, then `commit`")
 
         def end(metrics: dict[str, Any], began: float) -> Result:

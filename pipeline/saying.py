@@ -26,7 +26,7 @@ def is_verbose() -> bool:
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print text, with control characters and those that turn text around as escapes; `err`: on standard error."""
+    """Print text, control and bidirectional characters as escapes; `err`: to standard error."""
     click.echo(printable(text), err=err)
 
 

@@ -39,12 +39,10 @@ class _Script:
 
 
 def write_scripts(config: RunConfig, folder: Path, ranks: int) -> list[Path]:
-    """Write the resolved configuration and the scripts; return all files.
+    """Write the resolved configuration and the scripts into `folder`; return all files.
 
-    Args:
-        config: the run.
-        folder: the folder to write; the scripts name it, so jobs must be submitted from where that path is valid.
-        ranks: tasks of each job array; 1: no arrays.
+    The scripts name `folder`, so submit jobs from where that path is valid. Each job array has `ranks` tasks;
+    with one rank, there are no arrays.
     """
     steps: dict[str, list[Job]] = {}
     for step in promised_steps(config):

@@ -220,7 +220,8 @@ class _Cluster:
                 )
             )
         except exceptions.RayError as error:
-            return Died(_reason(error))
+            name = type(error).__name__
+            return Died(_REASONS.get(name, f"{name}: {_first(error)}"))
         return Raised(result) if failed else result
 
     def _show(self) -> None:
@@ -248,14 +249,12 @@ def _first(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _reason(error: Exception) -> str:
-    """Why Ray lost a task, in a few words; Ray's own message fills a screen."""
-    names = {
-        "WorkerCrashedError": "its worker process died",
-        "NodeDiedError": "its node was lost",
-        "OutOfMemoryError": "its node ran out of memory",
-        "LocalRayletDiedError": "its node's raylet died",
-        "ObjectLostError": "its node was lost",
-        "OwnerDiedError": "its node was lost",
-    }
-    return names.get(type(error).__name__, f"{type(error).__name__}: {_first(error)}")
+_REASONS = {
+    "WorkerCrashedError": "its worker process died",
+    "NodeDiedError": "its node was lost",
+    "OutOfMemoryError": "its node ran out of memory",
+    "LocalRayletDiedError": "its node's raylet died",
+    "ObjectLostError": "its node was lost",
+    "OwnerDiedError": "its node was lost",
+}
+"""Why Ray lost a task, in a few words; Ray's own messages fill a screen."""

@@ -139,11 +139,7 @@ def place(path: Place) -> Path:
 
 
 def file_to_write(path: Place) -> Path:
-    """Like `place`, for a file that a verb writes.
-
-    Raises:
-        UsageError: it is a folder, or inside a finished folder.
-    """
+    """Like `place`, for a file that a verb writes; refuse a folder, and a file in a finished folder."""
     found = place(path)
     if found.is_dir():
         raise UsageError(f"{path}: is a folder; name the file to write")
@@ -165,11 +161,7 @@ def written_locally(file: Path) -> Iterator[Path]:
 
 
 def named_places(given: Iterable[Place]) -> dict[str, Path]:
-    """Read folders given as `NAME=FOLDER`, or as a folder under its own name; return them by name.
-
-    Raises:
-        UsageError: two folders have the same name.
-    """
+    """Return folders by name, given as `NAME=FOLDER` or as a folder with a name of its own; refuse a name twice."""
     named: dict[str, Path] = {}
     for each in map(str, given):
         name, separator, folder = each.partition("=")
@@ -182,11 +174,7 @@ def named_places(given: Iterable[Place]) -> dict[str, Path]:
 
 
 def local_place(path: Place) -> Path:
-    """Like `place`, for paths that other libraries read or write.
-
-    Raises:
-        UsageError: it is remote.
-    """
+    """Like `place`, for paths that other libraries read or write; refuse a remote one."""
     found: PurePath = place(path)
     if not isinstance(found, Path):
         raise UsageError(f"{path}: has to be on a local disk here; copy it to one, or name another place")

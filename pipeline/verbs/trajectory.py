@@ -80,14 +80,12 @@ class PhasesCall(Output, Select):
         """Select; `metrics` has each phase's metrics by name."""
         stage, scores, out = stage_of(self, Select), place(self.scores_folder), place(self.out)
         stage.check()
-        digests, results = Digests(), {}
-        jobs = {}
+        digests, jobs = Digests(), {}
         for number, (history, current) in enumerate(pairwise(_snapshots(scores, self.checkpoints)), 1):
             inputs = select_inputs(stage.method, scores, {"history": history, "current": current})
             name = phase_name(number)
             jobs[name] = Job(stage, {"tokens": place(self.tokens), **inputs}, out / name, self.seed)
-        for name, job in jobs.items():
-            results[name] = execute(job, digests, force=self.force)
+        results = {name: execute(job, digests, force=self.force) for name, job in jobs.items()}
         metrics = {name: result.metrics for name, result in results.items()}
         return Result(out, metrics, all(result.skipped for result in results.values()))
 
