@@ -13,8 +13,8 @@ from sstoken.stages.backends import BackendOptions, LoadedModel, backend_class, 
 from sstoken.stages.checkpoints import check_content
 
 GENERATORS = {
-    "hf": "sstoken.stages.backends.hf_generation:HFGenerator",
-    "vllm": "sstoken.stages.backends.vllm_generation:VllmGenerator",
+    "hf": "sstoken.stages.backends.hf:HFGenerator",
+    "vllm": "sstoken.stages.backends.vllm:VllmGenerator",
 }
 """`module:class` of our backends' generators, by name."""
 

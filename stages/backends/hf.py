@@ -1,6 +1,6 @@
-"""The transformers backend: a checkpoint or an adapter, measured by `sstoken.measure.scorer`."""
+"""The transformers backend: `sstoken.measure` runs a checkpoint or an adapter, to measure or to generate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Annotated, Any
 
@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sstoken.measure.branches import Branch, Continuation, IdArray
+from sstoken.measure.generation import GreedyDecoder
 from sstoken.measure.memory import free_memory
 from sstoken.measure.rope import longest
 from sstoken.measure.scorer import MEASURABLE, Scorer
 from sstoken.measure.second_pass import SECOND_PASS, measure_second_pass
 from sstoken.signals import LOSS, get_signals
-from sstoken.stages.backends import Backend, BackendOptions, Measured
+from sstoken.stages.backends import Backend, BackendOptions, LoadedModel, Measured
 from sstoken.stages.backends.base_models import SharedBase, loaded, pick_device
+from sstoken.stages.backends.generation import Generator
 from sstoken.stages.checkpoints import adapter_base
 from sstoken.stages.stage import SPEED_ONLY, Settings
 
@@ -33,14 +36,35 @@ class HFSettings(Settings):
     """On CUDA, packed batches and Triton kernels in place of padded batches and plain torch; never run on a GPU yet."""
 
 
-class HFBackend(Backend):
+class _HFModel(LoadedModel):
+    """A checkpoint loaded by transformers; an adapter's base stays in memory for the next adapter."""
+
+    _model: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding."""
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def max_length(self) -> int | None:
+        """See `LoadedModel.max_length`."""
+        return longest(self._model.config)
+
+    @property
+    def dtype(self) -> str:
+        """See `LoadedModel.dtype`."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+
+class HFBackend(_HFModel, Backend):
     """Signals from a transformers causal language model."""
 
     signals = MEASURABLE | SECOND_PASS
     settings = HFSettings
 
     def __init__(self, options: BackendOptions) -> None:
-        """Load the checkpoint; an adapter's base stays in memory for the next adapter."""
+        """Load the checkpoint and its references."""
         self._options = options
         settings = HFSettings.model_validate(dict(options.settings))
         self._kernels = settings.cuda_kernels
@@ -65,13 +89,8 @@ class HFBackend(Backend):
     @property
     def vocab_size(self) -> int:
         """Rows of the input or output embedding, whichever has fewer."""
-        embeddings = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
-        return min(int(module.weight.shape[0]) for module in embeddings if module is not None)
-
-    @property
-    def max_length(self) -> int | None:
-        """See `Backend.max_length`."""
-        return longest(self._model.config)
+        output = self._model.get_output_embeddings()
+        return super().vocab_size if output is None else min(super().vocab_size, len(output.weight))
 
     @property
     def remark(self) -> str:
@@ -79,11 +98,6 @@ class HFBackend(Backend):
         if not self._unused:
             return self._scorer.remark
         return f"{self._scorer.remark}; weights that are not used: {len(self._unused)}, such as {self._unused[0]}"
-
-    @property
-    def dtype(self) -> str:
-        """See `Backend.dtype`."""
-        return str(self._model.dtype).removeprefix("torch.")
 
     @property
     def attention_layers(self) -> dict[str, int]:
@@ -116,6 +130,34 @@ class HFBackend(Backend):
         other = SharedBase(base or checkpoint, options.dtype, device, options.trust_remote_code)
         other.use(checkpoint if base else None)
         return other.model
+
+
+class HFGenerator(_HFModel, Generator):
+    """Greedy generation from a transformers causal language model."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        """Load the checkpoint."""
+        self._model = loaded(options, pick_device(options.device)).model
+        self._decoder = GreedyDecoder(
+            self._model, max_length=self.max_length, batch_tokens=options.batch_tokens
+        )
+
+    def candidates(
+        self, sequences: Sequence[IdArray], positions: Sequence[IdArray], count: int
+    ) -> list[IdArray]:
+        """See `Generator.candidates`. Takes one forward pass per sequence."""
+        pairs = zip(sequences, positions, strict=True)
+        return [self._decoder.candidates(ids, at, count) for ids, at in pairs]
+
+    def continue_greedily(
+        self,
+        sequences: Sequence[IdArray],
+        branches: Sequence[Branch],
+        stop: Collection[int],
+        max_new_tokens: int,
+    ) -> Iterator[tuple[int, Continuation]]:
+        """See `Generator.continue_greedily`."""
+        yield from self._decoder.continue_greedily(sequences, branches, stop, max_new_tokens)
 
 
 @cache  # once per process

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from sstoken.stages.backends.vllm_generating import Generated, Prefixes
+    from sstoken.stages.backends.vllm_generation import Generated, Prefixes
 
 MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
 """Largest allowed relative difference between vLLM's layer output and ours; 16-bit dtypes round values and output."""
@@ -150,7 +150,7 @@ class Vllm:
 
     def generate(self, prefixes: "Prefixes") -> Reply:
         """Return continuations or candidates."""
-        from sstoken.stages.backends.vllm_generating import generate
+        from sstoken.stages.backends.vllm_generation import generate
 
         return Reply(generated=generate(self._llm, prefixes, _lora(prefixes.adapter)))
 

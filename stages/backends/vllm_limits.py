@@ -87,19 +87,6 @@ def load_config(ref: str, trust_remote_code: bool) -> Any:
         raise SstokenError(f"{ref}: its configuration does not load ({first_line(error)})") from error
 
 
-def max_length(config: Any) -> int | None:
-    """Return the longest sequence in tokens; None: no limit known."""
-    length: int | None = getattr(config, "max_position_embeddings", None)
-    return length
-
-
-def dtype_name(options: BackendOptions, config: Any) -> str:
-    """Return the weights' dtype, with `auto` resolved: vLLM's own `auto` would convert 32 bits to 16."""
-    if options.dtype != "auto":
-        return options.dtype
-    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-
-
 def cache_bytes(config: Any, num_tokens: int) -> int:
     """Return the bytes for the keys and values of some tokens, in float32."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

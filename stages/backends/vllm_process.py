@@ -1,4 +1,4 @@
-"""Handle on the process that runs vLLM: starts it on first use, ends it when the handle is dropped."""
+"""The process that runs vLLM: starts on first use, ends when its handle is dropped."""
 
 import os
 import signal
@@ -7,15 +7,19 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError
+from sstoken.stages.backends import BackendOptions, Latest, LoadedModel
+from sstoken.stages.backends import vllm_limits as limits
 from sstoken.stages.backends.vllm_engine import EngineSpec, Reply, Request
+from sstoken.stages.checkpoints import adapter_base, local_folder, place, stamp
 
 if TYPE_CHECKING:
-    from sstoken.stages.backends.vllm_generating import Prefixes
+    from sstoken.stages.backends.vllm_generation import Prefixes
 
 _ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # else the first log-softmax compiles for seconds
@@ -27,6 +31,16 @@ _ENVIRONMENT = {
 }
 _UNLESS_SET = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each worker wants a NUMA node of its own
 _SECONDS_TO_END = 30
+_BATCH_TOKENS = 8192
+"""Default of `batch_tokens`."""
+_SMALLEST_ROOM = 1024
+"""Shortest sequence length that vLLM is started for."""
+_SMALLEST_CACHE = 1 << 30
+"""Bytes of the key-value cache on a CPU, at least."""
+_ROWS_IN_CACHE = 64
+"""Sequences of the smallest room that it holds for generation."""
+_adapters = count(1)
+"""vLLM identifies adapters by number."""
 
 
 class Engine:
@@ -145,3 +159,74 @@ def _visible(number: int) -> str:
     """Return the CUDA_VISIBLE_DEVICES entry of a GPU, by its number among those this process sees."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     return str(number) if not shown else shown.split(",")[number]
+
+
+@Latest
+def _engine(spec: EngineSpec, device: str, log: Path | None, stamp: tuple[Any, ...]) -> Engine:
+    """Return this process's engine, shared by adapters; a new `stamp` means that the base's files have changed."""
+    return Engine(spec, device, log)
+
+
+class VllmModel(LoadedModel):
+    """A checkpoint in vLLM, which starts with the first request: the longest sequence decides its memory."""
+
+    def __init__(self, options: BackendOptions, *, captures: bool = False, generates: bool = False) -> None:
+        """Prepare the engine, or take the running one if it has the same specification.
+
+        Args:
+            options: the checkpoint, and how to run it.
+            captures: whether it measures attention.
+            generates: whether to cache keys and values of shared prefixes; excludes capturing attention.
+        """
+        settings = limits.read(options)
+        base = adapter_base(options.checkpoint)
+        full = base or options.checkpoint
+        self._options = options
+        self._config = limits.load_config(full, options.trust_remote_code)
+        self._batch_tokens = options.batch_tokens or _BATCH_TOKENS
+        if generates:
+            cached = _ROWS_IN_CACHE * min(_SMALLEST_ROOM, self.max_length or _SMALLEST_ROOM)
+        else:
+            cached = 2 * max(self._batch_tokens, self.max_length or 0)
+        model, revision = place(full)
+        spec = EngineSpec(
+            model=model,
+            revision=revision,
+            layer=limits.attention_layer(options, self._config) if captures else None,
+            dtype=self.dtype,
+            longest=0,
+            batch_tokens=self._batch_tokens,
+            lora_rank=None if base is None else limits.lora_rank(options.checkpoint),
+            lora_modules=() if base is None else limits.lora_modules(options.checkpoint),
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            quantization=settings.quantization,
+            trust_remote_code=options.trust_remote_code,
+            cpu_cache_bytes=max(_SMALLEST_CACHE, limits.cache_bytes(self._config, cached)),
+            prefix_caching=generates,
+        )
+        log = None if options.log_folder is None else options.log_folder / "vllm.log"
+        self._engine = _engine(spec, options.device, log, stamp(full))
+        self._adapter = None if base is None else (next(_adapters), str(local_folder(options.checkpoint)))
+
+    @property
+    def vocab_size(self) -> int:
+        """See `LoadedModel.vocab_size`."""
+        return int(self._config.vocab_size)
+
+    @property
+    def max_length(self) -> int | None:
+        """See `LoadedModel.max_length`."""
+        return getattr(self._config, "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> str:
+        """See `LoadedModel.dtype`. vLLM's own `auto` would convert 32 bits to 16."""
+        if self._options.dtype != "auto":
+            return self._options.dtype
+        return str(getattr(self._config, "dtype", None) or "float32").removeprefix("torch.")
+
+    def _room_for(self, longest: int) -> int:
+        """Return the length to start vLLM for: later sequences should seldom exceed it."""
+        room = max(_SMALLEST_ROOM, 1 << (longest - 1).bit_length())
+        return room if self.max_length is None else min(room, self.max_length)
