@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.rounds import middle
 from sstoken.errors import QuarantinedError
 from sstoken.pipeline.engines.dispatch import Attempt, Died, dispatch
-from sstoken.stages.stage import NoProgress, Task
+from sstoken.stages.stage import Progress, Task
 
 WORKERS = (1, 3, 10, 30, 100, 300, 1000)
 
@@ -106,7 +106,7 @@ def simulate(world: World, shards: int) -> dict[str, float]:
     """Run once; return hours, efficiency, and how many shards failed for good."""
     pool, failed = Simulated(world), 0
     try:
-        for _ in dispatch(pool, tasks(shards), NoProgress()):
+        for _ in dispatch(pool, tasks(shards), Progress()):
             pass
     except QuarantinedError as error:
         failed = len(error.failed)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.rounds import ROUNDS, middle
 from sstoken.pipeline import api
 from sstoken.pipeline.engines import make_engine
-from sstoken.stages.stage import EngineOptions, NoProgress, Task, Worker
+from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
 from tests.factories import save_tokenizer
 
 VOCABULARY = 8192
@@ -100,11 +100,11 @@ def nothing(work: int, worker: Worker) -> None:
 def overhead(engine: str, shards: int) -> dict[str, float]:
     """What handing out an empty shard costs the driver."""
     options = EngineOptions(engine=engine, workers=2)
-    for _ in make_engine(options).map(nothing, tasks(200), NoProgress()):
+    for _ in make_engine(options).map(nothing, tasks(200), Progress()):
         pass  # processes start
     process, start = psutil.Process(), time.perf_counter()
     before, first = process.cpu_times().user, 0.0
-    for done, _ in enumerate(make_engine(options).map(nothing, tasks(shards), NoProgress()), 1):
+    for done, _ in enumerate(make_engine(options).map(nothing, tasks(shards), Progress()), 1):
         if done == shards // 10:
             first = process.memory_info().rss
     return {

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sstoken.pipeline.saying import is_quiet
-from sstoken.stages.stage import NoProgress, Progress
+from sstoken.stages.stage import Progress
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -33,7 +33,7 @@ def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) 
         faster: returns what would speed the work up; shown once, if it turns out to take long.
     """
     if is_quiet():
-        yield NoProgress()
+        yield Progress()
         return
     from tqdm import tqdm
 
@@ -69,7 +69,7 @@ def _has_size() -> bool:
         return True
 
 
-class _Bar:
+class _Bar(Progress):
     """A `Progress` shown by tqdm."""
 
     def __init__(self, bar: "tqdm[Any]", faster: Callable[[], str]) -> None:

@@ -147,7 +147,7 @@ def _check_complete(job: Job, stage: ShardedStage, outputs: list[Path]) -> None:
     for file in outputs:
         if file.exists() and not stage.is_done(file):
             storage.of(file).delete(file)
-    missing = [index for index, file in enumerate(outputs) if storage.of(file).size(file) is None]
+    missing = [index for index, file in enumerate(outputs) if not file.is_file()]
     if not missing:
         return
     done = [file.name for file in storage.of(job.partial).list(job.partial / COMPLETIONS)]
@@ -184,7 +184,7 @@ def _record(job: Job, identity: Identity) -> bytes:
 
 
 def _read_record(file: Path) -> _Record | None:
-    if storage.of(file).size(file) is None:
+    if not file.is_file():
         return None
     with storage.of(file).open(file) as opened:
         try:

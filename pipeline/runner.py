@@ -33,7 +33,7 @@ from sstoken.pipeline.job import (
 from sstoken.pipeline.locks import forget_dead_run, one_run_at_a_time, ranks_at_work
 from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.saying import say
-from sstoken.stages import joins, storage, tables, took
+from sstoken.stages import joins, sharded, storage, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.manifest import Digests, Manifest
 from sstoken.stages.processes import is_main_process, num_processes
@@ -45,7 +45,7 @@ from sstoken.version import __version__
 
 _COMPLETE_WORK = ("part-*.parquet", "*.safetensors")
 """A failed stage's partial folder is kept if it has any of these."""
-OF_UNFINISHED_WORK = (FINGERPRINT_FILE, ".job.json", "completions", took.FOLDER)
+OF_UNFINISHED_WORK = (FINGERPRINT_FILE, ".job.json", "completions", sharded.TOOK)
 """Files and folders that publishing removes."""
 
 
@@ -282,7 +282,7 @@ def _finish(
             sources=identity.sources,
             version=__version__,
             seconds=round(seconds, 3),
-            took=took.total(job.partial),
+            took=sharded.time_taken(job.partial),
             metrics=metrics,
             files=files,
         ),

@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,16 +23,6 @@ _KEYS = ("stage", "fingerprint", "settings", "inputs", "sources", "metrics", "fi
 NO_DIGEST = "0" * 64
 _WORTH_REMEMBERING = 1 << 24
 """Bytes from which digests are cached: hashing smaller files takes less time than a tick of their timestamps."""
-
-
-@dataclass(frozen=True)
-class Listed:
-    """One file of a finished folder, as the manifest has it."""
-
-    folder: Path
-    """The finished folder."""
-    sha256: str
-    """SHA-256 of the content, in hexadecimal."""
 
 
 def read_manifest_text(folder: Path) -> bytes | None:
@@ -70,13 +59,13 @@ def seal(text: bytes) -> str:
     return hashlib.sha256(_OWN_DIGEST.sub(lambda m: m[0].replace(m[1], NO_DIGEST.encode()), text)).hexdigest()
 
 
-def listed(path: Path) -> Listed | None:
-    """Return the manifest's entry for `path`; None if no finished folder lists it."""
+def listed(path: Path) -> tuple[Path, str] | None:
+    """Return the finished folder that lists a file, and the file's SHA-256; None if there is none."""
     path = path.absolute()
     for folder in path.parents:
         if (listing := _listing(folder)) is not None:
             digest = listing.get(path.relative_to(folder).as_posix())
-            return None if digest is None else Listed(folder, digest)
+            return None if digest is None else (folder, digest)
     return None
 
 
@@ -87,10 +76,10 @@ def check_digest(path: Path, digest: str) -> None:
         SstokenError: names the file.
     """
     entry = listed(path)
-    if entry is not None and entry.sha256 != digest:
+    if entry is not None and entry[1] != digest:
         raise SstokenError(
-            f"{path}: damaged: its content is not what {entry.folder / MANIFEST} says; put the file back, or make "
-            f"{entry.folder} again (--force)"
+            f"{path}: damaged: its content is not what {entry[0] / MANIFEST} says; put the file back, or make "
+            f"{entry[0]} again (--force)"
         )
 
 
@@ -166,7 +155,7 @@ def copy_folder(source: Path, target: Path) -> None:
         SstokenError: one is damaged or missing.
     """
     found = listed_in(source)
-    for path in sorted(p for p in source.rglob("*") if p.is_file()) if found is None else found:
+    for path in storage.of(source).list(source) if found is None else found:
         place = target / path.relative_to(source)
         storage.of(place).make_folder(place.parent)
         with storage.atomic_file(place) as file:

@@ -40,10 +40,6 @@ class ObjectStore:
         """Leaves out the records."""
         return [file for file in folder.files() if _RECORDS not in file.relative_to(folder).parts]
 
-    def size(self, file: RemotePath) -> int | None:
-        info = file.info()
-        return int(info["size"]) if info is not None and info["type"] == "file" else None
-
     def sizes(self, folder: RemotePath, names: Sequence[str]) -> dict[str, int | None]:
         """Takes one listing."""
         there = {

@@ -1,23 +1,29 @@
 """Stages that work shard by shard: any engine can run their tasks, and several ranks can share them."""
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from sstoken.errors import QuarantinedError, SstokenError
-from sstoken.stages import storage, tables
+from sstoken.stages import plain_json, storage, tables
 from sstoken.stages.shard_border import at_a_border
-from sstoken.stages.stage import SPEED_ONLY, Context, Engine, EngineOptions, Progress, Stage, Task, Worker
+from sstoken.stages.stage import SPEED_ONLY, Context, EngineOptions, Progress, Stage, Task, Worker
 from sstoken.stages.storage import write_atomic
-from sstoken.stages.took import Took
 
 QUARANTINE = "quarantine"
 """Prefix of the files in a partial folder that list the shards whose every attempt failed."""
+TOOK = ".took"
+"""Folder in a partial folder, with a file for each run that worked on it: how many shards it made, in what time. Shards
+cannot hold this: they are the same bytes, whoever makes them."""
+_SAVE_EVERY = 30.0
+"""Seconds between two saves of the time; a killed run loses the count since the last one."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +76,20 @@ class _Share:
 
     def __init__(self, index: int, stage: ShardedStage, context: Context) -> None:
         self.index, self._stage, self._out = index, stage, context.out
-        engine, work = context.engine, stage.work(context)
+        rank, world_size, work = context.engine.rank, context.engine.world_size, stage.work(context)
         self.function, self.total = work.function, work.total
         self._tasks = work.tasks
-        if engine.world_size > 1:
-            self._tasks, self.total = _own(work.tasks, engine.rank, engine.world_size), None
+        if world_size > 1:
+            self._tasks, self.total = islice(work.tasks, rank, None, world_size), None
         if isinstance(work.tasks, Sequence):
             self._tasks = list(self._tasks)
             self.total = sum(task.size for task in self._tasks)
-        self._record = context.out / _record_name(engine)
+        part = f"-{rank:05d}-of-{world_size:05d}" if world_size > 1 else ""
+        self._record = context.out / f"{QUARANTINE}{part}.jsonl"
         storage.of(self._record).delete(self._record)
-        self._took = Took(context.out, f"{engine.rank}-of-{engine.world_size}")
-        self.began = time.monotonic()
+        self._took = context.out / TOOK / f"{rank}-of-{world_size}-{secrets.token_hex(4)}.json"
+        self.began = self._saved = time.monotonic()
+        self._shards, self._seconds = 0, 0.0
         self._running, self._read, self._ended = 0, False, False
 
     def tasks(self, bar: Progress, stopped: Callable[[], bool]) -> Iterator[Task[Any]]:
@@ -102,26 +110,35 @@ class _Share:
     def count(self, seconds: float) -> None:
         """Count a completed task."""
         self._running -= 1
-        self._took.add(seconds)
+        self._shards += 1
+        self._seconds += seconds
+        if time.monotonic() - self._saved > _SAVE_EVERY:
+            self.save()
 
     def ends(self) -> bool:
         """Return True once: when all of its tasks are done."""
         if self._ended or self._running or not self._read:
             return False
-        self._took.save()
+        self.save()
         self._ended = True
         return True
 
     def save(self) -> None:
-        """Record the time spent on a share that has not ended; an ended one's folder may be published already."""
-        if not self._ended:
-            self._took.save()
+        """Record the time spent so far; not once it has ended, since its folder may be published already."""
+        self._saved = time.monotonic()
+        if self._shards and not self._ended:
+            storage.of(self._took).make_folder(self._took.parent)
+            write_atomic(self._took, json.dumps({"shards": self._shards, "seconds": self._seconds}))
 
     def quarantine(self, error: QuarantinedError) -> None:
         """List its shards whose every attempt failed."""
-        failed = [(file, why) for file, why in error.failed if file.startswith(f"{self._out}/")]
-        if failed:
-            write_atomic(self._record, _as_lines(failed, error.attempts))
+        lines = [
+            json.dumps({"file": Path(file).name, "attempts": error.attempts, "error": why}) + "\n"
+            for file, why in error.failed
+            if file.startswith(f"{self._out}/")
+        ]
+        if lines:
+            write_atomic(self._record, "".join(lines))
 
 
 def run_queue(
@@ -183,15 +200,21 @@ class _Timed:
         return index, time.monotonic() - start
 
 
-def _own(tasks: Iterable[Task[Any]], rank: int, world_size: int) -> Iterator[Task[Any]]:
-    return (task for index, task in enumerate(tasks) if index % world_size == rank)
+def time_taken(out: Path) -> dict[str, Any]:
+    """Add up `shards` and `worker_seconds` of all runs that worked on a partial folder; {} if there is no record.
 
-
-def _record_name(engine: Engine) -> str:
-    part = f"-{engine.rank:05d}-of-{engine.world_size:05d}" if engine.world_size > 1 else ""
-    return f"{QUARANTINE}{part}.jsonl"
-
-
-def _as_lines(failed: Iterable[tuple[str, str]], attempts: int) -> str:
-    rows = ({"file": Path(file).name, "attempts": attempts, "error": why} for file, why in failed)
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    Raises:
+        SstokenError: a record is damaged.
+    """
+    shards, seconds = 0, 0.0
+    store = storage.of(out)
+    for file in store.list(out / TOOK):
+        with store.open(file) as opened:
+            try:
+                said = plain_json.parse_object(opened.read())
+                shards, seconds = shards + int(said["shards"]), seconds + float(said["seconds"])
+            except (ValueError, TypeError, KeyError, OverflowError):
+                raise SstokenError(
+                    f"{file}: damaged; it only says how long the work took, remove it to go on without"
+                ) from None
+    return {"shards": shards, "worker_seconds": round(seconds, 3)} if shards else {}

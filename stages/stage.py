@@ -12,24 +12,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class _Marker:
-    """A note about a field, in its `Annotated[...]`."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
+SPEED_ONLY = "SPEED_ONLY"
+"""In a field's `Annotated[...]`: it changes how fast a stage runs, not what it writes; no part of the fingerprint."""
+BY_CONTENT = "BY_CONTENT"
+"""In a field's `Annotated[...]`: it names a file or folder whose content (`Stage.sources`) is part of the fingerprint,
+unlike its name."""
 
 
-SPEED_ONLY = _Marker("SPEED_ONLY")
-"""The field changes how fast a stage runs, not what it writes; it is not part of the fingerprint."""
-BY_CONTENT = _Marker("BY_CONTENT")
-"""The field names a file or folder; its content (`Stage.sources`) is part of the fingerprint, its name is not."""
-
-
-class Progress(Protocol):
-    """An open progress bar."""
+class Progress:
+    """An open progress bar; this base class shows nothing."""
 
     def advance(self, amount: int = 1) -> None:
         """Count `amount` more units as done; negative takes a failed attempt back."""
@@ -45,23 +36,10 @@ ProgressBar = Callable[[str, int | None], AbstractContextManager[Progress]]
 """`bar(unit, total)` opens a progress bar; `total` is None if it is not known."""
 
 
-class NoProgress:
-    """A `Progress` that shows nothing."""
-
-    def advance(self, amount: int = 1) -> None:
-        """See `Progress`."""
-
-    def skip(self, amount: int) -> None:
-        """See `Progress`."""
-
-    def note(self, text: str) -> None:
-        """See `Progress`."""
-
-
 @contextmanager
 def no_progress_bar(unit: str, total: int | None) -> Iterator[Progress]:
     """A `ProgressBar` that shows nothing."""
-    yield NoProgress()
+    yield Progress()
 
 
 @dataclass(frozen=True)

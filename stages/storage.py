@@ -39,11 +39,9 @@ class LocalDisk:
     def list(self, folder: Path) -> list[Path]:
         return sorted(path for path in folder.rglob("*") if path.is_file())
 
-    def size(self, file: Path) -> int | None:
-        return file.stat().st_size if file.is_file() else None
-
     def sizes(self, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
-        return {name: self.size(folder / name) for name in names}
+        files = {name: folder / name for name in names}
+        return {name: file.stat().st_size if file.is_file() else None for name, file in files.items()}
 
     @contextmanager
     def put(self, file: Path) -> Iterator[BinaryIO]:

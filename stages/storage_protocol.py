@@ -15,9 +15,6 @@ class Storage(Protocol):
     def list(self, folder: Path) -> list[Path]:
         """Return every file below a folder, sorted; [] if there is no such folder."""
 
-    def size(self, file: Path) -> int | None:
-        """Return a file's size in bytes; None if there is no such file."""
-
     def sizes(self, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
         """Return the sizes in bytes of files below a folder, by name; None for a missing file."""
 

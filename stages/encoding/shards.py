@@ -126,7 +126,7 @@ def keeps_bad_rows(path: Path) -> bool:
     """Return whether an unfinished shard's list of bad rows is intact."""
     digest = read_metadata(path).get(_BAD_ROWS_DIGEST)
     lines = path.parent / BAD_ROWS / path.with_suffix(".jsonl").name
-    return digest is None or (storage.of(lines).size(lines) is not None and folders.sha256(lines) == digest)
+    return digest is None or (lines.is_file() and folders.sha256(lines) == digest)
 
 
 def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:

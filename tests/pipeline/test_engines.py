@@ -16,11 +16,11 @@ from sstoken.pipeline import engines
 from sstoken.pipeline.engines import local
 from sstoken.pipeline.engines.dispatch import ATTEMPTS
 from sstoken.pipeline.engines.local import LocalEngine
-from sstoken.stages.stage import EngineOptions, NoProgress, Task, Worker
+from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
 from tests.support import PATIENCE, ROOT, wait_until
 
 
-class Counting(NoProgress):
+class Counting(Progress):
     def __init__(self) -> None:
         self.done, self.steps = 0, 0
 
@@ -137,7 +137,7 @@ INTERRUPTED = """
 import sys, time
 from pathlib import Path
 from sstoken.pipeline.engines.local import LocalEngine
-from sstoken.stages.stage import EngineOptions, NoProgress, Task
+from sstoken.stages.stage import EngineOptions, Progress, Task
 
 def work(index, worker):
     time.sleep(0.001)
@@ -147,7 +147,7 @@ if __name__ == "__main__":
     print("begun", flush=True)
     tasks = (Task(Path("nothing"), 1, index) for index in range(10**6))
     try:
-        for _ in LocalEngine(EngineOptions(workers=2)).map(work, tasks, NoProgress()):
+        for _ in LocalEngine(EngineOptions(workers=2)).map(work, tasks, Progress()):
             pass
     except KeyboardInterrupt:
         sys.exit(130)

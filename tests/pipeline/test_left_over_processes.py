@@ -18,7 +18,7 @@ from sstoken.pipeline.job import Job
 from sstoken.pipeline.runner import execute
 from sstoken.stages.manifest import Digests
 from sstoken.stages.select import Select
-from sstoken.stages.stage import Context, EngineOptions, NoProgress, Task, Worker
+from sstoken.stages.stage import Context, EngineOptions, Progress, Task, Worker
 from tests.pipeline.worlds import make_world
 from tests.support import PATIENCE, ROOT, wait_until
 
@@ -30,7 +30,7 @@ def mark_and_sleep(folder: Path, worker: Worker) -> None:
 
 def start_two_workers(folder: str) -> None:
     tasks = [Task(Path(folder), 1, Path(folder))] * 4
-    for _ in LocalEngine(EngineOptions(workers=2)).map(mark_and_sleep, tasks, NoProgress()):
+    for _ in LocalEngine(EngineOptions(workers=2)).map(mark_and_sleep, tasks, Progress()):
         pass
 
 

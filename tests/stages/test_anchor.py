@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import joins, tables
 from sstoken.stages.anchor import Anchor
-from sstoken.stages.stage import NoProgress
+from sstoken.stages.stage import Progress
 from sstoken.stages.training.history_index import read_history
 from tests import factories
 from tests.stages.context import make_context
@@ -42,7 +42,7 @@ class Interrupted(BaseException):
 def interrupt_at(step, how):
     """A progress bar that calls `how` when so many steps are done."""
 
-    class Bar(NoProgress):
+    class Bar(Progress):
         done = 0
 
         def advance(self, amount=1):
@@ -162,7 +162,7 @@ def test_goes_on_at_the_last_snapshot(model, tokens, tmp_path):
 
     @contextmanager
     def progress(unit, total):
-        class Bar(NoProgress):
+        class Bar(Progress):
             skip = advance = lambda self, amount=1: started.append(amount)
 
         assert (unit, total) == ("steps", 8)

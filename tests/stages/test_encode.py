@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.stages import took
+from sstoken.stages import sharded
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding import shards
 from sstoken.stages.encoding.token_stats import merge, metrics, no_stats
@@ -52,7 +52,7 @@ def write(path: Path, rows: list) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (p for p in folder.rglob("*") if p.is_file() and p.parent.name != took.FOLDER)
+    files = (p for p in folder.rglob("*") if p.is_file() and p.parent.name != sharded.TOOK)
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 

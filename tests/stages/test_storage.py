@@ -26,8 +26,7 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
             raise error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "old"
-    assert DISK.size(file) == 3
-    assert DISK.size(tmp_path / "none") is None
+    assert DISK.sizes(tmp_path, [file.name, "none"]) == {file.name: 3, "none": None}
 
 
 def test_an_exception_in_a_parquet_writer_publishes_nothing(tmp_path: Path) -> None:
