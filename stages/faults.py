@@ -13,7 +13,7 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from sstoken.errors import UsageError
@@ -63,7 +63,7 @@ def plan() -> _Plan | None:
     return _Plan(asked[1], asked[2], int(asked[3]), bool(asked[4]))
 
 
-def point(name: str, place: Path) -> None:
+def point(name: str, place: PurePath) -> None:
     """Fail here if the plan says so.
 
     Raises:

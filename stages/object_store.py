@@ -61,7 +61,7 @@ class ObjectStore:
 
     def put_if_absent(self, file: RemotePath, content: bytes) -> bool:
         """Uses If-None-Match where the store has it."""
-        faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
+        faults.point("commit" if file.name in MARKS else "rename", file)
         if not conditional_write.create(file, content):
             return False
         self._note(file, len(content), hashlib.sha256(content).hexdigest())
@@ -92,11 +92,11 @@ class ObjectStore:
         """Does nothing: a store loses no object that it accepted."""
 
     def delete(self, place: RemotePath) -> None:
-        faults.point("delete", place)  # type: ignore[arg-type]
+        faults.point("delete", place)
         found = place.files()
         marks = [place / mark for mark in MARKS if place / mark in found]
         self._remove([*marks, *([] if found else [place])])
-        faults.point("delete", place)  # type: ignore[arg-type]
+        faults.point("delete", place)
         self._remove([file for file in found if file not in marks])
         if (record := _record(place)) is not None:
             self._remove([record])
@@ -139,7 +139,7 @@ class ObjectStore:
         kept = {*(place / name for name in names), place / CLAIM}
         old = [file for file in place.files() if file not in kept]
         self._remove(sorted(old, key=lambda file: file != place / _MANIFEST))
-        faults.point("commit", place)  # type: ignore[arg-type]
+        faults.point("commit", place)
         filesystem, start = partial.located()
         end = place.located()[1]
         try:
@@ -208,7 +208,7 @@ class ObjectStore:
     def _upload(self, local: Path, file: RemotePath) -> None:
         size, digest = local.stat().st_size, hash_file(local)
         filesystem, key = file.located()
-        faults.point("commit" if file.name in MARKS else "rename", file)  # type: ignore[arg-type]
+        faults.point("commit" if file.name in MARKS else "rename", file)
         with writing(file):
             filesystem.put_file(str(local), key)
         self._note(file, size, digest)

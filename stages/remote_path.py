@@ -76,34 +76,29 @@ class RemotePath(PurePosixPath):
             return None
 
     def exists(self) -> bool:
-        """See `Path`."""
         return self.info() is not None
 
     def is_file(self) -> bool:
-        """See `Path`."""
         info = self.info()
         return info is not None and info["type"] == "file"
 
     def is_dir(self) -> bool:
-        """See `Path`."""
         info = self.info()
         return info is not None and info["type"] == "directory"
 
     def stat(self) -> Stat:
-        """See `Path`."""
         info = self.info()
         if info is None:
             raise FileNotFoundError(2, "no such file", str(self))
         return Stat(int(info["size"] or 0), int(version(info), 16))
 
     def read_bytes(self) -> bytes:
-        """See `Path`."""
         filesystem, key = self.located()
         with explained(self):
             return bytes(filesystem.cat_file(key))
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """See `Path`. Takes one request, for small files."""
+        """Takes one request, for small files."""
         filesystem, key = self.located()
         with explained(self):
             more = {"max_concurrency": 1} if self.scheme in S3 else {}  # else s3fs asks for the size first
@@ -129,7 +124,6 @@ class RemotePath(PurePosixPath):
         return {self / name: below[name] for name in sorted(below)}
 
     def iterdir(self) -> Iterator["RemotePath"]:
-        """See `Path`."""
         filesystem, key = self.located()
         try:
             with explained(self):

@@ -1,4 +1,4 @@
-"""Storage: everything that stages and the runner write, publish or delete goes through here.
+"""Storage: stages and the runner write, publish and delete through here alone.
 
 An address is a `Path` on a local disk, or a `RemotePath`, which reads from an object store with `Path`'s methods.
 `address` makes one from a user's text, and `of` returns its storage.
@@ -15,11 +15,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 from sstoken.errors import UsageError
 from sstoken.stages import faults
-from sstoken.stages.storage_protocol import Storage
 
 MARKS = ("manifest.json", ".fingerprint", "whole.json")
 """Files that mark a folder as usable: finished work, a partial folder, a trainer's checkpoint. Deleted first."""
@@ -28,6 +27,76 @@ UNFINISHED = ".tmp"
 CLAIM = ".publishing"
 """File that names the run publishing to a remote folder, and keeps a second one out."""
 _OURS = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}$")
+
+
+class Storage(Protocol):
+    """A local disk or an object store. Object stores have neither renames nor empty folders."""
+
+    def open(self, file: Path) -> BinaryIO:
+        """Open a complete file for reading; it can seek."""
+
+    def list(self, folder: Path) -> list[Path]:
+        """Return every file below a folder, sorted; [] if there is no such folder."""
+
+    def sizes(self, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
+        """Return the sizes in bytes of files below a folder, by name; None for a missing file."""
+
+    def put(self, file: Path) -> AbstractContextManager[BinaryIO]:
+        """Open a file for writing; it appears, or replaces an earlier one, when the context ends without an error."""
+
+    def put_if_absent(self, file: Path, content: bytes) -> bool:
+        """Write a small file unless it exists; return whether it was written. Of several writers, one wins."""
+
+    def commit(self, file: Path, content: bytes) -> bool:
+        """Write a manifest; return False if another machine wrote it first (in an object store)."""
+
+    def put_folder(self, folder: Path) -> AbstractContextManager[Path]:
+        """Yield a local folder to fill; its files become `folder`, replacing it, when the context ends well."""
+
+    def take(self, local: Path, file: Path) -> None:
+        """Move a finished file of the local disk to `file`."""
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder and its parents, if missing."""
+
+    def flush(self, folder: Path) -> None:
+        """Make files that a library wrote into a folder survive a power cut."""
+
+    def delete(self, place: Path) -> None:
+        """Delete a file or a folder, its marks first, so that a half-deleted folder is never resumed."""
+
+    def sweep(self, folder: Path, name: str = "") -> None:
+        """Delete what killed writers left below a folder, or of the file `name` in it. No writer may be running."""
+
+    def workplace(self, place: Path) -> Path:
+        """Return the partial folder in which the folder `place` is made."""
+
+    def publish(self, place: Path) -> None:
+        """Replace the folder `place` by its partial folder, whose manifest is written."""
+
+    def recover(self, place: Path) -> None:
+        """Finish or undo a `publish` that was interrupted."""
+
+    def is_interrupted(self, place: Path) -> bool:
+        """Return whether there is something to `recover`."""
+
+    def local(self, place: Path) -> Path:
+        """Return a path on the local disk that other libraries can read: the place itself, or a copy."""
+
+    def local_work(self, folder: Path) -> AbstractContextManager[Path]:
+        """Yield the local folder for work on `folder`; when the context ends, what is new goes to `folder`."""
+
+    def keep_work(self, scratch: Path, folder: Path) -> None:
+        """Save the local folder of `local_work` to `folder` as it is now, for a later run to resume."""
+
+    def on_this_machine(self, place: Path) -> Path:
+        """Return the local path for files that concern this machine only: locks, cached digests."""
+
+    def vouches_for(self, file: Path) -> bool:
+        """Return whether the storage itself records that a file is intact, so that nobody needs to read it."""
+
+    def digest(self, file: Path) -> tuple[int, str]:
+        """Return a file's size in bytes and its SHA-256."""
 
 
 class LocalDisk:
@@ -58,9 +127,8 @@ class LocalDisk:
         except BaseException as error:
             named = getattr(error, "filename", None)
             if isinstance(error, OSError) and error.errno is not None and named in (None, str(temporary)):
-                error.filename = str(
-                    file
-                )  # a failed write names no file, and a failed rename the temporary one
+                # a failed write names no file, and a failed rename the temporary one
+                error.filename = str(file)
             temporary.unlink(missing_ok=True)  # a full disk needs the room
             raise
 
@@ -218,7 +286,7 @@ def of(address: PurePath) -> Storage:
 
 
 def expanded(text: str | PurePath) -> Path:
-    """Return the path that a user typed, with `~` expanded; `~name` of an unknown user stays as it is."""
+    """Return a user's path with `~` expanded; `~name` of an unknown user stays as it is."""
     return Path(os.path.expanduser(text))
 
 

@@ -147,7 +147,7 @@ class Latest(Generic[P, R]):
 
 
 BACKENDS = {"hf": "sstoken.stages.backends.hf:HFBackend", "vllm": "sstoken.stages.backends.vllm:VllmBackend"}
-"""`module:class` by name; a module is imported only when its backend is used."""
+"""`module:class` by name: a module is imported only when its backend is used."""
 DEFAULT = "hf"
 ENTRY_POINTS = "sstoken.backends"
 """Entry point group in which other packages declare theirs."""
@@ -165,12 +165,10 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
         UsageError: there is no such backend; lists those there are.
     """
     if name == "auto":
-        if find_spec("vllm") is None:  # checked first, since importing the module is slow
+        if find_spec("vllm") is None:  # first, since importing the module is slow
             return DEFAULT
         return "vllm" if import_module("sstoken.stages.backends.vllm").preferred(options) else DEFAULT
-    if (
-        name in BACKENDS
-    ):  # checked first, since finding the others reads the metadata of every installed package
+    if name in BACKENDS:  # first, since finding others reads the metadata of every installed package
         return name
     if name not in (known := known_backends()):
         raise UsageError(f"backend {name!r} is not known; legal: auto, {', '.join(known)}")

@@ -67,9 +67,8 @@ class Adapter:
             config.inference_mode = True
             adapted = PeftModel(model, config, adapter_name=_NAME)
             for tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).values():
-                if (
-                    tensor.is_floating_point()
-                ):  # peft would leave random numbers where the file has no weights
+                # peft would leave random numbers where the file has no weights
+                if tensor.is_floating_point():
                     tensor.fill_(math.nan)
             unused = adapted.load_adapter(str(self._folder), _NAME, is_trainable=False).unexpected_keys
             loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)

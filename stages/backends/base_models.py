@@ -52,10 +52,8 @@ class SharedBase:
             self._adapted = self._adapter = None
             if _layout(self.model) == self._base:
                 return
-        self.model = self._adapted = self._adapter = (
-            None  # before loading, since two need not fit into memory
-        )
-        gc.collect()
+        self.model = self._adapted = self._adapter = None
+        gc.collect()  # before loading, since two need not fit into memory
         self._load()
 
     def _load(self) -> None:

@@ -20,13 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sstoken.measure.prompt_attention import prompt_attention
+from sstoken.stages.backends.vllm_engine import EngineError, one_line
 
 CHECKED_ROWS = 64
 _NEEDED = {"query", "key", "value", "attn_metadata", "output"}
-
-
-class CaptureError(Exception):
-    """The layer's attention cannot be captured; the message is one line."""
 
 
 def digest(ids: NDArray[Any]) -> bytes:
@@ -43,7 +40,7 @@ class AttentionExtension:
             attention = _find_attention(self, layer)
             self._sstoken = LayerCapture(attention, self.get_model())  # type: ignore[attr-defined]
         except Exception as error:  # an unknown version of vLLM may raise anything
-            return {"problem": _line(error)}
+            return {"problem": one_line(error)}
         return {"heads": self._sstoken.num_heads}
 
     def sstoken_expect(self, wanted: dict[bytes, list[NDArray[np.bool_]]]) -> None:
@@ -66,7 +63,7 @@ class LayerCapture:
             model: the loaded model that contains it.
 
         Raises:
-            CaptureError: the layer's backend has an unknown signature.
+            EngineError: the layer's backend has an unknown signature.
         """
         backend = attention.impl
         self.num_heads: int = attention.num_heads
@@ -80,7 +77,7 @@ class LayerCapture:
         self._forward = backend.forward
         self._signature = inspect.signature(self._forward)
         if missing := _NEEDED - set(self._signature.parameters):
-            raise CaptureError(
+            raise EngineError(
                 f"{type(backend).__name__}.forward has no {', '.join(sorted(missing))} in this vLLM"
             )
         self._step: tuple[Any, Any] = (None, None)
@@ -113,20 +110,20 @@ class LayerCapture:
                 if call["attn_metadata"] is not None:
                     self._measure(call)
             except Exception as error:  # raising here would end the worker and bury the message in its log
-                self._problem = _line(error)
+                self._problem = one_line(error)
         return result
 
     def _measure(self, call: dict[str, Any]) -> None:
         query, key = call["query"], call["key"]
         if key is None or query.element_size() < 2:
-            raise CaptureError("the layer does not pass plain queries and keys to its backend")
+            raise EngineError("the layer does not pass plain queries and keys to its backend")
         ids, offsets = self._sequences(call["attn_metadata"])
         num_tokens = offsets[-1]
         queries_HND = query[:num_tokens].view(num_tokens, self.num_heads, -1).transpose(0, 1)
         keys_KND = key[:num_tokens].view(num_tokens, self._num_kv_heads, -1).transpose(0, 1)
         pieces = [(digest(ids[start:stop]), start, stop) for start, stop in pairwise(offsets)]
         if unknown := [stop - start for name, start, stop in pieces if name not in self._wanted]:
-            raise CaptureError(f"{unknown[0]} tokens arrived that are not one of the sequences")
+            raise EngineError(f"{unknown[0]} tokens arrived that are not one of the sequences")
         for variant in range(max(len(self._wanted[name]) for name, _, _ in pieces)):
             asked = [piece for piece in pieces if variant < len(self._wanted[piece[0]])]
             response_N = np.zeros(num_tokens, dtype=np.bool_)
@@ -154,7 +151,7 @@ class LayerCapture:
         """Return the step's token ids [N] and the offsets of its sequences [S + 1]."""
         ids, positions = self._step
         if ids is None or positions is None:
-            raise CaptureError("the model was called without token ids and positions (a multimodal model?)")
+            raise EngineError("the model was called without token ids and positions (a multimodal model?)")
         if positions.ndim == 2:  # multimodal rotary embedding: text has the same position in each row
             positions = positions[0]
         num_tokens = int(metadata.num_actual_tokens)
@@ -163,7 +160,7 @@ class LayerCapture:
         )
         starts = [0, *(np.flatnonzero(np.diff(positions_N) != 1) + 1).tolist()]
         if any(positions_N[start] != 0 for start in starts):
-            raise CaptureError("a sequence arrived in pieces (chunked prefill, prefix caching or preemption)")
+            raise EngineError("a sequence arrived in pieces (chunked prefill, prefix caching or preemption)")
         return ids_N, [*starts, num_tokens]
 
     def _output(self, queries_HTD: Tensor, keys_KTD: Tensor, values_KTD: Tensor) -> Tensor:
@@ -189,7 +186,7 @@ def _find_attention(worker: Any, layer: int) -> Any:
     """Return the attention module of a decoder layer.
 
     Raises:
-        CaptureError: the layer's attention weights are not a softmax over its own keys.
+        EngineError: the layer's attention weights are not a softmax over its own keys.
     """
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
@@ -198,22 +195,17 @@ def _find_attention(worker: Any, layer: int) -> Any:
     for name, module in get_layers_from_vllm_config(worker.vllm_config, Attention).items():
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         if len(numbers) != 1:
-            raise CaptureError(f"cannot tell the layer of {name!r}")
+            raise EngineError(f"cannot tell the layer of {name!r}")
         by_number[numbers[0]] = module
     wanted = layer if layer >= 0 else layer + worker.model_config.hf_text_config.num_hidden_layers
     if wanted not in by_number:
         there = ", ".join(map(str, sorted(by_number))) or "none"
-        raise CaptureError(f"layer {wanted} has no softmax attention in vLLM; layers that have: {there}")
+        raise EngineError(f"layer {wanted} has no softmax attention in vLLM; layers that have: {there}")
     attention = by_number[wanted]
     if getattr(attention, "kv_sharing_target_layer_name", None):
-        raise CaptureError(f"layer {wanted} uses the keys of another layer")
+        raise EngineError(f"layer {wanted} uses the keys of another layer")
     if getattr(attention.impl, "alibi_slopes", None) is not None:
-        raise CaptureError(f"layer {wanted} has ALiBi biases")
+        raise EngineError(f"layer {wanted} has ALiBi biases")
     if getattr(attention, "query_quant", None) is not None:
-        raise CaptureError(f"layer {wanted} quantises its queries")
+        raise EngineError(f"layer {wanted} quantises its queries")
     return attention
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text}"

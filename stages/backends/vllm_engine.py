@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
 """Largest allowed relative difference between vLLM's layer output and ours; 16-bit dtypes round values and output."""
-
-
 MOST_TOP = 20
 """The most of the likeliest tokens that can be asked for."""
 
@@ -92,6 +90,7 @@ class Vllm:
     def __init__(self, spec: EngineSpec) -> None:
         """Load the model."""
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         self._spec = spec
         settings: dict[str, Any] = {
@@ -113,8 +112,6 @@ class Vllm:
         if spec.lora_rank is not None:
             settings |= {"enable_lora": True, "max_lora_rank": spec.lora_rank, "max_loras": 1}
             settings["lora_target_modules"] = list(spec.lora_modules)
-        from vllm.platforms import current_platform
-
         if current_platform.is_cpu():  # else a share of all memory
             settings["kv_cache_memory_bytes"] = spec.cpu_cache_bytes
         self._llm = LLM(
@@ -166,20 +163,13 @@ class Vllm:
             use_tqdm=False,
             lora_request=_lora(request.adapter),
         )
-        losses = None
-        if request.loss:
-            losses = [
-                self._loss(output, ids, mask, flat=request.top > 0)
-                for output, (ids, mask) in zip(outputs, pairs, strict=True)
-            ]
-        top = None
-        if request.top:
-            top = [
-                _top(output, ids, mask, request.top)
-                for output, (ids, mask) in zip(outputs, pairs, strict=True)
-            ]
-        attention = self._take(names) if self._spec.layer is not None else None
-        return Reply(losses=losses, attention=attention, top=top)
+        scored = [(output, *pair) for output, pair in zip(outputs, pairs, strict=True)]
+        flat = request.top > 0
+        return Reply(
+            losses=[self._loss(*each, flat=flat) for each in scored] if request.loss else None,
+            attention=self._take(names) if self._spec.layer is not None else None,
+            top=[_top(*each, request.top) for each in scored] if request.top else None,
+        )
 
     def _sampling(self, ids: NDArray[np.int32], mask: NDArray[np.bool_], request: Request) -> Any:
         from vllm import SamplingParams
@@ -247,7 +237,7 @@ class Vllm:
 def _entries(
     output: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Where each response token stands among the prompt's log-probabilities, and all of these, one after the other.
+    """Return where each response token stands among the prompt's log-probabilities, and all of these in one array.
 
     The first entry of a position is the prompt's own token; the likeliest tokens follow, its own among them again.
     """
@@ -261,7 +251,7 @@ def _entries(
 
 
 def _top(output: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_], number: int) -> NDArray[np.float32]:
-    """Log-probabilities of the likeliest tokens at each response token, [n, number], the highest first."""
+    """Return log-probabilities of the likeliest tokens at each response token, [n, number], the highest first."""
     entries, values = _entries(output, ids, mask)
     counts = np.asarray(output.prompt_logprobs.end_indices)[mask] - entries
     if (counts != 1 + number).any():
@@ -278,7 +268,8 @@ def _lora(adapter: tuple[int, str] | None) -> Any:
     return LoRARequest(f"adapter-{adapter[0]}", *adapter)
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line, with its type unless it is an `EngineError`."""
     errors = getattr(error, "errors", None)
     if callable(errors):  # pydantic's first line is only the number of errors
         return " ".join(str(errors()[0]["msg"]).split())[:400]
@@ -302,7 +293,7 @@ def _answer(connection: Connection) -> None:
             import traceback
 
             traceback.print_exc()
-            reply = Reply(problem=_line(error))
+            reply = Reply(problem=one_line(error))
         connection.send(reply)
 
 
@@ -321,8 +312,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from sstoken.stages.backends import (
-        vllm_engine,
-    )  # so that replies are pickled as this module's, not __main__'s
+    # so that replies are pickled as this module's, not __main__'s
+    from sstoken.stages.backends import vllm_engine
 
     vllm_engine.main()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -86,7 +87,7 @@ class HistorySnapshots(TrainerCallback):
         self.steps = snapshot_steps(state.max_steps, self._num_snapshots, self._every_steps)
         self._last_step = state.global_step
         self._last_loss = self._tokens_seen = None
-        model = _unwrap(kwargs["model"])
+        model = extract_model_from_parallel(kwargs["model"])
         _refuse_sharded(model)
         if not state.is_world_process_zero:
             return
@@ -94,9 +95,10 @@ class HistorySnapshots(TrainerCallback):
         storage.of(self._out).sweep(self._out)
         earlier = read_index(self._out) if (self._out / INDEX).exists() else []
         self._entries = [e for e in earlier if 0 < e.step <= state.global_step]
-        base, self._lasting_base = self._base or _loaded_from(model), None
-        if base:
-            self._lasting_base = lasting_reference(base, _commit(model))
+        bare = model.get_base_model() if _is_adapted(model) else model
+        base, self._lasting_base = self._base or getattr(bare, "name_or_path", None), None
+        if base:  # unless it was built from scratch
+            self._lasting_base = lasting_reference(base, getattr(bare.config, "_commit_hash", None))
             self._entries.insert(0, reference(self._out, self._lasting_base))
         write_index(self._out, self._entries)
         if self._ema_decay is not None:
@@ -109,7 +111,7 @@ class HistorySnapshots(TrainerCallback):
     ) -> TrainerControl:
         """Update the average; request the loss if a snapshot is due."""
         if self._average is not None:
-            self._average.update(_unwrap(kwargs["model"]))
+            self._average.update(extract_model_from_parallel(kwargs["model"]))
         if state.global_step in self.steps:
             control.should_log = True  # on every process, since the loss is gathered from all
         return control
@@ -143,7 +145,7 @@ class HistorySnapshots(TrainerCallback):
         self._last_step = state.global_step
         if not state.is_world_process_zero:
             return
-        model = _unwrap(kwargs["model"])
+        model = extract_model_from_parallel(kwargs["model"])
         tokenizer = kwargs.get("processing_class")
         name = f"step-{state.global_step}"
         self._save(name, "lora" if _is_adapted(model) else "full", model, tokenizer, state)
@@ -230,28 +232,8 @@ def _float_weights(model: Any) -> torch.nn.ParameterList:
     return torch.nn.ParameterList(torch.nn.Parameter(w, requires_grad=False) for w in weights)
 
 
-def _unwrap(model: Any) -> Any:
-    from accelerate.utils import extract_model_from_parallel
-
-    return extract_model_from_parallel(model)
-
-
 def _is_adapted(model: Any) -> bool:
     return not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config")
-
-
-def _loaded_from(model: Any) -> str | None:
-    """Return where the base weights were loaded from; None for a model built from scratch."""
-    if _is_adapted(model):
-        model = model.get_base_model()
-    return getattr(model, "name_or_path", None) or None
-
-
-def _commit(model: Any) -> str | None:
-    """Return the Hub commit of the base weights; None for a local folder."""
-    if _is_adapted(model):
-        model = model.get_base_model()
-    return getattr(model.config, "_commit_hash", None)
 
 
 def _name_base(adapter: Path, base: str) -> None:

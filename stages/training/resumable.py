@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sstoken.errors import SstokenError
 from sstoken.stages import plain_json, storage
 from sstoken.stages.processes import is_main_process, num_processes
-from sstoken.stages.stage import Progress
+from sstoken.stages.stage import Progress, ProgressBar
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.training import sealing
 from sstoken.stages.training.history import HistorySnapshots
@@ -129,15 +129,8 @@ class LiveLog(TrainerCallback):
 class Watch(TrainerCallback):
     """Shows progress, and stops the run if the loss is not finite. Must come before the snapshots."""
 
-    def __init__(
-        self,
-        stack: ExitStack,
-        progress: Callable[[str, int | None], AbstractContextManager[Progress]],
-        learning_rate: float,
-    ) -> None:
-        self._stack = stack
-        self._open = progress
-        self._learning_rate = learning_rate
+    def __init__(self, stack: ExitStack, progress: ProgressBar, learning_rate: float) -> None:
+        self._stack, self._open, self._learning_rate = stack, progress, learning_rate
         self._progress: Progress | None = None
         self._began = 0.0, 0
         """Time at which training started or resumed, and the tokens seen by then."""
