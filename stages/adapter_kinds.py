@@ -39,11 +39,7 @@ _UNSUPPORTED_SETTINGS = {
 
 
 def check_kind(ref: str, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter whose `adapter_config.json` names a kind that cannot be scored.
-
-    Raises:
-        SstokenError: names the kind and what to do.
-    """
+    """Refuse an adapter whose `adapter_config.json` names a kind that cannot be scored."""
     kind = config.get("peft_type")
     if kind not in SUPPORTED:
         raise SstokenError(

@@ -1,4 +1,4 @@
-"""Which layer's prompt attention is steadiest between snapshots: a measured choice of the layer to select by."""
+"""Find the layer whose prompt attention is steadiest between snapshots: a measured choice of the layer to select by."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,23 +69,20 @@ def layer_stability(snapshots: Sequence[Path]) -> list[LayerStability]:
 
 def _common_columns(snapshots: Sequence[Path]) -> list[str]:
     """Return the attention columns that all snapshots have; refuse scores of different tokens."""
-    common: list[str] = []
-    for number, folder in enumerate(snapshots):
+    columns, tokens = [], []
+    for folder in snapshots:
         parts = tables.parts(folder)
         if not parts:
             raise UsageError(
                 f"{folder}: no part-*.parquet; name the scores of one checkpoint, such as scores/step-0"
             )
-        named = [c for c in tables.columns(parts[0]) if c.startswith(f"{ATTENTION}@") and is_signal(c)]
-        common = [c for c in common if c in named] if number else named
-        for part, other in zip(parts, tables.parts(snapshots[0]), strict=False):
-            mine, theirs = (tables.read_metadata(path).get(joins.TOKENS) for path in (part, other))
-            if mine != theirs or part.name != other.name:
-                raise SstokenError(
-                    f"{folder}: scores of other tokens than {snapshots[0]}; score the same tokens"
-                )
-        if len(parts) != len(tables.parts(snapshots[0])):
+        columns.append(
+            [c for c in tables.columns(parts[0]) if c.startswith(f"{ATTENTION}@") and is_signal(c)]
+        )
+        tokens.append([(path.name, tables.read_metadata(path).get(joins.TOKENS)) for path in parts])
+        if tokens[-1] != tokens[0]:
             raise SstokenError(f"{folder}: scores of other tokens than {snapshots[0]}; score the same tokens")
+    common = [column for column in columns[0] if all(column in others for others in columns)]
     if not common:
         raise UsageError(
             f"no attention@LAYER is in all of {', '.join(f.name for f in snapshots)}; score them with --signal "

@@ -221,11 +221,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def check_content(ref: str) -> None:
-    """Refuse a snapshot that was damaged after `anchor` wrote it, or whose base was; other checkpoints pass.
-
-    Raises:
-        SstokenError: names the file.
-    """
+    """Refuse a snapshot that was damaged after `anchor` wrote it, or whose base was; other checkpoints pass."""
     folder = local_folder(ref)
     if folder is None:
         return

@@ -1,7 +1,8 @@
 """Finished folders: read only the files that the manifest lists, and check each one's digest while reading it.
 
 Every reader of a folder that a stage wrote goes through here (`sstoken.stages.tables` for shards,
-`sstoken.stages.checkpoints` for models and tokenizers), so that a damaged or stray file is never used.
+`sstoken.stages.checkpoints` for models and tokenizers), so that a damaged or stray file is never used: functions raise
+`SstokenError`, which names it.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ MANIFEST = "manifest.json"
 _OWN_DIGEST = re.compile(rb'"digest": ?"([0-9a-f]{64})"\s*\}\s*\Z')
 """The last field of a manifest: the SHA-256 of its text with zeros in place of the digest."""
 _REMAINS = re.compile(rb'digest|[0-9a-f]{64}"\s*\}\s*\Z')
-"""What is left of that field at the end of a manifest if one of its bytes was changed. Older manifests have none."""
+"""What is left of that field, at the end of a manifest, if one of its bytes was changed. Older manifests lack it."""
 _KEYS = ("stage", "fingerprint", "settings", "inputs", "sources", "metrics", "files")
 NO_DIGEST = "0" * 64
 _WORTH_REMEMBERING = 1 << 24
@@ -26,11 +27,7 @@ _WORTH_REMEMBERING = 1 << 24
 
 
 def read_manifest_text(folder: Path) -> bytes | None:
-    """Return the text of a folder's manifest, or None if there is none.
-
-    Raises:
-        SstokenError: it was changed after it was written, or cannot be read.
-    """
+    """Return the text of a folder's manifest, or None if there is none."""
     path = folder / MANIFEST
     try:
         text = path.read_bytes()
@@ -70,11 +67,7 @@ def listed(path: Path) -> tuple[Path, str] | None:
 
 
 def check_digest(path: Path, digest: str) -> None:
-    """Refuse a file whose digest differs from its folder's manifest; a file that no manifest lists passes.
-
-    Raises:
-        SstokenError: names the file.
-    """
+    """Refuse a file whose digest differs from its folder's manifest; a file that no manifest lists passes."""
     entry = listed(path)
     if entry is not None and entry[1] != digest:
         raise SstokenError(
@@ -84,10 +77,9 @@ def check_digest(path: Path, digest: str) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a file and check its digest in one pass.
+    """Read a file and check its digest in one pass; refuse one that its finished folder does not list.
 
     Raises:
-        SstokenError: its content differs from the manifest, or it lies in a finished folder that does not list it.
         OSError: it cannot be read.
     """
     content = path.read_bytes()
@@ -99,21 +91,13 @@ def read_file(path: Path) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """Check the digest of a file that another library is about to read.
-
-    Raises:
-        SstokenError: it is not what the manifest lists.
-    """
+    """Check the digest of a file that another library is about to read."""
     if listed(path) is not None:
         check_digest(path, sha256(path))
 
 
 def listed_in(folder: Path) -> list[Path] | None:
-    """Return the files of a finished folder, or of a folder within one; None if there is no manifest.
-
-    Raises:
-        SstokenError: the manifest is damaged.
-    """
+    """Return the files of a finished folder, or of a folder within one; None if there is no manifest."""
     above = folder.absolute()
     for place in (above, *above.parents):
         if (listing := _listing(place)) is not None:
@@ -124,11 +108,7 @@ def listed_in(folder: Path) -> list[Path] | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a folder has a manifest of ours; other programs use that file name, too.
-
-    Raises:
-        SstokenError: it is ours and damaged.
-    """
+    """Return whether a folder has a manifest of ours; other programs use that file name, too."""
     return _listing(folder) is not None
 
 
@@ -149,11 +129,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of a folder, checking digests while reading; replace files that `target` has already.
-
-    Raises:
-        SstokenError: one is damaged or missing.
-    """
+    """Copy the files of a folder, checking digests while reading; replace files that `target` has already."""
     found = listed_in(source)
     for path in storage.of(source).list(source) if found is None else found:
         place = target / path.relative_to(source)

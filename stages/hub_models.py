@@ -16,11 +16,7 @@ def split_revision(ref: str) -> tuple[str, str | None]:
 
 
 def check_hub_id(ref: str) -> None:
-    """Refuse what cannot be a Hub id, for example because it contains a space.
-
-    Raises:
-        UsageError: says what an id may contain.
-    """
+    """Refuse what cannot be a Hub id, for example because it contains a space."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

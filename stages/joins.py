@@ -2,6 +2,8 @@
 
 A shard of tokens records its own fingerprint, a shard of scores that of the tokens it was measured on. The
 fingerprint covers example ids, token ids and response masks, so copying or moving a folder does not change it.
+
+What does not belong together, or does not say what it belongs to, is a `SstokenError` that names both.
 """
 
 import hashlib
@@ -36,11 +38,7 @@ def tokens_fingerprint(table: pa.Table) -> str:
 
 
 def measured_fingerprint(part: Path, table: pa.Table) -> str:
-    """Return the fingerprint of a shard of tokens, computed from `table`, its content.
-
-    Raises:
-        SstokenError: the shard records another one: it was edited after it was written.
-    """
+    """Return the fingerprint of `table`, a shard of tokens; refuse a shard that was edited after it was written."""
     found = tokens_fingerprint(table)
     if tables.read_metadata(part).get(TOKENS, found) != found:
         raise SstokenError(
@@ -50,21 +48,13 @@ def measured_fingerprint(part: Path, table: pa.Table) -> str:
 
 
 def folder_fingerprint(tokens: Path) -> str:
-    """Return the fingerprint of a folder of tokens, from those that its shards record.
-
-    Raises:
-        SstokenError: a shard records none.
-    """
+    """Return the fingerprint of a folder of tokens, from those that its shards record."""
     recorded = [_recorded(path, tokens, tables.read_metadata(path)) for path in tables.parts(tokens)]
     return hashlib.blake2b("".join(recorded).encode(), digest_size=16).hexdigest()
 
 
 def check_scores(tokens: Path, scores: Path) -> None:
-    """Refuse scores of other tokens, by the shards' metadata alone.
-
-    Raises:
-        SstokenError: names both folders.
-    """
+    """Refuse scores of other tokens, by the shards' metadata alone."""
     for part in tables.parts(tokens):
         scored = scores / part.name
         if not scored.is_file():
@@ -86,9 +76,6 @@ def check_shard(tokens: Path, fingerprint: str, scored: Path) -> None:
         tokens: the shard of tokens.
         fingerprint: computed from its content, not the recorded one.
         scored: the shard of scores.
-
-    Raises:
-        SstokenError: names both.
     """
     if _recorded(scored, scored.parent, tables.read_metadata(scored)) != fingerprint:
         raise SstokenError(_other(tokens, scored))
@@ -100,9 +87,6 @@ def check_one_run(folder: Path, run: str | None = None) -> None:
     Args:
         folder: may hold no shard at all.
         run: fingerprint of the run; None: that of the first shard.
-
-    Raises:
-        SstokenError: names the first shard of another run, or of none.
     """
     for path in tables.parts(folder):
         recorded = tables.read_metadata(path).get(RUN)

@@ -52,15 +52,10 @@ def load_model(
         )
     except Exception as error:  # transformers and safetensors raise many types
         raise SstokenError(f"{ref}: the model does not load ({_why_not(ref, error)})") from error
-    if _drops_capping(model):
-        model.set_attn_implementation("eager")
-    return model, check_loaded(ref, model, report)
-
-
-def _drops_capping(model: Any) -> bool:
-    """Return whether transformers chose an attention function that ignores the model's soft-capping."""
     config = model.config.get_text_config()
-    return bool(getattr(config, "attn_logit_softcapping", None)) and config._attn_implementation == "sdpa"
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # sdpa would ignore the model's soft-capping
+    return model, check_loaded(ref, model, report)
 
 
 def _why_not(ref: str, error: Exception) -> str:

@@ -57,11 +57,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return a folder's manifest, or None if there is none.
-
-    Raises:
-        SstokenError: it is damaged.
-    """
+    """Return a folder's manifest, or None if there is none; `SstokenError` if it is damaged."""
     text = read_manifest_text(folder)
     if text is None:
         return None

@@ -76,11 +76,7 @@ def check_lengths(
     example_ids: Sequence[str],
     sequences: Sequence[NDArray[np.int32]],
 ) -> None:
-    """Refuse a shard of tokens with an unknown token id or an example that is too long for the model.
-
-    Raises:
-        SstokenError: names the example.
-    """
+    """Refuse a shard of tokens with an unknown token id or an example that is too long for the model."""
     for example_id, ids in zip(example_ids, sequences, strict=True):
         if int(ids.max()) >= model.vocab_size:
             raise SstokenError(

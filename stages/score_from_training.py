@@ -63,7 +63,8 @@ class Observed(Stage):
         for example_id, ids, mask in zip(
             example_ids, tables.rows(table["input_ids"]), tables.rows(table["response_mask"]), strict=True
         ):
-            found = seen.last(example_key(ids, mask)) if mask.any() else _nothing(ids.size)
+            empty = np.full(ids.size, np.nan, np.float32)
+            found = seen.last(example_key(ids, mask)) if mask.any() else Seen(0, empty, empty)
             if found is None:
                 missing.append(example_id)
             elif self.attention and found.attention is None:
@@ -95,8 +96,3 @@ class Observed(Stage):
 
 def _flat(rows: list[Any]) -> NDArray[np.float32]:
     return np.concatenate([np.zeros(0, np.float32), *rows])
-
-
-def _nothing(num_tokens: int) -> Seen:
-    empty = np.full(num_tokens, np.nan, dtype=np.float32)
-    return Seen(0, empty, empty)

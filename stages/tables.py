@@ -2,6 +2,8 @@
 
 Every per-token column is a list as long as `input_ids`. Measured values (loss, attention, rel, score) are null where
 there is none: outside the response, and if the method needs no such signal.
+
+Functions that read a shard raise `SstokenError` if it is damaged.
 """
 
 import itertools
@@ -58,11 +60,7 @@ def part_name(index: int) -> str:
 
 
 def parts(folder: Path) -> list[Path]:
-    """Return a folder's shards in order: those that its manifest lists, or all files of a partial folder.
-
-    Raises:
-        SstokenError: the manifest is damaged.
-    """
+    """Return a folder's shards in order: those that its manifest lists, or all files of a partial folder."""
     listed = folders.listed_in(folder)
     if listed is None:
         found = list(folder.glob("part-*.parquet"))
@@ -96,8 +94,9 @@ def write_row_groups(
 
 
 def _write(file: Any, groups: Iterable[pa.Table], schema: pa.Schema, compression_level: int) -> None:
-    floats = [f"{name}.list.element" for name in _float_columns(schema)]
-    ids = [f"{f.name}.list.element" for f in schema if f.name in ("input_ids", "labels")]
+    lists = [f for f in schema if pa.types.is_list(f.type)]
+    floats = [f"{f.name}.list.element" for f in lists if pa.types.is_floating(f.type.value_type)]
+    ids = [f"{f.name}.list.element" for f in lists if f.name in ("input_ids", "labels")]
     with pq.ParquetWriter(
         file,
         schema,
@@ -110,10 +109,6 @@ def _write(file: Any, groups: Iterable[pa.Table], schema: pa.Schema, compression
         for table in groups:
             writer.write_table(table.cast(schema).combine_chunks())  # pages end where chunks do
     pa.default_memory_pool().release_unused()  # else memory grows with every shard
-
-
-def _float_columns(schema: pa.Schema) -> list[str]:
-    return [f.name for f in schema if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)]
 
 
 def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
@@ -135,7 +130,7 @@ def read_metadata(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
 
 
 def _stamp(path: Path) -> tuple[object, ...]:
-    """What changes when a local file does; something new each time for a remote one, which is read again."""
+    """Return what changes when a local file does; something new each time for a remote one, to read it again."""
     if "://" in str(path):
         return (object(),)
     with _readable(path):
@@ -144,7 +139,7 @@ def _stamp(path: Path) -> tuple[object, ...]:
 
 @lru_cache(maxsize=256)
 def _metadata_of(path: Path, stamp: tuple[object, ...]) -> tuple[str, bool]:
-    """The JSON, checked and without its digest, and whether there was one. A stage asks for it again and again."""
+    """Return the JSON without its digest, which is checked, and whether there was one. Stages ask again and again."""
     with _readable(path):
         raw = (_schema(path).metadata or {}).get(METADATA_KEY)
         if raw is None:
@@ -173,42 +168,26 @@ def _digest(metadata: Mapping[str, Any]) -> str:
 
 
 def columns(path: Path) -> list[str]:
-    """Return the names of a shard's columns.
-
-    Raises:
-        SstokenError: it is damaged.
-    """
+    """Return the names of a shard's columns."""
     with _readable(path):
         return list(_schema(path).names)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a shard, or some of its columns.
-
-    Raises:
-        SstokenError: it is damaged.
-    """
+    """Read a shard, or some of its columns."""
     with _opened(path) as file:
         return file.read(columns, use_threads=False)
 
 
 def read_row_group(path: Path, group: int, columns: Iterable[str]) -> pa.Table:
-    """Read one row group; columns that the shard does not have are left out.
-
-    Raises:
-        SstokenError: see `read_table`.
-    """
+    """Read one row group; columns that the shard does not have are left out."""
     with _opened(path) as file:
         names = [name for name in columns if name in file.schema_arrow.names]
         return file.read_row_group(group, names, use_threads=False)
 
 
 def read_batches(path: Path, num_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield columns of a shard in batches of at most `num_rows` rows.
-
-    Raises:
-        SstokenError: see `read_table`.
-    """
+    """Yield columns of a shard in batches of at most `num_rows` rows."""
     with _opened(path) as file:
         yield from file.iter_batches(num_rows, columns=columns, use_threads=False)
 
@@ -244,11 +223,7 @@ def is_sound(path: Path) -> bool:
 
 
 def _known(field: pa.Field) -> pa.Field:
-    """Return the field of our schemas that a file's field is; names within lists differ.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return our schemas' field for a file's, whose names within lists differ; ValueError if there is none."""
     ours = [*TOKENS, *MASKED, WEIGHT]
     if is_signal(field.name):
         ours.append(pa.field(field.name, SIGNAL_COLUMNS[get_signal(field.name).dtype]))
@@ -259,11 +234,7 @@ def _known(field: pa.Field) -> pa.Field:
 
 
 def num_rows(path: Path) -> int:
-    """Return the number of rows in a shard, from its footer.
-
-    Raises:
-        SstokenError: it is damaged.
-    """
+    """Return the number of rows in a shard, from its footer."""
     with _readable(path):
         return int(footer(path).num_rows)
 
@@ -272,9 +243,6 @@ def num_tokens(path: Path) -> int:
     """Return the number of tokens in a shard of tokens, prompts included.
 
     Not from the footer's column statistics: pyarrow aborts the process if they are damaged.
-
-    Raises:
-        SstokenError: it is damaged.
     """
     counted = read_metadata(path).get("stats", {}).get("tokens")
     if counted is not None:

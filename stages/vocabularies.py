@@ -67,11 +67,10 @@ def _used_ids(parts: list[Path], size: int) -> NDArray[np.bool_]:
 
 
 def _first_with(parts: list[Path], token_id: int) -> str:
-    for part in parts:
-        table = tables.read_table(part, ["example_id", "input_ids"])
-        for example_id, ids in zip(
-            table["example_id"].to_pylist(), tables.rows(table["input_ids"]), strict=True
-        ):
-            if (ids == token_id).any():
-                return str(example_id)
-    raise AssertionError(f"no example has {token_id}")
+    shards = (tables.read_table(part, ["example_id", "input_ids"]) for part in parts)
+    return next(
+        str(example_id)
+        for table in shards
+        for example_id, ids in zip(table["example_id"], tables.rows(table["input_ids"]), strict=True)
+        if (ids == token_id).any()
+    )

@@ -109,11 +109,8 @@ def _adapter_files(folder: Path) -> list[Path]:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    named = (
-        read_json(folder / "config.json").get("transformers_weights")
-        if (folder / "config.json").is_file()
-        else None
-    )
+    config = folder / "config.json"
+    named = read_json(config).get("transformers_weights") if config.is_file() else None
     if named is not None:  # transformers' own setting takes precedence
         if not isinstance(named, str) or not (folder / named).is_file():
             raise SstokenError(
@@ -193,9 +190,8 @@ def _without_weights(folder: Path, otherwise: str) -> SstokenError:
     """Return the error for a folder without loadable weights: what it holds, and what to do instead."""
 
     def names(*patterns: str) -> list[str]:
-        return sorted(
-            {p.relative_to(folder).as_posix() for pattern in patterns for p in folder.glob(pattern)}
-        )
+        found = {path for pattern in patterns for path in folder.glob(pattern)}
+        return sorted(path.relative_to(folder).as_posix() for path in found)
 
     def error(reason: str) -> SstokenError:
         return SstokenError(f"{folder}: {reason}")

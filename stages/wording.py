@@ -1,4 +1,4 @@
-"""What a refused value has to be, as a person says it."""
+"""Say in plain English what pydantic wants a value to be."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ _KINDS = {
 
 
 def has_to_be(error: Mapping[str, Any]) -> str:
-    """Return what one of pydantic's errors asks for: `legal is 1 or more`."""
+    """Return what an error of pydantic's asks for, such as `legal is 1 or more`."""
     kind = str(error["type"])
     if kind in _BOUNDS:
         name, text = _BOUNDS[kind]

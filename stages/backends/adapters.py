@@ -39,7 +39,10 @@ class Adapter:
             import peft  # noqa: F401
         except ImportError as error:
             raise SstokenError(f"{ref}: adapters need PEFT; pip install peft") from error
-        self._saved = _read_weights(self._folder / ADAPTER_WEIGHTS)
+        from safetensors import safe_open
+
+        with safe_open(self._folder / ADAPTER_WEIGHTS, "pt") as file:
+            self._saved = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
 
     @property
     def leaves_base(self) -> bool:
@@ -118,14 +121,6 @@ class Adapter:
         """Return the rows of a complete embedding in the adapter's file; 0 if it has none of that name."""
         pattern = re.compile(rf"(?:^|\.){re.escape(module)}{_WHOLE_MODULE}$")
         return max((shape[0] for key, shape in self._saved.items() if pattern.search(key)), default=0)
-
-
-def _read_weights(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights in a safetensors file, by name."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def _name_of(model: Any, wanted: Any) -> str:

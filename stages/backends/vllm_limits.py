@@ -132,10 +132,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _for_cpus() -> bool:
-    return _version("vllm") is None or "cpu" in str(_version("vllm"))
-
-
 def _installation(settings: VllmSettings) -> str | None:
     version = installed_version()
     if version is None:
@@ -151,9 +147,9 @@ def _installation(settings: VllmSettings) -> str | None:
 
 def _placement(options: BackendOptions, settings: VllmSettings) -> str | None:
     kind, _, number = options.device.partition(":")
-    builds = ("cpu",) if _for_cpus() else ("cuda",)
-    if kind not in ("auto", *builds):
-        return f"device is {options.device!r}, but the installed vLLM is a build for {builds[0]}; {_INSTEAD}"
+    build = "cpu" if "cpu" in (_version("vllm") or "cpu") else "cuda"
+    if kind not in ("auto", build):
+        return f"device is {options.device!r}, but the installed vLLM is a build for {build}; {_INSTEAD}"
     if number and settings.tensor_parallel_size > 1:
         return (
             f"device {options.device!r} is one GPU, but tensor_parallel_size is {settings.tensor_parallel_size}; use "

@@ -15,11 +15,7 @@ _DIRECTORY = "TENSORBOARD_LOGGING_DIR"
 
 
 def check(reporter: Reporter) -> None:
-    """Refuse a reporter whose package is missing.
-
-    Raises:
-        UsageError: names the package.
-    """
+    """Refuse a reporter whose package is missing."""
     if reporter != "none" and importlib.util.find_spec(reporter) is None:
         raise UsageError(f"report_to is {reporter!r}, which is not installed; pip install {reporter}")
 

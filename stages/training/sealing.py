@@ -47,11 +47,7 @@ def seal_ended(out: Path, step: int, log: str, name: str) -> None:
 
 
 def check_ended(out: Path) -> None:
-    """Refuse training that has ended but was changed before its folder was finished.
-
-    Raises:
-        SstokenError: names the file.
-    """
+    """Refuse training that has ended but was changed before its folder was finished."""
     if (out / SEAL).is_file():  # older versions wrote none
         try:
             seal = plain_json.parse((out / SEAL).read_bytes())
@@ -63,11 +59,7 @@ def check_ended(out: Path) -> None:
 
 
 def check(out: Path, seal: dict[str, Any]) -> None:
-    """Refuse files that changed after `Seals.upto`; other files are not checked.
-
-    Raises:
-        SstokenError: names the file.
-    """
+    """Refuse files that changed after `Seals.upto`; other files are not checked."""
     files, entries = seal.get(_FILES), seal.get(_ENTRIES)
     if files is None and entries is None and set(seal) <= {"processes"}:
         return  # older versions wrote none

@@ -58,7 +58,9 @@ def build(source: Path, file: Path) -> None:
             tables.read_metadata(part)
             for batch in tables.read_batches(part, _ROWS_AT_ONCE, names):
                 prepared = _prepared(batch, names[1], schema)
-                kept = prepared.filter(_trains(prepared["trained"]))
+                # nothing predicts the first token
+                trains = [bool(np.asarray(mask.values)[1:].any()) for mask in prepared["trained"]]
+                kept = prepared.filter(pa.array(trains, pa.bool_()))
                 skipped += batch.num_rows - kept.num_rows
                 if kept.num_rows:
                     examples += kept.num_rows
@@ -94,11 +96,6 @@ def _prepared(batch: pa.RecordBatch, column: str, schema: pa.Schema) -> pa.Recor
         for values, kind in ((weights != 0, tables.MASK), (weights, tables.VALUES))
     ]
     return pa.record_batch([ids, *lists], schema=schema)
-
-
-def _trains(masks: pa.ListArray) -> pa.Array:
-    """Return which rows have a trained token after the first one, which nothing predicts."""
-    return pa.array([bool(np.asarray(mask.values)[1:].any()) for mask in masks], pa.bool_())
 
 
 class TokenDataset:
