@@ -67,19 +67,16 @@ class ObjectStore:
         self._note(file, len(content), hashlib.sha256(content).hexdigest())
         return True
 
-    def commit(self, file: RemotePath, content: bytes) -> bool:
-        return self.put_if_absent(file, content)
+    commit = put_if_absent
 
     @contextmanager
     def put_folder(self, folder: RemotePath) -> Iterator[Path]:
-        """Writes the folder's record last, so that only a complete folder has one."""
         with tempfile.TemporaryDirectory(prefix="sstoken-") as name:
             scratch = Path(name) / folder.name
             scratch.mkdir()
             yield scratch
             self.delete(folder)
             self._put_all(scratch, folder)
-            self._note(folder, 0, "")
 
     def take(self, local: Path, file: RemotePath) -> None:
         self._upload(local, file)
@@ -222,13 +219,13 @@ class ObjectStore:
 
     def _note(self, file: RemotePath, size: int, digest: str) -> None:
         """Check the size that the store reports; record files of unfinished work."""
-        info = file.info() if digest else {}
-        if info is None or (digest and info["size"] != size):
+        info = file.info()
+        if info is None or info["size"] != size:
             raise SstokenError(
                 f"{file}: {size} bytes were put, and the store has {info and info['size']}; try again"
             )
         if (record := _record(file)) is not None:
-            noted = {"bytes": size, "sha256": digest, "version": version(info) if digest else ""}
+            noted = {"bytes": size, "sha256": digest, "version": version(info)}
             filesystem, key = record.located()
             with writing(record):
                 filesystem.pipe_file(key, json.dumps(noted).encode())

@@ -7,9 +7,10 @@ entry point of the group `sstoken.backends` (`name = "module:class"`).
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import numpy as np
@@ -167,7 +168,9 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
     if name == "auto":
         if find_spec("vllm") is None:  # first, since importing the module is slow
             return DEFAULT
-        return "vllm" if import_module("sstoken.stages.backends.vllm").preferred(options) else DEFAULT
+        from sstoken.stages.backends.vllm import preferred
+
+        return "vllm" if preferred(options) else DEFAULT
     if name in BACKENDS:  # first, since finding others reads the metadata of every installed package
         return name
     if name not in (known := known_backends()):
@@ -177,9 +180,7 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
 
 def backend_class(name: str) -> type[Backend]:
     """Import and return the class of a known backend."""
-    place = BACKENDS.get(name) or known_backends()[name]
-    module, _, attribute = place.partition(":")
-    backend: type[Backend] = getattr(import_module(module), attribute)
+    backend: type[Backend] = resolve_name(BACKENDS.get(name) or known_backends()[name])
     return backend
 
 

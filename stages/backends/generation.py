@@ -5,7 +5,7 @@ Another package's backend that can generate names its `Generator` in a class att
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 
 from sstoken.errors import UsageError
 from sstoken.measure.branches import Branch, Continuation, IdArray
@@ -75,8 +75,7 @@ def make_generator(name: str, options: BackendOptions) -> Generator:
     """
     check_generator(name, options)
     check_content(options.checkpoint)
-    module, _, attribute = _generator_class(resolve_backend(name, options)).partition(":")
-    kind: type[Generator] = getattr(import_module(module), attribute)
+    kind: type[Generator] = resolve_name(_generator_class(resolve_backend(name, options)))
     return kind(options)
 
 

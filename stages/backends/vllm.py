@@ -6,7 +6,6 @@ and `vllm_attention` captures attention.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,7 +189,7 @@ def _of_top(log_p: NDArray[np.float32]) -> Measured:
 
 def preferred(options: BackendOptions) -> bool:
     """Return whether `auto` means vLLM: on a GPU, for signals it measures and an architecture it was tested on."""
-    if find_spec("vllm") is None or options.device.partition(":")[0] not in ("auto", "cuda"):
+    if options.device.partition(":")[0] not in ("auto", "cuda"):
         return False
     if not {signal.base for signal in get_signals(options.signals)} <= {LOSS, ATTENTION}:
         return False

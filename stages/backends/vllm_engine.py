@@ -9,13 +9,12 @@ import sys
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from sstoken.stages.backends.vllm_generation import Generated, Prefixes
+from sstoken.stages.backends.vllm_generation import Generated, Prefixes, generate
 
 MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
 """Largest allowed relative difference between vLLM's layer output and ours; 16-bit dtypes round values and output."""
@@ -76,7 +75,7 @@ class Reply:
     top: list[NDArray[np.float32]] | None = None
     """Log-probabilities of the likeliest tokens, [n, `Request.top`] for each sequence, the highest first; None if not
     requested."""
-    generated: "list[Generated] | None" = None
+    generated: list[Generated] | None = None
     """What was generated after each prefix; None if not requested."""
 
 
@@ -145,10 +144,8 @@ class Vllm:
                 f"the {total} heads are spread as {heads} over the workers; legal is an equal share each"
             )
 
-    def generate(self, prefixes: "Prefixes") -> Reply:
+    def generate(self, prefixes: Prefixes) -> Reply:
         """Return continuations or candidates."""
-        from sstoken.stages.backends.vllm_generation import generate
-
         return Reply(generated=generate(self._llm, prefixes, _lora(prefixes.adapter)))
 
     def score(self, request: Request) -> Reply:

@@ -10,16 +10,14 @@ from dataclasses import replace
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sstoken.errors import SstokenError
 from sstoken.stages.backends import BackendOptions, Latest, LoadedModel
 from sstoken.stages.backends import vllm_limits as limits
 from sstoken.stages.backends.vllm_engine import EngineSpec, Reply, Request
+from sstoken.stages.backends.vllm_generation import Prefixes
 from sstoken.stages.checkpoints import adapter_base, local_folder, place, stamp
-
-if TYPE_CHECKING:
-    from sstoken.stages.backends.vllm_generation import Prefixes
 
 _ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # else the first log-softmax compiles for seconds
@@ -64,7 +62,7 @@ class Engine:
         """Process id of the engine; None if it is not running."""
         return None if self._process is None else self._process.pid
 
-    def ask(self, request: "Request | Prefixes", longest: int) -> Reply:
+    def ask(self, request: Request | Prefixes, longest: int) -> Reply:
         """Score sequences, or generate after prefixes.
 
         Args:
@@ -112,7 +110,7 @@ class Engine:
         self._end = weakref.finalize(self, _end, process, self._connection)
         self._ask(self._spec)
 
-    def _ask(self, question: "EngineSpec | Request | Prefixes") -> Reply:
+    def _ask(self, question: EngineSpec | Request | Prefixes) -> Reply:
         assert self._connection is not None
         try:
             self._connection.send(question)
