@@ -5,13 +5,13 @@ import json
 import os
 import secrets
 import tempfile
-from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from filelock import FileLock
 
 from sstoken.errors import UsageError
+from sstoken.stages import folders, storage
 from sstoken.stages.remote_path import RemotePath, explained, version
 
 _NOT_FETCHED = ("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "global_step*/*", "*.tmp")
@@ -58,8 +58,6 @@ def fetched(place: RemotePath) -> Path:
 
 def fetch(file: RemotePath, copy: Path) -> None:
     """Download a file; refuse it if a manifest lists another digest."""
-    from sstoken.stages import folders
-
     copy.parent.mkdir(parents=True, exist_ok=True)
     filesystem, key = file.located()
     with explained(file):
@@ -79,11 +77,7 @@ def machine() -> str:
     file = cache() / "machine"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as own:
-            own.write(secrets.token_hex(8))
-        with suppress(FileExistsError):
-            os.link(own.name, file)
-        os.unlink(own.name)
+        storage.of(file).put_if_absent(file, secrets.token_hex(8).encode())
     return file.read_text()
 
 

@@ -1,6 +1,7 @@
 """Stage `score`: measure signals of every response token under one checkpoint."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -145,7 +146,7 @@ class Score(ScoreOptions):
             own = checkpoints.own_tokenizer(ref, trust_remote_code=self.trust_remote_code)
             check_vocabulary(ref, own, context.inputs["tokens"])
         return Work(
-            _ScoreShard(self, context.out, context.fingerprint),
+            partial(_score_shard, self, context.out, context.fingerprint),
             [Task(context.out / path.name, tables.num_tokens(path), path) for path in token_parts],
         )
 
@@ -194,81 +195,65 @@ def _backend(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Back
     return make_backend(name, options)
 
 
-class _ScoreShard:
-    """Scores one shard of tokens. Picklable, for worker processes."""
+def _score_shard(stage: Score, out: Path, run: str, tokens: Path, worker: Worker) -> None:
+    """Write the scores of one shard of tokens."""
+    options = stage.for_backend(out.parent, worker.device)
+    stamps = tuple(map(checkpoints.stamp, (stage.checkpoint, *stage.references.values())))
+    backend = _backend(stage.backend, options, stamps)
+    table = tables.read_table(tokens)
+    sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
+    example_ids = table["example_id"].to_pylist()
+    pieces = windows(sequences, masks, backend.max_length, stage.stride)
+    names = [example_ids[i] for i in pieces.examples]
+    check_lengths(stage.checkpoint, backend, tokens, names, pieces.sequences)
+    response, offsets = tables.flatten(table["response_mask"])
+    columns = _measure(stage, tokens.name, backend, names, pieces, worker)
+    layers = backend.attention_layers
+    provenance = {
+        "checkpoint": stage.checkpoint,
+        "layer": layers.get(ATTENTION, stage.layer) if ATTENTION in stage.measured else None,
+        "layers": layers,
+        "dtype": backend.dtype or stage.dtype,
+        "computed_with": backend.remark,
+        joins.RUN: run,
+        joins.TOKENS: joins.measured_fingerprint(tokens, table),
+    }
+    if stage.stride is not None:
+        provenance["in_windows"] = pieces.cut
+    write_scores(out / tokens.name, example_ids, offsets, response.astype(bool), columns, provenance)
 
-    def __init__(self, stage: Score, out: Path, run: str) -> None:
-        self._stage, self._out, self._run = stage, out, run
 
-    def __call__(self, tokens: Path, worker: Worker) -> None:
-        """Write the scores of the shard."""
-        stage = self._stage
-        options = stage.for_backend(self._out.parent, worker.device)
-        stamps = tuple(map(checkpoints.stamp, (stage.checkpoint, *stage.references.values())))
-        backend = _backend(stage.backend, options, stamps)
-        table = tables.read_table(tokens)
-        sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
-        example_ids = table["example_id"].to_pylist()
-        pieces = windows(sequences, masks, backend.max_length, stage.stride)
-        names = [example_ids[i] for i in pieces.examples]
-        check_lengths(stage.checkpoint, backend, tokens, names, pieces.sequences)
-        response, offsets = tables.flatten(table["response_mask"])
-        columns = self._measure(tokens.name, backend, names, pieces, worker)
-        provenance = self._provenance(backend) | {joins.TOKENS: joins.measured_fingerprint(tokens, table)}
-        if stage.stride is not None:
-            provenance["in_windows"] = pieces.cut
-        write_scores(
-            self._out / tokens.name, example_ids, offsets, response.astype(bool), columns, provenance
+def _measure(
+    stage: Score, shard: str, backend: Backend, example_ids: list[str], pieces: Windows, worker: Worker
+) -> dict[str, Column]:
+    """Return each signal over all examples, one after the other: values of its measured tokens only."""
+    sequences, masks = pieces.sequences, pieces.masks
+    named = {name: get_signal(name) for name in stage.measured}
+    counts = np.array([mask.sum() for mask in masks], dtype=np.int64)
+    starts = {
+        name: np.concatenate([[0], np.cumsum(np.maximum(counts - signal.from_second, 0))])
+        for name, signal in named.items()
+    }
+    # One flat array per signal: thousands of small ones would fragment the heap.
+    columns: dict[str, Column] = {
+        name: np.zeros(starts[name][-1], np.dtype(signal.dtype)) for name, signal in named.items()
+    }
+    left = set(range(len(sequences)))
+    for index, signals in backend.measure(sequences, masks):
+        if not named.keys() <= signals.keys():
+            continue
+        for name, column in columns.items():
+            if not np.isfinite(signals[name]).all():
+                raise SstokenError(
+                    f"{stage.checkpoint}: NaN or infinite {name} in {shard}, example {example_ids[index]!r}; the "
+                    f"checkpoint or its dtype ({stage.dtype}) is broken"
+                )
+            column[starts[name][index] : starts[name][index + 1]] = signals[name]
+        left.discard(index)
+        worker.advance(pieces.fresh[index])
+    if left:
+        raise SstokenError(
+            f"backend {stage.backend!r} did not measure {len(left)} of {len(sequences)} examples of {shard} "
+            f"(first: {example_ids[min(left)]!r}); report it to the backend's authors"
         )
-
-    def _measure(
-        self,
-        shard: str,
-        backend: Backend,
-        example_ids: list[str],
-        pieces: Windows,
-        worker: Worker,
-    ) -> dict[str, Column]:
-        """Return each signal over all examples, one after the other: values of its measured tokens only."""
-        stage, sequences, masks = self._stage, pieces.sequences, pieces.masks
-        named = {name: get_signal(name) for name in stage.measured}
-        counts = np.array([mask.sum() for mask in masks], dtype=np.int64)
-        starts = {
-            name: np.concatenate([[0], np.cumsum(np.maximum(counts - signal.from_second, 0))])
-            for name, signal in named.items()
-        }
-        # One flat array per signal: thousands of small ones would fragment the heap.
-        columns: dict[str, Column] = {
-            name: np.zeros(starts[name][-1], np.dtype(signal.dtype)) for name, signal in named.items()
-        }
-        left = set(range(len(sequences)))
-        for index, signals in backend.measure(sequences, masks):
-            if not named.keys() <= signals.keys():
-                continue
-            for name, column in columns.items():
-                if not np.isfinite(signals[name]).all():
-                    raise SstokenError(
-                        f"{stage.checkpoint}: NaN or infinite {name} in {shard}, example {example_ids[index]!r}; the "
-                        f"checkpoint or its dtype ({stage.dtype}) is broken"
-                    )
-                column[starts[name][index] : starts[name][index + 1]] = signals[name]
-            left.discard(index)
-            worker.advance(pieces.fresh[index])
-        if left:
-            raise SstokenError(
-                f"backend {stage.backend!r} did not measure {len(left)} of {len(sequences)} examples of {shard} "
-                f"(first: {example_ids[min(left)]!r}); report it to the backend's authors"
-            )
-        return columns
-
-    def _provenance(self, backend: Backend) -> dict[str, Any]:
-        stage = self._stage
-        layers = backend.attention_layers
-        return {
-            "checkpoint": stage.checkpoint,
-            "layer": layers.get(ATTENTION, stage.layer) if ATTENTION in stage.measured else None,
-            "layers": layers,
-            "dtype": backend.dtype or stage.dtype,
-            "computed_with": backend.remark,
-            joins.RUN: self._run,
-        }
+    return columns

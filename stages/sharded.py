@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -164,7 +165,7 @@ def run_queue(
     done = done or (lambda index, began: None)
     with context.progress(stage.unit, total) as bar, at_a_border() as stopped:
         tasks = (task for share in shares for task in share.tasks(bar, stopped))
-        function = _Timed([share.function for share in shares])
+        function = partial(_timed, [share.function for share in shares])
 
         def end() -> None:
             for share in shares:
@@ -187,17 +188,14 @@ def run_queue(
                 share.save()
 
 
-class _Timed:
-    """Does a task of any stage; returns the stage's index and the seconds it took. Picklable, for worker processes."""
-
-    def __init__(self, functions: Sequence[Callable[[Any, Worker], None]]) -> None:
-        self._functions = functions
-
-    def __call__(self, work: tuple[int, Any], worker: Worker) -> tuple[int, float]:
-        index, given = work
-        start = time.monotonic()
-        self._functions[index](given, worker)
-        return index, time.monotonic() - start
+def _timed(
+    functions: Sequence[Callable[[Any, Worker], None]], work: tuple[int, Any], worker: Worker
+) -> tuple[int, float]:
+    """Do a task of any stage; return the stage's index and the seconds it took."""
+    index, given = work
+    start = time.monotonic()
+    functions[index](given, worker)
+    return index, time.monotonic() - start
 
 
 def time_taken(out: Path) -> dict[str, Any]:

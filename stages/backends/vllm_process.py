@@ -57,11 +57,6 @@ class Engine:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[[subprocess.Popen[bytes], Connection], Engine] | None = None
 
-    @property
-    def process_id(self) -> int | None:
-        """Process id of the engine; None if it is not running."""
-        return None if self._process is None else self._process.pid
-
     def ask(self, request: Request | Prefixes, longest: int) -> Reply:
         """Score sequences, or generate after prefixes.
 
