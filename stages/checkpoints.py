@@ -5,14 +5,12 @@ A reference is a folder in the Hugging Face format, an adapter's folder, or a Hu
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, UsageError, first_line
-from sstoken.stages import folders, storage
+from sstoken.stages import folders, plain_json, storage
 from sstoken.stages.adapter_kinds import check_kind
 from sstoken.stages.hub_models import check_hub_id, hub_adapter, hub_commit, split_revision
 from sstoken.stages.storage import expanded
@@ -84,10 +82,9 @@ def local_folder(ref: str) -> Path | None:
 
 def lasting_reference(ref: str, commit: str | None = None) -> str:
     """Return a reference that is valid in any working directory: an absolute path, a URL, or a Hub id at its commit."""
-    folder = expanded(ref)
     if "://" in ref:
         return ref
-    if folder.is_dir():
+    if (folder := expanded(ref)).is_dir():
         return str(folder.resolve())
     name, revision = split_revision(ref)
     return f"{name}@{commit or revision}" if commit or revision else name
@@ -288,8 +285,7 @@ def stop_tokens(ref: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash a vocabulary: 16 hexadecimal digits, equal for tokenizers that map every id to the same token."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+    return plain_json.digest(sorted(tokenizer.get_vocab().items()))[:16]
 
 
 def own_tokenizer(ref: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":

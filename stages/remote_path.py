@@ -4,9 +4,9 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 
 from sstoken.errors import SstokenError, UsageError
@@ -18,17 +18,6 @@ S3 = ("s3", "s3a")
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid", "mtime", "created")
 """Facts about an object that change with its content, the most reliable first."""
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-
-
-@dataclass(frozen=True)
-class Stat:
-    """What `RemotePath.stat` returns: the fields of `os.stat_result` that callers use."""
-
-    st_size: int
-    st_ino: int
-    """Changes with the content."""
-    st_mtime_ns: int = 0
-    st_ctime_ns: int = 0
 
 
 class RemotePath(PurePosixPath):
@@ -86,11 +75,13 @@ class RemotePath(PurePosixPath):
         info = self.info()
         return info is not None and info["type"] == "directory"
 
-    def stat(self) -> Stat:
+    def stat(self) -> SimpleNamespace:
+        """Return the fields of `os.stat_result` that callers use; `st_ino` changes with the content."""
         info = self.info()
         if info is None:
             raise FileNotFoundError(2, "no such file", str(self))
-        return Stat(int(info["size"] or 0), int(version(info), 16))
+        size = int(info["size"] or 0)
+        return SimpleNamespace(st_size=size, st_ino=int(version(info), 16), st_mtime_ns=0, st_ctime_ns=0)
 
     def read_bytes(self) -> bytes:
         filesystem, key = self.located()

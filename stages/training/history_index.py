@@ -49,19 +49,8 @@ def read_history(folder: Path) -> list[Entry]:
         UsageError: `folder` has no history.
         SstokenError: its index is damaged, or a checkpoint in it is missing.
     """
-    entries = []
-    for entry in read_index(folder):
-        if entry.kind != "reference":
-            place = storage.address(folder) / entry.path
-            if not place.is_dir():
-                raise SstokenError(
-                    f"{storage.address(folder) / INDEX}: names {entry.path}, which is missing; run anchor again"
-                )
-            entry = replace(entry, path=str(place))
-        else:
-            entry = replace(entry, path=_found(storage.address(folder), entry), absolute=None)
-        entries.append(entry)
-    return entries
+    place = storage.address(folder)
+    return [replace(entry, path=_loadable(place, entry), absolute=None) for entry in read_index(folder)]
 
 
 def reference(folder: Path, base: str) -> Entry:
@@ -72,12 +61,17 @@ def reference(folder: Path, base: str) -> Entry:
     return Entry("step-0", relative, 0, 0, None, "reference", absolute=base)
 
 
-def _found(folder: Path, entry: Entry) -> str:
-    """Return the current path of a history's base: moved together with the history, or its original path."""
-    beside = folder.resolve() / entry.path
-    if entry.absolute is not None:
-        return str(beside.resolve()) if beside.is_dir() else entry.absolute
-    return entry.path
+def _loadable(folder: Path, entry: Entry) -> str:
+    """Return the current path of a checkpoint; of a base, the one moved together with the history goes first."""
+    place = folder / entry.path
+    if entry.kind != "reference":
+        if not place.is_dir():
+            raise SstokenError(f"{folder / INDEX}: names {entry.path}, which is missing; run anchor again")
+        return str(place)
+    if entry.absolute is None:
+        return entry.path
+    beside = place.resolve()
+    return str(beside) if beside.is_dir() else entry.absolute
 
 
 def read_index(folder: Path) -> list[Entry]:
