@@ -1,6 +1,6 @@
 """Stage `select`: turn scores into a masked dataset. It needs no model, so a sweep over a parameter takes seconds."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,7 +16,7 @@ from sstoken.methods.presets import expand
 from sstoken.stages import folders, joins, tables
 from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import PROTECTED, merge_stats, notes_on, shard_stats, signal_stats
-from sstoken.stages.selecting.deciding import Decided, Decider, Whole, WholeDataset
+from sstoken.stages.selecting.deciding import Decided, Decider, Whole, with_whole
 from sstoken.stages.selecting.examples import ExampleChoice, choose_examples
 from sstoken.stages.selecting.harm import harm_notes, harm_stats
 from sstoken.stages.selecting.measured import check_measured
@@ -25,9 +25,6 @@ from sstoken.stages.selecting.text import check_protect
 from sstoken.stages.sharded import ShardedStage, Work
 from sstoken.stages.stage import Context, Task, Worker
 from sstoken.version import __version__
-
-OTHER_INPUTS = ("tokens",)
-"""Inputs that are not scores."""
 
 
 class Select(ShardedStage):
@@ -114,9 +111,13 @@ class Select(ShardedStage):
             "scope": "sample" if scope == "token" else scope,
             "lean": self.lean,
         }
-        more: dict[str, Any] = {"params": params, "budget": self.budget, "protect": list(self.protect)}
-        more["examples"] = self.examples and self.examples.model_dump(mode="json")
-        more["pool"] = None if self.pool == "token" else self.pool
+        more = {
+            "params": params,
+            "budget": self.budget,
+            "protect": list(self.protect),
+            "examples": self.examples and self.examples.model_dump(mode="json"),
+            "pool": None if self.pool == "token" else self.pool,
+        }
         return fields | {name: value for name, value in more.items() if value}
 
     def outputs(self, context: Context) -> list[Path]:
@@ -146,7 +147,7 @@ class Select(ShardedStage):
         select_shard = _SelectShard(decider, context.out, self._provenance(context, scores), self.lean)
         tasks = (
             Task(context.out / shard.tokens.name, 1, (shard, whole))
-            for shard, whole in WholeDataset(decider, shards).tasks()
+            for shard, whole in with_whole(decider, shards)
         )
         return Work(select_shard, tasks, len(token_parts))
 
@@ -209,34 +210,35 @@ class Select(ShardedStage):
 
 def _scores(context: Context) -> dict[str, Path]:
     """Return the folders of scores by role."""
-    return {role: folder for role, folder in context.inputs.items() if role not in OTHER_INPUTS}
+    return {role: folder for role, folder in context.inputs.items() if role != "tokens"}
 
 
+@dataclass(frozen=True)
 class _SelectShard:
     """Writes one masked shard. Picklable, for worker processes."""
 
-    def __init__(self, decider: Decider, out: Path, provenance: dict[str, Any], lean: bool) -> None:
-        self._decider, self._out, self._provenance, self._lean = decider, out, provenance, lean
+    decider: Decider
+    out: Path
+    provenance: dict[str, Any]
+    lean: bool
 
     def __call__(self, task: tuple[Shard, Whole], worker: Worker) -> None:
         shard, whole = task
-        path = self._out / shard.tokens.name
         tokens = shard.measured
-        decided = self._decider.decide(shard, whole)
-        table = _masked_table(shard, decided, tables.masked_schema(self._decider.of.weighted, self._lean))
+        decided = self.decider.decide(shard, whole)
+        table = _masked_table(shard, decided, tables.masked_schema(self.decider.of.weighted, self.lean))
         has_response = np.diff(tokens.offsets) > 0
-        stats = shard_stats(tokens, decided.keep, self._provenance["rho"])
+        stats = shard_stats(tokens, decided.keep, self.provenance["rho"])
         if shard.chosen is not None:
             stats["passed_over"] = shard.num_passed_over
             stats["left_out"] -= shard.num_passed_over
-        checks = signal_stats(tokens, decided.keep, self._decider.of.inputs, shard.turns)
+        checks = signal_stats(tokens, decided.keep, self.decider.of.inputs, shard.turns)
         checks |= harm_stats(shard.text, decided.keep, tokens.offsets)
-        if self._decider.protect:
+        if self.decider.protect:
             stats |= {PROTECTED + name: int(mask.sum()) for name, mask in decided.protected.items()}
             stats["protected_added"] = decided.added
-        tables.write_part(
-            path, table.filter(pa.array(has_response)), {**self._provenance, "stats": stats, "checks": checks}
-        )
+        facts = {**self.provenance, "stats": stats, "checks": checks}
+        tables.write_part(self.out / shard.tokens.name, table.filter(pa.array(has_response)), facts)
 
 
 def _masked_table(shard: Shard, decided: Decided, schema: pa.Schema) -> pa.Table:

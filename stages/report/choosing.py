@@ -51,10 +51,8 @@ def signal_values(folder: Path, rows: Sequence[int], signal: str) -> dict[int, l
     folders = open_folders({folder.name: folder})
     found: dict[int, list[float | None]] = {}
     for shard in folders.shards(rows):
-        columns = {**shard.signals}
-        for name, own in (("score", shard.scores[0]), ("weight", shard.weights[0])):
-            if own is not None:
-                columns[name] = own
+        own = {"score": shard.scores[0], "weight": shard.weights[0]}
+        columns = shard.signals | {name: values for name, values in own.items() if values is not None}
         if signal not in columns:
             legal = ", ".join(columns) or "none was recorded"
             raise UsageError(f"signal {signal!r} was not recorded for {folder}; legal: {legal}")

@@ -43,9 +43,13 @@ def compare_masked(masked: Mapping[str, Path], num_examples: int = 5) -> dict[st
     common, left_out = _common_examples(masked)
     counts: dict[str, pl.DataFrame] = {}
     kept, num_tokens = [0] * len(names), 0
-    classes = _class_by_id(masked[names[0]] / "tokenizer")
+    by_id = [ALL_CLASSES[i] for i in TokenClasses(masked[names[0]] / "tokenizer").classes]
+    classes = pl.DataFrame({"input_ids": np.arange(len(by_id), dtype=np.int32), "class": by_id})
+    place, length = pl.int_range(pl.len()).over("example_id"), pl.len().over("example_id")
     for tokens in _aligned(masked, common):
-        frame = _describe(tokens, classes)
+        frame = tokens.with_columns(tenth=place * NUM_TENTHS // length).join(
+            classes, on="input_ids", how="left"
+        )
         num_tokens += frame.height
         kept = [total + int(frame[_mask(i)].sum()) for i, total in enumerate(kept)]
         for key in ("tenth", "class", "example_id"):
@@ -151,36 +155,17 @@ def _aligned(masked: Mapping[str, Path], common: Mapping[str, int]) -> Iterator[
         yield pl.concat([first, *(f.select(_mask(i)) for i, f in enumerate(frames))], how="horizontal")
 
 
-def _describe(tokens: "pl.DataFrame", classes: "pl.DataFrame") -> "pl.DataFrame":
-    """Add each token's tenth of its response, and its class."""
-    import polars as pl
-
-    place = pl.int_range(pl.len()).over("example_id")
-    tenth = (place * NUM_TENTHS // pl.len().over("example_id")).alias("tenth")
-    return tokens.with_columns(tenth).join(classes, on="input_ids", how="left")
-
-
-def _class_by_id(folder: Path) -> "pl.DataFrame":
-    import polars as pl
-
-    classes = TokenClasses(folder).classes
-    names = [ALL_CLASSES[i] for i in classes]
-    return pl.DataFrame({"input_ids": np.arange(classes.size, dtype=np.int32), "class": names})
-
-
 def _add(before: "pl.DataFrame | None", frame: "pl.DataFrame", num_masks: int, key: str) -> "pl.DataFrame":
     """Count by `key` the tokens that both or only one of each two masks keep; add the counts of earlier shards."""
     import polars as pl
 
-    sums = [pl.len().alias("n")]
+    sums = {"n": pl.len()}
     for i, j in combinations(range(num_masks), 2):
         a, b = pl.col(_mask(i)), pl.col(_mask(j))
-        sums += [
-            (a & b).sum().alias(f"both-{i}-{j}"),
-            (a & ~b).sum().alias(f"first-{i}-{j}"),
-            (~a & b).sum().alias(f"second-{i}-{j}"),
-        ]
-    found = frame.group_by(key, maintain_order=True).agg(sums)
+        sums[f"both-{i}-{j}"] = (a & b).sum()
+        sums[f"first-{i}-{j}"] = (a & ~b).sum()
+        sums[f"second-{i}-{j}"] = (~a & b).sum()
+    found = frame.group_by(key, maintain_order=True).agg(**sums)
     if before is None:
         return found
     return pl.concat([before, found]).group_by(key, maintain_order=True).sum()

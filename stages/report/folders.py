@@ -31,7 +31,6 @@ class SignalFacts:
     signed: bool
     """Whether zero is the middle of its scale."""
     checkpoint: str | None = None
-    signal: str | None = None
 
 
 @dataclass
@@ -56,38 +55,23 @@ class Folders:
 
     def signals(self) -> list[SignalFacts]:
         """Return every signal that a shard may have, the folder's own first."""
-        own = self.first.facts
         found = []
         if self.first.kind == "masked" and "rel" in self.first.columns:
-            found = [
-                SignalFacts(
-                    "rel",
-                    "REL",
-                    "nats",
-                    "history loss minus current loss: how much the loss has fallen",
-                    True,
-                ),
-                SignalFacts(
-                    "attention",
-                    f"prompt attention (layer {own['layer']})"
-                    if own.get("layer") is not None
-                    else "prompt attention",
-                    "share",
-                    "share of the token's attention that goes to the prompt",
-                    False,
-                ),
+            layer = self.first.facts.get("layer")
+            label = "prompt attention" if layer is None else f"prompt attention (layer {layer})"
+            fallen = "history loss minus current loss: how much the loss has fallen"
+            to_prompt = "share of the token's attention that goes to the prompt"
+            found += [
+                SignalFacts("rel", "REL", "nats", fallen, signed=True),
+                SignalFacts("attention", label, "share", to_prompt, signed=False),
             ]
         for checkpoint, folder in self.scores.items():
             for name in tables.columns(tables.parts(folder)[0]):
                 if is_signal(name):
-                    signal = get_signal(name)
+                    s = get_signal(name)
                     label = "prompt attention" if name == "attention" else name.replace("_", " ")
-                    found.append(
-                        SignalFacts(
-                            f"{checkpoint}.{name}", f"{label}, {checkpoint}", signal.unit, signal.meaning,
-                            signal.low < 0 < signal.high, checkpoint, name,
-                        )
-                    )  # fmt: skip
+                    key, label, signed = f"{checkpoint}.{name}", f"{label}, {checkpoint}", s.low < 0 < s.high
+                    found.append(SignalFacts(key, label, s.unit, s.meaning, signed, checkpoint))
         return found
 
     def shards(self, wanted: Sequence[int] | None = None) -> Iterator[Shard]:
@@ -114,15 +98,14 @@ def open_folders(named: Mapping[str, Path], scores: Sequence[Path] = ()) -> Fold
     """
     opened = [_open(name, path) for name, path in named.items()]
     first = opened[0]
-    if len(opened) > 1:
-        wrong = next((each for each in opened if each.kind != "masked"), None)
-        if wrong is not None:
-            raise UsageError(f"{wrong.path}: a tokens folder; only masked folders can be shown side by side")
-        for each in opened[1:]:
-            if each.fingerprint != first.fingerprint:
-                raise SstokenError(
-                    f"{each.path}: made from other tokens than {first.path}; compare selections of the same tokens"
-                )
+    for each in opened if len(opened) > 1 else ():
+        if each.kind != "masked":
+            raise UsageError(f"{each.path}: a tokens folder; only masked folders can be shown side by side")
+    for each in opened[1:]:
+        if each.fingerprint != first.fingerprint:
+            raise SstokenError(
+                f"{each.path}: made from other tokens than {first.path}; compare selections of the same tokens"
+            )
     folders = Folders(opened)
     if first.lean and first.kind == "masked":
         folders.notes.append(

@@ -87,11 +87,7 @@ def read_shard(
         [_values(table, "score", ids.size)],
         [_values(table, "weight", ids.size)],
         [np.ones(len(table), dtype=bool)],
-        {
-            name: values
-            for name in _OWN
-            if first.kind == "masked" and (values := _values(table, name, ids.size)) is not None
-        },
+        _present(table, _OWN if first.kind == "masked" else (), ids.size),
     )
     for other in others:
         _add_other(shard, other, part.name)
@@ -115,15 +111,11 @@ def _add_other(shard: Shard, other: OpenedFolder, name: str) -> None:
         places = [rows.get(example, -1) for example in shard.example_ids]
         kept = _flags(table, "keep_mask")
         assert kept is not None
-        columns = {
-            n: values
-            for n in ("score", "weight")
-            if n in names and (values := _values(table, n, kept.size)) is not None
-        }
         source, target = _aligned(shard, places, offsets, f"{part}: its examples differ; select it again")
         keep[target] = kept[source]
         has[:] = np.array(places) >= 0
-        columns = {n: _scattered(values, source, target, size) for n, values in columns.items()}
+        for column, values in _present(table, ("score", "weight"), kept.size).items():
+            columns[column] = _scattered(values, source, target, size)
     shard.keeps.append(keep)
     shard.has.append(has)
     shard.scores.append(columns.get("score"))
@@ -183,6 +175,12 @@ def _scattered(values: Float32Array, source: IntArray, target: IntArray, size: i
 
 def _flags(table: pa.Table, name: str) -> BoolArray | None:
     return tables.flatten(table[name])[0].astype(bool) if name in table.column_names else None
+
+
+def _present(table: pa.Table, names: Sequence[str], size: int) -> dict[str, Float32Array]:
+    """Return those of the named columns of numbers that are there and have a value."""
+    found = {name: _values(table, name, size) for name in names}
+    return {name: values for name, values in found.items() if values is not None}
 
 
 def _values(table: pa.Table, name: str, size: int) -> Float32Array | None:

@@ -226,24 +226,16 @@ def read_examples(masked: Path, row: int, num_examples: int = 1) -> list[MaskedE
     if not (masked / "manifest.json").is_file():
         if parts:
             raise SstokenError(f"{masked}: unfinished (no manifest.json); run its select again")
-        why = (
-            "not a masked dataset"
-            if masked.is_dir()
-            else "is a file"
-            if masked.exists()
-            else "no such folder"
-        )
-        name = (
-            f"one in it: {', '.join(inside)}" if (inside := finished_inside(masked)) else "what select wrote"
-        )
-        raise UsageError(f"{masked}: {why}; name {name}")
+        why = "is a file" if masked.exists() else "no such folder"
+        why = "not a masked dataset" if masked.is_dir() else why
+        inside = ", ".join(finished_inside(masked))
+        raise UsageError(f"{masked}: {why}; name {f'one in it: {inside}' if inside else 'what select wrote'}")
     footers = [_footer(part) for part in parts]
     total = sum(footer.num_rows for footer in footers)
     if not 0 <= row < total:
         legal = f"legal are 0 to {total - 1}" if total else "the dataset is empty"
         raise UsageError(f"row {row} is not in {masked}: {legal}")
-    examples: list[MaskedExample] = []
-    first = 0
+    examples, first = [], 0
     for part, footer in zip(parts, footers, strict=True):
         for group in range(footer.num_row_groups):
             after = first + footer.row_group(group).num_rows
@@ -269,14 +261,13 @@ def _read_rows(part: Path, group: int, local: Iterable[int], first: int) -> list
     """Read rows of one row group, whose first row is row `first` of the folder."""
     provenance = tables.read_metadata(part)
     table = tables.read_row_group(part, group, _ROW_COLUMNS)
-    rows = ((i, table.slice(i, 1).to_pylist()[0]) for i in local)
-    return [
-        MaskedExample(
-            first + i, r["example_id"], r["input_ids"], r.get("response_mask"),
-            r.get("keep_mask", r.get("response_mask")), r.get("score") or [None] * len(r["input_ids"]), provenance,
-        )
-        for i, r in rows
-    ]  # fmt: skip
+    found = []
+    for i in local:
+        (row,) = table.slice(i, 1).to_pylist()
+        ids, response = row["input_ids"], row.get("response_mask")
+        keep, scores = row.get("keep_mask", response), row.get("score") or [None] * len(ids)
+        found.append(MaskedExample(first + i, row["example_id"], ids, response, keep, scores, provenance))
+    return found
 
 
 def ranks(scores: Sequence[float | None]) -> list[float]:

@@ -82,6 +82,11 @@ class Decider:
             raise SstokenError(f"method {self.method!r} gave a score that is not finite; it cannot be ranked")
         return scores
 
+    def values(self, statistic: Statistic, shard: Shard) -> Float64Array:
+        """Return what a statistic of the method is computed from."""
+        with _running(self.method):
+            return np.asarray(statistic.values(shard.measured, self.params), dtype=np.float64)
+
     def quotas(self, num_tokens: int) -> list[int]:
         """Return the ranks in the whole dataset at which the outcome changes."""
         assert isinstance(self.of.policy, Top)
@@ -143,65 +148,52 @@ def _span_mean(values: Float64Array, spans: IntArray) -> Float64Array:
     return means[span]
 
 
-def _values(decider: Decider, statistic: Statistic, shard: Shard) -> Float64Array:
-    with _running(decider.method):
-        return np.asarray(statistic.values(shard.measured, decider.params), dtype=np.float64)
+def with_whole(decider: Decider, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Whole]]:
+    """Yield each shard with what it needs to know of the whole dataset.
+
+    Each is a copy that has read nothing yet, so that dropping it frees what it reads.
+    """
+    statistics = {}
+    for name, statistic in decider.of.statistics.items():
+        stream = _stream(shards, partial(decider.values, statistic))
+        if statistic.quantile is not None:
+            statistics[name] = global_quantile(stream, statistic.quantile(decider.params))
+        else:
+            sums = [(float(values.sum()), values.size) for values in stream()]
+            statistics[name] = sum(s for s, _ in sums) / max(1, sum(n for _, n in sums))
+    whole = Whole(statistics)
+    if decider.scope != "global" or not decider.of.policy.ranks:
+        for shard in shards:
+            yield replace(shard), whole
+        return
+    stream = _stream(shards, lambda shard: decider.scores(shard, whole))
+    total = sum(scores.size for scores in stream())
+    cuts = tuple(global_cuts(stream, decider.quotas(total) if total else ()))
+    ties = [0] * len(cuts)
+    for shard, scores in zip(shards, stream(), strict=True):
+        yield replace(shard), replace(whole, cuts=cuts, ties=tuple(ties))
+        ties = [keep_above(scores, cut, before)[1] for cut, before in zip(cuts, ties, strict=True)]
 
 
-@dataclass(frozen=True)
-class WholeDataset:
-    """All shards, for what must be known of all of them before deciding about one."""
+def _stream(
+    shards: Sequence[Shard], values: Callable[[Shard], Float64Array]
+) -> Callable[[], Iterator[Float64Array]]:
+    """Return a function that yields the values of all shards each time it is called."""
+    held: list[Float64Array] = []
 
-    decider: Decider
-    shards: Sequence[Shard]
-
-    def tasks(self) -> Iterator[tuple[Shard, Whole]]:
-        """Yield each shard with what it needs to know of the whole dataset.
-
-        Each is a copy that has read nothing yet, so that dropping it frees what it reads.
-        """
-        method, params = self.decider.of, self.decider.params
-        statistics = {}
-        for name, statistic in method.statistics.items():
-            stream = self._stream(partial(_values, self.decider, statistic))
-            if statistic.quantile is not None:
-                statistics[name] = global_quantile(stream, statistic.quantile(params))
-            else:
-                sums = [(float(values.sum()), values.size) for values in stream()]
-                statistics[name] = sum(s for s, _ in sums) / max(1, sum(n for _, n in sums))
-        whole = Whole(statistics)
-        if self.decider.scope != "global" or not method.policy.ranks:
-            for shard in self.shards:
-                yield replace(shard), whole
+    def stream() -> Iterator[Float64Array]:
+        if held:
+            yield from held
             return
-        stream = self._stream(lambda shard: self.decider.scores(shard, whole))
-        total = sum(scores.size for scores in stream())
-        cuts = tuple(global_cuts(stream, self.decider.quotas(total) if total else ()))
-        ties = [0] * len(cuts)
-        for shard, scores in zip(self.shards, stream(), strict=True):
-            yield replace(shard), replace(whole, cuts=cuts, ties=tuple(ties))
-            ties = [keep_above(scores, cut, before)[1] for cut, before in zip(cuts, ties, strict=True)]
+        kept: list[Float64Array] | None = []
+        for shard in shards:
+            chunk = values(replace(shard))
+            yield chunk
+            if kept is not None:
+                kept.append(chunk)
+                # Values that will be too many are not held meanwhile, either, if further shards are like these.
+                expected = sum(c.size for c in kept) / len(kept) * len(shards)
+                kept = kept if expected <= HELD else None
+        held.extend(kept or ())
 
-    def _stream(self, values: Callable[[Shard], Float64Array]) -> Callable[[], Iterator[Float64Array]]:
-        """Return a function that yields the values of all shards each time it is called."""
-        held: list[Float64Array] = []
-
-        def made() -> Iterator[Float64Array]:
-            for shard in self.shards:
-                yield np.asarray(values(replace(shard)), dtype=np.float64)
-
-        def stream() -> Iterator[Float64Array]:
-            if held:
-                yield from held
-                return
-            kept: list[Float64Array] | None = []
-            for chunk in made():
-                yield chunk
-                if kept is not None:
-                    kept.append(chunk)
-                    # Of shards like those so far: what is too much for all of them is not held meanwhile, either.
-                    expected = sum(c.size for c in kept) / len(kept) * len(self.shards)
-                    kept = kept if expected <= HELD else None
-            held.extend(kept or ())
-
-        return stream
+    return stream
