@@ -27,7 +27,6 @@ from sstoken.stages.encoding.messages import (
     PassedOver,
     TrainedTurns,
 )
-from sstoken.stages.encoding.preference import wanted
 from sstoken.stages.encoding.ranges import cut
 from sstoken.stages.encoding.shards import (
     BAD_ROWS,
@@ -38,7 +37,6 @@ from sstoken.stages.encoding.shards import (
     save_tokenizer,
     stopped,
 )
-from sstoken.stages.encoding.sources import Row
 from sstoken.stages.encoding.templates import read_template, template_file
 from sstoken.stages.encoding.token_stats import Stats, merge, metrics, no_stats
 from sstoken.stages.sharded import ShardedStage, Work
@@ -162,9 +160,6 @@ class Encode(ShardedStage):
     def _template(self) -> str | None:
         return None if self.chat_template is None else read_template(self.chat_template)
 
-    def _rows(self) -> Iterator[Row]:
-        return islice(sources.open_rows(self.data, self.split), self.limit)
-
     def _layout(self) -> Layout:
         """Return the dataset's layout, detected on its first row that parses.
 
@@ -173,12 +168,12 @@ class Encode(ShardedStage):
         """
         layout: Layout | None = None
         bad: Counter[str] = Counter()
-        for row in self._rows():
+        for row in islice(sources.open_rows(self.data, self.split), self.limit):
             try:
-                if row.problem is not None:
-                    raise BadRow(*row.problem)
-                layout = layout or self._layout_of(row.value)
-                to_conversation(row.value, layout, self.max_chars)
+                layout = layout or detect_layout(
+                    row.checked(), self.format, self.columns, frozenset(self.ignore_columns), self.preference
+                )
+                to_conversation(row.checked(), layout, self.max_chars)
                 return layout
             except (NeedsDecision, NoLayout) as error:
                 raise SstokenError(f"{row.where}: {error}") from error
@@ -191,11 +186,6 @@ class Encode(ShardedStage):
         if layout:
             return layout
         raise SstokenError(f"{sources.shown(self.data)}: no row can be used ({_why({'bad_rows': bad})})")
-
-    def _layout_of(self, row: Any) -> Layout:
-        ignored = frozenset(self.ignore_columns)
-        seen, _ = wanted(row, ignored, take=self.preference == "take")
-        return detect_layout(seen, self.format, self.columns, ignored, self.preference)
 
     def _tasks(self, out: Path) -> Iterator[Task[Shard]]:
         for index, ranges in enumerate(cut(self.data, self.split, self.shard_rows, self.limit)):

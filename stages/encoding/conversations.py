@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sstoken.stages.encoding.content_parts import read_content
-from sstoken.stages.encoding.json_values import json_or_text
+from sstoken.stages.encoding.json_values import json_or_text, says_something
 from sstoken.stages.encoding.layouts import REQUIRED, Beside, Layout
 from sstoken.stages.encoding.marks import PROMPTS_TOO, list_marks, row_mark
 from sstoken.stages.encoding.messages import MAX_CHARS, BadRow, Conversation, check_messages, check_text
 from sstoken.stages.encoding.preference import wanted
 from sstoken.stages.encoding.tool_calls import read_tools
 from sstoken.stages.encoding.turns import Turns, read_turns
-from sstoken.stages.encoding.unused_text import check_unused, says_something
+from sstoken.stages.encoding.unused_text import check_unused
 
 UNTRAINED = "answers left out of the response by a mark"
 PROMPT_MARKED = "prompt turns marked to be trained on (answers alone are)"

@@ -1,9 +1,9 @@
-"""Lossless JSON: integers of any size, and duplicate keys are errors."""
+"""JSON values. Parsing is lossless: integers of any size, and duplicate keys are errors."""
 
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sstoken.stages.encoding.messages import BadRow
@@ -11,6 +11,7 @@ from sstoken.stages.encoding.messages import BadRow
 MAX_ELEMENT = 256 << 20
 """The longest array element accepted, in characters; a longer one is an error rather than out of memory."""
 _CHUNK = 1 << 20
+_NOTHING = frozenset(("", "[]", "{}", "none", "null", "nan", "n/a", "na", "<noinput>", "nooutput"))
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -44,6 +45,15 @@ def json_or_text(value: Any, opening: str = "[") -> Any:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def says_something(value: Any) -> bool:
+    """Return whether a value is not empty, in any of the usual spellings of empty."""
+    if isinstance(value, str):
+        return value.strip().lower() not in _NOTHING
+    if isinstance(value, Mapping | list | tuple):
+        return any(says_something(v) for v in (value.values() if isinstance(value, Mapping) else value))
+    return value is not None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.encoding.column_names import is_media
 from sstoken.stages.encoding.marks import PROMPTS_TOO, ROW_MARKS
+from sstoken.stages.encoding.preference import wanted
 
 Format = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "qa"]
 Preference = Literal["stop", "take"]
@@ -110,7 +111,7 @@ def check_columns(format: str, columns: Mapping[str, str]) -> None:
 
 
 def detect_layout(
-    row: Mapping[str, Any],
+    row: Any,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     ignored: frozenset[str] = frozenset(),
@@ -123,9 +124,10 @@ def detect_layout(
 
     Raises:
         NoLayout: no known layout has these columns, or `format` needs a column that is missing.
+        BadRow: as `wanted`.
     """
     given = columns or {}
-    row = {name: value for name, value in row.items() if name not in ignored}
+    row, _ = wanted(row, ignored, take=preference == "take")
     for name in _formats(format):
         resolved = {role: _column(row, role, given) for role in REQUIRED[name] + OPTIONAL[name]}
         if all(resolved[role] in row for role in REQUIRED[name]):

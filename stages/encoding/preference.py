@@ -6,9 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from sstoken.stages.encoding.column_names import kind_of_name
-from sstoken.stages.encoding.json_values import json_or_text
+from sstoken.stages.encoding.json_values import json_or_text, says_something
 from sstoken.stages.encoding.messages import BadRow, NeedsDecision, PassedOver
-from sstoken.stages.encoding.unused_text import says_something
 
 PREFERENCE = "preference row"
 """Why a row is bad: it has a wanted and an unwanted answer, or a verdict on its answer."""

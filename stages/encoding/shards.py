@@ -17,10 +17,10 @@ from sstoken.stages.encoding.chat import ChatEncoder, EncoderOptions, load_encod
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout
 from sstoken.stages.encoding.limits import time_limited
-from sstoken.stages.encoding.messages import MAX_CHARS, BadRow, Conversation, PassedOver, check_text
+from sstoken.stages.encoding.messages import BadRow, Conversation, PassedOver, check_text
 from sstoken.stages.encoding.ranges import RowRange
 from sstoken.stages.encoding.sources import Row
-from sstoken.stages.encoding.token_stats import Stats, no_stats
+from sstoken.stages.encoding.token_stats import COUNTED, Stats, no_stats
 from sstoken.stages.stage import Worker
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.tables import TOKENS, part_name, read_metadata, write_part
@@ -70,32 +70,33 @@ def encode_shard(settings: EncodingSettings, shard: Shard, worker: Worker) -> No
     encoder = settings.encoder()
     columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
     stats: Stats = no_stats() | {"rows": sum(rows.num_rows for rows in shard.ranges)}
+    counted = {name: Counter[str]() for name in COUNTED}
     bad: list[dict[str, Any]] = []
-    unused, notes, passed_over = Counter[str](), Counter[str](), Counter[str]()
     first: dict[str, Any] = {}
     with time_limited(str(path)) as start:
         for row in chain.from_iterable(rows.rows() for rows in shard.ranges):
             worker.advance(1)
             try:
-                conversation = read_row(row, settings.layout, settings.max_chars)
+                conversation = to_conversation(row.checked(), settings.layout, settings.max_chars)
                 start(row.where)
                 examples = encoder.encode(conversation)
                 example_id = _example_id(row)
             except PassedOver as reason:
-                passed_over[reason.reason] += 1
+                counted["passed_over"][reason.reason] += 1
                 continue
             except BadRow as error:
                 if not settings.skip:
                     raise stopped(row, error) from error
+                counted["bad_rows"][error.reason] += 1
                 bad.append(
                     {"file": row.file, "row": row.index, "reason": error.reason, "detail": error.detail}
                 )
                 continue
             first = first or _described(row, conversation, settings.layout, encoder)
-            unused.update(conversation.unused)
-            notes.update(row.notes + conversation.notes)
-            notes.update(note for encoded in examples for note in encoded.notes)
+            counted["unused"].update(conversation.unused)
+            counted["notes"].update(row.notes + conversation.notes)
             for encoded in examples:
+                counted["notes"].update(encoded.notes)
                 if not encoded.input_ids:
                     stats["dropped"] += 1
                     continue
@@ -108,8 +109,7 @@ def encode_shard(settings: EncodingSettings, shard: Shard, worker: Worker) -> No
     lengths = Counter(map(len, columns["input_ids"]))
     stats |= {"examples": lengths.total(), "tokens": sum(n * k for n, k in lengths.items())}
     stats["lengths"] = {str(n): lengths[n] for n in sorted(lengths)}
-    stats["bad_rows"] = dict(Counter(b["reason"] for b in bad))
-    stats |= {"unused": dict(unused), "notes": dict(notes), "passed_over": dict(passed_over)}
+    stats |= {name: dict(counts) for name, counts in counted.items()}
     about: dict[str, Any] = {"stats": stats, "first_row": first}
     if bad:
         lines = settings.out / BAD_ROWS / path.with_suffix(".jsonl").name
@@ -129,27 +129,15 @@ def keeps_bad_rows(path: Path) -> bool:
     return digest is None or (lines.is_file() and folders.sha256(lines) == digest)
 
 
-def read_row(row: Row, layout: Layout, max_chars: int = MAX_CHARS) -> Conversation:
-    """Parse one raw row.
-
-    Raises:
-        BadRow: it cannot be used.
-    """
-    if row.problem is not None:
-        raise BadRow(*row.problem)
-    return to_conversation(row.value, layout, max_chars)
-
-
 def _described(row: Row, conversation: Conversation, layout: Layout, encoder: ChatEncoder) -> dict[str, Any]:
     """Describe how a row was read: its layout, and what the chat template adds."""
-    columns = [[role, name] for role, name in layout.columns.items() if name in row.value]
     try:
         added = encoder.added_text(conversation)
     except BadRow:  # with --turns each, single turns can still be rendered
         added = ""
     return {
         "layout": layout.format,
-        "columns": columns,
+        "columns": [[role, name] for role, name in layout.columns.items() if name in row.value],
         "template": encoder.template_origin,
         "template_adds": added,
     }

@@ -2,7 +2,8 @@
 
 `data` may name a JSONL, JSON, Parquet or CSV file (local or at any fsspec URL such as `s3://`, compressed or not), a
 pattern of such files, a folder written by `datasets.save_to_disk`, or a dataset on the Hub as `user/name`,
-`user/name@revision` or `user/name:config@revision`.
+`user/name@revision` or `user/name:config@revision`. `split` names a split of a Hub dataset (default `train`) or of a
+saved DatasetDict.
 """
 
 import re
@@ -19,6 +20,7 @@ from sstoken.stages import plain_json
 from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
 from sstoken.stages.encoding.arrow_rows import Converted, rows_of
+from sstoken.stages.encoding.messages import BadRow
 from sstoken.stages.hub_models import REMEDY
 from sstoken.stages.remote_path import options
 from sstoken.stages.storage import expanded
@@ -42,6 +44,16 @@ class Row:
     """For a row that does not parse: a short stable reason, and the detail."""
     notes: tuple[str, ...] = ()
     """What reading it changed; short and stable, for counting."""
+
+    def checked(self) -> Any:
+        """Return the value.
+
+        Raises:
+            BadRow: it does not parse.
+        """
+        if self.problem is not None:
+            raise BadRow(*self.problem)
+        return self.value
 
     def parsed(self) -> "Row":
         """Return the row with its value parsed, if that is still a line of JSON."""
@@ -84,16 +96,11 @@ class Hub:
 
 
 def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
-    """Stream the rows of `data` in order.
-
-    Args:
-        data: see the top of this module.
-        split: split of a Hub dataset (default `train`) or of a saved DatasetDict.
+    """Stream the rows of `data` in order. A line that does not parse is a row with a `problem`.
 
     Raises:
         UsageError: as `locate`.
-        SstokenError: an empty source, a damaged file, or a Hub that does not answer. A JSONL line that does not
-            parse is no error here: it is yielded as a row with a `problem`.
+        SstokenError: an empty source, a damaged file, or a Hub that does not answer.
     """
     source = locate(data, split)
     rows: Iterator[Row]

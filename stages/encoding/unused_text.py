@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sstoken.stages.encoding.column_names import kind_of_name, likely_roles
-from sstoken.stages.encoding.json_values import json_or_text
+from sstoken.stages.encoding.json_values import json_or_text, says_something
 from sstoken.stages.encoding.layouts import OPTIONAL, Layout
 from sstoken.stages.encoding.messages import Message, NeedsDecision
 
@@ -13,7 +13,6 @@ UNUSED_TEXT = "unused text"
 """Why a row is bad: it has text that is in no message."""
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 """TRL's column of extra template arguments, such as instructions. It is not passed on."""
-_NOTHING = frozenset(("", "[]", "{}", "none", "null", "nan", "n/a", "na", "<noinput>", "nooutput"))
 _RENDERED = (
     "text",
     "formatted",
@@ -28,15 +27,6 @@ _RENDERED = (
 _ENOUGH_WORDS = 5
 _ENOUGH_SIGNS = 12
 _CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
-
-
-def says_something(value: Any) -> bool:
-    """Return whether a value is not empty, in any of the usual spellings of empty."""
-    if isinstance(value, str):
-        return value.strip().lower() not in _NOTHING
-    if isinstance(value, Mapping | list | tuple):
-        return any(says_something(v) for v in (value.values() if isinstance(value, Mapping) else value))
-    return value is not None
 
 
 def check_unused(

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import Layout, NoLayout, Preference, detect_layout
 from sstoken.stages.encoding.limits import time_limited
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, NeedsDecision, PassedOver
-from sstoken.stages.encoding.preference import wanted
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
 FAMILY = Family("conversations and the chat template", "raw")
@@ -187,9 +186,8 @@ def encoded(
                 if row.problem is not None:
                     raise BadRow("broken row", row.problem)
                 if layout is None:
-                    seen, _ = wanted(row.values, ignored, take=reading.preference == "take")
                     layout = detect_layout(
-                        seen, reading.format, dict(reading.columns), ignored, reading.preference
+                        row.values, reading.format, dict(reading.columns), ignored, reading.preference
                     )
                 conversation = to_conversation(row.values, layout)
                 start(row.where)
@@ -217,8 +215,9 @@ def encoded(
 
 def _layout_anyway(row: Row, reading: Reading) -> Layout | None:
     try:
-        seen, _ = wanted(row.values, frozenset(reading.ignore_columns), take=True)
-        return detect_layout(seen, reading.format, dict(reading.columns), frozenset(reading.ignore_columns))
+        ignored = frozenset(reading.ignore_columns)
+        layout = detect_layout(row.values, reading.format, dict(reading.columns), ignored, "take")
+        return replace(layout, preference="stop")
     except SstokenError:
         return None
 

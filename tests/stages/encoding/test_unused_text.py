@@ -8,7 +8,6 @@ from sstoken.errors import SstokenError
 from sstoken.stages.encoding.conversations import EARLIER, WANTED, to_conversation
 from sstoken.stages.encoding.layouts import detect_layout
 from sstoken.stages.encoding.messages import BadRow, NeedsDecision, PassedOver
-from sstoken.stages.encoding.preference import wanted
 
 PAIR = [{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "Ada did."}]
 SHAREGPT = [{"from": "human", "value": "Who wrote it?"}, {"from": "gpt", "value": "Ada did."}]
@@ -19,8 +18,7 @@ CHINESE = "\u8fd9\u4efd\u62a5\u544a\u662f\u7531\u827e\u8fbe\u4e8e1843\u5e74\u519
 
 def convert(row, ignored=(), preference="stop", columns=None):
     ignored = frozenset(ignored)
-    seen, _ = wanted(row, ignored, take=preference == "take")
-    return to_conversation(row, detect_layout(seen, "auto", columns, ignored, preference))
+    return to_conversation(row, detect_layout(row, "auto", columns, ignored, preference))
 
 
 def texts(row, **options):
