@@ -78,6 +78,12 @@ class File:
         """Open it for reading bytes."""
         return remote(lambda path: self.filesystem.open(path, "rb"), self.path, self.name)
 
+    def identity(self, digest: Callable[[Path], str]) -> str:
+        """Return the hash of a local file, or the checksum of a remote one."""
+        if is_local(self.filesystem):
+            return digest(Path(self.path))
+        return str(remote(self.filesystem.checksum, self.path, self.name))
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -113,10 +119,9 @@ def open_rows(data: str, split: str | None = None) -> Iterator[Row]:
 
 def some(items: Iterator[T], data: str) -> Iterator[T]:
     """Yield the items; refuse `data` if there are none."""
-    try:
-        first = next(items)
-    except StopIteration:
-        raise SstokenError(f"{shown(data)}: no rows in it; name data that has some") from None
+    first = next(items, None)
+    if first is None:
+        raise SstokenError(f"{shown(data)}: no rows in it; name data that has some")
     yield first
     yield from items
 
@@ -132,13 +137,7 @@ def data_identity(data: str, split: str | None, digest: Callable[[Path], str]) -
         }
     if isinstance(source, Hub):
         return {"hub": source.name, "config": source.config, "commit": _hub_commit(source)}
-    keys = {
-        file.label: digest(Path(file.path))
-        if is_local(file.filesystem)
-        else str(remote(file.filesystem.checksum, file.path, file.name))
-        for file in source
-    }
-    return {"files": keys}
+    return {"files": {file.label: file.identity(digest) for file in source}}
 
 
 def shown(data: str) -> str:
@@ -277,11 +276,10 @@ def file_rows(file: File, *, parse: bool) -> Iterator[Row]:
 
 
 def _dataset_rows(source: Saved | Hub, split: str | None) -> Iterator[Row]:
-    if isinstance(source, Hub):
-        from huggingface_hub import constants
+    from huggingface_hub import constants
 
-        if not constants.HF_HUB_OFFLINE:
-            _hub_commit(source)  # asks once, where `datasets` would ask again and again
+    if isinstance(source, Hub) and not constants.HF_HUB_OFFLINE:
+        _hub_commit(source)  # asks once, where `datasets` would ask again and again
     with naming_dataset(source) as (name, label):
         parsed = chain.from_iterable(map(rows_of, dataset_tables(source, split)))
         yield from numbered(parsed, name, label)
