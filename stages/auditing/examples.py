@@ -77,7 +77,7 @@ class Example:
         """Start and stop of each stretch of `learned`."""
         return stretches(self.learned)
 
-    def end(self, turn: Turn, closers: Set[int], is_control: BoolArray) -> int:
+    def end(self, turn: Turn, closers: Set[int], vocabulary: Vocabulary) -> int:
         """Return where a turn stops, including an end token that is the header of the next turn (as in GLM-4).
 
         Trained copies of that token belong to the turn too.
@@ -86,7 +86,7 @@ class Example:
         if turn.role != "assistant" or turn.stop >= len(ids):
             return turn.stop
         following = int(ids[turn.stop])
-        if not 0 <= following < len(is_control) or not is_control[following]:
+        if not vocabulary.is_control(ids[turn.stop]):
             return turn.stop
         if following in closers:
             others = np.flatnonzero((ids[turn.stop + 1 :] != following) | ~self.learned[turn.stop + 1 :])
@@ -188,8 +188,7 @@ def find_padding(ids: IntArray, trained: BoolArray, vocabulary: Vocabulary, shap
 
 def _is_ended(ids: IntArray, vocabulary: Vocabulary, shape: Shape) -> bool:
     """Return whether the tokens end with an answer's end token; False without a chat template."""
-    inside = ids[(ids >= 0) & (ids < vocabulary.size)][-4:]
-    words = inside[~vocabulary.is_blank[inside]]
+    words = ids[-4:][~vocabulary.is_blank(ids[-4:])]
     return shape.known and bool(words.size) and int(words[-1]) in (shape.last_closers or shape.closers)
 
 

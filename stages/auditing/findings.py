@@ -173,8 +173,10 @@ class Audit:
         """Return whether the current row has a finding of this kind; False for all rows before it."""
         return self._last.get(kind.name) == row
 
-    def report(self, kind: Kind, example: Example, focus: tuple[int, int] = (0, 0), detail: str = "") -> None:
-        """Count a row; `focus` is the span of tokens concerned, relative to the example."""
+    def report(
+        self, kind: Kind, example: Example, focus: int | tuple[int, int] = (0, 0), detail: str = ""
+    ) -> None:
+        """Count a row; `focus` is the token or the span of tokens concerned, relative to the example."""
         if self.has(kind, example.row):
             return
         self._last[kind.name] = example.row
@@ -187,6 +189,10 @@ class Audit:
         if rows:
             self._rows[kind.name] = rows
             self._first.setdefault(kind.name, (shown, detail, ""))
+
+    def withdraw(self, kind: Kind) -> None:
+        """Take back all that was reported of a kind."""
+        self._rows.pop(kind.name, None)
 
     def explain(self, kind: Kind, detail: str) -> None:
         """Set the detail of a kind's example, if it has one."""
@@ -206,10 +212,11 @@ class Audit:
             shown = self.excerpt(where, row, ids[: 3 * _AROUND], trained=False)
             self._first[kind.name] = shown, detail, remedy
 
-    def show(self, example: Example, focus: tuple[int, int]) -> Shown:
+    def show(self, example: Example, focus: int | tuple[int, int]) -> Shown:
         """Return an example's tokens around `focus`, for display."""
         length = len(example.ids)
-        start, stop = (min(max(0, i), length) for i in focus)
+        span = focus if isinstance(focus, tuple) else (focus, focus + 1)
+        start, stop = (min(max(0, i), length) for i in span)
         first, last = max(0, start - _AROUND), min(length, max(stop, start + 1) + _AROUND)
         if stop - start > 2 * _AROUND:
             last = min(last, start + 2 * _AROUND)

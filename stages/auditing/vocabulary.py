@@ -1,7 +1,7 @@
 """A tokenizer's ids: their text, and which of them are special, blank or stop generation."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -41,10 +41,6 @@ class Vocabulary:
         self.pad: int | None = tokenizer.pad_token_id
         self.unknown: int | None = tokenizer.unk_token_id
 
-    def known(self, ids: IntArray) -> IntArray:
-        """Return ids with 0 in place of those outside the vocabulary, to index arrays of [size]."""
-        return np.where((ids >= 0) & (ids < self.size), ids, 0)
-
     @property
     def pads_apart(self) -> bool:
         """Whether padding has a token of its own, which neither ends turns nor begins documents."""
@@ -55,31 +51,27 @@ class Vocabulary:
         """Whether the tokenizer begins a text with BOS."""
         return self.bos is not None and self.tokenizer("a", verbose=False)["input_ids"][:1] == [self.bos]
 
-    @cached_property
-    def is_control(self) -> BoolArray:
-        """[size]: whether an id is a special token."""
-        return self._among(self.ids.values())
+    def is_control(self, ids: IntArray) -> BoolArray:
+        """Return which ids are special tokens."""
+        return self._control[self._places(ids)]
 
-    @cached_property
-    def is_stop(self) -> BoolArray:
-        """[size]: whether an id stops generation."""
-        return self._among(self.stops)
+    def is_stop(self, ids: IntArray) -> BoolArray:
+        """Return which ids stop generation."""
+        return self._stop[self._places(ids)]
 
-    def _among(self, ids: Iterable[int]) -> BoolArray:
-        return np.isin(np.arange(self.size), list(ids))
-
-    @cached_property
-    def is_blank(self) -> BoolArray:
-        """[size]: whether an id is whitespace."""
-        return np.array([not piece.strip() for piece in self._pieces], bool)
+    def is_blank(self, ids: IntArray) -> BoolArray:
+        """Return which ids are whitespace."""
+        return self._blank[self._places(ids)]
 
     def bytes_of(self, ids: IntArray) -> tuple[bytes, NDArray[np.int64]]:
         """Return the text of T tokens as UTF-8 with `CONTROL` marks, and where each token starts in it, [T + 1]."""
-        pieces = self._pieces
-        known = np.where((ids >= 0) & (ids < self.size), ids, self.size)
-        starts = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum(self._lengths[known], out=starts[1:])
-        return b"".join([pieces[i] for i in known.tolist()]), starts
+        places, starts = self._places(ids), np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(self._lengths[places], out=starts[1:])
+        return b"".join([self._pieces[i] for i in places.tolist()]), starts
+
+    def _places(self, ids: IntArray) -> IntArray:
+        """Return where ids are in arrays of [size + 1], whose last entry is for ids outside the vocabulary."""
+        return np.where((ids >= 0) & (ids < self.size), ids, self.size)
 
     def marked(self, text: str) -> bytes:
         """Return text in the form of `bytes_of`."""
@@ -95,7 +87,7 @@ class Vocabulary:
 
     @cached_property
     def _pieces(self) -> list[bytes]:
-        """The bytes of each id, [size + 1]; the last entry is for ids outside the vocabulary."""
+        """The bytes of each id, [size + 1]."""
         tokens: list[str] = ["?"] * self.size
         for token, i in self.tokenizer.get_vocab().items():
             tokens[i] = token
@@ -108,6 +100,18 @@ class Vocabulary:
         for i, token in enumerate(tokens):
             pieces.append(CONTROL + token.encode() if i in control else added.get(i) or plain(token))
         return [*pieces, b"?"]
+
+    @cached_property
+    def _control(self) -> BoolArray:
+        return np.isin(np.arange(self.size + 1), list(self.ids.values()))
+
+    @cached_property
+    def _stop(self) -> BoolArray:
+        return np.isin(np.arange(self.size + 1), list(self.stops))
+
+    @cached_property
+    def _blank(self) -> BoolArray:
+        return np.array([not piece.strip() for piece in self._pieces], bool)
 
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:

@@ -89,7 +89,7 @@ class Answers:
             if not said.size or _calls_a_tool(example, turn, audit):
                 continue  # calls are naturally alike
             if audit.vocabulary is not None and said.size == 1:
-                audit.report(ONE_TOKEN, example, (turn.start, turn.start + 1))
+                audit.report(ONE_TOKEN, example, turn.start)
             if example.turns and audit.vocabulary is not None:
                 _check_script(example, turn, audit)
             if said.size >= LONG_ENOUGH:
@@ -102,8 +102,7 @@ class Answers:
         vocabulary = audit.vocabulary
         if vocabulary is None or not ids.size:
             return ids
-        known = vocabulary.known(ids)
-        return ids[~(vocabulary.is_control[known] | vocabulary.is_blank[known])]
+        return ids[~(vocabulary.is_control(ids) | vocabulary.is_blank(ids))]
 
     def _compare(self, said: IntArray, example: Example, turn: Turn, audit: Audit) -> None:
         if self.compared >= MOST_ANSWERS:

@@ -72,17 +72,17 @@ def check(example: Example, audit: Audit) -> None:
             audit.report(NOTHING_KEPT if example.selected else NOTHING, example)
         return
     if visible.size > 1 and trained[visible[1:]].all():  # nothing predicts the first token
-        audit.report(EVERYTHING, example, (int(visible[0]), int(visible[0]) + 1))
+        audit.report(EVERYTHING, example, int(visible[0]))
         return
     if not example.whole and example.offset and trained[0]:
-        audit.report(ACROSS, example, (0, 1))
+        audit.report(ACROSS, example, 0)
     if not example.turns:
         if audit.shape.known and not example.offset:
             audit.report(UNKNOWN_TURNS, example)
         return
     if _shifted(example, audit):
         first = example.answers[0]
-        audit.report(SHIFTED_MASK, example, (first.start - 1, first.start))
+        audit.report(SHIFTED_MASK, example, first.start - 1)
         return
     _check_turns(example, audit)
 
@@ -115,7 +115,7 @@ def _check_turns(example: Example, audit: Audit) -> None:
                 audit.report(HEADER, example, (turn.header + run[0], turn.header + run[1]))
             if not example.selected and run is None:
                 _check_start(example, turn, audit)
-        before = max(before, example.end(turn, audit.shape.closers, vocabulary.is_control))
+        before = max(before, example.end(turn, audit.shape.closers, vocabulary))
 
 
 def _only_opens_reasoning(example: Example, turn: Turn, run: tuple[int, int]) -> bool:
@@ -134,8 +134,7 @@ def _check_start(example: Example, turn: Turn, audit: Audit) -> None:
     skipped = example.ids[turn.start : turn.start + trained[0]]
     vocabulary, shape = audit.vocabulary, audit.shape
     assert vocabulary is not None
-    inside = skipped[(skipped >= 0) & (skipped < vocabulary.size)]
-    if vocabulary.is_control[inside].any() or vocabulary.is_blank[inside].all():
+    if vocabulary.is_control(skipped).any() or vocabulary.is_blank(skipped).all():
         return
     begin, end = example.starts[turn.start], example.starts[turn.start + trained[0]]
     if any(mark.strip().encode() in example.text[begin:end] for mark in shape.thoughts):

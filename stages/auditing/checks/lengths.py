@@ -107,7 +107,7 @@ class Tally:
         for turn in example.turns:
             stop = turn.stop
             if audit.vocabulary is not None:
-                stop = example.end(turn, audit.shape.closers, audit.vocabulary.is_control)
+                stop = example.end(turn, audit.shape.closers, audit.vocabulary)
             length, trained = stop - start, int(example.trained[start:stop].sum())
             start = stop
             role = self.roles[turn.role]

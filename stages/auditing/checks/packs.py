@@ -66,6 +66,6 @@ def _by_positions(example: Example, positions: IntArray, audit: Audit) -> list[i
     good = zeros[1 : last + 1] | (np.diff(counted)[:last] == 1)
     if counted[0] != 0 or not good.all():
         at = int(places[0] if counted[0] != 0 else places[int(np.argmin(good)) + 1])
-        audit.report(POSITIONS, example, (at, at + 1), f"position {positions[at]} at token {at}")
+        audit.report(POSITIONS, example, at, f"position {positions[at]} at token {at}")
         return [0]
     return [0, *(int(i) for i in places[zeros] if i > places[0])]

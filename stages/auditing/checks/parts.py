@@ -7,7 +7,6 @@ import numpy as np
 
 from sstoken.stages.auditing.examples import Example, Turn
 from sstoken.stages.auditing.findings import Audit, Family
-from sstoken.stages.auditing.vocabulary import Vocabulary
 
 FAMILY = Family("reasoning and tool calls", "template")
 REASONING = FAMILY.warning(
@@ -58,8 +57,10 @@ class Parts:
         learned = example.learned
         for name, start, stop in spans:
             first, last = (int(np.searchsorted(example.starts, at)) for at in (start, stop))
-            while last > first and _is_mark(int(example.ids[last - 1]), audit.vocabulary):
-                last -= 1  # the marks that end the call or the turn
+            # Leave out the marks that end the call or the turn.
+            ids = example.ids[first:last]
+            own = np.flatnonzero(~(audit.vocabulary.is_control(ids) | audit.vocabulary.is_blank(ids)))
+            last = first + int(own[-1]) + 1 if own.size else first
             trained = int(learned[first:last].sum())
             self.tokens[name] += last - first
             self.trained[name] += int(example.trained[first:last].sum())
@@ -71,11 +72,6 @@ class Parts:
     def facts(self) -> dict[str, dict[str, int]]:
         """Return the counts."""
         return {name: {"tokens": count, "trained": self.trained[name]} for name, count in self.tokens.items()}
-
-
-def _is_mark(token: int, vocabulary: Vocabulary) -> bool:
-    known = 0 <= token < vocabulary.size
-    return known and bool(vocabulary.is_control[token] or vocabulary.is_blank[token])
 
 
 def _patterns(audit: Audit) -> tuple[re.Pattern[bytes], re.Pattern[bytes] | None]:

@@ -143,7 +143,7 @@ class _Reader:
         return self._values.get(name) is not None
 
     def _report(self, kind: Kind, at: int, detail: str = "") -> None:
-        self._audit.report(kind, self._example, (at, at + 1), detail)
+        self._audit.report(kind, self._example, at, detail)
 
     def _array(self, name: str, what: str | None = None) -> NDArray[Any]:
         """Return a column's numbers; `what` is its name in messages."""

@@ -54,15 +54,14 @@ def check(example: Example, audit: Audit) -> None:
     if vocabulary.unknown is not None and vocabulary.unknown != vocabulary.pad:
         unknown = np.flatnonzero((ids == vocabulary.unknown) & example.trained)
         if unknown.size:
-            audit.report(UNKNOWN, example, (int(unknown[0]), int(unknown[0]) + 1))
+            audit.report(UNKNOWN, example, int(unknown[0]))
     expected = {*audit.shape.printed, *vocabulary.stops, vocabulary.bos, vocabulary.pad, vocabulary.unknown}
-    known = vocabulary.known(ids)
     for turn in example.answers if example.turns else ():
         span = slice(turn.start, turn.stop)
-        special = np.flatnonzero(vocabulary.is_control[known[span]] & example.trained[span]) + turn.start
+        special = np.flatnonzero(vocabulary.is_control(ids[span]) & example.trained[span]) + turn.start
         odd = [int(i) for i in special if int(ids[i]) not in expected]
         if odd:
-            audit.report(SPECIAL, example, (odd[0], odd[0] + 1))
+            audit.report(SPECIAL, example, odd[0])
 
 
 def _check_bos(example: Example, audit: Audit) -> None:
@@ -79,7 +78,7 @@ def _check_bos(example: Example, audit: Audit) -> None:
         audit.report(BOS_DOUBLED, example, (first, first + 2))
     wanted = audit.shape.begins_with_bos if example.turns else vocabulary.adds_bos and not audit.shape.known
     if wanted and ids[first] != bos and not example.offset:
-        audit.report(BOS_MISSING, example, (first, first + 1))
+        audit.report(BOS_MISSING, example, first)
     if bos in vocabulary.stops or bos == vocabulary.pad or audit.shape.bos_opens_turns:
         return
     ends = vocabulary.stops | audit.shape.closers | {vocabulary.pad, bos}
@@ -87,9 +86,9 @@ def _check_bos(example: Example, audit: Audit) -> None:
         if position <= first:
             continue
         before = position - 1
-        while before > first and vocabulary.is_blank[min(max(int(ids[before]), 0), vocabulary.size - 1)]:
+        while before > first and vocabulary.is_blank(ids[before]):
             before -= 1
         # After an end, another document may begin; but some tokens that stop generation (Phi-3's) open answers.
         opened = any(t.role == "assistant" and t.header <= before < t.start for t in example.turns)
         if opened or int(ids[before]) not in ends:
-            audit.report(BOS_INSIDE, example, (int(position), int(position) + 1))
+            audit.report(BOS_INSIDE, example, int(position))

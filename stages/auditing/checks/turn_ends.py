@@ -67,7 +67,6 @@ class TurnEnds:
     missing: int = 0
     dropped: int = 0
     """End tokens that are in the response but not in the selection."""
-    dropped_rows: int = 0
     opened_next: int = 0
     """Answers that are ended by a trained token of the next turn's header."""
     closed_rows: int = 0
@@ -78,7 +77,6 @@ class TurnEnds:
     lengths: Counter[int] = field(default_factory=Counter)
     """Rows by their length without padding."""
     _first: dict[str, Shown] = field(default_factory=dict)
-    _last_dropped: int = -1
 
     def check(self, example: Example, audit: Audit) -> None:
         """Check the end of each answer."""
@@ -99,9 +97,9 @@ class TurnEnds:
         vocabulary = audit.vocabulary
         assert vocabulary is not None
         ids, learned, closers = example.ids, example.learned, audit.shape.closers or vocabulary.stops
-        limit = example.end(turn, closers, vocabulary.is_control)
+        limit = example.end(turn, closers, vocabulary)
         own = np.flatnonzero(learned[turn.header : limit]) + turn.header
-        own = own[~vocabulary.is_blank[vocabulary.known(ids[own])]]
+        own = own[~vocabulary.is_blank(ids[own])]
         if vocabulary.pad not in closers:
             own = own[ids[own] != vocabulary.pad]
         if not own.size:
@@ -114,17 +112,18 @@ class TurnEnds:
             self.opened_next += last >= turn.stop
             self._check_once(example, own, audit)
             if example.selected and not example.trained[last]:
-                self._drop(example, last, audit)
+                self.dropped += 1
+                audit.report(DROPPED, example, last)
             final = turn is example.answers[-1] and limit >= row_length
             self.closed_rows += final
             if final and int(ids[last]) in audit.shape.last_closers - vocabulary.stops:
-                audit.report(NOT_A_STOP, example, (last, last + 1))
+                audit.report(NOT_A_STOP, example, last)
             return
         visible = example.visible
         end = next((i for i in range(last + 1, limit) if int(ids[i]) in closers and visible[i]), None)
         if end is not None:
             self.not_trained += 1
-            audit.report(NOT_TRAINED, example, (end, end + 1))
+            audit.report(NOT_TRAINED, example, end)
             return
         self.missing += 1
         if limit >= row_length:
@@ -132,11 +131,11 @@ class TurnEnds:
                 return  # packing cuts its last document
             self.open_rows[row_length] += 1
             if "open" not in self._first:
-                self._first["open"] = audit.show(example, (last, last + 1))
+                self._first["open"] = audit.show(example, last)
             if row_length == self.longest:
-                self._first["longest"] = audit.show(example, (last, last + 1))
+                self._first["longest"] = audit.show(example, last)
         else:
-            audit.report(MISSING, example, (last, last + 1))
+            audit.report(MISSING, example, last)
 
     def _check_once(self, example: Example, own: IntArray, audit: Audit) -> None:
         ids = example.ids[own]
@@ -150,26 +149,17 @@ class TurnEnds:
         vocabulary = audit.vocabulary
         assert vocabulary is not None
         ids = example.ids
-        part = ids[turn.start : last]
-        stops = vocabulary.is_stop[vocabulary.known(part)] & (part >= 0) & (part < vocabulary.size)
+        stops = vocabulary.is_stop(ids[turn.start : last])
         for position in np.flatnonzero(stops & example.learned[turn.start : last]) + turn.start:
             rest = ids[position + 1 : last]
-            rest = rest[~vocabulary.is_blank[vocabulary.known(rest)]]
-            if rest.size and not vocabulary.is_control[vocabulary.known(rest[:1])][0]:
-                audit.report(INSIDE, example, (int(position), int(position) + 1))
-
-    def _drop(self, example: Example, last: int, audit: Audit) -> None:
-        self.dropped += 1
-        if example.row != self._last_dropped:
-            self._last_dropped = example.row
-            self.dropped_rows += 1
-        if "dropped" not in self._first:
-            self._first["dropped"] = audit.show(example, (last, last + 1))
+            rest = rest[~vocabulary.is_blank(rest)]
+            if rest.size and not vocabulary.is_control(rest[0]):
+                audit.report(INSIDE, example, int(position))
 
     def finish(self, audit: Audit) -> None:
         """Report what depends on the whole dataset."""
-        if 2 * self.dropped > self.turns:
-            audit.report_count(DROPPED, self.dropped_rows, self._first["dropped"])
+        if 2 * self.dropped <= self.turns:
+            audit.withdraw(DROPPED)
         if audit.shape.in_next_header and not self.closed_rows:
             # The last answer of a row has no next turn; the others may teach the end.
             if not self.opened_next and not self.not_trained:
@@ -177,10 +167,8 @@ class TurnEnds:
             return
         cut = self._cut()
         audit.report_count(TRUNCATED, cut, self._first.get("longest"))
-        left = self.open_rows.total() - cut
-        already = MISSING in audit
-        if left and not already:
-            audit.report_count(MISSING, left, self._first.get("open"))
+        if MISSING not in audit:
+            audit.report_count(MISSING, self.open_rows.total() - cut, self._first.get("open"))
 
     def _cut(self) -> int:
         """Return how many open rows were cut at a maximum length: those of the greatest length, if it is a limit."""
