@@ -138,7 +138,7 @@ def keep_per_example(scores: Float64Array, offsets: IntArray, rho: float) -> Boo
     """Keep the `ceil(rho * n)` highest scores of each example: [N] bool, of scores [N] and offsets [E + 1]."""
     lengths, inverse = np.unique(np.diff(offsets), return_inverse=True)
     quotas = [num_kept(int(n), rho) for n in lengths]  # exact and slow, so once for each distinct length
-    return keep_top(scores, offsets, np.array(quotas, dtype=np.int64)[inverse].tolist())
+    return keep_top(scores, offsets, np.array(quotas)[inverse].tolist())
 
 
 class Cut(NamedTuple):

@@ -37,6 +37,19 @@ def test_sstoken_by_hand():
     np.testing.assert_allclose(score("sstoken", gamma=0.3), expected, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, [np.exp(-2) * 2 + 0.1 * 3, np.exp(-0.5) * 0.5]),
+        ({"loss": "sft", "kl": 2}, [2 + 2 * 3, 0.5]),
+        ({"loss": "dft", "kl": 0}, [np.exp(-2) * 2, np.exp(-0.5) * 0.5]),
+    ],
+)
+def test_asft_adds_the_penalty_to_its_loss(params, expected):
+    signals = {"current.loss": np.array([2.0, 0.5]), "current.reverse_kl@history": np.array([3.0, 0.0])}
+    np.testing.assert_allclose(score("asft", Tokens(np.array([0, 2]), signals), **params), expected)
+
+
 def test_cayley_of_improbable_tokens_stops_at_its_lowest_exponent():
     signals = {"current.loss": np.full(3, 12.0)}
     one = Tokens(np.array([0, 3]), signals, own_units=np.array([0, 3]))
