@@ -97,13 +97,16 @@ def read_all(shard):
 def test_no_reader_starts_a_thread(shard):
     """At the interpreter's end, a thread of Arrow's that frees Python's bytes aborts the process."""
     assert all(table.equals(TABLE) for table in read_all(shard))
+    assert tables.is_sound(shard)
     code = f"""
 import os
 from pathlib import Path
 from uuid import uuid4
+from sstoken.stages import tables
 from tests.stages.test_tables import read_all
 shard, before = Path({str(shard)!r}), len(os.listdir("/proc/self/task"))
 list(read_all(shard))
+assert tables.is_sound(shard)
 print(len(os.listdir("/proc/self/task")) - before)
 """
     done = subprocess.run(
@@ -187,6 +190,33 @@ def test_changed_metadata_are_damage(shard, tmp_path):
     with pytest.raises(SstokenError, match="its metadata were changed"):
         tables.read_metadata(path, with_digest=True)
     assert not tables.is_sound(path)
+
+
+def test_unfinished_work_without_a_digest_of_its_metadata_is_not_sound(tmp_path):
+    path = tmp_path / "part.parquet"
+    with path.open("wb") as file:
+        tables._write(file, [TABLE], TABLE.schema.with_metadata({tables.METADATA_KEY: b"{}"}), 3)
+    assert tables.read_metadata(path) == {}
+    assert not tables.is_sound(path)
+
+
+def test_metadata_are_parsed_again_only_where_the_file_may_have_changed(shard):
+    def parsed(path):
+        before = tables._metadata_of.cache_info().misses
+        assert tables.read_metadata(path) == {"kind": "tokens", "size": 3}
+        return tables._metadata_of.cache_info().misses - before
+
+    tables._metadata_of.cache_clear()
+    assert [parsed(shard), parsed(shard)] == [1, 0]
+    remote = address(f"memory://{uuid4()}/part-00000.parquet")
+    tables.write_part(remote, TABLE, {"kind": "tokens", "size": 3})
+    assert [parsed(remote), parsed(remote)] == [1, 1]
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    for read in (tables.read_table, tables.read_metadata, tables.num_rows, tables.columns):
+        with pytest.raises(SstokenError, match=f"^{tmp_path}/gone.parquet: not a readable Parquet file"):
+            read(tmp_path / "gone.parquet")
 
 
 @pytest.mark.parametrize("size", [0, 10, 300])
