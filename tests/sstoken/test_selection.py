@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sstoken.errors import UsageError
 from sstoken.selection import (
     MINMAX_EPSILON,
+    Cut,
     global_cuts,
     global_quantile,
     keep_above,
@@ -88,6 +89,16 @@ def test_global_cut_equals_sorting_everything(rows, rho):
         mask, ties = keep_above(chunk, cut, ties)
         kept += mask.tolist()
     assert kept == reference_keep(values.tolist(), k)
+
+
+def test_several_cuts_in_one_go_and_those_that_keep_nothing():
+    values = np.array([2.0, -1.0, np.inf, 2.0])
+    ks = [0, 2, 0, 4]
+    cuts = global_cuts(lambda: [values], ks)
+    assert [int(keep_above(values, cut, 0)[0].sum()) for cut in cuts] == ks
+    assert cuts == [global_cuts(lambda: [values], [k])[0] for k in ks]
+    assert cuts[0] == cuts[2] == Cut(2**64 - 1, 0)  # above every score
+    assert (cuts[1].value, cuts[3].value) == (2.0, -1.0)
 
 
 @given(st.lists(st.lists(st.floats(-9, 9), max_size=9), max_size=5), st.floats(0, 1))
