@@ -175,10 +175,10 @@ def _critical(m: dict[str, Any]) -> list[str]:
 
 
 def _select(m: dict[str, Any]) -> list[str]:
-    lines = [*_compared(m)]
-    lines += [
+    lines = [
+        *_compared(m),
         f"kept {m['kept']:,} of {m['response_tokens']:,} response tokens ({m['kept_share']:.1%}), dropped "
-        f"{m['dropped']:,}, in {m['examples']:,} examples"
+        f"{m['dropped']:,}, in {m['examples']:,} examples",
     ]
     if m["left_out"]:
         lines.append(f"left out {m['left_out']:,} examples without a response token")

@@ -173,7 +173,6 @@ class _Cluster:
         """Collects the tasks' progress; on the driver's node, so that it survives the loss of any other."""
         self._asked: Any = None
         self._running: dict[Any, Attempt] = {}
-        self._keys: dict[tuple[int, int], Attempt] = {}
         self._window, self._counted = 0, -_COUNT_EVERY
 
     @property
@@ -188,10 +187,8 @@ class _Cluster:
         return self._window
 
     def start(self, attempt: Attempt) -> None:
-        key = attempt.index, attempt.number
-        place = ray_task.Place(os.getcwd(), key, self._board)
+        place = ray_task.Place(os.getcwd(), (attempt.index, attempt.number), self._board)
         self._running[self._run.remote(self._function, attempt.task.work, place)] = attempt
-        self._keys[key] = attempt
 
     def ended(self) -> Iterator[tuple[Attempt, Any]]:
         ray = self._ray
@@ -199,9 +196,7 @@ class _Cluster:
         if ready:
             ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         for reference in ready:
-            attempt = self._running.pop(reference)
-            del self._keys[attempt.index, attempt.number]
-            yield attempt, self._result(reference)
+            yield self._running.pop(reference), self._result(reference)
         self._show()
 
     def _result(self, reference: Any) -> Any:
@@ -233,10 +228,11 @@ class _Cluster:
         if ready:
             self._asked = None
             with suppress(self._ray.exceptions.RayError):
-                for key, done in self._ray.get(ready[0]).items():
-                    if key in self._keys:
-                        attempt = self._keys[key]
-                        attempt.show(min(done, attempt.task.size), self._progress)
+                done = self._ray.get(ready[0])
+                for attempt in self._running.values():
+                    units = done.get((attempt.index, attempt.number))
+                    if units is not None:
+                        attempt.show(min(units, attempt.task.size), self._progress)
 
     def stop(self) -> None:
         for reference in self._running:
