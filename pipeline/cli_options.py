@@ -42,14 +42,16 @@ def stage_options(stage: type[BaseModel], *, sweep: Collection[str] = ()) -> Cal
         own = set(stage.__annotations__)
         fields = sorted(stage.model_fields.items(), key=lambda item: item[0] not in own)
         for name, field in reversed(fields):
-            asked = next((m for m in _metadata(field) if isinstance(m, Option)), Option())
+            kind, metadata = _unwrapped(field)
+            asked = next((m for m in metadata if isinstance(m, Option)), Option())
             if asked.argument:
                 argument = click.argument(
                     field.alias or name, metavar=asked.value, required=field.is_required()
                 )
                 command = argument(command)
             elif asked.shown:
-                command = _option(field.alias or name, field, asked, name in sweep)(command)
+                option = _option(field.alias or name, field, kind, _bounds(metadata), asked, name in sweep)
+                command = option(command)
         return command
 
     return decorate
@@ -81,8 +83,9 @@ def _completion(name: str) -> dict[str, Any]:
     return {"shell_complete": matching}
 
 
-def _option(name: str, field: FieldInfo, asked: Option, sweep: bool) -> Callable[[F], F]:
-    kind, bounds = _plain_type(field.annotation, field.metadata)
+def _option(
+    name: str, field: FieldInfo, kind: Any, bounds: list[str], asked: Option, sweep: bool
+) -> Callable[[F], F]:
     flag = asked.flag or "--" + name.replace("_", "-")
     about = " ".join((field.description or "").split()).replace("None: ", "Default: ")
     if kind is bool and asked.flag is not None:
@@ -162,14 +165,9 @@ def _default(flag: str, field: FieldInfo) -> list[str]:
     return [] if default in (PydanticUndefined, None, "", (), {}) else [f"default: {default}"]
 
 
-def _metadata(field: FieldInfo) -> list[Any]:
-    """The contents of the field's `Annotated`, also inside a union with None."""
-    return [*field.metadata, *(m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ()))]
-
-
-def _plain_type(annotation: Any, metadata: Iterable[Any]) -> tuple[Any, list[str]]:
-    """The type without `| None` and `Annotated`, and its bounds, such as `x>=1`."""
-    metadata = list(metadata)
+def _unwrapped(field: FieldInfo) -> tuple[Any, list[Any]]:
+    """The field's type without `| None` and `Annotated`, and what its `Annotated` holds."""
+    annotation, metadata = field.annotation, list(field.metadata)
     while True:
         if get_origin(annotation) in (Union, types.UnionType):
             annotation = next(a for a in get_args(annotation) if a is not type(None))
@@ -177,10 +175,14 @@ def _plain_type(annotation: Any, metadata: Iterable[Any]) -> tuple[Any, list[str
             annotation, *more = get_args(annotation)
             metadata += [bound for m in more for bound in (m.metadata if isinstance(m, FieldInfo) else [m])]
         else:
-            break
+            return annotation, metadata
+
+
+def _bounds(metadata: Iterable[Any]) -> list[str]:
+    """The bounds among a field's metadata, such as `x>=1`."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     found = {name: getattr(m, name) for m in metadata for name in signs if getattr(m, name, None) is not None}
-    return annotation, [f"x{signs[name]}{found[name]}" for name in signs if name in found]
+    return [f"x{signs[name]}{found[name]}" for name in signs if name in found]
 
 
 def pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from sstoken.pipeline.job import Identity, Job, Result, identify
+from sstoken.pipeline.job import Job, Result, identify
 from sstoken.pipeline.runner import (
     End,
     check_job,
@@ -17,7 +17,7 @@ from sstoken.pipeline.runner import (
 from sstoken.stages.manifest import Digests
 from sstoken.stages.processes import num_processes
 from sstoken.stages.sharded import ShardedStage, run_queue
-from sstoken.stages.stage import Settings
+from sstoken.stages.stage import Context, Settings
 
 
 def execute_together(
@@ -63,18 +63,17 @@ def execute_together(
             if end is None:
                 add(index, skipped(job))
             else:
-                left.append(_Begun(index, job, identity, end, folder))
+                assert isinstance(job.stage, ShardedStage)
+                left.append(_Begun(index, job.stage, context_of(job, identity), end, folder))
 
         def done(number: int, began: float) -> None:
             begun = left[number]
-            metrics = begun.stage.finish(contexts[number][1])
-            result = begun.end(metrics, began)
+            result = begun.end(begun.stage.finish(begun.context), began)
             begun.folder.close()
             add(begun.index, result)
 
-        contexts = [(begun.stage, context_of(begun.job, begun.identity)) for begun in left]
-        if contexts:
-            run_queue(contexts, done)
+        if left:
+            run_queue([(begun.stage, begun.context) for begun in left], done)
     return [results[index] for index in range(len(jobs))]
 
 
@@ -83,16 +82,11 @@ class _Begun:
     """A job in progress."""
 
     index: int
-    job: Job
-    identity: Identity
+    stage: ShardedStage
+    context: Context
     end: End
     folder: ExitStack
     """Releases the output folder when it is closed."""
-
-    @property
-    def stage(self) -> ShardedStage:
-        assert isinstance(self.job.stage, ShardedStage)
-        return self.job.stage
 
 
 def _in_one_process(stage: Settings) -> bool:
