@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _typed(arguments: list[str] | None) -> str:
-    """Hint at a typing mistake on a command line that click refuses, such as another dash."""
+    """Return a hint about a typing mistake in a command line that click refuses, such as another dash."""
     given = sys.argv[1:] if arguments is None else arguments
     if dashed := [a for a in given if a.startswith(_DASHES) or a[:2] in {f"-{dash}" for dash in _DASHES}]:
         return f" {dashed[0]!r} begins with a typographic dash; type --"
@@ -116,7 +116,7 @@ def _typed(arguments: list[str] | None) -> str:
 
 
 def _refused(error: OSError) -> str:
-    """Say what the system refused, for which file; for a full disk, also how full it is."""
+    """Say what the system refused, and for which file; for a full disk, also how full it is."""
     if (told := _full_disk(error)) is not None:
         return str(told)
     place = f"{error.filename}: " if error.filename else ""
@@ -147,7 +147,7 @@ def _shortened(word: str) -> str:
 
 
 def set_up_libraries() -> None:
-    """Silence other libraries' notices, warnings and progress bars, and limit their memory; keeps what the user set.
+    """Silence other libraries' notices, warnings and progress bars, and limit their memory. What the user set stays.
 
     Call it before they are imported. Worker processes inherit it.
     """

@@ -136,7 +136,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         _override(values, override)
     for section in _FOLDERS:
-        if section in values and values[section] is None:  # nothing under it asks for the defaults
+        if section in values and values[section] is None:  # an empty section means the defaults
             values[section] = {}
     if "steps" in values:
         values["steps"] = _steps(_repeated(values["steps"], str(path)), str(path))
@@ -155,7 +155,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def _beside_the_file(values: dict[str, Any], folder: Path) -> None:
-    """Resolve relative paths that exist from the file's folder, in every section and step, in place."""
+    """Make relative paths that exist beside the file point there, in every section and step, in place."""
     if folder.resolve() == Path.cwd():
         return
 
@@ -261,13 +261,13 @@ def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        # An unknown key first: what is missing is often the key that it was meant to be.
+        # Report an unknown key first: it is often the missing one, misspelt.
         first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
         raise UsageError(f"{where}: {_explain(model, first)}") from None
 
 
 def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
-    # Within a union, pydantic adds the branch to the location, such as `dict[str,str]`.
+    # For a union, pydantic adds the branch to the location, such as `dict[str,str]`.
     location = [str(part) for part in error["loc"] if "[" not in str(part)]
     if error["type"] == "extra_forbidden":  # a key can be any text
         location = [*location[: len(error["loc"]) - 1], str(error["loc"][-1])]

@@ -83,7 +83,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
 
 
 def _gflops(dtype: str) -> float:
-    """Matrix products in billions of operations per second: the best of a few trials, after a warm-up."""
+    """Measure matrix products in GFLOP/s: the best of a few trials, after a warm-up."""
     import torch
 
     matrix = torch.ones(_SIDE, _SIDE, dtype=getattr(torch, dtype))

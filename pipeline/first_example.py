@@ -32,7 +32,7 @@ def print_first_example(tokens: Path, console: Console | None = None) -> None:
 
 
 def _cut(texts: Sequence[str], mask: Sequence[bool]) -> tuple[list[str], list[bool]]:
-    """Replace the middle of long stretches by its number of tokens."""
+    """Replace the middle of a long stretch with the number of tokens left out."""
     shown: list[str] = []
     kept: list[bool] = []
     for response, group in groupby(zip(texts, mask, strict=True), key=lambda pair: pair[1]):

@@ -43,7 +43,7 @@ class Result:
     skipped: bool
     """Whether it was finished already, so that nothing was done."""
     replaced: tuple[str, ...] = ()
-    """How the output that this one replaced differed: `select.rho 0.6 -> 0.4`."""
+    """How this output differs from the one that it replaced: `select.rho 0.6 -> 0.4`."""
     superseded: Path | None = None
     """The partial folder beside a finished output, if it holds work that these settings never resume."""
 
@@ -134,7 +134,7 @@ def identify(job: Job, digests: Digests) -> Identity:
 
 
 def check_unchanged(job: Job, identity: Identity) -> None:
-    """Refuse inputs and files of the sources that were changed since `identify`. Files that are gone pass.
+    """Refuse inputs and source files that changed since `identify`. Deleted files pass.
 
     Raises:
         ChangedError: names the file or folder.

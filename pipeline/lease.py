@@ -95,7 +95,7 @@ class Lease:
         except OSError as error:
             os.close(self._opened)
             temporary.unlink(missing_ok=True)
-            if isinstance(error, FileNotFoundError):  # who took it meanwhile has swept it away
+            if isinstance(error, FileNotFoundError):  # swept away by a process that took the lease meanwhile
                 raise _taken(self._file, holder(self._file)) from error
             raise
         self._thread.start()
@@ -154,7 +154,7 @@ class Lease:
 
 
 class StoreLease(Lease):
-    """A lease in an object store, which has no locks: of several machines the store's conditional write lets one in.
+    """A lease in an object store, which has no locks: its conditional write lets one of several machines in.
 
     Processes of this machine have been kept apart before, by a lock in the cache that they share.
     """
@@ -173,7 +173,7 @@ class StoreLease(Lease):
         self._thread.start()
 
     def forget(self) -> None:
-        """Delete the lease of a run of this machine that was killed; its lock, which is held now, was free."""
+        """Delete the lease of a killed run on this machine. The caller holds its lock, so no living run does."""
         found = holder(self._file)
         if found is not None and found.boot == self._own.boot:
             self._remove()
@@ -185,7 +185,7 @@ class StoreLease(Lease):
         before, now = conditional_write.version_of(self._place), holder(self._file)
         if before is None:
             return conditional_write.create(self._place, self._text())
-        # The one that died, or one of this machine: it would have held the lock.
+        # It did not change while it was watched, or it is of this machine, whose lock we hold.
         is_dead = now is None or now.boot == self._own.boot or (found and now.token == found.token)
         return bool(is_dead) and conditional_write.replace(self._place, self._text(), before)
 

@@ -1,4 +1,4 @@
-"""From a configuration to the jobs of a run, in order.
+"""Turns a configuration into the jobs of a run, in order.
 
 What is scored can depend on the checkpoints that an anchor run left, so the jobs are made one by one.
 """
@@ -269,7 +269,7 @@ class _Planner:
 
 
 def _looked(config: RunConfig, error: str) -> str:
-    """For an error about a missing path: the folders from which the configuration's relative paths are resolved."""
+    """For an error about a missing path, name the folders from which relative paths are resolved."""
     if config.file is None or "no such" not in error:
         return ""
     here, beside = Path.cwd(), config.file.parent.resolve()

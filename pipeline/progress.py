@@ -20,7 +20,7 @@ _LONGEST_WAIT = 60.0
 _FIRST_ESTIMATE = 20.0
 """Seconds after which the rate is steady enough to estimate the remaining time."""
 _LONG = 600.0
-"""Remaining seconds from which on faster settings are suggested."""
+"""Faster settings are suggested if more than this many seconds remain."""
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) 
 
 
 def _has_size() -> bool:
-    """Whether a bar can be drawn: a terminal that does not say its size, as in some containers, would show none."""
+    """Whether a bar can be drawn: a terminal of unknown size, as in some containers, would show none."""
     try:
         return min(os.get_terminal_size(sys.stderr.fileno())) > 0
     except (OSError, ValueError):
@@ -83,7 +83,7 @@ class _Bar(Progress):
             self._estimate(elapsed)
 
     def _estimate(self, elapsed: float) -> None:
-        """Print, once, the remaining time and what would speed the work up."""
+        """Print once how long the work will take and what would speed it up."""
         bar, faster, self._faster = self._bar, self._faster, None
         left = (bar.total - bar.n) * elapsed / max(1, bar.n - bar.initial)
         advice = faster() if faster is not None and left >= _LONG else ""

@@ -30,7 +30,7 @@ from sstoken.pipeline.locks import forget_ranks, one_run_at_a_time, ranks_at_wor
 from sstoken.pipeline.runner import (
     check_out,
     context_of,
-    having_folder,
+    locked_folder,
     prepare,
     recover,
     run_stage,
@@ -130,7 +130,7 @@ def _commit(out: Path) -> Result:
         raise SstokenError(f"{out}: settings or inputs have changed since the ranks began; run them again")
     if others := ranks_at_work(job.place):
         raise SstokenError(f"{out}: {others[0]} is still at work; commit when all have ended")
-    with having_folder(job, identity, replace=True, force=False) as end:
+    with locked_folder(job, identity, replace=True, force=False) as end:
         if end is None:
             return skipped(job)
         start = time.monotonic()
@@ -143,7 +143,7 @@ def _commit(out: Path) -> Result:
 
 
 def _check_complete(job: Job, stage: ShardedStage, outputs: list[Path]) -> None:
-    """Refuse to commit while shards are missing; say which ranks to run again. Damaged ones are deleted before."""
+    """Delete damaged shards, then refuse to commit while any is missing; say which ranks to run again."""
     for file in outputs:
         if file.exists() and not stage.is_done(file):
             storage.of(file).delete(file)

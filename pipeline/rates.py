@@ -57,7 +57,9 @@ def estimates(config: "RunConfig", steps: set[str]) -> list[Estimate]:
 
     known, found = _known(), []
     for name, job, size, _ in cost.sized(config):
-        if name not in steps and name.partition("/")[0] not in steps:  # waiting jobs are listed by their step
+        if (
+            name not in steps and name.partition("/")[0] not in steps
+        ):  # jobs that wait are listed by their step
             continue
         if size is None:
             found.append(Estimate(name, None, None, None, guessed=False))

@@ -25,7 +25,7 @@ History = Mapping[str, str]
 
 
 class Promised(dict[str, str]):
-    """The history that an anchor run will leave: it has any snapshot, with the base model in its place."""
+    """The history that an anchor run will leave: any snapshot is in it, and stands for the base model."""
 
     def __init__(self, model: str) -> None:
         super().__init__({"step-0": model, LAST: model})

@@ -81,7 +81,7 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
     if not force and (found := found_finished(job, identity)):
         job.stage.agree(False)
         return found
-    with having_folder(job, identity, replace=replace, force=force) as end:
+    with locked_folder(job, identity, replace=replace, force=force) as end:
         if end is None:
             job.stage.agree(False)
             return skipped(job)
@@ -95,7 +95,7 @@ End = Callable[[dict[str, Any], float], Result]
 
 
 @contextmanager
-def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -> Iterator[End | None]:
+def locked_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -> Iterator[End | None]:
     """Lock the job's output folder for this process, and prepare its partial folder.
 
     Yields:
@@ -135,7 +135,7 @@ def having_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -
             return Result(job.out, metrics, skipped=False)
 
         from_the_start = force or partial_fingerprint(job.partial) != identity.fingerprint
-        with _keeping_what_is_complete(job):
+        with _keeping_complete_files(job):
             prepare(job, identity, fresh=force)
             storage.of(job.partial).sweep(job.partial)
             yield end
@@ -156,7 +156,7 @@ def check_job(job: Job) -> None:
 
 
 def found_finished(job: Job, identity: Identity) -> Result | None:
-    """The result of a finished job, and what killed runs left beside it; None: there is work to do.
+    """Return a finished job's result, with what killed runs left beside it; None: there is work to do.
 
     Does not test the folder for writing: it may be on a read-only disk.
     """
@@ -172,7 +172,7 @@ def skipped(job: Job) -> Result:
 
 
 @contextmanager
-def _keeping_what_is_complete(job: Job) -> Iterator[None]:
+def _keeping_complete_files(job: Job) -> Iterator[None]:
     """If the work fails, delete the partial folder, unless it has complete files to resume from."""
     try:
         with naming_full_disk(storage.of(job.partial).on_this_machine(job.partial)):
@@ -233,7 +233,7 @@ def run_stage(job: Job, identity: Identity) -> dict[str, Any]:
     if isinstance(job.stage, ShardedStage):
         return job.stage.run(context)
     store = storage.of(context.out)
-    with store.local_work(context.out) as out:  # these stages' files are written by libraries
+    with store.local_work(context.out) as out:  # libraries write these stages' files
         keep = partial(store.keep_work, out, context.out)
         return job.stage.run(with_other(context, out=out, keep=keep))
 
@@ -295,7 +295,7 @@ def _finish(
 
 
 def _check_own(partial: Path, fingerprint: str) -> None:
-    """Delete and refuse shards that a leftover process of an attempt with other settings wrote meanwhile."""
+    """Delete and refuse shards that a process left over from another attempt wrote in the meantime."""
     others = [p for p in tables.parts(partial) if tables.read_metadata(p).get(joins.RUN) != fingerprint]
     for path in others:
         storage.of(path).delete(path)

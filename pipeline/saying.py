@@ -1,4 +1,4 @@
-"""What the command line prints: how much of it (`--quiet`, `--verbose`), and nothing that drives the terminal."""
+"""Printing for the command line: how much (`--quiet`, `--verbose`), and control characters escaped."""
 
 import click
 

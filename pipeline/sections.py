@@ -94,7 +94,7 @@ class SelectSection(Select):
     for it."""
 
     def methods(self) -> Iterator[Method]:
-        """The method, or each of a sweep."""
+        """Yield the method, or each method of a sweep."""
         for choice in combinations({"method": self.sweep.get("method", [self.method])}):
             yield get_method(method_name(str(choice["method"])))
 

@@ -11,7 +11,7 @@ from sstoken.pipeline.runner import (
     context_of,
     execute,
     found_finished,
-    having_folder,
+    locked_folder,
     skipped,
 )
 from sstoken.stages.manifest import Digests
@@ -59,7 +59,7 @@ def execute_together(
                 add(index, found)
                 continue
             folder = all_folders.enter_context(ExitStack())
-            end = folder.enter_context(having_folder(job, identity, replace=replace, force=force))
+            end = folder.enter_context(locked_folder(job, identity, replace=replace, force=force))
             if end is None:
                 add(index, skipped(job))
             else:

@@ -28,7 +28,7 @@ from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
 T = TypeVar("T")
 R = TypeVar("R")
 _LOOK_EVERY = 0.2
-"""Seconds between polls: of the workers' progress, and by workers of whether their parent is alive."""
+"""Seconds between looks at the workers' progress, and of each worker at its parent."""
 _IDLE = 60
 """Seconds after which an idle process ends; until then, the next stage can use it without a restart."""
 
@@ -239,7 +239,7 @@ def _in_worker(
 
 @cache
 def end_with(parent: int) -> None:
-    """End this process as soon as its parent process is gone for any reason: it would go on writing otherwise."""
+    """End this process when its parent is gone, for whatever reason; otherwise it would go on writing."""
 
     def watch() -> None:
         with suppress(OSError):

@@ -220,7 +220,7 @@ class _Cluster:
         return Raised(result) if failed else result
 
     def _show(self) -> None:
-        """Update the progress of running tasks, without waiting for the board's answer."""
+        """Update the progress of running tasks if the board has answered."""
         if self._asked is None:
             self._asked = self._board.all.remote()
             return

@@ -29,7 +29,7 @@ class Entry:
 
     module: str
     about: str | None
-    """The first line of its docstring; None: it is no verb, but such as a result's type."""
+    """The first line of its docstring; None: it is no verb but, for example, a result's type."""
 
 
 @cache

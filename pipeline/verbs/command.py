@@ -33,7 +33,7 @@ R_co = TypeVar("R_co", covariant=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
 COMMANDS: dict[str, click.Command] = {}
-"""By verb; has those of the files that were imported."""
+"""Commands by verb, from the files imported so far."""
 
 Place = str | Path
 """A folder as a caller names it."""
@@ -149,7 +149,7 @@ def file_to_write(path: Place) -> Path:
 
 @contextmanager
 def written_locally(file: Path) -> Iterator[Path]:
-    """A local path for another library to write: `file` itself, or scratch that is put into its object store then."""
+    """Yield a local path for another library to write: `file` itself, or a scratch file that is uploaded at the end."""
     found: PurePath = file
     if isinstance(found, Path):
         yield file
@@ -161,7 +161,7 @@ def written_locally(file: Path) -> Iterator[Path]:
 
 
 def named_places(given: Iterable[Place]) -> dict[str, Path]:
-    """Return folders by name, given as `NAME=FOLDER` or as a folder with a name of its own; refuse a name twice."""
+    """Return folders by name, each given as `FOLDER` or `NAME=FOLDER`; refuse two of one name."""
     named: dict[str, Path] = {}
     for each in map(str, given):
         name, separator, folder = each.partition("=")

@@ -103,7 +103,7 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
     refused: SstokenError | None = None
     try:
         needed = estimates(loaded, to_do) if to_do else []
-    except SstokenError as error:  # the data, which is read for its size
+    except SstokenError as error:  # the data cannot be read for its size
         refused = error
     if as_json:
         by_step = {e.step: asdict(e) for e in needed}
@@ -132,7 +132,7 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
 
 
 def _print_needed(needed: "list[Estimate]", out: Path) -> None:
-    """Print what the steps that are still to do need, and the sums."""
+    """Print what the remaining steps need, and the totals."""
     from sstoken.pipeline.cost import SAMPLE, hours, number
     from sstoken.pipeline.disk import free_bytes, size_text
 

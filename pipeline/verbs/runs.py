@@ -152,7 +152,7 @@ def run(
 def _together(
     group: list[Step], jobs: list[Job], digests: Digests, force: bool, listener: Listener | None
 ) -> dict[str, Result]:
-    """Run the steps of a group; say of each what it replaced."""
+    """Run the steps of a group; each result says what it replaced."""
     replaced = [changes(step.step, job, digests) for step, job in zip(group, jobs, strict=True)]
     results: dict[str, Result] = {}
 
