@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sstoken.errors import SstokenError
 from sstoken.pipeline.engines.local import num_cores
 from sstoken.pipeline.job import Job
-from sstoken.stages import storage
+from sstoken.stages import plain_json, storage
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.encode import Encode
 from sstoken.stages.manifest import read_manifest
@@ -105,10 +105,10 @@ def _file() -> Path:
 
 def _known() -> dict[str, dict[str, float]]:
     try:
-        found = json.loads(_file().read_text())
+        found = plain_json.parse_object(_file().read_bytes())
     except (OSError, ValueError):
         return {}
-    return {k: rate for k, rate in found.items() if _is_rate(rate)} if isinstance(found, dict) else {}
+    return {kind: rate for kind, rate in found.items() if _is_rate(rate)}
 
 
 def _is_rate(found: object) -> bool:

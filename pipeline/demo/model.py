@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sstoken.pipeline.demo.data import DemoExample
+from sstoken.stages.training.reporting import no_messages
 
 VOCABULARY = 1500
 MAX_LENGTH = 512
@@ -27,7 +28,6 @@ def build_model(folder: Path, examples: Sequence[DemoExample], seed: int) -> Non
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils import logging
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -56,8 +56,5 @@ def build_model(folder: Path, examples: Sequence[DemoExample], seed: int) -> Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    if bars:
-        logging.enable_progress_bar()
+    with no_messages():
+        model.save_pretrained(folder)

@@ -111,13 +111,12 @@ def connect(options: EngineOptions) -> None:
     except UsageError:
         raise
     except Exception as error:  # Ray raises many types, and plain `Exception`
-        line = " ".join(str(error).split())[:200]
         if address is None:
             raise SstokenError(
-                f"Ray does not start on this machine ({line}); try again, or --engine local"
+                f"Ray does not start on this machine ({_first(error)}); try again, or --engine local"
             ) from error
         raise UsageError(
-            f"ray_address is {address!r}: no Ray cluster answers ({line}); start one with `ray start --head`"
+            f"ray_address is {address!r}: no Ray cluster answers ({_first(error)}); start one with `ray start --head`"
         ) from error
 
 
@@ -136,8 +135,7 @@ def _runtime_env(file: str | None) -> dict[str, Any]:
         try:
             found = yaml.safe_load(expanded(file).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise UsageError(f"ray_env is {file!r}: cannot be read ({line})") from error
+            raise UsageError(f"ray_env is {file!r}: cannot be read ({_first(error)})") from error
         if not isinstance(found, dict):
             raise UsageError(f"ray_env is {file!r}: it has to hold a mapping, such as `env_vars: {{A: b}}`")
     own = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
