@@ -18,30 +18,10 @@ from sstoken.stages import manifest as manifests
 from sstoken.stages import tables
 from sstoken.stages.exporting import TARGETS
 from sstoken.stages.exporting.rows import prepare
-from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World, copy_model, no_trace, snapshot
+from tests.pipeline.worlds import CommandLine, World, no_trace, snapshot
 
 WEIGHTED = [name for name, target in TARGETS.items() if target.weights]
 every_target = pytest.mark.parametrize("target", TARGETS)
-
-
-HEADERS = (
-    "{% for m in messages %}w1 w2 {{ m.content }} </s> {% endfor %}"
-    "{% if add_generation_prompt %}w1 w2 {% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def scored(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Tokens and scores, with headers that the vocabulary knows: it would write EOS for other words."""
-    folder = tmp_path_factory.mktemp("export")
-    checkpoints = [str(copy_model(path, folder / path.name)) for path in (world.base, world.later)]
-    for checkpoint in checkpoints:
-        (Path(checkpoint) / "chat_template.jinja").write_text(HEADERS)
-    api.encode(
-        data=str(world.data), model=checkpoints[0], out=folder / "tokens", shard_rows=SHARD_ROWS, workers=1
-    )
-    api.score(tokens=folder / "tokens", checkpoints=checkpoints, out=folder / "scores")
-    return folder / "tokens", folder / "scores"
 
 
 @pytest.fixture(scope="module")
