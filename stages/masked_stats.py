@@ -13,7 +13,7 @@ NUM_DECILES = 10
 WEAK_BASE = 3.0
 """Nats a token. pmi-band helped with bases of 0.7 and 1.5 and did harm with one of 5 (docs/choosing.md)."""
 PROTECTED = "protected:"
-"""Prefix of the counts of protected tokens; what protects them follows."""
+"""Prefix of the counts of protected tokens, before the value of `protect`."""
 
 
 def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str,
 
 
 def signal_stats(tokens: Tokens, kept: BoolArray, inputs: Sequence[str], turns: IntArray) -> dict[str, Any]:
-    """Return what `notes_on` needs of one shard; kept apart from the counts, since ranges do not add up.
+    """Return what `notes_on` needs about one shard, apart from its counts because ranges do not add up.
 
     Args:
         tokens: N response tokens.
@@ -99,30 +99,33 @@ def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
         method: its name.
     """
 
+    def total(key: str) -> Any:
+        return sum(s.get(key, 0) for s in stats)
+
     def whole_range(ranges: Iterable[list[float] | None]) -> tuple[float, float] | None:
         known = [r for r in ranges if r is not None]
         return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
     notes = []
-    num_tokens, num_turns = (sum(s[key] for s in stats) for key in ("response_tokens", "turns"))
+    num_tokens, num_turns = total("response_tokens"), total("turns")
     compared = all("rel_sum" in s for s in stats)
     if compared and whole_range(s["rel_range"] for s in stats) == (0.0, 0.0):
         notes.append(
             "history and current give every token the same loss; they look like one checkpoint, name another"
         )
-    elif compared and sum(s["rel_sum"] for s in stats) < 0:
-        mean = sum(s["rel_sum"] for s in stats) / max(1, num_tokens)
+    elif compared and total("rel_sum") < 0:
+        mean = total("rel_sum") / max(1, num_tokens)
         notes.append(
             f"mean REL is {mean:.3f} nats: history fits these responses better than current; they may be swapped"
         )
     if method == "pmi-band" and num_tokens and all("loss_sum" in s for s in stats):
-        mean = sum(s["loss_sum"] for s in stats) / num_tokens
+        mean = total("loss_sum") / num_tokens
         if mean > WEAK_BASE:
             notes.append(
                 f"the base's mean loss is {mean:.2f} nats a token: it does not know such answers, and {method} did "
                 "harm with such a base (docs/choosing.md); compare with --method full"
             )
-    examples, one_sided = (sum(s.get(key, 0) for s in stats) for key in ("examples", "one_sided"))
+    examples, one_sided = total("examples"), total("one_sided")
     if "minmax(rel)" in get_method(method).formula and 2 * one_sided > examples:
         notes.append(
             f"in {one_sided:,} of {examples:,} examples a single token sets more than half of REL's range, so min-max "
@@ -136,8 +139,8 @@ def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
             notes.append(
                 f"{name} is {found[0]:g} on every token: {method} learns nothing from it; score it again"
             )
-    dropped = num_turns - sum(s["turn_ends_kept"] for s in stats)
-    if num_tokens and not any(s["kept"] for s in stats):
+    dropped = num_turns - total("turn_ends_kept")
+    if num_tokens and not total("kept"):
         notes.append("no token is kept: there is nothing to train on; change the method's parameters")
     elif 2 * dropped > num_turns:
         notes.append(

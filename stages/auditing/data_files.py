@@ -32,7 +32,7 @@ class Row:
 
 _ARROW = (".parquet", ".arrow", ".feather")
 _IN_FOLDERS = ("parquet", "arrow", "jsonl", "json")
-"""Extensions that are looked for in a folder."""
+"""Extensions to look for in a folder."""
 _NO_DATA = (
     "dataset_info.json",
     "config.json",
@@ -157,7 +157,7 @@ def _in_folder(folder: Path) -> list[Path]:
     for place in () if finished else ("", "data/", "*/"):
         kinds = {kind: files for kind in _IN_FOLDERS if (files := _data_files(folder, f"{place}*.{kind}"))}
         if len(kinds) > 1:
-            kinds.pop("json", None)  # beside others, mostly about them
+            kinds.pop("json", None)  # beside other data, .json files mostly describe it
         if len(kinds) > 1:
             raise UsageError(
                 f"{folder}: holds {' and '.join(f'.{kind}' for kind in kinds)} files; name those to be audited with a "

@@ -4,13 +4,13 @@ A checker is a function `check(answer, reference) -> bool` of two texts without 
 the dataset's response. `CHECKERS` holds ours; others are given as `module:function`.
 """
 
-import importlib
 import os
 import re
 import sys
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from sstoken.errors import SstokenError, UsageError
@@ -103,9 +103,7 @@ def _imported(name: str) -> Check:
     if added:
         sys.path.append(here)
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found: Any = resolve_name(name)
     except Exception as error:  # a user's module may raise anything on import
         text = " ".join(str(error).split())[:200]
         raise UsageError(

@@ -67,7 +67,7 @@ class Judge:
     """Called with the number of problems that were completed."""
 
     def __call__(self, problems: Sequence[Problem]) -> list[Verdict]:
-        """Judge problems, all in memory at once.
+        """Judge problems, holding all of them in memory.
 
         Where the checker raises, the problem or the position counts as not tried.
         """
@@ -159,7 +159,7 @@ def chosen_positions(count: int, most: int) -> NDArray[np.int64]:
 
 
 def _groups(sizes: Mapping[int, int]) -> Iterator[list[int]]:
-    """Group problems by their numbers of branches into good batches."""
+    """Group problems so that each group but the last has enough branches for a batch."""
     group: list[int] = []
     total = 0
     for index, size in sizes.items():

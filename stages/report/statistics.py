@@ -273,7 +273,7 @@ def _flag(stats: Statistics, r: Responses, classes: NDArray[np.int8], rows: IntA
 
 
 def _distinct(r: Responses) -> Float64Array:
-    """Return the share of distinct ones among an example's token trigrams, [E]; 1 if it has none."""
+    """Return the share of each example's token trigrams that are distinct, [E]; 1 if it has none."""
     import polars as pl
 
     shares, size = np.ones(r.offsets.size - 1), max(0, r.ids.size - 2)

@@ -33,7 +33,7 @@ PROMPT = FAMILY.error(
 )
 HEADER = FAMILY.error(
     "generation-prompt-trained",
-    "rows that train the text that opens an answer, which the model is given at inference",
+    "rows that train the generation prompt, which the model is given at inference",
     "begin the trained span after the generation prompt",
     "template",
 )
@@ -58,7 +58,7 @@ UNKNOWN_TURNS = FAMILY.warning(
 )
 ACROSS = FAMILY.warning(
     "packed-start-trained",
-    "rows that train the first token of a document packed after another: it would be predicted from the other one",
+    "rows that train the first token of a document packed after another: it would be predicted from that other one",
     "set the label of each document's first token to -100",
 )
 

@@ -23,8 +23,8 @@ LOST = FAMILY.error(
     "raise --max-length, or drop these rows",
 )
 CURVE = (1024, 2048, 4096, 8192)
-_TURNS_TOLD = 8
-"""Turns of a conversation that are counted separately; the last count includes all later turns."""
+_MOST_TURNS = 8
+"""Turns of a conversation to count separately; the last count includes all later turns."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Tally:
             role[0], role[1] = role[0] + length, role[1] + trained
             if turn.role == "assistant":
                 number += 1
-                counts = self.turns[min(number, _TURNS_TOLD)]
+                counts = self.turns[min(number, _MOST_TURNS)]
                 for i, count in enumerate((1, length, trained)):
                     counts[i] += count
 

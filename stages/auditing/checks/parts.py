@@ -12,7 +12,7 @@ FAMILY = Family("reasoning and tool calls", "template")
 REASONING = FAMILY.warning(
     "reasoning-not-trained",
     "rows with an answer that is trained without its reasoning",
-    "train the reasoning too, or take it out of the rows: the model would answer without having learned to think",
+    "train the reasoning too, or take it out of the rows: else the model learns to answer, but not to reason",
 )
 CALL = FAMILY.warning(
     "tool-call-not-trained",

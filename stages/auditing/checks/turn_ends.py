@@ -13,7 +13,7 @@ from sstoken.stages.auditing.findings import Audit, Family, Shown
 FAMILY = Family("turn ends", "tokenizer")
 NOT_TRAINED = FAMILY.error(
     "end-not-trained",
-    "rows with an answer whose end token stands there and is not trained: the model does not learn to stop",
+    "rows with an answer whose end token is not trained: the model does not learn to stop",
     "train the token that ends the turn, also where it opens the next one (as in GLM-4)",
 )
 MISSING = FAMILY.error(
@@ -68,7 +68,7 @@ class TurnEnds:
     dropped: int = 0
     """End tokens that are in the response but not in the selection."""
     opened_next: int = 0
-    """Answers that are ended by a trained token of the next turn's header."""
+    """Answers that end with a trained token of the next turn's header."""
     closed_rows: int = 0
     """Rows that end with the trained token that ends their last answer."""
     open_rows: Counter[int] = field(default_factory=Counter)
