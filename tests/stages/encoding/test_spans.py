@@ -220,6 +220,8 @@ def test_whitespace_is_no_token_that_stops_generation() -> None:
         ("<sep>\n<end>", "<sep>\n<end>"),  # after whitespace, for it stops generation
         ("<sep>\n<sep>", "<sep>"),  # which this one does not
         ("<end>\n<end>", "<end>"),  # one that stops generation ends it
+        ("<sep><end>\n<end>", "<sep><end>"),
+        ("<sep><sep>\n<end>", "<sep><sep>\n<end>"),
         ("<end><end>", "<end><end>"),
         ("<end><sep>\n<end>", "<end>"),
         ("<sep>. <end>", "<sep>"),  # text in between
@@ -280,6 +282,27 @@ def test_the_end_is_learned_from_what_a_template_takes(refuses: str) -> None:
     assert finder._after_probe() == {"<end>"}
     short = Conversation(messages[:3] if "system' or" in refuses or "!=" in refuses else messages[:2])
     assert find(finder, short, len(short.messages) - 1)[0] == "there<end>"
+
+
+@pytest.mark.parametrize(("system", "longest"), [(False, 2), (True, 3)])
+def test_the_end_is_learned_from_a_single_answer(system: bool, longest: int) -> None:
+    template = (
+        "{% if messages | length > LONGEST or (messages[0].role == 'system') != SYSTEM %}{{ raise_exception('no') }}"
+        "{% endif %}{% for m in messages %}{{ m.content }}{{ '<next>' if m.role == 'assistant' else '<end>' }}"
+        "{% endfor %}"
+    ).replace("LONGEST", str(longest)).replace("SYSTEM", str(system))  # fmt: skip
+    assert make(template, special=("<next>", "<end>"), stops=())._after_probe() == {"<next>"}
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_earlier_turns_may_end_in_another_way_than_the_last(system: bool) -> None:
+    template = (
+        "{% if (messages[0].role == 'system') != SYSTEM %}{{ raise_exception('no') }}{% endif %}"
+        "{% for m in messages %}"
+        "{% if m.role not in ('system', 'user', 'assistant') or not m.content %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}\n{{ '<end>' if loop.last else '<mid>' }}{% endfor %}"
+    ).replace("SYSTEM", str(system))
+    assert make(template, special=("<mid>", "<end>"), stops=())._after_probe() == {"<mid>", "<end>"}
 
 
 def test_a_template_that_takes_nothing_shows_no_token() -> None:
