@@ -117,21 +117,16 @@ def _histograms(stats: Statistics) -> Iterator[Chart]:
     if not columns:
         return
     keep = columns["keep"].astype(bool)
-    shown = stats.present()
-    if "score" in columns and np.isfinite(columns["score"].astype(float)).any():
-        meaning = "what the method ranks tokens by; higher is kept first"
-        shown = [SignalFacts("score", "score", "", meaning, False), *shown]
-    for signal in shown:
+    for signal in stats.present():
         values = columns[signal.key].astype(np.float64)
         cut = stats.cuts.columns().get("cut") if signal.key == "score" and stats.selective else None
         line = None if cut is None or not cut.size else float(np.median(cut.astype(float)))
         caption = f"{capitalized(signal.meaning)}."
         if line is not None:
-            scope = stats.folders.first.facts.get("scope", "sample")
-            what = "The line is the lowest kept score" + (
-                "." if scope == "global" else ", the median over examples."
+            everywhere = stats.folders.first.facts.get("scope") == "global"
+            caption += (
+                f" The line is the lowest kept score{'' if everywhere else ', the median over examples'}."
             )
-            caption += f" {what}"
         draw = _draw_histogram(signal, values, keep, line, stats.selective)
         yield Chart(f"histogram:{signal.key}", capitalized(signal.label), caption, draw)
 

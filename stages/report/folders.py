@@ -24,13 +24,18 @@ class SignalFacts:
     """A signal that the report shows."""
 
     key: str
-    """`rel`, `attention`, or `CHECKPOINT.SIGNAL`."""
+    """`score`, `rel`, `attention`, or `CHECKPOINT.SIGNAL`."""
     label: str
     unit: str
     meaning: str
     signed: bool
     """Whether zero is the middle of its scale."""
     checkpoint: str | None = None
+
+
+SCORE = SignalFacts(
+    "score", "score", "", "what the method ranks tokens by; higher is kept first", signed=False
+)
 
 
 @dataclass
@@ -54,8 +59,8 @@ class Folders:
         return self.first.path / "tokenizer"
 
     def signals(self) -> list[SignalFacts]:
-        """Return every signal that a shard may have, the folder's own first."""
-        found = []
+        """Return the score and every signal that a shard may have, the folder's own first."""
+        found = [SCORE]
         if self.first.kind == "masked" and "rel" in self.first.columns:
             layer = self.first.facts.get("layer")
             label = "prompt attention" if layer is None else f"prompt attention (layer {layer})"

@@ -1,6 +1,7 @@
 """Write the self-contained page of a report: statistics, charts and examples in the template in `page/`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sstoken.stages.report import examples as shown_examples
 from sstoken.stages.report import quality
 from sstoken.stages.report.drawing import inline_svg
 from sstoken.stages.report.figures import capitalized, charts
-from sstoken.stages.report.folders import Folders, open_folders
+from sstoken.stages.report.folders import SCORE, Folders, open_folders
 from sstoken.stages.report.statistics import TOKENS_SAMPLED, Breakdown, Statistics, measure
 from sstoken.stages.report.token_classes import ALL_CLASSES
 from sstoken.stages.storage import write_atomic
@@ -118,7 +119,7 @@ def render(stats: Statistics) -> tuple[str, dict[str, Any]]:
         "response_tokens": stats.response_tokens,
         "kept_share": stats.kept_share() if folders.first.kind == "masked" else None,
         "shown": len(shown),
-        "signals": [signal.key for signal in stats.present()],
+        "signals": [signal.key for signal in stats.present() if signal is not SCORE],
         "notes": folders.notes,
     }
 
@@ -135,23 +136,16 @@ def _figure(chart: Any) -> dict[str, str]:
 def _keys(stats: Statistics) -> list[dict[str, Any]]:
     """Return the values that tokens can be coloured by, with the steps of each scale."""
     columns = stats.sample.columns()
-    keys = []
-    if "score" in columns:
-        steps = shown_examples.scale(columns["score"].astype(np.float64), signed=False)
-        about = "What the method ranks tokens by; higher is kept first."
-        keys.append(
-            {"key": "score", "label": "Score", "unit": "", "meaning": about, "signed": False, "steps": steps}
-        )
-    for signal in stats.present():
-        steps = shown_examples.scale(columns[signal.key].astype(np.float64), signal.signed)
-        keys.append(
-            {
-                "key": signal.key, "label": capitalized(signal.label), "unit": signal.unit,
-                "meaning": f"{capitalized(signal.meaning)}.", "signed": signal.signed, "steps": steps,
-                "checkpoint": signal.checkpoint, "short": signal.label.partition(",")[0],
-            }
-        )  # fmt: skip
-    return keys
+    return [
+        asdict(signal)
+        | {
+            "label": capitalized(signal.label),
+            "short": signal.label.partition(",")[0],
+            "meaning": f"{capitalized(signal.meaning)}.",
+            "steps": shown_examples.scale(columns[signal.key].astype(np.float64), signal.signed),
+        }
+        for signal in stats.present()
+    ]
 
 
 def _wanted(

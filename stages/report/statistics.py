@@ -142,7 +142,7 @@ class Statistics:
         return compare.agreement({each.name: each.path for each in self.folders.all})
 
     def present(self) -> list[SignalFacts]:
-        """Return the signals with a value for some sampled token."""
+        """Return the score and the signals, those with a value for some sampled token."""
         columns = self.sample.columns()
         return [
             s

@@ -124,7 +124,7 @@ def test_a_small_dataset_is_sampled_whole(place: Path, stats: Statistics) -> Non
     wanted = sorted(t["score"] for t in response_tokens(place / "masked"))
     assert sorted(columns["score"].tolist()) == wanted
     assert [s.key for s in stats.present()] == [
-        "rel", "attention", *(f"{c}.{n}" for c in ("base", "step-9", "step-10") for n in ("loss", "entropy")),
+        "score", "rel", "attention", *(f"{c}.{n}" for c in ("base", "step-9", "step-10") for n in ("loss", "entropy")),
     ]  # fmt: skip
     assert stats.pair == ("rel", "attention")
 
