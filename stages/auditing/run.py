@@ -16,7 +16,7 @@ from sstoken.stages.auditing.checks.lengths import Lengths, Tally
 from sstoken.stages.auditing.checks.parts import Parts
 from sstoken.stages.auditing.checks.rows import examples
 from sstoken.stages.auditing.checks.signals import check as check_signals
-from sstoken.stages.auditing.checks.template import NO_TEMPLATE, Conversations, Reading, encoded
+from sstoken.stages.auditing.checks.template import NO_TEMPLATE, Conversations, encoded
 from sstoken.stages.auditing.checks.turn_ends import TurnEnds
 from sstoken.stages.auditing.data_files import Row
 from sstoken.stages.auditing.examples import Cutter, Example
@@ -24,7 +24,7 @@ from sstoken.stages.auditing.findings import Audit, AuditResult
 from sstoken.stages.auditing.reading import OpenedDataset, open_source
 from sstoken.stages.auditing.vocabulary import Vocabulary
 from sstoken.stages.encoding.chat import EncoderOptions, load_encoder
-from sstoken.stages.encoding.layouts import Preference
+from sstoken.stages.encoding.layouts import Layout, Preference, detect_layout
 from sstoken.stages.encoding.messages import TrainedTurns
 from sstoken.stages.encoding.templates import ChatTemplate, read_template
 from sstoken.stages.storage import expanded
@@ -97,8 +97,12 @@ def audit(
     declared, encoder.max_length = encoder.max_length, _ANY_LENGTH
     state.vocabulary = _vocabulary(ref, encoder.tokenizer)
     counts = Conversations()
-    reading = Reading(format, tuple((columns or {}).items()), tuple(ignore_columns), preference)
-    found = encoded(rows, encoder, reading, counts, state)
+    named, ignored = dict(columns or {}), frozenset(ignore_columns)
+
+    def detect(row: Any, preference: Preference) -> Layout:
+        return detect_layout(row, format, named, ignored, preference)
+
+    found = encoded(rows, encoder, detect, preference, counts, state)
     if encoder.template_origin == "plain":
         state.report_count(NO_TEMPLATE, 1, None, f"{ref}: its tokenizer has none")
     result = _checked(opened, found, state, encoder.template(), max_length or declared)
@@ -134,8 +138,7 @@ def _checked(
         ids, trained = (np.concatenate([getattr(d, name) for d in documents]) for name in ("ids", "trained"))
         lengths.add(documents[0], trained, audit)
         answers.add_row(ids, documents[0], audit)
-        if not documents[0].whole:
-            labels.check_pack(documents[0], bool(trained.any()), audit)
+        labels.check_row(documents[0], trained, audit)
         for example in documents:
             if cut is not None:
                 cut(example)

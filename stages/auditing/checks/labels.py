@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from sstoken.selection import BoolArray
 from sstoken.stages.auditing.examples import Example, Turn, stretches
 from sstoken.stages.auditing.findings import Audit, Family
 
@@ -68,9 +69,7 @@ def check(example: Example, audit: Audit) -> None:
     trained = example.trained
     visible = np.flatnonzero(example.visible)
     if not trained.any():
-        if example.whole:
-            audit.report(NOTHING_KEPT if example.selected else NOTHING, example)
-        return
+        return  # `check_row` reports it
     if visible.size > 1 and trained[visible[1:]].all():  # nothing predicts the first token
         audit.report(EVERYTHING, example, int(visible[0]))
         return
@@ -87,9 +86,9 @@ def check(example: Example, audit: Audit) -> None:
     _check_turns(example, audit)
 
 
-def check_pack(first: Example, trained: bool, audit: Audit) -> None:
-    """Check a row of several documents: does it train anything?"""
-    if not trained:
+def check_row(first: Example, trained: BoolArray, audit: Audit) -> None:
+    """Check that a row trains anything: `first` is the row or its first document, `trained` covers all of it, [T]."""
+    if not trained.any():
         audit.report(NOTHING_KEPT if first.selected else NOTHING, first)
 
 

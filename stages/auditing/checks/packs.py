@@ -1,6 +1,7 @@
 """Split packed rows into documents, by position_ids or seq_lengths."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,17 +42,14 @@ def documents(
         return
     for start, stop in zip(starts, [*starts[1:], len(example.ids)], strict=True):
         part = slice(start, stop)
-        yield Example(
-            example.where,
-            example.row,
-            example.ids[part],
-            example.trained[part],
-            example.name,
-            None if example.response is None else example.response[part],
-            None if example.padding is None else example.padding[part],
+        yield replace(
+            example,
+            ids=example.ids[part],
+            trained=example.trained[part],
+            response=None if example.response is None else example.response[part],
+            padding=None if example.padding is None else example.padding[part],
             whole=False,
             offset=start,
-            selected=example.selected,
         )
 
 

@@ -68,10 +68,8 @@ def _check_bos(example: Example, audit: Audit) -> None:
     ids, vocabulary = example.ids, audit.vocabulary
     assert vocabulary is not None
     bos = vocabulary.bos
-    if bos is None or not ids.size:
-        return
     shown = np.flatnonzero(example.visible)
-    if not shown.size:
+    if bos is None or not shown.size:
         return
     first = int(shown[0])
     if ids[first] == bos and first + 1 < ids.size and ids[first + 1] == bos:

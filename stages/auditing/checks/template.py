@@ -3,7 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from sstoken.stages.auditing.examples import Example
 from sstoken.stages.auditing.findings import Audit, Family, Kind
 from sstoken.stages.encoding import chat, rendering
 from sstoken.stages.encoding.conversations import to_conversation
-from sstoken.stages.encoding.layouts import Layout, NoLayout, Preference, detect_layout
+from sstoken.stages.encoding.layouts import Layout, NoLayout, Preference
 from sstoken.stages.encoding.limits import time_limited
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, NeedsDecision, PassedOver
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
@@ -159,26 +160,28 @@ def _excerpt(detail: str, row: Row, conversation: Conversation | None) -> str:
     return text[start : start + _EXCERPT]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How rows are read; see the fields of `Encode`."""
-
-    format: str = "auto"
-    columns: tuple[tuple[str, str], ...] = ()
-    ignore_columns: tuple[str, ...] = ()
-    preference: Preference = "stop"
-
-
 def encoded(
-    rows: Iterator[Row], encoder: chat.ChatEncoder, reading: Reading, counts: Conversations, audit: Audit
+    rows: Iterator[Row],
+    encoder: chat.ChatEncoder,
+    detect: Callable[[Any, Preference], Layout],
+    preference: Preference,
+    counts: Conversations,
+    audit: Audit,
 ) -> Iterator[Example]:
     """Yield the examples of rows; count and report those that cannot be encoded.
+
+    Args:
+        rows: raw rows.
+        encoder: encodes conversations.
+        detect: finds the layout from the columns of a row.
+        preference: what preference data does, as in `Encode`.
+        counts: counts what happens to rows.
+        audit: collects the findings.
 
     Raises:
         SstokenError: the columns match no layout, or the chat template is not valid Jinja or does not terminate.
     """
     layout: Layout | None = None
-    ignored = frozenset(reading.ignore_columns)
     with time_limited("the chat template") as start:
         for row in rows:
             conversation: Conversation | None = None
@@ -186,9 +189,7 @@ def encoded(
                 if row.problem is not None:
                     raise BadRow("broken row", row.problem)
                 if layout is None:
-                    layout = detect_layout(
-                        row.values, reading.format, dict(reading.columns), ignored, reading.preference
-                    )
+                    layout = detect(row.values, preference)
                 conversation = to_conversation(row.values, layout)
                 start(row.where)
                 examples = encoder.encode(conversation)
@@ -197,31 +198,19 @@ def encoded(
             except BadRow as error:
                 counts.refuse(row, error, audit, conversation)
                 if layout is None and isinstance(error, NeedsDecision):
-                    layout = _layout_anyway(row, reading)
+                    with suppress(SstokenError):
+                        layout = replace(detect(row.values, "take"), preference="stop")
                 continue
             counts.unused.update(conversation.unused)
+            name = row.values.get("example_id")
             for each in examples:
                 example = Example(
                     row.where,
                     row.index,
                     np.array(each.input_ids, np.int64),
                     np.array(each.response_mask, bool),
-                    _name(row),
+                    None if name is None else str(name),
                 )
                 counts.proofs[each.proof] += 1
                 counts.note((*conversation.notes, *each.notes), example, audit)
                 yield example
-
-
-def _layout_anyway(row: Row, reading: Reading) -> Layout | None:
-    try:
-        ignored = frozenset(reading.ignore_columns)
-        layout = detect_layout(row.values, reading.format, dict(reading.columns), ignored, "take")
-        return replace(layout, preference="stop")
-    except SstokenError:
-        return None
-
-
-def _name(row: Row) -> str | None:
-    name = row.values.get("example_id")
-    return None if name is None else str(name)
