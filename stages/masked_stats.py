@@ -17,12 +17,9 @@ PROTECTED = "protected:"
 
 
 def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str, Any]:
-    """Return counts of one shard, which add up over shards.
+    """Return counts of a shard's N response tokens, of which `kept`, [N], are kept. They add up over shards.
 
-    Args:
-        tokens: N response tokens.
-        kept: [N].
-        rho: share of tokens kept, for the overlap of REL and attention; None: no overlap is counted.
+    `rho` is the share kept, for the overlap of REL and attention; None: no overlap is counted.
     """
     counts = np.diff(tokens.offsets)
     decile = places(tokens.offsets) * NUM_DECILES // np.maximum(1, np.repeat(counts, counts))
@@ -43,13 +40,9 @@ def shard_stats(tokens: Tokens, kept: BoolArray, rho: float | None) -> dict[str,
 
 
 def signal_stats(tokens: Tokens, kept: BoolArray, inputs: Sequence[str], turns: IntArray) -> dict[str, Any]:
-    """Return what `notes_on` needs about one shard, apart from its counts because ranges do not add up.
+    """Return what `notes_on` needs about a shard's N response tokens; kept apart, since ranges do not add up.
 
-    Args:
-        tokens: N response tokens.
-        kept: [N].
-        inputs: the signals that the method reads.
-        turns: [U + 1], where each turn starts.
+    `kept` is [N], `inputs` names the signals that the method reads, `turns` tells where each turn starts, [U + 1].
     """
     ends = turns[1:][np.diff(turns) > 0] - 1
     stats: dict[str, Any] = {
@@ -94,9 +87,7 @@ def _range(values: Float64Array) -> list[float] | None:
 def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
     """Return one line for each thing that is allowed but looks wrong with a selection.
 
-    Args:
-        stats: of all shards, with those of `signal_stats`.
-        method: its name.
+    `stats` has a dictionary for each shard: its counts, and those of `signal_stats`.
     """
 
     def total(key: str) -> Any:

@@ -73,11 +73,9 @@ class Columns:
 
 
 def find(names: Iterable[str], first: Mapping[str, Any] | None = None) -> Columns | None:
-    """Find the columns of a tokenised dataset; None: it has no token ids.
+    """Find the columns of a tokenised dataset by all its names; None: it has no token ids.
 
-    Args:
-        names: all columns.
-        first: the first row, in which a message may hold the ids.
+    In the `first` row, a message may hold the ids.
     """
     names = tuple(names)
     ids = next((name for name in IDS if name in names), None)

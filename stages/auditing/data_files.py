@@ -45,10 +45,7 @@ _NO_DATA = (
 def read_files(path: Path, name: str, split: str | None) -> tuple[Iterator[Row], list[str] | None]:
     """Return the rows, and their column names if the files have a schema.
 
-    Args:
-        path: `name` as a path.
-        name: a path, a pattern, a URL or a Hub id.
-        split: split of a Hub dataset or of a saved DatasetDict.
+    `name` is a path, a pattern, a URL or a Hub id, and `path` the same as a path.
 
     Raises:
         UsageError: there is no such file, or the folder holds no data files.
@@ -69,11 +66,7 @@ def read_files(path: Path, name: str, split: str | None) -> tuple[Iterator[Row],
 
 
 def file_rows(files: Iterable[Path], batches: Callable[[Path], Iterable[Any]]) -> Iterator[Row]:
-    """Yield the rows of files, numbered throughout.
-
-    Args:
-        files: the files.
-        batches: reads a file's Arrow tables or record batches.
+    """Yield the rows of files, numbered throughout; `batches` reads a file's Arrow tables or record batches.
 
     Raises:
         SstokenError: a file is damaged.
@@ -93,12 +86,8 @@ def file_rows(files: Iterable[Path], batches: Callable[[Path], Iterable[Any]]) -
 def arrow_rows(batches: Iterable[Any], where: str = "row", first: int = 0) -> Iterator[Row]:
     """Yield the rows of Arrow tables or record batches of any size.
 
-    Cells of list columns of a tokenised dataset stay Arrow arrays; all others become Python values.
-
-    Args:
-        batches: the tables or batches.
-        where: prefix of a row's number in messages.
-        first: number of the first row among all that are read.
+    Cells of list columns of a tokenised dataset stay Arrow arrays; all others become Python values. Messages name a row
+    by `where` and its number; `first` is the number of rows that were read before.
     """
     index = first
     for batch in batches:

@@ -22,10 +22,7 @@ CONTROL = b"\xfe"
 class Vocabulary:
     """The ids of one tokenizer.
 
-    Args:
-        tokenizer: the dataset's.
-        stops: tokens that stop generation, besides EOS.
-        size: size of the model's embedding; None: that of the tokenizer.
+    `stops` are tokens that stop generation, besides EOS; `size` is that of the model's embedding, if it is known.
     """
 
     def __init__(

@@ -45,10 +45,7 @@ class Checker:
     """A checker by name. Pickles as its name."""
 
     def __init__(self, name: str) -> None:
-        """Find the checker.
-
-        Args:
-            name: a key of `CHECKERS`, or `module:function`, imported from Python's path or the working directory.
+        """Find the checker: a key of `CHECKERS`, or `module:function`, from Python's path or the working directory.
 
         Raises:
             UsageError: there is none, or it does not import.

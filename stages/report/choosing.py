@@ -14,13 +14,9 @@ from sstoken.stages.report.statistics import pair_of, responses, surprise
 
 
 def choose(folder: Path, number: int, search: str | None, sort: str) -> list[int]:
-    """Choose rows of a masked or tokens folder, reading it shard by shard.
+    """Choose at most `number` rows of a masked or tokens folder whose text contains `search`, ignoring case.
 
-    Args:
-        folder: the folder.
-        number: most rows to return.
-        search: only rows whose text contains this, ignoring case.
-        sort: `row`, or `surprise`: rows in which two signals disagree most about which tokens lead.
+    With `sort` as `surprise`, rows in which two signals disagree most about which tokens lead come first.
 
     Raises:
         SstokenError: no row contains the text, or there are no two signals to compare.

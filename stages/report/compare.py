@@ -21,9 +21,7 @@ _COLUMNS = ("example_id", "input_ids", "keep_mask", "response_mask")
 def compare_masked(masked: Mapping[str, Path], num_examples: int = 5) -> dict[str, Any]:
     """Compare the keep masks of masked datasets of the same tokens, each with the first and with every other.
 
-    Args:
-        masked: two or more folders by name.
-        num_examples: number of examples to list for each pair, those that differ most.
+    `num_examples` is how many examples to list for each pair, those that differ most.
 
     Returns:
         `examples`, `response_tokens`: counts of what all have in common; `kept`: share kept, by name; `left_out`:

@@ -25,12 +25,7 @@ _DIGITS = 3
 def gather(
     stats: Statistics, wanted: Mapping[str, Sequence[int]], budget: int = DATA_BYTES
 ) -> list[dict[str, Any]]:
-    """Read the wanted rows until the budget is spent; rows wanted for the first reasons take precedence.
-
-    Args:
-        stats: the folders' statistics.
-        wanted: rows by the reason for showing them.
-        budget: bytes of JSON.
+    """Read the rows wanted, by reason, until the budget (bytes of JSON) is spent; the first reasons take precedence.
 
     Returns:
         One dictionary per example, in the order of the rows: `row`, `id`, `why`, `tokens`, `first` (number of tokens

@@ -91,11 +91,9 @@ class Folders:
 
 
 def open_folders(named: Mapping[str, Path], scores: Sequence[Path] = ()) -> Folders:
-    """Check the folders of a report, and find the scores of their tokens.
+    """Check one masked or tokens folder, or several masked folders of the same tokens, and find their scores.
 
-    Args:
-        named: folders by name: one masked or tokens folder, or several masked folders of the same tokens.
-        scores: folders that `score` wrote; none: use those in `scores/` beside the first folder that match.
+    Without `scores`, which `score` wrote, use those in `scores/` beside the first folder that match.
 
     Raises:
         UsageError: a folder does not exist or is of another kind, or several are not all masked.

@@ -27,13 +27,9 @@ class NGrams:
     """By length: n-grams seen at most this often may be missing, and other counts may be too low by this much."""
 
     def add(self, ids: NDArray[np.int32], turns: IntArray, keep: BoolArray, row_of: IntArray) -> None:
-        """Count the n-grams of one shard.
+        """Count the n-grams of a shard's N response tokens.
 
-        Args:
-            ids: [N], the response tokens.
-            turns: [U + 1], where each turn starts.
-            keep: [N].
-            row_of: [N], the row of each token's example.
+        `turns` tells where each turn starts, [U + 1]; `keep` and `row_of`, the row of a token's example, are [N].
         """
         import polars as pl
 
@@ -66,15 +62,10 @@ class NGrams:
         return frame
 
     def extremes(self, n: int, share: float, number: int, *, least: bool) -> list[dict[str, Any]]:
-        """Return the n-grams kept most, or least, often.
+        """Return at most `number` n-grams of `n` tokens that are kept most, or least, often.
 
-        Ranked by the bound of a 95 % Wilson interval, so that rare n-grams do not lead by luck.
-
-        Args:
-            n: tokens in each.
-            share: kept share of all tokens, in [0, 1].
-            number: most n-grams to return.
-            least: return those kept least often.
+        Ranked by the bound of a 95 % Wilson interval, so that rare n-grams do not lead by luck; `share` is the kept
+        share of all tokens, in [0, 1].
 
         Returns:
             `ids`, `count`, `kept` (share in [0, 1]), `lift` (`kept` over `share`), `row` (an example that has it).

@@ -39,11 +39,7 @@ def write_page(
 ) -> dict[str, Any]:
     """Write the report of one folder, or of several selections of the same tokens, as one HTML file.
 
-    Args:
-        named: masked or tokens folders by name.
-        file: the page.
-        scores: folders that `score` wrote; none: use those beside the first folder that match.
-        seed: seed of the samples.
+    `named` and `scores` are as in `open_folders`; `seed` is that of the samples.
 
     Returns:
         `examples`, `response_tokens`, `kept_share` (None for a tokens folder), `shown` (examples on the page), `bytes`,

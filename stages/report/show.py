@@ -69,15 +69,8 @@ def show(
 ) -> None:
     """Print `num_examples` rows of a masked or tokens folder from `row` (default: the first), with a legend.
 
-    Args:
-        masked: the folder.
-        row: number of the first row, from 0.
-        num_examples: number of rows.
-        console: where to print.
-        search: only rows whose text contains this.
-        sort: `row`, or `surprise`: rows in which two signals disagree most come first.
-        signal: colour by this instead of the score: `rel`, `attention`, `weight`, or `CHECKPOINT.SIGNAL`.
-        pager: on a terminal, show a screen at a time.
+    `search` and `sort` are as in `choose`. `signal` (`rel`, `attention`, `weight`, or `CHECKPOINT.SIGNAL`) replaces the
+    score in the colours. With `pager`, a terminal shows a screen at a time.
 
     Raises:
         SstokenError: the folder is unfinished, `row` is out of range, no row was found, or there is no such signal.
@@ -111,13 +104,6 @@ def _show(masked: Path, examples: Sequence[MaskedExample], console: Console, sig
 
 def save_svg(masked: Path, file: Path, row: int | None = None, num_examples: int = 1, **options: Any) -> None:
     """Save the output of `show`, with its `options`, as an SVG picture; the same rows give the same bytes.
-
-    Args:
-        masked: the folder.
-        file: the picture.
-        row: number of the first row, from 0.
-        num_examples: number of rows.
-        **options: see `show`.
 
     Raises:
         SstokenError: as for `show`; or the file cannot be written.

@@ -26,13 +26,7 @@ def check_space(folder: Path) -> None:
 
 
 def write_card(folder: Path, title: str, dataset: str | None = None) -> None:
-    """Write the README.md beside the page.
-
-    Args:
-        folder: the Space's folder.
-        title: the Space's title.
-        dataset: `user/name` of the dataset that the page shows; None if it is not on the Hub.
-    """
+    """Write the README.md beside the page; `dataset` is `user/name` of what the page shows, if it is on the Hub."""
     front = {
         "title": visible(title, newline=" "),
         "emoji": "🔎",

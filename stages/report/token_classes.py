@@ -103,14 +103,9 @@ class TokenClasses:
         return self.special[np.minimum(ids, self.special.size - 1)]
 
     def classify(self, ids: NDArray[np.int32], turns: IntArray) -> NDArray[np.int8]:
-        """Classify response tokens by text and place.
+        """Return the classes of N response tokens by text and place, as indices into `ALL_CLASSES`, [N].
 
-        Args:
-            ids: [N], the response tokens.
-            turns: [U + 1], where each turn starts.
-
-        Returns:
-            Indices into `ALL_CLASSES`, [N].
+        `turns` tells where each turn starts, [U + 1].
         """
         known = np.minimum(ids, len(self.texts) - 1)
         found = self.classes[known].copy()

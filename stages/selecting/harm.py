@@ -23,12 +23,9 @@ COUNTS = (
 
 
 def harm_stats(text: ResponseText, kept: BoolArray, offsets: IntArray) -> dict[str, int]:
-    """Return counts of one shard, which add up over shards; {} if reading the tokenizer would need transformers.
+    """Return counts of a shard's N response tokens, which add up over shards; {} if only transformers reads them.
 
-    Args:
-        text: the N response tokens.
-        kept: [N].
-        offsets: [E + 1], where each example starts.
+    `kept` is [N], `offsets` tells where each example starts, [E + 1].
 
     Returns:
         `content` (tokens with a letter or digit), `content_kept`, `content_in_prefix` (those among the first tokens of
@@ -53,11 +50,7 @@ def harm_stats(text: ResponseText, kept: BoolArray, offsets: IntArray) -> dict[s
 
 
 def harm_notes(stats: Sequence[dict[str, Any]]) -> list[str]:
-    """Return one line for each thing that looks harmful.
-
-    Args:
-        stats: counts of all shards; those of older folders and slow tokenizers lack these and are ignored.
-    """
+    """Return one line for each thing that looks harmful; shards without counts (see `harm_stats`) are ignored."""
     known = [s for s in stats if "content" in s]
     total = {name: sum(s[name] for s in known) for name in (*COUNTS, "turns")}
     notes = []

@@ -17,13 +17,7 @@ _OPTIONS = ("dtype", "layer", "backend")
 
 
 def check_measured(method: str, inputs: Iterable[str], scores: Mapping[str, Path], tokens: Path) -> None:
-    """Refuse a selection whose signals were not all measured.
-
-    Args:
-        method: name of the method.
-        inputs: the signals it reads, as `role.signal`.
-        scores: folder of scores by role.
-        tokens: the folder of tokens.
+    """Refuse a selection if a signal that its method reads (`inputs`, as `role.signal`) was not measured.
 
     Raises:
         UsageError: there are no scores for a role.

@@ -20,14 +20,7 @@ POSITIONS = FAMILY.error(
 def documents(
     example: Example, positions: IntArray | None, lengths: IntArray | None, audit: Audit
 ) -> Iterator[Example]:
-    """Yield the documents of a row; a row that is not packed is yielded as it is.
-
-    Args:
-        example: the row, T tokens.
-        positions: position_ids, [T].
-        lengths: the documents' lengths.
-        audit: collects the findings.
-    """
+    """Yield the documents packed into a row, by its position_ids, [T], or their lengths; or the row itself."""
     starts = [0]
     if positions is not None:
         starts = _by_positions(example, positions, audit)

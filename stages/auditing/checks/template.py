@@ -170,13 +170,7 @@ def encoded(
 ) -> Iterator[Example]:
     """Yield the examples of rows; count and report those that cannot be encoded.
 
-    Args:
-        rows: raw rows.
-        encoder: encodes conversations.
-        detect: finds the layout from the columns of a row.
-        preference: what preference data does, as in `Encode`.
-        counts: counts what happens to rows.
-        audit: collects the findings.
+    `detect` finds the layout from the columns of a row; what preference data does is as in `Encode`.
 
     Raises:
         SstokenError: the columns match no layout, or the chat template is not valid Jinja or does not terminate.
