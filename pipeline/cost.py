@@ -1,37 +1,23 @@
-"""Estimates what a run costs: tokens, FLOPs, device-hours and bytes, from config.json and token counts.
+"""Counts what a job costs: FLOPs and bytes, from config.json and token counts.
 
 FLOPs count the unavoidable matrix products (a multiplication and an addition are two): per token, twice the weights of
 the linear layers that it passes; per example of n tokens, causal attention over n^2 / 2 pairs; the output head where a
-loss is needed. Training costs three times the forward pass. Finished steps are not estimated: their manifests record
-what they took.
+loss is needed. Training costs three times the forward pass.
 """
 
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sstoken.errors import SstokenError
-from sstoken.pipeline.config import RunConfig
 from sstoken.pipeline.job import Job
-from sstoken.pipeline.plan import promised_steps, run_steps
-from sstoken.pipeline.runner import execute
-from sstoken.stages import manifest as manifests
 from sstoken.stages import tables
 from sstoken.stages.anchor import Anchor
 from sstoken.stages.critical import Critical
-from sstoken.stages.encode import Encode
-from sstoken.stages.encoding.ranges import cut
-from sstoken.stages.manifest import Digests, Manifest
-from sstoken.stages.part import Part
 from sstoken.stages.score import Score
 from sstoken.stages.select import Select
-from sstoken.stages.storage import expanded
 
-SAMPLE = 256
-"""Rows to encode for estimating the size of a dataset that is not encoded yet."""
 _BYTES = {"ids": 0.92, "labels": 0.54, "mask": 0.1, "value": 2.5}
 """Bytes per token in Parquet with zstd, measured on GSM8K."""
 _TRAINING = 3
@@ -73,74 +59,6 @@ class Weights:
         return 2 * self.layers * tokens + 2 * self.head * with_loss + 2 * self.width * squares
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Estimated cost of one step and, if it is finished, what it took."""
-
-    step: str
-    tokens: float | None
-    """Tokens that it reads; None: unknown before an earlier step has run."""
-    flops: float | None
-    device_hours: float | None
-    """At the assumed speed."""
-    bytes: float | None
-    """Bytes that it writes."""
-    guessed: bool
-    """Whether it was estimated from a sample of the data."""
-    took_hours: float | None = None
-    """Worker-hours that the finished step took."""
-    took_bytes: int | None = None
-    """Bytes that the finished step wrote."""
-
-
-def costs(config: RunConfig, tflops: float) -> list[Cost]:
-    """Estimate the cost of each step on devices that do `tflops` * 10^12 FLOPs per second.
-
-    Raises:
-        SstokenError: a config.json or the data cannot be read.
-    """
-    found = []
-    for name, job, size, done in sized(config):
-        flops, written = estimate(job, size) if size is not None else (None, None)
-        hours = None if flops is None else flops / (tflops * 1e12) / 3600
-        tokens, guessed = (None, False) if size is None else (size.tokens, size.guessed)
-        cost = Cost(name, tokens, flops, hours, written, guessed)
-        if done is not None:
-            seconds = done.took.get("worker_seconds", done.seconds)
-            cost = replace(cost, took_hours=seconds / 3600, took_bytes=sum(f.bytes for f in done.files))
-        found.append(cost)
-    return found
-
-
-def sized(config: RunConfig) -> Iterator[tuple[str, Job, Sizes | None, Manifest | None]]:
-    """Yield each step's name, job, size of its input (None: unknown yet), and manifest (None: not finished).
-
-    Raises:
-        SstokenError: the data cannot be read.
-    """
-    sizes: dict[Path, Sizes | None] = {}
-    steps = list(run_steps(config))
-    if any(step.job is None for step in steps):  # an anchor run has yet to leave its checkpoints
-        steps = list(promised_steps(config))
-    for step in steps:
-        assert step.job is not None, "every checkpoint is known or promised"
-        done = manifests.read_manifest(step.job.out)
-        sizes[step.job.out] = size = _sizes(step.job, sizes, done)
-        yield step.name, step.job, size, done
-
-
-def _sizes(job: Job, known: dict[Path, Sizes | None], done: Manifest | None) -> Sizes | None:
-    """Size of the tokens folder that a step reads, or writes itself; None: unknown yet."""
-    stage = job.stage
-    if isinstance(stage, Encode):
-        return measured(job.out) if done is not None else _sampled(stage)
-    source = job.inputs.get("tokens", job.inputs.get("masked"))
-    size = None if source is None else known.get(source)
-    if isinstance(stage, Part) and size is not None:
-        return measured(job.out) if done is not None else size.times(1 / stage.parts, size.guessed)
-    return size
-
-
 def measured(folder: Path) -> Sizes:
     """Return the size of a tokens folder."""
     examples = tokens = response = squares = 0
@@ -151,20 +69,6 @@ def measured(folder: Path) -> Sizes:
         response += stats["response_tokens"]
         squares += sum(int(length) ** 2 * count for length, count in stats["lengths"].items())
     return Sizes(examples, tokens, response, squares)
-
-
-def _sampled(stage: Encode) -> Sizes | None:
-    """Estimate from the first rows; None if counting the rows would read all data over the network."""
-    if "://" in stage.data or not (expanded(stage.data).exists() or any(c in stage.data for c in "*?[")):
-        return None
-    rows = sum(
-        piece.num_rows for shard in cut(stage.data, stage.split, 1 << 16, stage.limit) for piece in shard
-    )
-    few = stage.model_copy(update={"limit": min(SAMPLE, rows), "workers": 1, "engine": "local"})
-    with tempfile.TemporaryDirectory(prefix="sstoken-") as folder:
-        out = Path(folder) / "tokens"
-        execute(Job(few, {}, out, seed=0), Digests())
-        return measured(out).times(rows / min(SAMPLE, rows), guessed=rows > SAMPLE)
 
 
 def estimate(job: Job, size: Sizes) -> tuple[float, float]:
@@ -249,48 +153,3 @@ def _active(config: Any) -> float:
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     taken = getattr(config, "num_experts_per_tok", None)
     return taken / experts if experts and taken else 1.0
-
-
-def shown(found: list[Cost]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of the table, then its totals."""
-    for cost in found:
-        about = "~" if cost.guessed else ""
-        yield (
-            cost.step,
-            number(cost.tokens, about),
-            number(cost.flops or None, about),
-            hours(cost.device_hours or None, about),
-            number(cost.bytes, "~"),
-            hours(cost.took_hours),
-            number(cost.took_bytes),
-        )
-    known = [cost for cost in found if cost.flops is not None]
-    about = "~" if any(cost.guessed for cost in known) else ""
-    yield (
-        "all",
-        "",
-        number(sum(cost.flops or 0 for cost in known), about),
-        hours(sum(cost.device_hours or 0 for cost in known), about),
-        number(sum(cost.bytes or 0 for cost in known), "~"),
-        "",
-        "",
-    )
-
-
-def number(value: float | None, about: str = "") -> str:
-    """Return a number with a unit's prefix; `about` goes before it."""
-    if value is None:
-        return "-"
-    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{about}{value / scale:.3g} {unit}"
-    return f"{about}{value:.3g}"
-
-
-def hours(value: float | None, about: str = "") -> str:
-    """Return hours as seconds, minutes or hours."""
-    if value is None:
-        return "-"
-    if value < 1 / 60:
-        return f"{about}{3600 * value:.2g} s"
-    return f"{about}{60 * value:.2g} min" if value < 1 else f"{about}{value:,.1f} h"

@@ -27,7 +27,7 @@ from sstoken.pipeline.job import (
     state_of,
 )
 from sstoken.pipeline.locks import forget_ranks, one_run_at_a_time, ranks_at_work
-from sstoken.pipeline.runner import (
+from sstoken.pipeline.output_folder import (
     check_out,
     context_of,
     locked_folder,

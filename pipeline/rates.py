@@ -1,17 +1,15 @@
-"""Estimates how long the steps of a run will take, from the rates of earlier runs on this machine.
+"""Estimates how long a job will take, from the rates of earlier runs on this machine.
 
 A rate is FLOPs per second for stages that run a model, tokens per second for the others, per worker. The last run of
 each kind stores its rate in the user's cache.
 """
 
 import json
-from contextlib import suppress
-from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sstoken.errors import SstokenError
+from sstoken.pipeline.cost import estimate, measured
 from sstoken.pipeline.engines.local import num_cores
 from sstoken.pipeline.job import Job
 from sstoken.stages import plain_json, storage
@@ -23,54 +21,12 @@ from sstoken.stages.score import Score
 from sstoken.stages.sharded import ShardedStage
 from sstoken.stages.storage import write_atomic
 
-if TYPE_CHECKING:
-    from sstoken.pipeline.config import RunConfig
-
+Rates = dict[str, dict[str, float]]
+"""By kind of job: its `rate`, and the `seconds` of the run that gave it."""
 _FEWEST = 2000
 """Tokens below which a run stores no rate, as start-up dominates."""
 _STEADY = 30.0
 """A run of this many seconds may replace the rate of a longer run."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Estimated needs of an unfinished step."""
-
-    step: str
-    tokens: float | None
-    """Tokens that it reads; None: unknown before an earlier step has run."""
-    seconds: float | None
-    """Its duration, at the rate of the last run of its kind; None: there was none on this machine."""
-    bytes: float | None
-    """Bytes that it writes."""
-    guessed: bool
-    """Whether it was estimated from a sample of the data."""
-
-
-def estimates(config: "RunConfig", steps: set[str]) -> list[Estimate]:
-    """Estimate the needs of the steps with these names, in the order of the run.
-
-    Raises:
-        SstokenError: the data cannot be read.
-    """
-    from sstoken.pipeline import cost
-
-    known, found = _known(), []
-    for name, job, size, _ in cost.sized(config):
-        if (
-            name not in steps and name.partition("/")[0] not in steps
-        ):  # jobs that wait are listed by their step
-            continue
-        if size is None:
-            found.append(Estimate(name, None, None, None, guessed=False))
-            continue
-        seconds = written = None
-        with suppress(SstokenError):  # the model is not on this machine
-            flops, written = cost.estimate(job, size)
-            rate = known.get(_kind(job), {}).get("rate")
-            seconds = (flops or size.tokens) / (rate * _workers(job)) if rate else None
-        found.append(Estimate(name, size.tokens, seconds, written, size.guessed))
-    return found
 
 
 def remember(job: Job, seconds: float) -> None:
@@ -78,20 +34,18 @@ def remember(job: Job, seconds: float) -> None:
 
     Sharded stages recorded the time that workers spent on shards, which is used instead.
     """
-    from sstoken.pipeline import cost
-
     inputs = job.inputs.get("tokens") or job.inputs.get("masked")
-    measured = job.out if isinstance(job.stage, Encode) else inputs
-    if measured is None:  # it reads no rows of a run, as `pull`
+    folder = job.out if isinstance(job.stage, Encode) else inputs
+    if folder is None:  # it reads no rows of a run, as `pull`
         return
     try:
         took = read_manifest(job.out)
         spent = took.took.get("worker_seconds", seconds * _workers(job)) if took else 0.0
-        size = cost.measured(measured)
-        known, kind = _known(), _kind(job)
+        size = measured(folder)
+        known, kind = read(), _kind(job)
         if size.tokens < _FEWEST or not spent > min(_STEADY, known.get(kind, {}).get("seconds", 0.0)):
             return
-        flops, _ = cost.estimate(job, size)
+        flops, _ = estimate(job, size)
         known[kind] = {"rate": (flops or size.tokens) / spent, "seconds": spent}
         storage.of(cache()).make_folder(cache())
         write_atomic(_file(), json.dumps(known, indent=1))
@@ -99,11 +53,18 @@ def remember(job: Job, seconds: float) -> None:
         return
 
 
+def seconds(job: Job, work: float, known: Rates) -> float | None:
+    """Estimate how long a job takes for this many FLOPs or tokens; None: none of its kind has run here."""
+    rate = known.get(_kind(job), {}).get("rate")
+    return work / (rate * _workers(job)) if rate else None
+
+
 def _file() -> Path:
     return cache() / "rates.json"
 
 
-def _known() -> dict[str, dict[str, float]]:
+def read() -> Rates:
+    """Return the rates of earlier runs."""
     try:
         found = plain_json.parse_object(_file().read_bytes())
     except (OSError, ValueError):

@@ -5,15 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from sstoken.pipeline.job import Job, Result, identify
-from sstoken.pipeline.runner import (
-    End,
-    check_job,
-    context_of,
-    execute,
-    found_finished,
-    locked_folder,
-    skipped,
-)
+from sstoken.pipeline.output_folder import End, context_of, found_finished, locked_folder, skipped
+from sstoken.pipeline.runner import check_job, execute
 from sstoken.stages.manifest import Digests
 from sstoken.stages.processes import num_processes
 from sstoken.stages.sharded import ShardedStage, run_queue

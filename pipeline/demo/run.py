@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sstoken import curate
 from sstoken.errors import SstokenError, UsageError
 from sstoken.pipeline.demo.data import KINDS, DemoExample, Noise, generate, write_jsonl, write_noise
 from sstoken.pipeline.demo.model import build_model
 from sstoken.pipeline.job import Result
+from sstoken.pipeline.verbs import stages
 from sstoken.stages import plain_json, storage, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.folders import copy_folder
@@ -125,7 +125,7 @@ def _pretrained(
 
     tokens = _encoded(out, model, examples)
     say(f"score: their tokens under {model}, with and without their prompts; no training")
-    scores = curate.score(
+    scores = stages.score(
         tokens=tokens,
         checkpoints=[f"base={model}"],
         out=out / "scores",
@@ -144,10 +144,10 @@ def _trained(
     """Run the stages as a user would; return each method's selection."""
     tokens = _encoded(out, str(base), examples)
     say(f"anchor: {TRAINING['epochs']} epochs of fine-tuning on them")
-    history = curate.anchor(tokens=tokens, model=str(base), out=out / "history", seed=seed, **TRAINING)
+    history = stages.anchor(tokens=tokens, model=str(base), out=out / "history", seed=seed, **TRAINING)
     current = history.folder / history.metrics["snapshots"][-1]
     say(f"score: their tokens under the base and under {current.name}")
-    scores = curate.score(
+    scores = stages.score(
         tokens=tokens, checkpoints=[str(base), str(current)], out=out / "scores", attention_from=current.name
     ).folder
     choice = {"rho": RHO, "history": "base", "current": current.name, "seed": seed}
@@ -157,7 +157,7 @@ def _trained(
 def _encoded(out: Path, model: str, examples: Sequence[DemoExample]) -> Path:
     write_jsonl(out / "data.jsonl", examples)
     write_noise(out / "noise.jsonl", examples)
-    return curate.encode(data=str(out / "data.jsonl"), model=model, out=out / "tokens").folder
+    return stages.encode(data=str(out / "data.jsonl"), model=model, out=out / "tokens").folder
 
 
 def _selected(
@@ -170,7 +170,7 @@ def _selected(
     """Select by each method, with its settings."""
     say(f"select: {', '.join(choices)}")
     return {
-        method: curate.select(
+        method: stages.select(
             tokens=tokens, scores=scores, out=out / f"masked-{method}", method=method, **choice
         )
         for method, choice in choices.items()
@@ -247,8 +247,8 @@ def _base_model(folder: Path, work: Path, examples: Sequence[DemoExample], seed:
     if not random_model.is_dir():
         with storage.of(random_model).put_folder(random_model) as partial:
             build_model(partial, examples, seed)
-    tokens = curate.encode(data=str(work / "data.jsonl"), model=str(random_model), out=work / "tokens")
-    trained = curate.anchor(
+    tokens = stages.encode(data=str(work / "data.jsonl"), model=str(random_model), out=work / "tokens")
+    trained = stages.anchor(
         tokens=tokens.folder,
         model=str(random_model),
         out=work / "history",

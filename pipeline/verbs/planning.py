@@ -1,7 +1,7 @@
 """`plan`: what a run would do, and what it would cost."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from sstoken.stages import storage
 from sstoken.stages.manifest import Digests
 
 if TYPE_CHECKING:
-    from sstoken.pipeline.rates import Estimate
+    from sstoken.pipeline.estimates import Cost, Estimate
 
 __all__ = ["Planned", "plan"]
 
@@ -94,7 +94,7 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
     if with_cost:
         _print_costs(load_config(config, overrides), tflops, as_json)
         return
-    from sstoken.pipeline.rates import estimates
+    from sstoken.pipeline.estimates import estimates
 
     loaded = load_config(config, overrides)
     planned = plan(loaded)
@@ -133,16 +133,16 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
 
 def _print_needed(needed: "list[Estimate]", out: Path) -> None:
     """Print what the remaining steps need, and the totals."""
-    from sstoken.pipeline.cost import SAMPLE, hours, number
     from sstoken.pipeline.disk import free_bytes, size_text
+    from sstoken.pipeline.estimates import SAMPLE
 
     seconds = [e.seconds for e in needed if e.seconds is not None]
     size = sum(e.bytes or 0 for e in needed)
     rows = [
         (
             e.step,
-            number(e.tokens, "~" if e.guessed else ""),
-            hours(None if e.seconds is None else e.seconds / 3600, "~"),
+            _number(e.tokens, "~" if e.guessed else ""),
+            _hours(None if e.seconds is None else e.seconds / 3600, "~"),
             "-" if e.bytes is None else "~" + size_text(int(e.bytes)),
         )
         for e in needed
@@ -151,7 +151,7 @@ def _print_needed(needed: "list[Estimate]", out: Path) -> None:
     about = "~" if len(seconds) == len(needed) else ">"
     disk = "~" if all(e.bytes is not None for e in needed) else ">"
     rows.append(
-        ("all", "", hours(sum(seconds) / 3600, about) if seconds else "-", disk + size_text(int(size)))
+        ("all", "", _hours(sum(seconds) / 3600, about) if seconds else "-", disk + size_text(int(size)))
     )
     say()
     print_table(("still to do", "tokens", "time", "disk"), rows)
@@ -170,18 +170,61 @@ def _print_needed(needed: "list[Estimate]", out: Path) -> None:
 
 
 def _print_costs(config: RunConfig, tflops: float, as_json: bool) -> None:
-    from sstoken.pipeline import cost
+    from sstoken.pipeline.estimates import SAMPLE, costs
 
     check_run(config)
-    found = cost.costs(config, tflops)
+    found = costs(config, tflops)
     if as_json:
         say(json.dumps({"tflops": tflops, "steps": [vars(each) for each in found]}))
         return
-    print_table(
-        ("step", "tokens", "FLOPs", "device-hours", "bytes", "took", "wrote"), list(cost.shown(found))
-    )
+    print_table(("step", "tokens", "FLOPs", "device-hours", "bytes", "took", "wrote"), list(_rows(found)))
     say(f"device-hours: at {tflops:g} TFLOP/s per device; give the speed of yours with --tflops")
     if any(each.guessed for each in found):
-        say(f"~: guessed from the first {cost.SAMPLE} rows; exact once they are encoded")
+        say(f"~: guessed from the first {SAMPLE} rows; exact once they are encoded")
     if any(each.flops is None for each in found):
         say("-: not known before the data is encoded")
+
+
+def _rows(found: "list[Cost]") -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table, then its totals."""
+    for cost in found:
+        about = "~" if cost.guessed else ""
+        yield (
+            cost.step,
+            _number(cost.tokens, about),
+            _number(cost.flops or None, about),
+            _hours(cost.device_hours or None, about),
+            _number(cost.bytes, "~"),
+            _hours(cost.took_hours),
+            _number(cost.took_bytes),
+        )
+    known = [cost for cost in found if cost.flops is not None]
+    about = "~" if any(cost.guessed for cost in known) else ""
+    yield (
+        "all",
+        "",
+        _number(sum(cost.flops or 0 for cost in known), about),
+        _hours(sum(cost.device_hours or 0 for cost in known), about),
+        _number(sum(cost.bytes or 0 for cost in known), "~"),
+        "",
+        "",
+    )
+
+
+def _number(value: float | None, about: str = "") -> str:
+    """Return a number with a unit's prefix; `about` goes before it."""
+    if value is None:
+        return "-"
+    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{about}{value / scale:.3g} {unit}"
+    return f"{about}{value:.3g}"
+
+
+def _hours(value: float | None, about: str = "") -> str:
+    """Return hours as seconds, minutes or hours."""
+    if value is None:
+        return "-"
+    if value < 1 / 60:
+        return f"{about}{3600 * value:.2g} s"
+    return f"{about}{60 * value:.2g} min" if value < 1 else f"{about}{value:,.1f} h"

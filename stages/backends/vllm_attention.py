@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sstoken.measure.prompt_attention import prompt_attention
-from sstoken.stages.backends.vllm_engine import EngineError, one_line
+from sstoken.stages.backends.vllm_errors import EngineError, one_line
 
 CHECKED_ROWS = 64
 _NEEDED = {"query", "key", "value", "attn_metadata", "output"}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sstoken.stages.backends.vllm_errors import EngineError, one_line
 from sstoken.stages.backends.vllm_generation import Generated, Prefixes, generate
 
 MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
@@ -77,10 +78,6 @@ class Reply:
     requested."""
     generated: list[Generated] | None = None
     """What was generated after each prefix; None if not requested."""
-
-
-class EngineError(Exception):
-    """vLLM cannot do what was requested; the message is one line."""
 
 
 class Vllm:
@@ -263,15 +260,6 @@ def _lora(adapter: tuple[int, str] | None) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(f"adapter-{adapter[0]}", *adapter)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message in one line, with its type unless it is an `EngineError`."""
-    errors = getattr(error, "errors", None)
-    if callable(errors):  # pydantic's first line is only the number of errors
-        return " ".join(str(errors()[0]["msg"]).split())[:400]
-    text = " ".join(str(error).split())[:400]
-    return text if isinstance(error, EngineError) else f"{type(error).__name__}: {text}"
 
 
 def _answer(connection: Connection) -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from sstoken.errors import SstokenError
-from sstoken.pipeline import api, cost
+from sstoken.pipeline import api, cost, estimates
 from sstoken.pipeline.config import load_config
 from sstoken.pipeline.job import Job
 from sstoken.stages import manifest as manifests
@@ -57,18 +57,18 @@ def test_critical_costs_what_it_generates() -> None:
 
 def test_what_is_said_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = make_world()
-    data = save_conversations(tmp_path / "data.jsonl", cost.SAMPLE + 44, longest=8)
+    data = save_conversations(tmp_path / "data.jsonl", estimates.SAMPLE + 44, longest=8)
     file = tmp_path / "c.yaml"
     file.write_text(
         f"out: {tmp_path / 'run'}\nencode: {{data: {data}, model: {world.base}, workers: 1, shard_rows: 100}}\n"
         f"score: {{checkpoints: {{base: {world.base}, later: {world.later}}}}}\n"
     )
-    before = {each.step: each for each in cost.costs(load_config(file), tflops=1)}
+    before = {each.step: each for each in estimates.costs(load_config(file), tflops=1)}
     assert not (tmp_path / "run").exists()
     assert all(each.guessed and each.took_hours is None for each in before.values())
     assert before["score/base"].device_hours == pytest.approx(before["score/base"].flops / 1e12 / 3600)
     api.run(file)
-    after = {each.step: each for each in cost.costs(load_config(file), tflops=1)}
+    after = {each.step: each for each in estimates.costs(load_config(file), tflops=1)}
     made = manifests.read_manifest(tmp_path / "run" / "tokens")
     scored = manifests.read_manifest(tmp_path / "run" / "scores" / "base")
     assert made is not None

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sstoken.pipeline import api, runner
+from sstoken.pipeline import api
 from sstoken.pipeline.config import load_config
+from sstoken.pipeline.job import Result
 from sstoken.stages.manifest import read_manifest
 from sstoken.stages.storage import UNFINISHED
 from tests.factories import save_tokenizer
@@ -179,7 +180,7 @@ class Encoder:
         save_tokenizer(folder / "base")
         self._model = str(folder / "base")
 
-    def __call__(self, shard_rows: int, out: Path | None = None) -> runner.Result:
+    def __call__(self, shard_rows: int, out: Path | None = None) -> Result:
         return api.encode(
             data=str(self._data),
             model=self._model,
