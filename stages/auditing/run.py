@@ -16,7 +16,7 @@ from sstoken.stages.auditing.checks.lengths import Lengths, Tally
 from sstoken.stages.auditing.checks.parts import Parts
 from sstoken.stages.auditing.checks.rows import examples
 from sstoken.stages.auditing.checks.signals import check as check_signals
-from sstoken.stages.auditing.checks.template import NO_TEMPLATE, Conversations, encoded
+from sstoken.stages.auditing.checks.template import NO_TEMPLATE, Conversations
 from sstoken.stages.auditing.checks.turn_ends import TurnEnds
 from sstoken.stages.auditing.data_files import Row
 from sstoken.stages.auditing.examples import Cutter, Example
@@ -96,17 +96,17 @@ def audit(
     encoder = load_encoder(ref, options, trust_remote_code=trust_remote_code)
     declared, encoder.max_length = encoder.max_length, _ANY_LENGTH
     state.vocabulary = _vocabulary(ref, encoder.tokenizer)
-    counts = Conversations()
     named, ignored = dict(columns or {}), frozenset(ignore_columns)
 
     def detect(row: Any, preference: Preference) -> Layout:
         return detect_layout(row, format, named, ignored, preference)
 
-    found = encoded(rows, encoder, detect, preference, counts, state)
+    conversations = Conversations(encoder, detect, preference, state)
     if encoder.template_origin == "plain":
         state.report_count(NO_TEMPLATE, 1, None, f"{ref}: its tokenizer has none")
+    found = conversations.examples(rows)
     result = _checked(opened, found, state, encoder.template(), max_length or declared)
-    result.facts |= counts.facts()
+    result.facts |= conversations.facts()
     return result
 
 

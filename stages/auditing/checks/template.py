@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,49 +101,82 @@ _EXCERPT = 120
 _KINDS = re.compile(r"\b(reasoning|system|tools|tool_calls|content)\b")
 
 
-@dataclass
 class Conversations:
-    """Counts over raw rows."""
+    """Encodes raw rows, counts what happens to them, and reports those that cannot be encoded.
 
-    refused: Counter[str] = field(default_factory=Counter)
-    passed_over: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    unused: Counter[str] = field(default_factory=Counter)
-    proofs: Counter[str] = field(default_factory=Counter)
+    `detect` finds the layout from the columns of a row; what `preference` data does is as in `Encode`.
+    """
 
-    def refuse(self, row: Row, error: BadRow, audit: Audit, conversation: Conversation | None) -> None:
-        """Count a row that cannot be encoded; `conversation` is its content, if that could be read."""
+    def __init__(
+        self,
+        encoder: chat.ChatEncoder,
+        detect: Callable[[Any, Preference], Layout],
+        preference: Preference,
+        audit: Audit,
+    ) -> None:
+        self._encoder, self._detect, self._preference, self._audit = encoder, detect, preference, audit
+        names = ("refused", "passed_over", "notes", "unused_columns", "proof")
+        self._counts = {name: Counter[str]() for name in names}
+
+    def examples(self, rows: Iterator[Row]) -> Iterator[Example]:
+        """Yield the examples of rows.
+
+        Raises:
+            SstokenError: the columns match no layout, or the chat template is not valid Jinja or does not terminate.
+        """
+        layout: Layout | None = None
+        with time_limited("the chat template") as start:
+            for row in rows:
+                conversation: Conversation | None = None
+                try:
+                    if row.problem is not None:
+                        raise BadRow("broken row", row.problem)
+                    if layout is None:
+                        layout = self._detect(row.values, self._preference)
+                    conversation = to_conversation(row.values, layout)
+                    start(row.where)
+                    examples = self._encoder.encode(conversation)
+                except NoLayout as error:
+                    raise SstokenError(f"{row.where}: {error}") from error
+                except BadRow as error:
+                    self._refuse(row, error, conversation)
+                    if layout is None and isinstance(error, NeedsDecision):
+                        with suppress(SstokenError):
+                            layout = replace(self._detect(row.values, "take"), preference="stop")
+                    continue
+                self._counts["unused_columns"].update(conversation.unused)
+                name = row.values.get("example_id")
+                name = None if name is None else str(name)
+                for each in examples:
+                    ids, trained = np.array(each.input_ids, np.int64), np.array(each.response_mask, bool)
+                    example = Example(row.where, row.index, ids, trained, name)
+                    self._counts["proof"][each.proof] += 1
+                    for note in (*conversation.notes, *each.notes):
+                        self._counts["notes"][note] += 1
+                        if note in _NOTES:
+                            self._audit.report(_NOTES[note], example, (0, 0), note)
+                    yield example
+
+    def _refuse(self, row: Row, error: BadRow, conversation: Conversation | None) -> None:
+        """Report a row that cannot be encoded; `conversation` is its content, if that could be read."""
         if isinstance(error, PassedOver):
-            self.passed_over[error.reason] += 1
+            self._counts["passed_over"][error.reason] += 1
             return
-        self.refused[error.reason] += 1
+        self._counts["refused"][error.reason] += 1
         detail, _, way_out = error.detail.partition("; ")
         remedy = way_out if way_out.startswith("take ") else ""
         said = f"{error.reason}: {error.detail}" if error.detail else error.reason
         text = _excerpt(error.detail, row, conversation)
         if error.reason == LOST:
             for name in dict.fromkeys(_KINDS.findall(detail)) or ("content",):
-                audit.report_row(DROPPED[name], row.where, row.index, detail, remedy, text)
+                self._audit.report_row(DROPPED[name], row.where, row.index, detail, remedy, text)
             return
-        default = DECISION if isinstance(error, NeedsDecision) else BAD
-        audit.report_row(_REASONS.get(error.reason, default), row.where, row.index, said, remedy, text)
-
-    def note(self, notes: tuple[str, ...], example: Example, audit: Audit) -> None:
-        """Count the notes that encoding made about a row."""
-        self.notes.update(notes)
-        for note in notes:
-            if note in _NOTES:
-                audit.report(_NOTES[note], example, (0, 0), note)
+        kind = _REASONS.get(error.reason, DECISION if isinstance(error, NeedsDecision) else BAD)
+        self._audit.report_row(kind, row.where, row.index, said, remedy, text)
 
     def facts(self) -> dict[str, Any]:
         """Return the counts."""
-        return {
-            "refused": dict(self.refused),
-            "passed_over": dict(self.passed_over),
-            "notes": dict(self.notes),
-            "unused_columns": dict(self.unused),
-            "proof": dict(self.proofs),
-        }
+        return {name: dict(counts) for name, counts in self._counts.items()}
 
 
 def _excerpt(detail: str, row: Row, conversation: Conversation | None) -> str:
@@ -158,53 +191,3 @@ def _excerpt(detail: str, row: Row, conversation: Conversation | None) -> str:
     quoted = _QUOTED.search(detail)
     start = max(0, text.find(quoted[1]) - 16) if quoted and quoted[1] in text else 0
     return text[start : start + _EXCERPT]
-
-
-def encoded(
-    rows: Iterator[Row],
-    encoder: chat.ChatEncoder,
-    detect: Callable[[Any, Preference], Layout],
-    preference: Preference,
-    counts: Conversations,
-    audit: Audit,
-) -> Iterator[Example]:
-    """Yield the examples of rows; count and report those that cannot be encoded.
-
-    `detect` finds the layout from the columns of a row; what preference data does is as in `Encode`.
-
-    Raises:
-        SstokenError: the columns match no layout, or the chat template is not valid Jinja or does not terminate.
-    """
-    layout: Layout | None = None
-    with time_limited("the chat template") as start:
-        for row in rows:
-            conversation: Conversation | None = None
-            try:
-                if row.problem is not None:
-                    raise BadRow("broken row", row.problem)
-                if layout is None:
-                    layout = detect(row.values, preference)
-                conversation = to_conversation(row.values, layout)
-                start(row.where)
-                examples = encoder.encode(conversation)
-            except NoLayout as error:
-                raise SstokenError(f"{row.where}: {error}") from error
-            except BadRow as error:
-                counts.refuse(row, error, audit, conversation)
-                if layout is None and isinstance(error, NeedsDecision):
-                    with suppress(SstokenError):
-                        layout = replace(detect(row.values, "take"), preference="stop")
-                continue
-            counts.unused.update(conversation.unused)
-            name = row.values.get("example_id")
-            for each in examples:
-                example = Example(
-                    row.where,
-                    row.index,
-                    np.array(each.input_ids, np.int64),
-                    np.array(each.response_mask, bool),
-                    None if name is None else str(name),
-                )
-                counts.proofs[each.proof] += 1
-                counts.note((*conversation.notes, *each.notes), example, audit)
-                yield example
