@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation
-from sstoken.stages.encoding.spans import SpecialTokens, Turn, TurnFinder
+from sstoken.stages.encoding.spans import SpecialTokens, Turn, TurnFinder, _shared
 from sstoken.stages.encoding.templates import ChatTemplate
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 
@@ -54,7 +54,9 @@ def test_a_turn_says_where_its_parts_are() -> None:
 def test_the_rendering_may_be_given() -> None:
     finder, conversation = make(PLAIN), talk("hello", "there")
     text = finder.template.render(conversation)
-    assert (finder.trace(conversation, text).owners == finder.trace(conversation).owners).all()
+    given = finder.trace(conversation, text)
+    assert given.text is text
+    assert (given.owners == finder.trace(conversation).owners).all()
 
 
 def test_the_prompt_is_what_inference_shows() -> None:
@@ -144,7 +146,14 @@ def test_a_response_starts_where_generation_would(opening: str, prompt: str, sai
 
 @pytest.mark.parametrize(
     ("opening", "said"),
-    [("<a>", "there<end>"), ("Answer: ", "there<end>"), (" ", " there<end>"), ("", "there<end>")],
+    [
+        ("<a>", "there<end>"),
+        ("Answer: ", "there<end>"),
+        (" ", " there<end>"),
+        ("", "there<end>"),
+        ("\n", "there<end>"),
+        ("X ", "there<end>"),
+    ],
 )
 def test_without_a_generation_prompt_a_blank_before_the_answer_is_its_own(opening: str, said: str) -> None:
     template = (
@@ -152,6 +161,16 @@ def test_without_a_generation_prompt_a_blank_before_the_answer_is_its_own(openin
         "{{ m.content }}{% endif %}<end>{% endfor %}"
     )  # fmt: skip
     assert find(make(template), talk("hello", "there"), 1)[0] == said
+
+
+def test_a_generation_prompt_that_changes_what_stands_before_it() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<a><x>{% endif %}{{ m.content }}"
+        "{{ '<finished>' if loop.last and not add_generation_prompt else '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<a><y>{% endif %}"
+    )
+    finder = make(template, stops=("<end>", "<finished>"))
+    assert find(finder, talk("hello", "there"), 1)[0] == "<x>there<finished>"
 
 
 def test_a_template_that_prints_no_plain_answer_shows_no_header() -> None:
@@ -185,6 +204,23 @@ def test_headers_are_remembered_by_what_decides_them() -> None:
         assert find(finder, Conversation(thinking), 3)[0] == "there<end>"
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "shared"),
+    [
+        ("<a><b>", "<a><c>", 3),
+        ("one two", "one ten", 4),
+        ("[INST]x", "[INST]y", 6),
+        ("word", "work", 0),
+        ("<a>", "<b>", 0),
+        ("one", "one two", 3),
+        ("one two", "one", 3),
+        ("", "one", 0),
+    ],
+)
+def test_what_two_texts_share_splits_no_tag_and_no_word(left: str, right: str, shared: int) -> None:
+    assert _shared(left, right) == shared
+
+
 # Where a turn ends
 
 
@@ -209,8 +245,8 @@ def test_a_control_token_at_the_end_closes_a_turn_though_it_never_stops_generati
 
 
 def test_whitespace_is_no_token_that_stops_generation() -> None:
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n<end>{% endfor %}"
-    assert find(make(template, stops=("\n", "", "<end>")), talk("hello", "there"), 1)[0] == "there\n<end>"
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n!<end>{% endfor %}"
+    assert find(make(template, stops=("\n", "", "<end>")), talk("hello", "there"), 1)[0] == "there\n!<end>"
 
 
 @pytest.mark.parametrize(
