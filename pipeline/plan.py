@@ -112,6 +112,7 @@ class _Planner:
         """The folder of each step so far; a sweep has one per selection."""
         self._histories: dict[str, History | None] = {}
         """The checkpoints of each anchor step; None: it has not run yet."""
+        self._resolver = Resolver(self._histories)
         self._scored: dict[str, Scored | None] = {}
         """What each score step measures; None: unknown yet."""
 
@@ -173,36 +174,31 @@ class _Planner:
         start = section.model.partition("/")[0]
         if start not in self._histories:
             return self._job(name, stage_of(section, Anchor), named)
-        resolver = self._resolver()
-        if resolver.unknown(section.model):
+        if self._resolver.unknown(section.model):
             return Step(name, Anchor.name, None, (start, *named.values()))
-        model = resolver.resolve(section.model)[1]
+        model = self._resolver.resolve(section.model)[1]
         return self._job(name, stage_of(section, Anchor, model=model), named, (start,))
 
     def _critical(self, name: str, section: CriticalSection) -> Step:
-        tokens, resolver = self._step(name, "tokens", section.tokens, TOKENS), self._resolver()
-        if awaited := resolver.awaited(section.checkpoint):
+        tokens = self._step(name, "tokens", section.tokens, TOKENS)
+        if awaited := self._resolver.awaited(section.checkpoint):
             return Step(name, Critical.name, None, (*awaited, tokens))
-        checkpoint = resolver.resolve(section.checkpoint)[1]
+        checkpoint = self._resolver.resolve(section.checkpoint)[1]
         stage = stage_of(section, Critical, checkpoint=checkpoint)
         return self._job(name, stage, {"tokens": tokens}, tuple(self._histories))
 
     def _history(self, name: str, section: Anchor) -> History | None:
         if self._promised:
-            resolver = self._resolver()
-            start = section.model.partition("/")[0]
-            return Promised(resolver.resolve(section.model)[1] if start in self._histories else section.model)
+            start, model = section.model.partition("/")[0], section.model
+            return Promised(self._resolver.resolve(model)[1] if start in self._histories else model)
         folder = self._config.place(name)
         if not (folder / INDEX).is_file():
             return None
         return {entry.name: entry.path for entry in read_history(folder)}
 
-    def _resolver(self) -> Resolver:
-        return Resolver(self._histories)
-
     def _score(self, name: str, section: ScoreSection) -> Iterator[Step]:
         tokens = self._step(name, "tokens", section.tokens, TOKENS)
-        resolver, selections = self._resolver(), self._selections(name)
+        resolver, selections = self._resolver, self._selections(name)
         waits = resolver.waits_for(section, [s for _, s in selections])
         if waits:
             self._scored[name] = None

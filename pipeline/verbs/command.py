@@ -133,9 +133,8 @@ def _argument_texts(docstring: str | None) -> dict[str, str]:
     }
 
 
-def place(path: Place) -> Path:
-    """The path without its tilde, or the URL, that a caller names."""
-    return storage.address(path)
+place = storage.address
+"""The path without its tilde, or the URL, that a caller names."""
 
 
 def file_to_write(path: Place) -> Path:

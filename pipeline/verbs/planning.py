@@ -91,12 +91,12 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
     json_option,
 )
 def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: float, as_json: bool) -> None:
-    if with_cost:
-        _print_costs(load_config(config, overrides), tflops, as_json)
-        return
     from sstoken.pipeline.estimates import estimates
 
     loaded = load_config(config, overrides)
+    if with_cost:
+        _print_costs(loaded, tflops, as_json)
+        return
     planned = plan(loaded)
     to_do = {p.step for p in planned if p.state != State.FINISHED.value}
     needed: list[Estimate] = []
