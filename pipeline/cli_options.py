@@ -33,9 +33,7 @@ class Option:
 def stage_options(stage: type[BaseModel], *, sweep: Collection[str] = ()) -> Callable[[F], F]:
     """Add an option for each field of `stage`, its own fields before inherited ones; an omitted option is None.
 
-    Args:
-        stage: its fields' descriptions become the help.
-        sweep: fields that may be given several times; several values become a list.
+    The fields' descriptions become the help. Fields in `sweep` may be given several times, which makes a list.
     """
 
     def decorate(command: F) -> F:

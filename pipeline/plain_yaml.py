@@ -37,11 +37,7 @@ def short(value: object) -> str:
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:
-    """Parse a YAML text.
-
-    Args:
-        text: bytes must be UTF-8.
-        where: the beginning of error messages.
+    """Parse a YAML text; bytes are UTF-8. Errors begin with `where`.
 
     Raises:
         UsageError: not YAML, or larger than a configuration may be.

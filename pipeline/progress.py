@@ -25,12 +25,9 @@ _LONG = 600.0
 
 @contextmanager
 def progress_bar(unit: str, total: int | None, faster: Callable[[], str] = str) -> Iterator[Progress]:
-    """Show how much is done, how fast, and the remaining time.
+    """Show how many units are done of `total` (None: unknown), how fast, and the remaining time.
 
-    Args:
-        unit: name of what is counted.
-        total: their number; None: unknown.
-        faster: returns what would speed the work up; shown once, if it turns out to take long.
+    `faster` returns what would speed the work up; it is shown once, if the work turns out to take long.
     """
     if is_quiet():
         yield Progress()

@@ -14,11 +14,7 @@ from sstoken.stages.sharded import ShardedStage
 def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = False) -> Result:
     """Run the job unless it is finished.
 
-    Args:
-        job: the stage and its folders.
-        digests: cache of file digests.
-        replace: replace finished output of other settings instead of refusing.
-        force: run again even if it is finished.
+    With `replace`, finished output of other settings is replaced instead of refused; `force` runs a finished job again.
 
     Raises:
         UsageError: wrong settings, or an output folder that is not this job's.
