@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sstoken.errors import SstokenError
 from sstoken.stages import storage
 
 if TYPE_CHECKING:
@@ -72,6 +73,19 @@ def inline_svg(chart: Chart) -> str:
     for color, of_page in PAGE_COLORS.items():
         text = text.replace(color, of_page)
     return re.sub(r"\n\s*", "\n", text)
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a picture or a page, and make its folder.
+
+    Raises:
+        SstokenError: it cannot be written.
+    """
+    try:
+        storage.of(file).make_folder(file.parent)
+        storage.write_atomic(file, text)
+    except OSError as error:
+        raise SstokenError(f"{file}: cannot be written ({error.strerror}); name another file") from error
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A masked or tokens folder in Python: as a table, or as rows that a notebook shows in colour."""
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,23 +47,19 @@ class Row:
 
     def _repr_html_(self) -> str:
         example = self.example
-        response = example.keep_mask if example.response_mask is None else example.response_mask
         scores = [s if keep else None for s, keep in zip(example.scores, example.keep_mask, strict=True)]
         pieces = []
         for i, (text, rank) in enumerate(zip(self.texts, ranks(scores), strict=True)):
             shown = html.escape(visible(text, newline="⏎\n"))
-            if not response[i]:
+            if not example.response[i]:
                 style = "color:#56626f"
             elif not example.keep_mask[i]:
                 style = "color:#56626f;text-decoration:line-through"
             else:
-                style = (
-                    f"background:{_STEPS[min(int(rank * len(_STEPS)), len(_STEPS) - 1)]};border-radius:3px"
-                )
+                colour = _STEPS[min(int(rank * len(_STEPS)), len(_STEPS) - 1)]
+                style = f"background:{colour};border-radius:3px"
             score = example.scores[i]
-            title = (
-                f"{example.input_ids[i]}" if score is None else f"{example.input_ids[i]}, score {score:.4g}"
-            )
+            title = str(example.input_ids[i]) + ("" if score is None else f", score {score:.4g}")
             pieces.append(f'<span style="{style}" title="{title}">{shown}</span>')
         name = html.escape(visible(example.example_id, newline=" "))
         return (
@@ -95,19 +91,13 @@ class Loaded(Sequence[Row]):
         return sum(tables.num_rows(part) for part in self._parts)
 
     def __getitem__(self, index: Any) -> Any:
-        return (
-            [self.row(i) for i in range(*index.indices(len(self)))]
-            if isinstance(index, slice)
-            else self.row(index)
-        )
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self.row(i) for i in range(len(self)))
+        if isinstance(index, slice):
+            return [self.row(i) for i in range(len(self))[index]]
+        return self.row(index)
 
     def __repr__(self) -> str:
-        return (
-            f"<{self._opened.kind} {str(self._opened.path)!r}: {len(self):,} rows, {', '.join(self.columns)}>"
-        )
+        columns = ", ".join(self.columns)
+        return f"<{self._opened.kind} {str(self._opened.path)!r}: {len(self):,} rows, {columns}>"
 
     def row(self, number: int) -> Row:
         """Read one row, from 0; a negative number counts from the end.

@@ -9,16 +9,14 @@ import numpy as np
 
 from sstoken.errors import SstokenError
 from sstoken.methods import METHODS
-from sstoken.stages import storage
 from sstoken.stages.masked_card import decisive_settings
 from sstoken.stages.report import examples as shown_examples
 from sstoken.stages.report import quality
-from sstoken.stages.report.drawing import inline_svg
+from sstoken.stages.report.drawing import inline_svg, write_file
 from sstoken.stages.report.figures import capitalized, charts
 from sstoken.stages.report.folders import SCORE, Folders, open_folders
 from sstoken.stages.report.statistics import TOKENS_SAMPLED, Breakdown, Statistics, measure
 from sstoken.stages.report.token_classes import ALL_CLASSES
-from sstoken.stages.storage import write_atomic
 from sstoken.stages.token_text import visible
 from sstoken.version import __version__
 
@@ -57,11 +55,7 @@ def write_page(
     size = len(text.encode())
     if size > MOST_BYTES:
         raise SstokenError(f"{file}: the page would take {size:,} bytes; show fewer folders side by side")
-    try:
-        storage.of(file).make_folder(file.parent)
-        write_atomic(file, text)
-    except OSError as error:
-        raise SstokenError(f"{file}: cannot be written ({error.strerror})") from error
+    write_file(file, text)
     return {**facts, "bytes": size}
 
 

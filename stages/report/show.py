@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -21,10 +22,11 @@ from rich.text import Text
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
-from sstoken.stages import storage, tables
+from sstoken.stages import tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.manifest import finished_inside
 from sstoken.stages.report.choosing import choose, signal_values
+from sstoken.stages.report.drawing import write_file
 from sstoken.stages.token_text import token_texts, visible
 
 if TYPE_CHECKING:
@@ -54,6 +56,11 @@ class MaskedExample:
     """In a tokens folder, where nothing is selected yet, the response mask."""
     scores: list[float | None]
     provenance: dict[str, Any]
+
+    @property
+    def response(self) -> list[bool]:
+        """The response mask, or the keep mask where the dataset does not tell."""
+        return self.keep_mask if self.response_mask is None else self.response_mask
 
 
 def show(
@@ -85,21 +92,16 @@ def show(
     if signal is not None:
         values = signal_values(masked, [e.row for e in examples], signal)
         examples = [replace(example, scores=values[example.row]) for example in examples]
-    if pager and console.is_terminal:
-        os.environ.setdefault("LESS", "-FRX")
-        with console.pager(styles=not is_plain(console)):
-            _show(masked, examples, console, signal)
-    else:
-        _show(masked, examples, console, signal)
-
-
-def _show(masked: Path, examples: Sequence[MaskedExample], console: Console, signal: str | None) -> None:
     tokenizer = load_tokenizer(str(masked / "tokenizer"))
-    for example in examples:
-        print_example(example, tokenizer, console)
-        _print(console, Text())
-    selected = examples[0].provenance.get("kind") != "tokens"
-    print_legend(console, lean=examples[0].response_mask is None, of=signal or "score", selected=selected)
+    lean, selected = examples[0].response_mask is None, examples[0].provenance.get("kind") != "tokens"
+    paged = pager and console.is_terminal
+    if paged:
+        os.environ.setdefault("LESS", "-FRX")
+    with console.pager(styles=not is_plain(console)) if paged else nullcontext():
+        for example in examples:
+            print_example(example, tokenizer, console)
+            _print(console, Text())
+        print_legend(console, lean=lean, of=signal or "score", selected=selected)
 
 
 def save_svg(masked: Path, file: Path, row: int | None = None, num_examples: int = 1, **options: Any) -> None:
@@ -114,11 +116,7 @@ def save_svg(masked: Path, file: Path, row: int | None = None, num_examples: int
     )  # fmt: skip
     show(masked, row, num_examples, console, **options)
     svg = console.export_svg(title="sstoken", unique_id="sstoken", code_format=_SVG)
-    try:
-        storage.of(file).make_folder(file.parent)
-        storage.write_atomic(file, svg)
-    except OSError as error:
-        raise SstokenError(f"{file}: cannot be written ({error.strerror}); name another file") from error
+    write_file(file, svg)
 
 
 def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", console: Console) -> None:
@@ -128,11 +126,9 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
     if facts.get("kind") == "tokens":
         counts = f"{response} response tokens, nothing is selected yet"
     elif response:
-        counts = f"kept {kept} of {response} response tokens"
+        counts = f"kept {kept} of {response} response tokens ({kept / response:.0%})"
     else:
         counts = f"kept {kept} tokens"
-    if response and facts.get("kind") != "tokens":
-        counts += f" ({kept / response:.0%})"
     name = str(facts.get("method", ""))
     ranked = name not in METHODS or METHODS[name].selective
     method = f"{name} rho {facts['rho']}" if ranked and facts.get("rho") is not None else name
@@ -140,13 +136,8 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
     header.append(visible(example.example_id, newline="\\n"))
     for part in filter(None, (counts, visible(method, newline="\\n"))):
         header.append(f"  ·  {part}", style="not bold")
-    text = render_example(
-        token_texts(tokenizer, example.input_ids),
-        example.keep_mask if example.response_mask is None else example.response_mask,
-        example.keep_mask,
-        example.scores,
-        plain=is_plain(console),
-    )
+    texts, plain = token_texts(tokenizer, example.input_ids), is_plain(console)
+    text = render_example(texts, example.response, example.keep_mask, example.scores, plain=plain)
     if text.plain.endswith("\n"):
         text.right_crop(1)
     _print(console, header)
