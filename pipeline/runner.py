@@ -1,14 +1,26 @@
-"""Runs one job, unless it is finished: alone, as one of several ranks, or as one process of a distributed stage."""
+"""Runs jobs unless they are finished: one, as one of several ranks or under torchrun; or several as one queue."""
 
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 from sstoken.errors import UsageError
 from sstoken.pipeline.job import Job, Result, identify
-from sstoken.pipeline.output_folder import engine_of, found_finished, locked_folder, run_stage, skipped
+from sstoken.pipeline.output_folder import (
+    End,
+    context_of,
+    engine_of,
+    found_finished,
+    locked_folder,
+    run_stage,
+    skipped,
+)
 from sstoken.pipeline.ranks import execute_rank
 from sstoken.stages.manifest import Digests
 from sstoken.stages.processes import is_main_process, num_processes
-from sstoken.stages.sharded import ShardedStage
+from sstoken.stages.sharded import ShardedStage, run_queue
+from sstoken.stages.stage import Context, Settings
 
 
 def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = False) -> Result:
@@ -44,6 +56,80 @@ def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = 
         job.stage.agree(True)
         start = time.monotonic()
         return end(run_stage(job, identity), start)
+
+
+def execute_together(
+    jobs: Sequence[Job],
+    digests: Digests,
+    listener: Callable[[int, Result], None],
+    *,
+    replace: bool = False,
+    force: bool = False,
+) -> list[Result]:
+    """Run independent jobs as one queue of shards; each has its own folder and manifest.
+
+    Args:
+        jobs: all with the same engine options.
+        digests, replace, force: see `execute`.
+        listener: called with a job's index and result as soon as it is finished.
+
+    Raises:
+        UsageError: as `execute`; before any work.
+        SstokenError: the work failed; `listener` was called for the jobs that finished.
+    """
+    results: dict[int, Result] = {}
+
+    def add(index: int, result: Result) -> None:
+        results[index] = result
+        listener(index, result)
+
+    if len(jobs) == 1 or not all(_in_one_process(job.stage) for job in jobs):
+        for index, job in enumerate(jobs):
+            add(index, execute(job, digests, replace=replace, force=force))
+        return list(results.values())
+    for job in jobs:
+        check_job(job)
+    left: list[_Begun] = []
+    with ExitStack() as all_folders:
+        for index, job in enumerate(jobs):
+            identity = identify(job, digests)
+            if not force and (found := found_finished(job, identity)):
+                add(index, found)
+                continue
+            folder = all_folders.enter_context(ExitStack())
+            end = folder.enter_context(locked_folder(job, identity, replace=replace, force=force))
+            if end is None:
+                add(index, skipped(job))
+            else:
+                assert isinstance(job.stage, ShardedStage)
+                left.append(_Begun(index, job.stage, context_of(job, identity), end, folder))
+
+        def done(number: int, began: float) -> None:
+            begun = left[number]
+            result = begun.end(begun.stage.finish(begun.context), began)
+            begun.folder.close()
+            add(begun.index, result)
+
+        if left:
+            run_queue([(begun.stage, begun.context) for begun in left], done)
+    return [results[index] for index in range(len(jobs))]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A job in progress."""
+
+    index: int
+    stage: ShardedStage
+    context: Context
+    end: End
+    folder: ExitStack
+    """Releases the output folder when it is closed."""
+
+
+def _in_one_process(stage: Settings) -> bool:
+    """Whether this process hands out all shards of the stage."""
+    return isinstance(stage, ShardedStage) and stage.world_size == 1 and num_processes() == 1
 
 
 def check_job(job: Job) -> None:

@@ -19,8 +19,8 @@ from sstoken.pipeline.job import Job, Result, State, changes, state
 from sstoken.pipeline.locks import one_run_at_a_time
 from sstoken.pipeline.plan import Step, check_run, run_groups
 from sstoken.pipeline.printing import print_result
+from sstoken.pipeline.runner import execute_together
 from sstoken.pipeline.saying import say
-from sstoken.pipeline.shared_queue import execute_together
 from sstoken.pipeline.verbs.command import Place, command, echo_results, local_place
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode

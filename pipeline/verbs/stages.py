@@ -21,10 +21,9 @@ from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.plan import score_job
 from sstoken.pipeline.printing import print_result
 from sstoken.pipeline.roles import NO_ATTENTION
-from sstoken.pipeline.runner import execute
+from sstoken.pipeline.runner import execute, execute_together
 from sstoken.pipeline.saying import say
 from sstoken.pipeline.sections import chosen, combinations, label, stage_of, swept
-from sstoken.pipeline.shared_queue import execute_together
 from sstoken.pipeline.verbs.command import (
     Internal,
     Output,

@@ -13,8 +13,7 @@ from sstoken.errors import QuarantinedError, SstokenError
 from sstoken.pipeline import api
 from sstoken.pipeline.job import Job, Result
 from sstoken.pipeline.locks import one_run_at_a_time
-from sstoken.pipeline.runner import execute
-from sstoken.pipeline.shared_queue import execute_together
+from sstoken.pipeline.runner import execute, execute_together
 from sstoken.stages import score, tables
 from sstoken.stages.manifest import MANIFEST, Digests
 from sstoken.stages.score import Score
