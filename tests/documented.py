@@ -66,7 +66,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "sstoken-curate ": "tests/pipeline/test_object_stores.py",
     },
     "vllm.md": {
-        "sstoken-curate score ": "two devices; tests/vllm, in an environment of its own, runs it on one"
+        "sstoken-curate score ": "needs vLLM; tests/vllm, in an environment of its own, runs it on one device",
+        "vllm serve ": "tests/vllm/test_server.py",
     },
 }
 PROGRAMS = ("bash", "python", "yaml", "toml", "json")

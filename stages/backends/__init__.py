@@ -147,7 +147,11 @@ class Latest(Generic[P, R]):
         return self.held[key]
 
 
-BACKENDS = {"hf": "sstoken.stages.backends.hf:HFBackend", "vllm": "sstoken.stages.backends.vllm:VllmBackend"}
+BACKENDS = {
+    "hf": "sstoken.stages.backends.hf:HFBackend",
+    "vllm": "sstoken.stages.backends.vllm:VllmBackend",
+    "vllm-server": "sstoken.stages.backends.vllm_server:VllmServerBackend",
+}
 """`module:class` by name: a module is imported only when its backend is used."""
 DEFAULT = "hf"
 ENTRY_POINTS = "sstoken.backends"
