@@ -139,11 +139,7 @@ class Encode(ShardedStage):
         return super().is_done(output) and keeps_bad_rows(output)
 
     def finish(self, context: Context) -> dict[str, Any]:
-        """Add up the shards' counts.
-
-        Raises:
-            NothingLeftError: no example is left.
-        """
+        """Add up the shards' counts; refuse a result without examples."""
         total = no_stats()
         read_as: dict[str, Any] = {}
         for path in parts(context.out):

@@ -26,11 +26,7 @@ class _Nulls:
 
 
 def rows_of(table: Any) -> Iterator[Converted]:
-    """Yield the rows of a table or record batch.
-
-    Raises:
-        ValueError: two columns have the same name.
-    """
+    """Yield the rows of a table or record batch; refuse two columns of one name with a ValueError."""
     names = table.schema.names
     if len(set(names)) < len(names):
         raise ValueError(f"two columns are named {next(n for n in names if names.count(n) > 1)!r}")

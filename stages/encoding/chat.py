@@ -7,7 +7,7 @@ rendering: if the template drops one, the row is bad, unless the user allows it.
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from sstoken.errors import SstokenError, first_line
 from sstoken.stages import checkpoints
 from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation, TrainedTurns
 from sstoken.stages.encoding.rendering import Rendered, Renderer, SpecialTokens
-from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span
+from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE, Span, any_of
 from sstoken.stages.token_text import byte_of_character
 
 if TYPE_CHECKING:
@@ -120,13 +120,9 @@ class ChatEncoder:
         return [self._tokenize(each, turn, notes) for turn, each in rendered]
 
     def added_text(self, conversation: Conversation) -> str:
-        """Return what the template opens this conversation with; "" if that is only special tokens and a role's name.
-
-        Raises:
-            BadRow: as `encode`.
-        """
+        """Return what the template opens a conversation with; "" if that is only special tokens and a role's name."""
         opening = self.renderer.opening(conversation)
-        words = re.sub(_any_of(self._added), " ", opening) if self._added else opening
+        words = re.sub(any_of(self._added), " ", opening) if self._added else opening
         return opening if len(re.findall(r"[^\W\d_]{2,}", words)) >= _FEWEST_WORDS else ""
 
     @property
@@ -137,11 +133,7 @@ class ChatEncoder:
         return "plain" if self.tokenizer.chat_template is None else "tokenizer"
 
     def _coded(self, text: str) -> Any:
-        """Tokenize a text, with offsets in characters.
-
-        Raises:
-            BadRow: the tokenizer fails on it.
-        """
+        """Tokenize a text, with offsets in characters; refuse one on which the tokenizer fails."""
         try:
             return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         except BaseException as error:
@@ -165,11 +157,7 @@ class ChatEncoder:
         return Encoded(list(ids[:kept]), mask[:kept], end > self.max_length, turn, notes, rendered.proof)
 
     def _check_tokens(self, runs: list[list[int]], rendered: Rendered) -> tuple[str, ...]:
-        """Return notes on how the tokenizer changes the responses: blanks, or normalization.
-
-        Raises:
-            BadRow: the response tokens do not decode to the responses.
-        """
+        """Return notes on how the tokenizer changes blanks or normalizes; refuse tokens that spell another text."""
         expected = [rendered.text[start:stop] for start, stop in rendered.spans]
         tokens = self._byte_level
         if tokens is not None:
@@ -230,7 +218,7 @@ class ChatEncoder:
     @cached_property
     def _specials(self) -> re.Pattern[str] | None:
         tokens = {token for token in control_tokens(self.tokenizer) if len(token) > 2}
-        return re.compile(_any_of(tokens)) if tokens else None
+        return re.compile(any_of(tokens)) if tokens else None
 
     @cached_property
     def _added(self) -> frozenset[str]:
@@ -246,11 +234,6 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
     """Return a tokenizer's special tokens. Tokens that were merely added count as text."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return frozenset(added | set(tokenizer.all_special_tokens))
-
-
-def _any_of(tokens: Iterable[str]) -> str:
-    """Return a pattern for any of the tokens, preferring the longest."""
-    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
 
 
 def _token_runs(text: str, spans: list[Span], offsets: list[Span]) -> list[Span]:
@@ -289,10 +272,6 @@ def _length_to_last(mask: list[bool]) -> int:
 
 
 def load_encoder(model: str, options: EncoderOptions, *, trust_remote_code: bool) -> ChatEncoder:
-    """Load the encoder of a checkpoint: its tokenizer, and the tokens that stop its generation.
-
-    Raises:
-        UsageError, SstokenError: as `load_tokenizer`.
-    """
+    """Load the encoder of a checkpoint: its tokenizer, and the tokens that stop its generation."""
     tokenizer = checkpoints.load_tokenizer(model, trust_remote_code=trust_remote_code)
     return ChatEncoder(tokenizer, options, checkpoints.stop_tokens(model, tokenizer))

@@ -99,11 +99,7 @@ def _formats(format: str) -> list[str]:
 
 
 def check_columns(format: str, columns: Mapping[str, str]) -> None:
-    """Refuse roles that the format does not have.
-
-    Raises:
-        UsageError: lists the roles it has.
-    """
+    """Refuse roles that the format does not have, with a UsageError that lists those it has."""
     legal = sorted({role for name in _formats(format) for role in REQUIRED[name] + OPTIONAL[name]})
     for role in columns:
         if role not in legal:

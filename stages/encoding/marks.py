@@ -17,11 +17,7 @@ _WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def _read_mark(value: Any, name: str, where: str) -> bool:
-    """Return whether a mark says that its turn is trained on.
-
-    Raises:
-        BadRow: not a mark, or a weight other than 0 and 1: a token is either trained on or not.
-    """
+    """Return whether a mark says that its turn is trained on; refuse weights between 0 and 1."""
     if isinstance(value, str):
         value = _WORDS.get(value.strip().lower(), value)
     if not isinstance(value, bool | int | float):

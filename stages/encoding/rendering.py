@@ -93,11 +93,7 @@ class Renderer:
             yield index + 1, self._render_turn(until, index)
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Render the complete conversation and locate its responses.
-
-        Raises:
-            BadRow: as `examples`.
-        """
+        """Render the complete conversation and locate its responses; raises as `examples`."""
         finder, scaffolds = self._finder(conversation)
         template = finder.template
         if template.marks_responses:
@@ -134,11 +130,7 @@ class Renderer:
         return Rendered(text, spans, tuple(notes), proof if marked is None else MARKERS)
 
     def opening(self, conversation: Conversation) -> str:
-        """Return what the template prints before the conversation's first text, such as a system prompt of its own.
-
-        Raises:
-            BadRow: as `render`.
-        """
+        """Return what the template prints before the conversation's first text, such as a system prompt of its own."""
         found = self._finder(conversation)[0].trace(conversation)
         return found.text[: found.after(0)]
 
@@ -172,11 +164,7 @@ class Renderer:
         )
 
     def _check_lost(self, lost: Sequence[Piece], conversation: Conversation) -> list[str]:
-        """Return the kinds of text that the template drops, if all are allowed.
-
-        Raises:
-            BadRow: one is not allowed, or nothing of a turn is left.
-        """
+        """Return the kinds of lost text; refuse kinds that are not allowed, and a turn of which nothing is left."""
         if not lost:
             return []
         kinds = sorted({piece.kind for piece in lost})

@@ -79,11 +79,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def refuse_mistaken(start: bytes, name: str) -> None:
-    """Refuse an empty file, or one whose first bytes show that it is of another kind than its name says.
-
-    Raises:
-        SstokenError: names what it is.
-    """
+    """Refuse an empty file, or one whose first bytes show that it is of another kind than its name says."""
     if not start:
         raise SstokenError(f"{name}: the file is empty; name one that has rows")
     text, format = start.removeprefix(b"\xef\xbb\xbf").lstrip(), kind(name)
@@ -227,11 +223,7 @@ def parquet_file(stream: Any) -> Any:
 
 
 def check_all_read(claimed: int, read: int) -> None:
-    """Refuse a Parquet file that held fewer rows than its footer claims.
-
-    Raises:
-        ValueError: says both.
-    """
+    """Refuse a Parquet file that held fewer rows than its footer claims, with a ValueError."""
     if read < claimed:
         raise ValueError(f"its footer claims {claimed:,} rows there, its columns hold {read:,}")
 

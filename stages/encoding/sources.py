@@ -46,11 +46,7 @@ class Row:
     """What reading it changed; short and stable, for counting."""
 
     def checked(self) -> Any:
-        """Return the value.
-
-        Raises:
-            BadRow: it does not parse.
-        """
+        """Return the value; raise BadRow if it does not parse."""
         if self.problem is not None:
             raise BadRow(*self.problem)
         return self.value

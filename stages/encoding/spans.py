@@ -14,7 +14,7 @@ from typing import Any
 from sstoken.stages.encoding.altering import visible
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation
 from sstoken.stages.encoding.pieces import pieces
-from sstoken.stages.encoding.templates import ChatTemplate, Span
+from sstoken.stages.encoding.templates import ChatTemplate, Span, any_of
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT, Trace, trace
 
 ATOM = re.compile(r"<[^<>\s]{0,60}>|\[[^\[\]\s]{0,40}\]|\w+|\s+|.", re.DOTALL)
@@ -65,11 +65,7 @@ class TurnFinder:
         self._headers: dict[tuple[object, ...], int] = {}
 
     def trace(self, conversation: Conversation, text: str | None = None) -> Trace:
-        """Find the owner of each character of a rendered conversation; `text` is the rendering.
-
-        Raises:
-            BadRow: the template refuses it, or the owners cannot be determined.
-        """
+        """Find the owner of each character of a rendered conversation (`text`, if already known); see `trace`."""
         return trace(conversation, self.template.render, self.template.protected, text)
 
     def turn(self, found: Trace, conversation: Conversation, index: int) -> Turn:
@@ -185,8 +181,7 @@ class TurnFinder:
     def _closers(self) -> re.Pattern[str] | None:
         """The tokens that may close a turn: those that stop generation, and those after a probe's answers."""
         tokens = {*self._stops, *self._after_probe()}
-        ordered = sorted(tokens, key=lambda t: (-len(t), t))
-        return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        return re.compile(any_of(tokens)) if tokens else None
 
     def _after_probe(self) -> set[str]:
         asked, replied, asked_more, replied_more = _PROBE

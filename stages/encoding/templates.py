@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, cached_property
@@ -66,11 +66,7 @@ class Dialect:
 
 
 class ChatTemplate:
-    """A chat template of one tokenizer.
-
-    Args:
-        source: the Jinja text.
-        special_tokens: `bos_token` and the like, by name.
+    """A chat template, with the special tokens of its tokenizer (`bos_token` and the like, by name).
 
     Raises:
         SstokenError: the text is too long for a template.
@@ -96,8 +92,7 @@ class ChatTemplate:
         """The markup that the template may look for in a content, such as `</think>`."""
         strings = [value[1:-1] for value in self._lexed["string"]]
         markup = [s.strip() for s in strings if re.search(r"[<>\[\]{}|/#]", s) and re.search(r"\w", s)]
-        markup = [s for s in {*markup, "<think>", "</think>"} if len(s) > 1]
-        return re.compile("|".join(re.escape(s) for s in sorted(markup, key=lambda s: (-len(s), s))))
+        return re.compile(any_of(s for s in {*markup, "<think>", "</think>"} if len(s) > 1))
 
     def render(self, conversation: Conversation, *, prompt: bool = False) -> str:
         """Render a conversation, optionally followed by the generation prompt.
@@ -106,17 +101,13 @@ class ChatTemplate:
             BadRow: the template refuses the conversation.
             SstokenError: the template is not valid Jinja.
         """
-        return self._rendered(conversation, self.dialect(conversation), prompt=prompt)[0]
+        return self._rendered(conversation, self._dialect(conversation), prompt=prompt)[0]
 
     def render_marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Render a conversation, and return the character spans that the template marks as generated.
+        """Like `render`; also return the character spans that the template marks as generated."""
+        return self._rendered(conversation, self._dialect(conversation), marked=True)
 
-        Raises:
-            BadRow, SstokenError: as `render`.
-        """
-        return self._rendered(conversation, self.dialect(conversation), marked=True)
-
-    def dialect(self, conversation: Conversation) -> Dialect:
+    def _dialect(self, conversation: Conversation) -> Dialect:
         """Return the form this conversation must take; detected once by trial."""
         dialect = self._plain_dialect
         if any(m.get("tool_calls") for m in conversation.messages):
@@ -127,10 +118,8 @@ class ChatTemplate:
     def _plain_dialect(self) -> Dialect:
         asked, said = _WORDS
         conversation = Conversation([_message("user", asked), _message("assistant", said)])
-        for dialect in (Dialect(), Dialect(parts=True)):
-            if self._prints(conversation, dialect, [asked, said]):
-                return dialect
-        return Dialect()
+        forms = Dialect(), Dialect(parts=True)
+        return next((form for form in forms if self._prints(conversation, form, _WORDS)), forms[0])
 
     @cached_property
     def _dialect_for_calls(self) -> Dialect | None:
@@ -145,7 +134,7 @@ class ChatTemplate:
             for as_text in (False, True):
                 dialect = replace(self._plain_dialect, arguments_as_text=as_text, empty_content=empty)
                 # A dictionary as Python prints it is not JSON, and doubly quoted text is not an object.
-                if self._prints(conversation, dialect, [name, value], ["{'key'", '\\"key\\"']):
+                if self._prints(conversation, dialect, _WORDS, ["{'key'", '\\"key\\"']):
                     return dialect
         return None
 
@@ -156,7 +145,7 @@ class ChatTemplate:
         conversation = Conversation(
             [_message("user", "Hello") | {"name": asked}, _message("assistant", "Hello") | {"name": said}]
         )
-        return self._prints(conversation, self._plain_dialect, [asked, said])
+        return self._prints(conversation, self._plain_dialect, _WORDS)
 
     @property
     def tools_in_system(self) -> bool:
@@ -178,17 +167,13 @@ class ChatTemplate:
         return found
 
     def _prints(
-        self,
-        conversation: Conversation,
-        dialect: Dialect,
-        words: Iterable[str],
-        not_these: Iterable[str] = (),
+        self, conversation: Conversation, dialect: Dialect, words: Iterable[str], without: Iterable[str] = ()
     ) -> bool:
         try:
             text = self._rendered(conversation, dialect)[0]
         except BadRow:
             return False
-        return all(word in text for word in words) and not any(word in text for word in not_these)
+        return all(word in text for word in words) and not any(word in text for word in without)
 
     def _rendered(
         self, conversation: Conversation, dialect: Dialect, *, prompt: bool = False, marked: bool = False
@@ -227,6 +212,11 @@ class ChatTemplate:
             raise BadRow("template refuses", reason(error)) from error
         _check_rendered(texts[0], conversation)
         return texts[0], [(start, end) for start, end in spans[0]] if marked else []
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """Return a pattern that matches any of the texts, the longest first."""
+    return "|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text))))
 
 
 def _check_rendered(text: str, conversation: Conversation) -> None:
@@ -295,11 +285,7 @@ def template_file(given: str) -> Path:
 
 
 def read_template(given: str) -> str:
-    """Read the file that `--chat-template` names.
-
-    Raises:
-        UsageError: as `template_file`; or the file is not UTF-8.
-    """
+    """Read the file that `--chat-template` names; raises as `template_file`, and if it is not UTF-8."""
     try:
         return template_file(given).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -321,6 +307,7 @@ def training_variant(source: str) -> str | None:
 def trl_templates() -> Path | None:
     """Find TRL's folder of chat templates without importing TRL."""
     spec = find_spec("trl")
-    places: Sequence[str] = list(spec.submodule_search_locations or ()) if spec else ()
-    folders = [Path(place) / "chat_templates" for place in places]
-    return next((folder for folder in folders if folder.is_dir()), None)
+    for place in (spec and spec.submodule_search_locations) or ():
+        if (folder := Path(place) / "chat_templates").is_dir():
+            return folder
+    return None

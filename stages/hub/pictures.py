@@ -69,13 +69,8 @@ def score_histogram(parts: Sequence[Path]) -> tuple[NDArray[Any], NDArray[Any], 
     last = int(np.searchsorted(cumulative, cumulative[-1] - outside, side="left")) + 1
     width = max(1, -(-(last - first) // _BARS))
     starts = np.arange(first, last, width)
-    shown = slice(0, last)
-    ends = np.minimum(starts + width, last)
-    return (
-        np.append(edges[starts], edges[ends[-1]]),
-        np.add.reduceat(kept[shown], starts),
-        np.add.reduceat(dropped[shown], starts),
-    )
+    kept, dropped = (np.add.reduceat(counts[:last], starts) for counts in (kept, dropped))
+    return np.append(edges[starts], edges[last]), kept, dropped
 
 
 def _scores(parts: Sequence[Path]) -> Any:

@@ -65,11 +65,7 @@ class Provenance(BaseModel):
 
 
 def read_provenance(path: Path) -> Provenance:
-    """Parse the provenance in a file.
-
-    Raises:
-        SstokenError: it is not a provenance.
-    """
+    """Parse the provenance in a file; a SstokenError if it is none."""
     try:
         return Provenance.model_validate_json(path.read_bytes())
     except (ValidationError, RecursionError) as error:
@@ -90,7 +86,11 @@ def find_origin(masked: Path, manifest: Manifest) -> dict[str, Any]:
     if (masked / PROVENANCE).is_file():
         return read_provenance(masked / PROVENANCE).origin
     run = masked.absolute().parent
-    near = {m.fingerprint: m for pattern in ("*", "*/*") for m in _manifests(run, pattern)}
+    near: dict[str, Manifest] = {}
+    for pattern in ("*", "*/*"):
+        for path in sorted(run.glob(f"{pattern}/{manifests.MANIFEST}")):
+            if folders.is_finished(path.parent) and (found := manifests.read_manifest(path.parent)):
+                near[found.fingerprint] = found
     inputs = {role: near[key] for role, key in manifest.inputs.items() if key in near}
     origin: dict[str, Any] = {}
     if "tokens" in inputs:
@@ -100,15 +100,6 @@ def find_origin(masked: Path, manifest: Manifest) -> dict[str, Any]:
     if inputs:
         origin["checkpoints"] = {role: m.sources.get("checkpoint") for role, m in sorted(inputs.items())}
     return origin
-
-
-def _manifests(run: Path, pattern: str) -> list[Manifest]:
-    found = []
-    for path in sorted(run.glob(f"{pattern}/{manifests.MANIFEST}")):
-        manifest = manifests.read_manifest(path.parent) if folders.is_finished(path.parent) else None
-        if manifest is not None:
-            found.append(manifest)
-    return found
 
 
 def hub_names(origin: Any) -> set[str]:

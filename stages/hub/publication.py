@@ -19,6 +19,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import folders, storage, tables
 from sstoken.stages import manifest as manifests
 from sstoken.stages.hub.card import Shards, card
+from sstoken.stages.hub.pictures import draw_scores
 from sstoken.stages.hub.provenance import (
     CARD,
     PROVENANCE,
@@ -70,6 +71,9 @@ class Publication(Stage, EngineOptions):
 
     def run(self, context: Context) -> dict[str, Any]:
         """Write shard by shard; keep shards that already exist."""
+        from sstoken.stages.report.page import write_page
+        from sstoken.stages.report.show import save_svg
+
         masked, out = context.inputs["masked"], context.out
         sources = tables.parts(masked)
         names = pq.read_schema(sources[0]).names
@@ -88,11 +92,14 @@ class Publication(Stage, EngineOptions):
         metrics = merge_stats([m["stats"] for m in metadata])
         facts = {key: value for key, value in metadata[0].items() if key not in ("stats", "checks")}
         _copy_tokenizer(masked / TOKENIZER, out / TOKENIZER)
-        self._draw(masked, metrics, out)
+        draw_scores(masked, metrics, out / "scores.svg")
+        save_svg(masked, out / "example.svg", row=_typical_row(sources))
+        report = REPORT if self.with_report else None
+        if report:
+            write_page({self.repo.partition("/")[2]: masked}, out / report)
         license = self.license or self.origin.get("license")
         shards = _measured(tables.parts(out / SHARDS))
-        text = card(self.repo, facts, metrics, self.origin, license, shards, report=self._report(masked, out))
-        write_atomic(out / CARD, text)
+        write_atomic(out / CARD, card(self.repo, facts, metrics, self.origin, license, shards, report=report))
         storage.of(out).delete(out / PROVENANCE)
         files = [f for f in manifests.list_files(out) if not f.path.startswith(".")]
         provenance = Provenance(masked=facts, metrics=metrics, origin=self.origin, files=files)
@@ -102,22 +109,6 @@ class Publication(Stage, EngineOptions):
     def fingerprinted(self) -> dict[str, Any]:
         """See `Settings.fingerprinted`. Leaves `with_report` out if it is off: older publications lack it."""
         return {key: value for key, value in super().fingerprinted().items() if key != "with_report" or value}
-
-    def _report(self, masked: Path, out: Path) -> str | None:
-        """Write the page if asked for; return its name."""
-        if not self.with_report:
-            return None
-        from sstoken.stages.report.page import write_page
-
-        write_page({self.repo.partition("/")[2]: masked}, out / REPORT)
-        return REPORT
-
-    def _draw(self, masked: Path, metrics: dict[str, Any], out: Path) -> None:
-        from sstoken.stages.hub.pictures import draw_scores
-        from sstoken.stages.report.show import save_svg
-
-        draw_scores(masked, metrics, out / "scores.svg")
-        save_svg(masked, out / "example.svg", row=_typical_row(tables.parts(masked)))
 
 
 def _groups(sources: Iterable[Path], shard_tokens: int) -> list[list[Path]]:

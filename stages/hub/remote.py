@@ -26,11 +26,7 @@ _REFUSALS = {
 
 
 def connect(*, write: bool = False) -> "HfApi":
-    """Return the client, with the token saved by `hf auth login` or in HF_TOKEN.
-
-    Raises:
-        SstokenError: `write`, and there is no token.
-    """
+    """Return the client, with the token saved by `hf auth login` or in HF_TOKEN; to `write`, it needs one."""
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
@@ -41,11 +37,7 @@ def connect(*, write: bool = False) -> "HfApi":
 
 
 def check_repo(repo: str) -> None:
-    """Refuse an invalid dataset name.
-
-    Raises:
-        UsageError: not of the form user/name.
-    """
+    """Refuse a dataset name that is not user/name, with a UsageError."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -58,11 +50,7 @@ def check_repo(repo: str) -> None:
 
 
 def check_branch(branch: str) -> None:
-    """Refuse an invalid branch name.
-
-    Raises:
-        UsageError: by git's rules.
-    """
+    """Refuse a branch name that breaks git's rules, with a UsageError."""
     if not _BRANCH.fullmatch(branch) or branch.startswith("refs/"):
         raise UsageError(f"branch {branch!r}: legal are letters, digits and . _ / - within, such as rho-0.4")
 
@@ -77,11 +65,7 @@ def tree(api: "HfApi", repo: str, commit: str) -> dict[str, "RepoFile"]:
 
 @contextmanager
 def asking(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub and its HTTP client raise into a one-line error about `repo`.
-
-    Raises:
-        SstokenError: what happened and what to do.
-    """
+    """Turn what huggingface_hub and its HTTP client raise into a SstokenError: what happened and what to do."""
     from huggingface_hub import get_token
 
     try:

@@ -119,11 +119,7 @@ def _head(api: "HfApi", repo: str, branch: str, private: bool) -> tuple[str, boo
 def _superseded(
     api: "HfApi", repo: str, commit: str, there: dict[str, "RepoFile"], files: Sequence[FileEntry]
 ) -> list[str]:
-    """Return files that an earlier publication wrote and this one does not.
-
-    Raises:
-        UsageError: there are files that no publication of ours wrote.
-    """
+    """Return files of an earlier publication that this one lacks; refuse files that no publication wrote."""
     ours: set[str] = set()
     if PROVENANCE in there:
         path = api.hf_hub_download(repo, PROVENANCE, repo_type="dataset", revision=commit)
