@@ -38,6 +38,27 @@ def test_sstoken_by_hand():
 
 
 @pytest.mark.parametrize(
+    ("name", "params", "history", "current", "kept"),
+    [
+        ("stm", {"tau": 1}, 0.0, 0.0, True),
+        ("stm", {"tau": 1, "drop": "lowest"}, 0.0, 0.0, True),
+        ("stm-dpf", {}, 0.5, 0.5, True),  # neither more nor less likely than before
+        ("stm-dpf", {}, 0.5, 0.75, False),
+        ("dpf", {"tau": 1e-9}, 0.5, 0.5, True),
+    ],
+)
+def test_perplexities_at_their_thresholds(name, params, history, current, kept):
+    signals = {"history.loss": np.array([history]), "current.loss": np.array([current])}
+    _, outcome = METHODS[name].decide(Tokens(np.array([0, 1]), signals), METHODS[name].read_params(params))
+    assert outcome.keep.tolist() == [kept]
+
+
+def test_a_prefix_of_the_sequence_needs_its_length():
+    with pytest.raises(UsageError, match=r"'prefix' needs the tokens' positions"):
+        score("prefix", TOKENS.with_(positions=np.arange(5)))
+
+
+@pytest.mark.parametrize(
     ("params", "expected"),
     [
         ({}, [np.exp(-2) * 2 + 0.1 * 3, np.exp(-0.5) * 0.5]),
