@@ -64,7 +64,7 @@ class Export(ShardedStage):
         """
         if "weights" in self.model_fields_set:
             return self.weights
-        if not has_weights(masked):
+        if not _has_weights(masked):
             return False
         if not get_target(self.to).weights:
             raise UsageError(
@@ -114,14 +114,14 @@ class Export(ShardedStage):
         for name, content in target.files(facts).items():
             write_atomic(out / name, content)
         write_atomic(
-            out / "README.md", card(target, facts, counts, self.model_dump(), of_method=has_weights(masked))
+            out / "README.md", card(target, facts, counts, self.model_dump(), of_method=_has_weights(masked))
         )
         folders.copy_folder(masked / "tokenizer", out / "tokenizer")
         storage.of(out).delete(out / _COUNTS)
         return {"to": self.to, **counts}
 
 
-def has_weights(masked: Path) -> bool:
+def _has_weights(masked: Path) -> bool:
     """Return whether the method that selected a masked dataset gave each token a weight."""
     parts = tables.parts(masked)
     return bool(parts) and "weight" in tables.columns(parts[0])

@@ -127,7 +127,7 @@ class ChatEncoder:
 
     @property
     def template_origin(self) -> str:
-        """Where the chat template comes from: `given`, the `tokenizer`, or `plain`, as the tokenizer has none."""
+        """Where the chat template comes from: `given`, the `tokenizer`, or `plain` if the tokenizer has none."""
         if self._options.chat_template is not None:
             return "given"
         return "plain" if self.tokenizer.chat_template is None else "tokenizer"

@@ -39,16 +39,14 @@ def card(
             "Weights: a kept token's is (score - lowest + 1e-8) / (highest - lowest + 1e-8) over the response tokens "
             "of its example; the others' is 0."
         )
-    sidecar = (
-        f"| `{SCORES}/` | for you, not for the trainer: example_id, masks, signals and score, row-aligned with "
-        f"`{DATA}/` |\n"
-        if settings["scores"]
-        else ""
-    )
-    files = "".join(
-        f"| `{name}` | for the commands above |\n" for name in target.files(facts) if "/" not in name
-    )
-    text = "\n".join(notes)
+    contents = [f"| `{DATA}/` | what the trainer reads |"]
+    contents += [f"| `{name}` | for the commands above |" for name in target.files(facts) if "/" not in name]
+    if settings["scores"]:
+        contents.append(
+            f"| `{SCORES}/` | for you, not for the trainer: example_id, masks, signals and score, row-aligned with "
+            f"`{DATA}/` |"
+        )
+    text, files = "\n".join(notes), "\n".join(contents)
     return f"""{head}# Token-masked dataset for {target.name}
 
 {text}
@@ -63,8 +61,8 @@ Run this in this folder: paths are relative to it. MODEL stands for the model to
 
 | | |
 |---|---|
-| `{DATA}/` | what the trainer reads |
-{files}{sidecar}| `tokenizer/` | the tokenizer that made the tokens |
+{files}
+| `tokenizer/` | the tokenizer that made the tokens |
 | `manifest.json` | settings, counts, checksums |
 
 `sstoken-curate export MASKED --to {target.name} --out THIS-FOLDER --check` compares every token with the masked dataset

@@ -56,12 +56,7 @@ class Prepared:
 
 
 def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared:
-    """Prepare a shard of the masked dataset for a trainer.
-
-    Args:
-        table: as written by `select`.
-        max_length: truncate to this many tokens; None: no limit.
-        weighted: compute weights.
+    """Cut the rows of a masked shard to `max_length` tokens, and drop those without a token to train on.
 
     Raises:
         UsageError: weights are requested and the dataset has no scores.
@@ -80,7 +75,7 @@ def prepare(table: pa.Table, max_length: int | None, weighted: bool) -> Prepared
     taken_M = inside & np.repeat(taken_E, lengths)
     cut_lengths = np.minimum(lengths, max_length or lengths.max(initial=0))[taken_E]
     new_offsets = np.concatenate([[0], np.cumsum(cut_lengths)]).astype(np.int32)
-    all_taken = bool(taken_M.all()) and bool(taken_E.all())
+    all_taken = taken_M.all() and taken_E.all()
 
     def cut(column: pa.ChunkedArray) -> pa.Array:
         if not pa.types.is_list(column.type):

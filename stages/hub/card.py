@@ -56,9 +56,7 @@ def card(
 
     Args:
         repo: user/name.
-        facts: the shards' metadata (see `Provenance.masked`).
-        metrics: the summary of `select`.
-        origin: see `find_origin`.
+        facts, metrics, origin: see `Provenance`; `facts` are its `masked`.
         license: one or several license names as on the Hub; None: unknown.
         shards: what is published.
         report: name of the page that shows its tokens, if it is published too.

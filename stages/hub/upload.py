@@ -46,17 +46,10 @@ def upload(
     title: str,
     progress: ProgressBar,
 ) -> Upload:
-    """Make the branch hold exactly these files, in one commit; create the repository and the branch if needed.
+    """Make the branch hold exactly these files of the folder, in one commit with this title.
 
-    Args:
-        api: see `connect`.
-        folder: the prepared folder.
-        files: the files to publish, with their checksums.
-        repo: user/name.
-        branch: an existing branch, or a new one, which starts at `main`.
-        private: make the repository private. An existing public repository is refused.
-        title: the commit's title.
-        progress: opens the progress bar.
+    Creates the repository if needed, and the branch, which starts at `main`. `private` makes a new repository private,
+    and refuses an existing public one.
 
     Raises:
         UsageError: the repository holds something else, or is public.
