@@ -1,6 +1,7 @@
 """Imports run one way: pipeline -> stages -> sstoken; stages and verbs stand alone; help loads nothing heavy."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -126,6 +127,30 @@ def test_no_circles():
     while leaves := {module for module, names in edges.items() if not names & set(edges)}:
         edges = {module: names for module, names in edges.items() if module not in leaves}
     assert not edges
+
+
+EXAMPLES = re.findall(
+    r"^\| [^|]+ \| (\d+): [^|]+ \| `([0-9a-f]{7,})`",
+    (ROOT / "docs/architecture.md").read_text(),
+    re.MULTILINE,
+)
+"""The number of files that a row of docs/architecture.md promises, and the commit that it shows."""
+
+
+def test_the_page_shows_commits():
+    assert len(EXAMPLES) >= 6
+
+
+@pytest.mark.parametrize(("number", "commit"), EXAMPLES)
+def test_an_example_commit_touches_as_many_files_as_its_row_says(number, commit):
+    command = ["git", "show", "--format=", "--name-only", commit, "--", "sstoken", "stages", "pipeline"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        pytest.skip("no git here")
+    if done.returncode != 0:
+        pytest.skip(f"the history here lacks {commit}")
+    assert len(done.stdout.split()) == int(number)
 
 
 def test_no_file_is_too_long_to_read():
