@@ -35,7 +35,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {}
-"""By name, in the order of the documentation."""
+"""By name; of findings equally severe and frequent, the kind declared first leads."""
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,7 @@ def signal_values(folder: Path, rows: Sequence[int], signal: str) -> dict[int, l
     folders = open_folders({folder.name: folder})
     found: dict[int, list[float | None]] = {}
     for shard in folders.shards(rows):
-        own = {"score": shard.scores[0], "weight": shard.weights[0]}
-        columns = shard.signals | {name: values for name, values in own.items() if values is not None}
+        columns = shard.signals | shard.values[0]
         if signal not in columns:
             legal = ", ".join(columns) or "none was recorded"
             raise UsageError(f"signal {signal!r} was not recorded for {folder}; legal: {legal}")

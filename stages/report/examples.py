@@ -95,8 +95,8 @@ def _example(
         "special": _bits(stats.token_classes.is_special(shard.ids[shown])),
         "response": _bits(inside),
         "keep": [_bits(k[first:last]) if h else None for k, h in zip(kept, has, strict=True)],
-        "score": [compact(values) for values in shard.scores],
-        "weight": [compact(values) for values in shard.weights],
+        "score": [compact(values.get("score")) for values in shard.values],
+        "weight": [compact(values.get("weight")) for values in shard.values],
         "signals": {name: compact(values) for name, values in shard.signals.items()},
     }
 

@@ -17,6 +17,7 @@ from sstoken.stages.manifest import Manifest
 
 _OWN = ("rel", "attention")
 """Signals in a masked folder itself."""
+_DECIDED = ("score", "weight")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Shard:
     """[M]; for a lean folder, its keep mask."""
     keeps: list[BoolArray]
     """[M], one for each folder; all false in examples that the folder does not have."""
-    scores: list[Float32Array | None]
-    weights: list[Float32Array | None]
+    values: list[dict[str, Float32Array]]
+    """`score` and `weight`, [M], as far as each folder has them."""
     has: list[BoolArray]
     """[E], one for each folder: whether it has the example."""
     signals: dict[str, Float32Array]
@@ -71,7 +72,7 @@ def read_shard(
     scores: Mapping[str, Path],
 ) -> Shard:
     """Read a shard of the first folder, with the masks of the others and the signals of its tokens."""
-    wanted = ["example_id", "input_ids", "response_mask", "keep_mask", "score", "weight", *_OWN]
+    wanted = ["example_id", "input_ids", "response_mask", "keep_mask", *_DECIDED, *_OWN]
     table = tables.read_table(part, [name for name in wanted if name in first.columns])
     ids, offsets = tables.flatten(table["input_ids"])
     response = _flags(table, "response_mask")
@@ -84,8 +85,7 @@ def read_shard(
         ids,
         keep if response is None else response,
         [keep],
-        [_values(table, "score", ids.size)],
-        [_values(table, "weight", ids.size)],
+        [_present(table, _DECIDED, ids.size)],
         [np.ones(len(table), dtype=bool)],
         _present(table, _OWN if first.kind == "masked" else (), ids.size),
     )
@@ -100,12 +100,11 @@ def _add_other(shard: Shard, other: OpenedFolder, name: str) -> None:
     """Add the keep mask, score and weight from another folder's shard of that name."""
     size = shard.ids.size
     keep, has = np.zeros(size, dtype=bool), np.zeros(len(shard.example_ids), dtype=bool)
-    columns: dict[str, Float32Array] = {}
+    values: dict[str, Float32Array] = {}
     part = next((path for path in tables.parts(other.path) if path.name == name), None)
     if part is not None:
-        known = ("example_id", "input_ids", "keep_mask", "score", "weight")
-        names = [name for name in other.columns if name in known]
-        table = tables.read_table(part, names)
+        known = ("example_id", "input_ids", "keep_mask", *_DECIDED)
+        table = tables.read_table(part, [name for name in other.columns if name in known])
         offsets = tables.flatten(table["input_ids"])[1].astype(np.int64)
         rows = {example: row for row, example in enumerate(table["example_id"].to_pylist())}
         places = [rows.get(example, -1) for example in shard.example_ids]
@@ -114,12 +113,11 @@ def _add_other(shard: Shard, other: OpenedFolder, name: str) -> None:
         source, target = _aligned(shard, places, offsets, f"{part}: its examples differ; select it again")
         keep[target] = kept[source]
         has[:] = np.array(places) >= 0
-        for column, values in _present(table, ("score", "weight"), kept.size).items():
-            columns[column] = _scattered(values, source, target, size)
+        for column, own in _present(table, _DECIDED, kept.size).items():
+            values[column] = _scattered(own, source, target, size)
     shard.keeps.append(keep)
     shard.has.append(has)
-    shard.scores.append(columns.get("score"))
-    shard.weights.append(columns.get("weight"))
+    shard.values.append(values)
 
 
 def _add_scores(shard: Shard, checkpoint: str, part: Path) -> None:

@@ -62,7 +62,7 @@ def responses(shard: Shard) -> Responses:
     where = np.flatnonzero(shard.response)
     offsets = np.searchsorted(where, shard.offsets).astype(np.int64)
     counts = np.diff(offsets)
-    score = shard.scores[0]
+    score = shard.values[0].get("score")
     return Responses(
         shard.ids[where],
         offsets,
