@@ -20,7 +20,7 @@ from sstoken.pipeline.ranks import execute_rank
 from sstoken.stages.manifest import Digests
 from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.sharded import ShardedStage, run_queue
-from sstoken.stages.stage import Context, Settings
+from sstoken.stages.stage import Context
 
 
 def execute(job: Job, digests: Digests, *, replace: bool = False, force: bool = False) -> Result:
@@ -83,7 +83,8 @@ def execute_together(
         results[index] = result
         listener(index, result)
 
-    if len(jobs) == 1 or not all(_in_one_process(job.stage) for job in jobs):
+    by_shards = all(isinstance(job.stage, ShardedStage) and job.stage.world_size == 1 for job in jobs)
+    if len(jobs) == 1 or not by_shards or num_processes() > 1:
         for index, job in enumerate(jobs):
             add(index, execute(job, digests, replace=replace, force=force))
         return list(results.values())
@@ -125,11 +126,6 @@ class _Begun:
     end: End
     folder: ExitStack
     """Releases the output folder when it is closed."""
-
-
-def _in_one_process(stage: Settings) -> bool:
-    """Whether this process hands out all shards of the stage."""
-    return isinstance(stage, ShardedStage) and stage.world_size == 1 and num_processes() == 1
 
 
 def check_job(job: Job) -> None:
