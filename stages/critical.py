@@ -12,7 +12,7 @@ from pydantic import Field
 from sstoken.errors import SstokenError
 from sstoken.stages import checkpoints, joins, tables
 from sstoken.stages.backends import BackendOptions, Latest
-from sstoken.stages.backends.generation import Generator, check_generator, make_generator
+from sstoken.stages.backends.generation import check_generator, make_generator
 from sstoken.stages.criticality.checkers import Checker
 from sstoken.stages.criticality.judge import (
     NO_REFERENCE,
@@ -107,10 +107,8 @@ class Critical(ModelOptions):
         return summary | remarks(metadata)
 
 
-@Latest
-def _generator(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Generator:
-    """Return this process's generator; a new `stamp` means that the checkpoint's files have changed."""
-    return make_generator(name, options)
+_generator = Latest(make_generator)
+"""This process's generator, shared by all shards."""
 
 
 class _CriticalShard:
@@ -126,7 +124,7 @@ class _CriticalShard:
         sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
         example_ids = table["example_id"].to_pylist()
         options = stage.for_backend(self._out.parent, worker.device)
-        generator = _generator(stage.backend, options, checkpoints.stamp(stage.checkpoint))
+        generator = _generator(checkpoints.stamp(stage.checkpoint), stage.backend, options)
         check_lengths(stage.checkpoint, generator, tokens, example_ids, sequences)
         problems = [_problem(ids, mask) for ids, mask in zip(sequences, masks, strict=True)]
         tokenizer = checkpoints.load_tokenizer(str(tokens.parent / "tokenizer"))

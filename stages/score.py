@@ -189,17 +189,15 @@ def compared(options: Mapping[str, Any], name: str, named: Mapping[str, str]) ->
     return {**options, "signals": signals, "references": references}
 
 
-@Latest
-def _backend(name: str, options: BackendOptions, stamp: tuple[Any, ...]) -> Backend:
-    """Return this process's backend, shared by all shards; a new `stamp` means that the files have changed."""
-    return make_backend(name, options)
+_backend = Latest(make_backend)
+"""This process's backend, shared by all shards."""
 
 
 def _score_shard(stage: Score, out: Path, run: str, tokens: Path, worker: Worker) -> None:
     """Write the scores of one shard of tokens."""
     options = stage.for_backend(out.parent, worker.device)
     stamps = tuple(map(checkpoints.stamp, (stage.checkpoint, *stage.references.values())))
-    backend = _backend(stage.backend, options, stamps)
+    backend = _backend(stamps, stage.backend, options)
     table = tables.read_table(tokens)
     sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
     example_ids = table["example_id"].to_pylist()

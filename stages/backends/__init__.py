@@ -132,18 +132,21 @@ class Backend(LoadedModel):
 
 
 class Latest(Generic[P, R]):
-    """Cache a function's last value, and drop it before computing the next: two models need not fit into memory."""
+    """Make an object, unless the last one was made from the same; there is one in each process.
 
-    def __init__(self, function: Callable[P, R]) -> None:
-        self._function = function
+    It is dropped before the next is made: two models need not fit into memory.
+    """
+
+    def __init__(self, make: Callable[P, R]) -> None:
+        self._make = make
         self.held: dict[Any, R] = {}
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Return the function's value; arguments must be hashable."""
-        key = (args, tuple(sorted(kwargs.items())))
+    def __call__(self, stamp: tuple[Any, ...], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Return the object; `stamp` changes with the files that it is made from, and arguments must be hashable."""
+        key = (stamp, args, tuple(sorted(kwargs.items())))
         if key not in self.held:
             self.held.clear()
-            self.held[key] = self._function(*args, **kwargs)
+            self.held[key] = self._make(*args, **kwargs)
         return self.held[key]
 
 

@@ -73,19 +73,15 @@ def _layout(model: Any) -> dict[str, tuple[Any, ...]]:
     return {k: (v.data_ptr(), v.shape, v.dtype) for k, v in model.state_dict().items()}
 
 
-@Latest
-def shared_base(
-    ref: str, dtype: str, device: str, trust_remote_code: bool, stamp: tuple[Any, ...]
-) -> SharedBase:
-    """Return this process's base model; a new `stamp` means that its files have changed."""
-    return SharedBase(ref, dtype, device, trust_remote_code)
+shared_base = Latest(SharedBase)
+"""This process's base model."""
 
 
 def loaded(options: BackendOptions, device: str) -> SharedBase:
     """Return this process's base model with the adapter loaded, if the checkpoint is one."""
     base = adapter_base(options.checkpoint)
     full = base or options.checkpoint
-    shared = shared_base(full, options.dtype, device, options.trust_remote_code, stamp(full))
+    shared = shared_base(stamp(full), full, options.dtype, device, options.trust_remote_code)
     shared.use(options.checkpoint if base else None)
     return shared
 

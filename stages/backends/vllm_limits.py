@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -55,11 +56,7 @@ def refusal(options: BackendOptions, settings: VllmSettings) -> str | None:
 
 
 def read(options: BackendOptions) -> VllmSettings:
-    """Return the backend's own settings.
-
-    Raises:
-        UsageError: see `read_settings`.
-    """
+    """Return the backend's own settings; see `read_settings`."""
     settings = read_settings("vllm", options)
     assert isinstance(settings, VllmSettings)
     return settings
@@ -104,22 +101,18 @@ def attention_layer(options: BackendOptions, config: Any) -> int | None:
     return max((i for i, kind in enumerate(kinds[:number]) if kind in _SOFTMAX), default=None)
 
 
-def lora_rank(adapter: str) -> int:
+def lora_rank(adapter: Path) -> int:
     """Return the smallest rank that vLLM supports and the adapter fits into."""
-    folder = local_folder(adapter)
-    assert folder is not None
-    rank = int(read_json(folder / ADAPTER_CONFIG).get("r", 8))
+    rank = int(read_json(adapter / ADAPTER_CONFIG).get("r", 8))
     return next((known for known in _LORA_RANKS if known >= rank), rank)
 
 
-def lora_modules(adapter: str) -> tuple[str, ...]:
+def lora_modules(adapter: Path) -> tuple[str, ...]:
     """Return the names of the modules that a LoRA adapter changes, sorted, such as `q_proj`."""
     from safetensors import safe_open
 
-    folder = local_folder(adapter)
-    assert folder is not None
     found = set()
-    for file in weight_files(folder):
+    for file in weight_files(adapter):
         with safe_open(file, "np") as weights:
             found |= {key.partition(".lora_")[0].rpartition(".")[2] for key in weights.keys()}  # noqa: SIM118
     return tuple(sorted(found))
@@ -165,9 +158,10 @@ def _placement(options: BackendOptions, settings: VllmSettings) -> str | None:
 
 def _checkpoint(options: BackendOptions, settings: VllmSettings) -> str | None:
     base = adapter_base(options.checkpoint)
-    if base is not None and (reason := _unmergeable(options.checkpoint)):
+    adapter = None if base is None else local_folder(options.checkpoint)
+    if adapter is not None and (reason := _unmergeable(adapter)):
         return f"{reason}, which vLLM does not support; {_INSTEAD}"
-    if base is not None and (wrong := set(lora_modules(options.checkpoint)) & set(_EMBEDDINGS)):
+    if adapter is not None and (wrong := set(lora_modules(adapter)) & set(_EMBEDDINGS)):
         return f"the adapter changes {wrong.pop()}, which vLLM does not apply to the tokens of a prompt; {_INSTEAD}"
     full = base or options.checkpoint
     if other := _read_instead(full):
@@ -216,11 +210,9 @@ def _read_instead(ref: str) -> str | None:
     return min(others).name if others else None
 
 
-def _unmergeable(adapter: str) -> str | None:
+def _unmergeable(adapter: Path) -> str | None:
     """Return what an adapter has besides LoRA matrices; None if nothing."""
-    folder = local_folder(adapter)
-    assert folder is not None
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json(adapter / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         return f"the adapter is of the kind {config.get('peft_type')}"
     if config.get("bias", "none") != "none":

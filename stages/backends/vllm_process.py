@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from sstoken.errors import SstokenError
 from sstoken.stages.backends import BackendOptions, Latest, LoadedModel
@@ -154,10 +153,8 @@ def _visible(number: int) -> str:
     return str(number) if not shown else shown.split(",")[number]
 
 
-@Latest
-def _engine(spec: EngineSpec, device: str, log: Path | None, stamp: tuple[Any, ...]) -> Engine:
-    """Return this process's engine, shared by adapters; a new `stamp` means that the base's files have changed."""
-    return Engine(spec, device, log)
+_engine = Latest(Engine)
+"""This process's engine, shared by adapters."""
 
 
 class VllmModel(LoadedModel):
@@ -173,6 +170,7 @@ class VllmModel(LoadedModel):
         """
         settings = limits.read(options)
         base = adapter_base(options.checkpoint)
+        adapter = None if base is None else local_folder(options.checkpoint)
         full = base or options.checkpoint
         self._options = options
         self._config = limits.load_config(full, options.trust_remote_code)
@@ -189,8 +187,8 @@ class VllmModel(LoadedModel):
             dtype=self.dtype,
             longest=0,
             batch_tokens=self._batch_tokens,
-            lora_rank=None if base is None else limits.lora_rank(options.checkpoint),
-            lora_modules=() if base is None else limits.lora_modules(options.checkpoint),
+            lora_rank=None if adapter is None else limits.lora_rank(adapter),
+            lora_modules=() if adapter is None else limits.lora_modules(adapter),
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             quantization=settings.quantization,
@@ -199,8 +197,8 @@ class VllmModel(LoadedModel):
             prefix_caching=generates,
         )
         log = None if options.log_folder is None else options.log_folder / "vllm.log"
-        self._engine = _engine(spec, options.device, log, stamp(full))
-        self._adapter = None if base is None else (next(_adapters), str(local_folder(options.checkpoint)))
+        self._engine = _engine(stamp(full), spec, options.device, log)
+        self._adapter = None if adapter is None else (next(_adapters), str(adapter))
 
     @property
     def vocab_size(self) -> int:

@@ -106,7 +106,7 @@ def test_each_checkpoint_is_loaded_once(
         loaded[options.checkpoint] += 1
         return load(name, options)
 
-    monkeypatch.setattr(score, "make_backend", counted)
+    monkeypatch.setattr(score._backend, "_make", counted)
     score._backend.held.clear()
     assert run(jobs_of(world, tmp_path)) == ["base", "later"]
     assert loaded == {str(world.base): 1, str(world.later): 1}
