@@ -30,9 +30,8 @@ from sstoken.pipeline.sections import (
 from sstoken.stages import storage
 from sstoken.stages.encode import Encode
 from sstoken.stages.sharded import ShardedStage
-from sstoken.stages.stage import Stage
+from sstoken.stages.stage import Stage, has_to_be
 from sstoken.stages.storage import expanded
-from sstoken.stages.wording import has_to_be
 
 LARGEST_SEED = 2**32 - 1
 """numpy's limit."""

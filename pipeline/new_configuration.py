@@ -12,8 +12,8 @@ from sstoken.pipeline.job import Job
 from sstoken.pipeline.runner import execute
 from sstoken.pipeline.schema import SCHEMA_FILE
 from sstoken.stages.encode import Encode
+from sstoken.stages.machine import multiplies_bfloat16
 from sstoken.stages.manifest import Digests
-from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.storage import expanded, write_atomic
 from sstoken.stages.token_text import visible
 

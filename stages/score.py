@@ -12,8 +12,8 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.signals import ATTENTION, LOSS, get_signal, get_signals
 from sstoken.stages import checkpoints, joins, tables
 from sstoken.stages.backends import Backend, BackendOptions, Latest, check_backend, make_backend
+from sstoken.stages.machine import multiplies_bfloat16
 from sstoken.stages.model_options import ModelOptions, check_lengths
-from sstoken.stages.processor import multiplies_bfloat16
 from sstoken.stages.scores_file import Column, summarize_scores, write_scores
 from sstoken.stages.sharded import Work
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Task, Worker

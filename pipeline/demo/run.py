@@ -27,7 +27,7 @@ from sstoken.pipeline.verbs import stages
 from sstoken.stages import plain_json, storage, tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.folders import copy_folder
-from sstoken.stages.processor import multiplies_bfloat16
+from sstoken.stages.machine import multiplies_bfloat16
 from sstoken.stages.report.show import default_console, print_example, print_legend, read_examples
 from sstoken.stages.storage import write_atomic
 from sstoken.version import __version__

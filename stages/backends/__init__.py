@@ -20,8 +20,7 @@ from pydantic import ValidationError
 from sstoken.errors import UsageError
 from sstoken.signals import ATTENTION, LOSS, Signal, get_signals
 from sstoken.stages.checkpoints import check_content
-from sstoken.stages.stage import Settings
-from sstoken.stages.wording import has_to_be
+from sstoken.stages.stage import Settings, has_to_be
 
 P = ParamSpec("P")
 R = TypeVar("R")
