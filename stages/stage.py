@@ -125,10 +125,10 @@ class Settings(BaseModel):
 
 
 _BOUNDS = {
-    "greater_than_equal": ("ge", "legal is {} or more"),
-    "greater_than": ("gt", "legal is more than {}"),
-    "less_than_equal": ("le", "legal is {} or less"),
-    "less_than": ("lt", "legal is less than {}"),
+    "greater_than_equal": "legal is {ge} or more",
+    "greater_than": "legal is more than {gt}",
+    "less_than_equal": "legal is {le} or less",
+    "less_than": "legal is less than {lt}",
 }
 _KINDS = {
     "int": "it has to be a whole number",
@@ -146,8 +146,7 @@ def has_to_be(error: Mapping[str, Any]) -> str:
     """Return what an error of pydantic's asks for, such as `legal is 1 or more`."""
     kind = str(error["type"])
     if kind in _BOUNDS:
-        name, text = _BOUNDS[kind]
-        return text.format(error["ctx"][name])
+        return _BOUNDS[kind].format_map(error["ctx"])
     told = _KINDS.get(kind) or _KINDS.get(kind.partition("_")[0])
     message = str(error["msg"]).removeprefix("Value error, ")
     return told or message[:1].lower() + message[1:]
