@@ -99,47 +99,41 @@ def adapter_base(ref: str) -> str | None:
         SstokenError: the adapter names no base, one that does not exist, or another adapter.
     """
     folder = local_folder(ref)
-    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
+    if folder is None or not (file := folder / ADAPTER_CONFIG).is_file():
         return None
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json(file)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
-        raise SstokenError(
-            f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; say which model it adapts"
-        )
+        raise SstokenError(f"{file}: no base_model_name_or_path; say which model it adapts")
     found = [p for p in (expanded(base), folder / base) if p.is_dir()]
     models = [p for p in found if (p / "config.json").is_file() or (p / ADAPTER_CONFIG).is_file()]
     if len({p.resolve() for p in models}) > 1:
         raise SstokenError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path {base!r} is one model in the working directory and "
-            "another in the adapter's folder; set it to an absolute path"
+            f"{file}: base_model_name_or_path {base!r} is one model in the working directory and another in the "
+            "adapter's folder; set it to an absolute path"
         )
     if found:
         place = (models or found)[0]
-        _check_no_adapter(folder, place)
+        if (place / ADAPTER_CONFIG).is_file():
+            raise SstokenError(f"{file}: base_model_name_or_path names {_no_base(place, folder)}")
         return str(place)
     try:
         local_folder(base)
     except UsageError:
         raise SstokenError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names a base that is not here, {base!r}; set it to "
-            "the base's folder or Hub id"
+            f"{file}: base_model_name_or_path names a base that is not here, {base!r}; set it to the base's folder or "
+            "Hub id"
         ) from None
     return f"{base}@{revision}" if revision else base
 
 
-def _check_no_adapter(folder: Path, base: Path) -> None:
-    """Refuse a base that is itself an adapter."""
-    if not (base / ADAPTER_CONFIG).is_file():
-        return
-    if base.resolve() == folder.resolve():
-        raise SstokenError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names its own folder; move the adapter's files "
-            "(adapter_*) into a folder of their own"
-        )
-    raise SstokenError(
-        f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names another adapter, {str(base)!r}; merge that one into "
-        "its base (merge_and_unload, then save_pretrained), and name the result"
+def _no_base(place: Path, adapter: Path) -> str:
+    """Say why an adapter's folder is no base for an adapter, and what to do."""
+    if place.resolve() == adapter.resolve():
+        return "its own folder; move the adapter's files (adapter_*) into a folder of their own"
+    return (
+        f"another adapter, {str(place)!r}; merge that one into its base (merge_and_unload, then save_pretrained), and "
+        "name the result"
     )
 
 
@@ -256,9 +250,9 @@ def _any_tokenizer(ref: str, trust_remote_code: bool) -> "PreTrainedTokenizerBas
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own types
         reason = first_line(error)
-        if local_folder(ref) is not None and not (Path(name) / "tokenizer.json").is_file():
+        if folder is not None and not (folder / "tokenizer.json").is_file():
             reason = "no tokenizer.json there"
-            if (Path(name) / ADAPTER_CONFIG).is_file():
+            if (folder / ADAPTER_CONFIG).is_file():
                 raise SstokenError(f"{ref}: an adapter without a tokenizer; name its base") from error
         raise SstokenError(
             f"{ref}: its tokenizer does not load ({reason}); name a folder that tokenizer.save_pretrained(folder) wrote"

@@ -68,11 +68,8 @@ class HistorySnapshots(TrainerCallback):
             raise UsageError(f"ema_decay is {ema_decay}; it must lie between 0 and 1, for example 0.99")
         self.steps: frozenset[int] = frozenset()
         """The steps of the snapshots; set when training starts."""
-        self._out = Path(out)
-        self._num_snapshots = num_snapshots
-        self._every_steps = every_steps
-        self._ema_decay = ema_decay
-        self._base = base
+        self._out, self._ema_decay, self._base = Path(out), ema_decay, base
+        self._num_snapshots, self._every_steps = num_snapshots, every_steps
         self._lasting_base: str | None = None
         self._entries: list[Entry] = []
         self._average: _Average | None = None
@@ -103,8 +100,14 @@ class HistorySnapshots(TrainerCallback):
         write_index(self._out, self._entries)
         if self._ema_decay is not None:
             self._average = _Average(model, self._ema_decay)
-            if state.global_step > 0:
-                self._resume_average(model, state.global_step)
+            if (step := state.global_step) > 0:
+                name = f"step-{step}-ema"
+                if not any(entry.name == name for entry in self._entries):
+                    raise SstokenError(
+                        f"{self._out}: no {name}, so the average cannot resume at step {step}; resume at a snapshot's "
+                        "step, or leave ema_decay out"
+                    )
+                self._average.load(model, self._out / name)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,15 +167,6 @@ class HistorySnapshots(TrainerCallback):
                 tokenizer.save_pretrained(folder)
         tokens_seen = None if self._tokens_seen is None else int(self._tokens_seen)
         self._entries.append(Entry(name, name, state.global_step, tokens_seen, self._last_loss, kind))
-
-    def _resume_average(self, model: Any, step: int) -> None:
-        name = f"step-{step}-ema"
-        if self._average is None or not any(e.name == name for e in self._entries):
-            raise SstokenError(
-                f"{self._out}: no {name}, so the average cannot resume at step {step}; resume at a snapshot's step, or "
-                "leave ema_decay out"
-            )
-        self._average.load(model, self._out / name)
 
 
 def snapshot_steps(max_steps: int, num_snapshots: int | None, every_steps: int | None) -> frozenset[int]:

@@ -19,12 +19,8 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Extent:
-    """The size of a dataset, and what a model must be able to process."""
+    """What a model must be able to process."""
 
-    examples: int
-    """Examples to train on: those with a trained token after the first token."""
-    skipped: int
-    """Examples without one."""
     largest_id: int
     longest: int
     """Tokens of the longest example."""
@@ -73,14 +69,11 @@ def build(source: Path, file: Path) -> None:
 
 
 def read_extent(file: Path) -> Extent:
-    """Return what `build` counted.
-
-    Raises:
-        SstokenError: it was damaged since.
-    """
+    """Return what `build` counted; `SstokenError` if it was damaged since."""
     counted = file.with_suffix(".extent")
     try:
-        return Extent(*map(int, counted.read_bytes().split()))
+        _examples, _skipped, largest_id, longest = map(int, counted.read_bytes().split())
+        return Extent(largest_id, longest)
     except (ValueError, TypeError):
         raise SstokenError(f"{counted}: damaged; remove {file.parent} to train anew") from None
 
