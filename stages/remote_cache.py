@@ -1,7 +1,6 @@
 """This machine's cache: copies of remote files, and its own locks, digests and scratch folders."""
 
 import hashlib
-import json
 import os
 import secrets
 import tempfile
@@ -11,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from sstoken.errors import UsageError
-from sstoken.stages import folders, storage
+from sstoken.stages import folders, plain_json, storage
 from sstoken.stages.remote_path import RemotePath, explained, version
 
 _NOT_FETCHED = ("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "global_step*/*", "*.tmp")
@@ -32,17 +31,15 @@ def fetched(place: RemotePath) -> Path:
         UsageError: there is no such file or folder.
         SstokenError: the content is not what a manifest lists.
     """
-    files = {
-        file: info
-        for file, info in place.files().items()
-        if not any(fnmatch(file.relative_to(place).as_posix(), pattern) for pattern in _NOT_FETCHED)
-    }
-    info = None if files else place.info()
-    if not files and info is None:
-        raise UsageError(f"{place}: no such file or folder")
-    facts = [str(place), *([f.name, version(i)] for f, i in files.items()), version(info) if info else ""]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    target = cache() / "fetched" / key / place.name
+    below = {file.relative_to(place).as_posix(): info for file, info in place.files().items()}
+    files = {n: info for n, info in below.items() if not any(fnmatch(n, each) for each in _NOT_FETCHED)}
+    if not files:
+        info = place.info()
+        if info is None:
+            raise UsageError(f"{place}: no such file or folder")
+        files = {"": info}
+    versions = {name: version(info) for name, info in files.items()}
+    target = cache() / "fetched" / plain_json.digest([str(place), versions])[:16] / place.name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +47,8 @@ def fetched(place: RemotePath) -> Path:
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as name:
                 copy = Path(name) / place.name
-                for file in files or [place]:
-                    fetch(file, copy / file.relative_to(place) if files else copy)
+                for file in files:
+                    fetch(place / file, copy / file)
                 copy.rename(target)
     return target
 

@@ -385,3 +385,15 @@ def test_scripts_for_a_run_in_the_store_are_written_to_the_disk(
     commit = (tmp_path / "my run.slurm" / "1-encode-commit.sbatch").read_text()
     assert f"sstoken-curate commit '{place}/my run/tokens'" in commit
     assert not storage.of(storage.address(place)).list(storage.address(place))
+
+
+def test_a_file_that_moved_is_fetched_at_its_new_place(place: str) -> None:
+    root = storage.address(place)
+    storage.write_atomic(root / "before" / "file", "content")
+    assert (storage.local(root) / "before" / "file").read_text() == "content"
+    storage.write_atomic(root / "after" / "file", "content")
+    storage.of(root).delete(root / "before")
+    local = storage.local(root)
+    assert (local / "after" / "file").read_text() == "content"
+    assert not (local / "before").exists()
+    assert storage.local(root / "after" / "file").read_text() == "content"
