@@ -181,7 +181,7 @@ class Stage(Settings):
     seeded: ClassVar[bool] = False
     """Whether what it writes depends on the seed."""
     reads_once: ClassVar[bool] = False
-    """Whether it reads its inputs and sources before its work; others read them up to their end."""
+    """Whether it reads inputs and sources only before its work starts; other stages read them until they end."""
     follows_sources: ClassVar[bool] = False
     """Whether to make the output again if only the content of its sources has changed."""
 

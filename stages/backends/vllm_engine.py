@@ -20,7 +20,7 @@ from sstoken.stages.backends.vllm_generation import Generated, Prefixes, generat
 MAX_DEVIATION = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
 """Largest allowed relative difference between vLLM's layer output and ours; 16-bit dtypes round values and output."""
 MOST_TOP = 20
-"""The most of the likeliest tokens that can be asked for."""
+"""How many of the likeliest tokens a request may ask for, at most."""
 
 
 @dataclass(frozen=True)
