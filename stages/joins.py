@@ -49,7 +49,7 @@ def measured_fingerprint(part: Path, table: pa.Table) -> str:
 
 def folder_fingerprint(tokens: Path) -> str:
     """Return the fingerprint of a folder of tokens, from those that its shards record."""
-    recorded = [_recorded(path, tokens, tables.read_metadata(path)) for path in tables.parts(tokens)]
+    recorded = [_recorded(path, tables.read_metadata(path)) for path in tables.parts(tokens)]
     return hashlib.blake2b("".join(recorded).encode(), digest_size=16).hexdigest()
 
 
@@ -63,7 +63,7 @@ def check_scores(tokens: Path, scores: Path) -> None:
         for path, metadata, kind in zip((part, scored), kinds, ("tokens", "scores"), strict=True):
             if metadata.get("kind") != kind:
                 raise SstokenError(f"{path}: not {kind}; name the folder of {kind}")
-        if _recorded(part, tokens, kinds[0]) != _recorded(scored, scores, kinds[1]):
+        if _recorded(part, kinds[0]) != _recorded(scored, kinds[1]):
             raise SstokenError(_other(tokens, scores))
     if len(tables.parts(scores)) > len(tables.parts(tokens)):
         raise SstokenError(f"{scores}: more shards than {tokens} has; {_other(tokens, scores)}")
@@ -77,7 +77,7 @@ def check_shard(tokens: Path, fingerprint: str, scored: Path) -> None:
         fingerprint: computed from its content, not the recorded one.
         scored: the shard of scores.
     """
-    if _recorded(scored, scored.parent, tables.read_metadata(scored)) != fingerprint:
+    if _recorded(scored, tables.read_metadata(scored)) != fingerprint:
         raise SstokenError(_other(tokens, scored))
 
 
@@ -103,9 +103,8 @@ def note_training(history: Path, source: Path) -> None:
     """Record in a folder of snapshots the fingerprint of the tokens that they were trained on."""
     parts = tables.parts(source)
     facts = tables.read_metadata(parts[0]) if parts else {}
-    fingerprint = (
-        _recorded(parts[0], source, facts) if facts.get("kind") == "masked" else folder_fingerprint(source)
-    )
+    masked = facts.get("kind") == "masked"
+    fingerprint = _recorded(parts[0], facts) if masked else folder_fingerprint(source)
     write_atomic(history / _TRAINED_ON, json.dumps({TOKENS: fingerprint}))
 
 
@@ -119,13 +118,13 @@ def trained_on_others(checkpoint: str, tokens: Path) -> bool:
     return bool(recorded != folder_fingerprint(tokens))
 
 
-def _recorded(path: Path, folder: Path, metadata: dict[str, Any]) -> str:
+def _recorded(path: Path, metadata: dict[str, Any]) -> str:
     """Return the fingerprint of tokens in a shard's metadata."""
     recorded = metadata.get(TOKENS)
     if not isinstance(recorded, str):
         raise SstokenError(
             f"{path}: does not say which tokens it holds or was measured from (made by an older version or by hand); "
-            f"make {folder} again"
+            f"make {path.parent} again"
         )
     return recorded
 

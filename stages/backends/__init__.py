@@ -131,9 +131,9 @@ class Backend(LoadedModel):
 
 
 class Latest(Generic[P, R]):
-    """Make an object, unless the last one was made from the same; there is one in each process.
+    """Make an object, or return the last one if it was made from the same arguments and files.
 
-    It is dropped before the next is made: two models need not fit into memory.
+    The last one is dropped before the next is made: two models need not fit into memory.
     """
 
     def __init__(self, make: Callable[P, R]) -> None:
