@@ -4,13 +4,14 @@ import hashlib
 import os
 import secrets
 import tempfile
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from filelock import FileLock
 
 from sstoken.errors import UsageError
-from sstoken.stages import folders, plain_json, storage
+from sstoken.stages import folders, plain_json
 from sstoken.stages.remote_path import RemotePath, explained, version
 
 _NOT_FETCHED = ("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "global_step*/*", "*.tmp")
@@ -74,7 +75,11 @@ def machine() -> str:
     file = cache() / "machine"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        storage.of(file).put_if_absent(file, secrets.token_hex(8).encode())
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as own:
+            own.write(secrets.token_hex(8))
+        with suppress(FileExistsError):
+            os.link(own.name, file)
+        os.unlink(own.name)
     return file.read_text()
 
 
