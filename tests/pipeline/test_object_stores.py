@@ -12,7 +12,7 @@ import pytest
 
 import sstoken
 from sstoken.errors import SstokenError
-from sstoken.pipeline import locks, ranks, runner
+from sstoken.pipeline import locks, output_folder, ranks
 from sstoken.pipeline.verbs import stages as api
 from sstoken.pipeline.verbs.looking import verify
 from sstoken.stages import faults, storage, tables
@@ -180,7 +180,7 @@ def test_of_two_that_commit_one_wins_and_the_other_says_so(
     monkeypatch.setattr(locks, "_NO_LEASE", ("s3",))  # as if each took the other for dead
     where, name = {
         "before the manifest": (manifests, "list_files"),
-        "before publishing": (runner, "publish"),
+        "before publishing": (output_folder, "_publish"),
         "while publishing": (ObjectStore, "_replace"),
     }[moment]
     ours = getattr(where, name)
