@@ -93,9 +93,10 @@ class Method:
             raise UsageError(
                 f"method {self.name!r}: input {wrong[0]!r} is not role.signal, such as current.loss"
             )
-        if self.evidence not in EVIDENCE or not self.scopes or set(self.scopes) - set(get_args(Scope)):
+        scopes = get_args(Scope)
+        if self.evidence not in EVIDENCE or not self.scopes or set(self.scopes) - set(scopes):
             raise UsageError(
-                f"method {self.name!r}: evidence is one of {', '.join(EVIDENCE)}; scopes of {Scope}"
+                f"method {self.name!r}: evidence is one of {', '.join(EVIDENCE)}; scopes of {', '.join(scopes)}"
             )
 
     @property

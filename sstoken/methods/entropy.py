@@ -1,7 +1,7 @@
 """Methods that use the entropy of the distribution that predicts the token."""
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -59,30 +59,24 @@ def _pilot(tokens: Tokens, params: Params) -> Array:
     return tokens.xp.where(dropped, 0.0, tokens.xp.ones_like(tokens["current.entropy"]))
 
 
-def _above(name: str) -> Any:
-    def score(tokens: Tokens, params: Params) -> Array:
-        return tokens["current.entropy"] - tokens.statistics[name]
-
-    return score
+def _above(tokens: Tokens, params: Params, *, quantile: str) -> Array:
+    return tokens["current.entropy"] - tokens.statistics[quantile]
 
 
 def _quantile(params: QuantileParams) -> float:
     return params.quantile
 
 
-def _eksft(kl: str, entropy: str) -> Any:
-    def score(tokens: Tokens, params: EksftParams) -> Array:
-        by_kl = tokens.in_top(tokens[kl], lambda n: int(params.share * n))
-        by_entropy = tokens.in_top(tokens[entropy], lambda n: int(params.share * n))
-        chosen = {
-            "union": by_kl | by_entropy,
-            "intersection": by_kl & by_entropy,
-            "kl": by_kl,
-            "entropy": by_entropy,
-        }[params.combine]
-        return tokens.xp.where(chosen, 0.0, tokens.xp.ones_like(tokens[kl]))
-
-    return score
+def _eksft(tokens: Tokens, params: EksftParams, *, kl: str, entropy: str) -> Array:
+    by_kl = tokens.in_top(tokens[kl], lambda n: int(params.share * n))
+    by_entropy = tokens.in_top(tokens[entropy], lambda n: int(params.share * n))
+    chosen = {
+        "union": by_kl | by_entropy,
+        "intersection": by_kl & by_entropy,
+        "kl": by_kl,
+        "entropy": by_entropy,
+    }[params.combine]
+    return tokens.xp.where(chosen, 0.0, tokens.xp.ones_like(tokens[kl]))
 
 
 def _entropy(tokens: Tokens, params: Params) -> Array:
@@ -138,7 +132,7 @@ METHODS = (
         inputs=("current.entropy",),
         formula="entropy - its lower quantile",
         source=f"{_EAFT}, Masked SFT",
-        score=_above("low"),
+        score=partial(_above, quantile="low"),
         policy=ABOVE_ZERO,
         params=QuantileParams,
         scopes=("global",),
@@ -151,7 +145,7 @@ METHODS = (
         inputs=("current.entropy",),
         formula="entropy - its (1 - rho) quantile",
         source=_TRL,
-        score=_above("high"),
+        score=partial(_above, quantile="high"),
         policy=Where("keeps what is at least 0", lambda scores, tokens, params: scores >= 0),
         params=ShareParams,
         scopes=("global",),
@@ -176,7 +170,7 @@ METHODS = (
         formula="0 where KL(current || history) or the entropy is among the int(share * n) highest, 1 elsewhere; "
         "of the distribution AT the token, as published",
         source="EKSFT 2026, arXiv 2605.29303; MINE-USTC/EKSFT",
-        score=_eksft("current.kl_at@history", "current.entropy_at"),
+        score=partial(_eksft, kl="current.kl_at@history", entropy="current.entropy_at"),
         policy=ABOVE_ZERO,
         params=EksftParams,
         scopes=("sample", "turn"),
@@ -187,7 +181,7 @@ METHODS = (
         inputs=("current.kl@history", "current.entropy"),
         formula="as eksft, of the distribution that predicts the token",
         source="EKSFT 2026, arXiv 2605.29303, as presumably meant",
-        score=_eksft("current.kl@history", "current.entropy"),
+        score=partial(_eksft, kl="current.kl@history", entropy="current.entropy"),
         policy=ABOVE_ZERO,
         params=EksftParams,
         scopes=("sample", "turn"),

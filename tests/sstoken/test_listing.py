@@ -1,5 +1,6 @@
 """What `methods` prints: facts of a small method of the test's own, and the rows of all."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -118,6 +119,23 @@ def test_rows_to_print():
     assert by_name["trimming"]["formula"] == "current_loss, or minus it"
     assert by_name["trimming"]["source"] == "loss trimming, a common baseline"
     assert by_name["dft"]["parameters"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"inputs": ("current.loss", ".loss")}, "input '.loss' is not role.signal, such as current.loss"),
+        ({"inputs": ("loss", "current.loss")}, "input 'loss' is not role.signal, such as current.loss"),
+        *(
+            (wrong, "evidence is one of A, T, F, S, -; scopes of token, turn, sample, global")
+            for wrong in ({"evidence": "B"}, {"scopes": ()}, {"scopes": ("sample", "row")})
+        ),
+    ],
+)  # fmt: skip
+def test_a_method_that_is_declared_wrongly_is_refused(wrong, message):
+    with pytest.raises(UsageError) as raised:
+        replace(METHOD, **wrong)
+    assert str(raised.value) == f"method 'sample': {message}"
 
 
 def test_a_method_checks_its_scope():

@@ -41,13 +41,16 @@ def test_sstoken_by_hand():
     ("name", "params", "history", "current", "kept"),
     [
         ("stm", {"tau": 1}, 0.0, 0.0, True),
+        ("stm", {"tau": 1}, 0.1, 0.1, False),
         ("stm", {"tau": 1, "drop": "lowest"}, 0.0, 0.0, True),
+        ("p-q", {"tau": 1, "form": "top"}, 0.0, 0.0, True),
+        ("p-q", {"tau": 1, "form": "bottom"}, 0.0, 0.0, True),
         ("stm-dpf", {}, 0.5, 0.5, True),  # neither more nor less likely than before
         ("stm-dpf", {}, 0.5, 0.75, False),
         ("dpf", {"tau": 1e-9}, 0.5, 0.5, True),
     ],
 )
-def test_perplexities_at_their_thresholds(name, params, history, current, kept):
+def test_a_threshold_itself_is_kept(name, params, history, current, kept):
     signals = {"history.loss": np.array([history]), "current.loss": np.array([current])}
     _, outcome = METHODS[name].decide(Tokens(np.array([0, 1]), signals), METHODS[name].read_params(params))
     assert outcome.keep.tolist() == [kept]
@@ -89,6 +92,14 @@ def test_ranktuner_at_two_bits_of_entropy():
     p = np.exp(-1)
     expected = p * (p * 2) ** (-1 / np.log2(3) ** 2)  # a bound of 2, not 1.1
     np.testing.assert_allclose(score("ranktuner", Tokens(np.array([0, 1]), signals)), [expected])
+
+
+@pytest.mark.parametrize(("gamma", "needed"), [(1, "loss"), (0, "attention")])
+def test_the_ends_of_gamma_need_one_signal(gamma, needed):
+    signals = {name: values for name, values in SIGNALS.items() if name.endswith(needed)}
+    np.testing.assert_array_equal(
+        score("sstoken", Tokens(OFFSETS, signals), gamma=gamma), score("sstoken", gamma=gamma)
+    )
 
 
 @pytest.mark.parametrize(("gamma", "alone"), [(1.0, "rel"), (0.0, "attention")])

@@ -151,7 +151,7 @@ def test_a_response_starts_where_generation_would(opening: str, prompt: str, sai
         ("Answer: ", "there<end>"),
         (" ", " there<end>"),
         ("", "there<end>"),
-        ("\n", "there<end>"),
+        ("{{ '\\n' }}", "there<end>"),
         ("X ", "there<end>"),
     ],
 )
@@ -200,6 +200,7 @@ def test_headers_are_remembered_by_what_decides_them() -> None:
         assert find(finder, Conversation([system, asked, said]), 2)[0] == "there<end>"
         result = {"role": "tool", "content": "four"}
         assert find(finder, Conversation([asked, said, result, said]), 3)[0] == "there<end>"
+        assert find(finder, Conversation([asked, said, asked, said]), 3)[0] == "so there<end>"
         thinking = [asked, said | {"reasoning_content": "hm"}, asked, said]
         assert find(finder, Conversation(thinking), 3)[0] == "there<end>"
 
