@@ -152,10 +152,7 @@ class ParquetTarget(ShardedTarget):
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
         """Return the columns the trainer expects."""
-        return {
-            "input_ids": rows.column(rows.ids),
-            "labels": rows.column(rows.labels),
-        }
+        return {"input_ids": rows.column(rows.ids), "labels": rows.column(rows.labels)}
 
     def write(self, path: Path, rows: Rows) -> None:
         """Write one Parquet file."""

@@ -19,14 +19,7 @@ from sstoken.labels import labels_from_mask
 from sstoken.stages import storage, tables
 from sstoken.stages.checkpoints import load_tokenizer, tokenizer_fingerprint
 from sstoken.stages.folders import hash_file
-from sstoken.stages.hub.provenance import (
-    PROVENANCE,
-    SHARDS,
-    SIGNALS,
-    TOKENIZER,
-    Provenance,
-    read_provenance,
-)
+from sstoken.stages.hub.provenance import PROVENANCE, SHARDS, SIGNALS, TOKENIZER, Provenance, read_provenance
 from sstoken.stages.hub.remote import asking, connect, tree
 from sstoken.stages.manifest import FileEntry
 from sstoken.stages.masked_card import write_card
