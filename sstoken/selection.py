@@ -79,15 +79,9 @@ def minmax(values: Float64Array, offsets: IntArray) -> Float64Array:
 
 
 def minmax_tensor(values: "Tensor", example: "Tensor", num_examples: int) -> "Tensor":
-    """`minmax` of a tensor, on its device; equal to the numpy version bit for bit.
+    """`minmax` of a tensor [N] float64, on its device; equal to the numpy version bit for bit.
 
-    Args:
-        values: [N] float64.
-        example: [N] index of each token's example.
-        num_examples: E.
-
-    Returns:
-        [N].
+    `example` [N] is the index of each token's example.
     """
     low = values.new_full((num_examples,), math.inf).scatter_reduce(0, example, values, "amin")
     high = values.new_full((num_examples,), -math.inf).scatter_reduce(0, example, values, "amax")
@@ -160,13 +154,9 @@ Chunks = Callable[[], Iterable[Float64Array]]
 
 
 def global_cuts(chunks: Chunks, ks: Sequence[int]) -> list[Cut]:
-    """Find the cut that keeps the k highest scores, for each k, in constant memory.
+    """Find the cut that keeps the k highest scores, for each k, in constant memory; k is at most the number of scores.
 
     Radix selection: four passes over the scores, each fixing 16 of the key's 64 bits.
-
-    Args:
-        chunks: the scores.
-        ks: how many to keep; each at most the number of scores, 0 keeps none.
     """
     prefixes, remaining = [np.uint64(0)] * len(ks), list(ks)
     for shift in (48, 32, 16, 0):
@@ -201,15 +191,9 @@ def global_quantile(chunks: Chunks, q: float) -> float:
 
 
 def keep_above(scores: Float64Array, cut: Cut, ties_before: int) -> tuple[BoolArray, int]:
-    """Apply a global cut to the next chunk.
+    """Apply a global cut to the next chunk of scores [n].
 
-    Args:
-        scores: [n], the chunk.
-        cut: from `global_cuts`.
-        ties_before: how many scores in earlier chunks equal the cut's.
-
-    Returns:
-        [n] bool, and that number after this chunk.
+    `ties_before` scores in earlier chunks equal the cut's. Returns the keep mask [n] and that number after this chunk.
     """
     keys = sortable_keys(scores)
     tied = keys == np.uint64(cut.key)

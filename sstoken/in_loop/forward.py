@@ -82,21 +82,6 @@ class SelectingModel:
 
     def _plain(self, inputs: Mapping[str, Any]) -> Any:
         targets = self._tokens.gather(inputs["labels"])
-        outputs, logits, kept, weight = self._forward(inputs, targets)
-        losses = nn.functional.cross_entropy(logits.float(), targets[kept], reduction="none")
-        if weight is not None:
-            losses = losses * weight[kept].to(losses.dtype)
-        loss = losses.sum() / torch.as_tensor(inputs["num_items_in_batch"]).clamp(min=1)
-        if getattr(outputs, "aux_loss", None) is not None:
-            factor = getattr(unwrapped(self._model).config.get_text_config(), "router_aux_loss_coef", 0.0)
-            loss = loss + factor / self._aux_divisor * outputs.aux_loss
-        outputs["loss"] = loss
-        return outputs
-
-    def _forward(
-        self, inputs: Mapping[str, Any], targets: Tensor
-    ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
-        """Return the outputs, the trained tokens' logits [K, V], their indices [K] among the N, and the weights [N]."""
         found: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
 
         def choose(hidden: Tensor) -> Tensor:
@@ -106,14 +91,23 @@ class SelectingModel:
             found.append((states_KD.detach(), learned_K, rounds(states_KD), decision.weight))
             return states_KD
 
-        with states_to_head(self._model, self._tokens, choose) as used:
+        with states_to_head(self._model, self._tokens, choose):
             outputs = self._model(**_without_loss(inputs))
         logits = getattr(outputs, "logits", None)
-        if len(used) != 1 or logits is None or logits.shape[:-1] != (1, found[0][1].numel()):
+        if len(found) != 1 or logits is None or logits.shape[:-1] != (1, found[0][1].numel()):
             raise _not_causal(self._model)
         states_KD, learned_K, rounded, weight = found[0]
-        self._head.verify(states_KD, logits[0], rounded)
-        return outputs, logits[0], learned_K, weight
+        logits_KV = logits[0]
+        self._head.verify(states_KD, logits_KV, rounded)
+        losses = nn.functional.cross_entropy(logits_KV.float(), targets[learned_K], reduction="none")
+        if weight is not None:
+            losses = losses * weight[learned_K].to(losses.dtype)
+        loss = losses.sum() / torch.as_tensor(inputs["num_items_in_batch"]).clamp(min=1)
+        if getattr(outputs, "aux_loss", None) is not None:
+            factor = getattr(unwrapped(self._model).config.get_text_config(), "router_aux_loss_coef", 0.0)
+            loss = loss + factor / self._aux_divisor * outputs.aux_loss
+        outputs["loss"] = loss
+        return outputs
 
     def _decide(self, hidden: Tensor, targets: Tensor) -> Decision:
         """Measure signals and select, given the last states [B * T, D]."""

@@ -182,13 +182,11 @@ class HeadSignals:
 @contextmanager
 def states_to_head(
     model: nn.Module, tokens: ResponseTokens, choose: Callable[[Tensor], Tensor]
-) -> Iterator[list[bool]]:
+) -> Iterator[None]:
     """Within this context, the output embedding gets only the states that `choose` returns; logits are [1, K, V].
 
-    `choose` gets the states [B * T, D] and returns the rows [K, D]. The list that this yields gains an entry whenever
-    the output embedding is called.
+    `choose` gets the states [B * T, D] whenever the output embedding is called, and returns the rows [K, D].
     """
-    used: list[bool] = []
 
     @torch.compiler.disable
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -198,12 +196,11 @@ def states_to_head(
                 f"the output embedding sees {tuple(hidden_BTD.shape[:2])} positions, the batch has "
                 f"{tuple(tokens.response_mask.shape)}; models that add or drop positions (prompt tuning) cannot select"
             )
-        used.append(True)
         return (choose(hidden_BTD.flatten(0, 1))[None], *args[1:])
 
     handle = output_embedding(unwrapped(model)).register_forward_pre_hook(gather)
     try:
-        yield used
+        yield
     finally:
         handle.remove()
 

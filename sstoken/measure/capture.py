@@ -148,11 +148,7 @@ class AttentionCapture:
 
     @torch.compiler.disable
     def measure(self, query: Tensor, key: Tensor, mask: Any, **how: Any) -> None:
-        """Measure one call of the chosen layer's attention function.
-
-        Raises:
-            ForwardStopped: if `expect` asked to stop.
-        """
+        """Measure one call of the chosen layer's attention function; raise `ForwardStopped` if `expect` asked to."""
         assert self._response_mask is not None
         if mask is not None and not isinstance(mask, Tensor):  # flex attention's mask repeats the segments
             mask = None

@@ -272,7 +272,7 @@ class Scorer:
 
 
 def _measurable(model: Any, layer: int | None, found: Findings) -> int:
-    """The layer to capture, counted from 0, if its attention can be measured; None: the last with softmax attention."""
+    """Return the layer to capture, counted from 0; None stands for the last with softmax attention."""
     name, layers = type(model).__name__, found.softmax_layers
     if not layers:
         raise UsageError(

@@ -4,14 +4,12 @@ Shapes: T positions of a sequence, n response tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sstoken.measure.batch import Ids, Mask
-from sstoken.measure.noise import Noise, draw_noise
+from sstoken.measure.noise import draw_noise
 from sstoken.measure.scorer import Measured, Scorer
 from sstoken.signals import Signal
 
@@ -32,27 +30,30 @@ def measure_second_pass(
         response_masks: [T] each. The response alone is the response tokens of all turns, back to back.
         wanted: signals from `SECOND_PASS`.
     """
-    found: list[Measured] = [{} for _ in sequences]
-    for signal in wanted:
-        draw = None if signal.argument is None else int(signal.argument)
+    columns = {s.name: _measure(scorer, sequences, response_masks, int(s.argument or 0)) for s in wanted}
+    return [{name: values[i] for name, values in columns.items()} for i in range(len(sequences))]
 
-        def measure(
-            responses: list[Ids], masks: list[Mask], indices: list[int], draw: int | None = draw
-        ) -> Iterator[tuple[int, Measured]]:
-            noise: Noise | None = None
-            if draw is not None:  # what these tokens get beside their prompts
-                own = [sequences[i] for i in indices], [response_masks[i] for i in indices]
-                noise = partial(_noise_of, *own, draw)
-            return scorer.measure(responses, masks, noise=noise)
 
-        alone = losses_alone(sequences, response_masks, measure)
-        for measured, losses in zip(found, alone, strict=True):
-            measured[signal.name] = losses
-        if draw is None:
-            continue
-        noise = partial(_noise_of, sequences, None, draw)
-        for index, signals in scorer.measure(sequences, response_masks, noise=noise):
-            found[index][signal.name] = signals["loss"][1:] - found[index][signal.name]
+def _measure(
+    scorer: Scorer, sequences: Sequence[Ids], response_masks: Sequence[Mask], draw: int
+) -> list[NDArray[np.float32]]:
+    """Losses without the prompts; with the noise of a draw (from 1), losses beside the prompts minus these."""
+
+    def beside(index: int, size: int) -> NDArray[np.float32]:
+        return draw_noise(sequences[index], size, draw)
+
+    def measure(
+        responses: list[Ids], masks: list[Mask], indices: list[int]
+    ) -> Iterator[tuple[int, Measured]]:
+        def alone(at: int, size: int) -> NDArray[np.float32]:  # what these tokens get beside their prompts
+            return beside(indices[at], size)[response_masks[indices[at]]]
+
+        return scorer.measure(responses, masks, noise=alone if draw else None)
+
+    found = losses_alone(sequences, response_masks, measure)
+    if draw:
+        for index, signals in scorer.measure(sequences, response_masks, noise=beside):
+            found[index] = signals["loss"][1:] - found[index]
     return found
 
 
@@ -70,11 +71,3 @@ def losses_alone(
     for at, signals in measure(responses, masks, indices):
         losses[indices[at]] = signals["loss"].astype(np.float32, copy=False)
     return losses
-
-
-def _noise_of(
-    sequences: Sequence[Ids], masks: Sequence[Mask] | None, draw: int, index: int, size: int
-) -> Any:
-    """Noise of one sequence, [T, D]; with masks, only of its response tokens, [n, D]."""
-    noise = draw_noise(sequences[index], size, draw)
-    return noise if masks is None else noise[masks[index]]

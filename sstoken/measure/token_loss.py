@@ -140,8 +140,9 @@ def _losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     own = torch.zeros_like(total)
     for start, logits in tiles(hidden, head):
         take_own(own, logits, start, targets)
-        if start == 0:
-            shift = shift_of(logits)
+        if start == 0:  # the largest logits, unless all are near 0 anyway
+            largest = logits.amax(1)
+            shift = None if (largest.abs() < _NEAR_ZERO).all() else largest
         if shift is not None:
             logits -= shift[:, None]
         total += logits.exp_().sum(1)  # a product with ones would have ten times the rounding error
@@ -161,12 +162,6 @@ def take_own(own: Tensor, logits: Tensor, start: int, targets: Tensor) -> Tensor
     rows = ((targets >= start) & (targets < start + logits.shape[1])).nonzero()[:, 0]
     own[rows] = logits[rows, targets[rows] - start].to(own.dtype)
     return rows
-
-
-def shift_of(logits: Tensor) -> Tensor | None:
-    """What to subtract from each row before exponentiating: its largest logit, [N]; None if all are near 0 anyway."""
-    largest = logits.amax(1)
-    return None if (largest.abs() < _NEAR_ZERO).all() else largest
 
 
 def _safe_log_sum_exp(hidden: Tensor, head: Head) -> Tensor:

@@ -186,15 +186,7 @@ class Method:
             ) from None
 
     def decide(self, tokens: Tokens, params: Any) -> tuple[Array, Outcome]:
-        """Score tokens that make up the whole scope, and decide about them.
-
-        Args:
-            tokens: their `units` are those of the scope.
-            params: an instance of this method's `params` class.
-
-        Returns:
-            The scores [N], and the outcome.
-        """
+        """Score tokens that make up the whole scope, and decide about them; returns the scores [N] and the outcome."""
         tokens = tokens.with_(statistics=local_statistics(self, tokens, params))
         scores = self.score(tokens, params)
         return scores, self.policy.apply(scores, tokens, params)
@@ -206,7 +198,7 @@ def _takes_checkpoint(given: Input) -> bool:
 
 
 def local_statistics(method: Method, tokens: Tokens, params: Any) -> dict[str, Array]:
-    """Compute a method's statistics over tokens that make up the whole scope; each is a scalar."""
+    """Compute a method's statistics, each a scalar, over tokens that make up the whole scope."""
     xp, found = tokens.xp, {}
     for name, statistic in method.statistics.items():
         values = statistic.values(tokens, params)
@@ -220,14 +212,14 @@ def local_statistics(method: Method, tokens: Tokens, params: Any) -> dict[str, A
 
 
 def parameter_type(params: type[Params], name: str) -> str:
-    """The type for the table of methods: `float`, `int`, `bool`, `str`, or the legal words joined by `|`."""
+    """Return the type for the table of methods: `float`, `int`, `bool`, `str`, or the legal words joined by `|`."""
     annotation = params.model_fields[name].annotation
     words = [str(word) for word in get_args(annotation) if word is not type(None)]
     return getattr(annotation, "__name__", "") if not words else "|".join(words)
 
 
 def legal(params: type[Params], name: str) -> str:
-    """The range of a parameter, such as `0 < rho <= 1`."""
+    """Return the range of a parameter, such as `0 < rho <= 1`."""
     low, high = "", ""
     for bound in params.model_fields[name].metadata:
         for attribute, sign in (("gt", "<"), ("ge", "<=")):

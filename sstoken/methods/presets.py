@@ -48,10 +48,9 @@ def method_name(name: str) -> str:
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace a preset's name by the settings that it stands for.
+    """Replace a preset's name in the settings of a selection by the settings that it stands for.
 
-    Args:
-        given: the user's settings of a selection. They take precedence over the preset's; `protect` adds to it.
+    What the user gave takes precedence over the preset's; `protect` adds to it.
     """
     found = dict(given)
     preset = PRESETS.get(name) if isinstance(name := given.get("method"), str) else None

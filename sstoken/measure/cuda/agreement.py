@@ -1,4 +1,4 @@
-"""Which of several implementations of one function to use on this machine: the first that gives right numbers."""
+"""Choose one of several implementations of a function by trial: the first that gives right numbers on this machine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Choice:
     """The implementation taken."""
 
     name: str
-    """What it is called, for the user."""
+    """Its name, for the user."""
     reason: str
-    """Why this one: how far it is from the reference, and what was wrong with those before it."""
+    """Why it was chosen: that it agrees with the reference, and what was wrong with those before it."""
     call: Function
 
 
@@ -29,8 +29,8 @@ def first_that_agrees(
     """Try the candidates in turn on small inputs, on the device and in the dtype where they will be used.
 
     Args:
-        candidates: by name, the preferred one first. One that raises, whatever it raises, is passed over.
-        reference: name and function that runs anywhere; what is expected is its result in float64 on the CPU.
+        candidates: by name, the preferred one first. One that raises anything is passed over.
+        reference: name and function; its results in float64 on the CPU are what is expected.
         trials: calls to compare; their results should be of order 1.
 
     Returns:
@@ -56,7 +56,7 @@ def first_that_agrees(
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference in units of what the input's dtype explains; infinite for NaN."""
+    """Return the largest difference as a multiple of the dtype's tolerance; infinite for NaN."""
     found = found.cpu()
     if found.shape != expected.shape:
         raise ValueError(f"gives the shape {list(found.shape)}, not {list(expected.shape)}")
@@ -68,7 +68,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 5e-3, tor
 
 
 def _exact(value: Any) -> Any:
-    """The same arguments on the CPU, floating point in float64."""
+    """Return the same arguments on the CPU, floating point in float64."""
     if isinstance(value, Tensor):
         return value.cpu().double() if value.is_floating_point() else value.cpu()
     if isinstance(value, tuple):

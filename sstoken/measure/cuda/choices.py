@@ -1,4 +1,4 @@
-"""Kernel or plain torch: tried on this machine, the first that gives right numbers is used.
+"""Choose the Triton kernel or plain torch by trial: the first that gives right numbers on this machine.
 
 Shapes: B batch, H heads, K key-value heads, T positions, D head size or hidden size, N tokens, V vocabulary.
 """
@@ -30,7 +30,7 @@ def prompt_attention_by_kernel(
     sinks: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """`prompt_attention` by the kernel: same arguments, same result, except that a `mask` cannot be had.
+    """`prompt_attention` by the kernel, without a `mask`.
 
     Raises:
         NotImplementedError: there is a mask.
@@ -66,7 +66,7 @@ def choose_prompt_attention(
     softcap: float | None = None,
     sinks: bool = False,
 ) -> Choice:
-    """What measures the prompt attention of such a layer where there is no mask: "triton" or "torch".
+    """Choose "triton" or "torch" for the prompt attention of such a layer without a mask.
 
     The function takes the arguments of `prompt_attention`, without `log_sum_exp`.
     """
@@ -113,7 +113,7 @@ def choose_token_losses(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Choice:
-    """What computes the losses of such a head: "triton" or "torch"; takes the arguments of `fused_token_losses`."""
+    """Choose "triton" or "torch" for the losses of such a head; both take the arguments of `fused_token_losses`."""
     generator = torch.Generator().manual_seed(0)
     num_tokens, vocabulary = 70, 3001
 

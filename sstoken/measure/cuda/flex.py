@@ -15,7 +15,7 @@ BLOCK = 128
 
 
 def with_sinks(output: Tensor, log_sum_exp: Tensor, sinks: Tensor) -> Tensor:
-    """Output [N, H, D] of a softmax without sinks, log_sum_exp [H, N], as it is with them."""
+    """Turn the output [N, H, D] of a softmax without sinks, with log_sum_exp [H, N], into that with sinks."""
     share_HN = torch.sigmoid(log_sum_exp.float() - sinks.float()[:, None])
     return (output.float() * share_HN.T[..., None]).to(output.dtype)
 
@@ -30,7 +30,7 @@ def flex(
     attend: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor,
     scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`varlen_attention` by this flex_attention, compiled or not."""
+    """`varlen_attention` by flex_attention; `attend` is that function, compiled or not."""
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         assert softcap is not None
@@ -48,9 +48,9 @@ def flex(
 
 @lru_cache(maxsize=4)
 def block_mask(cu_seqlens: Tensor, num_tokens: int, window: int | None) -> BlockMask:
-    """flex_attention's mask for packed sequences, from blocks of tokens by blocks of tokens.
+    """Build flex_attention's mask for packed sequences from blocks of tokens by blocks of tokens.
 
-    The layers of one forward pass share it: they share the tensor `cu_seqlens`, which must not change afterwards.
+    The layers of a forward pass share it: they share the tensor `cu_seqlens`, which must not change afterwards.
     """
     device = cu_seqlens.device
     positions = torch.arange(num_tokens, device=device)

@@ -1,12 +1,12 @@
 """Batches without padding: several sequences, one after the other, through a transformers model.
 
 The attention function registered here keeps sequences apart by where they start, and the mask function beside it
-builds no mask. transformers hands the bounds of the sequences and a layer's window, soft-cap and sinks to the
-attention function as arguments, as it does for flash attention.
+builds no mask. transformers passes the sequence starts and a layer's window, soft-cap and sinks to the attention
+function as arguments, as it does for flash attention.
 
-Refused (`check_packed` says why; padded batches do): architectures that transformers does not run with flash
-attention either, chunked attention, layers other than attention (they carry their state from one sequence into
-the next), masks of an architecture's own, and whatever gives other hidden states than one sequence at a time.
+`check_packed` refuses, with the reason: architectures that transformers does not run with flash attention either,
+chunked attention, layers other than attention (they carry their state from one sequence into the next), masks of an
+architecture's own, and any model whose hidden states change. These take padded batches.
 
 Shapes: B batch, H heads, K key-value heads, T positions, N positions of a packed batch, D head size, S sequences.
 """
@@ -28,21 +28,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMPLEMENTATION_PACKED = "sstoken_packed"
-"""For `model.set_attn_implementation`: packed batches, and right-padded ones, without any mask."""
+"""Its name, for `attn_implementation`: packed batches, and right-padded ones, without any mask."""
 _KINDS = {"full_attention", "sliding_attention"}
 _CHECKED_LENGTHS = (11, 1, 23, 5)
 
 
 def packed_inputs(sequences: Sequence[Tensor], device: torch.device | str) -> dict[str, Any]:
-    """What to call a model with: `model(**packed_inputs(sequences, device))`.
+    """Return the arguments with which a model runs on sequences of token ids [T], none of them empty.
 
-    Args:
-        sequences: token ids, each [T]; none is empty.
-        device: where the model is.
-
-    Returns:
-        `input_ids` and `position_ids` [1, N], `cu_seq_lens_q` and `cu_seq_lens_k` [S + 1] int32, `max_length_q` and
-        `max_length_k`, `use_cache`.
+    `input_ids` and `position_ids` [1, N], `cu_seq_lens_q` and `cu_seq_lens_k` [S + 1] int32, `max_length_q` and
+    `max_length_k`, `use_cache`.
     """
     lengths = [len(ids) for ids in sequences]
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -69,9 +64,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function registered as `IMPLEMENTATION_PACKED`.
-
-    Without bounds of sequences each row of the batch is one that starts at position 0.
+    """The attention function registered as `IMPLEMENTATION_PACKED`. Without sequence starts, each row is one sequence.
 
     Raises:
         SstokenError: the model brought a mask or a bias of its own, or attends to something else than itself.
@@ -112,7 +105,7 @@ def _no_mask(**how: Any) -> None:
 
 
 def describe_packed(model: "PreTrainedModel") -> list[Choice]:
-    """The attention implementations that a packed batch would use on the model's device, for the user to read."""
+    """Return the attention implementations that a packed batch would use on the model's device."""
     config: Any = model.config.get_text_config()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -132,10 +125,10 @@ def describe_packed(model: "PreTrainedModel") -> list[Choice]:
 
 @torch.inference_mode()
 def check_packed(model: "PreTrainedModel") -> str | None:
-    """Why the model cannot take packed batches; None: it can.
+    """Return why the model cannot take packed batches; None: it can.
 
-    Runs a short packed batch, and its sequences one by one with the masks that the architecture asks for. The
-    model's attention implementation is as before afterwards.
+    Runs a short packed batch, and its sequences one by one with the masks that the architecture asks for. Leaves the
+    model's attention implementation as it was.
     """
     config: Any = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS

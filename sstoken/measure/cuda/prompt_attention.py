@@ -23,10 +23,10 @@ def packed_prompt_attention(
     sinks: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The attention mass of each response token on the prompt before it, mean over heads (paper, equation 5).
+    """Return each response token's attention mass on the prompt before it, mean over heads (paper, equation 5).
 
-    The prompt of token i: the positions of its sequence before i that are not response tokens. Products are
-    accumulated in fp32, and for fp32 inputs computed in full fp32.
+    The prompt of token i is all positions of its sequence before i that are not response tokens. Products are
+    accumulated in fp32; for fp32 inputs they are computed in full fp32.
 
     Args:
         query: [N, H, D], after rotary embedding; any strides.
@@ -36,8 +36,8 @@ def packed_prompt_attention(
         max_length: of the longest sequence.
         scaling: factor of the scores.
         softcap: scores become `softcap * tanh(scores / softcap)`.
-        sinks: [H], logits that take part in the softmax and attend to nothing.
-        window: a token sees itself and the `window - 1` tokens before it; None: all before it.
+        sinks: [H], logits that take part in the softmax but attend to nothing.
+        window: how many tokens a token attends to, itself included; None: all before it.
 
     Returns:
         [N] fp32 in [0, 1], 0 off the response.
@@ -65,7 +65,7 @@ def packed_prompt_attention(
 
 @cache
 def _compiled() -> tuple[Any, Any]:
-    """Triton, and the kernel: decorated here so that this module can be imported without Triton."""
+    """Import Triton and decorate the kernel, here so that this module can be imported without Triton."""
     import triton
     import triton.language as tl
 

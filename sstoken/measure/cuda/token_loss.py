@@ -1,8 +1,8 @@
-"""Per-token loss on a GPU: the output embedding by the library's product, its logits folded in one reading.
+"""Per-token loss on a GPU: the library multiplies by the output embedding, a kernel reads the logits once.
 
-The product of 16-bit states and weights is taken in fp32 (`torch.mm` with `out_dtype`): rounded to 16 bits, a
-logit of 20 is off by up to 0.06 nats in bf16. The library's product is faster than one written in Triton; what
-costs time after it is reading its result again and again, which the kernel does once.
+The product of 16-bit states and weights is taken in fp32 (`torch.mm` with `out_dtype`): rounded to 16 bits, a logit of
+20 is off by up to 0.06 nats in bf16. The library's product is faster than one written in Triton; what costs time after
+it is reading its result again and again.
 
 Shapes: N tokens, D hidden size, V vocabulary, R rows and C columns of a tile.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TILE_ELEMENTS = 1 << 24
-"""fp32 logits alive at once: 64 MB."""
+"""fp32 logits held at once: 64 MB."""
 _ROWS = 4096
 _BLOCK = 2048
 
@@ -39,7 +39,7 @@ def fused_token_losses(
         bias: [V].
         scale: factor of the logits.
         softcap: bound of the logits; None: none.
-        tile_elements: fp32 logits alive at once.
+        tile_elements: fp32 logits held at once.
 
     Returns:
         [N] fp32.
@@ -83,7 +83,7 @@ def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 @cache
 def _compiled() -> tuple[Any, Any]:
-    """Triton, and the kernel: decorated here so that this module can be imported without Triton."""
+    """Import Triton and decorate the kernel, here so that this module can be imported without Triton."""
     import triton
     import triton.language as tl
 

@@ -1,9 +1,9 @@
-"""Causal attention over packed sequences: no padding, no mask of tokens by tokens.
+"""Causal attention over packed sequences, without padding and without a mask of tokens by tokens.
 
-Several implementations, of which the first that gives right numbers on this machine is used.
+There are several implementations; the first that gives right numbers on this machine is used.
 
-Shapes: N tokens of all sequences together, H heads, K key-value heads, D head size, S sequences, R rows and
-C columns of a block.
+Shapes: N tokens of all sequences together, H heads, K key-value heads, D head size, S sequences, R rows and C columns
+of a block.
 """
 
 from collections.abc import Mapping
@@ -39,9 +39,9 @@ def varlen_attention(
         cu_seqlens: [S + 1] int32, where each sequence starts, and N.
         max_length: of the longest sequence.
         scaling: factor of the scores.
-        window: a token sees itself and the `window - 1` tokens before it; None: all before it.
+        window: how many tokens a token attends to, itself included; None: all before it.
         softcap: scores become `softcap * tanh(scores / softcap)`.
-        sinks: [H], logits that take part in the softmax and attend to nothing.
+        sinks: [H], logits that take part in the softmax but attend to nothing.
 
     Returns:
         [N, H, D].
@@ -68,10 +68,9 @@ def choose_varlen(
     softcap: float | None = None,
     sinks: bool = False,
 ) -> Choice:
-    """The fastest implementation that works here for such a layer; tried once a process.
+    """Choose the fastest implementation that works here for such a layer, once a process.
 
-    Returns:
-        Its name ("flash-attn-3", "flash-attn", "torch varlen", "flex", "loop"), the reason, the function.
+    Its name is "flash-attn-3", "flash-attn", "torch varlen", "flex" or "loop".
     """
     return choose_among(
         CANDIDATES, device, dtype, num_heads, num_kv_heads, head_size,
@@ -92,7 +91,7 @@ def choose_among(
     softcap: float | None,
     sinks: bool,
 ) -> Choice:
-    """As `choose_varlen`, among these."""
+    """`choose_varlen` among these candidates."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -122,7 +121,7 @@ def loop(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`varlen_attention` as one sdpa call a sequence: runs anywhere, and is what the others are compared with."""
+    """`varlen_attention` with one sdpa call a sequence: runs anywhere, and is the reference for the others."""
     output = torch.empty_like(query)
     bounds = cu_seqlens.tolist()
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
@@ -147,7 +146,7 @@ def _by_blocks(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One sequence [H, T, D] by blocks of rows, where sdpa has no such option or would take a mask of T by T."""
+    """One sequence [H, T, D] in blocks of rows, for what sdpa lacks or would need a mask of T by T for."""
     num_heads, length, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     reach = length if window is None else window
@@ -174,7 +173,7 @@ def _by_blocks(
 
 
 def _flash_package(module: str) -> Function:
-    """flash-attn's function of that module, imported when it is called."""
+    """flash-attn's function from that module, imported when it is called."""
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int,
@@ -202,7 +201,7 @@ def _torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int,
     *, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """torch's own (2.10 and later), the flash attention that it ships for CUDA."""
+    """torch's own flash attention for CUDA (2.10 and later)."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     if softcap is not None:
