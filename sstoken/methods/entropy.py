@@ -17,29 +17,21 @@ _TRL = "Wang et al. 2025, arXiv 2506.01939; TRL; an analogy for fine-tuning"
 
 
 class EaftParams(Params):
-    """Parameters of EAFT."""
-
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """The exponent."""
 
 
-class QuantileParams(Params):
-    """Parameters of EAFT's hard masks."""
-
+class EaftMaskParams(Params):
     quantile: Annotated[float, Field(ge=0, le=1)] = 0.15
     """The lower quantile."""
 
 
 class ShareParams(Params):
-    """The share of tokens to keep."""
-
     rho: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The share of response tokens to keep."""
 
 
 class EksftParams(Params):
-    """Parameters of EKSFT."""
-
     share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """The share that each signal excludes."""
     combine: Literal["union", "intersection", "kl", "entropy"] = "union"
@@ -47,8 +39,6 @@ class EksftParams(Params):
 
 
 class TypicalParams(Share):
-    """Parameters of `typical`."""
-
     floor: Annotated[float, Field(gt=0)] = 0.1
     """Added to the variance, in nats squared, so that where the model is certain a small surprise is no outlier."""
 
@@ -63,7 +53,7 @@ def _above(tokens: Tokens, params: Params, *, quantile: str) -> Array:
     return tokens["current.entropy"] - tokens.statistics[quantile]
 
 
-def _quantile(params: QuantileParams) -> float:
+def _quantile(params: EaftMaskParams) -> float:
     return params.quantile
 
 
@@ -119,7 +109,7 @@ METHODS = (
         source=f"{_EAFT}, pilot study",
         score=_pilot,
         policy=ABOVE_ZERO,
-        params=QuantileParams,
+        params=EaftMaskParams,
         scopes=("global",),
         statistics={
             "entropy": Statistic(_entropy, _quantile),
@@ -134,7 +124,7 @@ METHODS = (
         source=f"{_EAFT}, Masked SFT",
         score=partial(_above, quantile="low"),
         policy=ABOVE_ZERO,
-        params=QuantileParams,
+        params=EaftMaskParams,
         scopes=("global",),
         statistics={"low": Statistic(_entropy, _quantile)},
         evidence="F",

@@ -15,29 +15,21 @@ _PAPER = "ssToken, Qin et al. 2025, arXiv 2510.18250"
 
 
 class Share(Params):
-    """The share of tokens to keep."""
-
     rho: Rho = 0.6
     """The share of response tokens to keep."""
 
 
 class SstokenParams(Share):
-    """Parameters of ssToken."""
-
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The weight of REL against attention."""
 
 
 class TossParams(Params):
-    """Parameters of TOSS."""
-
     discard: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """The share of response tokens to drop."""
 
 
 class ForgettingParams(Params):
-    """Parameters of Forgetting."""
-
     rho: Rho = 0.7
     """The share of response tokens to learn; the others are forgotten."""
     forget: Annotated[float, Field(ge=0)] = 0.25
@@ -57,7 +49,7 @@ def sstoken_score(tokens: Tokens, params: SstokenParams) -> Array:
     return score
 
 
-_method = partial(Method, family="excess loss")
+_method = partial(Method, family="excess loss", inputs=("history.loss", "current.loss"))
 METHODS = (
     _method(
         name="sstoken",
@@ -72,7 +64,6 @@ METHODS = (
     ),
     _method(
         name="rel",
-        inputs=("history.loss", "current.loss"),
         formula="rel = history_loss - current_loss",
         source=_PAPER + " (gamma = 1)",
         score=lambda tokens, params: tokens.rel,
@@ -84,7 +75,6 @@ METHODS = (
     ),
     _method(
         name="rho-1",
-        inputs=("history.loss", "current.loss"),
         formula="current_loss - history_loss; history is the reference",
         source="Rho-1, Lin et al. 2024, arXiv 2404.07965; share and scope second-hand",
         score=lambda tokens, params: -tokens.rel,
@@ -95,7 +85,6 @@ METHODS = (
     ),
     _method(
         name="token-cleaning",
-        inputs=("history.loss", "current.loss"),
         formula="history_loss - current_loss; history is the base, current the warmed-up reference",
         source="Token Cleaning, Pang et al. 2025, arXiv 2502.01968; UCSC-REAL/TokenCleaning",
         score=lambda tokens, params: tokens.rel,
@@ -107,7 +96,6 @@ METHODS = (
     ),
     _method(
         name="toss",
-        inputs=("history.loss", "current.loss"),
         formula="history_loss - current_loss; history is the utility model, current the safety-degraded one",
         source="TOSS 2026, arXiv 2603.01185; Polly-LYP/TOSS",
         score=lambda tokens, params: tokens.rel,
@@ -118,7 +106,6 @@ METHODS = (
     ),
     _method(
         name="forgetting",
-        inputs=("history.loss", "current.loss"),
         formula="history_loss - current_loss",
         source="Forgetting 2025, arXiv 2508.04329; AliTaheri2002/Forgetting-...",
         score=lambda tokens, params: tokens.rel,
@@ -133,7 +120,6 @@ METHODS = (
     ),
     _method(
         name="t3s",
-        inputs=("history.loss", "current.loss"),
         formula="history_loss - current_loss; current is the checkpoint of lowest training accuracy",
         source="T3S 2026, arXiv 2601.10348",
         score=lambda tokens, params: tokens.rel,

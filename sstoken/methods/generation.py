@@ -8,8 +8,6 @@ from sstoken.methods.tokens import Array, Tokens
 
 
 class CriticalParams(Params):
-    """Parameters of critical tokens."""
-
     untried: Literal["drop", "keep"] = "drop"
     """Drop or keep the tokens that were not tried: those over the budget, and all of a problem answered wrongly."""
 

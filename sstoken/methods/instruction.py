@@ -27,15 +27,11 @@ MOST_LOSS = 8.0
 
 
 class TshirtParams(Params):
-    """Parameters of T-SHIRT."""
-
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The share of tokens that count."""
 
 
 class PmiBandParams(Share):
-    """Parameters of pmi-band."""
-
     window: Annotated[int, Field(ge=0)] = 4
     """Tokens on either side that a mean includes."""
     clip: Annotated[float, Field(gt=0)] = 2.0

@@ -14,8 +14,6 @@ from sstoken.selection import num_kept
 
 
 class PrefixParams(Params):
-    """Parameters of the prefix."""
-
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The share of it to keep."""
     of: Literal["sequence", "response"] = "sequence"
@@ -23,8 +21,6 @@ class PrefixParams(Params):
 
 
 class TrimmingParams(Share):
-    """Parameters of loss trimming."""
-
     keep: Literal["high", "low"] = "high"
     """Keep the tokens with the highest losses, or those with the lowest."""
 

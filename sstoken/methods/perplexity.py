@@ -15,15 +15,11 @@ _NOT_USABLE = 88888.0
 
 
 class Tau(Params):
-    """A threshold on perplexity."""
-
     tau: Annotated[float, Field(allow_inf_nan=False)] = 2.5
     """The highest perplexity kept; 0 or less keeps every token."""
 
 
 class StmParams(Tau):
-    """Parameters of STM."""
-
     drop: Literal["highest", "lowest"] = "highest"
     """Drop the tokens above tau, or those below it, as in the authors' ablation."""
 

@@ -15,8 +15,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ProfitParams(Params):
-    """Parameters of ProFit."""
-
     direction: Literal["higher", "lower", "middle"] = "higher"
     """Keep probabilities of at least tau, of at most tau, or between tau and upper."""
     tau: Share = 0.1
@@ -33,32 +31,24 @@ class ProfitParams(Params):
         return self
 
 
-class MassParams(Params):
-    """Parameters of PriFT-mass."""
-
+class PriftMassParams(Params):
     tau: Share = 0.5
     """Keep a token if at least this much probability mass lies below it."""
 
 
-class InfoParams(Params):
-    """Parameters of InfoSFT."""
-
+class InfosftParams(Params):
     P: Annotated[float, Field(gt=0.5, lt=1)] = 0.93
     """The weight is 0 from this probability on."""
 
 
 class TalrParams(Params):
-    """Parameters of TALR."""
-
     median: Literal["sequence", "token"] = "sequence"
     """tau is the median of the sequences' mean losses, or of all tokens' losses."""
     w_min: Share = 0.01
     """The smallest weight."""
 
 
-class PowerParams(Params):
-    """Parameters of the p^q family."""
-
+class PQParams(Params):
     form: Literal["power", "top", "bottom"] = "power"
     """Weight p^q; or weight 1 if p is at least tau (top) or at most tau (bottom), else 0."""
     q: Annotated[float, Field(gt=0)] = 1.0
@@ -67,16 +57,12 @@ class PowerParams(Params):
     """The threshold of `top` and `bottom`, inclusive."""
 
 
-class KnowledgeParams(Params):
-    """Parameters of XTF."""
-
+class XtfParams(Params):
     tau: Share = 0.05
     """Keep a token if 1 - p is at least this."""
 
 
 class AsftParams(Params):
-    """Parameters of ASFT."""
-
     kl: Annotated[float, Field(ge=0)] = 0.1
     """The weight of the KL penalty; 0.05 in the authors' README."""
     loss: Literal["dft", "sft"] = "dft"
@@ -99,7 +85,7 @@ def _mass_below(tokens: Tokens, params: Params) -> Array:
     return 1 - tokens["history.mass_above"] - tied
 
 
-def _infosft(tokens: Tokens, params: InfoParams) -> Array:
+def _infosft(tokens: Tokens, params: InfosftParams) -> Array:
     xp, p = tokens.xp, probability(tokens)
     below = xp.clip(p, None, params.P)  # from P on the weight is 0; p = 1 has no logit
     logit = xp.log(below) - xp.log1p(-below)
@@ -130,7 +116,7 @@ def _cayley(tokens: Tokens, params: Params) -> Array:
     return tokens.xp.exp(-tokens["current.loss"] * a) * a / (a + 1e-8)
 
 
-def _power(tokens: Tokens, params: PowerParams) -> Array:
+def _power(tokens: Tokens, params: PQParams) -> Array:
     p = probability(tokens)
     if params.form == "power":
         return p**params.q
@@ -187,7 +173,7 @@ METHODS = (
         source="PriFT 2026, arXiv 2606.09396; wang-kee/PriFT",
         score=_mass_below,
         policy=Where("keeps what is at least tau", lambda scores, tokens, params: scores >= params.tau),
-        params=MassParams,
+        params=PriftMassParams,
         evidence="A",
     ),
     _method(
@@ -208,7 +194,7 @@ METHODS = (
         source="InfoSFT 2026, arXiv 2605.14967; Helloworld10011/InfoSFT",
         score=_infosft,
         policy=Weight(),
-        params=InfoParams,
+        params=InfosftParams,
         evidence="A",
     ),
     _method(
@@ -250,7 +236,7 @@ METHODS = (
         source="Beyond Log Likelihood 2025, arXiv 2510.00526; GaotangLi/Beyond-Log-Likelihood",
         score=_power,
         policy=Weight(),
-        params=PowerParams,
+        params=PQParams,
         evidence="A",
         aliases=("p-q-family", "bll"),
     ),
@@ -270,7 +256,7 @@ METHODS = (
         source="XTF 2026, arXiv 2602.14536; from notes",
         score=lambda tokens, params: 1 - probability(tokens, "history"),
         policy=Where("drops what is below tau", lambda scores, tokens, params: scores >= params.tau),
-        params=KnowledgeParams,
+        params=XtfParams,
         evidence="S",
         aliases=("xtf", "xtf-kn-part"),
     ),
