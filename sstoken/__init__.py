@@ -6,37 +6,23 @@ The in-loop trainers (`SelfModulatedTrainer`, ...) and the pipeline's Python API
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sstoken.errors import SstokenError, UsageError
-from sstoken.version import __version__
+from sstoken.errors import SstokenError as SstokenError
+from sstoken.errors import UsageError as UsageError
+from sstoken.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from sstoken import curate
-    from sstoken.in_loop.history_columns import CarryHistory
-    from sstoken.in_loop.loss import self_modulated_loss, token_loss
-    from sstoken.in_loop.response_tokens import find_segments
-    from sstoken.in_loop.settings import Schedule, SelfModulation
-    from sstoken.in_loop.sft import SelfModulatedSFTTrainer
-    from sstoken.in_loop.trainer import SelfModulatedMixin, SelfModulatedTrainer
-    from sstoken.measure.capture import AttentionCapture
-    from sstoken.stages.report.loaded import load
-
-__all__ = [
-    "AttentionCapture",
-    "CarryHistory",
-    "Schedule",
-    "SelfModulatedMixin",
-    "SelfModulatedSFTTrainer",
-    "SelfModulatedTrainer",
-    "SelfModulation",
-    "SstokenError",
-    "UsageError",
-    "__version__",
-    "curate",
-    "find_segments",
-    "load",
-    "self_modulated_loss",
-    "token_loss",
-]
+    from sstoken import curate as curate
+    from sstoken.in_loop.history_columns import CarryHistory as CarryHistory
+    from sstoken.in_loop.loss import self_modulated_loss as self_modulated_loss
+    from sstoken.in_loop.loss import token_loss as token_loss
+    from sstoken.in_loop.response_tokens import find_segments as find_segments
+    from sstoken.in_loop.settings import Schedule as Schedule
+    from sstoken.in_loop.settings import SelfModulation as SelfModulation
+    from sstoken.in_loop.sft import SelfModulatedSFTTrainer as SelfModulatedSFTTrainer
+    from sstoken.in_loop.trainer import SelfModulatedMixin as SelfModulatedMixin
+    from sstoken.in_loop.trainer import SelfModulatedTrainer as SelfModulatedTrainer
+    from sstoken.measure.capture import AttentionCapture as AttentionCapture
+    from sstoken.stages.report.loaded import load as load
 
 _LAZY = {
     "AttentionCapture": "sstoken.measure.capture",
@@ -51,6 +37,9 @@ _LAZY = {
     "self_modulated_loss": "sstoken.in_loop.loss",
     "token_loss": "sstoken.in_loop.loss",
 }
+
+if not TYPE_CHECKING:  # type checkers read the imports above
+    __all__ = sorted([*_LAZY, "SstokenError", "UsageError", "__version__", "curate"])
 
 
 def __getattr__(name: str) -> Any:

@@ -40,8 +40,8 @@ class MeasuredStates(NamedTuple):
 
     hidden: Tensor
     """[N, D], the states that predict the tokens."""
-    own: Tensor | None
-    """[N, D], the states at the tokens' own positions; None if no signal needs them."""
+    own: Tensor
+    """[N, D], the states at the tokens' own positions; empty if no signal needs them."""
     head: OutputHead | None
     """None if the output embedding is no plain `nn.Linear`, so that only the module can apply it."""
 
@@ -70,7 +70,7 @@ class HeadSignals:
         """
         head = self._linear(self._scale_now) if type(self._head) is nn.Linear else None
         hidden = hidden if head is None else hidden.to(head.weight.dtype)
-        own = hidden[tokens.positions] if any(_own(name) for name in names) else None
+        own = hidden[tokens.positions] if any(map(_own, names)) else hidden[:0]
         return MeasuredStates(hidden[tokens.positions - 1], own, head)
 
     @torch.no_grad()
@@ -91,10 +91,8 @@ class HeadSignals:
         """
         plain = [name for name in names if "@" not in name and not _own(name)]
         found = self._distribution(states.hidden, targets, states.head, plain)
-        if "entropy_at" in names and states.own is not None:
-            (found["entropy_at"],) = self._distribution(
-                states.own, targets, states.head, ["entropy"]
-            ).values()
+        if "entropy_at" in names:
+            found["entropy_at"] = self._distribution(states.own, targets, states.head, ["entropy"])["entropy"]
         compared = [name for name in names if "@" in name]
         return found | (self._compare(states, reference, compared) if compared else {})
 
@@ -111,8 +109,6 @@ class HeadSignals:
         found: dict[str, Tensor] = {}
         for own in {_own(name) for name in names}:
             this, other = (side.own if own else side.hidden for side in (states, reference))
-            assert this is not None
-            assert other is not None
             both = measure_divergence(this, states.head, other, reference.head)
             found |= {name: both[name.startswith("reverse")] for name in names if _own(name) == own}
         return found

@@ -50,20 +50,17 @@ class Reading:
     """[R] the id that follows each position; 0 if that is no response token."""
     predicting: Tensor
     """[N] indices into `positions`: the position that predicts each response token."""
-    at: Tensor | None
-    """[N] indices into `positions`: each response token's own position; None: not read."""
+    at: Tensor
+    """[N] indices into `positions`: each response token's own position; empty: not read."""
 
 
 def read_positions(batch: Batch, *, at: bool) -> Reading:
     """Choose the positions that predict the response tokens and, with `at`, the tokens' own positions."""
-    before, flat = batch.tokens - 1, batch.ids.flatten()
-    if not at:
-        return Reading(before, flat[batch.tokens], torch.arange(before.numel()), None)
-    positions, where = torch.cat([before, batch.tokens]).unique(return_inverse=True)
+    before, number = batch.tokens - 1, batch.tokens.numel()
+    positions, where = torch.cat([before, batch.tokens] if at else [before]).unique(return_inverse=True)
     targets = torch.zeros_like(positions)
-    predicting, own = where.split(before.numel())
-    targets[predicting] = flat[batch.tokens]
-    return Reading(positions, targets, predicting, own)
+    targets[where[:number]] = batch.ids.flatten()[batch.tokens]
+    return Reading(positions, targets, where[:number], where[number:])
 
 
 def segments_of(lengths: Sequence[int]) -> list[Segment]:

@@ -104,14 +104,12 @@ class Readout:
             forward, reverse = measure_divergence(hidden[0], self._heads[0], states, head)
             found |= {f"kl@{name}": forward, f"reverse_kl@{name}": reverse}
         predicting = to_device(_joined(readings, [r.predicting for r in readings]))
-        at = to_device(_joined(readings, [r.at for r in readings if r.at is not None])) if self.at else None
+        at = to_device(_joined(readings, [r.at for r in readings]))
         signals = {}
         for signal in self._wanted:
-            where = predicting if signal.base not in _AT else at
-            assert where is not None
             base = _AT.get(signal.base, signal.base)
             values = found[base if signal.argument is None else f"{base}@{signal.argument}"]
-            signals[signal.name] = values.index_select(0, where)
+            signals[signal.name] = values.index_select(0, at if signal.base in _AT else predicting)
         return signals
 
 
