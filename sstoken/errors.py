@@ -22,7 +22,7 @@ class NothingLeftError(SstokenError):
 
 
 class ChangedError(SstokenError):
-    """What the work read was changed meanwhile, so its results may be of both contents; they are dropped."""
+    """An input changed while the work read it. Its results may mix both contents, so they are dropped."""
 
 
 class QuarantinedError(SstokenError):

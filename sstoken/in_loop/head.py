@@ -60,7 +60,10 @@ class HeadSignals:
         self._head = output_embedding(model)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._candidates = list(dict.fromkeys(scale_candidates(model, config)))
-        self._scale: float | None = None
+        self._scale, self._verified = (
+            self._candidates[-1],
+            False,
+        )  # the one that the configuration names, or 1
 
     @torch.no_grad()
     def states(self, hidden: Tensor, tokens: ResponseTokens, names: Sequence[str]) -> MeasuredStates:
@@ -68,9 +71,9 @@ class HeadSignals:
 
         States [B * T, D] and weights are rounded once, to the dtype in which autocast multiplies there.
         """
-        head = self._linear(self._scale_now) if type(self._head) is nn.Linear else None
+        head = self._linear(self._scale) if type(self._head) is nn.Linear else None
         hidden = hidden if head is None else hidden.to(head.weight.dtype)
-        own = hidden[tokens.positions] if any(map(_own, names)) else hidden[:0]
+        own = hidden[tokens.positions] if any(map(_at_token, names)) else hidden[:0]
         return MeasuredStates(hidden[tokens.positions - 1], own, head)
 
     @torch.no_grad()
@@ -89,7 +92,7 @@ class HeadSignals:
             names: the signals.
             reference: the history's states, for `kl` and other signals that compare distributions.
         """
-        plain = [name for name in names if "@" not in name and not _own(name)]
+        plain = [name for name in names if "@" not in name and not _at_token(name)]
         found = self._distribution(states.hidden, targets, states.head, plain)
         if "entropy_at" in names:
             found["entropy_at"] = self._distribution(states.own, targets, states.head, ["entropy"])["entropy"]
@@ -107,10 +110,10 @@ class HeadSignals:
                 "adapter's target modules"
             )
         found: dict[str, Tensor] = {}
-        for own in {_own(name) for name in names}:
+        for own in {_at_token(name) for name in names}:
             this, other = (side.own if own else side.hidden for side in (states, reference))
             both = measure_divergence(this, states.head, other, reference.head)
-            found |= {name: both[name.startswith("reverse")] for name in names if _own(name) == own}
+            found |= {name: both[name.startswith("reverse")] for name in names if _at_token(name) == own}
         return found
 
     def _distribution(
@@ -121,7 +124,7 @@ class HeadSignals:
             return measure_distribution(hidden, targets, head, names)
         parts = []
         for rows, ids in zip(hidden.split(ROWS_PER_CALL), targets.split(ROWS_PER_CALL), strict=True):
-            logits = self._logits(rows, self._scale_now)
+            logits = self._logits(rows, self._scale)
             entries = torch.arange(logits.shape[1], device=logits.device)
             parts.append(measure_distribution(logits, ids, ComputedLogits(entries), names))
         return {name: torch.cat([part[name] for part in parts]) for name in names}
@@ -138,7 +141,7 @@ class HeadSignals:
         Raises:
             SstokenError: no known factor reproduces them.
         """
-        if self._scale is not None or logits.shape[0] == 0:
+        if self._verified or logits.shape[0] == 0:
             return
         hidden, logits = hidden[:_ROWS_VERIFIED], logits[:_ROWS_VERIFIED].float()
         tolerance = _TOLERANCE_OF_HALF if rounded else _TOLERANCE
@@ -147,17 +150,12 @@ class HeadSignals:
             if torch.allclose(
                 self._logits(hidden, scale).float(), logits, rtol=tolerance, atol=tolerance, equal_nan=True
             ):
-                self._scale = scale
+                self._scale, self._verified = scale, True
                 return
         raise SstokenError(
             f"{self._name}: its logits are not a scaled or soft-capped product with its output embedding; this "
             "architecture is not supported"
         )
-
-    @property
-    def _scale_now(self) -> float:
-        """The verified factor; before verification, the one that the configuration names, or 1."""
-        return self._candidates[-1] if self._scale is None else self._scale
 
     def _linear(self, scale: float) -> OutputHead:
         module: Any = self._head
@@ -227,6 +225,6 @@ def rounds(hidden: Tensor) -> bool:
     return torch.finfo(hidden.dtype).bits < 32 or torch.is_autocast_enabled(hidden.device.type)
 
 
-def _own(name: str) -> bool:
+def _at_token(name: str) -> bool:
     """Whether a signal belongs to the distribution at the token's own position, which predicts the next token."""
     return name.partition("@")[0].endswith("_at")

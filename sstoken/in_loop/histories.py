@@ -121,13 +121,13 @@ def make_history(model: nn.Module, settings: SelfModulation, step: int) -> Histo
 @contextmanager
 def as_history(model: nn.Module, history: History) -> Iterator[None]:
     """Within this context, the model is its own history, without dropout and gradients."""
-    with at_rest(model), history.installed():
+    with evaluating(model), history.installed():
         torch.clear_autocast_cache()
         yield
 
 
 @contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Within this context, the model has no dropout and no gradients."""
     training = model.training
     model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sstoken.in_loop.forward import measure_signals
 from sstoken.in_loop.head import HeadSignals
-from sstoken.in_loop.histories import at_rest
+from sstoken.in_loop.histories import evaluating
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.rule import Rule
 from sstoken.in_loop.settings import SelfModulation
@@ -158,7 +158,7 @@ def remarks_on_batch(
     alone = {k: inputs[k][row : row + 1, start:stop] for k in ("input_ids", "labels")}
     if alone["input_ids"].numel() == inputs["input_ids"].numel():
         return
-    with at_rest(model):
+    with evaluating(model):
         batched: Tensor = measure_signals(model, head, inputs, tokens)[0]["loss"]
         batched = batched[tokens.offsets[index] : tokens.offsets[index + 1]]
         own_tokens = ResponseTokens.of(tokens.response_mask[row, start:stop][None])

@@ -90,8 +90,8 @@ class Rule:
     method: Method
     params: Params
     scope: str
-    asked: Denominator | None = None
-    """The requested denominator; None: as published."""
+    requested_denominator: Denominator | None = None
+    """None: as published."""
 
     @cached_property
     def inputs(self) -> frozenset[str]:
@@ -109,10 +109,9 @@ class Rule:
     @property
     def denominator(self) -> Denominator:
         """What the summed loss is divided by: the number of kept tokens, or of response tokens."""
-        if self.asked:
-            return self.asked
+        published = self.method.denominator
         soft = isinstance(self.method.policy, Weight)
-        return self.method.denominator or ("response" if soft else "kept")
+        return self.requested_denominator or published or ("response" if soft else "kept")
 
     @property
     def divides_late(self) -> bool:

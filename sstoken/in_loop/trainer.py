@@ -116,7 +116,7 @@ class SelfModulatedMixin(_Base):
     ) -> tuple[list[Any], Tensor]:
         """Return the batches of an optimisation step, and the number of tokens that all processes keep."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._look_back()
+        self._show_observers()
         settings, step = self._selection, self.state.global_step
         if not self._history_made:
             self._history, self._history_made = make_history(self.model, settings, step), True
@@ -179,7 +179,7 @@ class SelfModulatedMixin(_Base):
         """Train; observers have seen every step when this returns."""
         self._history_made = False
         result = super().train(*args, **kwargs)
-        self._look_back()
+        self._show_observers()
         return result
 
     def _remark(self, about: str, remarks: Callable[[], Iterator[str]]) -> None:
@@ -189,7 +189,7 @@ class SelfModulatedMixin(_Base):
             for text in remarks():
                 warnings.warn(f"in-loop selection: {text}", UserWarning, stacklevel=2)
 
-    def _look_back(self) -> None:
+    def _show_observers(self) -> None:
         """Show observers what was trained on. One step later, this no longer delays the device."""
         for step in self._unseen:
             for observation in step.observations():

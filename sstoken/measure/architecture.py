@@ -1,4 +1,4 @@
-"""What can be measured of a model of any architecture, found out by short forward passes."""
+"""Find out by short forward passes what can be measured of a model of any architecture."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -6,6 +6,7 @@ Shapes: B rows, T positions, N response tokens of a batch, R positions that are 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -65,11 +66,7 @@ def read_positions(batch: Batch, *, at: bool) -> Reading:
 
 def segments_of(lengths: Sequence[int]) -> list[Segment]:
     """Segments of a packed batch, in the form that `AttentionCapture.expect` takes."""
-    segments, start = [], 0
-    for length in lengths:
-        segments.append((0, start, start + length))
-        start += length
-    return segments
+    return [(0, start, stop) for start, stop in pairwise(accumulate(lengths, initial=0))]
 
 
 def lay_out(

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sstoken.measure.expected_rank import ExpectedRank
-from sstoken.measure.precision import as_given
+from sstoken.measure.precision import without_autocast
 from sstoken.measure.token_loss import (
     Head,
     OutputHead,
+    copy_target_logits,
     row_tiles,
-    take_own,
     tile_elements,
     tiles,
     token_losses,
@@ -45,7 +45,7 @@ _ROWS_PER_PRODUCT = 64
 """A product of this many rows and columns rounds like the tiles' products, except at some of their edges."""
 
 
-@as_given
+@without_autocast
 def measure_distribution(
     hidden: Tensor, targets: Tensor, head: Head, names: Collection[str], *, kernels: bool = False
 ) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ class _Sums:
             self._memory = (torch.empty_like(logits).flatten(), torch.empty_like(logits).flatten())
         exponentials, larger = (m[: rows * width].view(rows, width) for m in self._memory)
         own = self.own
-        inside = take_own(self.target, logits, start, targets)
+        inside = copy_target_logits(self.target, logits, start, targets)
         self.largest = torch.maximum(self.largest, logits.amax(1))
         if self.top is not None:
             self.top.see(logits)

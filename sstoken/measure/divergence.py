@@ -6,14 +6,14 @@ Shapes: N rows, D hidden size, V vocabulary.
 import torch
 from torch import Tensor
 
-from sstoken.measure.precision import as_given
+from sstoken.measure.precision import without_autocast
 from sstoken.measure.token_loss import OutputHead, row_tiles, tiles
 
 Side = tuple[Tensor, OutputHead]
 """Hidden states [N, D], and the output head to apply to them."""
 
 
-@as_given
+@without_autocast
 def measure_divergence(
     hidden: Tensor, head: OutputHead, other_hidden: Tensor, other_head: OutputHead
 ) -> tuple[Tensor, Tensor]:

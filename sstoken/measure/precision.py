@@ -1,4 +1,4 @@
-"""Autocast is for training; measurements are computed in the dtype of their input."""
+"""Autocast is for training: measurements are computed in the dtype of their input."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,7 +11,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def as_given(function: Callable[P, R]) -> Callable[P, R]:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function without gradients and with autocast off; its first argument is a tensor on the device to use.
 
     Autocast would round products to half precision, whatever dtype their factors were cast to.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sstoken.measure.precision import as_given
+from sstoken.measure.precision import without_autocast
 
 BLOCK_ELEMENTS = 1 << 20
 """Limit on the attention weights held at once (4 MB in fp32), unless a single row has more."""
@@ -17,7 +17,7 @@ Segment = tuple[int, int, int]
 """One sequence of a padded or packed batch: row, first position, one past the last."""
 
 
-@as_given
+@without_autocast
 def prompt_attention(
     query: Tensor,
     key: Tensor,

@@ -6,12 +6,13 @@ Shapes: N response tokens, D hidden size, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from sstoken.errors import SstokenError
-from sstoken.measure.precision import as_given
+from sstoken.measure.precision import without_autocast
 
 ROWS_PER_TILE = 1024
 """Approximate rows of a tile; products of fewer than 128 rows are slow."""
@@ -98,7 +99,7 @@ def _product(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     return torch.mm(hidden.to(dtype), weight.T.to(dtype), out=out)
 
 
-@as_given
+@without_autocast
 def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     """`-log p(target)` of each row, in nats; a running sum over tiles of rows and vocabulary.
 
@@ -116,18 +117,15 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     return losses
 
 
-def row_tiles(num_rows: int) -> Iterator[slice]:
+def row_tiles(num_rows: int) -> list[slice]:
     """Cut rows into equal parts of about `ROWS_PER_TILE`: a small remainder would cost as much as a whole tile."""
     parts = max(1, round(num_rows / ROWS_PER_TILE))
     size, larger = divmod(num_rows, parts)
-    start = 0
-    for part in range(parts if num_rows else 0):
-        stop = start + size + (part < larger)
-        yield slice(start, stop)
-        start = stop
+    edges = [part * size + min(part, larger) for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
 
 
-@as_given
+@without_autocast
 def measure_logits(hidden: Tensor, head: OutputHead) -> Tensor:
     """All logits [N, V] of rows [N, D], at least fp32."""
     return head.logits(hidden)
@@ -139,7 +137,7 @@ def _losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     total = torch.zeros(hidden.shape[0], dtype=torch.float64, device=hidden.device)
     own = torch.zeros_like(total)
     for start, logits in tiles(hidden, head):
-        take_own(own, logits, start, targets)
+        copy_target_logits(own, logits, start, targets)
         if start == 0:  # the largest logits, unless all are near 0 anyway
             largest = logits.amax(1)
             shift = None if (largest.abs() < _NEAR_ZERO).all() else largest
@@ -154,7 +152,7 @@ def _losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     return log_sum - own
 
 
-def take_own(own: Tensor, logits: Tensor, start: int, targets: Tensor) -> Tensor:
+def copy_target_logits(own: Tensor, logits: Tensor, start: int, targets: Tensor) -> Tensor:
     """Copy the targets' logits out of a tile [N, W], of the entries from `start` on, into `own` [N].
 
     They are rounded like all others. Returns the rows whose targets are in the tile.

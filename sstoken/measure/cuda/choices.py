@@ -13,7 +13,7 @@ from torch import Tensor
 from sstoken.measure.cuda.agreement import Choice, Trial, first_that_agrees
 from sstoken.measure.cuda.prompt_attention import packed_prompt_attention
 from sstoken.measure.cuda.token_loss import fused_token_losses
-from sstoken.measure.precision import as_given
+from sstoken.measure.precision import without_autocast
 from sstoken.measure.prompt_attention import Segment, prompt_attention
 from sstoken.measure.token_loss import OutputHead, token_losses
 
@@ -128,7 +128,7 @@ def choose_token_losses(
     return replace(choice, call=fused_token_losses) if choice.call is by_tiles else choice
 
 
-@as_given
+@without_autocast
 def token_losses_by_kernel(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
     """`token_losses` with the Triton kernel if a trial shows it accurate, else without."""
     choice = choose_token_losses(
