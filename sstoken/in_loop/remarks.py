@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sstoken.in_loop.forward import measure_signals
-from sstoken.in_loop.head import HeadSignals
+from sstoken.in_loop.head import rounds
 from sstoken.in_loop.histories import evaluating
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.rule import Rule
@@ -29,6 +29,7 @@ MIXES, MIXES_IN_HALF = 0.01, 0.1
 in half precision."""
 FEWEST_TOKENS = 32
 """Means and correlations over fewer tokens are not reported."""
+_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def remarks_on_examples(
@@ -70,30 +71,20 @@ def remarks_on_examples(
         )
 
 
-def remarks_on_losses(
-    losses: Tensor,
-    history: Tensor | None,
-    settings: SelfModulation,
-    step: int,
-    vocabulary: int,
-    dtype: torch.dtype,
-    noisy: bool,
-) -> Iterator[str]:
+def remarks_on_losses(trainer: Any, losses: Tensor, history: Tensor | None, step: int) -> Iterator[str]:
     """Warn about the losses of the first batch that selects. Waits for the device.
 
     Args:
+        trainer: the in-loop trainer.
         losses: [N] nats, under the model in training.
         history: [N] nats; None: not needed.
-        settings: of the selection.
         step: finished optimizer steps.
-        vocabulary: size of the model's vocabulary.
-        dtype: in which the model computes.
-        noisy: whether training's forward pass is random (dropout, NEFTune).
     """
     if not losses.numel():
         return
     current = losses.double().cpu()
     mean = float(current.mean())
+    vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
     if step == 0 and current.numel() >= FEWEST_TOKENS and mean > 1.5 * math.log(vocabulary):
         yield (
             f"the model's loss on the first batch is {mean:.1f} nats per token, more than guessing among "
@@ -103,22 +94,21 @@ def remarks_on_losses(
         return
     past = history.double().cpu()
     rel = float((past - current).abs().mean())
+    dtype = _MIXED.get(str(trainer.accelerator.mixed_precision), trainer.model.dtype)
     noise = torch.finfo(dtype).eps * max(1.0, mean)
-    if rel <= noise or (step == 0 and settings.history in ("ema", "snapshot")):
+    kind = trainer._selection.history
+    if rel <= noise or (step == 0 and kind in ("ema", "snapshot")):
+        source = "the noise of dropout or NEFTune" if _noisy(trainer) else "rounding error"
         yield (
-            f"history {settings.history!r} equals the current model: REL is "
-            f"{'the noise of dropout or NEFTune' if noisy else 'rounding error'} (mean {rel:.1g} nats at step {step}), "
-            "which min-max inflates to [0, 1]; set warmup_steps, so that the model moves away first"
+            f"history {kind!r} equals the current model: REL is {source} (mean {rel:.1g} nats at step {step}), which "
+            "min-max inflates to [0, 1]; set warmup_steps, so that the model moves away first"
         )
 
 
-def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[str]:
-    """Warn about history losses that do not fit the model that training starts from. Waits for the device.
+def remarks_on_column(trainer: Any, losses: Tensor, history: Tensor) -> Iterator[str]:
+    """Warn about a column's history losses [N] that do not fit the model that training starts from.
 
-    Args:
-        losses: [N] nats, under the model at the first batch, before any step.
-        history: [N] nats, from the column.
-        noisy: whether training's forward pass is random, so that small differences are expected.
+    `losses` [N] are the model's own at the first batch, before any step. Waits for the device.
     """
     if losses.numel() < FEWEST_TOKENS:
         return
@@ -133,7 +123,7 @@ def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[
             "batch: they look like those of another model or of other tokens; score this model's base checkpoint on "
             "these tokens"
         )
-    elif not noisy:
+    elif not _noisy(trainer):  # where training is random, differences are expected
         yield (
             "the column's history losses are not those of the model that training starts from: they differ by "
             f"{apart:.2f} nats per token at the first batch, more than rounding ({SAME_MODEL:g}); score the checkpoint "
@@ -141,15 +131,14 @@ def remarks_on_column(losses: Tensor, history: Tensor, noisy: bool) -> Iterator[
         )
 
 
-def remarks_on_batch(
-    model: nn.Module, head: HeadSignals, inputs: Mapping[str, Any], tokens: ResponseTokens, rounded: bool
-) -> Iterator[str]:
+def remarks_on_batch(trainer: Any, inputs: Mapping[str, Any], tokens: ResponseTokens) -> Iterator[str]:
     """Warn if one sequence's losses in its batch differ from those alone. Runs two forward passes without gradients.
 
     Linear attention and convolutions run across the sequences of a packed row, padding on the left shifts absolute
     positions, and experts of limited capacity are shared by all sequences. Training then sees other losses than
-    `score`. `rounded`: whether the model computes in half precision.
+    `score`.
     """
+    model, head = trainer.model, trainer._head
     answered = [i for i in range(len(tokens.segments)) if tokens.offsets[i] < tokens.offsets[i + 1]]
     if not answered:
         return
@@ -167,6 +156,7 @@ def remarks_on_batch(
         except Exception:  # a model that needs more than token ids
             return
     apart = float((batched - single).abs().mean())
+    rounded = rounds(model.get_input_embeddings().weight)
     if apart > (MIXES_IN_HALF if rounded else MIXES):
         behind = any(r == row and before <= start for r, _, before in tokens.segments)
         where = "behind others in its row" if behind else "padded with others"
@@ -175,3 +165,13 @@ def remarks_on_batch(
             "the layers mix sequences or count padding as positions; train without packing and padding-free batches, "
             "padded on the right"
         )
+
+
+def _noisy(trainer: Any) -> bool:
+    """Whether training's losses are random. An adapter's dropout does not count: the adapter starts at zero."""
+    config = trainer.model.config.get_text_config()
+    dropouts = [
+        m.p for n, m in trainer.model.named_modules() if isinstance(m, nn.Dropout) and "lora_" not in n
+    ]
+    dropouts.append(getattr(config, "attention_dropout", 0.0) or 0.0)
+    return any(dropouts) or bool(trainer.args.neftune_noise_alpha)

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sstoken.in_loop.forward import Decision, measure_signals
-from sstoken.in_loop.head import MeasuredStates, rounds
+from sstoken.in_loop.head import MeasuredStates
 from sstoken.in_loop.histories import as_history
 from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
 from sstoken.in_loop.remarks import remarks_on_batch, remarks_on_column, remarks_on_losses
@@ -17,7 +16,6 @@ from sstoken.in_loop.rule import ATTENTION, CURRENT, Rule, column_of
 from sstoken.methods import Input
 from sstoken.signals import get_signal
 
-_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LOSS = f"{CURRENT}.loss"
 _HISTORY_LOSS = "history.loss"
 
@@ -59,9 +57,7 @@ class StepSelector:
         """Measure the history's signals, and announce which attention to capture."""
         plan, trainer = self._plan, self._trainer
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            half = rounds(trainer.model.get_input_embeddings().weight)
-            own = trainer.model
-            trainer._remark("batch", lambda: remarks_on_batch(own, trainer._head, inputs, plan.tokens, half))
+            trainer._remark("batch", lambda: remarks_on_batch(trainer, inputs, plan.tokens))
         if trainer._history is not None:
             self._measure_history(model, inputs)
         if self._capture is not None:
@@ -103,25 +99,8 @@ class StepSelector:
     def _remark(self, losses: Tensor, history: Tensor | None) -> None:
         trainer, plan = self._trainer, self._plan
         if plan.step == 0 and history is not None and trainer._selection.columns:
-            trainer._remark("column", lambda: remarks_on_column(losses, history, _noisy(trainer)))
+            trainer._remark("column", lambda: remarks_on_column(trainer, losses, history))
         if plan.rule.keeps_all:
             return
         needed = history if _HISTORY_LOSS in plan.rule.inputs else None
-        dtype = _MIXED.get(str(trainer.accelerator.mixed_precision), trainer.model.dtype)
-        vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
-        trainer._remark(
-            "losses",
-            lambda: remarks_on_losses(
-                losses, needed, trainer._selection, plan.step, vocabulary, dtype, _noisy(trainer)
-            ),
-        )
-
-
-def _noisy(trainer: Any) -> bool:
-    """Whether training's losses are random. An adapter's dropout does not count: the adapter starts at zero."""
-    config = trainer.model.config.get_text_config()
-    dropouts = [
-        m.p for n, m in trainer.model.named_modules() if isinstance(m, nn.Dropout) and "lora_" not in n
-    ]
-    dropouts.append(getattr(config, "attention_dropout", 0.0) or 0.0)
-    return any(dropouts) or bool(trainer.args.neftune_noise_alpha)
+        trainer._remark("losses", lambda: remarks_on_losses(trainer, losses, needed, plan.step))

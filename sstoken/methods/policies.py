@@ -52,12 +52,11 @@ class Top(Policy):
     def apply(self, scores: Array, tokens: Tokens, params: Any) -> Outcome:
         """Rank the tokens of each unit, and decide by rank."""
         quotas = [self.quotas(int(n), params) for n in tokens.counts]
-        within = [tokens.top(scores, each) for each in zip(*quotas, strict=True)] if quotas else []
-        if not within:
-            within = [scores > 0] * (1 if self.negative is None else 2)  # no unit: `scores` is empty
-        return self.decide(within, scores, tokens, params)
+        number = 1 if self.negative is None else 2
+        within = [tokens.top(scores, [each[i] for each in quotas]) for i in range(number)]
+        return self.decide(within, tokens, params)
 
-    def decide(self, within: Sequence[Array], scores: Array, tokens: Tokens, params: Any) -> Outcome:
+    def decide(self, within: Sequence[Array], tokens: Tokens, params: Any) -> Outcome:
         """Decide, given for each of `quotas` a mask [N] of the tokens within it."""
         if self.negative is None:
             return Outcome(~within[0] if self.drop else within[0], None)

@@ -103,7 +103,7 @@ class Decider:
             above = [
                 keep_above(scores, cut, ties)[0] for cut, ties in zip(whole.cuts, whole.ties, strict=True)
             ]
-            keep, weight = policy.decide(above, scores, tokens, self.params)
+            keep, weight = policy.decide(above, tokens, self.params)
         else:
             with _running(self.method):
                 keep, weight = policy.apply(scores, tokens, self.params)
