@@ -54,13 +54,11 @@ class SelfModulatedMixin(_Base):
         observers: Sequence[Observer] = (),
         **kwargs: Any,
     ) -> None:
-        """Create the trainer.
+        """Create the trainer; `args` and `kwargs` are passed on to it.
 
         Args:
-            args: passed on to the trainer.
             selection: the settings; None: the defaults.
             observers: each is called with every trained example, one step later (`observation.Observation`).
-            kwargs: passed on to the trainer.
 
         Raises:
             UsageError: the data, the model or the trainer's settings do not allow in-loop selection.

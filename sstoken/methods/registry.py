@@ -51,7 +51,7 @@ def get_method(name: str) -> Method:
     for method in METHODS.values():
         if name in method.aliases:
             return method
-    if reason := _broken().get(name):
+    if reason := _installed()[1].get(name):
         raise SstokenError(reason)
     if name in PRESETS:
         raise UsageError(
@@ -83,37 +83,36 @@ def decide(
     return chosen.decide(Tokens(offsets, signals, own_units=units), chosen.read_params(params))[1]
 
 
+def own_methods() -> list[Method]:
+    """The methods of this package."""
+    return list(_own().values())
+
+
 def broken_entry_points() -> list[str]:
     """One line for each method that an installed package declares but that cannot be used."""
-    _found()
-    return list(_broken().values())
+    return list(_installed()[1].values())
 
 
 @cache
 def _found() -> dict[str, Method]:
-    package = import_module(__package__)
-    names = [module.name for module in iter_modules(package.__path__)]
-    ordered = [*(n for n in _ORDER if n in names), *(n for n in sorted(names) if n not in _ORDER)]
-    own: dict[str, Method] = {}
-    for name in ordered:
-        family = getattr(import_module(f"{package.__name__}.{name}"), "METHODS", None)
-        if isinstance(family, tuple):
-            own |= {method.name: method for method in family}
-    loaded, broken = _third_party()
-    for name in own.keys() & loaded.keys():
-        broken[f"{name} of a package"] = (
-            f"method {name!r} of an installed package has the name of one here; rename it"
-        )
-    return own | {name: method for name, method in loaded.items() if name not in own}
-
-
-def own_methods() -> list[Method]:
-    """The methods of this package."""
-    return [m for m in METHODS.values() if m.name not in _third_party()[0]]
+    return _own() | _installed()[0]
 
 
 @cache
-def _third_party() -> tuple[dict[str, Method], dict[str, str]]:
+def _own() -> dict[str, Method]:
+    package = import_module(__package__)
+    names = {module.name for module in iter_modules(package.__path__)}
+    own: dict[str, Method] = {}
+    for name in [*_ORDER, *sorted(names.difference(_ORDER))]:
+        family = getattr(import_module(f"{package.__name__}.{name}"), "METHODS", None)
+        if isinstance(family, tuple):
+            own |= {method.name: method for method in family}
+    return own
+
+
+@cache
+def _installed() -> tuple[dict[str, Method], dict[str, str]]:
+    """The methods of other packages by name, and what is wrong with those that cannot be used, by entry point."""
     loaded: dict[str, Method] = {}
     broken: dict[str, str] = {}
     for point in entry_points(group=GROUP):
@@ -127,11 +126,12 @@ def _third_party() -> tuple[dict[str, Method], dict[str, str]]:
             broken[point.name] = _about(point, "is no Method, nor a list of them")
             continue
         loaded |= {method.name: method for method in methods}
+    for name in _own().keys() & loaded.keys():
+        del loaded[name]
+        broken[f"{name} of a package"] = (
+            f"method {name!r} of an installed package has the name of one here; rename it"
+        )
     return loaded, broken
-
-
-def _broken() -> dict[str, str]:
-    return _third_party()[1]
 
 
 def _about(point: EntryPoint, what: str) -> str:

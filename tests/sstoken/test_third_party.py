@@ -74,7 +74,7 @@ def installed(tmp_path: Path) -> Iterator[Callable[[str], None]]:
     def forget() -> None:
         sys.modules.pop("surprise", None)
         registry._found.cache_clear()
-        registry._third_party.cache_clear()
+        registry._installed.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:
 
