@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from sstoken.errors import SstokenError
-from sstoken.labels import IGNORED_LABEL
+from sstoken.labels import IGNORED_LABEL, labels_from_mask
 from sstoken.stages import tables
 from sstoken.stages.exporting.base import FAST, Facts, ParquetTarget
 from sstoken.stages.exporting.rows import Rows
@@ -126,7 +126,7 @@ def _rows(pack: dict[str, Any]) -> Iterator[dict[str, list[int]]]:
     ids, mask = pack["input_ids"], pack["loss_mask"]
     bounds = [*pack["seq_start_id"], len(ids)]
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        labels = [ids[i + 1] if mask[i] else IGNORED_LABEL for i in range(start, end - 1)]
+        labels = labels_from_mask(ids[start + 1 : end], mask[start : end - 1]).tolist()
         yield {"input_ids": ids[start:end], "labels": [IGNORED_LABEL, *labels]}
 
 
