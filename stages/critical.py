@@ -1,7 +1,8 @@
 """Stage `critical`: find the response tokens that a right answer depends on, by generating and checking answers."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -88,7 +89,7 @@ class Critical(ModelOptions):
         check_vocabulary(self.checkpoint, own, tokens)
         parts = tables.parts(tokens)
         return Work(
-            _CriticalShard(self, context.out, context.fingerprint),
+            partial(_judge_shard, self, context.out, context.fingerprint),
             [Task(context.out / path.name, tables.num_rows(path), path) for path in parts],
         )
 
@@ -111,61 +112,52 @@ _generator = Latest(make_generator)
 """This process's generator, shared by all shards."""
 
 
-class _CriticalShard:
-    """Judges one shard of tokens. Picklable, for worker processes."""
-
-    def __init__(self, stage: Critical, out: Path, run: str) -> None:
-        self._stage, self._out, self._run = stage, out, run
-
-    def __call__(self, tokens: Path, worker: Worker) -> None:
-        """Write the signal of one shard."""
-        stage = self._stage
-        table = tables.read_table(tokens)
-        sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
-        example_ids = table["example_id"].to_pylist()
-        options = stage.for_backend(self._out.parent, worker.device)
-        generator = _generator(checkpoints.stamp(stage.checkpoint), stage.backend, options)
-        check_lengths(stage.checkpoint, generator, tokens, example_ids, sequences)
-        problems = [_problem(ids, mask) for ids, mask in zip(sequences, masks, strict=True)]
-        tokenizer = checkpoints.load_tokenizer(str(tokens.parent / "tokenizer"))
-        judge = Judge(
-            generator=generator,
-            checker=Checker(stage.checker),
-            text=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            stop=_stop_tokens(stage.checkpoint, tokenizer, problems),
-            max_positions=stage.max_positions,
-            alternatives=stage.alternatives,
-            max_new_tokens=stage.max_new_tokens,
-            advance=worker.advance,
-        )
-        asked = [i for i, problem in enumerate(problems) if problem is not None]
-        verdicts: dict[int, Verdict] = {}
-        worker.advance(len(problems) - len(asked))
-        for start in range(0, len(asked), _PROBLEMS_TOGETHER):
-            some = asked[start : start + _PROBLEMS_TOGETHER]
-            judged = judge([problem for i in some if (problem := problems[i]) is not None])
-            verdicts |= zip(some, judged, strict=True)
-            if not start:
-                _check_not_all_raised(judged, [example_ids[i] for i in some])
-        offsets = tables.flatten(table["input_ids"])[1]
-        critical = np.full(offsets[-1], np.nan, np.float32)
-        for i, verdict in verdicts.items():
-            problem = problems[i]
-            assert problem is not None
-            begin = offsets[i] + problem.first
-            critical[begin : begin + verdict.critical.size] = verdict.critical
-        provenance = {
-            "checkpoint": stage.checkpoint,
-            "checker": stage.checker,
-            "layer": None,
-            "dtype": generator.dtype or stage.dtype,
-            "computed_with": generator.remark,
-            joins.TOKENS: joins.measured_fingerprint(tokens, table),
-            joins.RUN: self._run,
-        }
-        columns = {CRITICAL: tables.lists(critical, offsets, tables.VALUES)}
-        stats = _stats(example_ids, masks, verdicts)
-        write_columns(self._out / tokens.name, example_ids, columns, provenance, stats)
+def _judge_shard(stage: Critical, out: Path, run: str, tokens: Path, worker: Worker) -> None:
+    """Write the signal of one shard of tokens."""
+    table = tables.read_table(tokens)
+    sequences, masks = tables.rows(table["input_ids"]), tables.rows(table["response_mask"])
+    example_ids = table["example_id"].to_pylist()
+    options = stage.for_backend(out.parent, worker.device)
+    generator = _generator(checkpoints.stamp(stage.checkpoint), stage.backend, options)
+    check_lengths(stage.checkpoint, generator, tokens, example_ids, sequences)
+    found = (_problem(ids, mask) for ids, mask in zip(sequences, masks, strict=True))
+    problems = {i: problem for i, problem in enumerate(found) if problem is not None}
+    tokenizer = checkpoints.load_tokenizer(str(tokens.parent / "tokenizer"))
+    judge = Judge(
+        generator=generator,
+        checker=Checker(stage.checker),
+        text=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        stop=_stop_tokens(stage.checkpoint, tokenizer, problems.values()),
+        max_positions=stage.max_positions,
+        alternatives=stage.alternatives,
+        max_new_tokens=stage.max_new_tokens,
+        advance=worker.advance,
+    )
+    asked, verdicts = list(problems), dict[int, Verdict]()
+    worker.advance(len(sequences) - len(asked))
+    for start in range(0, len(asked), _PROBLEMS_TOGETHER):
+        some = asked[start : start + _PROBLEMS_TOGETHER]
+        judged = judge([problems[i] for i in some])
+        verdicts |= zip(some, judged, strict=True)
+        if not start:
+            _check_not_all_raised(judged, [example_ids[i] for i in some])
+    offsets = tables.flatten(table["input_ids"])[1]
+    critical = np.full(offsets[-1], np.nan, np.float32)
+    for i, verdict in verdicts.items():
+        begin = offsets[i] + problems[i].first
+        critical[begin : begin + verdict.critical.size] = verdict.critical
+    provenance = {
+        "checkpoint": stage.checkpoint,
+        "checker": stage.checker,
+        "layer": None,
+        "dtype": generator.dtype or stage.dtype,
+        "computed_with": generator.remark,
+        joins.TOKENS: joins.measured_fingerprint(tokens, table),
+        joins.RUN: run,
+    }
+    columns = {CRITICAL: tables.lists(critical, offsets, tables.VALUES)}
+    stats = _stats(example_ids, masks, verdicts)
+    write_columns(out / tokens.name, example_ids, columns, provenance, stats)
 
 
 def _problem(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Problem | None:
@@ -178,12 +170,12 @@ def _problem(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> Problem | None:
 
 
 def _stop_tokens(
-    checkpoint: str, tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem | None]
+    checkpoint: str, tokenizer: "PreTrainedTokenizerBase", problems: Iterable[Problem]
 ) -> frozenset[int]:
     """Return the ids that stop generation: the checkpoint's own, and special tokens that end these responses."""
     base = checkpoints.adapter_base(checkpoint) or checkpoint
     named = tokenizer.convert_tokens_to_ids(checkpoints.stop_tokens(base, tokenizer))
-    ends = {int(problem.ids[-1]) for problem in problems if problem is not None}
+    ends = {int(problem.ids[-1]) for problem in problems}
     return frozenset({*(i for i in named if isinstance(i, int)), *(ends & special_ids(tokenizer))})
 
 

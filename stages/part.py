@@ -1,8 +1,7 @@
 """Stage `part`: take every T-th example of a tokens folder, for methods that train part by part."""
 
 from collections import Counter
-from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -40,7 +39,7 @@ class Part(ShardedStage):
         for path in tables.parts(context.inputs["tokens"]):
             tasks.append(Task(context.out / path.name, 1, (path, first)))
             first += tables.num_rows(path)
-        return Work(_TakePart(self.part, self.parts, context.out, context.fingerprint), tasks)
+        return Work(partial(_take_part, self, context.out, context.fingerprint), tasks)
 
     def finish(self, context: Context) -> dict[str, Any]:
         """Copy the tokenizer; add up the shards' counts.
@@ -59,27 +58,19 @@ class Part(ShardedStage):
         return metrics(total)
 
 
-@dataclass(frozen=True)
-class _TakePart:
-    """Writes the part's examples of one shard. Picklable, for worker processes."""
-
-    part: int
-    parts: int
-    out: Path
-    fingerprint: str
-
-    def __call__(self, shard: tuple[Path, int], worker: Worker) -> None:
-        path, first = shard
-        table = tables.read_table(path)
-        joins.measured_fingerprint(path, table)  # refuses tokens that were edited
-        taken = np.flatnonzero((first + np.arange(len(table))) % self.parts == self.part)
-        table = table.take(pa.array(taken)).combine_chunks()
-        facts = tables.read_metadata(path) | {
-            joins.TOKENS: joins.tokens_fingerprint(table),
-            joins.RUN: self.fingerprint,
-            "stats": _stats(table),
-        }
-        tables.write_part(self.out / path.name, table, facts)
+def _take_part(stage: Part, out: Path, fingerprint: str, shard: tuple[Path, int], worker: Worker) -> None:
+    """Write the part's examples of one shard."""
+    path, first = shard
+    table = tables.read_table(path)
+    joins.measured_fingerprint(path, table)  # refuses tokens that were edited
+    taken = np.flatnonzero((first + np.arange(len(table))) % stage.parts == stage.part)
+    table = table.take(pa.array(taken)).combine_chunks()
+    facts = tables.read_metadata(path) | {
+        joins.TOKENS: joins.tokens_fingerprint(table),
+        joins.RUN: fingerprint,
+        "stats": _stats(table),
+    }
+    tables.write_part(out / path.name, table, facts)
 
 
 def _stats(table: pa.Table) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stage `select`: turn scores into a masked dataset. It needs no model, so a sweep over a parameter takes seconds."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -144,7 +144,8 @@ class Select(ShardedStage):
         decider = Decider(
             self.method, self.resolved, self.resolved_scope, self.budget, self.pool, self.protect
         )
-        select_shard = _SelectShard(decider, context.out, self._provenance(context, scores), self.lean)
+        provenance = self._provenance(context, scores)
+        select_shard = partial(_select_shard, decider, context.out, provenance, self.lean)
         tasks = (
             Task(context.out / shard.tokens.name, 1, (shard, whole))
             for shard, whole in with_whole(decider, shards)
@@ -213,32 +214,31 @@ def _scores(context: Context) -> dict[str, Path]:
     return {role: folder for role, folder in context.inputs.items() if role != "tokens"}
 
 
-@dataclass(frozen=True)
-class _SelectShard:
-    """Writes one masked shard. Picklable, for worker processes."""
-
-    decider: Decider
-    out: Path
-    provenance: dict[str, Any]
-    lean: bool
-
-    def __call__(self, task: tuple[Shard, Whole], worker: Worker) -> None:
-        shard, whole = task
-        tokens = shard.measured
-        decided = self.decider.decide(shard, whole)
-        table = _masked_table(shard, decided, tables.masked_schema(self.decider.of.weighted, self.lean))
-        has_response = np.diff(tokens.offsets) > 0
-        stats = shard_stats(tokens, decided.keep, self.provenance["rho"])
-        if shard.chosen is not None:
-            stats["passed_over"] = shard.num_passed_over
-            stats["left_out"] -= shard.num_passed_over
-        checks = signal_stats(tokens, decided.keep, self.decider.of.inputs, shard.turns)
-        checks |= harm_stats(shard.text, decided.keep, tokens.offsets)
-        if self.decider.protect:
-            stats |= {PROTECTED + name: int(mask.sum()) for name, mask in decided.protected.items()}
-            stats["protected_added"] = decided.added
-        facts = {**self.provenance, "stats": stats, "checks": checks}
-        tables.write_part(self.out / shard.tokens.name, table.filter(pa.array(has_response)), facts)
+def _select_shard(
+    decider: Decider,
+    out: Path,
+    provenance: dict[str, Any],
+    lean: bool,
+    task: tuple[Shard, Whole],
+    worker: Worker,
+) -> None:
+    """Write one masked shard."""
+    shard, whole = task
+    tokens = shard.measured
+    decided = decider.decide(shard, whole)
+    table = _masked_table(shard, decided, tables.masked_schema(decider.of.weighted, lean))
+    has_response = np.diff(tokens.offsets) > 0
+    stats = shard_stats(tokens, decided.keep, provenance["rho"])
+    if shard.chosen is not None:
+        stats["passed_over"] = shard.num_passed_over
+        stats["left_out"] -= shard.num_passed_over
+    checks = signal_stats(tokens, decided.keep, decider.of.inputs, shard.turns)
+    checks |= harm_stats(shard.text, decided.keep, tokens.offsets)
+    if decider.protect:
+        stats |= {PROTECTED + name: int(mask.sum()) for name, mask in decided.protected.items()}
+        stats["protected_added"] = decided.added
+    facts = {**provenance, "stats": stats, "checks": checks}
+    tables.write_part(out / shard.tokens.name, table.filter(pa.array(has_response)), facts)
 
 
 def _masked_table(shard: Shard, decided: Decided, schema: pa.Schema) -> pa.Table:
