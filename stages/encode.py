@@ -166,9 +166,7 @@ class Encode(ShardedStage):
         bad: Counter[str] = Counter()
         for row in islice(sources.open_rows(self.data, self.split), self.limit):
             try:
-                layout = layout or detect_layout(
-                    row.checked(), self.format, self.columns, frozenset(self.ignore_columns), self.preference
-                )
+                layout = layout or self._layout_of(row.checked())
                 to_conversation(row.checked(), layout, self.max_chars)
                 return layout
             except (NeedsDecision, NoLayout) as error:
@@ -182,6 +180,10 @@ class Encode(ShardedStage):
         if layout:
             return layout
         raise SstokenError(f"{sources.shown(self.data)}: no row can be used ({_why({'bad_rows': bad})})")
+
+    def _layout_of(self, row: Any) -> Layout:
+        ignored = frozenset(self.ignore_columns)
+        return detect_layout(row, self.format, self.columns, ignored, self.preference)
 
     def _tasks(self, out: Path) -> Iterator[Task[Shard]]:
         for index, ranges in enumerate(cut(self.data, self.split, self.shard_rows, self.limit)):

@@ -11,7 +11,6 @@ from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.conversations import to_conversation
 from sstoken.stages.encoding.layouts import OPTIONAL, REQUIRED
 from sstoken.stages.encoding.messages import BadRow
-from sstoken.stages.encoding.sources import Row
 from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
@@ -36,7 +35,7 @@ def converted(row, options):
         name: value for name, value in given.items() if name in Encode.model_fields and value is not None
     }
     stage = Encode(**fields)
-    return to_conversation(row, stage._layout_of(Row("d", 0, "d", row).value))
+    return to_conversation(row, stage._layout_of(row))
 
 
 def shown(row, options):
