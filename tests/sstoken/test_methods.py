@@ -56,6 +56,14 @@ def test_a_threshold_itself_is_kept(name, params, history, current, kept):
     assert outcome.keep.tolist() == [kept]
 
 
+@pytest.mark.parametrize("name", ["rel", "toss", "forgetting"])
+def test_nothing_is_decided_about_no_tokens(name):
+    none = Tokens(np.array([0]), {signal: np.zeros(0) for signal in SIGNALS})
+    scores, outcome = METHODS[name].decide(none, METHODS[name].read_params({}))
+    assert (scores.size, outcome.keep.size, outcome.keep.dtype) == (0, 0, bool)
+    assert (outcome.weight is not None) == METHODS[name].weighted
+
+
 def test_a_prefix_of_the_sequence_needs_its_length():
     with pytest.raises(UsageError, match=r"'prefix' needs the tokens' positions"):
         score("prefix", TOKENS.with_(positions=np.arange(5)))

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,8 @@ from sstoken.selection import (
     global_quantile,
     keep_above,
     keep_per_example,
+    keep_top,
+    keep_top_tensor,
     minmax,
     num_kept,
     places,
@@ -64,6 +67,15 @@ def test_keep_per_example_equals_sorting_each_example(rows, rho):
     values, offsets = flat(rows)
     expected = [x for row in rows for x in reference_keep(row, math.ceil(Fraction(str(rho)) * len(row)))]
     assert keep_per_example(values, offsets, rho).tolist() == expected
+
+
+@given(examples, ratios)
+def test_tensors_keep_the_same(rows, rho):
+    values, offsets = flat(rows)
+    quotas = [num_kept(len(row), rho) for row in rows]
+    unit = torch.from_numpy(np.repeat(np.arange(len(rows)), np.diff(offsets)))
+    kept = keep_top_tensor(torch.from_numpy(values), unit, quotas)
+    assert kept.tolist() == keep_top(values, offsets, quotas).tolist()
 
 
 @given(examples, ratios)
