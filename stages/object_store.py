@@ -19,15 +19,15 @@ from filelock import FileLock
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import conditional_write, faults, plain_json, remote_cache
 from sstoken.stages.conditional_write import writing
-from sstoken.stages.folders import hash_file
+from sstoken.stages.local_disk import CLAIM, MARKS, UNFINISHED, LocalDisk
 from sstoken.stages.machine import is_main_process
 from sstoken.stages.remote_path import RemotePath, explained, version
-from sstoken.stages.storage import CLAIM, MARKS, UNFINISHED
 
 _MANIFEST = MARKS[0]
 _PARTIAL = ".partial"
 _RECORDS = ".records"
 """Folder of unfinished work, with a record of each file in it: its size, SHA-256 and the store's version."""
+_DISK = LocalDisk()
 
 
 class ObjectStore:
@@ -170,7 +170,7 @@ class ObjectStore:
         with FileLock(scratch.parent / ".lock"):
             there = {scratch / file.relative_to(folder).as_posix(): file for file in self.list(folder)}
             for path in _files(scratch) if is_main_process() else ():
-                if path not in there or self.digest(there[path])[1] != hash_file(path):
+                if path not in there or self.digest(there[path])[1] != _DISK.digest(path)[1]:
                     path.unlink()
             for path, file in there.items():
                 if not path.exists():
@@ -203,7 +203,7 @@ class ObjectStore:
             return opened.seek(0, 2), digest
 
     def _upload(self, local: Path, file: RemotePath) -> None:
-        size, digest = local.stat().st_size, hash_file(local)
+        size, digest = local.stat().st_size, _DISK.digest(local)[1]
         filesystem, key = file.located()
         faults.point("commit" if file.name in MARKS else "rename", file)
         with writing(file):
@@ -214,7 +214,7 @@ class ObjectStore:
         for path in _files(scratch):
             file = folder / path.relative_to(scratch).as_posix()
             noted = self._noted(file)
-            if noted is None or noted["sha256"] != hash_file(path):
+            if noted is None or noted["sha256"] != _DISK.digest(path)[1]:
                 self._upload(path, file)
 
     def _note(self, file: RemotePath, size: int, digest: str) -> None:

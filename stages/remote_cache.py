@@ -11,7 +11,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from sstoken.errors import UsageError
-from sstoken.stages import folders, plain_json
+from sstoken.stages import plain_json
+from sstoken.stages.listing import check_digest
+from sstoken.stages.local_disk import LocalDisk
 from sstoken.stages.remote_path import RemotePath, explained, version
 
 _NOT_FETCHED = ("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "global_step*/*", "*.tmp")
@@ -60,7 +62,7 @@ def fetch(file: RemotePath, copy: Path) -> None:
     filesystem, key = file.located()
     with explained(file):
         filesystem.get_file(key, str(copy))
-    folders.check_digest(file, folders.hash_file(copy))  # type: ignore[arg-type]
+    check_digest(file, LocalDisk().digest(copy)[1])  # type: ignore[arg-type]
 
 
 def own_place(place: RemotePath) -> Path:
