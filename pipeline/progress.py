@@ -72,22 +72,30 @@ class _Bar(Progress):
     def __init__(self, bar: "tqdm[Any]", faster: Callable[[], str]) -> None:
         self._bar = bar
         self._faster: Callable[[], str] | None = None if bar.total is None else faster
-        self._began = time.monotonic()
+        self._first: tuple[float, float] | None = None
+        """When the first units were done, and how many: what came before is loading, too."""
 
     def advance(self, amount: int = 1) -> None:
         self._bar.update(amount)
-        if self._faster is not None and (elapsed := time.monotonic() - self._began) >= _FIRST_ESTIMATE:
-            self._estimate(elapsed)
+        if self._faster is None:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, self._bar.n
+        elif now - self._first[0] >= _FIRST_ESTIMATE:
+            self._estimate(now - self._first[0], self._bar.n - self._first[1])
 
-    def _estimate(self, elapsed: float) -> None:
+    def _estimate(self, elapsed: float, done: float) -> None:
         """Print once how long the work will take and what would speed it up."""
         bar, faster, self._faster = self._bar, self._faster, None
-        left = (bar.total - bar.n) * elapsed / max(1, bar.n - bar.initial)
+        left = (bar.total - bar.n) * elapsed / max(1, done)
         advice = faster() if faster is not None and left >= _LONG else ""
         if advice:
             bar.write(f"about {bar.format_interval(left)} to go; faster: {advice}", file=sys.stderr)
 
     def skip(self, amount: int) -> None:
+        if self._first is not None:
+            self._first = self._first[0], self._first[1] + amount
         self._bar.initial += amount
         self._bar.n += amount
         self._bar.last_print_n += amount

@@ -62,6 +62,18 @@ def test_long_work_says_once_what_would_be_faster(
     assert re.fullmatch(r"about [\d:]+ to go; faster: a GPU", lines[0])
 
 
+def test_loading_is_not_part_of_the_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress_bar("tokens", 10_000, faster=lambda: "a GPU") as bar:
+        for at in (90.0, 100.0, 110.0):
+            now[0] = at
+            bar.advance(100)
+    assert capsys.readouterr().err.splitlines() == ["about 16:10 to go; faster: a GPU"]
+
+
 def test_short_work_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_ESTIMATE", 0.0)
     with progress.progress_bar("tokens", 100, faster=lambda: "a GPU") as bar:
