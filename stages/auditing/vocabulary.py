@@ -50,25 +50,22 @@ class Vocabulary:
 
     def is_control(self, ids: IntArray) -> BoolArray:
         """Return which ids are special tokens."""
-        return self._control[self._places(ids)]
+        return self._control.take(np.add(ids, 1), mode="clip")
 
     def is_stop(self, ids: IntArray) -> BoolArray:
         """Return which ids stop generation."""
-        return self._stop[self._places(ids)]
+        return self._stop.take(np.add(ids, 1), mode="clip")
 
     def is_blank(self, ids: IntArray) -> BoolArray:
         """Return which ids are whitespace."""
-        return self._blank[self._places(ids)]
+        return self._blank.take(np.add(ids, 1), mode="clip")
 
     def bytes_of(self, ids: IntArray) -> tuple[bytes, NDArray[np.int64]]:
         """Return the text of T tokens as UTF-8 with `CONTROL` marks, and where each token starts in it, [T + 1]."""
-        places, starts = self._places(ids), np.zeros(len(ids) + 1, np.int64)
+        places = np.where((ids >= 0) & (ids < self.size), ids, self.size)
+        starts = np.zeros(len(ids) + 1, np.int64)
         np.cumsum(self._lengths[places], out=starts[1:])
         return b"".join([self._pieces[i] for i in places.tolist()]), starts
-
-    def _places(self, ids: IntArray) -> IntArray:
-        """Return where ids are in arrays of [size + 1], whose last entry is for ids outside the vocabulary."""
-        return np.where((ids >= 0) & (ids < self.size), ids, self.size)
 
     def marked(self, text: str) -> bytes:
         """Return text in the form of `bytes_of`."""
@@ -84,7 +81,7 @@ class Vocabulary:
 
     @cached_property
     def _pieces(self) -> list[bytes]:
-        """The bytes of each id, [size + 1]."""
+        """The bytes of each id, [size + 1]; the last entry is for ids outside the vocabulary."""
         tokens: list[str] = ["?"] * self.size
         for token, i in self.tokenizer.get_vocab().items():
             tokens[i] = token
@@ -98,17 +95,19 @@ class Vocabulary:
             pieces.append(CONTROL + token.encode() if i in control else added.get(i) or plain(token))
         return [*pieces, b"?"]
 
+    # Whether an id is special, stops or is blank, for -1 to `size`: ids outside are clipped to its ends, and are none.
+
     @cached_property
     def _control(self) -> BoolArray:
-        return np.isin(np.arange(self.size + 1), list(self.ids.values()))
+        return np.isin(np.arange(-1, self.size + 1), list(self.ids.values()))
 
     @cached_property
     def _stop(self) -> BoolArray:
-        return np.isin(np.arange(self.size + 1), list(self.stops))
+        return np.isin(np.arange(-1, self.size + 1), list(self.stops))
 
     @cached_property
     def _blank(self) -> BoolArray:
-        return np.array([not piece.strip() for piece in self._pieces], bool)
+        return np.array([False, *(not piece.strip() for piece in self._pieces)], bool)
 
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:
