@@ -75,8 +75,12 @@ def check_lengths(
     tokens: Path,
     example_ids: Sequence[str],
     sequences: Sequence[NDArray[np.int32]],
+    other_remedy: str = "",
 ) -> None:
-    """Refuse a shard of tokens with an unknown token id or an example that is too long for the model."""
+    """Refuse a shard of tokens with an unknown token id or an example that is too long for the model.
+
+    `other_remedy` is what to do about a long example, besides cutting it when it is encoded.
+    """
     for example_id, ids in zip(example_ids, sequences, strict=True):
         if int(ids.max()) >= model.vocab_size:
             raise SstokenError(
@@ -86,5 +90,5 @@ def check_lengths(
         if model.max_length is not None and ids.size > model.max_length:
             raise SstokenError(
                 f"{checkpoint}: {tokens.name}, example {example_id!r} has {ids.size} tokens, the model takes "
-                f"{model.max_length}; encode with --max-length {model.max_length}"
+                f"{model.max_length}; encode with --max-length {model.max_length}{other_remedy}"
             )

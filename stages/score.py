@@ -203,7 +203,7 @@ def _score_shard(stage: Score, out: Path, run: str, tokens: Path, worker: Worker
     example_ids = table["example_id"].to_pylist()
     pieces = windows(sequences, masks, backend.max_length, stage.stride)
     names = [example_ids[i] for i in pieces.examples]
-    check_lengths(stage.checkpoint, backend, tokens, names, pieces.sequences)
+    check_lengths(stage.checkpoint, backend, tokens, names, pieces.sequences, ", or score with --stride")
     response, offsets = tables.flatten(table["response_mask"])
     columns = _measure(stage, tokens.name, backend, names, pieces, worker)
     layers = backend.attention_layers

@@ -258,7 +258,10 @@ def test_a_smaller_vocabulary_is_refused(tokens, tmp_path):
 
 def test_an_example_longer_than_the_model_is_refused(tokens, tmp_path):
     short = save_model(tmp_path / "short", positions=8)
-    with pytest.raises(SstokenError, match=r"has \d+ tokens, the model takes 8; encode with --max-length 8"):
+    with pytest.raises(
+        SstokenError,
+        match=r"has \d+ tokens, the model takes 8; encode with --max-length 8, or score with --stride",
+    ):
         score(tokens, tmp_path / "scores", short)
 
 
