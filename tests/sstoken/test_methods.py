@@ -147,12 +147,23 @@ def test_an_unknown_method_lists_the_known_ones():
         ("sstoken", {"gamma": "much"}, r"gamma is much; legal is 0 <= gamma <= 1"),
         ("sstoken", {"tau": 1}, r"'sstoken' has no parameter 'tau'; it has rho, gamma"),
         ("full", {"tau": 1}, r"'full' has no parameter 'tau'; it has none"),
+        (
+            "profit",
+            {"direction": "middle", "tau": 0.5, "upper": 0.2},
+            r"^method 'profit': upper is 0.2, below tau, 0.5; legal is 0.5 <= upper <= 1$",
+        ),
     ],
 )
 def test_wrong_parameters_are_one_line(name, given, message):
     with pytest.raises(UsageError, match=message) as raised:
         get_method(name).read_params(given)
     assert "\n" not in str(raised.value)
+
+
+def test_an_unlike_name_gets_no_hint():
+    with pytest.raises(UsageError) as raised:
+        get_method("xyzzy")
+    assert str(raised.value) == f"method 'xyzzy' is not known; legal: {', '.join(METHODS)}"
 
 
 def test_the_old_methods_take_the_options_of_a_sweep():

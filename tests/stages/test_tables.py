@@ -151,6 +151,22 @@ def test_a_file_has_our_metadata_alone(shard, tmp_path):
     assert not tables.is_sound(plain)
 
 
+def test_metadata_are_the_same_bytes_in_any_order(tmp_path):
+    for name, metadata in {"a": {"x": 1, "y": 2}, "b": {"y": 2, "x": 1}}.items():
+        tables.write_part(tmp_path / name, TABLE, metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_higher_level_compresses_more(tmp_path):
+    ids = [list(range(i, i + 40)) for i in range(300)]
+    table = pa.table({"example_id": ["a"] * 300, "labels": pa.array(ids, tables.IDS)})
+    for level in (1, 19):
+        tables.write_part(tmp_path / str(level), table, {}, compression_level=level)
+    assert (tmp_path / "19").stat().st_size < (tmp_path / "1").stat().st_size
+    group = pq.read_metadata(tmp_path / "1").row_group(0)
+    assert "RLE_DICTIONARY" in group.column(1).encodings
+
+
 def test_how_columns_are_stored(tmp_path):
     path = tmp_path / "part.parquet"
     schema = tables.TOKENS.append(pa.field("loss", tables.VALUES))
