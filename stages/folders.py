@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sstoken.errors import SstokenError
 from sstoken.stages import storage
-from sstoken.stages.listing import MANIFEST, check_digest, listed, listing_of
+from sstoken.stages.listed_files import MANIFEST, check_digest, listed, listing_of
 
 _WORTH_REMEMBERING = 1 << 24
 """Bytes from which digests are cached: hashing smaller files takes less time than a tick of their timestamps."""

@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field, ValidationError
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import plain_json, storage
 from sstoken.stages.folders import files_below, hash_file, sha256
-from sstoken.stages.listing import MANIFEST as MANIFEST
-from sstoken.stages.listing import NO_DIGEST, check_digest, damaged_manifest, read_manifest_text, seal
+from sstoken.stages.listed_files import MANIFEST as MANIFEST
+from sstoken.stages.listed_files import NO_DIGEST, check_digest, damaged_manifest, read_manifest_text, seal
 from sstoken.stages.storage import write_atomic
 
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from sstoken.errors import UsageError
 from sstoken.stages import plain_json
-from sstoken.stages.listing import check_digest
+from sstoken.stages.listed_files import check_digest
 from sstoken.stages.local_disk import LocalDisk
 from sstoken.stages.remote_path import RemotePath, explained, version
 

@@ -64,7 +64,7 @@ def config(content: bytes) -> None:
 
 def manifest(content: bytes) -> None:
     """A folder's manifest, and the look at a file of that folder."""
-    from sstoken.stages import folders, listing
+    from sstoken.stages import folders, listed_files
     from sstoken.stages.manifest import problems, read_manifest
 
     file = _written(content, "tokens/manifest.json")
@@ -72,7 +72,7 @@ def manifest(content: bytes) -> None:
         found = read_manifest(file.parent)
         if found is not None:
             list(problems(file.parent, found, checksums=False))
-        listing.listed(file.parent / "part-00000.parquet")
+        listed_files.listed(file.parent / "part-00000.parquet")
         folders.listed_in(file.parent)
 
 
