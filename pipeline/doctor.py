@@ -3,9 +3,9 @@
 import os
 import platform
 import time
-from importlib import metadata
 from typing import Any
 
+from sstoken.stages.machine import version_of
 from sstoken.version import __version__
 
 _PACKAGES = {
@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "default_device": pick_device("auto"),
         "backends": list(known_backends()),
-        "packages": {name: _version(name) for name in _PACKAGES} | {"vllm": installed_version()},
+        "packages": {name: version_of(name) for name in _PACKAGES} | {"vllm": installed_version()},
     }
 
 
@@ -98,10 +98,3 @@ def _gflops(dtype: str) -> float:
 def missing(facts: dict[str, Any]) -> dict[str, str]:
     """List the packages that are not installed, with what each would enable."""
     return {name: _PACKAGES[name] for name, version in facts["packages"].items() if version is None}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,7 +1,8 @@
-"""Where this process runs: its number among those that torchrun or accelerate started, and the processor."""
+"""Where this process runs: its number among those of torchrun or accelerate, installed packages, the processor."""
 
 import os
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 _FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
@@ -21,6 +22,14 @@ def is_main_process() -> bool:
 def num_processes() -> int:
     """Return the number of processes; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @cache

@@ -5,7 +5,8 @@ rank and a world size, and add it to `ENGINES`; or declare it in a package of yo
 `sstoken.engines` (`name = "module:class"`).
 """
 
-from importlib import import_module, metadata
+from importlib import metadata
+from pkgutil import resolve_name
 
 from sstoken.errors import UsageError
 from sstoken.stages.stage import Engine, EngineOptions
@@ -33,6 +34,5 @@ def make_engine(options: EngineOptions, rank: int = 0, world_size: int = 1) -> E
         place = known.get(options.engine)
         if place is None:
             raise UsageError(f"engine {options.engine!r} is not known; legal: {', '.join(known)}")
-    module, _, name = place.partition(":")
-    engine: Engine = getattr(import_module(module), name)(options, rank, world_size)
+    engine: Engine = resolve_name(place)(options, rank, world_size)
     return engine

@@ -1,7 +1,6 @@
 """The vLLM backend's settings, and the reasons for which it refuses a checkpoint, in one line each."""
 
 from collections.abc import Iterator
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from pydantic import Field
 from sstoken.errors import SstokenError, first_line
 from sstoken.stages.backends import BackendOptions, read_settings
 from sstoken.stages.checkpoints import adapter_base, local_folder, place
+from sstoken.stages.machine import version_of
 from sstoken.stages.stage import SPEED_ONLY, Settings
 from sstoken.stages.weight_files import ADAPTER_CONFIG, read_json, weight_files
 
@@ -66,7 +66,7 @@ def installed_version() -> str | None:
     """Return the version of vLLM or of its CPU build; None if neither is installed."""
     if find_spec("vllm") is None:
         return None
-    return next((_version(name) for name in _DISTRIBUTIONS if _version(name)), "of unknown version")
+    return next((version_of(name) for name in _DISTRIBUTIONS if version_of(name)), "of unknown version")
 
 
 def load_config(ref: str, trust_remote_code: bool) -> Any:
@@ -118,13 +118,6 @@ def lora_modules(adapter: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _installation(settings: VllmSettings) -> str | None:
     version = installed_version()
     if version is None:
@@ -140,7 +133,7 @@ def _installation(settings: VllmSettings) -> str | None:
 
 def _placement(options: BackendOptions, settings: VllmSettings) -> str | None:
     kind, _, number = options.device.partition(":")
-    build = "cpu" if "cpu" in (_version("vllm") or "cpu") else "cuda"
+    build = "cpu" if "cpu" in (version_of("vllm") or "cpu") else "cuda"
     if kind not in ("auto", build):
         return f"device is {options.device!r}, but the installed vLLM is a build for {build}; {_INSTEAD}"
     if number and settings.tensor_parallel_size > 1:
