@@ -72,12 +72,9 @@ class VllmBackend(VllmModel, Backend):
         if _ALONE in self._options.signals:
             from sstoken.measure.second_pass import losses_alone  # loads torch
 
-            def measure(
-                responses: list[NDArray[np.int32]], masks: list[NDArray[np.bool_]], indices: list[int]
-            ) -> Iterator[tuple[int, Measured]]:
-                return self._measure(responses, masks, [LOSS])
-
-            alone = losses_alone(sequences, response_masks, measure)
+            alone = losses_alone(
+                sequences, response_masks, lambda responses, masks, _: self._measure(responses, masks, [LOSS])
+            )
             rest = [{_ALONE: losses} for losses in alone]
         if self._other is not None:
             for index, signals in self._other.measure(sequences, response_masks):

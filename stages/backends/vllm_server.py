@@ -101,12 +101,10 @@ class VllmServerBackend(Backend):
         if ALONE in self._options.signals:
             from sstoken.measure.second_pass import losses_alone  # loads torch
 
-            def measure(
-                responses: list[NDArray[np.int32]], masks: list[NDArray[np.bool_]], indices: list[int]
-            ) -> Iterator[tuple[int, Measured]]:
-                return self._measure(responses, masks)
-
-            rest = [{ALONE: losses} for losses in losses_alone(sequences, response_masks, measure)]
+            alone = losses_alone(
+                sequences, response_masks, lambda responses, masks, _: self._measure(responses, masks)
+            )
+            rest = [{ALONE: losses} for losses in alone]
         if LOSS not in self._options.signals:
             yield from enumerate(rest)
             return
