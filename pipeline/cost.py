@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sstoken.errors import SstokenError
+from sstoken.errors import SstokenError, in_one_line
 from sstoken.pipeline.job import Job
 from sstoken.stages import tables
 from sstoken.stages.anchor import Anchor
@@ -130,7 +130,7 @@ def weights(checkpoint: str) -> Weights:
             model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
     except Exception as error:  # each model's configuration class can fail in its own way
-        line = " ".join(str(error).split())[:200]
+        line = in_one_line(error, 200)
         raise SstokenError(f"{checkpoint}: config.json does not describe a known model ({line})") from error
     text = config.get_text_config()
     head = model.get_output_embeddings()

@@ -47,6 +47,11 @@ class QuarantinedError(SstokenError):
         return type(self), (self.failed, self.attempts)
 
 
+def in_one_line(text: object, longest: int) -> str:
+    """Return a text, or an error's message, without line breaks and cut to `longest` characters."""
+    return " ".join(str(text).split())[:longest]
+
+
 def reason(error: BaseException) -> str:
     """Return the first line of an error's message, or its type, for a one-line message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

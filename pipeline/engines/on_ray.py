@@ -14,7 +14,7 @@ from contextlib import redirect_stdout, suppress
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, in_one_line
 from sstoken.pipeline.engines import ray_task
 from sstoken.pipeline.engines.dispatch import Attempt, Died, Raised, dispatch
 from sstoken.stages.stage import EngineOptions, Progress, Task, Worker
@@ -240,7 +240,7 @@ class _Cluster:
 
 
 def _first(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return in_one_line(error, 300)
 
 
 _REASONS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, in_one_line
 
 Check = Callable[[str, str], Any]
 _MARK = "####"
@@ -66,7 +66,7 @@ class Checker:
         try:
             verdict = self._check(answer, reference)
         except Exception as error:  # a user's checker may raise anything
-            text = " ".join(str(error).split())[:200]
+            text = in_one_line(error, 200)
             raise CheckerError(f"checker {self.name} raised {type(error).__name__}: {text}") from error
         if not isinstance(verdict, bool) and type(verdict).__name__ != "bool":  # numpy's
             raise CheckerError(f"checker {self.name} returned {verdict!r:.100}; legal: True or False")
@@ -102,7 +102,7 @@ def _imported(name: str) -> Check:
     try:
         found: Any = resolve_name(name)
     except Exception as error:  # a user's module may raise anything on import
-        text = " ".join(str(error).split())[:200]
+        text = in_one_line(error, 200)
         raise UsageError(
             f"checker {name!r} does not import ({type(error).__name__}: {text}); {legal}"
         ) from error

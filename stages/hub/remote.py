@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sstoken.errors import SstokenError, UsageError, first_line
+from sstoken.errors import SstokenError, UsageError, first_line, in_one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -91,7 +91,7 @@ def explain(error: BaseException) -> str:
         return "has no such branch, tag or commit; see its page for those there are"
     if isinstance(error, RepositoryNotFoundError):
         return "no such dataset on the Hub, or a private one that your token may not see"
-    said = " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
+    said = in_one_line(getattr(error, "server_message", None) or "", 200)
     if status in _REFUSALS:
         return f"{_REFUSALS[status]}{f': {said}' if status in (403, 413) and said else ''}"
     if status is not None and status >= 500:
@@ -101,7 +101,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{constants.ENDPOINT} does not answer like a Hub (no JSON); check HF_ENDPOINT and the proxy settings"
     if isinstance(error, ValueError):
-        return " ".join(str(error).split())[:300]
+        return in_one_line(error, 300)
     reason = first_line(error)
     return (
         f"the Hub does not answer at {constants.ENDPOINT} ({reason}); try again, what was transferred is kept"
