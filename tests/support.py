@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,11 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and not os.environ.get("CI"),
     reason="torch.compile needs a C++ compiler, which the user installs; CI has one and runs this",
 )
+
+
+def slow_but(quick: Iterable[object], all_: Iterable[object]) -> list[object]:
+    """Return the parameters of a test: all but the `quick` ones are for `make test-slow`."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in all_]
 
 
 def messages(err: str) -> list[str]:

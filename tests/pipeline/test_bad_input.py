@@ -870,7 +870,8 @@ def test_two_runs_at_once(select: tuple[object, ...], cli: CommandLine, tmp_path
     cli.works(*select, out)
 
 
-@pytest.mark.parametrize("verb", ["encode", pytest.param("anchor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["encode", "anchor"])
 def test_interrupted(verb: str, world: World, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group: the workers too."""
     out = tmp_path / "out"

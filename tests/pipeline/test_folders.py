@@ -16,7 +16,7 @@ from sstoken.pipeline.locks import one_run_at_a_time
 from sstoken.stages.checkpoints import load_tokenizer
 from tests.pipeline.small_run import PIPELINE, environment, save_config
 from tests.pipeline.worlds import CommandLine, World, make_world
-from tests.support import PATIENCE, messages
+from tests.support import PATIENCE, messages, slow_but
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_nothing_is_left_where_every_row_is_refused(
     assert [path.name for path in out.parent.iterdir()] == [".tokens.lock"]
 
 
-@pytest.mark.parametrize("kilobytes", [40, 120, 300, 1000])
+@pytest.mark.parametrize("kilobytes", slow_but((40, 300), (40, 120, 300, 1000)))
 @pytest.mark.parametrize("verb", ["encode", "anchor", "score", "select"])
 def test_a_full_disk_is_named_and_the_work_goes_on_when_there_is_room(
     verb: str, kilobytes: int, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]

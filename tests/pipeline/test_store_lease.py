@@ -129,6 +129,7 @@ def test_ranks_on_several_machines_wait_for_each_other(file: RemotePath) -> None
     own.release()
 
 
+@pytest.mark.slow
 def test_a_second_machine_is_told_who_is_at_work(world: World, tmp_path: Path, s3: str) -> None:
     """Two command lines, each with a cache of its own."""
     data = save_conversations(tmp_path / "data.jsonl", 4000)

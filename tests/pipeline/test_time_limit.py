@@ -14,6 +14,7 @@ from sstoken.pipeline import api
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.encoding import limits
 from tests.pipeline.worlds import make_world
+from tests.support import slow_but
 
 SHOWN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 ENDLESS = {
@@ -28,7 +29,7 @@ ENDLESS = {
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no such signal")
-@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("kind", slow_but(("nested loops",), ENDLESS))
 def test_an_endless_template_is_stopped(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(make_world().base)
     messages = [{"role": "user", "content": "w"}]

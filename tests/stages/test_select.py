@@ -16,8 +16,11 @@ from sstoken.stages.select import Select
 from sstoken.stages.selecting.shard import SHOWN
 from tests.factories import save_tokenizer
 from tests.stages.context import ProcessEngine, make_context
+from tests.support import slow_but
 
 PARTS, ROWS = 3, 9
+QUICK = ("sstoken", "rho-1", "forgetting", "t3s", "random", "dft", "talr", "cayley", "iw-sft")
+"""One of each policy, with and without signals, at each scope."""
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,9 @@ def test_methods_without_signals_need_no_scores(inputs, tmp_path):
     assert rows != other
 
 
-@pytest.mark.parametrize("method", [m.name for m in METHODS.values() if set(m.inputs) <= set(SHOWN)])
+@pytest.mark.parametrize(
+    "method", slow_but(QUICK, [m.name for m in METHODS.values() if set(m.inputs) <= set(SHOWN)])
+)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_method_runs_in_any_number_of_processes(inputs, tmp_path, method, workers):
     context = make_context(tmp_path / "out", inputs)

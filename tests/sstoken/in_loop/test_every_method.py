@@ -32,10 +32,11 @@ from tests.sstoken.in_loop.small import (
     make_model,
     save_tokenizer,
 )
+from tests.support import slow_but
 
 STEPS = 2
 QUICK = ("sstoken", "stm-dpf", "prift-mass", "iw-sft", "eksft", "eksft-aligned")
-"""Methods tried with a history model outside of slow tests; all are tried with columns."""
+"""Methods tried outside of slow tests: one of each kind of rule, role and weight."""
 
 
 def plain_signals(model, ids, reference=None):
@@ -182,7 +183,7 @@ def runs(history):
     return [name for name in METHODS if runnable(name, history) is not None]
 
 
-@pytest.mark.parametrize("method", runs("scores"))
+@pytest.mark.parametrize("method", slow_but(QUICK, runs("scores")))
 def test_with_columns(tmp_path, method):
     """Methods that draw at random or read nothing but places are compared on those."""
     watcher, logged, _ = train(tmp_path, method, "scores", collate, make_model())
@@ -191,11 +192,7 @@ def test_with_columns(tmp_path, method):
 
 @pytest.mark.parametrize(
     "method",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in runs("base")
-        if any("history" in i for i in METHODS[name].inputs)
-    ],
+    slow_but(QUICK, [name for name in runs("base") if any("history" in i for i in METHODS[name].inputs)]),
 )
 def test_with_the_base_under_an_adapter(tmp_path, method):
     watcher, logged, _ = train(tmp_path, method, "base", flatten, adapted())

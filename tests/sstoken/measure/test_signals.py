@@ -153,6 +153,7 @@ def test_too_little_memory_on_the_cpu_is_found_out(tmp_path):
     assert int(done.stdout) < 8192
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_layers_give_the_same():
     sequences, masks = random_examples(8, [33, 12, 33, 50])

@@ -17,6 +17,7 @@ from sstoken.stages.adapter_kinds import SUPPORTED
 from sstoken.stages.backends import BackendOptions, base_models, make_backend
 from sstoken.stages.checkpoints import check_loadable
 from tests.factories import VOCABULARY, save_tokenizer
+from tests.support import slow_but
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, 24).astype(np.int32)
@@ -78,6 +79,7 @@ KINDS = {
 MATTER_WHERE_UNTIED = {k for k in KINDS if "saved" in k or " on" in k or "on " in k or "token" in k} - {
     "tied and saved"
 }
+QUICK = ("plain", "embeddings saved", "token indices", "DoRA on lm_head", "PiSSA", "LOHA", "IA3")
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -147,7 +149,7 @@ def assert_base_is_itself(base, before, signals):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(QUICK, KINDS))
 def test_an_adapter_gives_its_losses_and_leaves_the_base(kind, base, tmp_path):
     if base.name == "untied" and kind not in MATTER_WHERE_UNTIED:
         pytest.skip("nothing to do with the output embedding")
@@ -205,7 +207,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["plain", "DoRA", "bias all", "embeddings saved"])
+@pytest.mark.parametrize("kind", slow_but(QUICK, ["plain", "DoRA", "bias all", "embeddings saved"]))
 @pytest.mark.parametrize("how", BROKEN)
 def test_an_adapter_that_does_not_load_leaves_the_base(how, kind, base, tmp_path):
     change, words = BROKEN[how]

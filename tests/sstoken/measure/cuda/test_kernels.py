@@ -20,7 +20,7 @@ from sstoken.measure.cuda.choices import (
 from sstoken.measure.cuda.prompt_attention import packed_prompt_attention
 from sstoken.measure.cuda.token_loss import fused_token_losses
 from sstoken.measure.prompt_attention import prompt_attention
-from tests.support import ROOT
+from tests.support import ROOT, slow_but
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -70,7 +70,7 @@ def mass_from_the_definition(query, key, response_mask, scaling, softcap=None, s
     return (weights * ~response_mask).sum(-1).mean(0) * response_mask
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", slow_but(("plain", "all"), HOW))
 @pytest.mark.parametrize(
     ("dtype", "num_kv_heads", "head_size"), [*((dtype, 2, 12) for dtype in DTYPES), (DTYPES[-1], 4, 128)]
 )

@@ -7,6 +7,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from sstoken.measure.cuda.agreement import first_that_agrees
 from sstoken.measure.cuda.flex import block_mask, flex
 from sstoken.measure.cuda.varlen import CANDIDATES, choose_among, choose_varlen, loop, varlen_attention
+from tests.support import slow_but
 
 LENGTHS = [1, 40, 7, 129, 3]
 CU_SEQLENS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
@@ -56,7 +57,7 @@ def test_the_loop_is_exact(how, num_kv_heads, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", slow_but(("all",), HOW))
 def test_flex_is_exact(how):
     states = random_states(2)
     options = {"window": None, "softcap": None, "sinks": None} | HOW[how]
