@@ -90,6 +90,7 @@ def test_a_task_that_kills_its_worker_is_named_after_all_others_are_done(tmp_pat
     assert bar.done == 50
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_the_death_of_a_process_started_in_place_of_an_idle_one_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

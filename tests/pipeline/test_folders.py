@@ -173,7 +173,7 @@ def test_what_a_killed_forced_run_left_is_said(
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", slow_but((1,), (1, 2)))
 def test_nothing_is_left_where_every_row_is_refused(
     workers: int, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,7 @@ from tests import documented
 from tests.object_stores import BUCKET, SECRET, needs_s3
 from tests.pipeline.small_run import environment, save_config
 from tests.pipeline.worlds import SHARD_ROWS, CommandLine, World
-from tests.support import PATIENCE
+from tests.support import PATIENCE, slow_but
 
 pytestmark = [needs_s3, pytest.mark.usefixtures("s3")]
 
@@ -173,7 +173,10 @@ def test_work_in_the_store_is_not_done_again(
     assert content(root) == content(world.tokens)
 
 
-@pytest.mark.parametrize("moment", ["before the manifest", "before publishing", "while publishing"])
+@pytest.mark.parametrize(
+    "moment",
+    slow_but(("while publishing",), ("before the manifest", "before publishing", "while publishing")),
+)
 def test_of_two_that_commit_one_wins_and_the_other_says_so(
     moment: str, world: World, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +279,7 @@ def test_what_wants_a_local_disk_says_so(world: World, run: CommandLine, place: 
         assert "has to be on a local disk" in run.fails(2, *command)
 
 
+@pytest.mark.slow
 def test_pictures_pages_and_what_is_published_may_lie_there(
     world: World, run: CommandLine, place: str, tmp_path: Path
 ) -> None:

@@ -107,8 +107,9 @@ def test_a_refusal_stops_at_once(world: World, tmp_path: Path) -> None:
     assert not isinstance(caught.value, QuarantinedError)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_sigterm_ends_a_run_between_two_shards(world: World, tmp_path: Path, workers: int) -> None:
     data = save_conversations(tmp_path / "data.jsonl", 240)
     given = {"data": str(data), "model": str(world.base), "shard_rows": 2, "workers": 1}

@@ -86,6 +86,7 @@ class PoisonedScore(Score):
         return Work(_Poisoned(work.function, context.out), work.tasks, work.total)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_scored_side_by_side(world: World, tmp_path: Path) -> None:
     given = {"data": str(world.data), "model": str(world.base), "shard_rows": 10 * SHARD_ROWS, "workers": 1}
     tokens = api.encode(**given, out=tmp_path / "tokens").folder

@@ -6,6 +6,7 @@ import torch
 from sstoken import SelfModulatedTrainer, SelfModulation, SstokenError
 from tests.sstoken.in_loop.small import Watcher, arguments, collate, make_model, make_scored_examples
 from tests.sstoken.in_loop.test_histories import adapted
+from tests.support import slow_but
 
 STEPS, SAVED = 4, 2
 SAVE = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVED, "per_device_train_batch_size": 2}
@@ -25,16 +26,17 @@ def train(folder, selection, resume=None):
     return watcher, trainer
 
 
+SELECTIONS = [
+    SelfModulation(rho=0.4),
+    SelfModulation(rho=0.4, history="base"),
+    SelfModulation(method="t3s"),
+    SelfModulation(method="eaft"),
+    SelfModulation(method="prift-prob", history="base"),
+]
+
+
 @pytest.mark.parametrize(
-    "selection",
-    [
-        SelfModulation(rho=0.4),
-        SelfModulation(rho=0.4, history="base"),
-        SelfModulation(method="t3s"),
-        SelfModulation(method="eaft"),
-        SelfModulation(method="prift-prob", history="base"),
-    ],
-    ids=lambda s: f"{s.method}-{s.history}",
+    "selection", slow_but(SELECTIONS[:2], SELECTIONS), ids=lambda s: f"{s.method}-{s.history}"
 )
 def test_resumed_is_uninterrupted(tmp_path, selection):
     whole, trainer = train(tmp_path, selection)
