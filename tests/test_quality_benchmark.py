@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from benchmarks.quality import data
-from benchmarks.quality.intervals import auroc, average_precision, over_examples, paired_difference
+from benchmarks.quality.intervals import (
+    auroc,
+    average_precision,
+    over_examples,
+    paired_difference,
+    student_quantile,
+)
 from benchmarks.quality.marking import right
 from benchmarks.quality.planting import KINDS, PHRASES, Row, plant
 from benchmarks.quality.published import LEFT_OUT
@@ -138,6 +144,26 @@ def test_a_paired_interval_holds_the_difference_and_not_what_both_share():
     assert low < -0.5 < high < 0
     assert high - low < 0.1
     assert value == pytest.approx((better - shared).mean())
+
+
+@pytest.mark.parametrize(
+    ("of_seed", "of_answer"), [(1, 0), (0, 1), (0.3, 1)], ids=["seeds", "answers", "both"]
+)
+def test_as_many_intervals_hold_the_truth_as_they_say_whatever_varies(of_seed, of_answer):
+    rng = np.random.default_rng(0)
+    ones, zeros = np.ones((5, 40)), np.zeros((5, 40))
+    held = []
+    for _ in range(500):
+        drawn = of_seed * rng.normal(size=(5, 1)) + of_answer * rng.normal(size=(1, 40))
+        _, low, high = paired_difference(drawn + rng.normal(size=(5, 40)), ones, zeros, ones)
+        held.append(low < 0 < high)
+    assert 0.93 < np.mean(held) < 0.98  # resampling the seeds: 0.87 where they vary most
+
+
+def test_quantiles_of_student_are_those_of_the_tables():
+    for freedom, quantile in ((1, 12.706), (4, 2.776), (30, 2.042)):
+        assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-3)
+    assert student_quantile(0.9995, 4) == pytest.approx(8.610, abs=0.01)
 
 
 def test_ranks_and_position_by_hand():

@@ -140,6 +140,15 @@ def test_the_small_table_is_of_one_run_within_its_time():
         assert text in table
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_what_holds_for_all_methods_at_once_holds_for_each(path):
+    for figures in json.loads(path.read_text(encoding="utf-8"))["methods"].values():
+        own = {"full": figures["loss"]["all"], **figures.get("loss_less", {})}
+        for reference, (value, low, high) in figures["at_once"].items():
+            assert value == own[reference][0]
+            assert low <= own[reference][1] <= own[reference][2] <= high
+
+
 def test_worst_is_told_from_random():
     told = {
         path.stem: figures["methods"]["worst 0.6 global protected"]["loss_less"]["random 0.6 protected"]

@@ -1,4 +1,4 @@
-"""AUROC, average precision, and paired bootstrap intervals."""
+"""AUROC, average precision, and paired intervals."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,30 +25,68 @@ class Interval(NamedTuple):
 
 
 def paired_difference(
-    total: FloatArray, number: FloatArray, base_total: FloatArray, base_number: FloatArray, seed: int = 0
+    total: FloatArray,
+    number: FloatArray,
+    base_total: FloatArray,
+    base_number: FloatArray,
+    level: float = LEVEL,
 ) -> Interval:
-    """The mean of one method less that of another, over the same seeds and the same items, both resampled.
+    """The mean of one method less that of another, over the same seeds and the same items.
+
+    Several seeds: both seeds and items are drawn (a crossed design), and the interval is Student's, since resampling
+    as few as five seeds gives one that is too narrow. One seed: items are resampled.
 
     Args:
         total: [S, I], the sum over item i of the model trained with seed s.
         number: [S, I], of how many tokens (or 1).
         base_total: [S, I], of the method compared with.
         base_number: [S, I].
-        seed: of the resampling.
+        level: of the interval.
     """
-    rng = np.random.default_rng(seed)
-    seeds, items = total.shape
-    w_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), NUM_RESAMPLES).astype(np.float64)
-    w_item = rng.multinomial(items, np.full(items, 1 / items), NUM_RESAMPLES).astype(np.float64)
+    mean, base_mean = (t.sum() / max(n.sum(), 1e-12) for t, n in ((total, number), (base_total, base_number)))
+    value = float(mean - base_mean)
+    if len(total) == 1:
+        drawn = _resampled_mean(total[0], number[0]) - _resampled_mean(base_total[0], base_number[0])
+        return _interval(value, drawn, level)
+    parts = (total - mean * number) / max(number.sum(), 1e-12)
+    parts = parts - (base_total - base_mean * base_number) / max(base_number.sum(), 1e-12)
+    error, freedom = _crossed_error(parts * parts.size)
+    half = error * student_quantile((1 + level) / 2, freedom)
+    return Interval(value, value - half, value + half)
 
-    def mean(x: FloatArray, n: FloatArray) -> FloatArray:
-        return np.einsum("rs,si,ri->r", w_seed, x, w_item) / np.maximum(
-            np.einsum("rs,si,ri->r", w_seed, n, w_item), 1e-12
-        )
 
-    drawn = mean(total, number) - mean(base_total, base_number)
-    value = total.sum() / max(number.sum(), 1e-12) - base_total.sum() / max(base_number.sum(), 1e-12)
-    return _interval(float(value), drawn)
+def _resampled_mean(total: FloatArray, number: FloatArray) -> FloatArray:
+    """[NUM_RESAMPLES]: the same draws of items whatever is given."""
+    items = len(total)
+    weights = np.random.default_rng(0).multinomial(items, np.full(items, 1 / items), NUM_RESAMPLES)
+    return (weights @ total) / np.maximum(weights @ number, 1e-12)
+
+
+def _crossed_error(values: FloatArray) -> tuple[float, float]:
+    """The standard error of the mean of values [S, I], S and I both drawn, and its degrees of freedom (Satterthwaite).
+
+    From the mean squares of the rows, the columns and what is left; never less than that of rows or columns alone.
+    """
+    rows, columns = values.mean(1) - values.mean(), values.mean(0) - values.mean()
+    left = values - values.mean() - rows[:, None] - columns
+    free = [len(rows) - 1, len(columns) - 1]
+    free.append(free[0] * free[1])
+    sums = len(columns) * (rows**2).sum(), len(rows) * (columns**2).sum(), (left**2).sum()
+    squares = [total / max(1, f) for total, f in zip(sums, free, strict=True)]
+    both = squares[0] + squares[1] - squares[2]
+    alone = int(np.argmax(squares[:2]))
+    if both <= squares[alone]:
+        return (squares[alone] / values.size) ** 0.5, max(1, free[alone])
+    freedom = both**2 / sum(m**2 / max(1, f) for m, f in zip(squares, free, strict=True))
+    return (both / values.size) ** 0.5, max(1, free[0], freedom)
+
+
+def student_quantile(level: float, freedom: float) -> float:
+    """A quantile of Student's t from 0.5 on; t is sqrt(freedom) tan(a), a of a density as cos(a)^(freedom - 1)."""
+    angle = np.linspace(0, np.pi / 2, 4097)
+    density = np.cos(angle) ** (freedom - 1)
+    area = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return float(freedom**0.5 * np.tan(np.interp(2 * level - 1, area / area[-1], angle)))
 
 
 def auroc(binned: tuple[FloatArray, FloatArray]) -> float:
@@ -88,8 +126,8 @@ def over_examples(
     return _interval(value, np.array([measure(both) for both in zip(*drawn, strict=True)]))
 
 
-def _interval(value: float, drawn: FloatArray) -> Interval:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _interval(value: float, drawn: FloatArray, level: float = LEVEL) -> Interval:
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.intervals import Interval
+from benchmarks.quality.intervals import LEVEL, Interval
 from benchmarks.quality.settings import Study
 
 
@@ -120,8 +120,8 @@ def _methods(study: Study, methods: dict[str, Any]) -> list[str]:
     ]
     lines = [
         "",
-        f"{study.num_held_out} clean held-out answers. Their loss less that of `full`, nats a token (paired bootstrap "
-        "over seeds and answers); below 0 is better than `full`. Other answers: roleplay; plain text: without the "
+        f"{study.num_held_out} clean held-out answers. Their loss less that of `full`, nats a token (paired; both "
+        "seeds and answers drawn); below 0 is better than `full`. Other answers: roleplay; plain text: without the "
         "chat template.",
         "",
         *_grid(heading, columns, rows, _signed),
@@ -135,9 +135,30 @@ def _methods(study: Study, methods: dict[str, Any]) -> list[str]:
         ]
         lines += ["", "Held-out loss (all tokens) less that of another method:", ""]
         lines += _grid("method", references, less, _signed)
+    for reference in ("full", *references):
+        lines += _told_apart(reference, methods)
     if "right" in methods["full"]:
         lines += _greedy(study.num_greedy, references, methods)
     return lines
+
+
+def _told_apart(reference: str, methods: dict[str, Any]) -> list[str]:
+    """Which methods differ from one, counted by their own intervals and named by those that hold for all at once."""
+    others = {m: f for m, f in methods.items() if reference in f["at_once"]}
+    own = [f["loss"]["all"] if reference == "full" else f["loss_less"][reference] for f in others.values()]
+    better, worse = sum(high < 0 for *_, high in own), sum(low > 0 for _, low, _ in own)
+    at_once = {m: f["at_once"][reference] for m, f in others.items()}
+    names = [
+        ", ".join(m for m, (_, low, high) in at_once.items() if (high < 0 if is_better else low > 0))
+        or "none"
+        for is_better in (True, False)
+    ]
+    return [
+        "",
+        f"Better than `{reference}` beyond its own interval: {better} of {len(others)}; worse: {worse}; by chance "
+        f"alone {len(others) * (1 - LEVEL) / 2:.1f} of each. Beyond intervals that hold for all of them at once "
+        f"(Bonferroni), better: {names[0]}; worse: {names[1]}.",
+    ]
 
 
 def _greedy(number: int, references: list[str], methods: dict[str, Any]) -> list[str]:

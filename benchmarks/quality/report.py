@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.quality.detection import causes, found_noise
-from benchmarks.quality.intervals import Interval, paired_difference
+from benchmarks.quality.intervals import LEVEL, Interval, paired_difference
 from benchmarks.quality.page import RUNS, draw, markdown
 from benchmarks.quality.study import Cells
 from benchmarks.quality.sweeps import sweeps
@@ -22,7 +22,8 @@ from benchmarks.quality.tokens import CLASSES
 from benchmarks.quality.variance import variance
 
 LOSSES = ("all", *CLASSES)
-GREEDY = ("right", "ended", "length")
+SHARES = ("right", "ended")
+GREEDY = (*SHARES, "length")
 ITEMS = ("held_out", "greedy", "forgetting", "plain")
 Row = dict[str, Any]
 """A cell's result."""
@@ -145,11 +146,15 @@ def _rows_of_table(path: Path, earlier: dict[str, Any]) -> list[Row]:
 
 
 def _compare(rows: list[Row]) -> dict[str, Any]:
-    """Each method against `full`, `random` and `prefix`, on the seeds that both have."""
+    """Each method against `full`, `random` and `prefix`, on the seeds that both have.
+
+    `at_once`: the same differences with wider intervals, which hold for all methods at once (Bonferroni).
+    """
     by_method: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         by_method[row["method"]][json.dumps(row["seed"])] = row
     references = [m for m in by_method if m.split()[0] in ("random", "prefix")]
+    all_at_once = 1 - (1 - LEVEL) / max(1, len(by_method) - 1)
     found: dict[str, Any] = {}
     for method, own in by_method.items():
         shared = [seed for seed in own if seed in by_method["full"]]
@@ -161,6 +166,8 @@ def _compare(rows: list[Row]) -> dict[str, Any]:
         figures["loss"] = {
             name: _difference(a, b, "held_out", f"loss_{name}", f"tokens_{name}") for name in LOSSES
         }
+        at_once = _difference(a, b, "held_out", "loss_all", "tokens_all", all_at_once)
+        figures["at_once"] = {"full": at_once} if method != "full" else {}
         figures["own_loss"] = _mean(a, "held_out", "loss_all", "tokens_all")
         for other in ("forgetting", "plain"):
             if other in a[0]:
@@ -176,6 +183,8 @@ def _compare(rows: list[Row]) -> dict[str, Any]:
             a, b = [own[s] for s in both], [by_method[reference][s] for s in both]
             less = figures.setdefault("loss_less", {})
             less[reference] = _difference(a, b, "held_out", "loss_all", "tokens_all")
+            at_once = _difference(a, b, "held_out", "loss_all", "tokens_all", all_at_once)
+            figures["at_once"][reference] = at_once
             for what in GREEDY if "greedy" in a[0] else ():
                 figures[what]["less"][reference] = _difference(a, b, "greedy", what, None)
         found[method] = figures
@@ -187,15 +196,24 @@ def _values(rows: list[Row], what: str, key: str | None) -> np.ndarray:
     return np.array([[float(item[key]) if key else 1.0 for item in row[what]] for row in rows])
 
 
-def _difference(a: list[Row], b: list[Row], what: str, key: str, number: str | None) -> Interval:
+def _difference(
+    a: list[Row], b: list[Row], what: str, key: str, number: str | None, level: float = LEVEL
+) -> Interval:
     return paired_difference(
-        _values(a, what, key), _values(a, what, number), _values(b, what, key), _values(b, what, number)
+        _values(a, what, key),
+        _values(a, what, number),
+        _values(b, what, key),
+        _values(b, what, number),
+        level,
     )
 
 
 def _mean(rows: list[Row], what: str, key: str, number: str | None) -> Interval:
     total, count = _values(rows, what, key), _values(rows, what, number)
-    return paired_difference(total, count, np.zeros_like(total), np.ones_like(total))
+    found = paired_difference(total, count, np.zeros_like(total), np.ones_like(total))
+    if key in SHARES:
+        return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+    return found
 
 
 def _versions() -> dict[str, str]:
