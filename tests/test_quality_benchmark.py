@@ -19,12 +19,13 @@ from benchmarks.quality.intervals import (
     student_quantile,
 )
 from benchmarks.quality.marking import right
+from benchmarks.quality.page import WEIGHT_ON_NOISE, told_apart
 from benchmarks.quality.planting import KINDS, PHRASES, Row, plant
-from benchmarks.quality.published import LEFT_OUT
+from benchmarks.quality.published import LEFT_OUT, Decision, share_kept
 from benchmarks.quality.scores import SCORES, ranks, without_position
 from benchmarks.quality.settings import STUDIES, MethodRun, Seed, Study, read_study
 from benchmarks.quality.student import BASES, load_tokenizer
-from benchmarks.quality.tokens import CONTENT, END, encode
+from benchmarks.quality.tokens import CONTENT, END, Encoded, encode
 from benchmarks.quality.training import weighted_loss
 from sstoken.errors import UsageError
 from sstoken.in_loop.rule import check_in_loop
@@ -229,6 +230,24 @@ def test_losses_are_weighted_by_hand():
     # learned: 1 and 1; forgotten: 0.25 * (3 + 4), over two tokens in the place of two learned ones
     assert weighted_loss(losses, weights, None).item() == pytest.approx((1 + 1 - 0.25 * 7) / 2)
     assert weighted_loss(losses[:2], weights[:2], 5).item() == pytest.approx(2 / 5)
+
+
+def test_what_is_to_be_forgotten_is_not_kept():
+    kinds, weight = np.array([CONTENT, CONTENT, "typo", END]), np.array([1.0, -0.25, 0.5, 0])
+    example = Encoded(np.arange(5), 1, kinds, np.array(["word", "word", "word", END]))
+    share = share_kept(Decision([weight != 0], [weight], "kept"), [example])
+    assert (share["all"], share["content"], share["noise"], share[END]) == (0.5, 0.5, 1, 0)
+    assert share[WEIGHT_ON_NOISE] == pytest.approx(0.5 / 1.5)
+
+
+def test_methods_are_told_apart_by_their_own_intervals_and_by_those_of_all():
+    def row(low, high, width):
+        own = {"all": (0.0, low, high)}
+        return {"loss": own, "at_once": {"full": (0.0, low - width, high + width)}}
+
+    methods = {"full": {"at_once": {}}, "a": row(-3, -2, 1), "b": row(-3, -2, 2), "c": row(-1, 1, 1)}
+    methods |= {"d": row(2, 3, 2), "e": row(2, 3, 1)}
+    assert list(told_apart(methods, "full").values()) == [["a"], ["b"], ["c"], ["d"], ["e"]]
 
 
 @needs_shared

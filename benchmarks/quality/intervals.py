@@ -51,7 +51,7 @@ def paired_difference(
     parts = (total - mean * number) / max(number.sum(), 1e-12)
     parts = parts - (base_total - base_mean * base_number) / max(base_number.sum(), 1e-12)
     error, freedom = _crossed_error(parts * parts.size)
-    half = error * student_quantile((1 + level) / 2, freedom)
+    half = float(error * student_quantile((1 + level) / 2, freedom))
     return Interval(value, value - half, value + half)
 
 

@@ -142,22 +142,34 @@ def _methods(study: Study, methods: dict[str, Any]) -> list[str]:
     return lines
 
 
+BESIDE = ("better, all at once", "better", "not told apart", "worse", "worse, all at once")
+"""How a method may stand beside another: by its own interval, or by one that holds for all methods at once."""
+
+
+def told_apart(methods: dict[str, Any], reference: str) -> dict[str, list[str]]:
+    """The methods by how their held-out loss stands beside that of `reference`: every one of `BESIDE`."""
+    found: dict[str, list[str]] = {name: [] for name in BESIDE}
+    for method, f in methods.items():
+        if reference not in f["at_once"]:
+            continue
+        own = f["loss"]["all"] if reference == "full" else f["loss_less"][reference]
+        signs = [(low > 0) - (high < 0) for _, low, high in (own, f["at_once"][reference])]
+        found[BESIDE[2 + sum(signs)]].append(method)
+    return found
+
+
 def _told_apart(reference: str, methods: dict[str, Any]) -> list[str]:
-    """Which methods differ from one, counted by their own intervals and named by those that hold for all at once."""
-    others = {m: f for m, f in methods.items() if reference in f["at_once"]}
-    own = [f["loss"]["all"] if reference == "full" else f["loss_less"][reference] for f in others.values()]
-    better, worse = sum(high < 0 for *_, high in own), sum(low > 0 for _, low, _ in own)
-    at_once = {m: f["at_once"][reference] for m, f in others.items()}
-    names = [
-        ", ".join(m for m, (_, low, high) in at_once.items() if (high < 0 if is_better else low > 0))
-        or "none"
-        for is_better in (True, False)
-    ]
+    groups = told_apart(methods, reference)
+    number = sum(map(len, groups.values()))
     return [
         "",
-        f"Better than `{reference}` beyond its own interval: {better} of {len(others)}; worse: {worse}; by chance "
-        f"alone {len(others) * (1 - LEVEL) / 2:.1f} of each. Beyond intervals that hold for all of them at once "
-        f"(Bonferroni), better: {names[0]}; worse: {names[1]}.",
+        f"Beside `{reference}`, by each method's own interval (of {number}, chance alone would make "
+        f"{number * (1 - LEVEL) / 2:.1f} look better and as many worse), or by wider ones that hold for all of them at "
+        "once (Bonferroni):",
+        "",
+        "| | number | methods |",
+        "|---|---|---|",
+        *(f"| {name} | {len(group)} | {', '.join(group)} |" for name, group in groups.items()),
     ]
 
 

@@ -48,8 +48,13 @@ class Decision(NamedTuple):
 
 
 def share_kept(decision: Decision, examples: Sequence[Encoded]) -> dict[str, float]:
-    """The share of each class of tokens that is trained on, and how much of the weight is on noise."""
+    """The share of each class of tokens that is learned, and how much of the weight is on noise.
+
+    Tokens of negative weight, which are trained on to be forgotten, count as dropped.
+    """
     kept = np.concatenate(decision.keep)
+    if decision.weight is not None:
+        kept = kept & (np.concatenate(decision.weight) > 0)
     kinds = np.concatenate([e.kinds for e in examples])
     classes = np.concatenate([e.classes for e in examples])
     content = (kinds == CONTENT) | (kinds == END)
@@ -58,7 +63,7 @@ def share_kept(decision: Decision, examples: Sequence[Encoded]) -> dict[str, flo
     groups |= {f"kind {k}": kinds == k for k in sorted(set(kinds) - {CONTENT, END})}
     groups |= {f"class {c}": content & (classes == c) for c in sorted(set(classes) - {END})}
     share |= {name: float(kept[group].mean()) for name, group in groups.items() if group.any()}
-    weight = kept.astype(float) if decision.weight is None else np.concatenate(decision.weight).clip(min=0)
+    weight = kept * (1.0 if decision.weight is None else np.concatenate(decision.weight))
     share[WEIGHT_ON_NOISE] = float(weight[~content].sum() / max(weight.sum(), 1e-12))
     return share
 
