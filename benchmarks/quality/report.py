@@ -146,14 +146,14 @@ def _rows_of_table(path: Path, earlier: dict[str, Any]) -> list[Row]:
 
 
 def _compare(rows: list[Row]) -> dict[str, Any]:
-    """Each method against `full`, `random` and `prefix`, on the seeds that both have.
+    """Each method against `full`, `random`, `prefix` and `pmi-band`, on the seeds that both have.
 
     `at_once`: the same differences with wider intervals, which hold for all methods at once (Bonferroni).
     """
     by_method: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         by_method[row["method"]][json.dumps(row["seed"])] = row
-    references = [m for m in by_method if m.split()[0] in ("random", "prefix")]
+    references = [m for m in by_method if m.split()[0] in ("random", "prefix", "pmi-band")]
     all_at_once = 1 - (1 - LEVEL) / max(1, len(by_method) - 1)
     found: dict[str, Any] = {}
     for method, own in by_method.items():
