@@ -39,6 +39,8 @@ _SAMPLE = 512
 """Vocabulary entries in a sample; one in 64 in a large vocabulary."""
 _MOST_ABOVE = 40.0
 """Rows with a logit further above the sample's largest are measured again: squared exponentials would overflow."""
+_LEAST = -1000.0
+"""Lowest log-probability in a sum: its token has probability 0 in any case, and 0 * -inf would be NaN."""
 _MOST_OFF = 1e-4
 """Bound on the relative error of an expected rank from buckets; the actual error is about a tenth of it."""
 _ROWS_PER_PRODUCT = 64
@@ -102,7 +104,7 @@ def _measure_rows(
     if "loss" in names:
         found["loss"] = sums.shift + log_total - sums.target
     if sums.top is not None:
-        found["entropy_top20"] = _entropy(sums.top.values())
+        found["entropy_top20"] = torch.special.entr(sums.top.values().double().softmax(1)).sum(1)
     if sums.expected_rank is not None:
         found["expected_rank"], off = sums.expected_rank.values()
         rows = (~(off < _MOST_OFF)).nonzero()[:, 0]
@@ -141,7 +143,7 @@ def _measure_means(
     """
     found = {name: torch.zeros_like(log_total, dtype=torch.float64) for name in functions}
     for _, logits in tiles(hidden, head):
-        log_p = logits.sub_(log_total[:, None])
+        log_p = logits.sub_(log_total[:, None]).clamp_min_(_LEAST)
         p = log_p.exp()
         for name, function in functions.items():
             found[name] += torch.linalg.vecdot(function(log_p, entropy[:, None].to(log_p.dtype)), p)
@@ -209,7 +211,7 @@ class _Sums:
             self.at_least += larger.sum(1)
             torch.gt(logits, own[:, None], out=larger)
             self.greater += larger.sum(1)
-        logits -= self.shift[:, None]
+        logits.sub_(self.shift[:, None]).clamp_min_(_LEAST)
         torch.exp(logits, out=exponentials)
         self.total += exponentials.sum(1)  # a product with ones would have ten times the rounding error
         self.weighted += torch.linalg.vecdot(logits, exponentials)
@@ -266,10 +268,3 @@ def _expected_rank_by_row(hidden: Tensor, head: Head) -> Tensor:
         weights = (logits - logits[:, -1:]).exp_().double()
         found[rows] = (weights @ ranks) / weights.sum(1)
     return found
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    """Entropy [N] float64 of the distribution over K logits, [N, K]."""
-    log_p = logits.double().log_softmax(1)
-    terms = torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p)
-    return (-terms.sum(1)).clamp_min_(0)

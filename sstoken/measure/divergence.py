@@ -33,7 +33,8 @@ def _compare(this: Side, other: Side) -> tuple[Tensor, Tensor]:
     size, device = this[0].shape[0], this[0].device
     sums = torch.zeros(2, 2, size, dtype=torch.float64, device=device)
     """By side: the sum of exponentials, and the sum of these times the difference of logits, this minus other."""
-    largest = torch.full((2, size), float("-inf"), dtype=torch.float64, device=device)
+    # Not -inf: all logits of a tile may be -inf, and -inf - -inf is NaN.
+    largest = torch.full((2, size), torch.finfo(torch.float32).min, dtype=torch.float64, device=device)
     for (_, ours), (_, theirs) in zip(tiles(*this), tiles(*other), strict=True):
         apart = ours - theirs
         for side, logits in enumerate((ours, theirs)):
@@ -42,7 +43,7 @@ def _compare(this: Side, other: Side) -> tuple[Tensor, Tensor]:
             largest[side] = raised
             weights = logits.sub_(raised.to(logits.dtype)[:, None]).exp_()
             sums[side, 0] += weights.sum(1)
-            sums[side, 1] += torch.linalg.vecdot(weights, apart)
+            sums[side, 1] += torch.linalg.vecdot(weights, apart.masked_fill(weights == 0, 0))
     log_totals, means = largest + sums[:, 0].log(), sums[:, 1] / sums[:, 0]
     forward = means[0] - log_totals[0] + log_totals[1]
     reverse = log_totals[0] - means[1] - log_totals[1]

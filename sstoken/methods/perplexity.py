@@ -10,6 +10,8 @@ from sstoken.methods.policies import Where
 from sstoken.methods.tokens import Array, Tokens
 
 _SOURCE = "STM, Wu et al. 2025, arXiv 2501.14315; appier-research/robust-llm-finetunes"
+_MOST_LOSS = 88.0
+"""Nats; a larger loss counts as this one, whose perplexity is a float32."""
 _NOT_USABLE = 88888.0
 """The perplexity that the authors assign to a token that tuning made less likely."""
 
@@ -24,6 +26,10 @@ class StmParams(Tau):
     """Drop the tokens above tau, or those below it, as in the authors' ablation."""
 
 
+def _perplexity(tokens: Tokens, role: str) -> Array:
+    return tokens.xp.exp(tokens.xp.clip(tokens[f"{role}.loss"], None, _MOST_LOSS))
+
+
 def _at_most(scores: Array, tokens: Tokens, params: Tau) -> Array:
     return (scores <= params.tau) | (params.tau <= 0)
 
@@ -33,12 +39,11 @@ def _stm(scores: Array, tokens: Tokens, params: StmParams) -> Array:
 
 
 def _stm_dpf(tokens: Tokens, params: Tau) -> Array:
-    before, after = tokens["history.loss"], tokens["current.loss"]
-    return tokens.xp.where(after > before, _NOT_USABLE, tokens.xp.exp(before))
+    return tokens.xp.where(tokens.rel < 0, _NOT_USABLE, _perplexity(tokens, "history"))
 
 
 def _dpf(tokens: Tokens, params: Tau) -> Array:
-    return tokens.xp.exp(tokens["current.loss"]) - tokens.xp.exp(tokens["history.loss"])
+    return _perplexity(tokens, "current") - _perplexity(tokens, "history")
 
 
 _method = partial(Method, family="perplexity")
@@ -48,7 +53,7 @@ METHODS = (
         inputs=("history.loss",),
         formula="exp(history_loss)",
         source=_SOURCE,
-        score=lambda tokens, params: tokens.xp.exp(tokens["history.loss"]),
+        score=lambda tokens, params: _perplexity(tokens, "history"),
         policy=Where("keeps what is at most tau", _stm),
         params=StmParams,
         evidence="A",

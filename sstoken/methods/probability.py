@@ -88,7 +88,7 @@ def _mass_below(tokens: Tokens, params: Params) -> Array:
 def _infosft(tokens: Tokens, params: InfosftParams) -> Array:
     xp, p = tokens.xp, probability(tokens)
     below = xp.clip(p, None, params.P)  # from P on the weight is 0; p = 1 has no logit
-    logit = xp.log(below) - xp.log1p(-below)
+    logit = -tokens["current.loss"] - xp.log1p(-below)
     scaled = 1 - logit / (math.log(params.P) - math.log1p(-params.P))
     return xp.where(p >= params.P, 0.0, p * xp.clip(scaled, 0, None))
 
@@ -101,8 +101,8 @@ def _losses(tokens: Tokens, params: TalrParams) -> Array:
 
 
 def _talr(tokens: Tokens, params: TalrParams) -> Array:
-    weight = tokens.xp.exp(-tokens["current.loss"] / tokens.statistics["tau"])
-    return tokens.xp.clip(weight, params.w_min, None)
+    tau = max(tokens.statistics["tau"], 1e-12)  # if half of the losses are 0, only a loss of 0 has weight 1
+    return tokens.xp.clip(tokens.xp.exp(-tokens["current.loss"] / tau), params.w_min, 1)
 
 
 def _deft(tokens: Tokens, params: Params) -> Array:

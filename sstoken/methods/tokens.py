@@ -29,7 +29,7 @@ class Tokens:
     own_units: IntArray | None = None
     """[U + 1] on the host; where each unit of the scope starts: a turn, or all tokens. None: each example is one."""
     statistics: Mapping[str, Array] = field(default_factory=dict)
-    """The method's statistics by name: a scalar, or [N] where each unit has its own."""
+    """The method's statistics by name, each a scalar."""
     seed: tuple[int, ...] = (0,)
     """Seed of the method `random`."""
     positions: Array = None

@@ -180,7 +180,7 @@ class VllmGenerator(VllmModel, Generator):
 def _of_top(log_p: NDArray[np.float32]) -> Measured:
     """Return the signals that follow from the likeliest tokens' log-probabilities [n, K]; the entropy needs K = 20."""
     among = log_p - np.logaddexp.reduce(log_p.astype(np.float64), axis=1, keepdims=True)
-    entropy = -(np.exp(among) * among).sum(1).clip(max=0)
+    entropy = -(np.exp(among) * among.clip(min=-1000)).sum(1).clip(max=0)  # 0 * -inf would be NaN
     return {"max_prob": np.exp(log_p[:, 0]).clip(max=1), "entropy_top20": entropy.astype(np.float32)}
 
 

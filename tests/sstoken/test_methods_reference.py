@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sstoken.methods import METHODS, Input, Tokens, get_method
+from sstoken.signals import get_signal
 
 SIGNALS = sorted({i for m in METHODS.values() for i in m.inputs})
 RANGES = {"loss": 6.0, "loss_unconditional": 8.0, "entropy": 5.0, "entropy_top20": 2.9, "expected_rank": 40.0}
@@ -403,6 +404,33 @@ def test_numpy_and_torch_agree(name, tokens):
     assert other.keep.tolist() == outcome.keep.tolist()
     if outcome.weight is not None:
         np.testing.assert_allclose(other.weight.numpy(), outcome.weight, rtol=1e-12, atol=1e-12)
+
+
+EDGES = {
+    "loss": [0.0, 40.0, 800.0],
+    "loss_unconditional": [0.0, 800.0, math.nan],
+    "critical": [0.0, 1.0, math.nan],
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("name", [*KEPT, *WEIGHTS, "pmi-band"])
+@NO_DEADLINE
+@given(st.data(), st.lists(st.integers(0, 3), min_size=1, max_size=3).filter(any))
+def test_signals_at_the_ends_of_their_ranges_give_finite_scores_and_weights(name, data, counts):
+    """One-token answers, signals that are equal throughout, and the lowest and highest values of each."""
+    tokens, ends = make_tokens(0, counts), {}
+    for key in get_method(name.split()[0]).inputs:
+        signal = get_signal(Input(key).signal)
+        legal = EDGES.get(signal.base, [signal.low, min(signal.high, 50.0)])
+        values = st.sampled_from(legal)
+        drawn = st.lists(values, min_size=tokens.num_tokens, max_size=tokens.num_tokens)
+        ends[key] = np.array(data.draw(drawn | values.map(lambda v: [v] * tokens.num_tokens)))
+    scores, outcome = decide(name, tokens.with_(signals=tokens.signals | ends))
+    unknown = np.isnan(scores) if name.startswith("t-shirt") else np.zeros(scores.size, bool)
+    assert (np.isfinite(scores) | unknown).all()
+    assert not outcome.keep[unknown].any()
+    assert outcome.weight is None or np.isfinite(outcome.weight).all()
 
 
 def test_a_ratio_whose_product_is_not_what_it_seems():

@@ -109,7 +109,9 @@ def _compiled() -> tuple[Any, Any]:
             found += tl.sum(tl.where(columns == target, values, 0.0), 0)
             values = tl.where(inside, values, float("-inf"))
             higher = tl.maximum(high, tl.max(values, 0))
-            sum_below = sum_below * tl.exp(high - higher) + tl.sum(tl.exp(values - higher), 0)
+            # All logits so far may be -inf, and -inf - -inf is NaN.
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            sum_below = sum_below * tl.exp(high - base) + tl.sum(tl.exp(values - base), 0)
             high = higher
         tl.store(highest + row, high)
         tl.store(total + row, sum_below)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages.backends import vllm_limits
+from sstoken.stages.backends.vllm import _of_top
 from sstoken.stages.score import Score
 from tests.factories import save_model
 from tests.stages.context import make_context
@@ -197,3 +198,8 @@ def test_what_only_changes_speed_stays_out_of_the_fingerprint(installed, model):
 
 def test_the_version_is_that_of_the_build_for_cpus_too(installed):
     assert vllm_limits.installed_version() == "0.32.0"
+
+
+def test_likeliest_tokens_of_a_nearly_certain_model_have_an_entropy():
+    found = _of_top(np.array([[0.0, -np.inf, -np.inf], [np.log(0.5), np.log(0.5), -np.inf]], np.float32))
+    np.testing.assert_allclose(found["entropy_top20"], [0, np.log(2)], rtol=1e-6)
