@@ -165,8 +165,10 @@ def _beside_the_file(values: dict[str, Any], folder: Path) -> None:
             return {key: found(item) for key, item in value.items()}
         if not isinstance(value, str) or "://" in value or expanded(value).is_absolute():
             return value
-        place = str(folder / value)
-        return place if Path(place).exists() or (glob.has_magic(value) and glob.glob(place)) else value
+        if (folder / value).exists():
+            return str(folder / value)
+        matches = glob.has_magic(value) and glob.glob(value, root_dir=folder)
+        return str(Path(glob.escape(str(folder)), value)) if matches else value
 
     def visit(section: Any) -> None:
         for key, value in section.items() if isinstance(section, dict) else ():

@@ -10,7 +10,7 @@ from sstoken.errors import SstokenError, UsageError, first_line
 from sstoken.stages import folders
 from sstoken.stages.auditing import columns
 from sstoken.stages.auditing.columns import IDS
-from sstoken.stages.encoding import sources
+from sstoken.stages.encoding import row_files, sources
 from sstoken.stages.encoding.arrow_rows import rows_of
 
 BATCH = 500
@@ -137,7 +137,7 @@ def _files(path: Path, name: str) -> list[Path] | None:
     if path.is_dir() and not any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
         return _in_folder(path)
     if not path.is_dir() and "://" not in name and any(c in name for c in "*?[") and name.endswith(_ARROW):
-        return sorted(path.parent.glob(path.name)) or None
+        return sorted(map(Path, row_files.matches(name))) or None
     return None
 
 

@@ -2,10 +2,12 @@
 
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -44,6 +46,14 @@ def kind(path: str) -> str | None:
     if match is None:
         return None
     return "jsonl" if match[1] == "ndjson" else match[1]
+
+
+def matches(pattern: str) -> list[str]:
+    """Return the absolute local paths that a path's pattern matches.
+
+    fsspec would read a `[` in the current folder's name as part of the pattern.
+    """
+    return [os.path.abspath(path) for path in glob(os.path.expanduser(pattern), recursive=True)]
 
 
 def is_visible(path: str) -> bool:

@@ -228,7 +228,8 @@ def _locate_files(data: str) -> list[File]:
         raise UsageError(f"data {shown(data)!r}: cannot be opened ({first_line(error)})") from error
     literal = is_local(filesystem) and Path(path).is_file()
     if any(c in path for c in "*?[") and not literal:
-        paths = sorted(p for p in remote(filesystem.glob, path, shown(data)) if row_files.is_visible(p))
+        found = remote(filesystem.glob, path, shown(data)) if "://" in data else row_files.matches(data)
+        paths = sorted(filter(row_files.is_visible, found))
         if not paths:
             raise UsageError(f"data {shown(data)!r}: no file matches the pattern; name files that are there")
     elif literal or remote(filesystem.info, path, shown(data))["type"] == "file":

@@ -15,6 +15,7 @@ from sstoken.pipeline import api
 from sstoken.pipeline.checkpoint_names import named_checkpoints
 from sstoken.pipeline.config import load_config
 from sstoken.stages import tables
+from sstoken.stages.encoding.sources import locate
 from tests import factories
 from tests.pipeline.worlds import SHARD_ROWS, World, copy_model, snapshot
 
@@ -59,6 +60,20 @@ def test_the_model_to_train_can_be_another(tmp_path: Path) -> None:
 def test_sections_with_nothing_under_them_have_their_defaults(tmp_path: Path) -> None:
     plain = load_config(write(tmp_path, MINIMAL))
     assert load_config(write(tmp_path, MINIMAL + "score:\nselect:\n  # rho: 0.5\n")) == plain
+
+
+def test_a_pattern_beside_the_file_in_a_folder_whose_name_reads_as_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("runs[1]", "runs1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text('{"a": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "runs[1]", MINIMAL.replace("data: d", "data: '*.jsonl'"))
+    for folder in (".", "runs[1]"):
+        monkeypatch.chdir(folder)
+        (file,) = locate(load_config(path).encode.data)
+        assert file.path == str(tmp_path / "runs[1]" / "rows.jsonl")
 
 
 def test_overrides(tmp_path: Path) -> None:
