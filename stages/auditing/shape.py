@@ -28,7 +28,7 @@ class Shape:
     """The marks of one template, in the bytes of `Vocabulary.bytes_of`."""
 
     openers: dict[str, list[str]] = field(default_factory=dict)
-    """The texts that open a turn, by role: user, assistant, tool."""
+    """The texts that open a turn, by role: user, assistant, tool, system."""
     closers: set[int] = field(default_factory=set)
     """Tokens that end an assistant turn: those that stop generation, and those that the template prints after one."""
     last_closers: set[int] = field(default_factory=set)
@@ -80,6 +80,7 @@ def learn(template: ChatTemplate, vocabulary: Vocabulary) -> Shape:
         shape.bos_opens_turns = text.count(bos) > 1
     _learn_reasoning(shape, probe)
     _learn_tools(shape, probe, vocabulary)
+    _learn_between(shape, probe, {"role": "system", "content": _RESULT}, _user(_ASKED_MORE))
     printed = {i for token, i in vocabulary.ids.items() if token in template.source}
     shape.printed = frozenset(printed | set(shape.closers) | _ids_in(text, vocabulary))
     if not _found_again(shape, text, vocabulary):
@@ -201,7 +202,7 @@ def _learn_reasoning(shape: Shape, probe: _Probe) -> None:
 def _learn_tools(shape: Shape, probe: _Probe, vocabulary: Vocabulary) -> None:
     text = probe.text([*_called(), _says(_SAID)], [_DEFINITION])
     if text is None or not text.find(_ASKED) < text.find(_VALUE) < text.find(_RESULT):
-        _learn_results(shape, probe)
+        _learn_between(shape, probe, _result())  # the template may print results, but no calls
         return
     before = _after_header(text.rpartition(_ASKED)[2].partition(_VALUE)[0].partition(_TOOL)[0], shape)
     tags = [tag for tag in _TAG.findall(before) if tag not in shape.thoughts]
@@ -221,15 +222,15 @@ def _learn_tools(shape: Shape, probe: _Probe, vocabulary: Vocabulary) -> None:
         shape.openers["assistant"] += _TAG.findall(answered)[-1:]
 
 
-def _learn_results(shape: Shape, probe: _Probe) -> None:
-    """Find what opens a tool's turn where the template prints results, but no calls."""
-    text = probe.text([_user(_ASKED), _says(_SAID), _result(), _says(_SAID_MORE)])
+def _learn_between(shape: Shape, probe: _Probe, message: Message, *following: Message) -> None:
+    """Find what opens the turn of a message after an answer, which says `_RESULT`, and may have others behind it."""
+    text = probe.text([_user(_ASKED), _says(_SAID), message, *following, _says(_SAID_MORE)])
     if text is None or not text.find(_SAID) < text.find(_RESULT) < text.find(_SAID_MORE):
         return
     gap = text.rpartition(_SAID_MORE)[0].rpartition(_RESULT)[0].rpartition(_SAID)[2]
     opener = gap[len(_prefix(gap, _after(probe.text([_user(_ASKED), _says(_SAID)]), _SAID))) :].lstrip()
-    if _TAG.search(opener) and opener not in shape.openers["user"]:
-        shape.openers["tool"] = [opener]
+    if _TAG.search(opener) and not any(opener.startswith(known.strip()) for known in shape.openers["user"]):
+        shape.openers[message["role"]] = [opener]
 
 
 def _after_header(text: str, shape: Shape) -> str:

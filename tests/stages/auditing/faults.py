@@ -203,6 +203,16 @@ def result_trained(rows: list[Row]) -> None:
     labels[stop + 20 : stop + 24] = ids[stop + 20 : stop + 24]
 
 
+@fault("prompt-trained")
+def system_prompt_between_turns_trained(rows: list[Row]) -> None:
+    talk = datasets.talk(2, 2)
+    talk.insert(2, {"role": "system", "content": "Answer in one word from now on."})
+    rows[THIRD] = datasets.sound_row(datasets.chatml(), talk)
+    ids, labels = third(rows)
+    _, stop = next(spans(labels))
+    labels[stop + 20 : stop + 24] = ids[stop + 20 : stop + 24]
+
+
 @fault("generation-prompt-trained", "thinking")
 def header_trained_before_reasoning(rows: list[Row]) -> None:
     ids, labels = third(rows)
@@ -238,6 +248,12 @@ def start_left_out(rows: list[Row]) -> None:
     _, labels = third(rows)
     start, _ = next(spans(labels))
     labels[start] = -100
+
+
+@fault("answer-start-not-trained")
+def special_start_left_out(rows: list[Row]) -> None:
+    start, _ = next(spans(third(rows)[1]))
+    insert(rows, start, token("<|odd|>"), -100)
 
 
 @fault("turns-not-found")
