@@ -74,7 +74,9 @@ class Shard:
     def text(self) -> ResponseText:
         """The text of the response tokens."""
         ids = tables.flatten(self.table["input_ids"])[0][self.response]
-        return ResponseText(ids, self.turns, self.tokens.parent / "tokenizer")
+        at_most = tables.read_metadata(self.tokens).get("max_length")
+        cut = places(self.offsets)[self.response][self.turns[1:] - 1] + 1 == at_most
+        return ResponseText(ids, self.turns, self.tokens.parent / "tokenizer", cut)
 
     @cached_property
     def measured(self) -> Tokens:

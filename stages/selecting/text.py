@@ -65,6 +65,8 @@ class ResponseText:
     turns: IntArray
     """[U + 1], where each turn starts."""
     tokenizer: Path
+    cut: BoolArray | None = None
+    """[U]: whether a turn ends where its example was truncated; None: none does."""
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -119,11 +121,15 @@ class ResponseText:
         }
 
     def _ends(self) -> BoolArray:
-        """Return each turn's last token, and the special tokens and whitespace at its end."""
+        """Return each turn's last token, and the special tokens and whitespace at its end.
+
+        A truncated turn may have no end: its last token counts only if special.
+        """
         special = _loaded(self.tokenizer).special
         ends = np.zeros(len(self.ids), dtype=bool)
-        for a, b in zip(self.turns[:-1], self.turns[1:], strict=True):
-            at, found = b - 1, b - 1
+        cut = np.zeros(len(self.turns) - 1, bool) if self.cut is None else self.cut
+        for a, b, truncated in zip(self.turns[:-1], self.turns[1:], cut, strict=True):
+            at, found = b - 1, b if truncated else b - 1
             while at >= a and (int(self.ids[at]) in special or not self.pieces[at].strip()):
                 if int(self.ids[at]) in special:
                     found = at

@@ -225,24 +225,38 @@ def test_a_budget_keeps_the_best_tokens_of_the_dataset(inputs, tmp_path, budget)
     assert metrics["kept"] == min(budget, len(scores))
 
 
-def test_each_turn_is_selected_by_itself(tmp_path):
+def one_example(tmp_path, mask, loss, **more):
+    """Write the tokens and losses of an example; `more` is metadata of the tokens."""
     folders = {name: tmp_path / name for name in ("tokens", "current")}
     for folder in folders.values():
         folder.mkdir()
     save_tokenizer(folders["tokens"] / "tokenizer")
-    mask = [False, True, True, True, True, False, True, True, False]
-    loss = [None, 4.0, 3.0, 2.0, 1.0, None, 0.1, 0.2, None]
-    table = pa.table([["a"], [list(range(1, 10))], [mask]], schema=tables.TOKENS)
+    table = pa.table([["a"], [list(range(1, len(mask) + 1))], [mask]], schema=tables.TOKENS)
     said = {joins.TOKENS: joins.tokens_fingerprint(table)}
-    facts = {"kind": "tokens", "tokenizer": {"fingerprint": "f", "name": "t"}, "stats": {}} | said
+    facts = {"kind": "tokens", "tokenizer": {"fingerprint": "f", "name": "t"}, "stats": {}} | said | more
     tables.write_part(folders["tokens"] / tables.part_name(0), table, facts)
     scores = pa.table({"example_id": ["a"], "loss": pa.array([loss], tables.VALUES)})
     about = {"kind": "scores", "checkpoint": "c", "dtype": "float32"} | said
     tables.write_part(folders["current"] / tables.part_name(0), scores, about)
+    return folders
+
+
+def test_each_turn_is_selected_by_itself(tmp_path):
+    mask = [False, True, True, True, True, False, True, True, False]
+    folders = one_example(tmp_path, mask, [None, 4.0, 3.0, 2.0, 1.0, None, 0.1, 0.2, None])
     by_turn, _ = select(folders, tmp_path / "turn", method="loss", rho=0.5, scope="turn")
     assert masks(by_turn) == [[True, True, False, False, False, True]]
     by_example, _ = select(folders, tmp_path / "sample", method="loss", rho=0.5)
     assert masks(by_example) == [[True, True, True, False, False, False]]
+
+
+@pytest.mark.parametrize(("max_length", "kept"), [(9, [4, 7]), (10, [4, 7, 8])])
+def test_a_truncated_turn_has_no_end_to_protect(tmp_path, max_length, kept):
+    mask = [False, True, True, True, True, False, True, True, True]
+    loss = [None, 0.1, 0.1, 0.1, 0.1, None, 0.1, 9.0, 0.1]
+    folders = one_example(tmp_path, mask, loss, max_length=max_length)
+    rows, _ = select(folders, tmp_path / "out", method="loss", rho=0.1, protect=("end_of_turn",))
+    assert np.flatnonzero(rows[0]["keep_mask"]).tolist() == kept
 
 
 def test_protected_tokens_are_kept_and_counted(inputs, tmp_path):
