@@ -7,9 +7,10 @@ rendering: if the template drops one, the row is bad, unless the user allows it.
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sstoken.errors import SstokenError, first_line
@@ -203,16 +204,16 @@ class ChatEncoder:
     def _special_tokens_in(self, conversation: Conversation) -> tuple[str, ...]:
         if self._specials is None:
             return ()
-        for index, message in enumerate(conversation.messages):
-            for key in ("content", "reasoning_content"):
-                match = self._specials.search(message.get(key) or "")
-                if match and self._options.keep_special_tokens:
-                    return (SPECIAL_KEPT,)
-                if match:
-                    raise BadRow(
-                        "special token in the text",
-                        f"turn {index + 1} holds {match[0]!r}; remove it, or take it with --keep-special-tokens",
-                    )
+        turns = ((f"turn {number} holds", turn) for number, turn in enumerate(conversation.messages, 1))
+        for where, value in (*turns, ("the tools hold", conversation.tools)):
+            match = next(filter(None, map(self._specials.search, _texts(value))), None)
+            if match and self._options.keep_special_tokens:
+                return (SPECIAL_KEPT,)
+            if match:
+                raise BadRow(
+                    "special token in the text",
+                    f"{where} {match[0]!r}; remove it, or take it with --keep-special-tokens",
+                )
         return ()
 
     @cached_property
@@ -228,6 +229,17 @@ class ChatEncoder:
     def _adds_bos(self) -> bool:
         ids = self.tokenizer("a", verbose=False)["input_ids"]
         return self.tokenizer.bos_token_id is not None and ids[:1] == [self.tokenizer.bos_token_id]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the keys and strings of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from map(str, value)
+        yield from chain.from_iterable(map(_texts, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_texts, value))
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:

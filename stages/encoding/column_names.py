@@ -69,7 +69,7 @@ _NAME_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 @lru_cache(maxsize=4096)
 def kind_of_name(name: str) -> Literal["metadata", "conversation", "unknown"]:
     """Classify a column by its name: metadata about the row, text of a conversation, or unknown."""
-    words = _parts(name)
+    words = words_of(name)
     if not words:
         return "unknown"
     if words[-1] in _METADATA or words[0] in _METADATA_FIRST:
@@ -80,16 +80,18 @@ def kind_of_name(name: str) -> Literal["metadata", "conversation", "unknown"]:
 @lru_cache(maxsize=4096)
 def is_media(name: str) -> bool:
     """Return whether a column of that name holds images, video or audio, or paths to them."""
-    words = set(_parts(name))
+    words = set(words_of(name))
     return bool(words & _MEDIA) and words <= _MEDIA | _MEDIA_FORMS
 
 
 def likely_roles(name: str) -> list[str]:
     """Return the roles that a column of that name could play, likeliest first."""
-    words = _parts(name)
+    words = words_of(name)
     found = [role for role, marks in _ROLES.items() if marks.intersection(words)]
     return [*found, *(role for role in ("context", "input", "system") if role not in found)]
 
 
-def _parts(name: str) -> list[str]:
+@lru_cache(maxsize=4096)
+def words_of(name: str) -> list[str]:
+    """Return the words of a name in lower case: `lastTurn_only` is last, turn, only."""
     return [word.lower() for word in _NAME_PARTS.findall(name)]

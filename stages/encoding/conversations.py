@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sstoken.stages.encoding.content_parts import read_content
-from sstoken.stages.encoding.json_values import json_or_text, says_something
+from sstoken.stages.encoding.json_values import json_or_text, says_something, turns_or_text
 from sstoken.stages.encoding.layouts import REQUIRED, Beside, Layout
-from sstoken.stages.encoding.marks import PROMPTS_TOO, list_marks, row_mark
+from sstoken.stages.encoding.marks import PROMPTS_TOO, list_marks, refuse_unknown_marks, row_mark
 from sstoken.stages.encoding.messages import MAX_CHARS, BadRow, Conversation, check_messages, check_text
 from sstoken.stages.encoding.preference import wanted
 from sstoken.stages.encoding.tool_calls import read_tools
@@ -17,6 +17,7 @@ UNTRAINED = "answers left out of the response by a mark"
 PROMPT_MARKED = "prompt turns marked to be trained on (answers alone are)"
 _SWITCHES = ("on", "off", "true", "false", "yes", "no")
 EARLIER = "answers before the wanted one, not trained on"
+IN_PROMPT = "answers in the prompt column, not trained on"
 WANTED = "wanted answers of preference rows"
 
 
@@ -40,11 +41,14 @@ def to_conversation(row: Any, layout: Layout, max_chars: int = MAX_CHARS) -> Con
     turns = _PARSERS[layout.format](row, layout)
     left = [(name, name, row[name]) for name in beside.others]
     left += [(f"messages[].{key}", key.rpartition(".")[2], values) for key, values in turns.others.items()]
+    others = [each for each in left if each[1] not in layout.ignored]
+    refuse_unknown_marks(others, (len(turns.answers), sum(turns.answers)))
     tools = read_tools(layout.get(row, "tools"))
     notes = [PROMPT_MARKED] * turns.marked_prompts
     untrained = _untrained(row, turns, beside, notes)
     if judged:
         untrained |= _before_the_last_prompt(turns, untrained, notes)
+    untrained |= _in_prompt(turns, untrained, notes)
     messages = _with_system(row, layout, turns)
     untrained = {index + len(messages) - len(turns.messages) for index in untrained}
     unused = check_unused(left, messages, layout) if left else []
@@ -65,16 +69,17 @@ def _from_turns(row: Mapping[str, Any], layout: Layout) -> Turns:
 
 
 def _from_prompt(row: Mapping[str, Any], layout: Layout) -> Turns:
-    sides: list[Any] = []
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = layout.get(row, column)
-        turns = [value] if isinstance(value, Mapping) else json_or_text(value)
-        # A plain prompt may itself be a JSON list, such as [1, 2]; a list of objects is a conversation.
-        is_turns = isinstance(turns, list) and (
-            not isinstance(value, str) or (bool(turns) and all(isinstance(turn, Mapping) for turn in turns))
+    asked, said = (
+        value if isinstance(value, list) else [{"role": role, "content": value}]
+        for role, value in (
+            ("user", turns_or_text(layout.get(row, "prompt"))),
+            ("assistant", turns_or_text(layout.get(row, "completion"))),
         )
-        sides += turns if is_turns else [{"role": role, "content": value}]
-    return _read(row, layout, _with_context(row, layout, sides))
+    )
+    turns = _read(row, layout, _with_context(row, layout, [*asked, *said]))
+    stop = len(turns.speakers) - len(said)
+    turns.in_prompt = range(stop - len(asked), stop)
+    return turns
 
 
 def _from_alpaca(row: Mapping[str, Any], layout: Layout) -> Turns:
@@ -203,6 +208,14 @@ def _before_the_last_prompt(turns: Turns, untrained: set[int], notes: list[str])
     earlier = {i for i in range(last) if roles[i] == "assistant"} - untrained
     notes += [WANTED, *[EARLIER] * len(earlier)]
     return earlier
+
+
+def _in_prompt(turns: Turns, untrained: set[int], notes: list[str]) -> set[int]:
+    """Return the answers in the prompt column: as in TRL, only the completion is trained on."""
+    roles = enumerate(message["role"] for message in turns.messages)
+    given = {i for i, role in roles if role == "assistant" and turns.turn[i] in turns.in_prompt} - untrained
+    notes += [IN_PROMPT] * len(given)
+    return given
 
 
 def _check_media(row: Mapping[str, Any], beside: Beside) -> None:

@@ -1,9 +1,10 @@
-"""JSON values. Parsing is lossless: integers of any size, and duplicate keys are errors."""
+"""JSON values. Parsing is lossless: numbers of any size, and duplicate keys are errors."""
 
 import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from sstoken.stages.encoding.messages import BadRow
@@ -47,6 +48,23 @@ def json_or_text(value: Any, opening: str = "[") -> Any:
     return value
 
 
+def turns_or_text(value: Any) -> Any:
+    """Parse `value` if it is JSON text of turns; any other JSON text, such as an answer in JSON, stays text.
+
+    Returns a list of turns for one turn and for an object with `messages`, and any other value as it is.
+    """
+    parsed = json_or_text(value, "[{")
+    if isinstance(parsed, Mapping):
+        parsed = parsed.get("messages", [parsed])
+    if isinstance(value, str) and not (isinstance(parsed, list) and parsed and all(map(_is_turn, parsed))):
+        return value
+    return parsed
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and not value.keys().isdisjoint(("role", "from"))
+
+
 def says_something(value: Any) -> bool:
     """Return whether a value is not empty, in any of the usual spellings of empty."""
     if isinstance(value, str):
@@ -64,7 +82,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
+def _number(text: str) -> Any:
+    """Return the float that is printed as this number; a Decimal if none is, which `check_text` refuses."""
+    number = float(text)
+    if repr(number) == text:
+        return number
+    try:
+        exact = Decimal(text)
+    except InvalidOperation:
+        raise ValueError(f"the number {text[:40]} is out of range") from None
+    # The shortest form, and the one of 17 digits that C and others print.
+    return number if exact in (Decimal(repr(number)), Decimal(f"{number:.17g}")) else exact
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number)
 _PLAIN = json.JSONDecoder(parse_int=str, parse_float=str)
 """Finds the end of a value that `DECODER` refuses."""
 

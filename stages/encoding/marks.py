@@ -1,9 +1,10 @@
 """Marks that say whether a turn is trained on, in the spellings of various trainers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sstoken.stages.encoding.messages import BadRow
+from sstoken.stages.encoding.column_names import words_of
+from sstoken.stages.encoding.messages import BadRow, NeedsDecision
 
 TURN_MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask", "mask")
 """Message keys of OpenAI and SlimOrca, LLaMA-Factory, Axolotl, ..., XTuner and ms-swift."""
@@ -14,6 +15,9 @@ PROMPTS_TOO = ("train_on_input", "train_on_inputs", "train_on_prompt")
 _UNKNOWN_SENSE = "mask"
 """In some datasets 1 means trained on, in others masked out; the marks of user turns tell which."""
 _WORDS = {"true": True, "yes": True, "false": False, "no": False}
+_OF_TRAINING = ("train", "learn", "loss")
+_LIKE_MARKS = (*_OF_TRAINING, "mask", "unmask", "weight", "supervis", "ignor", "skip")
+"""How words begin in the names of other marks, such as `train_on_turn`, `loss_scale` and `masked`."""
 
 
 def _read_mark(value: Any, name: str, where: str) -> bool:
@@ -95,6 +99,31 @@ def row_mark(value: Any, name: str) -> bool:
         return name == _UNKNOWN_SENSE or _read_mark(value, name, "column")
     except BadRow:
         return True
+
+
+def refuse_unknown_marks(values: Iterable[tuple[str, str, Any]], lengths: Collection[int]) -> None:
+    """Refuse keys and columns that look like marks and are none that this module knows.
+
+    Args:
+        values: as for `check_unused`.
+        lengths: how many marks a column may hold: one per turn, or one per answer.
+
+    Raises:
+        NeedsDecision: a mark of unknown sense.
+    """
+    for shown, name, value in values:
+        of_turns = shown != name
+        marks = value if isinstance(value, list) else [value]
+        fits = of_turns or isinstance(value, bool) or (isinstance(value, list) and len(marks) in lengths)
+        beginnings = _OF_TRAINING if isinstance(value, bool) else _LIKE_MARKS
+        if not fits or not any(word.startswith(beginnings) for word in words_of(name)):
+            continue
+        if all(isinstance(mark, bool) or mark in (0, 1) or str(mark).lower() in _WORDS for mark in marks):
+            raise NeedsDecision(
+                "unclear mark",
+                f"{shown} seems to say what is trained on; name it {'train' if of_turns else 'loss_mask'} (true: "
+                f"trained), or leave it out with --ignore-column {name}",
+            )
 
 
 def _trained(name: str, marks: list[bool | None], answers: Sequence[bool]) -> list[bool | None]:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from sstoken.stages.encoding.column_names import kind_of_name
-from sstoken.stages.encoding.json_values import json_or_text, says_something
+from sstoken.stages.encoding.json_values import json_or_text, says_something, turns_or_text
 from sstoken.stages.encoding.messages import BadRow, NeedsDecision, PassedOver
 
 PREFERENCE = "preference row"
@@ -16,7 +16,7 @@ _WANTED = ("chosen", "preferred", "accepted", "wanted")
 """For each name of the unwanted answer, the name of the wanted one: LLaMA-Factory and TRL, OpenAI, others."""
 _VERDICTS = ("kto_tag", "kto_label", "desirable", "is_desirable", "label")
 """Boolean columns that say whether the row's answer is wanted: LLaMA-Factory, ..., TRL."""
-_WORDS = {"true": True, "false": False}
+_WORDS = {"true": True, "false": False, "1": 1, "0": 0}
 _TURNS = ("messages", "conversations", "conversation")
 _ANSWERS = {"prompt": "completion", "instruction": "output", "question": "answer", "query": "answer"}
 """Columns of a plain prompt, and the role of its answer."""
@@ -42,12 +42,13 @@ def wanted(
         if not take:
             raise _refused(f"{', '.join(rejected)} holds an unwanted answer", rejected)
         return _with_answer(row, rejected), True
-    verdict = next((name for name in verdicts if _verdict(row[name], name) is not None), None)
+    of_completion = "completion" in row
+    verdict = next((name for name in verdicts if _verdict(row[name], name, of_completion) is not None), None)
     if verdict is None:
         return row, False
     if not take:
         raise _refused(f"{verdict} says whether the answer is wanted (true) or not", [verdict])
-    if not _verdict(row[verdict], verdict):
+    if not _verdict(row[verdict], verdict, of_completion):
         raise PassedOver("unwanted answer", f"{verdict} is false")
     return {name: value for name, value in row.items() if name != verdict}, True
 
@@ -63,10 +64,10 @@ def _is_answer(value: Any) -> bool:
     return isinstance(value, str | list | Mapping) and says_something(value)
 
 
-def _verdict(value: Any, name: str) -> bool | None:
+def _verdict(value: Any, name: str, of_completion: bool) -> bool | None:
     if isinstance(value, str):
-        return _WORDS.get(value.strip().lower())
-    if value in (0, 1) and name != "label":  # a numeric label is a class
+        value = _WORDS.get(value.strip().lower())
+    if value in (0, 1) and (name != "label" or of_completion):  # other numeric labels are classes
         return bool(value)
     return value if isinstance(value, bool) else None
 
@@ -87,9 +88,7 @@ def _with_answer(row: Mapping[str, Any], rejected: list[str]) -> dict[str, Any]:
     )
     if chosen is None:  # the row is already a demonstration, plus an unwanted answer
         return rest
-    answer = json_or_text(rest.pop(chosen), "[{")
-    if isinstance(answer, Mapping):
-        answer = answer.get("messages", [answer])
+    answer = turns_or_text(rest.pop(chosen))
     is_turns = isinstance(answer, list) and all(isinstance(turn, Mapping) for turn in answer)
     if not is_turns and not isinstance(answer, str):
         raise BadRow(PREFERENCE, f"column {chosen} is neither text nor messages")

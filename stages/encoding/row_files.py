@@ -58,7 +58,8 @@ def matches(pattern: str) -> list[str]:
 
 def is_visible(path: str) -> bool:
     """Whether a pattern should match it: hidden files and markers such as `_SUCCESS` are skipped."""
-    return not PurePosixPath(path).name.startswith((".", "_"))
+    name = PurePosixPath(path).name
+    return not name.startswith(".") and (not name.startswith("_") or kind(name) is not None)
 
 
 def read(stream: Any, name: str, *, parse: bool = True) -> Iterator[Parsed]:
@@ -105,6 +106,11 @@ _OTHERS = {
     b"pk\x03\x04": "a zip archive or a spreadsheet; name an archive .zip, and save a sheet as .csv",
     b"par1": "a Parquet file; name it .parquet",
     b"\x1f\x8b": "compressed with gzip; add .gz to its name",
+    b"bzh91ay&sy": "compressed with bzip2; add .bz2 to its name",
+    b"\xfd7zxz": "compressed with xz; add .xz to its name",
+    b"(\xb5/\xfd": "compressed with zstd; add .zst to its name",
+    b"\xff\xfe": "UTF-16 text; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16 text; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8",
 }
 """What a file is, by its first bytes in lower case."""
 
@@ -138,14 +144,18 @@ def json_value(text: bytes) -> tuple[Any, Problem | None]:
     try:
         return parse_json(text.decode("utf-8", "surrogatepass")), None
     except UnicodeDecodeError as wrong:
-        where = f"byte 0x{text[wrong.start]:02X} at {wrong.start}"
-        return None, ("not UTF-8", f"{where}; convert the file, for example with iconv")
+        return None, ("not UTF-8", _not_utf8(wrong))
     except DuplicateKeyError as error:
         return None, ("duplicate key", str(error))
     except json.JSONDecodeError as error:
         return None, ("broken JSON", f"{_explained(error)} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # too many digits, or nested too deep
         return None, ("broken JSON", str(error)[:100])
+
+
+def _not_utf8(wrong: UnicodeDecodeError) -> str:
+    where = f"byte 0x{wrong.object[wrong.start]:02X} at {wrong.start}"
+    return f"{where}; convert the file, for example with iconv"
 
 
 def _explained(error: json.JSONDecodeError) -> str:
@@ -182,8 +192,11 @@ def _json_array(stream: Any, name: str) -> Iterator[Parsed]:
         for value, problem in elements(stream):
             yield Parsed(f"row {index}", value, problem)
             index += 1
+    except UnicodeDecodeError as error:
+        raise SstokenError(f"{name}: not UTF-8, in or soon after row {index}: {_not_utf8(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise SstokenError(f"{name}: broken JSON after row {index - 1} ({first_line(error)})") from error
+        where = f"after row {index - 1}" if index else "in its first row"
+        raise SstokenError(f"{name}: broken JSON {where} ({first_line(error)})") from error
 
 
 def _parquet(stream: Any, name: str) -> Iterator[Parsed]:
@@ -268,5 +281,9 @@ def _csv(stream: Any, name: str) -> Iterator[Parsed]:
             uneven = None in value or None in value.values()
             problem = ("broken CSV", f"{len(reader.fieldnames or ())} columns expected") if uneven else None
             yield Parsed(f"line {reader.line_num}", None if uneven else value, problem)
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise SstokenError(
+            f"{name}: not UTF-8, soon after line {reader.line_num}: {_not_utf8(error)}"
+        ) from error
+    except csv.Error as error:
         raise SstokenError(f"{name}: broken CSV near line {reader.line_num} ({first_line(error)})") from error

@@ -8,19 +8,23 @@ from sstoken.stages.encoding.messages import BadRow
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 """Where a call keeps its arguments: OpenAI and most others, Llama 3, Anthropic, LangChain."""
+_IDS = ("id", "tool_call_id", "call_id")
+Unused = tuple[str, Any]
+"""A key that ends up in no message, and its value."""
 
 
-def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
+def read_calls(value: Any, where: str, unused: list[Unused]) -> list[dict[str, Any]]:
     """Parse calls into `{"type": "function", "function": {"name", "arguments"}}`, with `id` if present.
 
-    The value is a call or a list of them, possibly as JSON text. A call may be a bare name and arguments.
+    The value is a call or a list of them, possibly as JSON text. A call may be a bare name and arguments. What else it
+    has is appended to `unused`.
 
     Raises:
         BadRow: a call has no name, or its arguments are not a JSON object.
     """
     parsed = _parsed(value, where)
     calls = parsed if isinstance(parsed, list) else [parsed]
-    return [_call(_parsed(call, where), where) for call in calls]
+    return [_call(_parsed(call, where), where, unused) for call in calls]
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
@@ -49,7 +53,7 @@ def _parsed(value: Any, where: str) -> Any:
         raise BadRow("bad tool call", f"{where}: not JSON ({str(error)[:80]})") from error
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _call(call: Any, where: str, unused: list[Unused]) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if isinstance(function, str):  # {"function": "name", "arguments": {...}}
         function = {**call, "name": function}
@@ -57,12 +61,14 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
         raise BadRow("bad tool call", f"{where}: a call without a name")
-    given = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), None)
+    key = next((key for key in _ARGUMENTS if function.get(key) is not None), None)
+    given = None if key is None else function[key]
     arguments = {} if given is None or given == "" else _parsed(given, where)
     if not isinstance(arguments, Mapping):
         raise BadRow("bad tool call", f"{where}: the arguments of {name} are not a JSON object")
-    ids = (call.get(key) for key in ("id", "tool_call_id", "call_id"))
-    identity = next((value for value in ids if value is not None), None)
+    read = ("type", "function", "name", key, *_IDS)
+    unused += [(str(name), value) for name, value in {**call, **function}.items() if name not in read]
+    identity = next((call[key] for key in _IDS if call.get(key) is not None), None)
     known = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
     return known if identity is None else known | {"id": identity}
 

@@ -8,7 +8,7 @@ from sstoken.stages.encoding.content_parts import read_content
 from sstoken.stages.encoding.json_values import json_or_text
 from sstoken.stages.encoding.marks import TURN_MARKS, count_marked, turn_marks
 from sstoken.stages.encoding.messages import REASONING, BadRow, Message
-from sstoken.stages.encoding.tool_calls import read_calls
+from sstoken.stages.encoding.tool_calls import Unused, read_calls
 
 ROLES = {
     "system": "system",
@@ -54,6 +54,8 @@ class Turns:
     """For each message, whether its own marks allow training on it."""
     speakers: list[str] = field(default_factory=list)
     """For each turn of the row's list, its speaker as written there."""
+    in_prompt: range = range(0)
+    """The turns of the row's list that a prompt column holds."""
     marked_prompts: int = 0
     """The number of turns that are not answers but are marked as trained on."""
     others: dict[str, list[Any]] = field(default_factory=dict)
@@ -147,22 +149,23 @@ def _add(turns: Turns, turn: Mapping[str, Any], role: str, index: int, trained: 
         if turn[key] != said:
             turns.leave(key, turn[key])
     if role == "call":
-        calls = read_calls(said, where)
+        calls = _calls(turns, "", said, where)
         if turns.messages and turns.messages[-1]["role"] == "assistant":
             _join_calls(turns, calls, trained, where)
         else:
             turns.add({"role": "assistant", "content": "", "tool_calls": calls}, index, trained)
         return
     content = read_content(said, where)
-    for key in content.unused:
-        turns.leave(f"content[].{key}", True)
+    for key, value in content.unused:
+        turns.leave(f"content[].{key}", value)
     for result in content.results:
         turns.add(result, index, True)
     if content.results and not (content.text.strip() or content.calls or content.reasoning):
         return
     message: Message = {"role": role, "content": content.text}
-    given = [turn[key] for key in ("tool_calls", "function_call") if turn.get(key)]
-    calls = content.calls + [call for each in given for call in read_calls(each, where)]
+    calls = content.calls + _calls(turns, "tool_calls[].", turn.get("tool_calls") or [], where)
+    older = _calls(turns, "function_call.", turn.get("function_call") or [], where)
+    calls += [call for call in older if call["function"] not in [c["function"] for c in calls]]
     reasoning = _reasoning(turn, content.reasoning, where)
     if (calls or reasoning) and role != "assistant":
         raise BadRow("bad message", f"{where} is from {role} and holds tool calls or reasoning")
@@ -174,9 +177,20 @@ def _add(turns: Turns, turn: Mapping[str, Any], role: str, index: int, trained: 
     turns.add(message, index, trained)
 
 
+def _calls(turns: Turns, place: str, value: Any, where: str) -> list[dict[str, Any]]:
+    """Parse calls that stand at a place such as `tool_calls[].`; remember what of them ends up in no message."""
+    unused: list[Unused] = []
+    calls = read_calls(value, where, unused)
+    for key, left in unused:
+        turns.leave(place + key, left)
+    return calls
+
+
 def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:
-    given = {of_parts} | {read_content(turn.get(key), where).text for key in REASONING if turn.get(key)}
-    given.discard("")
+    contents = [read_content(turn[key], where) for key in REASONING if turn.get(key)]
+    if any(content.calls or content.results for content in contents):
+        raise BadRow("not text", f"{where}: a reasoning that holds more than text")
+    given = {of_parts, *(content.reasoning + content.text for content in contents)} - {""}
     if len(given) > 1:
         raise BadRow("bad message", f"{where} holds two different reasonings")
     return given.pop() if given else ""

@@ -262,6 +262,17 @@ def test_special_tokens_in_a_text_make_a_bad_row_or_are_noted(tokenizer) -> None
     assert encode(make(tokenizer, CHATML), TALK).notes == ("examples with special tokens in their text",)
 
 
+@pytest.mark.parametrize("place", ["the tools hold", "turn 2 holds"])
+def test_special_tokens_in_calls_and_tools_make_a_bad_row(place, tokenizer) -> None:
+    call = {
+        "function": {"name": "f", "arguments": {"x": ["<|im_end|>" if place != "the tools hold" else ""]}}
+    }
+    tools = [{"function": {"name": "f", "description": "<|im_end|>"}}] if place == "the tools hold" else None
+    talk = Conversation([*conversation("hello"), {"role": "assistant", "tool_calls": [call]}], tools)
+    with pytest.raises(BadRow, match=rf"{place} '<\|im_end\|>'"):
+        ChatEncoder(tokenizer, EncoderOptions(chat_template=CHATML)).encode(talk)
+
+
 def test_turns_that_a_row_marks_are_no_response(tokenizer) -> None:
     talk = Conversation(conversation("hello", "there", "my", "friend"), untrained=frozenset([1]))
     for template in (CHATML, unmarked(CHATML)):

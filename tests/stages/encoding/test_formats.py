@@ -165,6 +165,12 @@ def test_values_of_json_are_kept(value, name, tmp_path) -> None:
     assert notes == ()
 
 
+@pytest.mark.parametrize("text", ["0.10000000000000001", "1.50", "1E5"])
+def test_numbers_may_be_written_in_other_ways(text, tmp_path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps(call_with({"x": 0.5})).replace("0.5", text))
+    assert arguments_of(tmp_path / "d.jsonl")[0] == {"x": float(text)}
+
+
 def test_nulls_that_parquet_invents_are_left_out_and_told(tmp_path) -> None:
     calls = [call_with({"city": "Oslo"}), call_with({"city": "Rome", "unit": None}), call_with({"unit": "C"})]
     pq.write_table(pa.Table.from_pylist(calls), tmp_path / "d.parquet")
@@ -220,6 +226,9 @@ def test_decimals_and_dates_of_parquet(tmp_path) -> None:
         ('{"question": "\\ud800", "answer": "A"}', "lone surrogate"),
         (json.dumps(call_with({"x": float("nan")})), "bad message"),
         (json.dumps(call_with({"x": float("inf")})), "bad message"),
+        (json.dumps(call_with({"x": 0.5})).replace("0.5", "3.14159265358979323846"), "bad message"),
+        (json.dumps(call_with({"x": 0.5})).replace("0.5", "1e-400"), "bad message"),
+        (json.dumps(call_with({"x": 0.5})).replace("0.5", "1e" + "9" * 20), "broken JSON"),
         (json.dumps(call_with("not JSON")), "bad tool call"),
         (json.dumps(call_with("[1]")), "bad tool call"),
         (json.dumps(call_with('{"a": 1, "a": 2}')), "bad tool call"),

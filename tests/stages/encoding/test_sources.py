@@ -1,9 +1,11 @@
 """Every kind of source gives the same rows; every kind of wrong one gives one line."""
 
+import bz2
 import csv
 import gzip
 import hashlib
 import json
+import lzma
 from types import SimpleNamespace
 
 import datasets
@@ -69,9 +71,15 @@ def test_byte_order_marks_and_floats(tmp_path) -> None:
 def test_patterns_read_files_in_order(tmp_path) -> None:
     for i in (1, 0):
         write(tmp_path / f"d{i}.jsonl", ROWS[i : i + 1])
+    write(tmp_path / "_d.jsonl", ROWS[:1])
     write(tmp_path / ".hidden.jsonl")
-    rows = list(open_rows(str(tmp_path / "*.jsonl")))
-    assert [(row.file, row.index, row.value) for row in rows] == [("d0", 0, ROWS[0]), ("d1", 0, ROWS[1])]
+    (tmp_path / "_SUCCESS").touch()
+    rows = list(open_rows(str(tmp_path / "*")))
+    assert [(row.file, row.index, row.value) for row in rows] == [
+        ("_d", 0, ROWS[0]),
+        ("d0", 0, ROWS[0]),
+        ("d1", 0, ROWS[1]),
+    ]
 
 
 def test_files_of_one_name_get_labels_of_their_own() -> None:
@@ -197,7 +205,13 @@ def test_files_have_no_splits(tmp_path) -> None:
         ("d.json", b'[{"a": 1}, {"a"', "broken JSON after row 0"),
         ("d.json", b'{\n  "data": []\n}', "neither a JSON list"),
         ("d.parquet", b"PAR1 not really", "not a readable Parquet"),
-        ("d.csv", b"a,b\n\xff,2\n", "broken CSV"),
+        ("d.csv", b"a,b\n1,\xe9\n", "not UTF-8.*iconv"),
+        ("d.json", b'["\xe9"]', "not UTF-8.*iconv"),
+        ("d.json", b'[{"a": 1,}]', "broken JSON in its first row"),
+        ("d.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16 text.*iconv -f UTF-16"),
+        ("d.csv", bz2.compress(b"a,b\n"), "add .bz2"),
+        ("d.jsonl", lzma.compress(b"{}\n"), "add .xz"),
+        ("d.jsonl", pa.compress(b"{}\n", "zstd", asbytes=True), "add .zst"),
         ("d.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999)[:-20], "damaged or cut short"),
         ("d.jsonl.gz", b"not gzip", "cannot be decompressed|damaged"),
     ],

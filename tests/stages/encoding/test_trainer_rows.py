@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sstoken.stages.encoding.conversations import PROMPT_MARKED, UNTRAINED, to_conversation
+from sstoken.stages.encoding.conversations import IN_PROMPT, PROMPT_MARKED, UNTRAINED, to_conversation
 from sstoken.stages.encoding.layouts import detect_layout
 from sstoken.stages.encoding.messages import BadRow
 
@@ -170,6 +170,47 @@ def test_reasoning_under_every_key(key) -> None:
     assert convert({"question": "Q", "answer": "7 degrees.", "reasoning": "Cold."}).messages[1] == expected
 
 
+def test_reasoning_as_a_part_of_its_own_type() -> None:
+    turn = ANSWER | {"thinking": [{"type": "thinking", "thinking": "Cold."}]}
+    assert convert({"messages": [ASK, turn]}).messages[1] == ANSWER | {"reasoning_content": "Cold."}
+
+
+SENTENCE = "It was seven degrees in that town today."
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"tool_calls": [CALL | {"result": SENTENCE}]},
+        {"tool_calls": [{"function": CALL["function"] | {"thought": SENTENCE}}]},
+        {"function_call": CALL["function"] | {"thought": SENTENCE}},
+        {"content": [{"type": "tool_use", "name": "f", "input": {}, "rationale": SENTENCE}]},
+        {"content": [{"type": "text", "text": "x", "reasoning": SENTENCE}]},
+        {"content": [{"type": "text", "text": "x", "citations": [{"cited": SENTENCE}]}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": "Cold.", "text": SENTENCE},
+                {"type": "text", "text": "x"},
+            ]
+        },
+    ],
+)
+def test_no_text_inside_a_call_or_a_part_is_lost(turn) -> None:
+    assert reason_of({"messages": [ASK, {"role": "assistant"} | turn]}) == "unused text"
+
+
+def test_a_call_in_both_forms_is_one_call() -> None:
+    older = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    turn = {"role": "assistant", "tool_calls": [CALL], "function_call": older}
+    assert convert({"messages": [ASK, turn]}).messages[1]["tool_calls"] == [CALL]
+
+
+def test_answers_in_a_prompt_column_are_not_trained_on() -> None:
+    row = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER], "history": [["Q", "A"]]}
+    found = convert(row)
+    assert (found.untrained, found.notes) == ({3}, (IN_PROMPT,))
+
+
 def test_a_switch_is_no_reasoning() -> None:
     found = convert({"prompt": "Q", "response": "A", "reasoning": "off"})
     assert found.messages[1] == {"role": "assistant", "content": "A"}
@@ -209,6 +250,9 @@ def test_developers_and_capital_letters() -> None:
         ),
         ({"content": "x", "weight": 0}, "not to be trained on"),
         ({"content": "x", "mask": 1}, "unclear mark"),
+        ({"content": "x", "train_on_turn": False}, "unclear mark"),
+        ({"content": "x", "masked": True}, "unclear mark"),
+        ({"content": "x", "loss_scale": 0}, "unclear mark"),
     ],
 )
 def test_turns_that_are_refused(turn, reason) -> None:
@@ -267,12 +311,20 @@ def test_columns_of_marks(column) -> None:
         ({"weight": 0}, "not to be trained on"),
         ({"train": False}, "not to be trained on"),
         ({"weight": 0.3}, "fractional weight"),
+        ({"assistant_mask": [0, 1]}, "unclear mark"),
+        ({"train_on_turns": [False, False, False, True]}, "unclear mark"),
+        ({"train_last_only": True}, "unclear mark"),
     ],
 )
 def test_columns_of_marks_that_are_refused(column, reason) -> None:
     row = {"messages": dialogue([{}] * 4)} | column
     assert reason_of(row) == reason
     assert convert(row, ignored=list(column)).unused == tuple(column)
+
+
+def test_other_numbers_are_no_marks() -> None:
+    row = {"messages": [turn | {"loss_value": 0.3} for turn in (ASK, ANSWER)], "attention_mask": [1] * 9}
+    assert convert(row).unused == ("attention_mask", "messages[].loss_value")
 
 
 def test_marks_that_nemo_writes() -> None:

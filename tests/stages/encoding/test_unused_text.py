@@ -264,3 +264,17 @@ def test_arguments_for_the_chat_template_are_not_passed_over() -> None:
 def test_several_answers_are_not_run_together(row) -> None:
     with pytest.raises(BadRow, match="a list of 2 strings"):
         convert(row)
+
+
+@pytest.mark.parametrize("answer", ['[{"name": "Ada"}]', '{"name": "Ada"}', "[1, 2]"])
+def test_an_answer_in_json_is_text(answer) -> None:
+    expected = [("user", "As JSON."), ("assistant", answer)]
+    assert texts({"prompt": "As JSON.", "completion": answer}) == expected
+    assert texts({"prompt": "As JSON.", "chosen": answer, "rejected": "x"}, preference="take") == expected
+    assert texts({"prompt": answer, "completion": "x"})[0] == ("user", answer)
+
+
+@pytest.mark.parametrize("label", [0, 1, "0", False])
+def test_the_label_of_a_completion_is_a_verdict(label) -> None:
+    assert "--preference take" in problem({"prompt": "Q", "completion": "A", "label": label})
+    assert label is False or convert({"question": "Q", "answer": "A", "label": label}).unused == ("label",)
