@@ -31,7 +31,7 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from sstoken.measure.distribution import MEANS, OF_DISTRIBUTION
+    from sstoken.measure.distribution import BY_ROW, OF_DISTRIBUTION
     from sstoken.measure.scorer import Scorer
 
     torch.set_num_threads(1)
@@ -60,8 +60,8 @@ def main() -> None:
         return
     sides = {
         "loss": ("loss",),
-        "all of one pass but expected_rank": tuple(OF_DISTRIBUTION - {"expected_rank", *MEANS}),
-        "all of one pass": tuple(OF_DISTRIBUTION - {*MEANS}),
+        "all of one pass but expected_rank": tuple(OF_DISTRIBUTION - {"expected_rank", *BY_ROW}),
+        "all of one pass": tuple(OF_DISTRIBUTION - {*BY_ROW}),
         "varentropy": ("varentropy",),
     }
     scorers = {name: Scorer(model, signals=signals, batch_tokens=768) for name, signals in sides.items()}

@@ -1,8 +1,8 @@
 """The registry of signals: what `score` can measure for each token, with name, unit and range.
 
 A signal is a per-token measurement of one checkpoint. Its name is its column in a scores folder, and the name by which
-a method asks for it. To add one, enter it in `SIGNALS`. A mean under the predicting distribution is computed from its
-entry (`Signal.mean_of`); anything else is computed in `sstoken.measure`.
+a method asks for it. To add one, enter it in `SIGNALS`. What follows from the logits that predict the token is computed
+from its entry (`Signal.of_row`); anything else, and what has a faster way, is computed in `sstoken.measure`.
 
 Some names take an argument after `@`: `attention@-1` (a decoder layer), `kl@base` (another checkpoint).
 """
@@ -42,9 +42,9 @@ class Signal:
     """Whether one value on every token is nothing unusual."""
     from_second: bool = False
     """An example's first response token has no value: null in its column."""
-    mean_of: Callable[[Any, Any], Any] | None = None
-    """`mean_of(log_p, entropy)`: the signal is its mean under the distribution that predicts the token. It gets tensors
-    in nats, log-probabilities [N, W] and entropies [N, 1], and returns [N, W]. None: measured otherwise."""
+    of_row: Callable[[Any, Any], Any] | None = None
+    """`of_row(log_p, targets)` returns the signal of N tokens, [N]. It gets tensors: the log-probabilities [N, V], in
+    nats, of the distributions that predict them, and their ids [N]. None: measured otherwise."""
     argument: str | None = None
     """What the name has after `@`."""
 
@@ -70,8 +70,10 @@ class Signal:
         return int(self.argument) if self.takes == "layer" and self.argument is not None else None
 
 
-def _squared_deviation(log_p: Any, entropy: Any) -> Any:
-    return (log_p + entropy) ** 2
+def _varentropy(log_p: Any, targets: Any) -> Any:
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1, keepdim=True)
+    return (p * (log_p + entropy) ** 2).sum(1)
 
 
 _PROMPT = "share of attention on the prompt, mean over heads, in the row"
@@ -90,7 +92,7 @@ _SIGNALS = (
     Signal("sum_p2", "probability", "sum of squared probabilities", 0, 1, "distribution"),
     Signal("expected_rank", "tokens", "sum of rank times probability, ranks from 1", 1, _INF, "distribution"),
     Signal("varentropy", "nats squared", "variance of -log p under the distribution that predicts the token",
-           0, _INF, "distribution", mean_of=_squared_deviation),
+           0, _INF, "distribution", of_row=_varentropy),
     Signal("entropy_at", "nats", "entropy of the distribution at the token's position, which predicts the next token",
            0, _INF, "distribution"),
     Signal("attention", "probability", f"{_PROMPT} of the token", 0, 1, "attention", takes="layer"),

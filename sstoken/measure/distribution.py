@@ -1,12 +1,12 @@
 """Signals of the distribution that predicts a token: hidden states through the output embedding in tiles.
 
-Signals come from the same tiles, which stay in the CPU's cache; those that their entry defines as a mean
-(`Signal.mean_of`) take a second pass over them. Full rows of logits are computed only for the few rows that need them.
+Signals come from the same tiles, which stay in the CPU's cache. Full rows of logits are computed for signals that their
+entry defines (`Signal.of_row`), a few rows at a time, and for the few rows that need them.
 
 Shapes: N rows, D hidden size, V vocabulary, W entries of a tile, S of a sample.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ from sstoken.signals import SIGNALS
 
 RANKS = frozenset({"rank", "ties", "mass_above"})
 """Signals that compare all logits with the token's own."""
-MEANS = {signal.name: signal.mean_of for signal in SIGNALS.values() if signal.mean_of is not None}
-"""`Signal.mean_of` of the signals that have one, by name."""
+BY_ROW = {signal.name: signal.of_row for signal in SIGNALS.values() if signal.of_row is not None}
+"""`Signal.of_row` of the signals that have one, by name."""
 OF_DISTRIBUTION = (
-    frozenset({"loss", "entropy", "entropy_top20", "max_prob", "sum_p2", "expected_rank", *MEANS}) | RANKS
+    frozenset({"loss", "entropy", "entropy_top20", "max_prob", "sum_p2", "expected_rank", *BY_ROW}) | RANKS
 )
 """What `measure_distribution` measures."""
 _COUNTS = frozenset({"rank", "ties"})
@@ -74,9 +74,14 @@ def measure_distribution(
         name: hidden.new_empty(hidden.shape[0], dtype=torch.int32 if name in _COUNTS else dtype)
         for name in names
     }
-    for rows in row_tiles(hidden.shape[0]):
-        for name, values in _measure_rows(hidden[rows], targets[rows], head, names).items():
+    by_row, in_tiles = BY_ROW.keys() & found.keys(), found.keys() - BY_ROW.keys()
+    for rows in row_tiles(hidden.shape[0]) if in_tiles else ():
+        for name, values in _measure_rows(hidden[rows], targets[rows], head, in_tiles).items():
             found[name][rows] = values
+    for rows, logits in _whole_rows(hidden, head) if by_row else ():
+        log_p = logits.log_softmax(1).clamp_min_(_LEAST)
+        for name in by_row:
+            found[name][rows] = BY_ROW[name](log_p, targets[rows]).to(dtype)
     return found
 
 
@@ -109,8 +114,6 @@ def _measure_rows(
         found["expected_rank"], off = sums.expected_rank.values()
         rows = (~(off < _MOST_OFF)).nonzero()[:, 0]
         found["expected_rank"][rows] = _expected_rank_by_row(hidden[rows], head)
-    if means := {name: MEANS[name] for name in names if name in MEANS}:
-        found |= _measure_means(hidden, head, sums.shift + log_total, found["entropy"], means)
     if ranked:
         found["rank"] = sums.greater
         found["ties"] = sums.at_least - sums.greater - 1
@@ -123,31 +126,6 @@ def _measure_rows(
         for name, values in again.items():
             found[name][rows] = values
     return {name: found[name] for name in names}
-
-
-def _measure_means(
-    hidden: Tensor,
-    head: Head,
-    log_total: Tensor,
-    entropy: Tensor,
-    functions: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-) -> dict[str, Tensor]:
-    """Measure signals that their entries define, [N] float64 each, in another pass over the tiles.
-
-    Args:
-        hidden: [N, D].
-        head: the output head.
-        log_total: [N], the log-sum-exp of each row's logits.
-        entropy: [N].
-        functions: `Signal.mean_of`, by name.
-    """
-    found = {name: torch.zeros_like(log_total, dtype=torch.float64) for name in functions}
-    for _, logits in tiles(hidden, head):
-        log_p = logits.sub_(log_total[:, None]).clamp_min_(_LEAST)
-        p = log_p.exp()
-        for name, function in functions.items():
-            found[name] += torch.linalg.vecdot(function(log_p, entropy[:, None].to(log_p.dtype)), p)
-    return found
 
 
 class _Sums:
@@ -236,7 +214,7 @@ def _own_logits(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 def _whole_rows(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
     """Yield full rows of logits [R, V], a few at a time, with their place among the N."""
-    most = max(1, tile_elements(hidden.device) // head.size)
+    most = max(_ROWS_PER_PRODUCT, tile_elements(hidden.device) // head.size)
     for start in range(0, hidden.shape[0], most):
         rows = slice(start, start + most)
         yield rows, head.logits(hidden[rows])

@@ -113,6 +113,11 @@ class Backend(LoadedModel):
         """
         return None
 
+    @classmethod
+    def preferred(cls, options: BackendOptions) -> bool:
+        """Return whether `auto` means this backend."""
+        return False
+
     @property
     def attention_layers(self) -> dict[str, int]:
         """The decoder layer, from 0, of each attention signal that it measures, if known."""
@@ -174,9 +179,7 @@ def resolve_backend(name: str, options: BackendOptions) -> str:
     if name == "auto":
         if find_spec("vllm") is None:  # first, since importing the module is slow
             return DEFAULT
-        from sstoken.stages.backends.vllm import preferred
-
-        return "vllm" if preferred(options) else DEFAULT
+        return "vllm" if backend_class("vllm").preferred(options) else DEFAULT
     if name in BACKENDS:  # first, since finding others reads the metadata of every installed package
         return name
     if name not in (known := known_backends()):

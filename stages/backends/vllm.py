@@ -43,6 +43,21 @@ class VllmBackend(VllmModel, Backend):
         """See `Backend.refusal`."""
         return limits.refusal(options, limits.read(options))
 
+    @classmethod
+    def preferred(cls, options: BackendOptions) -> bool:
+        """See `Backend.preferred`: on a GPU, for signals that it measures and an architecture it was tested on."""
+        if options.device.partition(":")[0] not in ("auto", "cuda"):
+            return False
+        if not {signal.base for signal in get_signals(options.signals)} <= {LOSS, ATTENTION}:
+            return False
+        import torch
+
+        if not torch.cuda.is_available() or cls.refusal(options) is not None:
+            return False
+        full = adapter_base(options.checkpoint) or options.checkpoint
+        config = limits.load_config(full, options.trust_remote_code)
+        return not limits.TESTED_ARCHITECTURES.isdisjoint(config.architectures or ())
+
     def __init__(self, options: BackendOptions) -> None:
         """Prepare the engine, and load transformers' model too if that measures attention."""
         self._attention = [signal.name for signal in options.attention_signals]
@@ -182,18 +197,3 @@ def _of_top(log_p: NDArray[np.float32]) -> Measured:
     among = log_p - np.logaddexp.reduce(log_p.astype(np.float64), axis=1, keepdims=True)
     entropy = -(np.exp(among) * among.clip(min=-1000)).sum(1).clip(max=0)  # 0 * -inf would be NaN
     return {"max_prob": np.exp(log_p[:, 0]).clip(max=1), "entropy_top20": entropy.astype(np.float32)}
-
-
-def preferred(options: BackendOptions) -> bool:
-    """Return whether `auto` means vLLM: on a GPU, for signals it measures and an architecture it was tested on."""
-    if options.device.partition(":")[0] not in ("auto", "cuda"):
-        return False
-    if not {signal.base for signal in get_signals(options.signals)} <= {LOSS, ATTENTION}:
-        return False
-    import torch
-
-    if not torch.cuda.is_available() or VllmBackend.refusal(options) is not None:
-        return False
-    full = adapter_base(options.checkpoint) or options.checkpoint
-    config = limits.load_config(full, options.trust_remote_code)
-    return not limits.TESTED_ARCHITECTURES.isdisjoint(config.architectures or ())

@@ -1,4 +1,4 @@
-"""The process that runs vLLM: `python -m sstoken.stages.backends.vllm_engine FD`, started by `vllm_process.Engine`.
+"""The process that runs vLLM: `python -m sstoken.stages.backends.vllm_engine FD`, started by `vllm_process`.
 
 A process of its own isolates vLLM's output, environment and leftovers. It reads an `EngineSpec`, then requests, from
 the connection on file descriptor FD, and answers each. It exits when its standard input closes: when its parent ends.

@@ -40,7 +40,7 @@ _adapters = count(1)
 """vLLM identifies adapters by number."""
 
 
-class Engine:
+class EngineProcess:
     """vLLM with one model, in a process of its own."""
 
     def __init__(self, spec: EngineSpec, device: str, log: Path | None) -> None:
@@ -54,7 +54,7 @@ class Engine:
         self._spec, self._device, self._log = spec, device, log
         self._connection: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._end: weakref.finalize[[subprocess.Popen[bytes], Connection], Engine] | None = None
+        self._end: weakref.finalize[[subprocess.Popen[bytes], Connection], EngineProcess] | None = None
 
     def ask(self, request: Request | Prefixes, longest: int) -> Reply:
         """Score sequences, or generate after prefixes.
@@ -153,7 +153,7 @@ def _visible(number: int) -> str:
     return str(number) if not shown else shown.split(",")[number]
 
 
-_engine = Latest(Engine)
+_engine = Latest(EngineProcess)
 """This process's engine, shared by adapters."""
 
 

@@ -96,7 +96,7 @@ def _stretches(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[i
     yield at, len(text), True
 
 
-def segments(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[int, int]]:
+def unprotected(text: str, protected: re.Pattern[str] | None) -> Iterator[tuple[int, int]]:
     """Yield start and stop of each stretch outside protected text."""
     return ((start, stop) for start, stop, outside in _stretches(text, protected) if outside)
 
@@ -107,7 +107,7 @@ def visible(text: str, protected: re.Pattern[str] | None) -> str:
 
 
 def _visible(text: str, protected: re.Pattern[str] | None) -> str:
-    return "".join(text[start:stop].translate(_REPLACED) for start, stop in segments(text, protected))
+    return "".join(text[start:stop].translate(_REPLACED) for start, stop in unprotected(text, protected))
 
 
 _visible_short = lru_cache(maxsize=1 << 14)(_visible)

@@ -27,7 +27,7 @@ from sstoken.stages.encoding.altering import (
     codes,
     decoded,
     owners_of,
-    segments,
+    unprotected,
     visible,
 )
 from sstoken.stages.encoding.messages import UNCERTAIN, BadRow, Conversation
@@ -190,7 +190,9 @@ def _times_wanted(
 
 def _lost_parts(piece: Piece, text: str, printed: str, protected: re.Pattern[str] | None) -> Iterator[Piece]:
     thoughts = [m.span(1) for m in _THOUGHT.finditer(piece.text)] if piece.kind == "content" else []
-    parts = [(start, stop, piece.text[start:stop].strip()) for start, stop in segments(piece.text, protected)]
+    parts = [
+        (start, stop, piece.text[start:stop].strip()) for start, stop in unprotected(piece.text, protected)
+    ]
     together = "\0".join(visible(part, None) for _, _, part in parts)
     given_up: Counter[str] = Counter()
     for start, stop, part in parts:

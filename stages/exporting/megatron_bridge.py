@@ -1,6 +1,7 @@
 """Megatron Bridge."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -70,14 +71,14 @@ config.train.micro_batch_size = 1          # what packs need; MODEL is the recip
 
     def columns(self, rows: Rows) -> dict[str, pa.Array]:
         """Join rows into packs; shift the mask within each row."""
-        starts, row_offsets = _packs(rows.offsets.tolist())
-        offsets = rows.offsets[row_offsets]
+        starts, firsts = _packs(rows.offsets.tolist())
+        offsets = rows.offsets[firsts]
         mask = np.append(rows.kept[1:], False).astype(np.int8)
         mask[rows.offsets[1:] - 1] = 0
         return {
             "input_ids": tables.lists(rows.ids, offsets, tables.IDS),
             "loss_mask": tables.lists(mask, offsets, pa.list_(pa.int8())),
-            "seq_start_id": tables.lists(np.array(starts, np.int32), np.array(row_offsets), tables.IDS),
+            "seq_start_id": tables.lists(np.array(starts, np.int32), np.array(firsts), tables.IDS),
         }
 
     def read(self, folder: Path) -> Iterator[pa.Table]:
@@ -114,7 +115,7 @@ def _packs(offsets: Sequence[int]) -> tuple[list[int], list[int]]:
     """
     starts: list[int] = []
     firsts: list[int] = []
-    for row, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for row, (start, end) in enumerate(pairwise(offsets)):
         if not firsts or end - offsets[firsts[-1]] > _PACK:
             firsts.append(row)
         starts.append(start - offsets[firsts[-1]])
@@ -124,8 +125,8 @@ def _packs(offsets: Sequence[int]) -> tuple[list[int], list[int]]:
 def _rows(pack: dict[str, Any]) -> Iterator[dict[str, list[int]]]:
     """Yield what the trainer's collator makes of each row of a pack."""
     ids, mask = pack["input_ids"], pack["loss_mask"]
-    bounds = [*pack["seq_start_id"], len(ids)]
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    offsets = [*pack["seq_start_id"], len(ids)]
+    for start, end in pairwise(offsets):
         labels = labels_from_mask(ids[start + 1 : end], mask[start : end - 1]).tolist()
         yield {"input_ids": ids[start:end], "labels": [IGNORED_LABEL, *labels]}
 

@@ -61,8 +61,8 @@ class Steadiness:
 def choose_examples(choice: ExampleChoice, shards: Sequence[Shard], inputs: Sequence[str]) -> list[BoolArray]:
     """Return the chosen examples of each shard, [E].
 
-    Of the examples with an IFD below 1, take twice the number wanted by highest mean, and keep those with the smallest
-    standard deviation.
+    Takes twice the number wanted, by highest mean among the examples with an IFD below 1, then keeps those with the
+    smallest standard deviation.
 
     Raises:
         NothingLeftError: no example has an IFD below 1.

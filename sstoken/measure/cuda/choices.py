@@ -6,6 +6,7 @@ Shapes: B batch, H heads, K key-value heads, T positions, D head size or hidden 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,11 +44,11 @@ def prompt_attention_by_kernel(
     else:
         starts = [b * length + start for b, start, _ in segments]
     # What stands between two sequences is padding: on the right of the first, which never sees it.
-    bounds = [*starts, batch * length]
-    max_length = max(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+    offsets = [*starts, batch * length]
+    max_length = max(stop - start for start, stop in pairwise(offsets))
     mass_N = packed_prompt_attention(
         query.transpose(1, 2).flatten(0, 1), key.transpose(1, 2).flatten(0, 1), response_mask.flatten(),
-        torch.tensor(bounds, dtype=torch.int32, device=query.device), max_length,
+        torch.tensor(offsets, dtype=torch.int32, device=query.device), max_length,
         scaling=scaling, softcap=softcap, sinks=sinks, window=window,
     )  # fmt: skip
     return mass_N.view(batch, length)
@@ -76,10 +77,10 @@ def choose_prompt_attention(
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     lengths = [1, 37, 130, 5]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    segments = [(0, start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-    states = [random(1, heads, bounds[-1], head_size) for heads in (num_heads, num_kv_heads)]
-    response_mask = (torch.rand(1, bounds[-1], generator=generator) < 0.5).to(device)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    segments = [(0, start, stop) for start, stop in pairwise(offsets)]
+    states = [random(1, heads, offsets[-1], head_size) for heads in (num_heads, num_kv_heads)]
+    response_mask = (torch.rand(1, offsets[-1], generator=generator) < 0.5).to(device)
     how = {
         "scaling": head_size**-0.5,
         "window": 9 if window else None,

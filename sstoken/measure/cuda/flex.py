@@ -27,7 +27,7 @@ def compiled_flex() -> Any:
 
 
 def flex(
-    attend: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor,
+    attend: Any, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor,
     scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`varlen_attention` by flex_attention; `attend` is that function, compiled or not."""
@@ -39,7 +39,7 @@ def flex(
     output, log_sum_exp = attend(
         *(states.transpose(0, 1)[None] for states in (query, key, value)),
         score_mod=None if softcap is None else cap,
-        block_mask=block_mask(cu_seqlens, query.shape[0], window),
+        block_mask=block_mask(offsets, query.shape[0], window),
         scale=scaling, enable_gqa=key.shape[1] != query.shape[1], return_lse=True,
     )  # fmt: skip
     output = output[0].transpose(0, 1)
@@ -47,14 +47,14 @@ def flex(
 
 
 @lru_cache(maxsize=4)
-def block_mask(cu_seqlens: Tensor, num_tokens: int, window: int | None) -> BlockMask:
+def block_mask(offsets: Tensor, num_tokens: int, window: int | None) -> BlockMask:
     """Build flex_attention's mask for packed sequences from blocks of tokens by blocks of tokens.
 
-    The layers of a forward pass share it: they share the tensor `cu_seqlens`, which must not change afterwards.
+    The layers of a forward pass share it: they share the tensor `offsets`, which must not change afterwards.
     """
-    device = cu_seqlens.device
+    device = offsets.device
     positions = torch.arange(num_tokens, device=device)
-    starts_N = cu_seqlens[torch.searchsorted(cu_seqlens[1:], positions, right=True)]
+    starts_N = offsets[torch.searchsorted(offsets[1:], positions, right=True)]
     reach = num_tokens if window is None else window
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -40,14 +40,13 @@ def packed_inputs(sequences: Sequence[Tensor], device: torch.device | str) -> di
     `max_length_k`, `use_cache`.
     """
     lengths = [len(ids) for ids in sequences]
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    cu_seqlens = bounds.to(device, non_blocking=True)
+    offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
     return {
         "input_ids": torch.cat([ids.long() for ids in sequences])[None].to(device, non_blocking=True),
         "position_ids": positions[None].to(device, non_blocking=True),
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
         "use_cache": False,
@@ -76,15 +75,15 @@ def packed_attention_forward(
         )
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise SstokenError(f"{type(module).__name__}: its attention is not causal; it cannot be packed")
-    cu_seqlens, max_length = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q", length)
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(batch + 1, device=query.device, dtype=torch.int32) * length
+    offsets, max_length = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q", length)
+    if offsets is None:
+        offsets = torch.arange(batch + 1, device=query.device, dtype=torch.int32) * length
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     output = varlen_attention(
         query,
         key,
         value,
-        cu_seqlens,
+        offsets,
         max_length,
         scaling=head_size**-0.5 if scaling is None else scaling,
         window=kwargs.get("sliding_window"),

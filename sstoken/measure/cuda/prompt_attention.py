@@ -15,7 +15,7 @@ def packed_prompt_attention(
     query: Tensor,
     key: Tensor,
     response_mask: Tensor,
-    cu_seqlens: Tensor,
+    offsets: Tensor,
     max_length: int,
     *,
     scaling: float,
@@ -32,7 +32,7 @@ def packed_prompt_attention(
         query: [N, H, D], after rotary embedding; any strides.
         key: [N, Hkv, D]; H is a multiple of Hkv.
         response_mask: [N] bool.
-        cu_seqlens: [S + 1] int32, where each sequence starts, and N.
+        offsets: [S + 1] int32, where each sequence starts, and N.
         max_length: of the longest sequence.
         scaling: factor of the scores.
         softcap: scores become `softcap * tanh(scores / softcap)`.
@@ -50,10 +50,10 @@ def packed_prompt_attention(
     per_head_HN = torch.zeros(num_heads, num_tokens, dtype=torch.float32, device=query.device)
     # A block of keys has to fit the shared memory of any GPU.
     block = 64 if head_size * query.element_size() <= 256 else 32
-    grid = (triton.cdiv(max_length, block), cu_seqlens.numel() - 1, num_heads)
+    grid = (triton.cdiv(max_length, block), offsets.numel() - 1, num_heads)
     with torch.cuda.device_of(query):
         kernel[grid](
-            query, key, response_mask, cu_seqlens, per_head_HN if sinks is None else sinks, per_head_HN,
+            query, key, response_mask, offsets, per_head_HN if sinks is None else sinks, per_head_HN,
             num_tokens, num_heads // key.shape[1], head_size,
             float(scaling), float(softcap or 1.0), window or 0,
             *query.stride(), *key.stride(), response_mask.stride(0),
@@ -70,7 +70,7 @@ def _compiled() -> tuple[Any, Any]:
     import triton.language as tl
 
     def mass_of_block(  # type: ignore[no-untyped-def]
-        query, key, response_mask, cu_seqlens, sinks, out,
+        query, key, response_mask, offsets, sinks, out,
         num_tokens, group_size, head_size, scaling, softcap, window,
         query_stride_n, query_stride_h, query_stride_d, key_stride_n, key_stride_h, key_stride_d, mask_stride,
         HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -78,8 +78,8 @@ def _compiled() -> tuple[Any, Any]:
     ):  # fmt: skip
         """One block of rows of one sequence and head; rows and columns count from the sequence's start."""
         segment, head = tl.program_id(1), tl.program_id(2)
-        start = tl.load(cu_seqlens + segment).to(tl.int64)
-        length = (tl.load(cu_seqlens + segment + 1) - start).to(tl.int32)
+        start = tl.load(offsets + segment).to(tl.int64)
+        length = (tl.load(offsets + segment + 1) - start).to(tl.int32)
         first = tl.program_id(0) * BLOCK_M
         rows = first + tl.arange(0, BLOCK_M)
         sizes = tl.arange(0, BLOCK_D)

@@ -8,6 +8,7 @@ of a block.
 
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens: Tensor,
+    offsets: Tensor,
     max_length: int,
     *,
     scaling: float,
@@ -36,7 +37,7 @@ def varlen_attention(
         query: [N, H, D], after rotary embedding; any strides with D innermost.
         key: [N, K, D]; H is a multiple of K.
         value: [N, K, D].
-        cu_seqlens: [S + 1] int32, where each sequence starts, and N.
+        offsets: [S + 1] int32, where each sequence starts, and N.
         max_length: of the longest sequence.
         scaling: factor of the scores.
         window: how many tokens a token attends to, itself included; None: all before it.
@@ -51,7 +52,7 @@ def varlen_attention(
         window=window is not None, softcap=softcap, sinks=sinks is not None,
     )  # fmt: skip
     return choice.call(
-        query, key, value, cu_seqlens, max_length,
+        query, key, value, offsets, max_length,
         scaling=scaling, window=window, softcap=softcap, sinks=sinks,
     )  # fmt: skip
 
@@ -98,7 +99,7 @@ def choose_among(
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     lengths = [1, 37, 130, 5]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     states = [random(sum(lengths), heads, head_size) for heads in (num_heads, num_kv_heads, num_kv_heads)]
     how = {
         "scaling": head_size**-0.5,
@@ -106,14 +107,14 @@ def choose_among(
         "softcap": softcap,
         "sinks": random(num_heads) if sinks else None,
     }
-    return first_that_agrees(candidates, ("loop", loop), [((*states, cu_seqlens, max(lengths)), how)])
+    return first_that_agrees(candidates, ("loop", loop), [((*states, offsets, max(lengths)), how)])
 
 
 def loop(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens: Tensor,
+    offsets: Tensor,
     max_length: int,
     *,
     scaling: float,
@@ -123,8 +124,7 @@ def loop(
 ) -> Tensor:
     """`varlen_attention` with one sdpa call a sequence: runs anywhere, and is the reference for the others."""
     output = torch.empty_like(query)
-    bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(offsets.tolist()):
         q, k, v = (states[start:stop].transpose(0, 1) for states in (query, key, value))
         narrow = window is not None and window < stop - start
         if narrow or softcap is not None or sinks is not None:
@@ -176,7 +176,7 @@ def _flash_package(module: str) -> Function:
     """flash-attn's function from that module, imported when it is called."""
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int,
+        query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_length: int,
         *, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
         import importlib
@@ -188,7 +188,7 @@ def _flash_package(module: str) -> Function:
         if sinks is not None:
             options["return_attn_probs"] = True
         result = function(
-            query, key, value, cu_seqlens, cu_seqlens, max_length, max_length,
+            query, key, value, offsets, offsets, max_length, max_length,
             softmax_scale=scaling, causal=True, **options,
         )  # fmt: skip
         output: Tensor = result[0] if isinstance(result, tuple) else result
@@ -198,7 +198,7 @@ def _flash_package(module: str) -> Function:
 
 
 def _torch_varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int,
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_length: int,
     *, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """torch's own flash attention for CUDA (2.10 and later)."""
@@ -207,7 +207,7 @@ def _torch_varlen(
     if softcap is not None:
         raise NotImplementedError("it has no soft-capping")
     output, log_sum_exp = varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, scale=scaling,
+        query, key, value, offsets, offsets, max_length, max_length, scale=scaling,
         window_size=(-1 if window is None else window - 1, 0), enable_gqa=key.shape[1] != query.shape[1],
         return_aux=AuxRequest(lse=True),
     )  # fmt: skip
@@ -215,13 +215,13 @@ def _torch_varlen(
 
 
 def _flex(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int,
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_length: int,
     *, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """flex_attention, compiled; without compilation it would hold all weights."""
     if query.device.type == "cpu":
         raise NotImplementedError("it is used on a GPU only")
-    return flex(compiled_flex(), query, key, value, cu_seqlens, scaling, window, softcap, sinks)
+    return flex(compiled_flex(), query, key, value, offsets, scaling, window, softcap, sinks)
 
 
 CANDIDATES: Mapping[str, Function] = {

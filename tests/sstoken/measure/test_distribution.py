@@ -106,19 +106,23 @@ def test_all_signals_are_those_of_the_full_logits(rows, size, kind, seed):
 
 
 @pytest.mark.parametrize("kind", ["plain", "softcap", "large", "later tiles far above", "equal", "masked"])
-def test_what_an_entry_defines_is_its_mean_under_the_distribution(kind, monkeypatch):
-    """Means that are signals of their own: the probability's is `sum_p2`, the surprise's is `entropy`."""
-    defined = {"p": lambda log_p, entropy: log_p.exp(), "surprise": lambda log_p, entropy: -log_p}
+def test_what_an_entry_defines_is_computed_from_the_row(kind, monkeypatch):
+    """Functions that give signals measured in tiles: the loss (by the token's id), the entropy, the likeliest token."""
+    defined = {
+        "loss": lambda log_p, targets: -log_p.gather(1, targets[:, None])[:, 0],
+        "entropy": lambda log_p, targets: torch.special.entr(log_p.exp()).sum(1),
+        "max_prob": lambda log_p, targets: log_p.amax(1).exp(),
+    }
     for name, function in defined.items():
-        monkeypatch.setitem(distribution.MEANS, name, function)
-    monkeypatch.setitem(token_loss.TILE_ELEMENTS, "cpu", 40 * 256)
+        monkeypatch.setitem(distribution.BY_ROW, f"own_{name}", function)
+    monkeypatch.setitem(token_loss.TILE_ELEMENTS, "cpu", 1)  # parts of as few rows as there can be
     generator = torch.Generator().manual_seed(0)
     head = make_head(kind, 900, 16, generator)
-    hidden = torch.randn(40, 16, generator=generator)
-    targets = draw_targets(head, 40, generator)
-    found = measure_distribution(hidden, targets, head, ["sum_p2", "entropy", *defined])
-    torch.testing.assert_close(found["p"], found["sum_p2"], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found["surprise"], found["entropy"], atol=1e-4, rtol=1e-5)
+    hidden = torch.randn(150, 16, generator=generator)
+    targets = draw_targets(head, 150, generator)
+    found = measure_distribution(hidden, targets, head, [*defined, *(f"own_{name}" for name in defined)])
+    for name in defined:
+        torch.testing.assert_close(found[f"own_{name}"], found[name], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "far apart", "one bucket", "not a number"])

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from sstoken.measure.cuda import prompt_attention, token_loss
 
-MASS = {"response_mask": "*i1", "cu_seqlens": "*i32", "sinks": "*fp32", "out": "*fp32"}
+MASS = {"response_mask": "*i1", "offsets": "*i32", "sinks": "*fp32", "out": "*fp32"}
 LOSS = {"logits": "*fp32", "targets": "*i64", "highest": "*fp32", "total": "*fp32", "target_logit": "*fp32"}
 FLOATS = {"scaling": "fp32", "scale": "fp32", "softcap": "fp32"}
 

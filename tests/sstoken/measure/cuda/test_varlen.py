@@ -68,8 +68,8 @@ def test_flex_is_exact(how):
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
 @pytest.mark.parametrize("lengths", [[700], [100, 28, 128, 1, 400, 127], [129, 255, 256], [3]])
 def test_blocks_of_flex_are_those_of_the_whole_mask(lengths, window):
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    found, total = block_mask(cu_seqlens, sum(lengths), window), sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    found, total = block_mask(offsets, sum(lengths), window), sum(lengths)
     expected = create_block_mask(found.mask_mod, None, None, total, total, device="cpu")
     assert torch.equal(found.to_dense(), expected.to_dense())
     assert torch.equal(whole_blocks(found), whole_blocks(expected))
