@@ -33,7 +33,7 @@ OF_DISTRIBUTION = (
     frozenset({"loss", "entropy", "entropy_top20", "max_prob", "sum_p2", "expected_rank", *BY_ROW}) | RANKS
 )
 """What `measure_distribution` measures."""
-_COUNTS = frozenset({"rank", "ties"})
+_COUNTS = {signal.name for signal in SIGNALS.values() if signal.dtype == "int32"}
 _TOP = 20
 _SAMPLE = 512
 """Vocabulary entries in a sample; one in 64 in a large vocabulary."""
@@ -81,7 +81,7 @@ def measure_distribution(
     for rows, logits in _whole_rows(hidden, head) if by_row else ():
         log_p = logits.log_softmax(1).clamp_min_(_LEAST)
         for name in by_row:
-            found[name][rows] = BY_ROW[name](log_p, targets[rows]).to(dtype)
+            found[name][rows] = BY_ROW[name](log_p, targets[rows])
     return found
 
 

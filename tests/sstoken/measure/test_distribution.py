@@ -121,8 +121,9 @@ def test_what_an_entry_defines_is_computed_from_the_row(kind, monkeypatch):
     hidden = torch.randn(150, 16, generator=generator)
     targets = draw_targets(head, 150, generator)
     found = measure_distribution(hidden, targets, head, [*defined, *(f"own_{name}" for name in defined)])
+    scale = 1 + largest_logit(head, hidden) / 10  # fp32 rounds large logits more
     for name in defined:
-        torch.testing.assert_close(found[f"own_{name}"], found[name], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(found[f"own_{name}"], found[name], atol=1e-5 * scale, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["smooth", "peaked", "ties", "far apart", "one bucket", "not a number"])
