@@ -39,7 +39,7 @@ _SAMPLE = 512
 """Vocabulary entries in a sample; one in 64 in a large vocabulary."""
 _MOST_ABOVE = 40.0
 """Rows with a logit further above the sample's largest are measured again: squared exponentials would overflow."""
-_LEAST = -1000.0
+_LEAST = -1e9
 """Lowest log-probability in a sum: its token has probability 0 in any case, and 0 * -inf would be NaN."""
 _MOST_OFF = 1e-4
 """Bound on the relative error of an expected rank from buckets; the actual error is about a tenth of it."""
