@@ -3,7 +3,8 @@
 import difflib
 import glob
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -263,12 +264,17 @@ def validated(model: type[M], values: Mapping[str, Any], where: str) -> M:
         return model.model_validate(dict(values))
     except ValidationError as error:
         # Report an unknown key first: it is often the missing one, misspelt.
-        first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
-        raise UsageError(f"{where}: {_explain(model, first)}") from None
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise UsageError(f"{where}: {_explain(model, errors)}") from None
 
 
-def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
+def _explain(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> str:
+    """Explain the first error, and those of the same union that got as far into the value."""
     # For a union, pydantic adds the branch to the location, such as `dict[str,str]`.
+    before = tuple(takewhile(lambda part: "[" not in str(part), errors[0]["loc"]))
+    branches = [e for e in errors if e["loc"][: len(before)] == before]
+    deepest = max(len(e["loc"]) for e in branches)
+    error, *others = [e for e in branches if len(e["loc"]) == deepest]
     location = [str(part) for part in error["loc"] if "[" not in str(part)]
     if error["type"] == "extra_forbidden":  # a key can be any text
         location = [*location[: len(error["loc"]) - 1], str(error["loc"][-1])]
@@ -289,7 +295,8 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
         return f"{name} is {short(error['input'])}; it has to be a section with the fields {', '.join(legal)}"
     if not location:
         return str(error["msg"]).removeprefix("Value error, ")
-    return f"{name} is {short(error['input'])}; {has_to_be(error)}"
+    legal = [has_to_be(error), *(has_to_be(other).removeprefix("it has to be ") for other in others)]
+    return f"{name} is {short(error['input'])}; {', or '.join(dict.fromkeys(legal))}"
 
 
 def _fields(model: type[BaseModel]) -> list[str]:

@@ -76,7 +76,9 @@ def finished(folder: Path, what: str) -> Manifest:
     manifest = read_manifest(folder)
     if manifest is None:
         if inside := finished_inside(folder):
-            raise UsageError(f"{folder}: a folder of several; name one in it: {', '.join(inside)}")
+            raise UsageError(
+                f"{folder}: a folder of several, {', '.join(inside)}; name the one that holds the {what}, or make it"
+            )
         raise SstokenError(f"{folder}: unfinished (no {MANIFEST}), or not a folder of {what}; make it again")
     for problem in problems(folder, manifest, checksums=False):
         raise SstokenError(f"{problem}; put the file back, or make {folder} again (--force)")

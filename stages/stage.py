@@ -136,9 +136,9 @@ _KINDS = {
     "finite_number": "it has to be a finite number",
     "bool": "it has to be true or false",
     "string": "it has to be text",
-    "tuple": "it has to be a list",
-    "list": "it has to be a list",
-    "dict": "it has to be a mapping of names to values",
+    "tuple": "it has to be a list, such as [a, b]",
+    "list": "it has to be a list, such as [a, b]",
+    "dict": "it has to be a mapping of names to values, such as {a: b}",
 }
 
 

@@ -177,7 +177,11 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     ),
     "the folder of several as the tokens": (
         lambda p: ["score", "--tokens", p.world.tokens.parent, "--ckpt", p.world.base, "--out", p.free / "out"],
-        ("name one in it", "tokens"),
+        ("name the one that holds the tokens", "/tokens;"),
+    ),
+    "one checkpoint where several go": (
+        lambda p: ["run", p.configuration("score: {checkpoints: step-1}\n")],
+        ("checkpoints is 'step-1'", "mapping of names to values, such as {a: b}, or a list, such as [a, b]"),
     ),
     "attention of a checkpoint that is not scored": (
         lambda p: scoring(p, "--ckpt", p.world.base, "--attention-from", "sft"),

@@ -85,7 +85,8 @@ def test_a_folder_of_finished_ones_names_them(tmp_path):
     assert finished_inside(tmp_path / "gone") == []
     with pytest.raises(UsageError) as raised:
         finished(tmp_path, "tokens")
-    assert str(raised.value) == f"{tmp_path}: a folder of several; name one in it: {', '.join(inside)}"
+    several = f"a folder of several, {', '.join(inside)}; name the one that holds the tokens, or make it"
+    assert str(raised.value) == f"{tmp_path}: {several}"
 
 
 def test_finished_compares_sizes_alone(tmp_path):
