@@ -41,7 +41,7 @@ def print_comparison(facts: dict[str, Any]) -> None:
     for pair in facts["pairs"]:
         a, b = pair["first"], pair["second"]
         say(
-            f"\n{a} and {b}: Jaccard {pair['jaccard']:.3f}, kappa {pair['kappa']:.3f}; "
+            f"\n{a} and {b}: Jaccard {pair['jaccard']:.3f}, kappa {pair['kappa']:z.3f}; "
             f"{pair['only_first']:,} tokens in {a} alone, {pair['only_second']:,} in {b} alone"
         )
         tenths = " ".join(f"{row['differ']:4.0%}" for row in pair["by_tenth"])
@@ -135,7 +135,7 @@ def _part(m: dict[str, Any]) -> list[str]:
 
 
 def _anchor(m: dict[str, Any]) -> list[str]:
-    loss = "" if m["loss"] is None else f", loss {m['loss']:.4f} nats at the end"
+    loss = "" if m["loss"] is None else f", loss {m['loss']:z.4f} nats at the end"
     return [
         f"{m['steps']:,} steps, {m['tokens_seen']:,} tokens seen{loss}",
         f"checkpoints: {', '.join(m['snapshots'])}; the loss is drawn in learning_curve.png",
@@ -147,7 +147,7 @@ def _score(m: dict[str, Any]) -> list[str]:
     line = f"{m['response_tokens']:,} response tokens of {m['examples']:,} examples"
     for name, mean in ((key.removeprefix("mean_"), m[key]) for key in m if key.startswith("mean_")):
         unit = " nats" if is_signal(name) and get_signal(name).unit == "nats" else ""
-        line += f", mean {'attention on the prompt' if name == 'attention' else name} {mean:.4f}{unit}"
+        line += f", mean {'attention on the prompt' if name == 'attention' else name} {mean:z.4f}{unit}"
     lines = [line, m["computed_with"]] if "computed_with" in m else [line]
     if m.get("trained_on_other_tokens"):
         lines.append("note: the anchor run that left this checkpoint was trained on other tokens than these")
@@ -202,7 +202,7 @@ def _compared(m: dict[str, Any]) -> list[str]:
     if not m.get("compared"):  # a method without checkpoints, or a pulled folder
         return []
     line = ", ".join(f"{role} is {name}" for role, name in m["compared"].items())
-    return [line + (f"; mean REL {m['mean_rel']:.4f} nats" if "mean_rel" in m else "")]
+    return [line + (f"; mean REL {m['mean_rel']:z.4f} nats" if "mean_rel" in m else "")]
 
 
 def _export(m: dict[str, Any]) -> list[str]:

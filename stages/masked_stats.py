@@ -128,7 +128,7 @@ def notes_on(stats: Sequence[dict[str, Any]], method: str) -> list[str]:
             continue
         if not get_signal(Input(name).signal).may_be_constant:
             notes.append(
-                f"{name} is {found[0]:g} on every token: {method} learns nothing from it; score it again"
+                f"{name} is {found[0]:zg} on every token: {method} learns nothing from it; score it again"
             )
     dropped = num_turns - total("turn_ends_kept")
     if num_tokens and not total("kept"):

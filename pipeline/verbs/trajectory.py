@@ -52,7 +52,7 @@ def _layers(scores: str, checkpoints: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         say(json.dumps([asdict(layer) for layer in found]))
         return
-    rows = [[str(f.layer), *(f"{x:.3f}" for x in (f.stability, f.spread, f.attention))] for f in found]
+    rows = [[str(f.layer), *(f"{x:z.3f}" for x in (f.stability, f.spread, f.attention))] for f in found]
     print_table(["layer", "stability", "spread", "attention"], rows)
     best = found[0]
     say(f"steadiest: layer {best.layer}; use it with: score --layer {best.layer}")

@@ -119,7 +119,7 @@ def remarks_on_column(trainer: Any, losses: Tensor, history: Tensor) -> Iterator
         return
     if not correlation >= UNRELATED:
         yield (
-            f"the correlation of the column's history losses with the model's own is {correlation:.2f} at the first "
+            f"the correlation of the column's history losses with the model's own is {correlation:z.2f} at the first "
             "batch: they look like those of another model or of other tokens; score this model's base checkpoint on "
             "these tokens"
         )

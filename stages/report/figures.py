@@ -213,7 +213,7 @@ def _density(stats: Statistics) -> Iterator[Chart]:
 
     yield Chart(
         "density", f"{capitalized(a.label)} and {b.label}",
-        f"Density of the response tokens on a log scale; lighter is more. Their rank correlation is {rank:+.2f} "
+        f"Density of the response tokens on a log scale; lighter is more. Their rank correlation is {rank:+z.2f} "
         "(Spearman's; 0: unrelated, 1: the same order).", draw,
     )  # fmt: skip
 

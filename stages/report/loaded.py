@@ -59,7 +59,7 @@ class Row:
                 colour = _STEPS[min(int(rank * len(_STEPS)), len(_STEPS) - 1)]
                 style = f"background:{colour};border-radius:3px"
             score = example.scores[i]
-            title = str(example.input_ids[i]) + ("" if score is None else f", score {score:.4g}")
+            title = str(example.input_ids[i]) + ("" if score is None else f", score {score:z.4g}")
             pieces.append(f'<span style="{style}" title="{title}">{shown}</span>')
         name = html.escape(visible(example.example_id, newline=" "))
         return (

@@ -8,6 +8,7 @@ import pytest
 
 from sstoken import curate
 from sstoken.errors import SstokenError, UsageError
+from sstoken.pipeline.printing import print_comparison
 from sstoken.stages.report.token_classes import CLASSES
 from tests.pipeline.worlds import CommandLine, World
 
@@ -70,10 +71,13 @@ def test_the_figures_are_those_of_counting(folders: dict[str, Path]) -> None:
         assert sum(examples[listed[0]["example_id"]]) / len(examples[listed[0]["example_id"]]) == worst
 
 
-def test_a_mask_agrees_with_itself(folders: dict[str, Path]) -> None:
-    [pair] = curate.compare([folders["rel"], f"again={folders['rel']}"])["pairs"]
+def test_a_mask_agrees_with_itself(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    facts = curate.compare([folders["rel"], f"again={folders['rel']}"])
+    [pair] = facts["pairs"]
     assert (pair["jaccard"], pair["kappa"], pair["only_first"], pair["only_second"]) == (1.0, 1.0, 0, 0)
     assert pair["by_example"]["most_different"] == []
+    print_comparison(facts | {"pairs": [pair | {"kappa": -1e-9}]})
+    assert "kappa 0.000;" in capsys.readouterr().out
 
 
 def test_the_command_prints_and_gives_json(

@@ -42,7 +42,7 @@ def check(scores: Path, tokens: Path, audit: Audit) -> dict[str, Any]:
                     audit.report_row(MISSING, f"{part.name} row {number}", num_rows + number, detail)
         num_rows += len(names)
     same = [
-        f"{name} is {low:g}"
+        f"{name} is {low:zg}"
         for name, (low, high) in ranges.items()
         if low == high and not (is_signal(name) and get_signal(name).may_be_constant)
     ]
