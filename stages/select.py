@@ -166,19 +166,25 @@ class Select(ShardedStage):
         if all("rel_sum" in m["checks"] for m in metadata):
             summary["mean_rel"] = sum(m["checks"]["rel_sum"] for m in metadata) / summary["response_tokens"]
         checks = [{**m["stats"], **m["checks"]} for m in metadata]
-        if notes := self._ignored() + notes_on(checks, self.method) + harm_notes(checks):
+        ignored = self._ignored(summary["response_tokens"])
+        if notes := ignored + notes_on(checks, self.method) + harm_notes(checks):
             summary["notes"] = notes
         write_card(context.out, provenance, summary)
         return summary
 
-    def _ignored(self) -> list[str]:
-        """Return a note for each option given that the method does without."""
+    def _ignored(self, num_tokens: int) -> list[str]:
+        """Return a note for each option given that the method does without, and for a budget that limits nothing."""
         given = {*self.params, *(name for name in self.model_fields_set if getattr(self, name) is not None)}
-        return [
+        notes = [
             f"method {self.method!r} has no {name}; it changes nothing here"
             for name in self.of.ignores
             if name in given
         ]
+        if self.budget is not None and self.budget > num_tokens:
+            notes.append(
+                f"budget is {self.budget:,}, and there are {num_tokens:,} response tokens: all are kept"
+            )
+        return notes
 
     def _provenance(self, context: Context, scores: dict[str, Path]) -> dict[str, Any]:
         folder = context.inputs["tokens"]
