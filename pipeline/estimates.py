@@ -98,7 +98,7 @@ def estimates(config: RunConfig, steps: set[str]) -> list[Estimate]:
         seconds = written = None
         with suppress(SstokenError):  # the model is not on this machine
             flops, written = estimate(job, size)
-            seconds = rates.seconds(job, flops or size.tokens, known)
+            seconds = rates.seconds(job, flops or size.tokens, size.tokens, known)
         found.append(Estimate(name, size.tokens, seconds, written, size.guessed))
     return found
 

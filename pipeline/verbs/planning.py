@@ -158,7 +158,10 @@ def _print_needed(needed: "list[Estimate]", out: Path) -> None:
     if seconds:
         say("time: at the rate of the last run of each kind on this machine")
     if len(seconds) < len(needed):
-        say("time -: none of its kind has run here yet; `plan --cost` estimates from the FLOPs")
+        say(
+            "time -: none of its kind has run here yet, with such a device, backend, signals and size of model; "
+            "`plan --cost` estimates from the FLOPs"
+        )
     if any(e.guessed for e in needed):
         say(f"tokens: from the first {SAMPLE} rows; exact once they are encoded")
     free = free_bytes(out)

@@ -47,18 +47,23 @@ def test_a_run_leaves_the_rates_that_the_next_plan_uses(
     api.run(config)
     known = json.loads((own_cache / "rates.json").read_text())
     assert {"encode", "select"} <= set(known)
-    (scored,) = (kind for kind in known if kind.startswith("score/cpu/float32"))
+    scored = "score/cpu/float32/auto/loss/attention"  # the first checkpoint is measured without attention
     later = planned(cli, config, "--set", "score.batch_tokens=100", "--set", "score.layer=0")
     todo = later["score/later"]
     assert later["encode"]["state"] == "finished"
     assert later["encode"]["seconds"] is None
     made = json.loads((config.parent / "run" / "scores" / "later" / "manifest.json").read_text())
-    # the two checkpoints are of one size: what one took, the other will, at the rate of the last
+    # what it took, it will take again
     assert todo["seconds"] == pytest.approx(known[scored]["seconds"])
     assert made["took"]["worker_seconds"] == pytest.approx(known[scored]["seconds"], rel=1e-3)
     assert todo["changed"] == ["score.layer none -> 0"]
     said = cli.works("plan", config, "--set", "score.layer=0")
     assert "at the rate of the last run" in said
+    other = planned(cli, config, "--set", "score.layer=0", "--set", "score.signals=[entropy]")
+    assert other["score/later"]["seconds"] is None
+    known[scored]["per_token"] *= 10  # as a larger model's
+    (own_cache / "rates.json").write_text(json.dumps(known))
+    assert planned(cli, config, "--set", "score.layer=0")["score/later"]["seconds"] is None
 
 
 def test_a_damaged_record_of_rates_counts_for_nothing(
