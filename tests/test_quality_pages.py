@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quality.page import told_apart
 from benchmarks.quality.settings import STUDIES, read_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,6 +148,15 @@ def test_what_holds_for_all_methods_at_once_holds_for_each(path):
         for reference, (value, low, high) in figures["at_once"].items():
             assert value == own[reference][0]
             assert low <= own[reference][1] <= own[reference][2] <= high
+
+
+def test_the_table_of_every_method_is_that_of_its_result():
+    methods = json.loads((RESULTS / "every-method.json").read_text(encoding="utf-8"))["methods"]
+    for group, names in told_apart(methods, "full").items():
+        [row] = re.findall(rf"^\| {group} \| (.*) \|$", PAGES[1].read_text(encoding="utf-8"), re.M)
+        for cell, how in zip(row.split("|"), ("published ", "in-loop "), strict=True):
+            own = [name.removeprefix(how) for name in names if name.startswith(how)]
+            assert re.findall(r"`([^`]+)`", cell) == own, (group, how)
 
 
 def test_worst_is_told_from_random():
