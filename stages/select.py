@@ -162,7 +162,9 @@ class Select(ShardedStage):
             raise NothingLeftError(f"{tokens}: no example has a response token; nothing to select")
         provenance = self._provenance(context, _scores(context))
         named = {role: facts["name"] for role, facts in provenance["checkpoints"].items()}
-        summary["compared"] = {role: named[role] for role in self.of.roles if role in named}
+        if "current.attention" not in self.of.inputs or named.get("attention") == named.get("current"):
+            named.pop("attention", None)
+        summary["compared"] = {role: named[role] for role in (*self.of.roles, "attention") if role in named}
         if all("rel_sum" in m["checks"] for m in metadata):
             summary["mean_rel"] = sum(m["checks"]["rel_sum"] for m in metadata) / summary["response_tokens"]
         checks = [{**m["stats"], **m["checks"]} for m in metadata]

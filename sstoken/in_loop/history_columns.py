@@ -74,7 +74,8 @@ def check_columns(dataset: Any, wanted: Sequence[str] = (HISTORY,)) -> None:
                 raise UsageError(
                     f"the training dataset has no column {needed!r}, it has {', '.join(columns)}; history 'scores' "
                     f"needs input_ids, labels and {', '.join(wanted)}, as "
-                    "sstoken.stages.training.score_column.with_history makes them"
+                    "sstoken.stages.training.score_column.with_history makes them; 'base' (LoRA), 'ema' and 'snapshot' "
+                    "need no column"
                 )
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return

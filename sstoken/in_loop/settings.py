@@ -78,6 +78,8 @@ class SelfModulation:
             _one_of("scope", self.scope, ("sample", "turn", "batch"))
         if self.denominator is not None:
             _one_of("denominator", self.denominator, ("kept", "response"))
+        if self.layer != "last" and not isinstance(self.layer, int):
+            raise UsageError(f"layer is {self.layer!r}; legal: 'last', or the number of a layer")
         if self.warmup_steps < 0:
             raise UsageError(f"warmup_steps is {self.warmup_steps}; it must be at least 0")
         kept = self.history in _DEFAULT_EVERY

@@ -100,3 +100,20 @@ def test_two_checkpoints_that_are_the_same(world: World, cli: CommandLine, tmp_p
         roles = ("--role", "history=a", "--role", "current=b")
         printed = cli.works(*command, *roles, "--out", tmp_path / method)
         assert len([line for line in printed.splitlines() if line.strip().startswith(f"note: {said}")]) == 1
+
+
+def test_attention_of_another_checkpoint_than_current_is_said(
+    world: World, cli: CommandLine, tmp_path: Path
+) -> None:
+    roles = ("--history", "later", "--current", "base")
+    command = (
+        "select",
+        "--tokens",
+        world.tokens,
+        "--scores",
+        world.scores,
+        *roles,
+        "--out",
+        tmp_path / "masked",
+    )
+    assert "history is later, current is base, attention is later" in cli.works(*command)

@@ -192,6 +192,7 @@ def test_a_history_of_weights_cannot_be_resumed(tmp_path):
         ({"gamma": -0.1}, "gamma is -0.1"),
         ({"gamma": Schedule(0.5, 2)}, "gamma is 2"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"layer": "lst"}, "layer is 'lst'; legal: 'last', or the number of a layer"),
         ({"scope": "row"}, "scope is 'row'; legal: sample, turn, batch"),
         ({"history": "past"}, "history is 'past'; legal: scores, base, ema, snapshot"),
         ({"history_every": 3}, "belong to 'ema' and 'snapshot'"),
