@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -200,7 +200,7 @@ def _without_engine(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _ENGINE}
 
 
-def changes(step: str, job: Job, digests: Digests) -> tuple[str, ...]:
+def changes(step: str, job: Job, digests: Callable[[Path], str]) -> tuple[str, ...]:
     """List every setting and input that differs from the finished output's, such as `select.rho 0.6 -> 0.4`.
 
     The job's inputs have to be finished. `step` begins each line.
@@ -238,7 +238,7 @@ def _changed_inputs(step: str, job: Job, there: Manifest) -> Iterator[str]:
             yield f"{step} reads another input {name}{place}"
 
 
-def _changed_sources(step: str, job: Job, there: Manifest, digests: Digests) -> Iterator[str]:
+def _changed_sources(step: str, job: Job, there: Manifest, digests: Callable[[Path], str]) -> Iterator[str]:
     now = json.loads(json.dumps(job.stage.sources(digests), default=str))
     for name in sorted({*now, *there.sources}):
         if now.get(name) != there.sources.get(name):

@@ -22,6 +22,7 @@ from sstoken.pipeline.job import (
     Job,
     Result,
     State,
+    changes,
     check_unchanged,
     only_sources_changed,
     partial_fingerprint,
@@ -69,9 +70,10 @@ def locked_folder(job: Job, identity: Identity, *, replace: bool, force: bool) -
             return
         there = manifests.read_manifest(job.out)
         if there is not None and not (replace or force or only_sources_changed(job, identity, there)):
+            changed = "; ".join(changes(job.stage.name, job, lambda path: identity.read[path][1]))
             raise UsageError(
-                f"{job.out}: holds finished work of other settings or inputs; choose another output folder, or "
-                "--force to make it again"
+                f"{job.out}: holds finished work of other settings or inputs{changed and f' ({changed})'}; choose "
+                "another output folder, or --force to make it again"
             )
         if there is not None and (own := manifests.unlisted(job.out, there)):
             raise UsageError(

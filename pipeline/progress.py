@@ -76,14 +76,25 @@ class _Bar(Progress):
         """When the first units were done, and how many: what came before is loading, too."""
 
     def advance(self, amount: int = 1) -> None:
-        self._bar.update(amount)
-        if self._faster is None:
-            return
-        now = time.monotonic()
         if self._first is None:
-            self._first = now, self._bar.n
-        elif now - self._first[0] >= _FIRST_ESTIMATE:
-            self._estimate(now - self._first[0], self._bar.n - self._first[1])
+            self._begin(amount)
+            return
+        self._bar.update(amount)
+        elapsed = time.monotonic() - self._first[0]
+        if self._faster is not None and elapsed >= _FIRST_ESTIMATE:
+            self._estimate(elapsed, self._bar.n - self._first[1])
+
+    def _begin(self, amount: int) -> None:
+        """Count the first units; rate and time left start from here."""
+        bar = self._bar
+        if bar.n + amount == bar.total:
+            bar.update(amount)
+            return
+        self.skip(amount)
+        if bar.format_dict["elapsed"] >= bar.delay:
+            bar.refresh()
+        bar.unpause()
+        self._first = time.monotonic(), bar.n
 
     def _estimate(self, elapsed: float, done: float) -> None:
         """Print once how long the work will take and what would speed it up."""

@@ -584,7 +584,12 @@ def test_output_of_other_settings(select: tuple[object, ...], cli: CommandLine, 
     out = tmp_path / "masked"
     cli.works(*select, out)
     before = snapshot(out)
-    says(cli.fails(USAGE, *select, out, "--rho", 0.3), str(out), "other settings", "--force")
+    says(
+        cli.fails(USAGE, *select, out, "--rho", 0.3),
+        str(out),
+        "other settings or inputs (select.rho 0.6 -> 0.3)",
+        "--force",
+    )
     assert snapshot(out) == before
     cli.works(*select, out, "--rho", 0.3, "--force")
 

@@ -74,6 +74,21 @@ def test_loading_is_not_part_of_the_rate(
     assert capsys.readouterr().err.splitlines() == ["about 16:10 to go; faster: a GPU"]
 
 
+def test_lines_do_not_count_loading(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with progress.progress_bar("tokens", 1000) as bar:
+        for at in (90.0, 100.0):
+            now[0] = at
+            bar.advance(100)
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "100/1.00k tokens, ? tokens/s, ? left",
+        "200/1.00k tokens, 10.0 tokens/s, 01:20 left",
+    ]
+
+
 def test_short_work_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_ESTIMATE", 0.0)
     with progress.progress_bar("tokens", 100, faster=lambda: "a GPU") as bar:
