@@ -59,7 +59,8 @@ class PublishCall(Publication):
     branch: str = MAIN
     """Branch to commit to; created if it does not exist."""
     dry_run: Annotated[bool, Option(flag="--dry-run")] = False
-    """Show the files and the card but publish nothing; asks the Hub only for the source's licence."""
+    """Publish nothing, and show the files and the card. The Hub is asked for the source's licence alone; it checks the
+    card on publishing."""
     out: Place | None = None
     """Where the files are prepared.  [default: MASKED.publish]"""
 
