@@ -29,6 +29,7 @@ _FEWEST_WORDS = 4
 """An opening with fewer words names roles and says nothing."""
 SPECIAL_KEPT = "examples with special tokens in their text"
 BLANKS_CHANGED = "examples whose blanks the tokenizer changes"
+PROMPT_CHANGED = "examples whose prompt has text that the tokenizer has no tokens for"
 NORMALIZED = "examples whose text the tokenizer's normalizer changes"
 
 
@@ -146,7 +147,7 @@ class ChatEncoder:
         coded = self._coded(rendered.text)
         ids = coded["input_ids"]
         runs = _token_runs(rendered.text, rendered.spans, coded["offset_mapping"])
-        changed = self._check_tokens([ids[first:last] for first, last in runs], rendered)
+        changed = self._check_tokens(ids, runs, rendered)
         mask = [False] * len(ids)
         for first, last in runs:
             mask[first:last] = [True] * (last - first)
@@ -157,25 +158,38 @@ class ChatEncoder:
         notes = (*notes, *rendered.notes, *changed)
         return Encoded(list(ids[:kept]), mask[:kept], end > self.max_length, turn, notes, rendered.proof)
 
-    def _check_tokens(self, runs: list[list[int]], rendered: Rendered) -> tuple[str, ...]:
-        """Return notes on how the tokenizer changes blanks or normalizes; refuse tokens that spell another text."""
+    def _check_tokens(self, ids: list[int], runs: list[Span], rendered: Rendered) -> tuple[str, ...]:
+        """Return notes on how the tokenizer changes text; refuse responses that spell another text than their own."""
         expected = [rendered.text[start:stop] for start, stop in rendered.spans]
+        try:
+            whole = self._change([ids], [rendered.text])
+        except BadRow:
+            whole = PROMPT_CHANGED
+        changes = self._change([ids[first:last] for first, last in runs], expected), whole
+        return tuple(dict.fromkeys(filter(None, changes)))
+
+    def _change(self, runs: list[list[int]], expected: list[str]) -> str:
+        """Return a note on how the tokens' text differs from the expected one, "" if it does not.
+
+        Raises:
+            BadRow: they differ in more than blanks and what the tokenizer's normalizer does.
+        """
         tokens = self._byte_level
         if tokens is not None:
             spelled_bytes = (b"".join([tokens[i] for i in run]).strip() for run in runs)
             if all(run == text.encode().strip() for run, text in zip(spelled_bytes, expected, strict=True)):
-                return ()
+                return ""
         decode = self.tokenizer.backend_tokenizer.decode
         spelled = self._unspaced("".join(decode(run, skip_special_tokens=False) for run in runs))
         text = self._unspaced("".join(expected))
         if spelled == text:
-            return ()
+            return ""
         spelled, text = "".join(spelled.split()), "".join(text.split())
         if spelled == text:
-            return (BLANKS_CHANGED,)
+            return BLANKS_CHANGED
         normalizer = self.tokenizer.backend_tokenizer.normalizer
         if normalizer is not None and normalizer.normalize_str(spelled) == normalizer.normalize_str(text):
-            return (NORMALIZED,)
+            return NORMALIZED
         raise BadRow(
             "changed by the tokenizer",
             f"the response tokens spell {spelled[:40]!r}, the text is {text[:40]!r}",

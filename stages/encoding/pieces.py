@@ -3,10 +3,16 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from sstoken.stages.encoding.altering import TOOLS
 from sstoken.stages.encoding.messages import Conversation
+
+_KEYWORDS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+"""Keywords of JSON schemas that hold one schema."""
+_FORMS = ("type", "required", "$ref", "$schema", "$id")
+"""Keys of tool definitions whose values templates write in their own way."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,12 @@ def _tool_pieces(tools: list[dict[str, Any]] | None) -> Iterator[Piece]:
         for key, value in function.items():
             if isinstance(value, Mapping):  # parameters, and the result where it is described
                 yield from (_schema_pieces if key == "parameters" else _described)(value, where)
+            for inner in (
+                value if isinstance(value, list | tuple) else ()
+            ):  # parameters as a list, in older APIs
+                if isinstance(inner, Mapping) and isinstance(name := inner.get("name"), str):
+                    yield _name_of_parameter(name, f"{where}.{name}")
+                yield from _described(inner, where)
 
 
 def _schema_pieces(schema: Any, where: str) -> Iterator[Piece]:
@@ -81,17 +93,23 @@ def _schema_pieces(schema: Any, where: str) -> Iterator[Piece]:
         if key == "properties" and isinstance(value, Mapping):
             for name, described in value.items():
                 place = f"{where}.{name}"
-                yield Piece(TOOLS, "tools", str(name), verbatim=False, altered=False, where=place)
+                yield _name_of_parameter(str(name), place)
                 yield from _described(described, place)
         elif key == "enum" and isinstance(value, list | tuple):
             for permitted in value:
                 if isinstance(permitted, str) and permitted.strip():
                     yield Piece(TOOLS, "tools", permitted, verbatim=False, altered=False, where=where)
         elif isinstance(value, Mapping):
+            if "type" in value and key not in _KEYWORDS:  # a parameter without `properties` around it
+                yield _name_of_parameter(str(key), f"{where}.{key}")
             yield from _described(value, where)
         elif isinstance(value, list | tuple):
             for inner in value:
                 yield from _described(inner, where)
+
+
+def _name_of_parameter(name: str, place: str) -> Piece:
+    return Piece(TOOLS, "tools", name, verbatim=False, altered=False, where=place)
 
 
 def _described(schema: Any, where: str) -> Iterator[Piece]:
@@ -104,6 +122,25 @@ def _description(described: Mapping[str, Any], where: str) -> Iterator[Piece]:
     text = described.get("description")
     if isinstance(text, str) and text.strip():
         yield Piece(TOOLS, "tools", text, verbatim=False, where=where)
+
+
+def details(tools: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the texts and numbers of tool definitions that templates may leave out, such as defaults and limits."""
+    for key, value in chain.from_iterable(map(_scalars, tools)):
+        if isinstance(value, str) and key not in _FORMS and value.strip():
+            yield value
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield json.dumps(value)
+
+
+def _scalars(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each scalar inside a JSON value, with the key that it, or the list around it, stands under."""
+    if isinstance(value, Mapping):
+        yield from chain.from_iterable(_scalars(inner, str(name)) for name, inner in value.items())
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(_scalars(inner, key) for inner in value)
+    else:
+        yield key, value
 
 
 def leaves(value: Any) -> Iterator[tuple[str, bool]]:

@@ -8,11 +8,11 @@ from typing import Any
 from sstoken.errors import SstokenError
 from sstoken.stages.encoding.altering import TEMPLATE, TOOLS
 from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, TrainedTurns
-from sstoken.stages.encoding.pieces import Piece, pieces
+from sstoken.stages.encoding.pieces import Piece, details, pieces
 from sstoken.stages.encoding.scaffolds import Scaffolds
 from sstoken.stages.encoding.spans import SpecialTokens, Turn, TurnFinder
 from sstoken.stages.encoding.templates import ChatTemplate, Span, read_template, training_variant
-from sstoken.stages.encoding.tracing import SPLIT, Trace, missing
+from sstoken.stages.encoding.tracing import SPLIT, Trace, missing, shown
 
 NO_END = "responses that no token ends; add {{ eos_token }} after assistant contents in the chat template"
 UNMARKED = "assistant turns that the chat template does not mark as generated"
@@ -30,6 +30,8 @@ TOOLS_IN_SYSTEM = (
     "examples with tool definitions as JSON in the system prompt: the chat template has no place for them"
 )
 SPEAKERS_LOST = "examples whose speakers have names, which the chat template leaves out"
+DETAILS_LOST = "examples whose tool definitions lose details, such as defaults, to the chat template"
+TRIMMED = "examples whose texts lose blanks at their ends to the chat template"
 FOLLOWING = "examples without the messages after the last answer that is trained on"
 EARLIER_REASONING = "examples whose earlier turns are shown without their reasoning, as at inference"
 
@@ -101,7 +103,7 @@ class Renderer:
         else:
             text, marked = template.render(conversation), None
         wanted = _trained(conversation)
-        notes = _notes_of(conversation, template)
+        notes = _notes_of(conversation, template, text)
         turns = scaffolds.recognise(text, conversation)
         proof = SUBSTITUTION if turns is None else PATTERN
         if turns is None:
@@ -146,18 +148,19 @@ class Renderer:
         lost = [p for p in unseen if p not in earlier]
         lost += [p for p in missing(found, until, protected) if p.owner == index + 1]
         kinds = self._check_lost(lost, until)
-        notes = _notes_of(until, finder.template)
+        turn = finder.turn(found, until, index)
+        head = prompt.text[: prompt.before(len(prompt.text))]
+        text = head + found.text[found.before(turn.first) : turn.stop]
+        notes = _notes_of(until, finder.template, text)
         notes += [f"examples whose {kind} the chat template leaves out" for kind in kinds]
         notes += [EARLIER_REASONING] if earlier else []
-        turn = finder.turn(found, until, index)
         marked = finder.template.render_marked(until)[1] if finder.template.marks_responses else None
         spans, remarks = _spans(turn, marked)
         if not spans:
             raise BadRow(UNCERTAIN, f"the template does not mark turn {index + 1} as generated")
-        head = prompt.text[: prompt.before(len(prompt.text))]
         moved = len(head) - found.before(turn.first)
         return Rendered(
-            head + found.text[found.before(turn.first) : turn.stop],
+            text,
             [(start + moved, stop + moved) for start, stop in spans],
             (*notes, *remarks),
             PREFIX if marked is None else MARKERS,
@@ -223,10 +226,16 @@ class Renderer:
         return self._finders[source]
 
 
-def _notes_of(conversation: Conversation, template: ChatTemplate) -> list[str]:
+def _notes_of(conversation: Conversation, template: ChatTemplate, text: str) -> list[str]:
     notes = [TOOLS_IN_SYSTEM] if conversation.tools and template.tools_in_system else []
+    notes += (
+        [DETAILS_LOST] if not all(shown(each, text) for each in details(conversation.tools or [])) else []
+    )
     named = any(m.get("name") and m["role"] in ("user", "assistant") for m in conversation.messages)
-    return [*notes, SPEAKERS_LOST] if named and not template.prints_speakers else notes
+    notes += [SPEAKERS_LOST] if named and not template.prints_speakers else []
+    said = (m.get(key) or "" for m in conversation.messages for key in ("content", "reasoning_content"))
+    trimmed = any(each != (bare := each.strip()) and bare in text and not shown(each, text) for each in said)
+    return [*notes, TRIMMED] if trimmed else notes
 
 
 def _trained(conversation: Conversation) -> list[int]:

@@ -79,10 +79,17 @@ def _tool(tool: Any) -> dict[str, Any]:
             "bad tools", "the tools are not a list of JSON schemas; leave them out with --ignore-column"
         )
     if isinstance(tool.get("function"), Mapping):
-        return {"type": "function"} | dict(tool)
+        return {"type": "function"} | dict(tool) | {"function": _with_schema(tool["function"])}
     if not isinstance(tool.get("name"), str):
         raise BadRow("bad tools", "a tool has no name")
-    function = {key: value for key, value in tool.items() if key != "type"}
+    function = _with_schema({key: value for key, value in tool.items() if key != "type"})
     if "input_schema" in function and "parameters" not in function:  # Anthropic
         function = {("parameters" if k == "input_schema" else k): v for k, v in function.items()}
     return {"type": "function", "function": function}
+
+
+def _with_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse a schema given as JSON text."""
+    return {
+        k: json_or_text(v, "{") if k in ("parameters", "input_schema") else v for k, v in function.items()
+    }

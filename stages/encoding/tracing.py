@@ -154,7 +154,7 @@ def missing(found: Trace, conversation: Conversation, protected: re.Pattern[str]
                 lost.append(piece)
             continue
         if _keeps_letters(piece, found):
-            if not _shown(piece.text, found.around(piece.owner)):
+            if not shown(piece.text, found.around(piece.owner)):
                 lost.append(piece)
             continue
         if piece.owner not in printed:
@@ -200,7 +200,7 @@ def _lost_parts(piece: Piece, text: str, printed: str, protected: re.Pattern[str
             continue
         letters = visible(part, None)
         times = together.count(letters) - given_up[letters]
-        there = printed.count(letters) >= times if letters else _shown(part, text)
+        there = printed.count(letters) >= times if letters else shown(part, text)
         if there and not (letters and piece.verbatim):
             continue
         kind = "reasoning" if any(a <= start and stop <= b for a, b in thoughts) else piece.kind
@@ -211,7 +211,7 @@ def _lost_parts(piece: Piece, text: str, printed: str, protected: re.Pattern[str
             yield replace(piece, kind=kind, text=part, changed=True)
 
 
-def _shown(part: str, text: str) -> bool:
+def shown(part: str, text: str) -> bool:
     """Whether the text contains the part verbatim or JSON-escaped."""
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
 

@@ -110,7 +110,7 @@ DATA: dict[str, Case] = {
         "d.jsonl", GOOD_ROW.encode() + b'{"question": "\xe9", "answer": "w1"}\n', FAILED,
         ("line 2: not UTF-8: byte 0xE9 at 14", "convert"),
     ),
-    "UTF-16": ("d.jsonl", GOOD_ROW.encode("utf-16"), FAILED, ("line 1: not UTF-8", "convert")),
+    "UTF-16": ("d.jsonl", GOOD_ROW.encode("utf-16"), FAILED, ("d.jsonl: UTF-16 text", "convert")),
     "10 MB in one row": (
         "d.jsonl", GOOD_ROW + json.dumps({"question": "w1", "answer": "w2 " * 3_500_000}) + "\n", FAILED,
         ("line 2: too long: 10,500,015 characters", "--max-chars", STOP),

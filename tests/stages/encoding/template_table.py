@@ -33,9 +33,10 @@ rendering, and refuses a row that loses something, with the option that helps:
 A response begins after the generation prompt that inference will see and ends with the token that stops generation: the
 tokenizer's EOS token or those of `generation_config.json`. Responses without such a token are counted. Messages after the
 last answer that is trained on are left out, since they would teach nothing; this is counted too. `encode` checks that the
-tokens of a response spell its text. A template that prints calls but ignores tool definitions gets them as JSON at the end
-of the system prompt, which is counted. Where a template marks responses with `{% generation %}`, only what it marks is
-trained on.
+tokens of a response spell its text, and counts prompts that the tokenizer cannot spell, texts whose blanks at the ends the
+template trims, and tool definitions of which it leaves out details, such as defaults. A template that prints calls but
+ignores tool definitions gets them as JSON at the end of the system prompt, which is counted. Where a template marks
+responses with `{% generation %}`, only what it marks is trained on.
 
 ## Templates of real models
 

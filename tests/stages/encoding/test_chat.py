@@ -6,12 +6,18 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sstoken.stages.encoding.chat import DEFAULT_MAX_LENGTH, ChatEncoder, Encoded, EncoderOptions
+from sstoken.stages.encoding.chat import (
+    DEFAULT_MAX_LENGTH,
+    PROMPT_CHANGED,
+    ChatEncoder,
+    Encoded,
+    EncoderOptions,
+)
 from sstoken.stages.encoding.messages import BadRow, Conversation
-from sstoken.stages.encoding.rendering import NO_END, SPEAKERS_LOST, TOOLS_IN_SYSTEM
+from sstoken.stages.encoding.rendering import NO_END, SPEAKERS_LOST, TOOLS_IN_SYSTEM, TRIMMED
 from sstoken.stages.encoding.templates import PLAIN_CHAT_TEMPLATE
 from tests.factories import byte_tokenizer
 from tests.support import SHARED, needs_shared
@@ -415,6 +421,25 @@ def test_what_follows_the_last_trained_answer_is_not_shown(tokenizer) -> None:
     assert tokenizer.decode(alone.input_ids).endswith("<think>\nhm\n</think>\n\nfour<|im_end|>")
     note = "examples without the messages after the last answer that is trained on"
     assert (alone.notes, unwanted.notes, asked_again.notes) == ((), (note,), (note,))
+
+
+def test_blanks_that_the_template_trims_are_noted(tokenizer) -> None:
+    indented = conversation("hello", "    there\n")
+    assert encode(make(tokenizer, CHATML), indented).notes == ()
+    trimming = CHATML.replace("m['content']", "m['content'] | trim")
+    for turns in ("all", "each"):
+        assert encode(make(tokenizer, trimming, turns=turns), indented).notes == (TRIMMED,)
+
+
+def test_prompts_that_the_tokenizer_cannot_spell_are_noted() -> None:
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "hello": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    encoder = make(words, "{% for m in messages %}{{ m.content }} {% endfor %}</s>")
+    assert encode(encoder, conversation("hello", "hello")).notes == ()
+    assert encode(encoder, conversation("\u6771", "hello")).notes == (PROMPT_CHANGED,)
+    with pytest.raises(BadRow, match="changed by the tokenizer"):
+        encode(encoder, conversation("hello", "\u6771"))
 
 
 def test_names_of_speakers_that_the_template_leaves_out_are_noted(tokenizer) -> None:

@@ -16,7 +16,7 @@ from sstoken.stages import tables
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.chat import ChatEncoder, EncoderOptions
 from sstoken.stages.encoding.messages import BadRow, Conversation
-from sstoken.stages.encoding.rendering import NO_END
+from sstoken.stages.encoding.rendering import DETAILS_LOST, NO_END
 from sstoken.stages.encoding.templates import template_file, training_variant
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 from tests.stages.context import make_context
@@ -340,6 +340,8 @@ def test_calls_of_which_the_template_prints_one(calls: list, turns: str) -> None
             "type": "string", "description": "A date"}}}}, {}, "weather.days"),
         ({"city": {"type": "str", "description": "Which city"}}, {}, "weather"),
         (WEATHER["function"]["parameters"], {"return": {"type": "string", "description": "Degrees"}}, "weather"),
+        ({"city": {"type": "str"}}, {}, "weather.city"),
+        ([{"name": "city"}], {}, "weather.city"),
     ],
 )  # fmt: skip
 def test_every_description_of_a_tool_is_accounted_for(parameters: dict, extra: dict, where: str) -> None:
@@ -351,6 +353,14 @@ def test_every_description_of_a_tool_is_accounted_for(parameters: dict, extra: d
     with pytest.raises(BadRow, match=rf"tools \({where}\); take --allow-lost tools"):
         encoder("gptoss").encode(talk)
     encoder("qwen3").encode(talk)
+
+
+def test_details_of_tools_that_the_template_leaves_out_are_noted() -> None:
+    said = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello there."}]
+    city = {"type": "string", "minLength": 31, "pattern": "^[A-Z]"}
+    function = {"name": "weather", "description": "Of a place.", "parameters": {"properties": {"city": city}}}
+    talk = Conversation(said, [{"type": "function", "function": function}])
+    assert [encoder(name).encode(talk)[0].notes for name in ("gptoss", "qwen3")] == [(DETAILS_LOST,), ()]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gptoss"])

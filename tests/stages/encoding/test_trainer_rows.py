@@ -199,6 +199,11 @@ def test_no_text_inside_a_call_or_a_part_is_lost(turn) -> None:
     assert reason_of({"messages": [ASK, {"role": "assistant"} | turn]}) == "unused text"
 
 
+def test_a_schema_may_be_json_text() -> None:
+    row = {"messages": [ASK, ANSWER], "tools": [TOOL | {"parameters": json.dumps(TOOL["parameters"])}]}
+    assert convert(row).tools == [{"type": "function", "function": TOOL}]
+
+
 def test_a_call_in_both_forms_is_one_call() -> None:
     older = {"name": "weather", "arguments": '{"city": "Oslo"}'}
     turn = {"role": "assistant", "tool_calls": [CALL], "function_call": older}
