@@ -40,7 +40,7 @@ _CONVERSATION = _words(
     messages conversation conversations dialog dialogs dialogue dialogues chat chats utterance utterances
     tools functions thought thoughts thinking reasoning rationale rationales cot scratchpad evidence
     evidences knowledge facts paragraph paragraphs article options choices examples demonstrations
-    solution refusal user assistant developer
+    solution refusal user assistant developer recipient
     """
 )
 """Words in names of columns that hold text of a conversation."""
@@ -54,9 +54,10 @@ _MEDIA_FORMS = _words(
     path paths url urls uri file files name names bytes data values base64 list input inputs
     """
 )
+_TOOLS = _words("tool tools function functions api apis")
 _ROLES = {
     "reasoning": _words("reasoning thinking thought thoughts cot rationale rationales scratchpad"),
-    "tools": _words("tools functions"),
+    "tools": _TOOLS,
     "history": _words(
         "history histories dialog dialogs dialogue dialogues conversation conversations chat chats"
     ),
@@ -73,7 +74,7 @@ def kind_of_name(name: str) -> Literal["metadata", "conversation", "unknown"]:
     if not words:
         return "unknown"
     if words[-1] in _METADATA or words[0] in _METADATA_FIRST:
-        return "metadata"
+        return "unknown" if _TOOLS.intersection(words) else "metadata"  # `tool_schema` may define tools
     return "conversation" if _CONVERSATION.intersection(words) else "unknown"
 
 

@@ -104,12 +104,8 @@ def check_text(value: Any) -> None:
         raise BadRow(
             "lone surrogate", f"character U+{ord(error.object[error.start]):04X} is a lone surrogate"
         ) from error
-    except TypeError as error:
-        what = (
-            "a number of more digits than a float keeps"
-            if "Decimal" in str(error)
-            else "not plain JSON values"
-        )
-        raise BadRow("bad message", f"{what}; write it as text, or leave it out ({error})") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRow("bad message", f"not plain JSON values ({type(error).__name__})") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        what = f"not plain JSON values ({type(error).__name__})"
+        if "Decimal" in str(error):
+            what = "a number of more digits than a float keeps; write it as text, or leave it out"
+        raise BadRow("bad message", what) from error

@@ -70,7 +70,7 @@ def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
     if kind == "metadata":
         return False
     value = json_or_text(value, "[{")
-    is_conversation = kind == "conversation" or _holds_turns(value)
+    is_conversation = kind == "conversation" or _holds_turns_or_tools(value)
     texts = [t for t in _texts(value) if says_something(t) and (is_conversation or _is_natural(t))]
     if not texts:
         return False
@@ -85,10 +85,15 @@ def _is_lost(name: str, value: Any, messages: list[Message]) -> bool:
     return not all(line in value for line in lines)
 
 
-def _holds_turns(value: Any) -> bool:
-    turns = value if isinstance(value, list) else [value]
-    objects = (turn for turn in turns if isinstance(turn, Mapping))
-    return any(turn.keys() & {"role", "from"} and turn.keys() & {"content", "value"} for turn in objects)
+def _holds_turns_or_tools(value: Any) -> bool:
+    entries = value if isinstance(value, list) else [value]
+    return any(
+        (entry.keys() & {"role", "from"} and entry.keys() & {"content", "value"})
+        or ("name" in entry and entry.keys() & {"parameters", "input_schema"})
+        or isinstance(entry.get("function"), Mapping)
+        for entry in entries
+        if isinstance(entry, Mapping)
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:

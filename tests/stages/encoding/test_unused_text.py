@@ -278,3 +278,9 @@ def test_an_answer_in_json_is_text(answer) -> None:
 def test_the_label_of_a_completion_is_a_verdict(label) -> None:
     assert "--preference take" in problem({"prompt": "Q", "completion": "A", "label": label})
     assert label is False or convert({"question": "Q", "answer": "A", "label": label}).unused == ("label",)
+
+
+@pytest.mark.parametrize("column", ["tool_schema", "api_config"])
+def test_tool_definitions_under_another_name_are_not_lost(column) -> None:
+    assert "would be lost" in problem(QA | {column: [{"name": "f", "parameters": {"type": "object"}}]})
+    assert convert(QA | {column: "v2"}).unused == (column,)
