@@ -80,7 +80,7 @@ class Critical(ModelOptions):
 
     def for_backend(self, log_folder: Path | None = None, device: str | None = None) -> BackendOptions:
         """Return the backend's options for this stage."""
-        return self.backend_for(self.checkpoint, log_folder=log_folder, device=device, signals=(), layer=None)
+        return self.backend_for(log_folder=log_folder, device=device, signals=(), layer=None)
 
     def work(self, context: Context) -> Work:
         """See `ShardedStage.work`."""

@@ -1,6 +1,7 @@
 """Options of the stages that run a checkpoint through a backend: `score` and `critical`."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,19 +46,16 @@ class ModelOptions(ShardedStage):
     """Run Python code that comes with the checkpoint."""
 
     def backend_for(
-        self, checkpoint: str, *, log_folder: Path | None = None, device: str | None = None, **more: Any
+        self, *, log_folder: Path | None = None, device: str | None = None, **more: Any
     ) -> BackendOptions:
-        """Return the backend's options; `more` are fields of `BackendOptions` that say what is measured."""
-        return BackendOptions(
-            checkpoint=checkpoint,
-            dtype=self.dtype,
-            device=device or self.device.partition(",")[0],
-            batch_tokens=self.batch_tokens,
-            trust_remote_code=self.trust_remote_code,
-            settings=tuple(sorted(self.backend_options.items())),
-            log_folder=log_folder,
-            **more,
-        )
+        """Return the backend's options: this stage's fields of the same names; those in `more` have other values."""
+        own = type(self).model_fields
+        given = {
+            field.name: getattr(self, field.name) for field in fields(BackendOptions) if field.name in own
+        }
+        given["device"] = device or self.device.partition(",")[0]
+        given["settings"] = tuple(sorted(self.backend_options.items()))
+        return BackendOptions(**given | {"log_folder": log_folder} | more)
 
     def fingerprinted_for(self, options: BackendOptions) -> dict[str, Any]:
         """Return the fields that decide what is written, with `auto` resolved to the backend that runs."""

@@ -113,11 +113,9 @@ class Score(ScoreOptions):
     def for_backend(self, log_folder: Path | None = None, device: str | None = None) -> BackendOptions:
         """Return the backend's options for this stage."""
         return self.backend_for(
-            self.checkpoint,
             log_folder=log_folder,
             device=device,
             signals=self.measured,
-            layer=self.layer,
             references=tuple(sorted(self.references.items())),
         )
 

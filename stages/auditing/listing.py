@@ -3,24 +3,12 @@
 Run in the repository, `python -m sstoken.stages.auditing.listing` brings the page's tables up to date.
 """
 
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
-from sstoken.stages.auditing.checks import (
-    answers,
-    labels,
-    lengths,
-    packs,
-    parts,
-    rows,
-    signals,
-    special_tokens,
-    template,
-    turn_ends,
-)
+from sstoken.stages.auditing import checks
 from sstoken.stages.auditing.findings import Family
-
-_MODULES = (rows, packs, labels, turn_ends, special_tokens, parts, template, lengths, answers, signals)
-"""In the order of the page."""
 
 _NEEDS = {"ids": "", "tokenizer": "a tokenizer", "template": "a chat template", "raw": "raw conversations"}
 
@@ -28,7 +16,8 @@ _NEEDS = {"ids": "", "tokenizer": "a tokenizer", "template": "a chat template", 
 def page(text: str) -> str:
     """Bring a copy of docs/audit.md up to date: its tables follow the line `<!-- checks -->`."""
     before, mark, _ = text.partition("<!-- checks -->\n")
-    return "\n".join([before + mark, *(_table(module.FAMILY) for module in _MODULES)])
+    families = [import_module(f"{checks.__name__}.{m.name}").FAMILY for m in iter_modules(checks.__path__)]
+    return "\n".join([before + mark, *map(_table, families)])
 
 
 def _table(family: Family) -> str:
