@@ -16,6 +16,7 @@ from sstoken.in_loop.histories import evaluating
 from sstoken.in_loop.response_tokens import ResponseTokens
 from sstoken.in_loop.rule import Rule
 from sstoken.in_loop.settings import SelfModulation
+from sstoken.methods import Top
 
 MOST = 0.5
 """Warn if more than this share of the examples is affected."""
@@ -55,7 +56,7 @@ def remarks_on_examples(
             "for conversations, or prompt and completion columns), or set gamma=1"
         )
     single = lengths.count(1)
-    if single > MOST * number and rule.scope == "sample" and settings.of.policy.ranks:
+    if single > MOST * number and rule.scope == "sample" and isinstance(settings.of.policy, Top):
         yield (
             f"{single} of the first {number} responses have one token, which is always kept: there is nothing to "
             "select; set scope='batch', or train without selection"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from sstoken.methods.tokens import Array, Tokens
 
@@ -18,12 +18,10 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """Base class: decides token by token, from the scores alone."""
+    """Base class. Only a `Top` may rank tokens against one another; all others decide about each token alone."""
 
     text: str
     """What it does, for the table of methods."""
-    ranks: ClassVar[bool] = False
-    """Whether it ranks the tokens of a unit against one another."""
 
     def apply(self, scores: Array, tokens: Tokens, params: Any) -> Outcome:
         """Decide about N tokens, given their scores [N]."""
@@ -34,7 +32,6 @@ class Policy:
 class Top(Policy):
     """Keep the highest scores of each unit of the scope."""
 
-    ranks: ClassVar[bool] = True
     quota: Callable[[int, Any], int]
     """`quota(n, params)`: how many of n tokens to keep."""
     drop: bool = False

@@ -78,7 +78,7 @@ class Decider:
             raise SstokenError(
                 f"method {self.method!r} gave scores of shape {scores.shape} for {tokens.num_tokens} tokens"
             )
-        if self.of.policy.ranks and not np.isfinite(scores).all():
+        if isinstance(self.of.policy, Top) and not np.isfinite(scores).all():
             raise SstokenError(f"method {self.method!r} gave a score that is not finite; it cannot be ranked")
         return scores
 
@@ -162,7 +162,7 @@ def with_whole(decider: Decider, shards: Sequence[Shard]) -> Iterator[tuple[Shar
             sums = [(float(values.sum()), values.size) for values in stream()]
             statistics[name] = sum(s for s, _ in sums) / max(1, sum(n for _, n in sums))
     whole = Whole(statistics)
-    if decider.scope != "global" or not decider.of.policy.ranks:
+    if decider.scope != "global" or not isinstance(decider.of.policy, Top):
         for shard in shards:
             yield replace(shard), whole
         return
