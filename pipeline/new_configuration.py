@@ -87,10 +87,8 @@ select:
 """
 
 
-def write(file: Path, text: str, schema: str, *, force: bool) -> None:
-    """Write the configuration, and the schema beside it; refuse a file that exists, or that cannot be written."""
-    if file.exists() and not force:
-        raise UsageError(f"{file}: exists already; name another with --file, or overwrite it with --force")
+def write(file: Path, text: str, schema: str) -> None:
+    """Write the configuration, and the schema beside it; refuse a file that cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, text)

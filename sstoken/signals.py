@@ -7,6 +7,7 @@ from its entry (`Signal.of_row`); anything else, and what has a faster way, is c
 Some names take an argument after `@`: `attention@-1` (a decoder layer), `kl@base` (another checkpoint).
 """
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -128,7 +129,9 @@ def get_signal(name: str) -> Signal:
     signal = SIGNALS.get(base)
     if signal is None:
         legal = ", ".join(s.form for s in SIGNALS.values())
-        raise UsageError(f"signal {name!r} is not known; legal: {legal}")
+        near = difflib.get_close_matches(base, SIGNALS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"signal {name!r} is not known; legal: {legal}{hint}")
     if not separator:
         if not signal.bare:
             raise UsageError(f"signal {name!r} needs a {signal.takes}: {signal.form}")

@@ -33,15 +33,17 @@ def init(
     """
     from sstoken.pipeline import new_configuration
 
-    found = new_configuration.look(data, model)
     path = local_place(file)
+    if path.exists() and not force:
+        raise UsageError(f"{path}: exists already; name another with --file, or overwrite it with --force")
+    found = new_configuration.look(data, model)
     text = new_configuration.configuration(
         new_configuration.from_folder(data, path.parent),
         new_configuration.from_folder(model, path.parent),
         str(out),
         found,
     )
-    new_configuration.write(path, text, json.dumps(schema(), indent=1) + "\n", force=force)
+    new_configuration.write(path, text, json.dumps(schema(), indent=1) + "\n")
     return found
 
 

@@ -118,7 +118,9 @@ def plot(
 @command(
     plot,
     click.argument("figure"),
-    click.argument("folders", nargs=-1, required=True, metavar="FOLDER..."),
+    click.argument(
+        "folders", nargs=-1, metavar="FOLDER..."
+    ),  # so that a folder in FIGURE's place is named first
     click.option("--out", required=True),
     click.option("--scores", multiple=True),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),

@@ -34,9 +34,14 @@ _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def remarks_on_examples(
-    batches: Sequence[ResponseTokens], settings: SelfModulation, rule: Rule
+    batches: Sequence[ResponseTokens], settings: SelfModulation, rule: Rule, num_steps: int
 ) -> Iterator[str]:
-    """Warn about the batches of the first optimisation step, before the model has seen them."""
+    """Warn about the batches of the first of `num_steps` optimisation steps, before the model has seen them."""
+    if settings.warmup_steps >= num_steps:
+        yield (
+            f"warmup_steps is {settings.warmup_steps}, and training has {num_steps} steps: nothing is selected; set "
+            "warmup_steps below that"
+        )
     lengths, promptless = [], 0
     for tokens in batches:
         mask = tokens.response_mask.cpu()

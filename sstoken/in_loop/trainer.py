@@ -129,7 +129,8 @@ class SelfModulatedMixin(_Base):
             number = self.accelerator.process_index + index * self.accelerator.num_processes
             planned.append({**batch, _PLAN: Plan(tokens, rule, step, number)})
         responses = [batch[_PLAN].tokens for batch in planned]
-        self._remark("tokens", lambda: remarks_on_examples(responses, settings, rule))
+        num_steps = self.state.max_steps
+        self._remark("tokens", lambda: remarks_on_examples(responses, settings, rule, num_steps))
         return planned, self._of_all_processes(torch.tensor(divisor, device=device))
 
     def _of_all_processes(self, count: Tensor) -> Tensor:

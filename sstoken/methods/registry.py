@@ -58,7 +58,7 @@ def get_method(name: str) -> Method:
             f"method {name!r} is a preset of `select`, short for {PRESETS[name].text}; name the method"
         )
     aliases = [alias for method in METHODS.values() for alias in method.aliases]
-    near = difflib.get_close_matches(name, [*METHODS, *aliases], n=1)
+    near = difflib.get_close_matches(name, [*METHODS, *aliases, *PRESETS], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"method {name!r} is not known; legal: {', '.join(METHODS)}{hint}")
 

@@ -96,9 +96,11 @@ def open_folders(named: Mapping[str, Path], scores: Sequence[Path] = ()) -> Fold
     Without `scores`, which `score` wrote, use those in `scores/` beside the first folder that match.
 
     Raises:
-        UsageError: a folder does not exist or is of another kind, or several are not all masked.
+        UsageError: no folder, or a folder does not exist or is of another kind, or several are not all masked.
         SstokenError: a folder is unfinished, damaged, or has other tokens.
     """
+    if not named:
+        raise UsageError("no folder given; name a masked folder (select) or a tokens folder (encode)")
     opened = [_open(name, path) for name, path in named.items()]
     first = opened[0]
     for each in opened if len(opened) > 1 else ():

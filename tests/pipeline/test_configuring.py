@@ -128,7 +128,7 @@ def test_init_writes_a_configuration_that_plans(
     planned = cli("plan", "deep/run.yaml")
     assert "not run yet" in planned.out
     assert "line 25: no answer" in planned.err, "what run would refuse"
-    error = cli.fails(2, "init", "--data", "mine.jsonl", "--model", world.base, "--file", "deep/run.yaml")
+    error = cli.fails(2, "init", "--data", "none.jsonl", "--model", "none", "--file", "deep/run.yaml")
     assert "exists already; name another with --file" in error
 
 

@@ -47,6 +47,8 @@ def test_a_figure_for_a_paper(masked: dict[str, Path], tmp_path: Path, cli: Comm
     assert cli.fails(2, "plot", "snapshots", masked["sstoken"], "--out", tmp_path / "a.pdf").startswith(
         f"error: no figure 'snapshots' for {masked['sstoken']}; legal: positions, classes"
     )
+    assert "no figure" in cli.fails(2, "plot", masked["sstoken"], "--out", tmp_path / "a.pdf")
+    assert "no folder given" in cli.fails(2, "plot", "rho", "--out", tmp_path / "a.pdf")
     assert "must end in .svg, .pdf, .png" in cli.fails(
         2, "plot", "rho", masked["rel"], "--out", tmp_path / "a"
     )

@@ -138,6 +138,8 @@ def test_random_is_seeded():
 def test_an_unknown_method_lists_the_known_ones():
     with pytest.raises(UsageError, match=r"'ssotken' is not known; legal: sstoken, rel.*'sstoken'"):
         get_method("ssotken")
+    with pytest.raises(UsageError, match="did you mean 'recommended'"):
+        get_method("recomended")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def test_a_name_with_its_argument(name, layer, argument):
     ("name", "words"),
     [
         ("los", "signal 'los' is not known; legal: loss, entropy,"),
+        ("entrpy", "critical; did you mean 'entropy'?"),
         ("loss@3", "loss takes nothing after '@'; write loss"),
         ("attention@last", "'last' is not a layer; write it as in attention@-1"),
         ("attention@", "'' is not a layer"),

@@ -82,6 +82,11 @@ def test_everything_is_kept(tmp_path):
     assert "rho is 1" in text
 
 
+def test_a_warm_up_that_lasts_for_all_of_training(tmp_path):
+    (text,) = remarks(tmp_path, warmup_steps=3)
+    assert "warmup_steps is 3, and training has 3 steps: nothing is selected" in text
+
+
 def test_no_response(tmp_path):
     (text,) = remarks(tmp_path, relabelled(len))
     assert "no token of the first batches is a response token" in text
