@@ -9,6 +9,8 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from sstoken.stages.encoding.json_values import parse_json
 
 NULLS_LEFT_OUT = "nulls in tool calls or tools left out (an Arrow struct does not tell a null from nothing)"
@@ -94,6 +96,8 @@ def _converter(kind: Any, in_call: bool, nulls: _Nulls) -> Convert | None:
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         item = _converter(kind.value_type, in_call, nulls)
         return item and partial(_list, inner=item)
+    if in_call and (types.is_float16(kind) or types.is_float32(kind)):
+        return _single
     return _decimal if types.is_decimal(kind) else None
 
 
@@ -118,6 +122,11 @@ def _map(value: list[tuple[Any, Any]], inner: Convert | None) -> dict[str, Any]:
 
 def _list(value: list[Any], inner: Convert) -> list[Any]:
     return [item if item is None else inner(item) for item in value]
+
+
+def _single(value: float) -> float:
+    """Return the float that prints as the single-precision number does: 0.1, not 0.10000000149011612."""
+    return float(str(np.float32(value)))
 
 
 def _decimal(value: Decimal) -> Any:

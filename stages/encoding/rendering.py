@@ -85,14 +85,12 @@ class Renderer:
         wanted = _trained(conversation)
         # Text after the last response is not trained on, and templates print the last turn in full.
         until = replace(conversation, messages=conversation.messages[: wanted[-1] + 1])
-        if self._turns == "all":
-            rendered = self.render(until)
-            if len(until.messages) < len(conversation.messages):
+        turns: dict[TrainedTurns, Sequence[int | None]] = {"all": [None], "last": wanted[-1:], "each": wanted}
+        for index in turns[self._turns]:
+            rendered = self.render(until) if index is None else self._render_turn(until, index)
+            if len(until.messages) < len(conversation.messages) and index in (None, wanted[-1]):
                 rendered = replace(rendered, notes=(*rendered.notes, FOLLOWING))
-            yield None, rendered
-            return
-        for index in wanted if self._turns == "each" else wanted[-1:]:
-            yield index + 1, self._render_turn(until, index)
+            yield None if index is None else index + 1, rendered
 
     def render(self, conversation: Conversation) -> Rendered:
         """Render the complete conversation and locate its responses; raises as `examples`."""

@@ -421,6 +421,8 @@ def test_what_follows_the_last_trained_answer_is_not_shown(tokenizer) -> None:
     assert tokenizer.decode(alone.input_ids).endswith("<think>\nhm\n</think>\n\nfour<|im_end|>")
     note = "examples without the messages after the last answer that is trained on"
     assert (alone.notes, unwanted.notes, asked_again.notes) == ((), (note,), (note,))
+    for turns in ("each", "last"):
+        assert encode(make(tokenizer, QWEN3, turns=turns), thinking + following[:1]).notes == (note,)
 
 
 def test_blanks_that_the_template_trims_are_noted(tokenizer) -> None:

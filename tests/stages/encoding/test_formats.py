@@ -185,6 +185,17 @@ def test_nulls_that_parquet_invents_are_left_out_and_told(tmp_path) -> None:
     ]
 
 
+def test_single_precision_is_not_spelled_out(tmp_path) -> None:
+    call = pa.struct({"name": pa.string(), "arguments": pa.struct({"x": pa.float32()})})
+    message = pa.struct({"role": pa.string(), "content": pa.string(), "tool_calls": pa.list_(call)})
+    turns = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 0.1}}]},
+    ]
+    pq.write_table(pa.table({"messages": pa.array([turns], pa.list_(message))}), tmp_path / "d.parquet")
+    assert arguments_of(tmp_path / "d.parquet") == ({"x": 0.1}, ())
+
+
 def test_nulls_of_maps_are_values(tmp_path) -> None:
     call = pa.struct({"name": pa.string(), "arguments": pa.map_(pa.string(), pa.string())})
     message = pa.struct({"role": pa.string(), "content": pa.string(), "tool_calls": pa.list_(call)})
