@@ -125,6 +125,7 @@ def test_the_readme_repeats_what_is_kept():
     studies = [path.stem for path in RESULTS.glob("*.json")]
     found = INTERVAL.findall(text)
     assert found
+    assert len(found) == len(re.findall(rf"{NUMBER} to {NUMBER}\)", text)), "an interval without its value"
     for value, unit, low, high in found:
         assert any(is_kept((value, low, high), unit, study) for study in studies), (value, low, high)
 
