@@ -1,8 +1,14 @@
 """`SelfModulatedSFTTrainer`: TRL's SFT trainer with in-loop selection. Needs `pip install trl`."""
 
+import trl
 from trl import SFTTrainer
 
 from sstoken.in_loop.trainer import SelfModulatedMixin
+
+if [int(number) for number in trl.__version__.split(".")[:2]] < [1, 7]:  # older ones drop labels when packing
+    raise ImportError(
+        f"SelfModulatedSFTTrainer needs TRL 1.7 or newer, and this is {trl.__version__}: pip install -U trl"
+    )
 
 
 class SelfModulatedSFTTrainer(SelfModulatedMixin, SFTTrainer):

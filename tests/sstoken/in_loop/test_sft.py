@@ -1,12 +1,16 @@
 """TRL's SFT trainer with selection: packed, padding-free or padded, the same masks as offline and in `Trainer`."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+import sstoken.in_loop.sft
 from sstoken import SelfModulatedMixin, SelfModulatedSFTTrainer, SelfModulation, UsageError
 from tests.sstoken.in_loop.small import (
     SETTINGS,
@@ -181,3 +185,9 @@ def test_bad_history_losses_are_refused_when_the_trainer_is_made(tmp_path, token
     without = Dataset.from_list(make_examples()).remove_columns("history_loss")
     with pytest.raises(UsageError, match="no column 'history_loss'"):
         sft(tmp_path, tokenizer, Watcher(), dataset=without, **settings)
+
+
+def test_a_trl_that_is_too_old_is_refused_on_import(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.6.0")
+    with pytest.raises(ImportError, match=r"needs TRL 1\.7 or newer, and this is 1\.6\.0"):
+        importlib.reload(sstoken.in_loop.sft)
