@@ -67,7 +67,7 @@ class TopLogits:
             room = max(_CANDIDATES, self._number + int(counts.max()))
             self._candidates = best.new_full((best.shape[0], room), float("-inf"))
             self._candidates[:, : self._number] = best
-            self._filled.clamp_(max=self._number)
+            self._filled.fill_(self._number)  # a row with fewer has them at the end, behind -inf
         starts = counts.cumsum(0) - counts
         within = torch.arange(rows.numel(), device=rows.device) - (starts - self._filled)[rows]
         self._candidates[rows, within] = values

@@ -164,6 +164,7 @@ def test_the_largest_of_tiles_are_those_of_the_row(widths, levels, seed):
     rows = random.integers(levels, size=(5, sum(widths))).astype(np.float32)
     rows[1] = np.sort(rows[1])
     rows[2] = random.normal(size=sum(widths))
+    rows[3, : random.integers(sum(widths))] = -np.inf
     top = TopLogits(20)
     for part in torch.from_numpy(rows).split(widths, 1):
         top.see(part)
