@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from sstoken.errors import SstokenError
 from sstoken.stages.encoding.altering import TEMPLATE, TOOLS
-from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, TrainedTurns
+from sstoken.stages.encoding.messages import LOST, UNCERTAIN, BadRow, Conversation, Message, TrainedTurns
 from sstoken.stages.encoding.pieces import Piece, details, pieces
 from sstoken.stages.encoding.scaffolds import Scaffolds
 from sstoken.stages.encoding.spans import SpecialTokens, Turn, TurnFinder
@@ -31,6 +31,9 @@ TOOLS_IN_SYSTEM = (
 )
 SPEAKERS_LOST = "examples whose speakers have names, which the chat template leaves out"
 DETAILS_LOST = "examples whose tool definitions lose details, such as defaults, to the chat template"
+OUT_OF_ORDER = (
+    "examples with tool results in another order than their calls, whose ids the chat template leaves out"
+)
 TRIMMED = "examples whose texts lose blanks at their ends to the chat template"
 FOLLOWING = "examples without the messages after the last answer that is trained on"
 EARLIER_REASONING = "examples whose earlier turns are shown without their reasoning, as at inference"
@@ -233,7 +236,21 @@ def _notes_of(conversation: Conversation, template: ChatTemplate, text: str) -> 
     notes += [SPEAKERS_LOST] if named and not template.prints_speakers else []
     said = (m.get(key) or "" for m in conversation.messages for key in ("content", "reasoning_content"))
     trimmed = any(each != (bare := each.strip()) and bare in text and not shown(each, text) for each in said)
-    return [*notes, TRIMMED] if trimmed else notes
+    notes += [TRIMMED] if trimmed else []
+    return [*notes, OUT_OF_ORDER] if _out_of_order(conversation.messages, text) else notes
+
+
+def _out_of_order(messages: Sequence[Message], text: str) -> bool:
+    """Whether only ids that the text does not contain tell which result belongs to which call."""
+    for index, message in enumerate(messages):
+        calls = [call.get("id") for call in message.get("tool_calls") or ()]
+        following = takewhile(lambda m: m["role"] == "tool", messages[index + 1 :])
+        results = [found for found in (m.get("tool_call_id") for m in following) if found in calls]
+        if results != [call for call in calls if call in results] and not all(
+            str(r) in text for r in results
+        ):
+            return True
+    return False
 
 
 def _trained(conversation: Conversation) -> list[int]:

@@ -16,7 +16,7 @@ from sstoken.stages import tables
 from sstoken.stages.encode import Encode
 from sstoken.stages.encoding.chat import ChatEncoder, EncoderOptions
 from sstoken.stages.encoding.messages import BadRow, Conversation
-from sstoken.stages.encoding.rendering import DETAILS_LOST, NO_END
+from sstoken.stages.encoding.rendering import DETAILS_LOST, NO_END, OUT_OF_ORDER
 from sstoken.stages.encoding.templates import template_file, training_variant
 from sstoken.stages.encoding.tracing import OTHER_HEADER, SPLIT
 from tests.stages.context import make_context
@@ -353,6 +353,21 @@ def test_every_description_of_a_tool_is_accounted_for(parameters: dict, extra: d
     with pytest.raises(BadRow, match=rf"tools \({where}\); take --allow-lost tools"):
         encoder("gptoss").encode(talk)
     encoder("qwen3").encode(talk)
+
+
+def test_results_that_only_their_ids_assign_are_noted() -> None:
+    names = {"call00001": "Oslo", "call00002": "Rome"}
+    calls = [{"id": i, "function": {"name": "weather", "arguments": {"city": c}}} for i, c in names.items()]
+    results = [{"role": "tool", "tool_call_id": i, "content": f"Rain in {c}."} for i, c in names.items()]
+    for order, notes in ((results, ()), (results[::-1], (OUT_OF_ORDER,))):
+        talk = [
+            {"role": "user", "content": "Hello."},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+        ]
+        (found,) = encoder("qwen3").encode(
+            Conversation([*talk, *order, {"role": "assistant", "content": "Rain."}])
+        )
+        assert found.notes == notes
 
 
 def test_details_of_tools_that_the_template_leaves_out_are_noted() -> None:
