@@ -174,6 +174,17 @@ def test_the_largest_of_tiles_are_those_of_the_row(widths, levels, seed):
     assert torch.isinf(found[:, :-number]).all()
 
 
+def test_a_row_with_few_candidates_keeps_them_when_another_row_has_many():
+    rows = torch.zeros(2, 480)
+    rows[0, :19] = torch.arange(1.0, 20.0)  # in as many groups, so 19 candidates above a bound of 0
+    rows[0, 330] = 0.5
+    rows[1] = torch.arange(480.0)
+    top = TopLogits(20)
+    for part in rows.split(160, 1):
+        top.see(part)
+    torch.testing.assert_close(top.values(), rows.sort(1).values[:, -20:])
+
+
 @given(st.integers(1, 60), st.integers(1, 700), KINDS, st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_divergence_is_that_of_the_full_distributions(rows, size, kind, seed):
