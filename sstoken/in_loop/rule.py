@@ -33,7 +33,7 @@ from sstoken.signals import SIGNALS, get_signal
 
 CURRENT = "current"
 """The role of the model in training."""
-ATTENTION = f"{CURRENT}.attention"
+CURRENT_ATTENTION = f"{CURRENT}.attention"
 
 
 def column_of(name: str) -> str:
@@ -72,7 +72,7 @@ def _reasons(method: Method, history: str) -> Iterator[str]:
                 f"{name} compares whole distributions with the role {other!r}, which a column cannot hold; use "
                 "history 'base', 'ema' or 'snapshot'"
             )
-        elif needs == "attention" and name != ATTENTION:
+        elif needs == "attention" and name != CURRENT_ATTENTION:
             yield f"{name} is not captured in the loop, only the attention of the setting `layer`; select offline"
     if history != "scores" and len(frozen) > 1:
         yield (

@@ -12,7 +12,7 @@ from sstoken.in_loop.histories import as_history
 from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
 from sstoken.in_loop.remarks import remarks_on_batch, remarks_on_column, remarks_on_losses
 from sstoken.in_loop.response_tokens import ResponseTokens
-from sstoken.in_loop.rule import ATTENTION, CURRENT, Rule, column_of
+from sstoken.in_loop.rule import CURRENT, CURRENT_ATTENTION, Rule, column_of
 from sstoken.methods import Input
 from sstoken.signals import get_signal
 
@@ -46,7 +46,7 @@ class StepSelector:
             if column_of(name) in columns
         }
         self._capture = None
-        if ATTENTION in plan.rule.inputs or trainer._observers:
+        if CURRENT_ATTENTION in plan.rule.inputs or trainer._observers:
             self._capture = trainer._capture
         live = [Input(name).signal for name in plan.rule.inputs if Input(name).role == CURRENT]
         self.signals = tuple(sorted(s for s in live if get_signal(s).needs != "attention"))
@@ -82,8 +82,8 @@ class StepSelector:
         plan, tokens = self._plan, self._plan.tokens
         known = self._signals | {f"{CURRENT}.{name}": values for name, values in signals.items()}
         if self._capture is not None:
-            known[ATTENTION] = tokens.gather(self._capture.take())
-        losses, history, attention = (known.get(name) for name in (_LOSS, _HISTORY_LOSS, ATTENTION))
+            known[CURRENT_ATTENTION] = tokens.gather(self._capture.take())
+        losses, history, attention = (known.get(name) for name in (_LOSS, _HISTORY_LOSS, CURRENT_ATTENTION))
         with self._metrics.timed(tokens.positions.device):
             seed = (self._trainer.args.seed, plan.step, plan.batch)
             keep, weight = plan.rule.decide(known, tokens, seed)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from sstoken.errors import UsageError
-from sstoken.in_loop.rule import ATTENTION, CURRENT, Rule, check_in_loop, column_of
+from sstoken.in_loop.rule import CURRENT, CURRENT_ATTENTION, Rule, check_in_loop, column_of
 from sstoken.methods import Denominator, Input, Method, get_method
 
 _DEFAULT_DECAY = 0.99
@@ -143,7 +143,7 @@ class SelfModulation:
     @property
     def needs_attention(self) -> bool:
         """Whether the method reads attention at some step."""
-        return ATTENTION in self.inputs
+        return CURRENT_ATTENTION in self.inputs
 
     @property
     def keeps_all(self) -> bool:
