@@ -19,15 +19,33 @@ _RUN_FILE = "run.json"
 
 
 def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
-    """Mark a folder as this configuration's run; refuse one that holds the run of other data or another model.
+    """Mark a folder as this configuration's run; refuse one that `check_claim` refuses.
 
-    Data and model count as the same if either their content or their path is the same: a run goes on after they, the
-    run or the working directory were moved, and after a file was edited in place. With `anew`, the folder of another
-    run is taken over.
+    With `anew`, the folder of another run is taken over.
 
     Raises:
         UsageError: the folder holds another run, or was not written by a run.
         SstokenError: `run.json` is damaged, or the folder cannot be written to.
+    """
+    folder = config.folder
+    path = folder / _RUN_FILE
+    if (identity := check_claim(config, digests, anew=anew)) is not None:
+        check_writable(path)
+        storage.of(folder).make_folder(folder)
+        for leftover in filter(_is_unfinished, folder.iterdir()):
+            storage.of(leftover).delete(leftover)
+        write_atomic(path, json.dumps(identity, indent=1))
+    digests.save()
+
+
+def check_claim(config: RunConfig, digests: Digests, *, anew: bool = False) -> dict[str, Any] | None:
+    """Refuse a folder that holds the run of other data or another model; return what `run.json` lacks to mark it.
+
+    Data and model count as the same if either their content or their path is the same: a run goes on after they, the
+    run or the working directory were moved, and after a file was edited in place.
+
+    Raises:
+        UsageError, SstokenError: as `claim`.
     """
     folder = config.folder
     path = folder / _RUN_FILE
@@ -38,19 +56,13 @@ def claim(config: RunConfig, digests: Digests, *, anew: bool) -> None:
         raise UsageError(f"{folder}: exists and was not written by a run; set another `out`")
     with digests.held():
         identity = _identity(config, digests)
-    if held != identity:
-        check_writable(path)
-        same = held is None or all(_same(held.get(key), identity[key], folder) for key in identity)
-        if held is not None and not same and not anew:
-            raise UsageError(
-                f"{folder}: holds the run of data {_shown(folder, held.get('data'))!r} and model "
-                f"{_shown(folder, held.get('model'))!r}; set another `out`, or --force encode to run it all again here"
-            )
-        storage.of(folder).make_folder(folder)
-        for leftover in filter(_is_unfinished, folder.iterdir()):
-            storage.of(leftover).delete(leftover)
-        write_atomic(path, json.dumps(identity, indent=1))
-    digests.save()
+    same = held is None or all(_same(held.get(key), identity[key], folder) for key in identity)
+    if held is not None and not same and not anew:
+        raise UsageError(
+            f"{folder}: holds the run of data {_shown(folder, held.get('data'))!r} and model "
+            f"{_shown(folder, held.get('model'))!r}; set another `out`, or --force encode to run it all again here"
+        )
+    return None if held == identity else identity
 
 
 def _is_unfinished(path: Path) -> bool:

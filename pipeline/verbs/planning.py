@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sstoken.errors import SstokenError
+from sstoken.pipeline.claim import check_claim
 from sstoken.pipeline.cli_options import json_option
 from sstoken.pipeline.config import RunConfig, load_config
 from sstoken.pipeline.job import State, changes, identify, state, superseded
@@ -51,8 +52,15 @@ def plan(config: str | Path | RunConfig, *, overrides: Iterable[str] = ()) -> li
         overrides: `section.field=value`.
     """
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
+    return _planned(config, _digests(config))
+
+
+def _digests(config: RunConfig) -> Digests:
+    return Digests(storage.of(config.folder).on_this_machine(config.folder / DIGESTS))
+
+
+def _planned(config: RunConfig, digests: Digests) -> list[Planned]:
     check_run(config)
-    digests = Digests(storage.of(config.folder).on_this_machine(config.folder / DIGESTS))
     planned: list[Planned] = []
     waiting: set[str] = set()
     for step in run_steps(config):
@@ -97,7 +105,8 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
     if with_cost:
         _print_costs(loaded, tflops, as_json)
         return
-    planned = plan(loaded)
+    digests = _digests(loaded)
+    planned = _planned(loaded, digests)
     to_do = {p.step for p in planned if p.state != State.FINISHED.value}
     needed: list[Estimate] = []
     refused: SstokenError | None = None
@@ -127,6 +136,10 @@ def _plan(config: str, overrides: tuple[str, ...], with_cost: bool, tflops: floa
         say(f"{folder}: {SUPERSEDED}", err=True)
     if refused is not None:
         raise refused
+    try:
+        check_claim(loaded, digests)
+    except SstokenError as error:
+        say(f"note: run will refuse this: {error}", err=True)
     if needed:
         _print_needed(needed, loaded.folder)
 

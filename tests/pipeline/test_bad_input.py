@@ -801,6 +801,7 @@ def test_folder_of_another_run(world: World, cli: CommandLine, tmp_path: Path) -
         "--force encode",
     )
     assert snapshot(out) == before
+    says(cli("plan", config, "--set", f"encode.data={other}").err, "run will refuse this", "another `out`")
     cli.works("run", config, "--set", f"encode.data={other}", "--force", "encode")
 
 
