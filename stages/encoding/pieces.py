@@ -79,12 +79,11 @@ def _tool_pieces(tools: list[dict[str, Any]] | None) -> Iterator[Piece]:
         for key, value in function.items():
             if isinstance(value, Mapping):  # parameters, and the result where it is described
                 yield from (_schema_pieces if key == "parameters" else _described)(value, where)
-            for inner in (
-                value if isinstance(value, list | tuple) else ()
-            ):  # parameters as a list, in older APIs
-                if isinstance(inner, Mapping) and isinstance(name := inner.get("name"), str):
-                    yield _name_of_parameter(name, f"{where}.{name}")
-                yield from _described(inner, where)
+            elif isinstance(value, list | tuple):  # parameters, in older APIs
+                for inner in value:
+                    if isinstance(inner, Mapping) and isinstance(name := inner.get("name"), str):
+                        yield _name_of_parameter(name, f"{where}.{name}")
+                    yield from _described(inner, where)
 
 
 def _schema_pieces(schema: Any, where: str) -> Iterator[Piece]:

@@ -229,9 +229,8 @@ class Renderer:
 
 def _notes_of(conversation: Conversation, template: ChatTemplate, text: str) -> list[str]:
     notes = [TOOLS_IN_SYSTEM] if conversation.tools and template.tools_in_system else []
-    notes += (
-        [DETAILS_LOST] if not all(shown(each, text) for each in details(conversation.tools or [])) else []
-    )
+    detailed = all(shown(each, text) for each in details(conversation.tools or []))
+    notes += [] if detailed else [DETAILS_LOST]
     named = any(m.get("name") and m["role"] in ("user", "assistant") for m in conversation.messages)
     notes += [SPEAKERS_LOST] if named and not template.prints_speakers else []
     said = (m.get(key) or "" for m in conversation.messages for key in ("content", "reasoning_content"))
@@ -244,6 +243,8 @@ def _out_of_order(messages: Sequence[Message], text: str) -> bool:
     """Whether only ids that the text does not contain tell which result belongs to which call."""
     for index, message in enumerate(messages):
         calls = [call.get("id") for call in message.get("tool_calls") or ()]
+        if not calls:
+            continue
         following = takewhile(lambda m: m["role"] == "tool", messages[index + 1 :])
         results = [found for found in (m.get("tool_call_id") for m in following) if found in calls]
         if results != [call for call in calls if call in results] and not all(
