@@ -52,6 +52,8 @@ def main():
         {"masks": watcher.masks(), "logs": trainer.state.log_history, "weights": model.state_dict()},
         options.out / f"rank-{rank}.pt",
     )
+    if torch.distributed.is_initialized():  # else gloo's threads may abort a process that ends
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

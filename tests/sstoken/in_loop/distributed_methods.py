@@ -44,6 +44,8 @@ def main():
         weights[method] = {name: value.detach().clone() for name, value in model.state_dict().items()}
     rank = int(os.environ.get("RANK", "0"))
     torch.save({"decided": decided, "weights": weights}, options.out / f"rank-{rank}.pt")
+    if torch.distributed.is_initialized():  # else gloo's threads may abort a process that ends
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
