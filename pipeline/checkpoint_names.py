@@ -1,10 +1,9 @@
 """Names of checkpoints, and which checkpoint plays which role of a method."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sstoken.errors import UsageError
+from sstoken.errors import UsageError, did_you_mean
 from sstoken.methods import METHODS, Input, get_method
 from sstoken.signals import get_signal, is_signal
 from sstoken.stages.critical import Critical
@@ -53,8 +52,7 @@ def check_roles(roles: Iterable[str]) -> None:
     known = [*dict.fromkeys(role for method in METHODS.values() for role in method.roles), SCORER]
     for role in roles:
         if role not in known and not is_signal(role):
-            near = difflib.get_close_matches(role, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(role, known)
             raise UsageError(f"no method has the role {role!r}; legal: {', '.join(known)}{hint}")
 
 

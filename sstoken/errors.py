@@ -1,7 +1,8 @@
 """The two kinds of error a user can cause. Anything else that escapes is a defect of ours."""
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -45,6 +46,12 @@ class QuarantinedError(SstokenError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.failed, self.attempts)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message on an unknown name: the known one that is nearest, or "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def in_one_line(text: object, longest: int) -> str:

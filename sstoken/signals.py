@@ -7,13 +7,12 @@ from its entry (`Signal.of_row`); anything else, and what has a faster way, is c
 Some names take an argument after `@`: `attention@-1` (a decoder layer), `kl@base` (another checkpoint).
 """
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sstoken.errors import UsageError
+from sstoken.errors import UsageError, did_you_mean
 
 Need = Literal["distribution", "attention", "second pass", "second checkpoint", "generation"]
 """What a signal is computed from: the distribution that predicts the token; a layer's attention weights; another pass
@@ -129,9 +128,7 @@ def get_signal(name: str) -> Signal:
     signal = SIGNALS.get(base)
     if signal is None:
         legal = ", ".join(s.form for s in SIGNALS.values())
-        near = difflib.get_close_matches(base, SIGNALS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"signal {name!r} is not known; legal: {legal}{hint}")
+        raise UsageError(f"signal {name!r} is not known; legal: {legal}{did_you_mean(base, SIGNALS)}")
     if not separator:
         if not signal.bare:
             raise UsageError(f"signal {name!r} needs a {signal.takes}: {signal.form}")

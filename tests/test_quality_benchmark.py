@@ -16,7 +16,6 @@ from benchmarks.quality.intervals import (
     average_precision,
     over_examples,
     paired_difference,
-    student_quantile,
 )
 from benchmarks.quality.marking import right
 from benchmarks.quality.page import WEIGHT_ON_NOISE, told_apart
@@ -159,12 +158,6 @@ def test_as_many_intervals_hold_the_truth_as_they_say_whatever_varies(of_seed, o
         _, low, high = paired_difference(drawn + rng.normal(size=(5, 40)), ones, zeros, ones)
         held.append(low < 0 < high)
     assert 0.93 < np.mean(held) < 0.98  # resampling the seeds: 0.87 where they vary most
-
-
-def test_quantiles_of_student_are_those_of_the_tables():
-    for freedom, quantile in ((1, 12.706), (4, 2.776), (30, 2.042)):
-        assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-3)
-    assert student_quantile(0.9995, 4) == pytest.approx(8.610, abs=0.01)
 
 
 def test_ranks_and_position_by_hand():

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 FloatArray = NDArray[np.float64]
 NUM_RESAMPLES = 2000
@@ -51,7 +52,7 @@ def paired_difference(
     parts = (total - mean * number) / max(number.sum(), 1e-12)
     parts = parts - (base_total - base_mean * base_number) / max(base_number.sum(), 1e-12)
     error, freedom = _crossed_error(parts * parts.size)
-    half = float(error * student_quantile((1 + level) / 2, freedom))
+    half = float(error * stats.t.ppf((1 + level) / 2, freedom))
     return Interval(value, value - half, value + half)
 
 
@@ -79,14 +80,6 @@ def _crossed_error(values: FloatArray) -> tuple[float, float]:
         return (squares[alone] / values.size) ** 0.5, max(1, free[alone])
     freedom = both**2 / sum(m**2 / max(1, f) for m, f in zip(squares, free, strict=True))
     return (both / values.size) ** 0.5, max(1, free[0], freedom)
-
-
-def student_quantile(level: float, freedom: float) -> float:
-    """A quantile of Student's t from 0.5 on; t is sqrt(freedom) tan(a), a of a density as cos(a)^(freedom - 1)."""
-    angle = np.linspace(0, np.pi / 2, 4097)
-    density = np.cos(angle) ** (freedom - 1)
-    area = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    return float(freedom**0.5 * np.tan(np.interp(2 * level - 1, area / area[-1], angle)))
 
 
 def auroc(binned: tuple[FloatArray, FloatArray]) -> float:

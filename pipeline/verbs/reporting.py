@@ -118,9 +118,8 @@ def plot(
 @command(
     plot,
     click.argument("figure"),
-    click.argument(
-        "folders", nargs=-1, metavar="FOLDER..."
-    ),  # so that a folder in FIGURE's place is named first
+    # Not required, so that a folder in the place of FIGURE is spoken of first.
+    click.argument("folders", nargs=-1, metavar="FOLDER..."),
     click.option("--out", required=True),
     click.option("--scores", multiple=True),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),

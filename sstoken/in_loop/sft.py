@@ -1,11 +1,12 @@
 """`SelfModulatedSFTTrainer`: TRL's SFT trainer with in-loop selection. Needs `pip install trl`."""
 
 import trl
+from packaging.version import Version
 from trl import SFTTrainer
 
 from sstoken.in_loop.trainer import SelfModulatedMixin
 
-if [int(number) for number in trl.__version__.split(".")[:2]] < [1, 7]:  # older ones drop labels when packing
+if Version(trl.__version__) < Version("1.7"):  # older ones drop labels when packing
     raise ImportError(
         f"SelfModulatedSFTTrainer needs TRL 1.7 or newer, and this is {trl.__version__}: pip install -U trl"
     )

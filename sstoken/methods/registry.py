@@ -1,6 +1,5 @@
 """All methods by name: this package's, and those of other installed packages."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sstoken.errors import SstokenError, UsageError
+from sstoken.errors import SstokenError, UsageError, did_you_mean
 from sstoken.methods.base import Method
 from sstoken.methods.policies import Outcome
 from sstoken.methods.presets import PRESETS
@@ -58,8 +57,7 @@ def get_method(name: str) -> Method:
             f"method {name!r} is a preset of `select`, short for {PRESETS[name].text}; name the method"
         )
     aliases = [alias for method in METHODS.values() for alias in method.aliases]
-    near = difflib.get_close_matches(name, [*METHODS, *aliases, *PRESETS], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, [*METHODS, *aliases, *PRESETS])
     raise UsageError(f"method {name!r} is not known; legal: {', '.join(METHODS)}{hint}")
 
 

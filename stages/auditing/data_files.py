@@ -12,7 +12,6 @@ from sstoken.stages.auditing import columns
 from sstoken.stages.auditing.columns import IDS
 from sstoken.stages.encoding import row_files, sources
 from sstoken.stages.encoding.arrow_rows import rows_of
-from sstoken.stages.encoding.row_files import is_visible
 
 BATCH = 500
 """Rows held in memory at a time."""
@@ -161,7 +160,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _data_files(folder: Path, pattern: str) -> list[Path]:
     found = sorted(folder.glob(pattern))
-    return [p for p in found if p.name not in _NO_DATA and is_visible(p.name)]
+    return [p for p in found if p.name not in _NO_DATA and row_files.is_visible(p.name)]
 
 
 def _names(file: Path) -> list[str]:

@@ -1,8 +1,6 @@
 """One small module per trainer that `export` supports. To add one: write a class here and list it in `TARGETS`."""
 
-import difflib
-
-from sstoken.errors import UsageError
+from sstoken.errors import UsageError, did_you_mean
 from sstoken.stages.exporting.axolotl import Axolotl
 from sstoken.stages.exporting.base import Target
 from sstoken.stages.exporting.jsonl import JsonLines
@@ -43,7 +41,6 @@ def get_target(name: str) -> Target:
         UsageError: there is none; suggests the nearest name and lists all.
     """
     if name not in TARGETS:
-        near = difflib.get_close_matches(name.lower(), TARGETS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"no export for {name!r}; {hint}legal: {', '.join(TARGETS)}")
+        hint = did_you_mean(name.lower(), TARGETS)
+        raise UsageError(f"no export for {name!r}; legal: {', '.join(TARGETS)}{hint}")
     return TARGETS[name]
