@@ -1,6 +1,7 @@
 """A person's way through the page of a report, in a real browser."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -163,7 +164,8 @@ def test_links_open_their_example(visit: Any) -> None:
     link = page.locator(".ngrams a").last
     row = link.text_content()
     link.click()
-    assert page.locator("#heading").text_content().lower().startswith(f"{row} ")
+    heading = re.compile(rf"^{row}\b", re.IGNORECASE)
+    page.locator("#heading", has_text=heading).wait_for()  # the page follows its address a little later
 
 
 def test_folders_stand_side_by_side(visit: Any) -> None:
@@ -185,6 +187,7 @@ def test_folders_stand_side_by_side(visit: Any) -> None:
     share = {e["row"]: e["differ"] for e in examples(page)}
     assert [share[r] for r in rows(page)] == sorted(share.values(), reverse=True)
     page.goto(page.url + "#row-1")
+    page.locator(".pane h4", has_text="does not have this example").wait_for()
     assert "does not have this example" in page.locator(".pane h4").nth(1).text_content()
 
 
