@@ -15,6 +15,7 @@ from sstoken.pipeline import stopping
 from sstoken.pipeline.saying import is_verbose, printable, set_verbosity
 from sstoken.pipeline.stopping import stopping_safely
 from sstoken.pipeline.verbs import index, verbs
+from sstoken.stages.processes import end_process
 from sstoken.stages.shard_border import GOES_ON
 from sstoken.version import __version__
 
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             status = _fail("out of memory; make the batch smaller (--batch-tokens, --batch-size)", 1)
         else:
             raise
-    sys.exit(status if isinstance(status, int) else 0)
+    end_process(status if isinstance(status, int) else 0)
 
 
 def _typed(arguments: list[str] | None) -> str:

@@ -35,8 +35,8 @@ from sstoken.pipeline.progress import progress_bar
 from sstoken.pipeline.saying import say
 from sstoken.stages import joins, sharded, storage, tables
 from sstoken.stages import manifest as manifests
-from sstoken.stages.machine import is_main_process
 from sstoken.stages.manifest import Manifest
+from sstoken.stages.processes import is_main_process
 from sstoken.stages.shard_border import StoppedError
 from sstoken.stages.sharded import QUARANTINE, ShardedStage
 from sstoken.stages.stage import Context, Engine, EngineOptions, Settings, no_progress_bar

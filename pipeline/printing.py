@@ -10,7 +10,7 @@ from rich.text import Text
 from sstoken.pipeline.job import Result
 from sstoken.pipeline.saying import is_quiet, printable, say
 from sstoken.signals import get_signal, is_signal
-from sstoken.stages.machine import is_main_process
+from sstoken.stages.processes import is_main_process
 from sstoken.stages.token_text import visible
 
 _REMARKS = ("note:", "warning:")

@@ -17,8 +17,8 @@ from sstoken.pipeline.output_folder import (
     skipped,
 )
 from sstoken.pipeline.ranks import execute_rank
-from sstoken.stages.machine import is_main_process, num_processes
 from sstoken.stages.manifest import Digests
+from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.sharded import ShardedStage, run_queue
 from sstoken.stages.stage import Context
 

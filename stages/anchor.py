@@ -16,7 +16,8 @@ from sstoken.measure.rope import longest
 from sstoken.stages import checkpoints, joins, plain_json, storage
 from sstoken.stages.hub_models import split_revision
 from sstoken.stages.loading import load_model
-from sstoken.stages.machine import is_main_process, multiplies_bfloat16, num_processes
+from sstoken.stages.machine import multiplies_bfloat16
+from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.stage import BY_CONTENT, SPEED_ONLY, Context, Stage
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.training import reporting, sealing

@@ -1,27 +1,11 @@
-"""Where this process runs: its number among those of torchrun or accelerate, installed packages, the processor."""
+"""Where this process runs: installed packages, the processor."""
 
-import os
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 _FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 """Names in Linux's /proc/cpuinfo: two of x86, one of ARM."""
-
-
-def rank() -> int:
-    """Return the number of this process, from 0; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main_process() -> bool:
-    """Return whether this is the process of rank 0, or the only one."""
-    return rank() == 0
-
-
-def num_processes() -> int:
-    """Return the number of processes; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def version_of(package: str) -> str | None:

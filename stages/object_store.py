@@ -20,7 +20,7 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import conditional_write, faults, plain_json, remote_cache
 from sstoken.stages.conditional_write import writing
 from sstoken.stages.local_disk import CLAIM, MARKS, UNFINISHED, LocalDisk
-from sstoken.stages.machine import is_main_process
+from sstoken.stages.processes import is_main_process
 from sstoken.stages.remote_path import RemotePath, explained, version
 
 _MANIFEST = MARKS[0]

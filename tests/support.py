@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -16,6 +18,8 @@ SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="needs ../shared")
 PATIENCE = 1800
 """Seconds that a process may take. No test depends on the clock: even on a busy machine only a hang takes longer."""
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+"""Starts the program that follows in two processes that can reach each other."""
 _PROGRESS = re.compile(
     r"[\d.]+[kMGT]?(/[\d.]+[kMGT]?)? \w+, (\?|[\d.]+[kMGT]?) \w+/s(, [\d:?]+ left)?(, .*)?"
 )
@@ -34,6 +38,13 @@ def slow_but(quick: Iterable[object], all_: Iterable[object]) -> list[object]:
 def messages(err: str) -> list[str]:
     """Return the lines of a standard error without progress lines, which appear when work takes seconds."""
     return [line for line in err.splitlines() if line and not _PROGRESS.fullmatch(line)]
+
+
+def end_process() -> NoReturn:
+    """End a program that ran in several processes; see `sstoken.stages.processes.end_process`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

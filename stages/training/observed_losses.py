@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.in_loop.observation import Observation
-from sstoken.stages.machine import is_main_process, rank
+from sstoken.stages.processes import is_main_process, rank
 
 PATTERN = "observed-*.sqlite"
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sstoken.errors import SstokenError
 from sstoken.stages import plain_json, storage
-from sstoken.stages.machine import is_main_process, num_processes
+from sstoken.stages.processes import is_main_process, num_processes
 from sstoken.stages.stage import Progress, ProgressBar
 from sstoken.stages.storage import write_atomic
 from sstoken.stages.training import sealing

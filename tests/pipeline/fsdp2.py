@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+from sstoken.stages.processes import end_process
+
 
 def main(base: str, out: str) -> None:
     dist.init_process_group("gloo")
@@ -29,8 +31,8 @@ def main(base: str, out: str) -> None:
     whole = {name: weight.full_tensor() for name, weight in model.state_dict().items()}
     if dist.get_rank() == 0:
         torch.save(whole, f"{out}/whole.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_process(0)

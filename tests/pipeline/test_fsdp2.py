@@ -15,7 +15,7 @@ from sstoken.errors import SstokenError
 from sstoken.pipeline import api
 from tests.pipeline.small_run import environment
 from tests.pipeline.worlds import make_world
-from tests.support import PATIENCE, ROOT
+from tests.support import PATIENCE, ROOT, TWO_PROCESSES
 
 
 @pytest.mark.slow
@@ -23,8 +23,7 @@ from tests.support import PATIENCE, ROOT
 def test_what_two_processes_trained_is_scored(tmp_path: Path) -> None:
     world, out = make_world(), tmp_path / "checkpoint-2"
     out.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launch, ROOT / "tests" / "pipeline" / "fsdp2.py", world.base, out]
+    command = [*TWO_PROCESSES, ROOT / "tests" / "pipeline" / "fsdp2.py", world.base, out]
     done = subprocess.run(
         list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )

@@ -9,21 +9,13 @@ import pytest
 
 from tests.factories import save_model
 from tests.stages.tokens_folder import RUN, save_tokens
-from tests.support import PATIENCE
+from tests.support import PATIENCE, TWO_PROCESSES
 
 pytestmark = pytest.mark.slow
 
 
 def torchrun(*arguments, cwd):
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-        str(Path(sys.executable).parent / "sstoken-curate"),
-    ]
+    launch = [*TWO_PROCESSES, "--no-python", str(Path(sys.executable).parent / "sstoken-curate")]
     return subprocess.run(
         [*launch, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE
     )

@@ -22,7 +22,7 @@ from sstoken.stages.training.history_index import read_history
 from tests import factories
 from tests.stages.context import make_context
 from tests.stages.tokens_folder import save_tokens
-from tests.support import PATIENCE, ROOT, SHARED, needs_shared
+from tests.support import PATIENCE, ROOT, SHARED, TWO_PROCESSES, needs_shared
 
 
 @pytest.fixture(scope="module")
@@ -315,11 +315,13 @@ def test_fingerprint_leaves_speed_out(model):
 DISTRIBUTED = """
 import sys
 from pathlib import Path
+from sstoken.stages.processes import end_process
 from tests.stages.test_anchor import Anchor, Interrupted, fail, interrupt_at, run
 model, tokens, out, stop = sys.argv[1:]
 stage = Anchor(model=model, epochs=2, snapshots=3, batch_size=4, learning_rate=1e-2, ema_decay=0.9)
 metrics = run(stage, Path(out), Path(tokens), progress=interrupt_at(int(stop), fail))
 assert metrics["snapshots"][-2] == f"step-{metrics['steps']}", metrics
+end_process(0)
 """
 
 
@@ -329,10 +331,9 @@ def test_two_processes_write_one_history_and_resume(model, tokens, tmp_path):
     script.write_text(DISTRIBUTED)
 
     def launch(out, stop):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         arguments = map(str, (script, model, tokens, out, stop))
-        return subprocess.run([*command, *arguments], env=environment, timeout=PATIENCE).returncode
+        return subprocess.run([*TWO_PROCESSES, *arguments], env=environment, timeout=PATIENCE).returncode
 
     assert launch(tmp_path / "whole", 1000) == 0
     assert launch(tmp_path / "resumed", 5) != 0

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from sstoken import SelfModulatedTrainer, SelfModulation
 from tests.sstoken.in_loop.small import Watcher, arguments, collate, make_examples, make_model
+from tests.support import end_process
 
 
 def main():
@@ -52,9 +53,8 @@ def main():
         {"masks": watcher.masks(), "logs": trainer.state.log_history, "weights": model.state_dict()},
         options.out / f"rank-{rank}.pt",
     )
-    if torch.distributed.is_initialized():  # else gloo's threads may abort a process that ends
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -10,6 +10,7 @@ from datasets import Dataset
 from sstoken import SelfModulatedTrainer, SelfModulation
 from tests.sstoken.in_loop.small import Watcher, arguments, collate, make_examples, make_model
 from tests.sstoken.in_loop.test_every_method import runs, with_columns
+from tests.support import end_process
 
 
 def main():
@@ -44,9 +45,8 @@ def main():
         weights[method] = {name: value.detach().clone() for name, value in model.state_dict().items()}
     rank = int(os.environ.get("RANK", "0"))
     torch.save({"decided": decided, "weights": weights}, options.out / f"rank-{rank}.pt")
-    if torch.distributed.is_initialized():  # else gloo's threads may abort a process that ends
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -12,6 +12,7 @@ from sstoken.in_loop.response_tokens import find_response_tokens
 from sstoken.in_loop.rule import Rule
 from sstoken.methods import get_method
 from tests.sstoken.in_loop.small import collate, make_examples, make_model
+from tests.support import end_process
 
 
 class Keeper:
@@ -64,8 +65,8 @@ def main():
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=name)
     print("equal", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.sstoken.in_loop.test_every_method import runs
-from tests.support import PATIENCE, ROOT
+from tests.support import PATIENCE, ROOT, TWO_PROCESSES
 
 pytestmark = pytest.mark.slow
 PYTHON = [sys.executable, "-m"]
-TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+TORCHRUN = [*TWO_PROCESSES, "-m"]
 
 
 def run(*command):
