@@ -47,6 +47,22 @@ def method_name(name: str) -> str:
     return PRESETS[name].method if name in PRESETS else name
 
 
+def shown_name(made: Mapping[str, Any]) -> str:
+    """Return the method of a mask for the user, from what was recorded of it: `recommended (pmi-band)`.
+
+    A preset is recorded as what it stands for, so a mask with all of its settings has its name, too.
+    """
+    name, params, protect = str(made.get("method") or ""), made.get("params") or {}, made.get("protect") or ()
+    for preset in PRESETS.values():
+        if (
+            name == preset.method
+            and params.items() >= preset.params.items()
+            and {*protect} >= {*preset.protect}
+        ):
+            return f"{preset.name} ({name})"
+    return name
+
+
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:
     """Replace a preset's name in the settings of a selection by the settings that it stands for.
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sstoken.methods.presets import shown_name
 from sstoken.selection import BoolArray, Float32Array
 from sstoken.stages.report.folders import Folders
 from sstoken.stages.report.shards import Shard
@@ -146,7 +147,7 @@ def titles(folders: Folders) -> list[dict[str, Any]]:
         {
             "name": visible(each.name, newline=" "),
             "kind": each.kind,
-            "method": visible(str(each.facts.get("method", "")), newline=" "),
+            "method": visible(shown_name(each.facts), newline=" "),
             "rho": each.facts.get("rho"),
         }
         for each in folders.all

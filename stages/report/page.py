@@ -9,6 +9,7 @@ import numpy as np
 
 from sstoken.errors import SstokenError
 from sstoken.methods import METHODS
+from sstoken.methods.presets import shown_name
 from sstoken.stages.masked_card import decisive_settings
 from sstoken.stages.report import examples as shown_examples
 from sstoken.stages.report import quality
@@ -177,7 +178,7 @@ def _made(folders: Folders) -> Iterable[tuple[str, list[str]]]:
 def _settings(facts: Mapping[str, Any], kind: str) -> Iterable[tuple[str, str]]:
     if kind == "masked":
         method = METHODS.get(facts.get("method", ""))
-        yield "method", str(facts.get("method", "unknown"))
+        yield "method", shown_name(facts) or "unknown"
         if method is not None:
             yield "score", method.formula
             yield "policy", method.policy.text

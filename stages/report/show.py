@@ -22,6 +22,7 @@ from rich.text import Text
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.methods import METHODS
+from sstoken.methods.presets import shown_name
 from sstoken.stages import tables
 from sstoken.stages.checkpoints import load_tokenizer
 from sstoken.stages.manifest import finished_inside
@@ -131,7 +132,9 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
         counts = f"kept {kept} tokens"
     name = str(facts.get("method", ""))
     ranked = name not in METHODS or METHODS[name].selective
-    method = f"{name} rho {facts['rho']}" if ranked and facts.get("rho") is not None else name
+    method = shown_name(facts)
+    if ranked and facts.get("rho") is not None:
+        method += f" rho {facts['rho']}"
     header = Text(f"row {example.row}  ", style="bold")
     header.append(visible(example.example_id, newline="\\n"))
     for part in filter(None, (counts, visible(method, newline="\\n"))):

@@ -504,6 +504,7 @@ def test_recommended_is_recorded_as_what_it_stands_for(
     assert short.fingerprint == long.fingerprint
     assert short.settings["method"] == "pmi-band"
     assert short.settings["protect"] == ["end_of_turn"]
+    assert "·  recommended (pmi-band) rho " in cli.works("show", tmp_path / "short")
     card = (tmp_path / "short" / "README.md").read_text()
     assert "| method | pmi-band |" in card
     assert "| protect | " in card

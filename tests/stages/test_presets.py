@@ -8,7 +8,7 @@ from sstoken.errors import UsageError
 from sstoken.in_loop.settings import SelfModulation
 from sstoken.methods import METHODS, get_method
 from sstoken.methods.listing import facts, stands_for
-from sstoken.methods.presets import PRESETS, Preset, expand, method_name
+from sstoken.methods.presets import PRESETS, Preset, expand, method_name, shown_name
 from sstoken.stages.select import Select
 
 METHODS_PAGE = Path(__file__).parents[2] / "docs/methods.md"
@@ -47,6 +47,20 @@ def test_a_budget_goes_with_the_recommended_preset() -> None:
 def test_only_what_a_preset_sets_is_set() -> None:
     assert expand({"method": "recommended"}) == {"method": "pmi-band", "protect": ("end_of_turn",)}
     assert method_name("sstoken") == "sstoken"
+
+
+@pytest.mark.parametrize(
+    ("made", "shown"),
+    [
+        ({"method": "pmi-band", "protect": ["code", "end_of_turn"], "rho": 0.4}, "recommended (pmi-band)"),
+        ({"method": "pmi-band", "protect": ["code"]}, "pmi-band"),
+        ({"method": "pmi-band", "params": None}, "pmi-band"),
+        ({"method": "rel", "protect": ["end_of_turn"]}, "rel"),
+        ({}, ""),
+    ],
+)
+def test_a_mask_is_shown_by_the_preset_that_its_settings_have(made: dict[str, object], shown: str) -> None:
+    assert shown_name(made) == shown
 
 
 @pytest.mark.parametrize("given", [{"method": ["mine"]}, {"method": "mine", "params": 3}])
