@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from sstoken.errors import SstokenError, UsageError
-from sstoken.signals import ATTENTION, LOSS, get_signal, get_signals
+from sstoken.signals import ATTENTION, LOSS, Signal, get_signal, get_signals
 from sstoken.stages import checkpoints, joins, tables
 from sstoken.stages.backends import Backend, BackendOptions, Latest, check_backend, make_backend
 from sstoken.stages.machine import multiplies_bfloat16
@@ -219,6 +220,23 @@ def _score_shard(stage: Score, out: Path, run: str, tokens: Path, worker: Worker
     write_scores(out / tokens.name, example_ids, offsets, response.astype(bool), columns, provenance)
 
 
+def _not_finite(stage: Score, signal: Signal, values: NDArray[Any], place: str) -> SstokenError:
+    """Say what is wrong with an example's values, one of which is NaN or infinite; `place` names the example."""
+    if (
+        signal.argument in stage.references and not np.isnan(values).any()
+    ):  # a divergence, infinite by definition
+        both = [f"{signal.argument} ({stage.references[signal.argument]})", stage.checkpoint]
+        masking, other = reversed(both) if signal.base == "reverse_kl" else both
+        return SstokenError(
+            f"{stage.checkpoint}: {signal.name} is infinite in {place}: {masking} gives logits of minus infinity to "
+            f"tokens to which {other} does not; leave the signal out, or compare checkpoints that mask the same tokens"
+        )
+    return SstokenError(
+        f"{stage.checkpoint}: NaN or infinite {signal.name} in {place}; the checkpoint or its dtype ({stage.dtype}) is "
+        "broken"
+    )
+
+
 def _measure(
     stage: Score, shard: str, backend: Backend, example_ids: list[str], pieces: Windows, worker: Worker
 ) -> dict[str, Column]:
@@ -240,10 +258,8 @@ def _measure(
             continue
         for name, column in columns.items():
             if not np.isfinite(signals[name]).all():
-                raise SstokenError(
-                    f"{stage.checkpoint}: NaN or infinite {name} in {shard}, example {example_ids[index]!r}; the "
-                    f"checkpoint or its dtype ({stage.dtype}) is broken"
-                )
+                place = f"{shard}, example {example_ids[index]!r}"
+                raise _not_finite(stage, named[name], signals[name], place)
             column[starts[name][index] : starts[name][index + 1]] = signals[name]
         left.discard(index)
         worker.advance(pieces.fresh[index])

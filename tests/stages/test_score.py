@@ -1,6 +1,7 @@
 """The score stage: adapters share their base, shards are independent, refusals are clear."""
 
 import gc
+import re
 import weakref
 
 import numpy as np
@@ -14,8 +15,10 @@ from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import tables
 from sstoken.stages.backends import BackendOptions, base_models, make_backend
 from sstoken.stages.score import Score, compared
-from tests.factories import VOCABULARY, save_model, save_tokenizer
+from tests.factories import VOCABULARY, random_model, save_model, save_tokenizer
 from tests.stages.context import ProcessEngine, make_context
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +278,34 @@ def test_a_broken_checkpoint_names_shard_and_example(tokens, tmp_path):
         SstokenError, match=r"broken: NaN or infinite loss in part-00000.parquet, example '0-\d'"
     ):
         score(tokens, tmp_path / "scores", broken)
+
+
+@pytest.mark.parametrize(
+    ("signal", "masks", "names"),
+    [
+        ("kl@other", "other", "other {other} gives .* to which {this} does not"),
+        ("kl_at@other", "other", "other {other} gives .* to which {this} does not"),
+        ("reverse_kl@other", "this", "{this} gives .* to which other {other} does not"),
+    ],
+)
+def test_a_divergence_from_a_checkpoint_that_masks_tokens_is_explained(
+    tokens, tmp_path, signal, masks, names
+):
+    """The masked tokens have logits of minus infinity, and no token of the data is one of them."""
+    places = {name: tmp_path / name for name in ("this", "other")}
+    for seed, (name, place) in enumerate(places.items()):
+        loaded = random_model("phi", seed, vocab_size=VOCABULARY + 8, **SMALL)
+        if name == masks:
+            with torch.no_grad():
+                loaded.lm_head.bias[VOCABULARY:] = -torch.inf
+        loaded.save_pretrained(place)
+    wanted = names.format(this=places["this"], other=re.escape(f"({places['other']})"))
+    against = {"signals": (signal,), "references": {"other": str(places["other"])}}
+    with pytest.raises(
+        SstokenError,
+        match=rf"{signal} is infinite in part-00000.parquet, example '0-\d': {wanted}; leave the signal out",
+    ):
+        score(tokens, tmp_path / "scores", places["this"], **against)
 
 
 def test_a_layer_out_of_range_is_refused(tokens, model, tmp_path):
