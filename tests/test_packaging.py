@@ -54,6 +54,15 @@ def test_the_lowest_versions_are_those_that_are_allowed():
     assert tested == allowed
 
 
+def test_an_install_of_minutes_says_so_first():
+    """pip is quiet: each environment that make sets up is announced before it is made."""
+    makefile = (ROOT / "Makefile").read_text()
+    before = re.findall(r"^(.*)\n\t\$\(PYTHON\) -m venv ", makefile, re.MULTILINE)
+    assert len(before) == 4
+    for line in before:
+        assert re.fullmatch(r"\t@echo 'installing .* into .*: minutes, and .* of disk.*'", line), line
+
+
 def test_issue_templates_are_forms():
     templates = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
     assert templates
