@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from glob import has_magic
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -31,7 +32,7 @@ _DISK = LocalDisk()
 
 
 class ObjectStore:
-    """Any file system of fsspec; see `Storage` for what each method does."""
+    """Any file system of fsspec, with or without folders; see `Storage` for what each method does."""
 
     def open(self, file: RemotePath) -> BinaryIO:
         return file.open("rb")
@@ -92,9 +93,10 @@ class ObjectStore:
         faults.point("delete", place)
         found = place.files()
         marks = [place / mark for mark in MARKS if place / mark in found]
-        self._remove([*marks, *([] if found else [place])])
+        self._remove([*marks, *([place] if not found and place.is_file() else [])])
         faults.point("delete", place)
         self._remove([file for file in found if file not in marks])
+        self._remove_folders(place)
         if (record := _record(place)) is not None:
             self._remove([record])
 
@@ -248,8 +250,24 @@ class ObjectStore:
             conditional_write.remove(file)
         if files[1:]:
             filesystem, _ = files[1].located()
-            with suppress(FileNotFoundError), explained(files[1]):
-                filesystem.rm([file.located()[1] for file in files[1:]])
+            keys = [file.located()[1] for file in files[1:]]
+            if filesystem.async_impl and not any(map(has_magic, keys)):  # `rm` reads a key as a pattern
+                with suppress(FileNotFoundError), explained(files[1]):
+                    filesystem.rm(keys)
+            else:
+                for file in files[1:]:
+                    conditional_write.remove(file)
+
+    def _remove_folders(self, place: RemotePath) -> None:
+        """Delete the empty folders that are left where a file system has folders."""
+        if not place.is_dir():
+            return
+        filesystem, key = place.located()
+        with explained(place):
+            below = filesystem.find(key, withdirs=True)
+            for folder in sorted({key, *below}, key=len, reverse=True):  # the deepest first
+                with suppress(FileNotFoundError, FileExistsError):
+                    filesystem.rmdir(folder)
 
 
 def _read(file: RemotePath) -> str | None:
