@@ -91,7 +91,7 @@ def _kind(job: Job) -> str:
     """A key for jobs with the same rate: the stage, its engine and, if it runs a model, how."""
     stage, how = job.stage, [job.stage.name]
     if isinstance(stage, ModelOptions):
-        how += [_device(stage.device), stage.dtype, stage.backend]
+        how += [_device(stage.device), stage.dtype, str(stage.fingerprinted()["backend"])]  # never `auto`
     if isinstance(stage, Score):
         how += stage.measured
     if isinstance(stage, Anchor):

@@ -47,7 +47,7 @@ def test_a_run_leaves_the_rates_that_the_next_plan_uses(
     api.run(config)
     known = json.loads((own_cache / "rates.json").read_text())
     assert {"encode", "select"} <= set(known)
-    scored = "score/cpu/float32/auto/loss/attention"  # the first checkpoint is measured without attention
+    scored = "score/cpu/float32/hf/loss/attention"  # `auto` is hf here; the first has no attention
     later = planned(cli, config, "--set", "score.batch_tokens=100", "--set", "score.layer=0")
     todo = later["score/later"]
     assert later["encode"]["state"] == "finished"
@@ -59,6 +59,8 @@ def test_a_run_leaves_the_rates_that_the_next_plan_uses(
     assert todo["changed"] == ["score.layer none -> 0"]
     said = cli.works("plan", config, "--set", "score.layer=0")
     assert "at the rate of the last run" in said
+    named = planned(cli, config, "--set", "score.layer=0", "--set", "score.backend=hf")
+    assert named["score/later"]["seconds"] == todo["seconds"]
     other = planned(cli, config, "--set", "score.layer=0", "--set", "score.signals=[entropy]")
     assert other["score/later"]["seconds"] is None
     known[scored]["per_token"] *= 10  # as a larger model's
