@@ -1,4 +1,4 @@
-"""Warnings about a selection that runs but is meaningless; each is given once, at the first batch.
+"""Warnings about a selection that runs but is meaningless, once, at the first batch; or is not the checkpoint's.
 
 Shapes: N response tokens of a batch.
 """
@@ -31,6 +31,23 @@ in half precision."""
 FEWEST_TOKENS = 32
 """Means and correlations over fewer tokens are not reported."""
 _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def remarks_on_changes(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> Iterator[str]:
+    """Warn if a run goes on from `step` with other settings (`SelfModulation.record`) than its checkpoint's.
+
+    A method's own parameters come and go with it; an older checkpoint has no settings.
+    """
+    changes = [
+        f"{name} was {then[name]!r} and is {now[name]!r}"
+        for name in now
+        if name in then and then[name] != now[name]
+    ]
+    if changes:
+        yield (
+            f"training goes on from step {step} with other settings than before: {'; '.join(changes)}; ignore this "
+            "if you meant it"
+        )
 
 
 def remarks_on_examples(

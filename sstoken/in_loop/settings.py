@@ -165,6 +165,17 @@ class SelfModulation:
         """Decay of the average; 0 for a snapshot."""
         return self.history_decay or _DEFAULT_DECAY if self.history == "ema" else 0.0
 
+    def record(self, num_steps: int) -> dict[str, Any]:
+        """Return all that the masks of `num_steps` optimizer steps follow from, with defaults, for JSON."""
+        rule = next(self._rules)
+        found: dict[str, Any] = {"method": self.method, **rule.params.model_dump(mode="json")}
+        schedules = {k: repr(v) for k, v in self._given.items() if isinstance(v, Schedule)}
+        found |= schedules | {"scope": rule.scope, "denominator": rule.denominator}
+        found |= {"warmup_steps": self.warmup_steps}
+        found |= {"num_steps": num_steps} if schedules else {}
+        found |= {"history": self.history} if self.needs_history else {}
+        return found | ({"layer": self.layer} if self.needs_attention else {})
+
     def rule(self, step: int, num_steps: int) -> Rule:
         """Return the rule after `step` of `num_steps` optimizer steps, warm-up included.
 

@@ -6,12 +6,13 @@ trainer = MyTrainer(..., selection=SelfModulation(rho=0.6))
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from sstoken.errors import SstokenError
 from sstoken.in_loop.checks import check_trainer, choose_layer, try_out
@@ -21,7 +22,7 @@ from sstoken.in_loop.histories import History, make_history
 from sstoken.in_loop.history_columns import CarryHistory, check_columns, prepare_with_columns
 from sstoken.in_loop.metrics import SelectionMetrics, TrainedBatch
 from sstoken.in_loop.observation import Observer
-from sstoken.in_loop.remarks import remarks_on_examples
+from sstoken.in_loop.remarks import remarks_on_changes, remarks_on_examples
 from sstoken.in_loop.rescale import Rescale
 from sstoken.in_loop.response_tokens import find_response_tokens
 from sstoken.in_loop.selector import Plan, StepSelector
@@ -83,6 +84,7 @@ class SelfModulatedMixin(_Base):
             self._capture = AttentionCapture(self.model, choose_layer(self))
         self._head = HeadSignals(self.model)
         try_out(self)
+        self.add_callback(_recording(self._selection))
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Carry the history losses through TRL's truncation and packing."""
@@ -200,3 +202,33 @@ class SelfModulatedMixin(_Base):
 
 class SelfModulatedTrainer(SelfModulatedMixin, Trainer):
     """`transformers.Trainer` with in-loop selection."""
+
+
+def _recording(settings: SelfModulation) -> TrainerCallback:
+    """Return a callback that records the settings in each checkpoint, and compares them with those found there.
+
+    They are a callback's state in `trainer_state.json`. A trainer that restores its callbacks makes this one anew
+    without arguments: hence a class of its own, which has the settings of now.
+    """
+
+    class SelectionRecord(TrainerCallback, ExportableState):
+        def __init__(self) -> None:
+            self._record: Mapping[str, Any] = {}
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {}, "selection": self._record}
+
+        def on_train_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            name = type(self).__name__
+            self._record = settings.record(state.max_steps)
+            if state.global_step and state.is_world_process_zero:
+                then = state.stateful_callbacks.get(name, {}).get("selection", {})
+                for text in remarks_on_changes(then, self._record, state.global_step):
+                    warnings.warn(f"in-loop selection: {text}", UserWarning, stacklevel=2)
+            state.stateful_callbacks[name] = (
+                self.state()
+            )  # the trainer expects it, and older checkpoints lack it
+
+    return SelectionRecord()
