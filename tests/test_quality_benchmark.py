@@ -25,7 +25,7 @@ from benchmarks.quality.scores import SCORES, ranks, without_position
 from benchmarks.quality.settings import STUDIES, MethodRun, Seed, Study, read_study
 from benchmarks.quality.student import BASES, load_tokenizer
 from benchmarks.quality.tokens import CONTENT, END, Encoded, encode
-from benchmarks.quality.training import weighted_loss
+from benchmarks.quality.training import batches, train, weighted_loss
 from sstoken.errors import UsageError
 from sstoken.in_loop.rule import check_in_loop
 from sstoken.methods import Tokens, get_method
@@ -225,6 +225,33 @@ def test_losses_are_weighted_by_hand():
     assert weighted_loss(losses[:2], weights[:2], 5).item() == pytest.approx(2 / 5)
 
 
+def test_a_batch_of_which_nothing_is_kept_is_a_step_like_the_others():
+    class Bigrams:
+        """A student that predicts each token from itself."""
+
+        def __init__(self):
+            torch.manual_seed(0)
+            self.model = torch.nn.Embedding(9, 9)
+
+        def response_logits(self, batch, chosen):
+            ids = torch.from_numpy(
+                np.concatenate([e.ids[e.start :][k] for e, k in zip(batch, chosen, strict=True)])
+            )
+            return self.model(ids), ids
+
+    kinds = np.array([CONTENT] * 4)
+    examples = [Encoded(np.arange(5) + i, 1, kinds, kinds) for i in range(4)]
+    options = {"num_steps": 3, "batch_size": 2, "learning_rate": 0.1, "seed": 0}
+    order = batches(4, 2, 3, 0)
+    keep = [np.full(4, i not in order[0]) for i in range(4)]
+    kept = [sum(int(keep[i].sum()) for i in batch) for batch in order]
+    left_out, weighed, steps = Bigrams(), Bigrams(), []
+    assert train(left_out, examples, keep, **options, after_step=steps.append) == (sum(kept), kept.count(0))
+    assert steps == [1, 2, 3]
+    train(weighed, examples, [np.ones(4, bool)] * 4, [k.astype(float) for k in keep], **options)
+    torch.testing.assert_close(left_out.model.weight, weighed.model.weight)
+
+
 def test_what_is_to_be_forgotten_is_not_kept():
     kinds, weight = np.array([CONTENT, CONTENT, "typo", END]), np.array([1.0, -0.25, 0.5, 0])
     example = Encoded(np.arange(5), 1, kinds, np.array(["word", "word", "word", END]))
@@ -328,7 +355,6 @@ def test_a_study_from_end_to_end_and_again(tmp_path):
 @needs_shared
 def test_each_source_of_variance_moves_what_it_names_alone(tmp_path):
     from benchmarks.quality.study import Cells
-    from benchmarks.quality.training import batches
 
     random = MethodRun(method="random")
     first = Seed(data=0, noise=0, order=0)

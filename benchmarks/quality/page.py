@@ -107,12 +107,16 @@ def _methods(study: Study, methods: dict[str, Any]) -> list[str]:
         text = ", ".join("none" if share is None else f"{share:.0%}" for share in shares)
         return f"{text} | {f['kept'].get(WEIGHT_ON_NOISE, 0):.0%}" if weighted else text
 
+    def steps(f: dict[str, Any]) -> str:
+        empty = f.get("empty_steps")
+        return f"{f['steps']}, of which {empty:g} with no token kept" if empty else str(f["steps"])
+
     weighted = any(WEIGHT_ON_NOISE in f["kept"] for f in methods.values())
     heading = "method | seeds | steps | kept: content, noise, end" + " | weight on noise" * weighted
     columns = ("all tokens", "result", "numbers", "words", "end", "other answers", "plain text")
     rows = [
         (
-            f"{method} | {f['num_seeds']} | {f['steps']} | {kept(f)}",
+            f"{method} | {f['num_seeds']} | {steps(f)} | {kept(f)}",
             [f["loss"][name] for name in ("all", "result", "number", "word", "end")]
             + [f.get("forgetting"), f.get("plain")],
         )

@@ -131,7 +131,7 @@ def train_in_loop(
     batch_size: int,
     learning_rate: float,
     seed: int,
-) -> tuple[Decision, int]:
+) -> tuple[Decision, int, int]:
     """Train with the project's trainer, on the batches that `training.train` takes.
 
     A method that compares with the history has one step on all tokens first: before it, the two do not differ.
@@ -147,7 +147,8 @@ def train_in_loop(
         seed: of the batches' order.
 
     Returns:
-        What was decided about each example when it was seen last, and how many tokens were trained on.
+        What was decided about each example when it was seen last; how many tokens were trained on, and in how many
+        steps there were none.
     """
     order = [i for batch in batches(len(examples), batch_size, num_steps, seed) for i in batch]
     selection = _settings(name)
@@ -162,12 +163,11 @@ def train_in_loop(
                 row[column_of(i)] = np.concatenate([np.full(e.start, np.nan), own])
         rows.append(row)
     seen: dict[bytes, Observation] = {}
-    trained = 0
+    trained = [0] * num_steps
 
     def observe(observation: Observation) -> None:
-        nonlocal trained
         seen[observation.key] = observation
-        trained += int(_trained_on(observation).sum())
+        trained[observation.step] += int(_trained_on(observation).sum())
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on batches of which the study has few
@@ -183,7 +183,7 @@ def train_in_loop(
         weight.append(
             (observed.keep_mask.astype(float) if observed.weight is None else observed.weight)[mask]
         )
-    return Decision(keep, weight), trained
+    return Decision(keep, weight), sum(trained), trained.count(0)
 
 
 def _trained_on(observation: Observation) -> NDArray[np.bool_]:

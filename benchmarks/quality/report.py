@@ -140,6 +140,7 @@ def _rows_of_table(path: Path, earlier: dict[str, Any]) -> list[Row]:
         method, what = item.pop("method"), item.pop("what")
         own = earlier["methods"][method]
         head = {"method": method, "seed": seed, "steps": own["steps"], "kept": own["kept"]}
+        head["empty_steps"] = own.get("empty_steps", 0)
         row = found.setdefault((method, *seed.values()), head)
         row.setdefault(what, []).append(item)
     return list(found.values())
@@ -163,6 +164,8 @@ def _compare(rows: list[Row]) -> dict[str, Any]:
         a, b = [own[s] for s in shared], [by_method["full"][s] for s in shared]
         kept = {k: float(np.mean([r["kept"][k] for r in a if k in r["kept"]])) for k in a[0]["kept"]}
         figures: dict[str, Any] = {"num_seeds": len(shared), "steps": a[0]["steps"], "kept": kept}
+        if empty := float(np.mean([r.get("empty_steps", 0) for r in a])):
+            figures["empty_steps"] = empty
         figures["loss"] = {
             name: _difference(a, b, "held_out", f"loss_{name}", f"tokens_{name}") for name in LOSSES
         }

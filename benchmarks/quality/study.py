@@ -98,16 +98,17 @@ class Cells:
                 student.model.train()
 
         if method.published == "in-loop":
-            decision, trained = train_in_loop(
+            decision, trained, empty = train_in_loop(
                 student, training, method.method, self._all_signals(seed, training), **options
             )
         else:
-            trained = train(student, training, *decision, after_step=after_step, **options)
+            trained, empty = train(student, training, *decision, after_step=after_step, **options)
         found = {
             "method": method.key,
             "seed": seed.model_dump(exclude_none=True),
             "steps": num_steps,
             "trained_tokens": trained,
+            "empty_steps": empty,
             "kept": share_kept(decision, training),
             **(self._untrained if method.method == "base" else self.evaluate(student)),
         }

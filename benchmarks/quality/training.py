@@ -33,10 +33,11 @@ def train(
     learning_rate: float,
     seed: int,
     after_step: Callable[[int], None] = lambda step: None,
-) -> int:
+) -> tuple[int, int]:
     """Train on the kept tokens of batches that depend on the seed alone.
 
-    The loss is the mean over a batch's kept tokens, or the weighted sum divided by the number of response tokens.
+    The loss is the mean over a batch's kept tokens, or the weighted sum divided by the number of response tokens. A
+    batch of which nothing is kept is a step with a gradient of zero, as in the loop: every method takes all steps.
 
     Args:
         student: trained in place.
@@ -51,18 +52,17 @@ def train(
         after_step: called with the number of steps taken, from 1.
 
     Returns:
-        How many kept tokens were trained on.
+        How many kept tokens were trained on, and in how many steps there were none.
     """
     parameters = [p for p in student.model.parameters() if p.requires_grad]
     optimizer, schedule = optimiser_and_schedule(parameters, learning_rate, num_steps)
     student.model.train()
-    trained = 0
+    trained = empty = 0
     for step, chosen in enumerate(batches(len(examples), batch_size, num_steps, seed), start=1):
         logits, targets = student.response_logits([examples[i] for i in chosen], [keep[i] for i in chosen])
-        if not len(targets):
-            continue
         trained += len(targets)
-        if weight is None and denominator == "kept":
+        empty += not len(targets)
+        if weight is None and denominator == "kept" and len(targets):
             loss = functional.cross_entropy(logits, targets)
         else:
             weights = np.concatenate(
@@ -77,7 +77,7 @@ def train(
         optimizer.zero_grad()
         after_step(step)
     student.model.eval()
-    return trained
+    return trained, empty
 
 
 def optimiser_and_schedule(
