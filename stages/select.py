@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from sstoken.errors import NothingLeftError, UsageError
 from sstoken.labels import labels_from_mask
 from sstoken.methods import Method, Params, Top, get_method
-from sstoken.methods.presets import expand
+from sstoken.methods.presets import expand, shown_name
 from sstoken.stages import folders, joins, tables
 from sstoken.stages.masked_card import write_card
 from sstoken.stages.masked_stats import PROTECTED, merge_stats, notes_on, shard_stats, signal_stats
@@ -132,7 +132,8 @@ class Select(ShardedStage):
         for folder in scores.values():
             joins.check_scores(tokens, folder)
         of_examples = self.examples.inputs(scores) if self.examples else ()
-        check_measured(self.method, self.of.inputs, scores, tokens)
+        shown = shown_name({"method": self.method, "params": self.params, "protect": self.protect})
+        check_measured(shown, self.of.inputs, scores, tokens)
         check_measured("t-shirt", of_examples, scores, tokens)
         shards = [
             Shard(index, path, scores, (*self.of.inputs, *of_examples), self.resolved_scope, context.seed)

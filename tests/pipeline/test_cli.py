@@ -493,7 +493,9 @@ def test_as_a_module_and_from_any_folder(world: World, tmp_path: Path) -> None:
 def test_recommended_is_recorded_as_what_it_stands_for(
     world: World, cli: CommandLine, tmp_path: Path
 ) -> None:
-    scores = tmp_path / "scores"
+    scores, given = tmp_path / "scores", ("--tokens", world.tokens, "--method", "recommended")
+    line = cli.fails(1, "select", *given, "--scores", world.scores, "--out", tmp_path / "none")
+    assert "method 'recommended (pmi-band)' needs history.loss_unconditional" in line
     signals = ("--signal", "loss", "--signal", "loss_unconditional")
     cli.works("score", "--tokens", world.tokens, "--ckpt", world.base, *signals, "--out", scores)
     select = ("select", "--tokens", world.tokens, "--scores", scores, "--out")
