@@ -13,6 +13,8 @@ def decisive_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters and options that decided a mask, from a shard's metadata (older: rho and gamma only)."""
     params = facts["params"] if "params" in facts else {name: facts.get(name) for name in ("rho", "gamma")}
     found = {**params, **{name: facts.get(name) for name in ("examples", "budget", "pool", "protect")}}
+    if found["budget"] is not None:  # it replaces the share
+        found.pop("rho", None)
     return {name: value for name, value in found.items() if value not in (None, [])}
 
 

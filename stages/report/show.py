@@ -133,8 +133,9 @@ def print_example(example: MaskedExample, tokenizer: "PreTrainedTokenizerBase", 
     name = str(facts.get("method", ""))
     ranked = name not in METHODS or METHODS[name].selective
     method = shown_name(facts)
-    if ranked and facts.get("rho") is not None:
-        method += f" rho {facts['rho']}"
+    kept_by = [key for key in ("budget", "rho") if facts.get(key) is not None]  # a budget replaces the share
+    if ranked and kept_by:
+        method += f" {kept_by[0]} {facts[kept_by[0]]}"
     header = Text(f"row {example.row}  ", style="bold")
     header.append(visible(example.example_id, newline="\\n"))
     for part in filter(None, (counts, visible(method, newline="\\n"))):
@@ -208,8 +209,9 @@ def read_examples(masked: Path, row: int, num_examples: int = 1) -> list[MaskedE
             raise SstokenError(f"{masked}: unfinished (no manifest.json); run its select again")
         why = "is a file" if masked.exists() else "no such folder"
         why = "not a masked dataset" if masked.is_dir() else why
-        inside = ", ".join(finished_inside(masked))
-        raise UsageError(f"{masked}: {why}; name {f'one in it: {inside}' if inside else 'what select wrote'}")
+        if inside := ", ".join(finished_inside(masked)):
+            why = f"a folder of several, {inside}"
+        raise UsageError(f"{masked}: {why}; name the folder that select or encode wrote")
     footers = [_footer(part) for part in parts]
     total = sum(footer.num_rows for footer in footers)
     if not 0 <= row < total:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sstoken.errors import SstokenError, UsageError
 from sstoken.stages import tables
+from sstoken.stages.masked_card import decisive_settings
 from sstoken.stages.report.show import DROPPED_STYLE, RAMP, read_examples, render_example, save_svg, show
 from sstoken.stages.token_text import token_texts, visible
 from tests.factories import byte_tokenizer
@@ -188,6 +189,16 @@ def test_svg_that_cannot_be_written_is_one_line(masked: Path, tmp_path: Path) ->
         save_svg(masked, tmp_path / "no" / "a.svg")
 
 
+def test_a_budget_stands_in_the_place_of_the_share(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "masked", [[row("e", "q", "answer", [0])]], budget=1)
+    assert "sstoken budget 1" in printed(folder)
+    assert "rho" not in printed(folder)
+    assert decisive_settings({"params": {"rho": 0.6, "gamma": 0.5}, "budget": 1}) == {
+        "gamma": 0.5,
+        "budget": 1,
+    }
+
+
 @pytest.mark.parametrize("number", [5, -1])
 def test_row_out_of_range_says_the_range(masked: Path, number: int) -> None:
     with pytest.raises(UsageError, match=rf"row {number} .*legal are 0 to 4$"):
@@ -208,8 +219,13 @@ def test_unfinished_folder(masked: Path) -> None:
 def test_folders_that_are_not_masked(masked: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         show(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="not a masked dataset"):
-        show(tmp_path)
+        show(tmp_path / "empty")
+    with pytest.raises(
+        UsageError, match=r"a folder of several, .*masked; name the folder that select or enc"
+    ):
+        show(masked.parent)
     table = pa.table({"example_id": pa.array([], pa.string()), "loss": pa.array([], tables.VALUES)})
     tables.write_part(masked / tables.part_name(0), table, {})
     with pytest.raises(UsageError, match="not a masked dataset"):
