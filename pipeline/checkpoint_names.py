@@ -24,6 +24,8 @@ def named_checkpoints(refs: Iterable[str]) -> dict[str, str]:
         if not separator or ("/" in name and not _names_a_folder(given, ref)):
             ref, name = given, Path(given.partition("@")[0]).name or Path(given).resolve().name
         check_name(name, given, ref)
+        if named.get(name) == ref:
+            raise UsageError(f"checkpoint {given!r} is given twice; give it once, or write OTHER-NAME={ref}")
         enter(named, name, ref)
     if not named:
         raise UsageError("no checkpoint given; name at least one")

@@ -201,6 +201,13 @@ def test_names_of_checkpoints() -> None:
     }
 
 
+def test_a_checkpoint_that_is_given_twice_is_no_second_one() -> None:
+    with pytest.raises(
+        UsageError, match=r"'a/base' is given twice; give it once, or write OTHER-NAME=a/base"
+    ):
+        named_checkpoints(["a/base", "b", "a/base"])
+
+
 # What a change makes a run do again
 
 
