@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from sstoken.errors import SstokenError, UsageError, first_line
+from sstoken.errors import SstokenError, UsageError, did_you_mean, first_line
 from sstoken.stages import plain_json
 from sstoken.stages.encoding import row_files
 from sstoken.stages.encoding.archives import COMPRESSED, is_tar, is_zip, opened
@@ -177,9 +177,10 @@ def locate(data: str, split: str | None = None) -> list[File] | Saved | Hub:
     hub = _HUB_ID.fullmatch(data)
     is_file_name = row_files.kind(data) is not None or is_zip(data) or is_tar(data)
     if hub is None or data.startswith(".") or is_file_name:
+        near = did_you_mean(path.name, (other.name for other in path.parent.glob("*")))
         raise UsageError(
             f"data {data!r}: no such file; name a file, a pattern such as 'dir/*.jsonl', a folder written by "
-            "save_to_disk, or a Hub dataset user/name"
+            f"save_to_disk, or a Hub dataset user/name{near}"
         )
     return Hub(hub["name"], hub["config"], hub["revision"])
 

@@ -174,6 +174,7 @@ def test_identity_is_the_content(tmp_path) -> None:
         ("missing.jsonl", "no such file"),
         ("data/missing.jsonl", "no such file"),
         ("./missing", "no such file"),
+        ("note.txt.jsonl", r"no such file.*; did you mean 'notes\.txt'\?"),
         ("folder", r"name a file in it or a pattern such as 'folder/\*.jsonl'"),
         ("folder/*.jsonl", "no file matches"),
         ("notes.txt", r"extension .txt is not one of .jsonl, .ndjson, .json, .parquet, .csv"),
