@@ -201,7 +201,9 @@ class Select(ShardedStage):
             "kind": "masked",
             "method": self.method,
             "params": params,
-            "rho": params.get("rho", self.rho if "rho" in self.of.ignores else None),
+            "rho": None  # a budget replaces it
+            if self.budget is not None
+            else params.get("rho", self.rho if "rho" in self.of.ignores else None),
             "gamma": params.get("gamma", self.gamma if "gamma" in self.of.ignores else None),
             "scope": self.resolved_scope,
             **{k: getattr(self, k) for k in ("budget", "pool", "protect") if k in self.model_fields_set},

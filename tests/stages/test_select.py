@@ -223,6 +223,7 @@ def test_a_budget_keeps_the_best_tokens_of_the_dataset(inputs, tmp_path, budget)
     expected = set(sorted(scores, key=lambda at: -scores[at])[:budget])
     assert {(r["example_id"], i) for r in rows for i, keep in enumerate(r["keep_mask"]) if keep} == expected
     assert metrics["kept"] == min(budget, len(scores))
+    assert "signal_overlap" not in metrics, "at which share?"
     said = f"budget is {budget:,}, and there are {len(scores):,} response tokens: all are kept"
     assert (said in metrics.get("notes", [])) == (budget > len(scores))
 
