@@ -137,11 +137,18 @@ place = storage.address
 """The path without its tilde, or the URL, that a caller names."""
 
 
-def file_to_write(path: Place) -> Path:
-    """Like `place`, for a file that a verb writes; refuse a folder, and a file in a finished folder."""
+def file_to_write(path: Place, suffix: str = "") -> Path:
+    """Like `place`, for a file that a verb writes; refuse a folder, and a file in a finished folder.
+
+    `suffix`, such as `.svg`, is what its name has to end in, if it has an extension.
+    """
     found = place(path)
     if found.is_dir():
         raise UsageError(f"{path}: is a folder; name the file to write")
+    if suffix and found.suffix.lower() not in ("", suffix):
+        raise UsageError(
+            f"{path}: what is written is {suffix[1:].upper()}; name a file that ends in {suffix}"
+        )
     check_not_inside(found)
     return found
 

@@ -51,7 +51,7 @@ def show(
     if svg is not None:
         if pager:
             raise UsageError("pager and svg are given; a picture has no pages, leave one of them out")
-        with written_locally(file_to_write(svg)) as file:
+        with written_locally(file_to_write(svg, ".svg")) as file:
             save_svg(place(masked), file, row, rows, search=search, sort=sort, signal=signal)
     else:
         show_examples(place(masked), row, rows, search=search, sort=sort, signal=signal, pager=pager)

@@ -58,7 +58,7 @@ def report(
     named = named_places(folders)
     if space is not None:
         check_space(local_place(space))
-    page = file_to_write(out) if out is not None else local_place(str(space)) / PAGE
+    page = file_to_write(out, ".html") if out is not None else local_place(str(space)) / PAGE
     with written_locally(page) as file:
         facts = write_page(named, file, [place(each) for each in scores], seed)
     if space is not None:

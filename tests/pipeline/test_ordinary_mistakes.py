@@ -171,6 +171,12 @@ MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
     "a picture in a finished folder": (
         lambda p: ["show", p.masked, "--svg", p.masked / "row.svg"], ("which 'select' wrote", "outside"),
     ),
+    "a picture of another format": (
+        lambda p: ["show", p.masked, "--svg", p.free / "row.png"], ("row.png", "written is SVG", "ends in .svg"),
+    ),
+    "a page of another format": (
+        lambda p: ["report", p.masked, "--out", p.free / "r.pdf"], ("r.pdf", "written is HTML", "ends in .html"),
+    ),
     "tokens and scores exchanged": (
         lambda p: ["select", "--tokens", p.world.scores, "--scores", p.world.tokens, "--out", p.free / "out"],
         ("written by 'encode'", "exchanged"),
