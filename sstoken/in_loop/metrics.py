@@ -132,8 +132,12 @@ class SelectionMetrics:
         metrics = {PREFIX + name: top / bottom for name, (top, bottom) in found.items() if bottom}
         if tokens[0]:
             metrics[PREFIX + "seconds"] = self._seconds
-        self._sums, self._seconds, self._events, self._overlap = None, 0.0, [], [0, 0]
+        self.drop()
         return metrics
+
+    def drop(self) -> None:
+        """Reset the sums."""
+        self._sums, self._seconds, self._events, self._overlap = None, 0.0, [], [0, 0]
 
 
 def _precise(device: torch.device) -> torch.dtype:

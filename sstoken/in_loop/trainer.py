@@ -84,7 +84,7 @@ class SelfModulatedMixin(_Base):
             self._capture = AttentionCapture(self.model, choose_layer(self))
         self._head = HeadSignals(self.model)
         try_out(self)
-        self.add_callback(_recording(self._selection))
+        self.add_callback(_beginning(self))
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Carry the history losses through TRL's truncation and packing."""
@@ -178,10 +178,15 @@ class SelfModulatedMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; observers have seen every step when this returns."""
-        self._history_made = False
         result = super().train(*args, **kwargs)
         self._show_observers()
         return result
+
+    def _begin(self) -> None:
+        """Drop what an attempt left that failed in the midst of a step (`auto_find_batch_size`)."""
+        self._history, self._history_made = None, False
+        self._unseen.clear()
+        self._selection_metrics.drop()
 
     def _remark(self, about: str, remarks: Callable[[], Iterator[str]]) -> None:
         """Warn about a meaningless selection, once for each topic, in the first process."""
@@ -204,8 +209,8 @@ class SelfModulatedTrainer(SelfModulatedMixin, Trainer):
     """`transformers.Trainer` with in-loop selection."""
 
 
-def _recording(settings: SelfModulation) -> TrainerCallback:
-    """Return a callback that records the settings in each checkpoint, and compares them with those found there.
+def _beginning(trainer: SelfModulatedMixin) -> TrainerCallback:
+    """Return a callback that begins each run, records the settings in checkpoints, and compares them with those there.
 
     They are a callback's state in `trainer_state.json`. A trainer that restores its callbacks makes this one anew
     without arguments: hence a class of its own, which has the settings of now.
@@ -221,8 +226,9 @@ def _recording(settings: SelfModulation) -> TrainerCallback:
         def on_train_begin(
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
         ) -> None:
+            trainer._begin()
             name = type(self).__name__
-            self._record = settings.record(state.max_steps)
+            self._record = trainer._selection.record(state.max_steps)
             if state.global_step and state.is_world_process_zero:
                 then = state.stateful_callbacks.get(name, {}).get("selection", {})
                 for text in remarks_on_changes(then, self._record, state.global_step):

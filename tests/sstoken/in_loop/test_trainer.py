@@ -238,3 +238,29 @@ def test_scope_batch_keeps_a_share_of_all_examples_together(tmp_path):
         assert sum(o.keep_mask.sum() for o in seen) == -(-3 * total // 10)
     shares = {o.keep_mask.sum() / o.response_mask.sum() for o in watcher.seen}
     assert len(shares) > 5
+
+
+def test_an_attempt_that_runs_out_of_memory_leaves_nothing_behind(tmp_path):
+    class Small(SelfModulatedTrainer):
+        """Has memory for two examples, which shows after the forward pass."""
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            if self._train_batch_size > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    watcher, examples = Watcher(), make_examples()
+    trainer = Small(
+        make_model(),
+        arguments(tmp_path, auto_find_batch_size=True, max_steps=2),
+        data_collator=collate,
+        train_dataset=examples,
+        observers=[watcher],
+    )
+    trainer.train()
+    assert [o.step for o in watcher.seen] == [0, 0, 1, 1]
+    for log in trainer.state.log_history[:2]:
+        seen = [o for o in watcher.seen if o.step == log["step"] - 1]
+        share = sum(o.keep_mask.sum() for o in seen) / sum(o.response_mask.sum() for o in seen)
+        assert log["selection/kept_share"] == pytest.approx(share)
