@@ -197,13 +197,12 @@ class Select(ShardedStage):
         tokens[joins.TOKENS] = joins.folder_fingerprint(folder)
         used = {role: tables.read_metadata(tables.parts(folder)[0]) for role, folder in scores.items()}
         params = self.resolved.model_dump(mode="json")
+        rho = params.get("rho", self.rho if "rho" in self.of.ignores else None)
         return {
             "kind": "masked",
             "method": self.method,
             "params": params,
-            "rho": None  # a budget replaces it
-            if self.budget is not None
-            else params.get("rho", self.rho if "rho" in self.of.ignores else None),
+            "rho": rho if self.budget is None else None,  # a budget replaces it
             "gamma": params.get("gamma", self.gamma if "gamma" in self.of.ignores else None),
             "scope": self.resolved_scope,
             **{k: getattr(self, k) for k in ("budget", "pool", "protect") if k in self.model_fields_set},

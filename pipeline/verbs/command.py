@@ -133,6 +133,8 @@ def _argument_texts(docstring: str | None) -> dict[str, str]:
     }
 
 
+_FORMATS = frozenset((".gif", ".html", ".jpeg", ".jpg", ".md", ".pdf", ".png", ".svg", ".webp"))
+"""Extensions of pictures and pages."""
 place = storage.address
 """The path without its tilde, or the URL, that a caller names."""
 
@@ -140,12 +142,12 @@ place = storage.address
 def file_to_write(path: Place, suffix: str = "") -> Path:
     """Like `place`, for a file that a verb writes; refuse a folder, and a file in a finished folder.
 
-    `suffix`, such as `.svg`, is what its name has to end in, if it has an extension.
+    `suffix`, such as `.svg`, is the extension of what is written; that of another format is refused.
     """
     found = place(path)
     if found.is_dir():
         raise UsageError(f"{path}: is a folder; name the file to write")
-    if suffix and found.suffix.lower() not in ("", suffix):
+    if suffix and found.suffix.lower() in _FORMATS - {suffix}:
         raise UsageError(
             f"{path}: what is written is {suffix[1:].upper()}; name a file that ends in {suffix}"
         )

@@ -233,8 +233,7 @@ def _beginning(trainer: SelfModulatedMixin) -> TrainerCallback:
                 then = state.stateful_callbacks.get(name, {}).get("selection", {})
                 for text in remarks_on_changes(then, self._record, state.global_step):
                     warnings.warn(f"in-loop selection: {text}", UserWarning, stacklevel=2)
-            state.stateful_callbacks[name] = (
-                self.state()
-            )  # the trainer expects it, and older checkpoints lack it
+            # The trainer expects it, and older checkpoints lack it.
+            state.stateful_callbacks[name] = self.state()
 
     return SelectionRecord()
