@@ -169,8 +169,27 @@ def _process(slot: int) -> Any:
     if slot not in _PROCESSES:
         from joblib.externals.loky import ProcessPoolExecutor  # users' scripts need no `if __name__` guard
 
+        _start_tracker()
         _PROCESSES[slot] = ProcessPoolExecutor(max_workers=1, timeout=_IDLE)
     return _PROCESSES[slot]
+
+
+def _start_tracker() -> None:
+    """Start loky's tracker of semaphores without its warnings, unless it runs.
+
+    A thread that removes a semaphore as this process ends may not come to tell the tracker, which then warns that one
+    was left or is gone. It removes what was left: there is nothing that a user could do.
+    """
+    from joblib.externals.loky.backend import resource_tracker as tracker
+
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+    try:
+        tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _watch(pool: Any) -> None:
